@@ -1,0 +1,60 @@
+# Every target is one line of `make help`. `make train` and `make test` set everything up themselves.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Tests must not depend on what else the machine's Python warns about.
+export PYTHONWARNINGS := ignore
+
+.PHONY: help setup train test test-slow test-latest lint format parity dryrun clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready ## Make .venv with everything (quick when nothing changed)
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: setup ## Train a small MoE on real text over 4 ranks (tp=2 pp=2 ep=2) and show that it learned
+	$(BIN)/moe-train experiment=tiny_tp2_pp2_ep2 run_dir=runs/make-train resume=never
+
+test: setup ## Run the whole suite
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: setup ## Run the tests that take minutes
+	$(BIN)/python -m pytest -q -m slow
+
+test-latest: ## Run the parity smoke with python3.12 and the newest supported megatron-core
+	@py=$$(PYTHON_LATEST="$(PYTHON_LATEST)" bash tests/find_python312.sh) || { echo "no python3.12 found: skipped (set PYTHON_LATEST=/path/to/python3.12)"; exit 0; }; \
+	$(MAKE) --no-print-directory test-smoke VENV=.venv-latest PYTHON="$$py"
+
+.PHONY: test-smoke
+test-smoke: setup
+	$(BIN)/python -c 'from importlib.metadata import version; print("megatron-core", version("megatron-core"), "torch", version("torch"))'
+	$(BIN)/python -m pytest -q tests/distributed tests/parallel tests/model tests/checkpoint/test_reshard.py -m "not slow"
+
+lint: setup ## Check style (ruff) and types (mypy)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Rewrite the code in its style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+parity: setup ## Compare losses and gradients of every layout with one rank; writes bench/results/parity.json
+	$(BIN)/python -m bench.parity
+
+dryrun: setup ## Build all 1,024 distinct ranks of DeepSeek-V3 on 2,048 GPUs and add up their parameters
+	$(BIN)/moe-dryrun model=deepseek_v3 parallel=deepseek_v3_h800
+	$(BIN)/moe-dryrun model=deepseek_v3 parallel=deepseek_v3_h800 model.mtp_num_layers=0
+
+clean: ## Remove what can be made again (not runs/, and not your own datasets in data/)
+	rm -rf .venv .venv-latest data/stdlib-* .pytest_cache .mypy_cache .ruff_cache *.egg-info

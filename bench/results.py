@@ -1,0 +1,37 @@
+"""Where benchmarks write what they measured: bench/results/NAME.json, summary, then rows, then the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+DIRECTORY = Path(__file__).parent / "results"
+
+
+def write(name: str, summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Path:
+    """Write one result and return its path."""
+    DIRECTORY.mkdir(exist_ok=True)
+    path = DIRECTORY / f"{name}.json"
+    path.write_text(json.dumps({**summary, "rows": list(rows), "machine": machine()}, indent=1) + "\n")
+    return path
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "megatron-core")},
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()

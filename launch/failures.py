@@ -1,0 +1,130 @@
+"""What a failed rank leaves behind, which of several failures came first, and the one line that tells it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import LaunchError, MoeTrainError
+
+# What gloo, NCCL and the store say in a healthy rank when another one is gone or late.
+_LOST_PEER = re.compile(
+    r"connection (was )?(closed|reset|refused|aborted)|closed by (remote )?peer|broken pipe|socket (closed|timeout)"
+    r"|failed to (recv|send|connect)|timed out (waiting|after)|remote process (exited|has terminated)"
+    r"|operation timeout|ncclRemoteError|ncclSystemError|wait timeout|store.*(closed|gone)",
+    re.IGNORECASE,
+)
+
+_SIGNAL_CAUSES = {
+    "SIGKILL": "most often it was out of memory: see `dmesg`, lower batch.micro_batch_size or train.seq_length, "
+    "or spread the model over more ranks (parallel.tp, parallel.pp, parallel.ep)",
+    "SIGTERM": "something outside this job ended it",
+    "SIGBUS": "shared memory or disk was full, see `df /dev/shm`",
+}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one rank failed."""
+
+    rank: int
+    message: str
+    """One line."""
+    exit_code: int
+    """Of the process as a whole: 2 for wrong input, else 1."""
+    traceback: str
+    order: tuple[int, float]
+    """The smallest is the cause of the others."""
+
+    @property
+    def is_cause(self) -> bool:
+        """Whether no other rank can have caused this failure."""
+        return self.order[0] <= 1
+
+
+class RankError(LaunchError):
+    """One rank failed and took the others with it. Carries that rank's exit code and traceback."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.exit_code = failure.exit_code
+        self.rank, self.traceback = failure.rank, failure.traceback
+        if failure.traceback:
+            self.add_note(f"\nIn rank {failure.rank}:\n{failure.traceback}")  # shown below the launcher's own traceback
+
+
+def one_line(error: BaseException) -> str:
+    """`error` without a traceback: typed errors in full, others as `Type: first line`."""
+    text = " ".join(str(error).split()) if isinstance(error, MoeTrainError) else str(error).strip().partition("\n")[0]
+    if isinstance(error, MoeTrainError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether `error` only says that another rank is gone."""
+    return any(isinstance(e, RuntimeError | OSError | EOFError) and _LOST_PEER.search(str(e)) for e in _chain(error))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """2 where the user's input is wrong, else 1."""
+    return error.exit_code if isinstance(error, MoeTrainError) else 1
+
+
+def record(error: BaseException, error_file: str) -> None:
+    """Leave `error` for the parent, in torch elastic's format of error files with a few more keys."""
+    extra = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()))}
+    data = {
+        "message": {"message": one_line(error), "extraInfo": extra},
+        "time_s": time.time(),
+        "exit_code": exit_code_of(error),
+        "explained": isinstance(error, MoeTrainError),
+        "lost_peer": lost_peer(error),
+    }
+    part = Path(f"{error_file}.part")
+    part.write_text(json.dumps(data), encoding="utf-8")
+    os.replace(part, error_file)  # the parent may read at any time
+
+
+def read(rank: int, exit_status: int, error_file: str, log: str) -> Failure:
+    """The failure of a rank from its exit status (-N for signal N) and the error file it may have left."""
+    try:
+        data: dict[str, Any] = json.loads(Path(error_file).read_text(encoding="utf-8"))
+    except OSError:
+        return _without_record(rank, exit_status, log)
+    message, trace = data["message"]["message"], data["message"]["extraInfo"]["py_callstack"]
+    if not data["explained"]:
+        message += f" (traceback in {log}; verbose=true shows it)"
+    order = (3 if data["lost_peer"] else 0, data["time_s"])
+    return Failure(rank, f"rank {rank}: {message}", data["exit_code"], trace, order)
+
+
+def _without_record(rank: int, exit_status: int, log: str) -> Failure:
+    now = time.time()
+    if exit_status >= 0:
+        return Failure(rank, f"rank {rank} ended with exit code {exit_status} and no error; see {log}", 1, "", (1, now))
+    try:
+        name = signal.Signals(-exit_status).name
+    except ValueError:
+        name = f"signal {-exit_status}"
+    why = _SIGNAL_CAUSES.get(name, f"native code crashed, see {log}")
+    # Communication libraries abort a healthy process when its peer is gone, so another rank may explain this better,
+    # but not one that only says that it lost a peer.
+    order = (2 if name == "SIGABRT" else 1, now)
+    return Failure(rank, f"rank {rank} was killed by {name}; {why}", 1, "", order)

@@ -1,0 +1,67 @@
+"""What happens once for a job, before any rank trains: checks, device, data, the resolved config on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from moe_train.config.schema import Config
+from parallel.errors import ConfigError, LaunchError
+from parallel.layout import ParallelLayout
+
+
+def resolve_runtime(cfg: Config) -> None:
+    """Replace `cfg.runtime` = auto by what this machine has."""
+    if cfg.runtime == "auto":
+        cfg.runtime = "cuda" if visible_gpus() > 0 else "cpu"
+
+
+def prepare_data(cfg: Config) -> None:
+    """Make the tokenised dataset where it is not made yet, or check that it is there where it is not ours to make.
+
+    Raises:
+        DataError: the text cannot be read or the dataset cannot be written.
+    """
+    from moe_train.data import prepare
+
+    if cfg.data.source == "none":
+        prepare.check_prepared(cfg.data, cfg.model.padded_vocab_size)
+    else:
+        prepare.prepare(cfg.data, cfg.model.padded_vocab_size, progress=cfg.telemetry.progress)
+
+
+def save_config(cfg: Config) -> Path:
+    """Write run_dir/config.yaml, whole or not at all, and return its path.
+
+    Raises:
+        LaunchError: run_dir cannot be written.
+    """
+    from moe_train.config import compose
+
+    path = Path(cfg.run_dir) / "config.yaml"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"config.yaml.{os.getpid()}.part")
+        part.write_text(compose.to_yaml(cfg), encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise LaunchError(f"run_dir={cfg.run_dir} cannot be written: {error.strerror}", "set run_dir=PATH") from error
+    return path
+
+
+def visible_gpus() -> int:
+    """GPUs that this process could use. Does not initialise CUDA."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def check_gpus(layout: ParallelLayout, gpus: int) -> None:
+    """Raise ConfigError if `layout` needs more GPUs than the `gpus` that are visible on its only machine."""
+    if layout.world_size <= gpus:
+        return
+    degrees = f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} x dp {layout.dp} = {layout.world_size} ranks"
+    raise ConfigError(
+        f"runtime=cuda needs one GPU for each rank: parallel.{degrees}, and {gpus} GPUs are visible",
+        "lower parallel.tp, pp, cp or dp, start the job on more nodes with srun or torchrun, or set runtime=cpu",
+    )

@@ -1,0 +1,138 @@
+"""A process that torchrun, srun or mpirun started: it meets the others, takes rank 0's config and trains.
+
+Only rank 0 reads the command line, so a wrong one is explained once, and a default such as the time in run_dir is one
+value for all ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch import failures, job, local, rank, rendezvous
+from moe_train.config.schema import Config
+from parallel.errors import ConfigError, LaunchError, MoeTrainError
+from parallel.rank_info import RankInfo
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+_CONFIG, _FAILED, _LOST, _READ, _DONE = (f"moe_train/{key}" for key in ("config", "failed", "lost", "read", "done"))
+_PREPARATION_S = 24 * 3600  # other ranks wait while rank 0 tokenises a corpus; if it dies they notice at once
+
+
+def run(info: RankInfo) -> int:
+    """Be rank `info` of a job. Returns the exit code of this process."""
+    # At once, also inside a collective; Python's own handler would wait for it. The launcher ends the other ranks.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        if {"-m", "--multirun"} & set(sys.argv[1:]):
+            raise ConfigError(
+                f"--multirun runs one job after another, and {info.launcher} has started the ranks of one",
+                "run moe-train --multirun alone, or start one job for each value",
+            )
+        store = rendezvous.meet(info)
+    except MoeTrainError as error:
+        if info.rank == 0 or isinstance(error, LaunchError):
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return _lead(info, store) if info.rank == 0 else _follow(info, store)
+
+
+def _lead(info: RankInfo, store: TCPStore) -> int:
+    from moe_train.config import compose
+    from moe_train.config.validate import validate
+
+    published = False
+
+    def work(cfg: Config) -> None:
+        nonlocal published
+        if cfg.runtime == "simulated":
+            raise ConfigError(
+                f"runtime=simulated is one process, and {info.launcher} started {info.world_size}",
+                "run moe-train runtime=simulated alone",
+            )
+        validate(cfg, info.world_size)
+        job.resolve_runtime(cfg)
+        job.prepare_data(cfg)
+        path = job.save_config(cfg)
+        store.set(_CONFIG, json.dumps({"config": compose.to_yaml(cfg)}))
+        published = True
+        _train(cfg, path, info, store)
+
+    code = compose.hydra_entry(work)
+    if not published:  # a wrong config, or --cfg and --help: hydra_entry has said all there is to say
+        store.set(_CONFIG, json.dumps({"exit": code}))
+        _await(store, _READ, info.world_size - 1)
+    return code
+
+
+def _follow(info: RankInfo, store: TCPStore) -> int:
+    from datetime import timedelta
+
+    from moe_train.config import compose
+
+    try:
+        store.wait([_CONFIG], timedelta(seconds=_PREPARATION_S))
+        message: dict[str, Any] = json.loads(store.get(_CONFIG))
+        store.add(_READ, 1)
+    except RuntimeError:
+        return 1  # rank 0 is gone, and has said why or been reported by the launcher
+    if "exit" in message:
+        return int(message["exit"])
+    with tempfile.TemporaryDirectory() as directory:  # run_dir need not be visible from this node yet
+        path = Path(directory, "config.yaml")
+        path.write_text(message["config"], encoding="utf-8")
+        cfg = compose.from_yaml(path)
+        _train(cfg, path, info, store)
+    return 0
+
+
+def _train(cfg: Config, path: Path, info: RankInfo, store: TCPStore) -> None:
+    try:
+        rank.use_threads(cfg.launcher.threads_per_rank or _threads(info))
+        rank.train(str(path), local.ENTRY, info)
+    except Exception as error:
+        _tell(error, cfg, info, store)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(failures.exit_code_of(error))  # a broken communicator can keep a process, and the launcher waits
+    store.add(_DONE, 1)
+    if info.rank == 0:
+        _await(store, _DONE, info.world_size)  # the store ends with this process
+
+
+def _threads(info: RankInfo) -> int:
+    """Under Slurm the cores of a process may already be those of its task alone."""
+    return int(os.environ.get("SLURM_CPUS_PER_TASK") or 0) or local.threads_for(info.local_world_size)
+
+
+def _tell(error: Exception, cfg: Config, info: RankInfo, store: TCPStore) -> None:
+    """Print `error` in one line, unless it only says that a rank is gone whose own error was printed."""
+    lost = failures.lost_peer(error)
+    try:
+        if lost and (store.check([_FAILED]) or store.add(_LOST, 1) > 1):
+            return
+        if not lost:
+            store.set(_FAILED, str(info.rank))
+    except RuntimeError:
+        if lost:
+            return  # the store went with rank 0
+    if cfg.verbose:
+        traceback.print_exception(error)
+    hint = "" if cfg.verbose or isinstance(error, MoeTrainError) else " (verbose=true shows the traceback)"
+    print(f"error: rank {info.rank}: {failures.one_line(error)}{hint}", file=sys.stderr)
+
+
+def _await(store: TCPStore, key: str, count: int, timeout_s: float = 10) -> None:
+    """Wait until `key` has been counted up to `count`, but not for long: this is a courtesy to the other ranks."""
+    deadline = time.monotonic() + timeout_s
+    while store.add(key, 0) < count and time.monotonic() < deadline:
+        time.sleep(0.02)

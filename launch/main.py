@@ -1,0 +1,65 @@
+"""`moe-train`: trains on the ranks that a launcher started, or starts the ranks itself on this machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from launch import forkserver, quiet, rendezvous, signals
+from moe_train.config.schema import Config
+from parallel.errors import MoeTrainError
+
+
+def main() -> None:
+    """Console script. Exits with 0 when done, 2 where the user's input is wrong, 128 + N on signal N, else 1."""
+    sys.exit(run())
+
+
+def run() -> int:
+    """What `main` does, returning the exit code."""
+    quiet.silence()
+    try:
+        info = rendezvous.detect()
+    except MoeTrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if info is not None:
+        from launch import join
+
+        return join.run(info)
+    from moe_train.config import compose
+
+    try:
+        with signals.interruptible():
+            return compose.hydra_entry(train_here)
+    except signals.Interrupted as interrupt:
+        print(f"\ninterrupted by {interrupt.signal.name}; every rank has ended", file=sys.stderr)
+        return interrupt.exit_code
+    finally:
+        forkserver.kill()  # at once, even if it still imports
+
+
+def train_here(cfg: Config) -> None:
+    """Run one job on this machine.
+
+    Raises:
+        MoeTrainError: the config is wrong, the data cannot be made, or a rank failed.
+        signals.Interrupted: a signal told this process to end.
+    """
+    from moe_train.config.validate import validate
+
+    layout = validate(cfg)
+    if cfg.runtime == "simulated":
+        from moe_train import simulate
+
+        simulate.run(cfg)
+        return
+    if cfg.runtime == "cpu" or not any(Path("/dev").glob("nvidia*")):
+        forkserver.begin()  # it imports torch while this process does so too, and makes the data
+    from launch import job, local
+
+    job.resolve_runtime(cfg)
+    if cfg.runtime == "cuda":
+        job.check_gpus(layout, job.visible_gpus())
+    job.prepare_data(cfg)
+    local.start(cfg, layout)

@@ -1,0 +1,22 @@
+"""What the fork server imports once, so that no rank on CPU pays the seconds of importing torch and Megatron-Core.
+
+Importing this module imports everything that a rank needs. It starts no thread, so forking afterwards is safe.
+Only the fork server imports it, for it also changes how the process ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import os
+
+from launch import quiet
+
+quiet.silence()
+# An import that fails here fails again in the rank, which can explain it.
+for _module in ("torch", "torch.distributed", "megatron.core", "megatron.core.models.gpt", "moe_train.train"):
+    with contextlib.suppress(Exception):
+        importlib.import_module(_module)
+# Nothing is left to do when the server ends, and taking down all those modules takes a second.
+atexit.register(os._exit, 0)

@@ -1,0 +1,156 @@
+"""Checkpoints as directories: their names, which are complete, and how one appears all at once. No torch import.
+
+    checkpoints/
+        latest            name of the checkpoint that was completed last
+        step_00000010/
+            .metadata     which part of which tensor stands in which file
+            *.distcp      tensors
+            state.json    progress, schedule, loss scale, layout
+            config.yaml   the resolved config of the run
+
+A checkpoint is written under a hidden name and renamed when everything is on disk, so a name without a dot is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from parallel.errors import CheckpointError
+
+LATEST = "latest"
+STATE = "state.json"
+CONFIG = "config.yaml"
+METADATA = ".metadata"
+_NAME = re.compile(r"step_\d{8,}")
+
+
+def name_of(step: int) -> str:
+    """Directory name of the checkpoint of `step`."""
+    return f"step_{step:08d}"
+
+
+def prepare(root: Path, name: str) -> Path:
+    """An empty hidden directory to write the checkpoint `name` into. Leftovers of writes that were cut short go."""
+    root.mkdir(parents=True, exist_ok=True)
+    _recover(root)
+    for leftover in root.glob(".step_*.partial"):
+        shutil.rmtree(leftover)
+    directory = _partial(root, name)
+    directory.mkdir()
+    return directory
+
+
+def publish(root: Path, name: str) -> Path:
+    """Give the finished hidden directory its real name and point `latest` to it; both atomic and on disk on return.
+
+    A checkpoint of the same name (from an earlier run with the same run_dir) stays until the new one has its place.
+    """
+    partial, final, old = _partial(root, name), root / name, _replaced(root, name)
+    for file in partial.iterdir():
+        _sync(file)
+    _sync(partial)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(partial, final)
+    _sync(root)
+    write_latest(root, name)
+    shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def write_latest(root: Path, name: str) -> None:
+    """Point `latest` to the checkpoint `name`, atomically."""
+    marker = root / f".{LATEST}.partial"
+    marker.write_text(name + "\n")
+    _sync(marker)
+    os.replace(marker, root / LATEST)
+    _sync(root)
+
+
+def candidates(root: Path) -> list[Path]:
+    """Checkpoints under `root`, the one to continue from first: what `latest` names, then others by falling step."""
+    if not root.is_dir():
+        return []
+    _recover(root)
+    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    found.sort(key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+    marker = root / LATEST
+    latest = marker.read_text().strip() if marker.is_file() else ""
+    return sorted(found, key=lambda path: path.name != latest)  # stable: the rest keeps its order
+
+
+def resolve(path: Path, field: str) -> list[Path]:
+    """Checkpoints that `field=path` may mean, best first: itself, those in it, or those of that run directory.
+
+    Raises:
+        CheckpointError: nothing is there, or it is no checkpoint.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{field}={path} does not exist", _checkpoints_near(path))
+    if (path / STATE).is_file() or (path / METADATA).is_file() or _NAME.fullmatch(path.name):
+        return [path]
+    found = candidates(path) or candidates(path / "checkpoints")
+    if found:
+        return found
+    if (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{field}={path} is a Hugging Face model, not a checkpoint of a run",
+            f"set {field} to a directory like runs/NAME/checkpoints/{name_of(100)}",
+        )
+    raise CheckpointError(f"{field}={path} holds no checkpoint", _checkpoints_near(path))
+
+
+def check_files(directory: Path) -> None:
+    """Raise CheckpointError where one of the small files that every checkpoint has is missing."""
+    for name in (STATE, CONFIG, METADATA):
+        if not (directory / name).is_file():
+            raise damaged(directory, f"{name} is missing")
+
+
+def damaged(directory: Path, what: str) -> CheckpointError:
+    """The error for a checkpoint that cannot be read, with the other checkpoints next to it as the remedy."""
+    others = [p.name for p in candidates(directory.parent) if p.name != directory.name]
+    remedy = (
+        f"set resume={directory.parent / others[0]}"
+        if others
+        else "restore the directory from a copy, or set resume=never"
+    )
+    return CheckpointError(f"checkpoint {directory} is damaged: {what}", remedy)
+
+
+def _checkpoints_near(path: Path) -> str:
+    """A remedy that names a checkpoint close to a path that has none."""
+    for root in (path.parent, path.parent / "checkpoints"):
+        if found := candidates(root):
+            return f"did you mean {found[0]}"
+    return f"name a directory like runs/NAME/checkpoints/{name_of(100)}"
+
+
+def _partial(root: Path, name: str) -> Path:
+    return root / f".{name}.partial"
+
+
+def _replaced(root: Path, name: str) -> Path:
+    return root / f".{name}.replaced"
+
+
+def _recover(root: Path) -> None:
+    """Bring back a checkpoint that was moved aside for a newer one of its name which then never came."""
+    for old in root.glob(".step_*.replaced"):
+        final = root / old.name.removeprefix(".").removesuffix(".replaced")
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, final)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

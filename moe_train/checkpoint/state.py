@@ -1,0 +1,262 @@
+"""The tensors of a run as Megatron-Core's sharded tensors: model, optimizer, random streams.
+
+Every optimizer tensor has the shape and the name of its parameter, whether the distributed optimizer is on or off, so
+a checkpoint loads in any layout. Names: `K` for a parameter or buffer of the model, and for its optimizer state
+`optimizer.state.exp_avg.K`, `optimizer.state.exp_avg_sq.K`, and where K is 16-bit `optimizer.state.fp32_param.K`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as ps
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+
+from moe_train.checkpoint.storage import Request, StateDict
+from moe_train.loop.run import Run
+
+# torch's optimizers count steps for each parameter, the fused ones of Transformer Engine and apex for each group.
+_COUNTS_EACH_PARAMETER = (torch.optim.Adam, torch.optim.AdamW)
+_OPTIMIZER = "optimizer.state"
+_MASTER, _MASTER_OF_DISTRIBUTED = _OPTIMIZER + ".fp32_param.", _OPTIMIZER + ".param."
+
+
+def _options() -> dict[str, Any]:
+    """How Megatron-Core is to describe its state (upstream's training/checkpointing.py builds the same)."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def model_state(run: Run) -> StateDict:
+    """Parameters and buffers of this rank: `model`, or `model0`, `model1`, ... where it has several chunks."""
+    names = ["model"] if len(run.chunks) == 1 else [f"model{i}" for i in range(len(run.chunks))]
+    state: StateDict = {}
+    for name, model in zip(names, models(run), strict=True):
+        state[name] = model.sharded_state_dict(metadata=_options())
+    return state
+
+
+def models(run: Run) -> Iterator[Any]:
+    """The GPT models of this rank, without their wrappers for data parallelism and precision."""
+    for chunk in run.chunks:
+        while hasattr(chunk, "module"):
+            chunk = chunk.module
+        yield chunk
+
+
+def optimizer_state(run: Run, model: StateDict, *, loading: bool) -> StateDict:
+    """Optimizer tensors of this rank under the number of the optimizer (dense and expert parameters have one each).
+
+    `model` is this rank's `model_state`. With the distributed optimizer, data-parallel ranks gather their shards.
+    """
+    state: StateDict = {}
+    for i, optimizer in enumerate(optimizers(run)):
+        _allocate(optimizer)
+        if isinstance(optimizer, DistributedOptimizer):
+            state[str(i)] = _distributed_state(optimizer, model, loading)
+        else:
+            state[str(i)] = optimizer.sharded_state_dict(model, loading, metadata=_options())
+    return _rename_masters(state)
+
+
+def optimizers(run: Run) -> list[Any]:
+    """Megatron-Core's optimizers of this rank that have parameters."""
+    found = getattr(run.optimizer, "chained_optimizers", [run.optimizer])
+    return [optimizer for optimizer in found if not getattr(optimizer, "is_stub_optimizer", False)]
+
+
+def _allocate(optimizer: Any) -> None:
+    """Give torch's optimizer its state, which it otherwise makes in the first step."""
+    optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+    if isinstance(optimizer.optimizer, _COUNTS_EACH_PARAMETER):
+        for state in optimizer.optimizer.state.values():
+            state.setdefault("step", torch.tensor(0.0))
+
+
+def _distributed_state(optimizer: DistributedOptimizer, model: StateDict, loading: bool) -> dict[int, StateDict]:
+    """Optimizer state with the shapes of parameters, as `sharded_param_state_fully_reshardable` should give it.
+
+    Upstream (optimizer/distrib_optimizer.py; 0.16 to 0.19, right in 0.20) joins the buckets of a buffer without the
+    padding at their ends and then looks parameters up at their places with padding: moments behind a padded bucket are
+    those of other parameters. Its `sharded_state_dict` also wants a step count, which AdamW has after the first step.
+    """
+    gathered = None
+    if not loading:
+        gathered = optimizer.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=True)
+    shards, _ = extract_sharded_tensors_and_factories(model)
+    of_parameter = {id(shard.data): shard for shard in nested_values(shards)}
+    state: dict[int, StateDict] = {}
+    for i, buffer in enumerate(optimizer.buffers):
+        places = _places_without_padding(buffer)
+        names = next(iter(gathered[i].values())) if gathered else dict.fromkeys(("param", "exp_avg", "exp_avg_sq"))
+        for parameter in buffer.param_index_map:  # upstream reads the state back in this order
+            tensors: StateDict = {}
+            for name, values in names.items():
+                if name in ("step", "numel_unpadded"):
+                    continue
+                if values is None:
+                    data = torch.empty(parameter.shape, dtype=torch.float32)
+                else:
+                    data = values[places[parameter]].view(parameter.shape)
+                tensors[name] = make_sharded_optimizer_tensor(of_parameter[id(parameter)], data, f"{_OPTIMIZER}.{name}")
+            state[len(state)] = tensors
+    return state
+
+
+def _places_without_padding(buffer: Any) -> dict[Tensor, slice]:
+    """Where each parameter stands in the buckets of a buffer, laid end to end without their padding."""
+    starts, total = [], 0
+    for bucket in buffer.buckets:
+        starts.append(total - bucket.offset)
+        total += bucket.numel_unpadded
+    return {
+        parameter: slice(start + starts[bucket], end + starts[bucket])
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
+
+
+def _rename_masters(state: StateDict) -> StateDict:
+    """One name for the fp32 weights, which the two kinds of optimizer name differently."""
+
+    def rename(value: Any) -> Any:
+        if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.key.startswith(_MASTER_OF_DISTRIBUTED):
+            return replace(value, key=_MASTER + value.key.removeprefix(_MASTER_OF_DISTRIBUTED))
+        return value
+
+    renamed: StateDict = dict_list_map_inplace(rename, state)
+    return renamed
+
+
+def without_masters(state: StateDict) -> StateDict:
+    """`optimizer_state` without the fp32 weights: an fp32 model's own weights are these already."""
+    kept: StateDict = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            kept[key] = without_masters(value)
+        elif not (isinstance(value, ShardedTensor | ShardedTensorFactory) and value.key.startswith(_MASTER)):
+            kept[key] = value
+    return kept
+
+
+def find_masters(request: Request, contents: Metadata, fp32: bool) -> None:
+    """Point the request to the most precise weights in the checkpoint, which may be of a run in another precision."""
+    saved = contents.state_dict_metadata
+    for tensor in request.tensors:
+        if tensor.key.startswith(_MASTER) and tensor.key not in saved:
+            tensor.key = tensor.key.removeprefix(_MASTER)
+        elif fp32 and _MASTER + tensor.key in saved:
+            tensor.key = _MASTER + tensor.key
+
+
+@torch.no_grad()
+def load_model(run: Run, loaded: StateDict) -> None:
+    """Put read weights and buffers into the model.
+
+    Raises:
+        RuntimeError: the model has a parameter that was not in the request, which is a bug.
+    """
+    for model, state in zip(models(run), loaded.values(), strict=True):
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        missing = [name for name in missing if not name.endswith("_extra_state")]  # FP8 scales, which are pickled
+        if missing or unexpected:
+            raise RuntimeError(f"not in the sharded state: {missing}; not in the model: {unexpected}")
+
+
+@torch.no_grad()
+def load_optimizer(run: Run, loaded: StateDict, updates: int) -> None:
+    """Put read moments and fp32 weights into the optimizers, which have done `updates` steps."""
+    for i, optimizer in enumerate(optimizers(run)):
+        state = loaded[str(i)]
+        if isinstance(optimizer, DistributedOptimizer):
+            _drop_steps(optimizer.optimizer)  # upstream looks for each state of torch's AdamW among the read tensors
+            optimizer.load_parameter_state_from_fully_reshardable(state)
+        else:
+            _load_plain(optimizer, state)
+        _set_steps(optimizer.optimizer, updates)
+
+
+def _load_plain(optimizer: Any, state: StateDict) -> None:
+    moments = state.get("optimizer", state)
+    parameters = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
+    for number, tensors in moments["state"].items():
+        for name, tensor in tensors.items():
+            optimizer.optimizer.state[parameters[number]][name].copy_(tensor)
+    for group, tensors in zip(
+        getattr(optimizer, "fp32_from_float16_groups", []), state.get("fp32_from_fp16_params", []), strict=True
+    ):
+        for parameter, tensor in zip(group, tensors, strict=True):
+            parameter.copy_(tensor)
+
+
+def _drop_steps(optimizer: torch.optim.Optimizer) -> None:
+    for state in optimizer.state.values():
+        state.pop("step", None)
+
+
+def _set_steps(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    if isinstance(optimizer, _COUNTS_EACH_PARAMETER):
+        for state in optimizer.state.values():
+            state["step"] = torch.tensor(float(updates))
+    else:
+        for group in optimizer.param_groups:
+            group["step"] = updates
+
+
+def scalers(run: Run) -> dict[str, dict[str, float]]:
+    """Dynamic loss scale of fp16 and its counters, of the `dense` and the `expert` optimizer."""
+    found: dict[str, dict[str, float]] = {}
+    for optimizer in optimizers(run):
+        scaler = getattr(optimizer, "grad_scaler", None)
+        if scaler is not None:
+            found[_kind(optimizer)] = {name: float(value) for name, value in scaler.state_dict().items()}
+    return found
+
+
+def load_scalers(run: Run, saved: dict[str, dict[str, float]]) -> None:
+    """Continue with the saved loss scales. A checkpoint without them (another precision) leaves the configured ones."""
+    for optimizer in optimizers(run):
+        scaler, state = getattr(optimizer, "grad_scaler", None), saved.get(_kind(optimizer))
+        if scaler is not None and state:
+            counters = {name: int(value) for name, value in state.items() if name != "scale"}
+            scaler.load_state_dict({"scale": torch.tensor([state["scale"]], dtype=torch.float), **counters})
+
+
+def _kind(optimizer: Any) -> str:
+    return "expert" if any(group.get("is_expert_parallel") for group in optimizer.param_groups) else "dense"
+
+
+def random_state(run: Run) -> StateDict:
+    """Random streams of this rank, each one row of a tensor with a row for every rank."""
+    streams: dict[str, Tensor] = {"cpu": torch.get_rng_state()}
+    if run.device.type == "cuda":
+        streams["cuda"] = torch.cuda.get_rng_state()
+    for name, stream in tensor_parallel.get_cuda_rng_tracker().get_states().items():
+        streams[f"tracker.{name}"] = stream
+    rows = (0, run.rank.rank, run.layout.world_size)
+    return {
+        name: ShardedTensor.from_rank_offsets(f"rng.{name}", stream.clone(), rows, prepend_axis_num=1)
+        for name, stream in streams.items()
+    }
+
+
+def load_random(run: Run, loaded: StateDict) -> None:
+    """Continue the random streams where this rank's were."""
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    tracker.set_states({name: loaded.get(f"tracker.{name}", state) for name, state in tracker.get_states().items()})
+    torch.set_rng_state(loaded["cpu"])
+    if "cuda" in loaded:
+        torch.cuda.set_rng_state(loaded["cuda"])

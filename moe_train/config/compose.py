@@ -1,0 +1,269 @@
+"""From the command line to one typed `Config`, through Hydra. No torch import.
+
+Dataclass defaults < YAML groups under `conf/` < the command line. Every error of the user's is one line on stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import errno
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+import yaml
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+
+from moe_train.config import store
+from moe_train.config.explain import CONF_DIR, explain, one_line, refuse_lost_groups, unknown_field
+from moe_train.config.schema import Config
+from moe_train.config.validate import validate
+from moe_train.config.walk import all_fields, group_names
+from parallel.errors import ConfigError, MoeTrainError
+from parallel.suggest import override_value
+
+_FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra then raises its errors instead of printing them in its own way
+_INTERRUPTED = 130
+
+store.register()
+
+
+def compose(overrides: Sequence[str] = (), config_name: str = "train") -> Config:
+    """The config that these overrides make, for tools and tests. Cross-field rules are left to `validate`.
+
+    Raises:
+        ConfigError: for an unknown field or option, a wrong type or bad syntax.
+    """
+    try:
+        refuse_lost_groups(overrides)
+        with hydra.initialize_config_dir(str(CONF_DIR), job_name="moe-train", version_base="1.3"):
+            return to_config(hydra.compose(config_name, overrides=list(overrides)))
+    except Exception as error:
+        raise explain(error, overrides) or error from error
+
+
+def to_config(composed: DictConfig) -> Config:
+    """A real `Config` from Hydra's dictionary. Raises ConfigError for a field added with `+`, else OmegaConf's own."""
+    _refuse_extra(composed, "")
+    config = OmegaConf.to_object(composed)
+    if not isinstance(config, Config):
+        raise ConfigError("the config is not built on moe_train's schema", "begin its defaults list with `schema`")
+    return config
+
+
+def _refuse_extra(node: DictConfig, prefix: str) -> None:
+    """`+key=value` gets past OmegaConf's check of unknown keys; the schema has no use for them."""
+    for key in map(str, node):
+        name = f"{prefix}{key}"
+        if name in group_names():
+            _refuse_extra(node[key], f"{name}.")
+        elif name not in all_fields():
+            raise unknown_field(name, None if isinstance(node[key], (DictConfig, ListConfig)) else str(node[key]))
+
+
+def to_yaml(cfg: Config) -> str:
+    """Every field of `cfg` as YAML, to be read back by `from_yaml`."""
+    return yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
+
+
+def from_yaml(path: str | Path) -> Config:
+    """The config in a file that `to_yaml` wrote, such as `run_dir/config.yaml`.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not fit the schema.
+    """
+    try:
+        loaded = OmegaConf.load(path)
+        return to_config(cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), loaded)))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist", "name the config.yaml of a run directory") from error
+    except Exception as error:
+        cause = explain(error)
+        raise ConfigError(
+            f"{path}: {cause.cause if cause else one_line(error)}", cause.remedy if cause else ""
+        ) from error
+
+
+class _Stop(SystemExit):
+    """Ends Hydra's work before it makes the output directory; Hydra lets only SystemExit out of a callback."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        super().__init__(2)
+
+
+class ValidateBeforeOutput(Callback):
+    """Hydra callback (conf/train.yaml) that checks a run's config, and only then makes its directory."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Stop where the config is wrong; nothing has been written yet."""
+        try:
+            task = copy.deepcopy(config)
+            with read_write(task), open_dict(task):
+                del task["hydra"]
+            validate(to_config(task))
+            _make_run_dir(task.run_dir)
+        except Exception as error:
+            raise _Stop(error) from error
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Stop where the directory of all jobs cannot be made; each job is checked when its turn comes."""
+        try:
+            _make_run_dir(config.hydra.sweep.dir)
+        except Exception as error:
+            raise _Stop(error) from error
+
+
+def _make_run_dir(name: str) -> None:
+    """The directory, made just before Hydra would, so that a refusal names the field."""
+    remedy = f"use run_dir={Config().run_dir}"
+    if not name.strip():
+        raise ConfigError(f"run_dir={override_value(name)} names no directory", remedy)
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is not a directory" if isinstance(error, FileExistsError) else error.strerror
+        raise ConfigError(f"run_dir={name} cannot be written: {reason}", remedy) from error
+    if not os.access(name, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir={name} cannot be written: {os.strerror(errno.EACCES)}", remedy)
+
+
+def hydra_entry(fn: Callable[[Config], None], config_name: str = "train", argv: Sequence[str] | None = None) -> int:
+    """Run `fn` on the config of the command line, once, or once for each job of a sweep (-m). Returns the exit code.
+
+    All of Hydra's own options work (--cfg job, -m, --help, ...). `cfg.run_dir` is Hydra's output directory of the job.
+    Errors of the user's end as one line `error: cause; remedy` on stderr and exit code 2, other typed errors with their
+    own code. `-v`, verbose=true or HYDRA_FULL_ERROR=1 show the traceback too. An untyped error of `fn` is a bug: its
+    traceback is always shown, and the code is 1.
+    """
+    options = [
+        "verbose=true" if word in ("-v", "--verbose") else word for word in (sys.argv[1:] if argv is None else argv)
+    ]
+    entry = _Entry(fn, [word for word in options if not word.startswith("-")])
+    try:
+        with _one_line_usage():
+            get_args_parser().parse_args(options)
+        refuse_lost_groups(entry.overrides)
+        with _replaced_argv(options), _environment(_FULL_ERROR, "1"):
+            hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(entry.job)()
+    except _Stop as stop:
+        entry.report(stop.error)
+    except SystemExit as end:  # --help and the like
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except Exception as error:
+        entry.report(error)
+    return entry.exit_code
+
+
+class _Entry:
+    """Runs jobs for Hydra and reports their errors; Hydra itself sees every job succeed, or it would print its own."""
+
+    def __init__(self, fn: Callable[[Config], None], overrides: list[str]) -> None:
+        self.fn, self.overrides, self.exit_code = fn, overrides, 0
+        self.verbose = "verbose=true" in overrides or os.environ.get(_FULL_ERROR) == "1"
+        self.user_environment = os.environ.get(_FULL_ERROR)
+        self.prefix = ""
+
+    def job(self, composed: DictConfig) -> None:
+        """One job. Its error is reported, and the next job of a sweep still runs."""
+        hydra_config = HydraConfig.get()
+        output = Path(hydra_config.runtime.output_dir)
+        self.prefix = "" if OmegaConf.is_missing(hydra_config.job, "num") else f"job {hydra_config.job.num}: "
+        try:
+            cfg = to_config(composed)
+            cfg.run_dir = str(output)
+            self.verbose = self.verbose or cfg.verbose
+            validate(cfg)
+        except Exception as error:
+            self.report(error)
+            _remove_empty(output)
+            return
+        try:
+            with _environment(_FULL_ERROR, self.user_environment):
+                self.fn(cfg)
+        except MoeTrainError as error:
+            self.report(error)
+        except Exception as error:
+            self.report_bug(error)
+        _remove_empty(output)  # not every command writes there
+
+    def report(self, error: Exception) -> None:
+        """One line for an error of composition, or a typed one."""
+        known = explain(error, self.overrides)
+        if known is None:
+            self.report_bug(error)
+            return
+        if self.verbose:
+            traceback.print_exception(error)
+        self._print(one_line(known), known.exit_code)
+
+    def report_bug(self, error: Exception) -> None:
+        """An error that nobody foresaw: whoever mends it needs the traceback."""
+        traceback.print_exception(error)
+        self._print(f"{type(error).__name__}: {one_line(error)}", 1)
+
+    def _print(self, line: str, exit_code: int) -> None:
+        print(f"error: {self.prefix}{line}", file=sys.stderr, flush=True)
+        self.exit_code = self.exit_code or exit_code
+
+
+def _remove_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):  # a directory with anything in it stays
+        directory.rmdir()
+
+
+@contextlib.contextmanager
+def _one_line_usage() -> Iterator[None]:
+    """argparse prints its usage, many lines long, before an error: keep the error."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            yield
+    except SystemExit as end:
+        if not end.code:
+            raise
+        message = captured.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+        raise ConfigError(
+            f"command line: {message}", "use KEY=VALUE overrides and the options of moe-train --help"
+        ) from None
+
+
+@contextlib.contextmanager
+def _replaced_argv(options: list[str]) -> Iterator[None]:
+    before = sys.argv
+    sys.argv = [before[0] if before else "moe-train", *options]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    """The environment variable set to `value` (None: unset) inside the block."""
+    before = os.environ.get(name)
+
+    def put(text: str | None) -> None:
+        if text is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = text
+
+    put(value)
+    try:
+        yield
+    finally:
+        put(before)

@@ -1,0 +1,231 @@
+"""Rules between the architecture and the layout of ranks."""
+
+from __future__ import annotations
+
+from math import lcm
+
+from moe_train.config.rules.facts import Facts, Rule
+from parallel import pipeline
+from parallel.suggest import Fix, Impossible, divisors, fixes_of, multiples, nearest
+
+
+def _divides(facts: Facts, degree: str, field: str, value: int, meaning: str = "", fixed: bool = False) -> None:
+    """`parallel.<degree>` must divide `value` of `field`; suggests degrees, then values unless they are `fixed`."""
+    by: int = getattr(facts.layout, degree)
+    if value % by == 0:
+        return
+    name = f"parallel.{degree}"
+    fixes = fixes_of(name, nearest(divisors(value), by))
+    if not fixed:
+        fixes += fixes_of(field, nearest(multiples(by, value), value))
+    what = meaning or f"{field}={value}"
+    raise Impossible(f"{name}={by} does not divide {what} ({value} = {value // by} x {by} + {value % by})", fixes)
+
+
+def tensor_parallel_widths(facts: Facts) -> None:
+    """Every matrix that tensor-parallel ranks split must split evenly."""
+    model = facts.cfg.model
+    _divides(facts, "tp", "model.num_attention_heads", model.num_attention_heads)
+    if model.attention == "gqa":
+        _query_groups(facts)
+    elif facts.backend == "local":  # Transformer Engine keeps the down-projections whole on every rank
+        _divides(facts, "tp", "model.q_lora_rank", model.q_lora_rank)
+        down = model.kv_lora_rank + model.qk_rope_head_dim
+        meaning = f"model.kv_lora_rank + qk_rope_head_dim = {model.kv_lora_rank} + {model.qk_rope_head_dim}"
+        _divides(facts, "tp", "model.kv_lora_rank", down, meaning, fixed=True)
+    if 0 in model.moe_layer_pattern:
+        _divides(facts, "tp", "model.ffn_hidden_size", model.ffn_hidden_size)
+    if model.is_moe:
+        _divides(facts, "etp", "model.moe_ffn_hidden_size", model.moe_ffn_hidden_size)
+        shared = model.num_shared_experts * model.moe_ffn_hidden_size
+        meaning = (
+            f"model.num_shared_experts x moe_ffn_hidden_size = {model.num_shared_experts} x {model.moe_ffn_hidden_size}"
+        )
+        _divides(facts, "tp", "model.moe_ffn_hidden_size", shared, meaning, fixed=True)
+    meaning = f"model.vocab_size={model.vocab_size} padded to {model.padded_vocab_size} rows"
+    _divides(facts, "tp", "model.vocab_size", model.padded_vocab_size, meaning, fixed=True)
+
+
+def _query_groups(facts: Facts) -> None:
+    """Key/value heads split over tp, or each serves a whole number of tensor-parallel ranks."""
+    model, tp = facts.cfg.model, facts.layout.tp
+    groups = model.kv_heads
+    # Where one head serves several ranks: a norm over all heads knows only split heads, and the weights still split.
+    shared_ok = tp % groups == 0 and model.qk_norm != "full" and 2 * groups * model.attention_head_dim % tp == 0
+    if groups % tp and not shared_ok:
+        raise Impossible(
+            f"parallel.tp={tp} does not divide model.num_query_groups={groups} ({groups} = {groups // tp} x {tp} + "
+            f"{groups % tp})" + ("" if model.qk_norm == "full" else f", nor {groups} tp"),
+            [
+                *fixes_of("parallel.tp", nearest(divisors(groups), tp)),
+                *fixes_of("model.num_query_groups", nearest(divisors(model.num_attention_heads), groups)),
+            ],
+        )
+
+
+def sequence_parallel(facts: Facts) -> None:
+    """Sequence parallelism needs tensor parallelism, and upstream's MoE layer needs it with tensor parallelism."""
+    asked, tp = facts.cfg.parallel.sequence_parallel, facts.layout.tp
+    if asked and tp == 1:
+        raise Impossible(
+            "parallel.sequence_parallel=true splits the sequence over tensor-parallel ranks, but parallel.tp=1",
+            [{"parallel.sequence_parallel": None}, {"parallel.tp": 2}],
+        )
+    if asked is False and tp > 1 and facts.cfg.model.is_moe:
+        raise Impossible(
+            f"parallel.sequence_parallel=false does not go with experts and parallel.tp={tp}: Megatron-Core refuses to "
+            "train experts on sequences that every tensor-parallel rank holds whole",
+            [{"parallel.sequence_parallel": True}, {"parallel.tp": 1}],
+        )
+
+
+def sequence_length(facts: Facts) -> None:
+    """Sequences split over cp (in 2 x cp zig-zag slices) and then over tp, and fit the model."""
+    train, model, layout = facts.cfg.train, facts.cfg.model, facts.layout
+    length = train.seq_length
+    over_tp = layout.tp if facts.sequence_parallel else 1
+    slices = 2 * layout.cp if layout.cp > 1 else 1
+    step = lcm(slices, over_tp * layout.cp)
+    if length % step:
+        parts = [f"2 x parallel.cp = {slices} zig-zag slices"] if slices > 1 else []
+        if over_tp > 1:
+            product = f"parallel.tp x cp = {over_tp} x {layout.cp} = {over_tp * layout.cp}"
+            parts += [f"{product if layout.cp > 1 else f'parallel.tp={over_tp}'} ranks (sequence parallel)"]
+        raise Impossible(
+            f"train.seq_length={length} does not split into {' and '.join(parts)}: "
+            f"{length} = {length // step} x {step} + {length % step}",
+            fixes_of("train.seq_length", nearest(multiples(step, length), length, minimum=2)),
+        )
+    if length > model.max_position_embeddings:
+        limit = model.max_position_embeddings
+        raise Impossible(
+            f"train.seq_length={length} exceeds model.max_position_embeddings={limit}",
+            [{"train.seq_length": max(limit // step * step, step)}, {"model.max_position_embeddings": length}],
+        )
+    if length <= model.mtp_num_layers:
+        raise Impossible(
+            f"train.seq_length={length} leaves nothing to predict with model.mtp_num_layers={model.mtp_num_layers}",
+            fixes_of("train.seq_length", range(step * (model.mtp_num_layers // step + 1), 4 * step + 64, step)),
+        )
+
+
+def experts(facts: Facts) -> None:
+    """Experts split evenly over ep ranks; dense models have none to split."""
+    model, layout = facts.cfg.model, facts.layout
+    if not model.is_moe:
+        for name in ("ep", "etp"):
+            if (degree := getattr(layout, name)) > 1:
+                raise Impossible(
+                    f"parallel.{name}={degree} splits experts, but model.num_experts=0 is a dense model",
+                    [{f"parallel.{name}": 1}, {"model.num_experts": degree}],
+                )
+        return
+    _divides(facts, "ep", "model.num_experts", model.num_experts)
+
+
+def dispatcher(facts: Facts) -> None:
+    """What each way of sending tokens to experts needs."""
+    cfg, layout, parallel = facts.cfg, facts.layout, facts.cfg.parallel
+    if parallel.dispatcher == "flex":
+        others: list[Fix] = fixes_of("parallel.dispatcher", ("alltoall", "allgather"))
+        if facts.runtime != "cuda":
+            raise Impossible(f"parallel.dispatcher=flex (DeepEP) needs GPUs, but runtime={facts.runtime}", others)
+        if layout.ep * layout.etp == 1:
+            raise Impossible(
+                "parallel.dispatcher=flex needs experts on several ranks, but parallel.ep x etp = 1 x 1",
+                [{"parallel.ep": 2}, *others],
+            )
+        if cfg.model.pad_to_capacity:
+            raise Impossible("parallel.dispatcher=flex (DeepEP) does not go with model.pad_to_capacity=true", others)
+    if parallel.shared_expert_overlap:
+        off: Fix = {"parallel.shared_expert_overlap": False}
+        if not cfg.model.num_shared_experts:
+            raise Impossible("parallel.shared_expert_overlap=true needs shared experts, but model.num_shared_experts=0",
+                             [off, {"model.num_shared_experts": 1}])  # fmt: skip
+        if parallel.dispatcher != "alltoall":
+            raise Impossible(
+                f"parallel.shared_expert_overlap=true needs parallel.dispatcher=alltoall, not {parallel.dispatcher}",
+                [{"parallel.dispatcher": "alltoall"}, off],
+            )
+        if facts.runtime != "cuda":
+            raise Impossible(
+                f"parallel.shared_expert_overlap=true needs GPU streams, but runtime={facts.runtime}", [off]
+            )
+
+
+def stages(facts: Facts) -> None:
+    """Every virtual pipeline stage holds something, and chunks interleave only over several ranks."""
+    cfg, layout = facts.cfg, facts.layout
+    if layout.vpp > 1 and layout.pp == 1:
+        raise Impossible(
+            f"parallel.vpp={layout.vpp} interleaves model chunks over pipeline ranks, but parallel.pp=1",
+            [{"parallel.vpp": 1}, {"parallel.pp": 2}],
+        )
+    if facts.overlap_p2p and layout.vpp == 1:
+        raise Impossible(
+            "parallel.overlap_p2p=true needs the interleaved schedule, but parallel.vpp=1",
+            [{"parallel.overlap_p2p": None}, {"parallel.vpp": 2}],
+        )
+    if layout.pp == 2 and layout.vpp > 1 and not facts.overlap_p2p:
+        raise Impossible(
+            f"parallel.overlap_p2p=false with parallel.pp=2 and parallel.vpp={layout.vpp} mixes up messages: both "
+            "neighbours of a rank are the same rank, and gradients come out wrong",
+            [{"parallel.overlap_p2p": True}, {"parallel.vpp": 1}],
+        )
+    text, model = cfg.parallel.pipeline_layout, cfg.model
+    if layout.pp > 1 and model.tie_embeddings and model.mtp_num_layers:
+        raise Impossible(
+            f"model.tie_embeddings=true with model.mtp_num_layers={model.mtp_num_layers} puts a third copy of the "
+            f"embedding on the last of parallel.pp={layout.pp} stages, which Megatron-Core's checkpoints do not know",
+            [{"model.tie_embeddings": False}, {"model.mtp_num_layers": 0}, {"parallel.pp": 1}],
+        )
+    if text is None:
+        pipeline.balanced_layout(model.num_layers, layout.pp, layout.vpp, model.mtp_num_layers)
+    else:
+        pipeline.parse_layout(text, layout.pp, layout.vpp, model.num_layers, model.mtp_num_layers)
+
+
+def global_batch(facts: Facts) -> None:
+    """The global batch is whole micro-batches on every data-parallel rank, in rounds of pp when interleaved."""
+    cfg, layout = facts.cfg, facts.layout
+    if facts.runtime == "simulated":
+        return  # it builds one rank's model and trains on no batch
+    size, micro, each = cfg.batch.global_batch_size, cfg.batch.micro_batch_size, facts.data_ranks_batch
+    product = f"batch.micro_batch_size x parallel.dp = {micro} x {layout.dp} = {each}"
+    if size % each:
+        raise Impossible(
+            f"batch.global_batch_size={size} is not a multiple of {product} "
+            f"({size} = {size // each} x {each} + {size % each})",
+            [
+                *fixes_of("batch.global_batch_size", nearest(multiples(each, size), size)),
+                *fixes_of(
+                    "batch.micro_batch_size", nearest((d for d in divisors(size) if size % (d * layout.dp) == 0), micro)
+                ),
+            ],
+        )
+    if layout.vpp > 1 and (size // each) % layout.pp:
+        round_size = each * layout.pp
+        raise Impossible(
+            f"batch.global_batch_size={size} makes {size} / ({product}) = {size // each} micro-batches, not a "
+            f"multiple of parallel.pp={layout.pp} as the interleaved schedule (parallel.vpp={layout.vpp}) needs",
+            fixes_of("batch.global_batch_size", nearest(multiples(round_size, size), size)),
+        )
+
+
+def overlap(facts: Facts) -> None:
+    """Gathering parameters late needs shards to gather, and gradients reduced the same way (upstream's rule)."""
+    parallel = facts.cfg.parallel
+    if not parallel.overlap_param_gather:
+        return
+    off: Fix = {"parallel.overlap_param_gather": False}
+    if not parallel.distributed_optimizer:
+        raise Impossible("parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true",
+                         [{"parallel.distributed_optimizer": True}, off])  # fmt: skip
+    if not parallel.overlap_grad_reduce:
+        raise Impossible("parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true",
+                         [{"parallel.overlap_grad_reduce": True}, off])  # fmt: skip
+
+
+RULES: tuple[Rule, ...] = (
+    experts, tensor_parallel_widths, sequence_parallel, sequence_length, dispatcher, stages, global_batch, overlap,
+)  # fmt: skip

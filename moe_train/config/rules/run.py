@@ -1,0 +1,161 @@
+"""Rules of a run: length, schedule, optimizer, data, backend and runtime."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from moe_train.config.rules.facts import Facts, Rule
+from parallel.suggest import Impossible, fixes_of, override_value
+
+
+def run_length(facts: Facts) -> None:
+    """Either steps or tokens, and a warm-up that ends before the decay does."""
+    train, schedule = facts.cfg.train, facts.cfg.schedule
+    if train.steps is not None and train.tokens is not None:
+        raise Impossible(
+            f"train.steps={train.steps} and train.tokens={train.tokens} both say how long the run is",
+            [{"train.steps": None}, {"train.tokens": None}],
+        )
+    end = facts.total_steps if schedule.decay_steps is None else schedule.decay_steps
+    if schedule.warmup_steps > end:
+        what = f"the run's {end} steps" if schedule.decay_steps is None else f"schedule.decay_steps={end}"
+        raise Impossible(
+            f"schedule.warmup_steps={schedule.warmup_steps} exceeds {what}",
+            [
+                *fixes_of("schedule.warmup_steps", (end // 10, 0)),
+                {"train.steps": schedule.warmup_steps, "train.tokens": None}
+                if schedule.decay_steps is None
+                else {"schedule.decay_steps": schedule.warmup_steps},
+            ],
+        )
+
+
+def optimizer_numbers(facts: Facts) -> None:
+    """Ranges of AdamW's and the schedule's numbers."""
+    optimizer, schedule = facts.cfg.optimizer, facts.cfg.schedule
+    for name, usual in {"beta1": 0.9, "beta2": 0.95}.items():
+        if not 0 <= getattr(optimizer, name) < 1:
+            raise Impossible(
+                f"optimizer.{name}={getattr(optimizer, name)} is not in [0, 1)", [{f"optimizer.{name}": usual}]
+            )
+    if not optimizer.eps > 0:
+        raise Impossible(f"optimizer.eps={optimizer.eps} is not above 0", [{"optimizer.eps": 1e-8}])
+    if not schedule.min_lr_ratio <= 1:
+        raise Impossible(
+            f"schedule.min_lr_ratio={schedule.min_lr_ratio} ends above the peak learning rate",
+            fixes_of("schedule.min_lr_ratio", (0.1, 1.0)),
+        )
+    peak = facts.cfg.telemetry.peak_tflops
+    if peak is not None and not peak > 0:
+        raise Impossible(f"telemetry.peak_tflops={peak} is not above 0", [{"telemetry.peak_tflops": None}])
+
+
+def data_source(facts: Facts) -> None:
+    """Where text comes from, and a tokenizer that fits the embedding."""
+    data, model = facts.cfg.data, facts.cfg.model
+    if data.source == "files" and not data.path:
+        raise Impossible(f"data.path={override_value(data.path)}, but data.source=files reads the text there", [],
+                         "use data.path=FILE_OR_DIRECTORY or data=stdlib")  # fmt: skip
+    if data.source != "files" and data.path:
+        raise Impossible(f"data.path={data.path} is not read with data.source={data.source}",
+                         [{"data.source": "files"}, {"data.path": None}])  # fmt: skip
+    if data.source != "none" and data.tokenizer is None and data.tokenizer_vocab_size > model.vocab_size:
+        raise Impossible(
+            f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} exceeds model.vocab_size={model.vocab_size}",
+            [{"data.tokenizer_vocab_size": model.vocab_size}, {"model.vocab_size": data.tokenizer_vocab_size}],
+        )
+
+
+def data_split(facts: Facts) -> None:
+    """Three shares that make 100, with something to train on."""
+    text = facts.cfg.data.split
+    try:
+        shares = [float(share) for share in text.split(",")]
+    except ValueError:
+        shares = []
+    usual = [{"data.split": "90,5,5"}]
+    if len(shares) != 3 or any(not share >= 0 for share in shares):
+        raise Impossible(f"data.split={text} is not three shares (train, validation, test) such as 90,5,5", usual)
+    if abs(sum(shares) - 100) > 1e-6:
+        sums = " + ".join(f"{share:g}" for share in shares)
+        rest = 100 - shares[1] - shares[2]
+        fitting = [{"data.split": f"{rest:g},{shares[1]:g},{shares[2]:g}"}] if rest > 0 else []
+        raise Impossible(f"data.split={text} does not make 100: {sums} = {sum(shares):g}", [*fitting, *usual])
+    if shares[0] == 0:
+        raise Impossible(f"data.split={text} leaves nothing to train on", usual)
+    if shares[1] == 0 and facts.cfg.train.eval_batches:
+        raise Impossible(
+            f"data.split={text} has no validation text, but train.eval_batches={facts.cfg.train.eval_batches}",
+            [{"train.eval_batches": 0}, *usual],
+        )
+
+
+def data_blend(facts: Facts) -> None:
+    """Each entry of a blend is a weight and a prefix."""
+    blend = facts.cfg.data.blend
+    for number, entry in enumerate(blend):
+        match = re.fullmatch(r"(\S+) +(\S.*)", entry.strip())
+        try:
+            weight = float(match.group(1)) if match else 0.0
+        except ValueError:
+            weight = 0.0
+        if not match or not 0 < weight < float("inf"):
+            prefix = match.group(2) if match else entry.strip() or "PREFIX"
+            fixed = [*blend[:number], f"1.0 {prefix}", *blend[number + 1 :]]
+            raise Impossible(f"data.blend has {entry!r}, which is not 'WEIGHT PREFIX' with a weight above 0",
+                             [{"data.blend": fixed}])  # fmt: skip
+
+
+def document_masks(facts: Facts) -> None:
+    """Masks at document ends need whole sequences."""
+    cfg = facts.cfg
+    if cfg.data.reset_at_eod and cfg.parallel.cp > 1:
+        raise Impossible(
+            f"data.reset_at_eod=true needs whole sequences on each rank, but parallel.cp={cfg.parallel.cp} splits them",
+            [{"data.reset_at_eod": False}, {"parallel.cp": 1}],
+        )
+
+
+def backend(facts: Facts) -> None:
+    """Transformer Engine and apex are CUDA libraries."""
+    cfg, runtime = facts.cfg, facts.runtime
+    where = f"runtime={runtime}" + (" (no GPU is visible)" if cfg.runtime == "auto" else "")
+    if facts.backend == "te" and runtime != "cuda":
+        raise Impossible(
+            f"backend.name=te needs runtime=cuda, not {where}", fixes_of("backend.name", ("local", "auto"))
+        )
+    if cfg.backend.apex and runtime != "cuda":
+        raise Impossible(f"backend.apex=true needs runtime=cuda, not {where}", [{"backend.apex": False}])
+
+
+def one_rank_of_many(facts: Facts) -> None:
+    """`rank` picks one of the simulated ranks; real ranks know who they are."""
+    cfg, ranks = facts.cfg, facts.layout.world_size
+    if cfg.rank >= ranks:
+        raise Impossible(f"rank={cfg.rank} is not one of the layout's {ranks} ranks 0 .. {ranks - 1}",
+                         fixes_of("rank", (ranks - 1, 0)))  # fmt: skip
+    if cfg.rank and facts.runtime != "simulated":
+        raise Impossible(f"rank={cfg.rank} is for runtime=simulated, but runtime={cfg.runtime}",
+                         [{"rank": 0}, {"runtime": "simulated"}])  # fmt: skip
+
+
+def where_to_start(facts: Facts) -> None:
+    """What a run starts from exists and is one thing."""
+    cfg = facts.cfg
+    if cfg.init_from is not None and not os.path.exists(cfg.init_from):
+        raise Impossible(f"init_from={override_value(cfg.init_from)} does not exist", [{"init_from": None}])
+    if cfg.resume in ("auto", "never"):
+        return
+    if not os.path.exists(cfg.resume):
+        raise Impossible(f"resume={cfg.resume} is neither auto, never nor the path of a checkpoint that exists",
+                         fixes_of("resume", ("auto", "never")))  # fmt: skip
+    if cfg.init_from is not None:
+        raise Impossible(f"resume={cfg.resume} and init_from={cfg.init_from} both name weights to start from",
+                         [{"init_from": None}, {"resume": "auto"}])  # fmt: skip
+
+
+RULES: tuple[Rule, ...] = (
+    run_length, optimizer_numbers, data_source, data_split, data_blend, document_masks, backend, one_rank_of_many,
+    where_to_start,
+)  # fmt: skip

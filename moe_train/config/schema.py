@@ -1,0 +1,193 @@
+"""The one typed configuration of a run. Dataclass defaults < YAML groups under `conf/` < command line.
+
+Every field has a one-line doc with its unit. Nothing here imports torch: login nodes read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moe_train.config.fields import doc
+from moe_train.config.model import ModelConfig
+
+
+@dataclass
+class ParallelConfig:
+    """How the work is laid over ranks: tp x cp x dp x pp ranks, and the same ranks as etp x ep x edp x pp."""
+
+    tp: int = doc(1, "Tensor-parallel degree.", minimum=1, maximum=1_000_000)
+    pp: int = doc(1, "Pipeline-parallel degree.", minimum=1, maximum=1_000_000)
+    vpp: int = doc(
+        1, "Model chunks on each pipeline rank (interleaved schedule); 1 means none.", minimum=1, maximum=1_000_000
+    )
+    cp: int = doc(1, "Context-parallel degree.", minimum=1, maximum=1_000_000)
+    ep: int = doc(1, "Expert-parallel degree.", minimum=1, maximum=1_000_000)
+    etp: int = doc(1, "Tensor-parallel degree inside one expert.", minimum=1, maximum=1_000_000)
+    dp: int | None = doc(
+        None, "Data-parallel degree; null follows from the number of ranks.", minimum=1, maximum=1_000_000
+    )
+    sequence_parallel: bool | None = doc(None, "Split norms and dropout over tp ranks; null means yes when tp > 1.")
+    pipeline_layout: str | None = doc(
+        None, "Layers of each stage, such as 'E,t*4|t*4|t*4|t,m,L'; null means balanced by cost."
+    )
+    distributed_optimizer: bool = doc(True, "Shard optimizer state over data-parallel ranks (ZeRO-1).")
+    overlap_grad_reduce: bool = doc(False, "Reduce gradients while the backward pass still runs.")
+    overlap_param_gather: bool = doc(False, "Gather updated parameters while the next forward pass runs.")
+    overlap_p2p: bool | None = doc(None, "Overlap pipeline messages with compute; null means yes when vpp > 1.")
+    dispatcher: str = doc(
+        "alltoall", "How tokens reach their experts; flex (DeepEP) needs GPUs.",
+        choices=("alltoall", "allgather", "flex"),
+    )  # fmt: skip
+    shared_expert_overlap: bool = doc(False, "Run the shared experts while tokens travel (GPUs only).")
+
+
+@dataclass
+class BackendConfig:
+    """Which modules implement the model. Nothing is guessed from what happens to be installed."""
+
+    name: str = doc(
+        "auto", "Transformer Engine, or Megatron-Core's own modules; auto means te on cuda.",
+        choices=("auto", "te", "local"),
+    )  # fmt: skip
+    apex: bool = doc(False, "Use NVIDIA apex (fused norm, Adam, gradient accumulation) where TE is absent.")
+    fusions: bool | None = doc(None, "Megatron-Core's fused kernels as its docs recommend; null means yes on cuda.")
+    grouped_gemm: bool | None = doc(None, "All local experts in one grouped GEMM; null means yes with te.")
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats of weights, gradients and optimizer state."""
+
+    name: str = doc("fp32", "Name of the recipe, for logs and reports.")
+    dtype: str = doc("fp32", "Format of weights and activations.", choices=("fp32", "bf16", "fp16"))
+    grad_reduce_fp32: bool = doc(True, "Accumulate and reduce gradients in fp32.")
+    initial_loss_scale: float = doc(65536.0, "First dynamic loss scale of fp16.", minimum=1)
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with decoupled weight decay, and gradient clipping."""
+
+    lr: float = doc(1e-3, "Peak learning rate.", minimum=0)
+    beta1: float = doc(0.9, "Decay of the first moment.")
+    beta2: float = doc(0.95, "Decay of the second moment.")
+    eps: float = doc(1e-8, "Added to the root of the second moment.")
+    weight_decay: float = doc(0.1, "Decoupled weight decay; norms and biases are exempt.", minimum=0)
+    clip_grad: float = doc(1.0, "Largest global gradient norm; 0 means no clipping.", minimum=0)
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over the steps of a run."""
+
+    decay: str = doc("cosine", "Shape after warm-up.", choices=("cosine", "linear", "constant"))
+    warmup_steps: int = doc(20, "Steps of linear warm-up from 0.", minimum=0)
+    decay_steps: int | None = doc(None, "Step at which the decay ends; null means the last step.", minimum=1)
+    min_lr_ratio: float = doc(0.1, "Final over peak learning rate.", minimum=0)
+
+
+@dataclass
+class BatchConfig:
+    """Sequences in a step."""
+
+    global_batch_size: int = doc(
+        8, "Sequences in one optimizer step, over all ranks.", minimum=1, maximum=1_000_000_000
+    )
+    micro_batch_size: int = doc(1, "Sequences in one forward pass of one rank.", minimum=1, maximum=1_000_000_000)
+
+
+@dataclass
+class DataConfig:
+    """Text, its tokenizer, and the tokenised dataset made from them."""
+
+    name: str = doc("stdlib", "Name of the corpus, for logs and reports.")
+    source: str = doc(
+        "stdlib",
+        "Where text comes from: Python's standard library, files at `path`, or none (already tokenised).",
+        choices=("stdlib", "files", "none"),
+    )
+    path: str | None = doc(None, "File, directory or glob of txt, md, jsonl, jsonl.gz, jsonl.zst, parquet.")
+    text_key: str = doc("text", "Field of a jsonl line or column of a parquet file that holds the text.")
+    tokenizer: str | None = doc(None, "Directory or tokenizer.json of an existing tokenizer; null trains one.")
+    tokenizer_vocab_size: int = doc(4096, "Size of the tokenizer that is trained.", minimum=257, maximum=100_000_000)
+    dir: str = doc("data/stdlib", "Directory of the tokenised dataset: tokenizer.json and .bin/.idx files.")
+    blend: list[str] = doc([], "Other datasets to mix, as 'WEIGHT PREFIX' with the prefix of a .bin/.idx pair.")
+    split: str = doc("90,5,5", "Shares of train, validation and test documents, percent.")
+    append_eod: bool = doc(True, "End each document with the end-of-document token.")
+    reset_at_eod: bool = doc(False, "Restart positions and mask attention and loss at document ends.")
+    prepare_workers: int | None = doc(
+        None, "Processes that tokenise; null means one for each core.", minimum=1, maximum=10_000
+    )
+    loader_workers: int = doc(0, "Processes that read batches on each rank.", minimum=0, maximum=10_000)
+
+
+@dataclass
+class TrainConfig:
+    """Length of the run and what is done between steps."""
+
+    steps: int | None = doc(None, "Optimizer steps; this or `tokens`; null for both means 200.", minimum=1)
+    tokens: int | None = doc(None, "Training tokens, rounded up to whole steps; this or `steps`.", minimum=1)
+    seq_length: int = doc(128, "Tokens in one training sequence.", minimum=2, maximum=1_000_000_000)
+    eval_interval_steps: int = doc(50, "Steps between evaluations; 0 means only first and last.", minimum=0)
+    eval_batches: int = doc(4, "Global batches in one evaluation; 0 means no evaluation.", minimum=0)
+    sample_continuations: int = doc(0, "Held-out texts that the model continues at the end.", minimum=0)
+    deterministic: bool = doc(False, "Deterministic kernels on CUDA (slower); the CPU always is.")
+
+
+@dataclass
+class CheckpointConfig:
+    """When and where the state of a run is written."""
+
+    dir: str | None = doc(None, "Directory of checkpoints; null means run_dir/checkpoints.")
+    interval_steps: int = doc(0, "Steps between checkpoints; 0 means none between.", minimum=0)
+    save_at_end: bool = doc(True, "Write a checkpoint after the last step.")
+
+
+@dataclass
+class TelemetryConfig:
+    """What is measured and where it goes."""
+
+    log_interval_steps: int = doc(1, "Steps between lines of metrics.jsonl.", minimum=1)
+    tensorboard: bool = doc(True, "Write TensorBoard events.")
+    progress: bool = doc(True, "Show a live progress line on rank 0.")
+    peak_tflops: float | None = doc(
+        None, "Peak of one rank for MFU, TFLOPS; null means the device's BF16 peak, measured on cpu."
+    )
+
+
+@dataclass
+class LauncherConfig:
+    """How ranks are started and how they meet."""
+
+    threads_per_rank: int | None = doc(
+        None, "Compute threads of one rank; null shares the cores evenly.", minimum=1, maximum=10_000
+    )
+    timeout_s: int = doc(600, "Longest wait of a collective operation, seconds.", minimum=1)
+
+
+@dataclass
+class Config:
+    """Everything that defines a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    runtime: str = doc(
+        "auto", "What device code runs on; auto means cuda where a GPU is visible.",
+        choices=("auto", "cuda", "cpu", "simulated"),
+    )  # fmt: skip
+    rank: int = doc(0, "Which rank runtime=simulated builds.", minimum=0)
+    seed: int = doc(1234, "Seed of weights and data order.", minimum=0)
+    run_dir: str = doc("runs/run", "Directory of everything that the run writes.")
+    resume: str = doc("auto", "auto (newest checkpoint of run_dir), never, or the path of a checkpoint.")
+    init_from: str | None = doc(None, "Checkpoint whose weights start the run, at step 0; null means random.")
+    verbose: bool = doc(False, "Show tracebacks of errors.")

@@ -1,0 +1,101 @@
+"""Everything that must hold before a process starts. No torch import: login nodes run it.
+
+Each rule raises the fixes it can think of. Here they are tried: a message names only values with which the whole
+configuration passes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from moe_train.config.rules import model as model_rules
+from moe_train.config.rules import parallel as parallel_rules
+from moe_train.config.rules import run as run_rules
+from moe_train.config.rules.facts import Facts, gather_facts
+from moe_train.config.rules.facts import total_steps as total_steps
+from moe_train.config.schema import Config
+from moe_train.config.walk import FieldInfo, all_fields, get, with_values
+from parallel.layout import ParallelLayout
+from parallel.suggest import Fix, Impossible, fixes_of
+
+_RULES = (*model_rules.RULES, *parallel_rules.RULES, *run_rules.RULES)
+_MOST_TRIALS = 64
+
+
+def validate(cfg: Config, world_size: int | None = None) -> ParallelLayout:
+    """The layout of `cfg`, once every field and every rule between fields has been checked.
+
+    Args:
+        world_size: ranks that there are; None takes the fewest that the layout needs.
+
+    Raises:
+        ConfigError: with the field's full name, the arithmetic, and the nearest values that work.
+    """
+    problem, stage, layout = _check(cfg, world_size)
+    if problem is None and layout is not None:
+        return layout
+    if problem is None:  # not reached: _check returns one or the other
+        raise Impossible("the configuration has no layout")
+    raise Impossible(problem.cause, _working(cfg, world_size, problem.fixes, stage), problem.remedy)
+
+
+def _check(cfg: Config, world_size: int | None) -> tuple[Impossible | None, int, ParallelLayout | None]:
+    """The first problem and how far the checks came, or the layout."""
+    try:
+        for name, info in all_fields().items():
+            _check_value(info, get(cfg, name))
+    except Impossible as problem:
+        return problem, 0, None
+    degrees = {name: getattr(cfg.parallel, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
+    try:
+        layout = ParallelLayout.resolve(**degrees, world_size=world_size)
+    except Impossible as problem:
+        return problem, 1, None
+    facts: Facts = gather_facts(cfg, layout)
+    for stage, rule in enumerate(_RULES, 2):
+        try:
+            rule(facts)
+        except Impossible as problem:
+            return problem, stage, None
+    return None, 0, layout
+
+
+def _check_value(info: FieldInfo, value: Any) -> None:
+    """What can be said of one value alone: finite, one of the choices, between the smallest and the largest."""
+    entries = value if isinstance(value, list) else [value]
+    for entry in entries:
+        if info.choices and entry is not None and entry not in info.choices:
+            names = ", ".join(info.choices)
+            fitting: list[Any] = list(info.choices)
+            if isinstance(value, list):  # as long as before: other lists have an entry for each of this one
+                unused = iter(choice for choice in info.choices if choice not in value)
+                fitting = [[e if e in info.choices else next(unused, info.choices[0]) for e in value]]
+            raise Impossible(f"{info.name}={entry} is not one of {names}", fixes_of(info.name, fitting))
+        if isinstance(entry, float) and not math.isfinite(entry):
+            raise Impossible(f"{info.name}={entry} is not a finite number", [], f"use a finite {info.name}")
+        if info.minimum is not None and entry is not None and entry < info.minimum:
+            smallest = info.minimum
+            raise Impossible(
+                f"{info.name}={entry} is below the smallest value {smallest:g}", fixes_of(info.name, [smallest])
+            )
+        if info.maximum is not None and entry is not None and entry > info.maximum:
+            raise Impossible(
+                f"{info.name}={entry} is above the largest value {info.maximum}",
+                fixes_of(info.name, [info.maximum, get(Config(), info.name)]),
+            )
+
+
+def _working(cfg: Config, world_size: int | None, fixes: list[Fix], stage: int) -> list[Fix]:
+    """The first two fixes with which everything passes; failing that, those that get past this problem."""
+    passing: list[Fix] = []
+    further: list[Fix] = []
+    for fix in fixes[:_MOST_TRIALS]:
+        problem, reached, _ = _check(with_values(cfg, fix), world_size)
+        if problem is None:
+            passing.append(fix)
+        elif reached > stage:
+            further.append(fix)
+        if len(passing) == 2:
+            break
+    return passing or further[:2] or fixes[:2]

@@ -1,0 +1,70 @@
+"""The fields of the config by their full names, such as `model.num_layers`. No torch import."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from moe_train.config.schema import Config
+
+
+@dataclass(frozen=True)
+class FieldInfo:
+    """One leaf of the config: its full name, type, one-line doc, allowed strings, smallest and largest value."""
+
+    name: str
+    type: Any
+    doc: str
+    choices: tuple[str, ...]
+    minimum: float | None
+    maximum: int | None
+
+
+@cache
+def all_fields() -> Mapping[str, FieldInfo]:
+    """Every leaf of `Config` by its full name, in the order of the schema."""
+    found: dict[str, FieldInfo] = {}
+
+    def visit(config_class: type, prefix: str) -> None:
+        types = typing.get_type_hints(config_class)
+        for item in dataclasses.fields(config_class):
+            name, kind = prefix + item.name, types[item.name]
+            if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+                visit(kind, name + ".")
+            else:
+                meta = item.metadata
+                found[name] = FieldInfo(
+                    name, kind, meta.get("doc", ""), meta.get("choices", ()), meta.get("minimum"), meta.get("maximum")
+                )
+
+    visit(Config, "")
+    return found
+
+
+@cache
+def group_names() -> tuple[str, ...]:
+    """The config groups: `model`, `parallel`, ..."""
+    return tuple(f.name for f in dataclasses.fields(Config) if f.name not in all_fields())
+
+
+def get(cfg: Config, name: str) -> Any:
+    """Value of the field with this full name."""
+    value: Any = cfg
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def with_values(cfg: Config, values: Mapping[str, Any]) -> Config:
+    """A copy of `cfg` with these fields (by full name) changed."""
+    for name, value in values.items():
+        group, _, leaf = name.rpartition(".")
+        if group:
+            cfg = dataclasses.replace(cfg, **{group: dataclasses.replace(getattr(cfg, group), **{leaf: value})})
+        else:
+            cfg = dataclasses.replace(cfg, **{leaf: value})
+    return cfg

@@ -1,0 +1,26 @@
+"""Everything that a run does besides its steps, one file each."""
+
+from __future__ import annotations
+
+from moe_train.loop.callbacks.checkpoint import CheckpointCallback
+from moe_train.loop.callbacks.metrics_file import MetricsFile
+from moe_train.loop.callbacks.progress import Progress
+from moe_train.loop.callbacks.run_log import RunLog
+from moe_train.loop.callbacks.summary import Summary
+from moe_train.loop.callbacks.tensorboard import TensorBoard
+from moe_train.loop.run import Callback, Run
+from moe_train.telemetry.throughput import Throughput
+
+
+def from_config(run: Run) -> list[Callback]:
+    """The callbacks of a run in the order in which they are called."""
+    cfg = run.cfg
+    callbacks: list[Callback] = [Throughput(), MetricsFile()]  # speed is in the metrics before anything writes them
+    if cfg.telemetry.tensorboard:
+        callbacks.append(TensorBoard())
+    if cfg.telemetry.progress:
+        callbacks.append(Progress())
+    callbacks.append(CheckpointCallback())  # after the metrics: whatever step is saved, its line is in the file
+    callbacks.append(Summary())
+    callbacks.append(RunLog(run))  # last, to log what the others do at the end
+    return callbacks

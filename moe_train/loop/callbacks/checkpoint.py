@@ -1,0 +1,28 @@
+"""Saves checkpoints at an interval and after the last step."""
+
+from __future__ import annotations
+
+import time
+
+from moe_train.checkpoint import checkpoint
+from moe_train.loop.run import Callback, Metrics, Run
+
+
+class CheckpointCallback(Callback):
+    """Saves every `checkpoint.interval_steps` steps and, with `checkpoint.save_at_end`, after the last one; each once.
+
+    Saving raises CheckpointError where the disk is full or not writable.
+    """
+
+    def on_step_end(self, run: Run, metrics: Metrics) -> None:
+        """Save if this step is due. Not in `on_end`, which also runs after errors, when ranks no longer agree."""
+        settings, step = run.cfg.checkpoint, run.state.step
+        last = step >= run.total_steps and settings.save_at_end
+        if not last and (not settings.interval_steps or step % settings.interval_steps):
+            return
+        start = time.perf_counter()
+        with run.clock.paused():  # no part of the time of a step
+            path = checkpoint.save(run)
+        if run.is_main:
+            seconds, megabytes = time.perf_counter() - start, checkpoint.size_bytes(path) / 1e6
+            print(f"checkpoint of step {step} in {path} ({megabytes:,.0f} MB, {seconds:.1f} s)", flush=True)

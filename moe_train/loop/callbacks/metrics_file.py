@@ -1,0 +1,105 @@
+"""metrics.jsonl: what a run measured, one JSON object a line, each step once however often the run was resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from moe_train.loop.run import Callback, Metrics, Run
+from moe_train.telemetry.throughput import is_logged
+
+NAME = "metrics.jsonl"
+_LAST = "expert_load"  # the longest value, at the end of its line
+
+
+class MetricsFile(Callback):
+    """Writes a line for each logged step and each evaluation, flushed at once.
+
+    Training lines: `step`, `tokens` (consumed so far), `lm_loss` (nats a token, before any auxiliary loss), `grad_norm`
+    (before clipping), `lr`, `global_batch_size` (sequences), `step_time_s`, `tokens_per_s` (all ranks),
+    `tflops_per_rank`, `mfu` (0 to 1, null where the peak is not known), `memory_peak_bytes` (fullest rank), balance
+    losses and `mtp_loss` where the model has them, `skipped` where fp16 left a step out, `expert_load` (tokens of each
+    expert in this step, one list for each MoE layer, multi-token-prediction layers last).
+    Evaluation lines: `step`, `tokens`, `valid_loss`.
+
+    JSON has no infinities and no NaN: such a value is null, and `non_finite` says what it was, as in
+    `{"grad_norm": null, "non_finite": {"grad_norm": "inf"}}`.
+
+    A run that continues at step N drops the lines after step N; one that starts at step 0 starts the file anew.
+    """
+
+    def __init__(self) -> None:
+        self._file: IO[str] | None = None
+        self._last_evaluation = -1
+
+    def on_start(self, run: Run) -> None:
+        if not run.is_main:
+            return
+        run.run_dir.mkdir(parents=True, exist_ok=True)
+        path = run.run_dir / NAME
+        kept = [line for line in read(path) if run.state.step > 0 and line["step"] <= run.state.step]
+        self._last_evaluation = max((line["step"] for line in kept if "valid_loss" in line), default=-1)
+        part = path.with_name(NAME + ".part")
+        part.write_text("".join(encode(line) for line in kept), encoding="utf-8")
+        os.replace(part, path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def on_step_end(self, run: Run, metrics: Metrics) -> None:
+        if self._file is not None and is_logged(run):
+            self._file.write(encode(training_line(run, metrics)))
+
+    def on_evaluation_end(self, run: Run, metrics: Metrics) -> None:
+        if self._file is not None and metrics["step"] > self._last_evaluation:
+            self._last_evaluation = metrics["step"]
+            self._file.write(encode(metrics))
+
+    def on_end(self, run: Run) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def training_line(run: Run, metrics: Metrics) -> Metrics:
+    """What is written about the step just done, in the order of the file."""
+    line: Metrics = {"step": run.state.step, "tokens": run.state.consumed_tokens}
+    line |= {name: metrics[name] for name in ("lm_loss", "grad_norm", "lr")}
+    line["global_batch_size"] = run.cfg.batch.global_batch_size
+    line |= {name: value for name, value in metrics.items() if name not in line and name != _LAST}
+    if _LAST in metrics:
+        line[_LAST] = list(moe_layers(run, metrics[_LAST]).values())
+    return line
+
+
+def moe_layers(run: Run, load: list[list[int]]) -> dict[int, list[int]]:
+    """Tokens of each expert by the number of the layer, from 1; multi-token-prediction layers count on. `load` has a
+    row for every layer, dense ones included."""
+    pattern = run.cfg.model.moe_layer_pattern
+    pattern = pattern + pattern[-1:] * run.cfg.model.mtp_num_layers
+    return {i: row for i, (row, moe) in enumerate(zip(load, pattern, strict=True), 1) if moe}
+
+
+def encode(metrics: Metrics) -> str:
+    """One line of strict JSON."""
+    non_finite = {k: str(v) for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)}
+    line: dict[str, Any] = {k: None if k in non_finite else v for k, v in metrics.items()}
+    if non_finite:
+        line["non_finite"] = non_finite
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
+def read(path: Path) -> list[Metrics]:
+    """The lines of a metrics file, first to last, without those that a crash cut short; none where there is no file."""
+    lines: list[Metrics] = []
+    if not path.exists():
+        return lines
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines

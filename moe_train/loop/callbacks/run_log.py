@@ -1,0 +1,45 @@
+"""run.log: log records and warnings of rank 0."""
+
+from __future__ import annotations
+
+import logging
+
+from moe_train.loop.run import Callback, Metrics, Run
+
+log = logging.getLogger("moe_train")
+
+
+class RunLog(Callback):
+    """Sends this project's log records from INFO on, those of libraries from WARNING on, and Python's warnings to
+    run_dir/run.log. It starts when it is made, so that building and resuming are in it."""
+
+    def __init__(self, run: Run) -> None:
+        self._handler: logging.FileHandler | None = None
+        if not run.is_main:
+            return
+        run.run_dir.mkdir(parents=True, exist_ok=True)
+        self._handler = logging.FileHandler(run.run_dir / "run.log", encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(self._handler)
+        log.setLevel(logging.INFO)
+        logging.captureWarnings(True)
+
+    def on_start(self, run: Run) -> None:
+        if run.is_main:
+            log.info(
+                "%s on %d ranks (%s), from step %d to %d",
+                run.cfg.model.name, run.layout.world_size, run.runtime, run.state.step, run.total_steps,
+            )  # fmt: skip
+
+    def on_evaluation_end(self, run: Run, metrics: Metrics) -> None:
+        if run.is_main:
+            log.info("step %d: validation loss %.4f", metrics["step"], metrics["valid_loss"])
+
+    def on_end(self, run: Run) -> None:
+        if self._handler is None:
+            return
+        log.info("%s at step %d", "done" if run.completed else "stopped by an error", run.state.step)
+        logging.captureWarnings(False)
+        logging.getLogger().removeHandler(self._handler)
+        self._handler.close()
+        self._handler = None

@@ -1,0 +1,208 @@
+"""The end of a run in a few lines: what was learned, how fast, and where things are. Also as run_dir/summary.json."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from moe_train.checkpoint import directory
+from moe_train.checkpoint.checkpoint import root_of
+from moe_train.data.statistics import unigram_entropy
+from moe_train.data.tokenizer import load_tokenizer
+from moe_train.loop.callbacks import metrics_file
+from moe_train.loop.run import Callback, Metrics, Run
+from moe_train.telemetry import sampling
+from moe_train.telemetry.throughput import speed
+
+log = logging.getLogger(__name__)
+
+NAME = "summary.json"
+_LOAD_STEPS = 20
+"""Newest steps over which the load of experts is added up."""
+
+
+class Summary(Callback):
+    """Prints the summary on rank 0 and writes it as JSON, once all steps are done. Nothing after an error."""
+
+    def __init__(self) -> None:
+        self._began, self._first_step = 0.0, 0
+        self._loads: deque[list[list[int]]] = deque(maxlen=_LOAD_STEPS)
+
+    def on_start(self, run: Run) -> None:
+        self._began, self._first_step = time.monotonic(), run.state.step
+
+    def on_step_end(self, run: Run, metrics: Metrics) -> None:
+        if run.is_main and "expert_load" in metrics:
+            self._loads.append(metrics["expert_load"])
+
+    def on_end(self, run: Run) -> None:
+        if not run.completed:
+            return
+        continuations = _continuations(run)  # by all ranks together
+        if not run.is_main:
+            return
+        summary = {**self._numbers(run), "continuations": continuations}
+        path = run.run_dir / NAME
+        path.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        console = Console(highlight=False, soft_wrap=True)
+        for line in (*lines(summary), f"  {'summary':<18}{path}", *_texts(continuations)):
+            console.print(line, markup=False)
+
+    def _numbers(self, run: Run) -> dict[str, Any]:
+        path = run.run_dir / metrics_file.NAME
+        written = metrics_file.read(path)
+        train = [line["lm_loss"] for line in written if "lm_loss" in line]
+        valid = [line["valid_loss"] for line in written if "valid_loss" in line]
+        step_time_s = run.clock.mean_s
+        now = speed(run.cfg, run.layout.world_size, step_time_s, run.peak_tflops) if step_time_s else None
+        saved = directory.candidates(root_of(run))
+        valid_loss, entropy = _ends(valid), held_out_entropy(run)
+        last = valid_loss["last"] if valid_loss else None
+        return {
+            "model": run.cfg.model.name,
+            "ranks": run.layout.world_size,
+            "layout": asdict(run.layout),
+            "steps": run.state.step,
+            "tokens": run.state.consumed_tokens,
+            "started_at_step": self._first_step,
+            "time_s": round(time.monotonic() - self._began, 3),
+            "train_loss": _ends(train),
+            "valid_loss": valid_loss,
+            "valid_tokens_unigram_entropy": entropy,
+            "below_unigram_entropy": None if last is None or entropy is None else last < entropy,
+            "tokens_per_s": now and now.tokens_per_s,
+            "tflops_per_rank": now and now.tflops_per_rank,
+            "peak_tflops": run.peak_tflops,
+            "mfu": now and now.mfu,
+            "memory_peak_bytes": max((line.get("memory_peak_bytes", 0) for line in written), default=0) or None,
+            "expert_load": self._load(run),
+            "checkpoint": str(saved[0]) if saved else None,
+            "metrics": str(path),
+        }
+
+    def _load(self, run: Run) -> dict[str, float] | None:
+        """Tokens of the fullest and of the emptiest expert of any layer, over the even share, in the newest steps."""
+        if not self._loads:
+            return None
+        load = metrics_file.moe_layers(run, np.sum(self._loads, axis=0).tolist())
+        shares = [tokens * len(row) / max(1, sum(row)) for row in load.values() for tokens in row]
+        return {"most": max(shares), "least": min(shares), "steps": len(self._loads)}
+
+
+def held_out_entropy(run: Run) -> float | None:
+    """Unigram entropy, nats, of the tokens that an evaluation predicts; None where there is no evaluation.
+
+    It is the loss of the best model that knows how frequent each of these tokens is, and nothing else.
+    """
+    if run.valid_data is None or not run.cfg.train.eval_batches:
+        return None
+    parts = []
+    for i in range(run.cfg.train.eval_batches * run.cfg.batch.global_batch_size):
+        sample = run.valid_data[i]
+        parts.append(np.asarray(sample["labels"])[np.asarray(sample["loss_mask"]) > 0])
+    return unigram_entropy(np.concatenate(parts))
+
+
+def _ends(losses: list[float | None]) -> dict[str, float | None] | None:
+    """First and last value and the change in percent; null where the loss was not finite. None without any."""
+    if not losses:
+        return None
+    first, last = losses[0], losses[-1]
+    change = None if first is None or last is None else 100 * (last - first) / first
+    return {"first": first, "last": last, "change_percent": change}
+
+
+def _continuations(run: Run) -> list[dict[str, str]]:
+    count = run.cfg.train.sample_continuations
+    if not count:
+        return []
+    if run.valid_data is None:
+        if run.is_main:
+            log.warning("no text is held out, so none is continued; see data.split and train.eval_batches")
+        return []
+    found = sampling.continue_held_out(run, count)
+    if not run.is_main:
+        return []
+    tokenizer = load_tokenizer(run.cfg.data)
+    return [{name: tokenizer.decode(tokens) for name, tokens in asdict(one).items()} for one in found]
+
+
+def lines(summary: dict[str, Any]) -> list[str]:
+    """The numbers of a summary as text. What is not known has no line."""
+    degrees = " ".join(f"{name}{value}" for name, value in summary["layout"].items() if value > 1) or "one rank"
+    rows: list[tuple[str, str | None]] = [
+        ("steps", _steps(summary)),
+        ("training loss", _change(summary["train_loss"])),
+        ("validation loss", _change(summary["valid_loss"])),
+        ("unigram entropy", _entropy(summary)),
+        ("throughput", _throughput(summary)),
+        ("expert load", _load_text(summary["expert_load"])),
+        ("memory peak", _memory(summary["memory_peak_bytes"])),
+        ("checkpoint", summary["checkpoint"]),
+        ("metrics", summary["metrics"]),
+    ]
+    return [f"Done: {summary['model']}, {degrees}", *(f"  {name:<18}{text}" for name, text in rows if text)]
+
+
+def _steps(summary: dict[str, Any]) -> str:
+    duration, start = timedelta(seconds=round(summary["time_s"])), summary["started_at_step"]
+    since = f" since it was resumed at step {start:,}" if start else ""
+    return f"{summary['steps']:,} ({summary['tokens']:,} tokens), {duration}{since}"
+
+
+def _change(loss: dict[str, float | None] | None) -> str | None:
+    if loss is None:
+        return None
+    first, last = ("not finite" if value is None else f"{value:.4f}" for value in (loss["first"], loss["last"]))
+    change = loss["change_percent"]
+    return f"first {first}, last {last}" + ("" if change is None else f" ({change:+.1f} %)")
+
+
+def _entropy(summary: dict[str, Any]) -> str | None:
+    entropy, below = summary["valid_tokens_unigram_entropy"], summary["below_unigram_entropy"]
+    if entropy is None:
+        return None
+    verdict = {
+        None: "",
+        True: "; the last validation loss is below it: context was learned, not only frequencies",
+        False: "; the last validation loss is not below it: no use of context shows yet",
+    }
+    return f"{entropy:.4f} nats of the validation tokens{verdict[below]}"
+
+
+def _throughput(summary: dict[str, Any]) -> str | None:
+    if summary["tokens_per_s"] is None:
+        return None
+    text = f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['tflops_per_rank']:.4g} TFLOPS a rank"
+    if summary["mfu"] is None:
+        return f"{text}, MFU unknown (set telemetry.peak_tflops)"
+    if summary["mfu"] > 1:
+        return f"{text}; no MFU: other processes disturbed the measurement of the peak (set telemetry.peak_tflops)"
+    return f"{text}, MFU {summary['mfu']:.1%} of {summary['peak_tflops']:.4g} TFLOPS"
+
+
+def _load_text(load: dict[str, float] | None) -> str | None:
+    if load is None:
+        return None
+    return f"fullest {load['most']:.2f}, emptiest {load['least']:.2f} of an even share (last {load['steps']} steps)"
+
+
+def _memory(size: int | None) -> str | None:
+    return None if size is None else f"{size / 2**20:,.0f} MiB on the fullest rank"
+
+
+def _texts(continuations: list[dict[str, str]]) -> list[str]:
+    if not continuations:
+        return []
+    text = ["Continuations of held-out text"]
+    for i, one in enumerate(continuations, 1):
+        text += [f"  {i}. prompt  {one['prompt']!r}", f"     model   {one['model']!r}", f"     text    {one['text']!r}"]
+    return text

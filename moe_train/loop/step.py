@@ -1,0 +1,94 @@
+"""One optimizer step and one evaluation: batch, forward-backward, reduce, clip, update, schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from moe_train.loop.run import Metrics, Run
+from moe_train.telemetry import model_metrics
+from parallel import sequence
+
+Batch = dict[str, Tensor]
+
+
+def train_step(run: Run, batches: list[Iterator[Batch]]) -> Metrics:
+    """One optimizer step. `batches` has an iterator for each model chunk. Returns global values, equal on all ranks."""
+    for chunk in run.chunks:
+        chunk.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    losses = _forward_backward(run, batches, forward_only=False)
+    updated, grad_norm, _ = run.optimizer.step()
+    learning_rate = run.schedule.optimizer.param_groups[0]["lr"] if run.optimizer.param_groups else 0.0
+    if updated:  # fp16 skips the update when the gradients overflow
+        run.schedule.step(increment=1)
+    run.state.step += 1
+    run.state.consumed_samples += run.cfg.batch.global_batch_size
+    run.state.consumed_tokens += run.cfg.batch.global_batch_size * run.cfg.train.seq_length
+    metrics = {"lm_loss": _mean(losses, run.device), "grad_norm": float(grad_norm or 0.0), "lr": learning_rate}
+    if not updated:
+        metrics["skipped"] = True
+    return {**metrics, **model_metrics.collect(run)}
+
+
+@torch.no_grad()
+def evaluate(run: Run, batches: list[Iterator[Batch]], count: int) -> float:
+    """Mean loss over `count` global batches of held-out text, nats a token."""
+    for chunk in run.chunks:
+        chunk.eval()
+    losses: list[Tensor] = []
+    for _ in range(count):
+        losses += _forward_backward(run, batches, forward_only=True)
+    for chunk in run.chunks:
+        chunk.train()
+    return _mean(losses, run.device)
+
+
+def _forward_backward(run: Run, batches: list[Iterator[Batch]], forward_only: bool) -> list[Tensor]:
+    """[loss sum, tokens] of each micro-batch, on the last pipeline stage; empty elsewhere."""
+    outputs = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=batches if len(batches) > 1 else batches[0],
+        model=run.chunks,
+        num_microbatches=run.micro_batches,
+        seq_length=run.cfg.train.seq_length,
+        micro_batch_size=run.cfg.batch.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return [output["loss"] for output in outputs]
+
+
+def _forward_step(batches: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
+    batch = sequence.on_this_rank(next(batches), ps.get_context_parallel_rank(), ps.get_context_parallel_world_size())
+    losses = chunk(
+        batch["tokens"],
+        batch["position_ids"],
+        batch.get("attention_mask"),
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return losses, partial(_loss, batch["loss_mask"])
+
+
+def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum over the tokens of a micro-batch, [b, s] each; Megatron-Core divides by the tokens of the global batch."""
+    total = (losses.float() * mask).sum()
+    tokens = mask.sum().to(torch.int)
+    # A clone, because the schedule scales the returned loss in place.
+    return total, tokens, {"loss": torch.stack([total.detach().clone(), tokens.float()])}
+
+
+def _mean(losses: list[Tensor], device: torch.device) -> float:
+    """Mean over all tokens of all ranks. Only tensor rank 0 of the last stage adds its losses: others hold copies."""
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    if losses and ps.get_tensor_model_parallel_rank() == 0:
+        total += torch.stack(losses).sum(dim=0)
+    dist.all_reduce(total)
+    return float(total[0] / total[1])

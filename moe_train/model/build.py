@@ -1,0 +1,245 @@
+"""ModelConfig -> Megatron-Core GPT model. The one place that knows Megatron-Core's model API."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as ps
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from packaging.version import Version
+
+from moe_train.config.model import ModelConfig
+from moe_train.config.schema import Config
+from moe_train.model.specs import LocalBackend, local_specs, te_specs
+from parallel import pipeline
+from parallel.layout import ParallelLayout
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def transformer_config(cfg: Config, layout: ParallelLayout, backend: str, runtime: str) -> TransformerConfig:
+    """Everything Megatron-Core wants to know. `backend` is te or local; `runtime` is cuda, cpu or simulated."""
+    options = {
+        **_backbone(cfg.model),
+        **_attention(cfg.model),
+        **(_experts(cfg, layout, backend) if cfg.model.is_moe else {}),
+        **_parallel(cfg, layout, runtime),
+        **_numbers(cfg),
+        **_fusions(cfg, backend, runtime),
+    }
+    config_class = MLATransformerConfig if cfg.model.attention == "mla" else TransformerConfig
+    config = config_class(**options)
+    for name, value in _yarn_of_gqa(cfg.model).items():
+        setattr(config, name, value)
+    return config
+
+
+def _backbone(model: ModelConfig) -> dict[str, Any]:
+    mtp = {"mtp_num_layers": model.mtp_num_layers, "mtp_loss_scaling_factor": model.mtp_loss_coeff}
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": model.init_std,
+        **(mtp if model.mtp_num_layers else {}),
+    }
+
+
+def _attention(model: ModelConfig) -> dict[str, Any]:
+    if model.attention == "gqa":
+        return {
+            "num_query_groups": model.kv_heads,
+            "kv_channels": model.attention_head_dim,
+            "qk_layernorm": model.qk_norm != "none",
+        }
+    yarn = {
+        "rotary_scaling_factor": model.yarn_factor,
+        "original_max_position_embeddings": model.yarn_original_max_position,
+        "beta_fast": model.yarn_beta_fast,
+        "beta_slow": model.yarn_beta_slow,
+        "mscale": model.yarn_mscale,
+        "mscale_all_dim": model.yarn_mscale_all_dim,
+    }
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": model.q_lora_rank or None,
+        "kv_lora_rank": model.kv_lora_rank,
+        "qk_head_dim": model.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": model.qk_rope_head_dim,
+        "v_head_dim": model.v_head_dim,
+        "qk_layernorm": True,
+        "rope_type": model.rope_type,
+        "rotary_base": model.rope_base,
+        # Upstream scales the softmax by the YaRN temperature even for plain rotary embedding: 1.0 and 0.0 mean none.
+        **(yarn if model.rope_type == "yarn" else {"rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}),
+    }
+
+
+def _yarn_of_gqa(model: ModelConfig) -> dict[str, Any]:
+    """Upstream's GPTModel reads these from the config although they are no fields of it (models/gpt/gpt_model.py)."""
+    if model.attention != "gqa" or model.rope_type != "yarn":
+        return {}
+    return {
+        "yarn_rotary_scaling_factor": model.yarn_factor,
+        "yarn_original_max_position_embeddings": model.yarn_original_max_position,
+        "yarn_beta_fast": model.yarn_beta_fast,
+        "yarn_beta_slow": model.yarn_beta_slow,
+        "yarn_mscale": model.yarn_mscale,
+        "yarn_mscale_all_dim": model.yarn_mscale_all_dim,
+        "yarn_correction_range_round_to_int": True,
+    }
+
+
+def _experts(cfg: Config, layout: ParallelLayout, backend: str) -> dict[str, Any]:
+    model, parallel = cfg.model, cfg.parallel
+    grouped = backend == "te" if cfg.backend.grouped_gemm is None else cfg.backend.grouped_gemm
+    # Before 0.19 upstream counts these losses 1 / (tp x cp) too little when the loss is a sum over tokens: each rank
+    # multiplies by its own tokens, not by those of its tensor- and context-parallel peers (transformer/moe/router.py).
+    scale = layout.tp * layout.cp if Version(version("megatron-core")) < Version("0.19") else 1
+    groups = {"moe_router_num_groups": model.router_num_groups, "moe_router_group_topk": model.router_topk_groups}
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_layer_freq": model.moe_layer_pattern,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": model.num_shared_experts * model.moe_ffn_hidden_size or None,
+        "moe_shared_expert_overlap": parallel.shared_expert_overlap,
+        "moe_router_topk": model.topk,
+        "moe_router_score_function": model.router_score,
+        "moe_router_pre_softmax": model.router_pre_softmax,
+        "moe_router_enable_expert_bias": model.router_bias,
+        "moe_router_bias_update_rate": model.router_bias_update_rate,
+        "moe_router_topk_scaling_factor": model.router_scaling_factor if model.router_scaling_factor != 1.0 else None,
+        "moe_router_dtype": model.router_dtype,
+        "moe_router_load_balancing_type": list(model.balance_losses) or "none",
+        "moe_aux_loss_coeff": [scale * coeff for coeff in model.balance_loss_coeffs] or 0.0,
+        "moe_z_loss_coeff": scale * model.z_loss_coeff or None,
+        "moe_expert_capacity_factor": model.capacity_factor,
+        "moe_pad_expert_input_to_capacity": model.pad_to_capacity,
+        "moe_token_drop_policy": model.token_drop_policy,
+        "moe_token_dispatcher_type": parallel.dispatcher,
+        "moe_grouped_gemm": grouped,
+        **(groups if model.router_num_groups else {}),
+    }
+
+
+def _parallel(cfg: Config, layout: ParallelLayout, runtime: str) -> dict[str, Any]:
+    parallel = cfg.parallel
+    overlap_p2p = layout.vpp > 1 if parallel.overlap_p2p is None else parallel.overlap_p2p
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "pipeline_model_parallel_layout": pipeline_layout(cfg, layout),
+        "pipeline_dtype": DTYPES[cfg.precision.dtype],
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "sequence_parallel": layout.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel,
+        "overlap_p2p_comm": overlap_p2p,
+        "batch_p2p_comm": not overlap_p2p,
+        # With overlapped messages gloo still reads the output that upstream would free: gradients come out wrong.
+        "deallocate_pipeline_outputs": runtime == "cuda",
+        "variable_seq_lengths": False,
+    }
+
+
+def _numbers(cfg: Config) -> dict[str, Any]:
+    dtype = DTYPES[cfg.precision.dtype]
+    return {
+        "params_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "autocast_dtype": dtype,
+        # The loss is a sum over tokens divided once by their number in the global batch: no layout changes it.
+        "calculate_per_token_loss": True,
+        "deterministic_mode": cfg.train.deterministic,
+        "use_cpu_initialization": False,
+        "perform_initialization": True,  # also marks which parameters are split over tensor-parallel ranks
+    }
+
+
+def _fusions(cfg: Config, backend: str, runtime: str) -> dict[str, Any]:
+    """Fused paths that Megatron-Core's guide recommends (core/transformer/moe/README.md), on cuda by default."""
+    fused = runtime == "cuda" if cfg.backend.fusions is None else cfg.backend.fusions
+    te = fused and backend == "te"
+    return {
+        "bias_activation_fusion": fused,
+        "bias_dropout_fusion": fused,
+        "masked_softmax_fusion": fused,
+        "apply_rope_fusion": te and cfg.model.attention == "gqa",  # for mla upstream calls it experimental
+        "cross_entropy_loss_fusion": fused,  # upstream's own kernel ("native"), which its guide recommends
+        "moe_permute_fusion": te and cfg.model.is_moe,
+        "moe_router_fusion": te and cfg.model.is_moe,
+        # The output head accumulates with apex's kernel, also beside Transformer Engine (tensor_parallel/layers.py).
+        "gradient_accumulation_fusion": cfg.backend.apex,
+    }
+
+
+def pipeline_layout(cfg: Config, layout: ParallelLayout) -> str | None:
+    """Layers of each pipeline stage in Megatron-Core's notation; None without a pipeline."""
+    if layout.pp == 1:
+        return None
+    model = cfg.model
+    return cfg.parallel.pipeline_layout or pipeline.balanced_layout(
+        model.num_layers, layout.pp, layout.vpp, model.mtp_num_layers
+    )
+
+
+def build_chunk(
+    cfg: Config, config: TransformerConfig, backend: str, *, pre: bool, post: bool, vp_stage: int | None
+) -> GPTModel:
+    """One model chunk of this rank: `pre` has the embedding, `post` the head and loss. Process groups must exist."""
+    model = cfg.model
+    if backend == "te":
+        block, mtp = te_specs(config, model, vp_stage)
+    else:
+        block, mtp = local_specs(config, model, LocalBackend(cfg.backend.apex), vp_stage)
+    yarn_gqa = model.attention == "gqa" and model.rope_type == "yarn"
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=block,
+        mtp_block_spec=mtp,
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=pre,
+        post_process=post,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="yarn" if yarn_gqa else "rope",
+        rotary_base=model.rope_base,
+        vp_stage=vp_stage,
+    )
+
+
+def build(cfg: Config, config: TransformerConfig, backend: str, vpp: int) -> list[GPTModel]:
+    """The `vpp` chunks of this rank, first to last, on the current device. Process groups must exist."""
+    chunks = []
+    for i in range(vpp):
+        stage = i if vpp > 1 else None
+        pre = ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage)
+        post = ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
+        chunks.append(build_chunk(cfg, config, backend, pre=pre, post=post, vp_stage=stage))
+        _mark_expert_parameters(chunks[-1], config)
+    return chunks
+
+
+def _mark_expert_parameters(chunk: GPTModel, config: TransformerConfig) -> None:
+    """Have expert gradients reduced over the ranks that hold the same expert.
+
+    Upstream says so only where ep > 1 (tensor_parallel/layers.py, `allreduce`). With ep=1 and etp < tp the
+    tensor-parallel ranks hold the same experts and see other tokens, yet their gradients would never be added up.
+    """
+    if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
+        for name, parameter in chunk.named_parameters():
+            if ".experts." in name:
+                parameter.allreduce = False

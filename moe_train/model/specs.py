@@ -1,0 +1,117 @@
+"""Which module implements what. One provider class for each backend; Megatron-Core's spec functions do the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_mtp_block_spec,
+    get_gpt_mtp_block_spec_for_backend,
+    get_mlp_module_spec_for_backend,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from moe_train.config.model import ModelConfig
+from moe_train.model.attention import CoreAttention, MultiLatentAttention
+from moe_train.model.norm import ApexRMSNorm, KeyAllHeadsRMSNorm, QueryAllHeadsRMSNorm, RMSNorm
+
+
+class LocalBackend(LocalSpecProvider):
+    """Megatron-Core's own modules with torch attention and norm: the CPU, and CUDA without Transformer Engine."""
+
+    def __init__(self, apex: bool = False) -> None:
+        self.apex = apex
+
+    def core_attention(self) -> type:
+        """Torch's scaled-dot-product attention."""
+        return CoreAttention
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
+        """Torch's RMSNorm, or apex's fused one where the config asks for it. Every model here uses RMSNorm."""
+        return ApexRMSNorm if self.apex else RMSNorm
+
+
+def _local_layer(backend: LocalBackend, model: ModelConfig, moe: bool, grouped_gemm: bool) -> ModuleSpec:
+    """One transformer layer, as upstream's `get_gpt_layer_local_spec` lays it out, with the modules of `backend`."""
+    linear, norm = backend.column_parallel_linear(), backend.layer_norm()
+    common = {"core_attention": backend.core_attention(), "linear_proj": backend.row_parallel_linear()}
+    if model.attention == "mla":
+        down_and_up = ("q_proj", "q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj")
+        linears = {f"linear_{name}": linear for name in down_and_up}
+        q_norm = norm if model.q_lora_rank else IdentityOp  # an uncompressed query has none
+        submodules = MLASelfAttentionSubmodules(**linears, **common, q_layernorm=q_norm, kv_layernorm=norm)
+        attention = ModuleSpec(MultiLatentAttention, {"attn_mask_type": AttnMaskType.causal}, submodules)
+    else:
+        norms = {
+            "head": (norm, norm),
+            "full": (QueryAllHeadsRMSNorm, KeyAllHeadsRMSNorm),
+            "none": (IdentityOp, IdentityOp),
+        }
+        q_norm, k_norm = norms[model.qk_norm]
+        qkv = SelfAttentionSubmodules(linear_qkv=linear, **common, q_layernorm=q_norm, k_layernorm=k_norm)
+        attention = ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, qkv)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=get_mlp_module_spec_for_backend(
+                backend, num_experts=model.num_experts if moe else None, moe_grouped_gemm=grouped_gemm and moe
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _layer_ids(config: TransformerConfig, vp_stage: int | None) -> list[int]:
+    """Decoder layers (from 0) that stand on this rank's chunk `vp_stage`."""
+    if config.pipeline_model_parallel_layout is None:
+        offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
+        return list(range(offset, offset + config.num_layers // config.pipeline_model_parallel_size))
+    return config.pipeline_model_parallel_layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)
+
+
+def local_specs(
+    config: TransformerConfig, model: ModelConfig, backend: LocalBackend, vp_stage: int | None
+) -> tuple[Any, Any]:
+    """Block spec of this rank's chunk, and the spec of its multi-token-prediction block (None where there is none)."""
+    layers = [_local_layer(backend, model, bool(moe), config.moe_grouped_gemm) for moe in (0, model.is_moe)]
+    pattern = model.moe_layer_pattern
+    block = TransformerBlockSubmodules(
+        layer_specs=[layers[pattern[i]] for i in _layer_ids(config, vp_stage)], layer_norm=backend.layer_norm()
+    )
+    mtp = None
+    if model.mtp_num_layers:
+        mtp = get_gpt_mtp_block_spec_for_backend(config, layers[pattern[-1]], backend, vp_stage=vp_stage)
+    return block, mtp
+
+
+def te_specs(config: TransformerConfig, model: ModelConfig, vp_stage: int | None) -> tuple[Any, Any]:
+    """The same with Transformer Engine's modules, as upstream composes them."""
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    if model.qk_norm == "full":
+        for layer in block.layer_specs:
+            layer.submodules.self_attention.submodules.q_layernorm = QueryAllHeadsRMSNorm
+            layer.submodules.self_attention.submodules.k_layernorm = KeyAllHeadsRMSNorm
+    mtp = None
+    if model.mtp_num_layers:
+        last = get_gpt_decoder_layer_specs(config, use_transformer_engine=True)[-1]
+        mtp = get_gpt_mtp_block_spec(config, last, use_transformer_engine=True, vp_stage=vp_stage)
+    return block, mtp

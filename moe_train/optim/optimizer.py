@@ -1,0 +1,79 @@
+"""AdamW over Megatron-Core's distributed optimizer, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from moe_train.config.schema import Config
+from moe_train.model.build import DTYPES
+
+
+def data_parallel(chunks: list[nn.Module], config: TransformerConfig, cfg: Config) -> list[DistributedDataParallel]:
+    """Wrap each model chunk so that gradients collect in one buffer and are reduced over data-parallel ranks."""
+    parallel = cfg.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=cfg.precision.grad_reduce_fp32,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    wrapped = []
+    for i, chunk in enumerate(chunks):
+        # Upstream buckets only the first chunk: the others' reductions can't overlap with anything later.
+        wrapped.append(DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0))
+    config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        hooks = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+    return wrapped
+
+
+def build_optimizer(cfg: Config, config: TransformerConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW with fp32 master weights where weights are 16-bit; its state is sharded with `distributed_optimizer`."""
+    optimizer = cfg.optimizer
+    dtype = DTYPES[cfg.precision.dtype]
+    options: dict[str, Any] = {
+        "optimizer": "adam",
+        "lr": optimizer.lr,
+        "min_lr": optimizer.lr * cfg.schedule.min_lr_ratio,
+        "weight_decay": optimizer.weight_decay,
+        "adam_beta1": optimizer.beta1,
+        "adam_beta2": optimizer.beta2,
+        "adam_eps": optimizer.eps,
+        "clip_grad": optimizer.clip_grad,
+        "params_dtype": dtype,
+        "bf16": cfg.precision.dtype == "bf16",
+        "fp16": cfg.precision.dtype == "fp16",
+        "initial_loss_scale": cfg.precision.initial_loss_scale,
+        "use_distributed_optimizer": cfg.parallel.distributed_optimizer,
+        "overlap_param_gather": cfg.parallel.overlap_param_gather,
+    }
+    built = get_megatron_optimizer(OptimizerConfig(**options), chunks, use_gloo_process_groups=False)
+    config.grad_scale_func = built.scale_loss
+    return built
+
+
+def build_schedule(cfg: Config, optimizer: MegatronOptimizer, steps: int) -> OptimizerParamScheduler:
+    """Warm-up from 0, then decay, counted in optimizer steps."""
+    schedule, lr = cfg.schedule, cfg.optimizer.lr
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=lr,
+        min_lr=lr * schedule.min_lr_ratio,
+        lr_warmup_steps=schedule.warmup_steps,
+        lr_decay_steps=max(schedule.decay_steps or steps, schedule.warmup_steps + 1),
+        lr_decay_style=schedule.decay,
+        start_wd=cfg.optimizer.weight_decay,
+        end_wd=cfg.optimizer.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        override_opt_param_scheduler=False,
+        use_checkpoint_opt_param_scheduler=False,
+    )

@@ -1,0 +1,122 @@
+"""A run on one rank, from its typed config to its report. Read it top to bottom: it is the story of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as ps
+from torch import nn
+
+from moe_train.checkpoint import checkpoint
+from moe_train.config.schema import Config
+from moe_train.config.validate import total_steps, validate
+from moe_train.data.datasets import build_datasets
+from moe_train.data.iterator import BatchIterator
+from moe_train.loop import callbacks, step
+from moe_train.loop.run import Run
+from moe_train.model import backend
+from moe_train.model.build import build, transformer_config
+from moe_train.model.init import initialise
+from moe_train.optim.optimizer import build_optimizer, build_schedule, data_parallel
+from moe_train.telemetry.model_metrics import ExpertLoad
+from parallel import groups, runtime
+from parallel.rank_info import RankInfo
+
+
+def run(cfg: Config, rank: RankInfo) -> None:
+    """Train as `rank` of a job. Every rank of the job calls this with the same config.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, HardwareError: with a cause and a remedy.
+    """
+    run = prepare(cfg, rank)
+    checkpoint.resume(run)
+    train(run)
+
+
+def prepare(cfg: Config, rank: RankInfo) -> Run:
+    """Join the other ranks and build this rank's part of the model, with its optimizer and callbacks."""
+    layout = validate(cfg, rank.world_size)
+    name = runtime.choose(cfg.runtime)
+    implementation = backend.choose(cfg, name)
+    device = runtime.start(name, rank, cfg.launcher.timeout_s)
+    groups.create(layout, cfg.seed)
+    torch.manual_seed(cfg.seed)
+
+    run = Run(cfg, layout, rank, device, name, implementation, total_steps(cfg), Path(cfg.run_dir))
+    run.config = transformer_config(cfg, layout, implementation, name)
+    model: list[nn.Module] = [to_precision(chunk, run) for chunk in build(cfg, run.config, implementation, layout.vpp)]
+    initialise(model, cfg.model, cfg.seed)
+    if cfg.model.is_moe:
+        layers = cfg.model.num_layers + cfg.model.mtp_num_layers
+        run.expert_load = ExpertLoad(model, layers, cfg.model.num_experts, device)
+    run.chunks = data_parallel(model, run.config, cfg)
+    run.optimizer = build_optimizer(cfg, run.config, run.chunks)
+    run.schedule = build_schedule(cfg, run.optimizer, run.total_steps)
+    run.callbacks = callbacks.from_config(run)
+    return run
+
+
+def to_precision(chunk: nn.Module, run: Run) -> nn.Module:
+    """The model in its training precision; the router's bias stays fp32, as Megatron-Core keeps it."""
+    if run.config.bf16 or run.config.fp16:
+        from megatron.core.transformer.module import Float16Module
+
+        chunk = Float16Module(run.config, chunk)
+    return chunk
+
+
+def train(run: Run) -> None:
+    """Step until the end of the run. All that is not the step is a callback."""
+    cfg, state = run.cfg, run.state
+    eval_count = cfg.train.eval_batches
+    batch = cfg.batch.global_batch_size
+    train_data, run.valid_data, _ = build_datasets(cfg, run.total_steps * batch, eval_count * batch, 0)
+    batches = iterators(run, train_data, state.consumed_samples)
+
+    def evaluate() -> None:
+        if eval_count and run.valid_data is not None:
+            with run.clock.paused():
+                loss = step.evaluate(run, iterators(run, run.valid_data, 0), eval_count)
+            run.evaluations.append({"step": state.step, "tokens": state.consumed_tokens, "valid_loss": loss})
+            for callback in run.callbacks:
+                callback.on_evaluation_end(run, run.evaluations[-1])
+
+    try:
+        for callback in run.callbacks:
+            callback.on_start(run)
+        evaluate()
+        run.clock.start()
+        while state.step < run.total_steps:
+            run.last_metrics = step.train_step(run, batches)
+            for callback in run.callbacks:
+                callback.on_step_end(run, run.last_metrics)
+            interval = cfg.train.eval_interval_steps
+            if state.step == run.total_steps or (interval and state.step % interval == 0):
+                evaluate()
+        run.completed = True
+    finally:
+        for callback in run.callbacks:
+            callback.on_end(run)
+
+
+def iterators(run: Run, dataset: Any, start_sample: int) -> list[Iterator[dict[str, torch.Tensor]]]:
+    """One iterator over the same batches for each model chunk of this rank."""
+    return [
+        iter(
+            BatchIterator(
+                dataset,
+                dp_rank=ps.get_data_parallel_rank(),
+                dp_size=run.layout.dp,
+                micro_batch_size=run.cfg.batch.micro_batch_size,
+                global_batch_size=run.cfg.batch.global_batch_size,
+                start_sample=start_sample,
+                device=run.device,
+                workers=run.cfg.data.loader_workers,
+            )
+        )
+        for _ in range(run.layout.vpp)
+    ]

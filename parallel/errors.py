@@ -1,0 +1,44 @@
+"""Errors typed by who must act. Commands print `cause; remedy` as one line, without a traceback."""
+
+from __future__ import annotations
+
+
+class MoeTrainError(Exception):
+    """Base of every error a command explains in one line.
+
+    Args:
+        cause: what is wrong, naming the field, file or rank.
+        remedy: what to do about it, with values that would work.
+    """
+
+    exit_code = 1
+
+    def __init__(self, cause: str, remedy: str = "") -> None:
+        self.cause, self.remedy = cause, remedy
+        super().__init__(f"{cause}; {remedy}" if remedy else cause)
+
+
+class ConfigError(MoeTrainError):
+    """The configuration asks for something impossible: whoever typed the command acts."""
+
+    exit_code = 2
+
+
+class DataError(MoeTrainError):
+    """A corpus, tokenizer or dataset file is missing, empty or damaged: whoever prepared the data acts."""
+
+    exit_code = 2
+
+
+class CheckpointError(MoeTrainError):
+    """A checkpoint is missing, incomplete or does not fit the model: whoever named it acts."""
+
+    exit_code = 2
+
+
+class LaunchError(MoeTrainError):
+    """Ranks could not be started, could not meet, or one of them failed: whoever launched the job acts."""
+
+
+class HardwareError(MoeTrainError):
+    """This machine lacks or lost what the run needs (GPU, memory, library): whoever owns the machine acts."""

@@ -1,0 +1,37 @@
+"""Megatron-Core on NVIDIA GPUs that talk through NCCL. Nothing is patched here."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from parallel.errors import HardwareError
+from parallel.rank_info import RankInfo
+
+
+def start(rank: RankInfo, timeout_s: int) -> torch.device:
+    """Bind this process to its GPU and join the other ranks. Returns the device of this rank.
+
+    Raises:
+        HardwareError: the node has fewer GPUs than ranks.
+    """
+    gpus = torch.cuda.device_count()
+    if rank.local_rank >= gpus:
+        raise HardwareError(
+            f"rank {rank.rank} is the {rank.local_rank + 1}th on its node, which has {gpus} visible GPUs",
+            "start one rank for each GPU, or set runtime=cpu",
+        )
+    device = torch.device("cuda", rank.local_rank)
+    torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl",
+            init_method=f"tcp://{rank.master_addr}:{rank.master_port}",
+            rank=rank.rank,
+            world_size=rank.world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device,
+        )
+    return device

@@ -1,0 +1,53 @@
+"""What Megatron-Core needs changed in itself to run without CUDA and Transformer Engine. One function each.
+
+Apply them through `parallel.runtime.patching.apply`. Each names the upstream file and when it can go.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from parallel.runtime.patching import Replace
+
+
+def attention_without_transformer_engine(device: torch.device, replace: Replace) -> None:
+    """Multi-latent attention builds where Transformer Engine is absent.
+
+    Upstream: transformer/multi_latent_attention.py of 0.16 sets HAVE_TE although the names are mocks, so
+    `isinstance(x, TELinear)` fails. Goes with the end of support for 0.16.
+    """
+    from megatron.core.transformer import multi_latent_attention
+
+    if not isinstance(multi_latent_attention.TELinear, type):
+        replace(multi_latent_attention, "HAVE_TE", False)
+
+
+def router_without_transformer_engine(device: torch.device, replace: Replace) -> None:
+    """The router multiplies with torch where Transformer Engine is absent.
+
+    Upstream: transformer/moe/moe_utils.py of 0.16 leaves `te_general_gemm` undefined. Goes with support for 0.16.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if not moe_utils.HAVE_TE and not hasattr(moe_utils, "te_general_gemm"):
+        replace(moe_utils, "te_general_gemm", None)
+
+
+def split_sizes_as_lists(device: torch.device, replace: Replace) -> None:
+    """Token counts become NumPy arrays, as all-to-all wants them, when they already are on the CPU.
+
+    Upstream: transformer/moe/moe_utils.py `maybe_move_tensor_to_cpu`, used by token_dispatcher.py, converts only CUDA
+    tensors. Goes when it converts CPU tensors too.
+    """
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    replace(moe_utils, "maybe_move_tensor_to_cpu", to_cpu)
+    replace(token_dispatcher, "maybe_move_tensor_to_cpu", to_cpu)
+
+
+PATCHES = (attention_without_transformer_engine, router_without_transformer_engine, split_sizes_as_lists)

@@ -1,0 +1,105 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_train.checkpoint import directory
+from parallel.errors import CheckpointError
+
+
+def make(root: Path, name: str) -> Path:
+    """A checkpoint directory with the files that every checkpoint has."""
+    partial = directory.prepare(root, name)
+    for file in (directory.STATE, directory.CONFIG, directory.METADATA):
+        (partial / file).write_text(name)
+    return directory.publish(root, name)
+
+
+def test_a_checkpoint_appears_only_when_published(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    partial = directory.prepare(root, "step_00000010")
+    (partial / "file").write_text("content")
+    assert directory.candidates(root) == []
+    assert not (root / "latest").exists()
+    final = directory.publish(root, "step_00000010")
+    assert directory.candidates(root) == [final]
+    assert (final / "file").read_text() == "content"
+    assert (root / "latest").read_text() == "step_00000010\n"
+    assert sorted(os.listdir(root)) == ["latest", "step_00000010"]
+
+
+def test_what_latest_names_comes_first_then_by_step(tmp_path: Path) -> None:
+    for step in (10, 9, 100_000_000, 20):  # the last is the newest; the third has a longer name
+        make(tmp_path, directory.name_of(step))
+    names = [path.name for path in directory.candidates(tmp_path)]
+    assert names == ["step_00000020", "step_100000000", "step_00000010", "step_00000009"]
+    (tmp_path / "latest").unlink()
+    assert directory.candidates(tmp_path)[0].name == "step_100000000"
+    (tmp_path / "latest").write_text("step_00000099")  # was deleted by hand
+    assert directory.candidates(tmp_path)[0].name == "step_100000000"
+
+
+def test_leftovers_of_a_killed_write_go_with_the_next(tmp_path: Path) -> None:
+    first = make(tmp_path, "step_00000010")
+    (directory.prepare(tmp_path, "step_00000020") / "half").write_text("x")
+    assert directory.candidates(tmp_path) == [first]
+    directory.prepare(tmp_path, "step_00000030")
+    assert sorted(os.listdir(tmp_path)) == [".step_00000030.partial", "latest", "step_00000010"]
+
+
+def test_replacing_a_checkpoint_never_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "step_00000010")
+    partial = directory.prepare(tmp_path, "step_00000010")
+    (partial / directory.STATE).write_text("new")
+    real, renamed = os.rename, []
+
+    def killed_between(source: Path, target: Path) -> None:
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", killed_between)
+    with pytest.raises(KeyboardInterrupt):
+        directory.publish(tmp_path, "step_00000010")
+    monkeypatch.undo()
+    (found,) = directory.candidates(tmp_path)
+    assert (found / directory.STATE).read_text() == "step_00000010"
+    new = make(tmp_path, "step_00000010")
+    assert sorted(os.listdir(tmp_path)) == ["latest", new.name]
+
+
+def test_a_path_may_be_a_checkpoint_its_directory_or_its_run(tmp_path: Path) -> None:
+    final = make(tmp_path / "checkpoints", "step_00000010")
+    for path in (final, final.parent, tmp_path):
+        assert directory.resolve(path, "resume") == [final]
+
+
+def test_wrong_paths_are_explained(tmp_path: Path) -> None:
+    final = make(tmp_path / "checkpoints", "step_00000010")
+    with pytest.raises(CheckpointError, match=r"resume=.*step_00000011 does not exist; did you mean .*step_00000010"):
+        directory.resolve(final.parent / "step_00000011", "resume")
+    empty = tmp_path / "elsewhere" / "empty"
+    empty.mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"init_from=.*empty holds no checkpoint; name a directory like"):
+        directory.resolve(empty, "init_from")
+    (empty / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"is a Hugging Face model, not a checkpoint"):
+        directory.resolve(empty, "init_from")
+
+
+def test_missing_files_are_named_with_the_other_checkpoints(tmp_path: Path) -> None:
+    older, newer = make(tmp_path, "step_00000010"), make(tmp_path, "step_00000020")
+    directory.check_files(newer)
+    (newer / directory.STATE).unlink()
+    with pytest.raises(CheckpointError, match=rf"state.json is missing; set resume={older}"):
+        directory.check_files(newer)
+
+
+def test_no_torch_is_imported() -> None:
+    program = (
+        "import sys, moe_train.checkpoint.directory, moe_train.checkpoint.compat; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

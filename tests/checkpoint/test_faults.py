@@ -1,0 +1,334 @@
+"""What can go wrong with checkpoints: each ends in one line, and nothing that was saved is lost."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from moe_train.checkpoint import checkpoint, metadata
+from parallel.errors import CheckpointError
+from tests.checkpoint import small_run
+from tests.distributed.helper import run_distributed
+
+
+def save_two(run_dir: Path) -> list[Path]:
+    """Checkpoints of steps 1 and 2."""
+    run = small_run.prepare(small_run.config(run_dir, {}))
+    saved = []
+    for _ in range(2):
+        small_run.train(run, 1)
+        saved.append(checkpoint.save(run))
+    return saved
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory with the checkpoints of steps 1 and 2. Tests that damage it take `copy`."""
+    run_dir = tmp_path_factory.mktemp("saved")
+    run_distributed(save_two, 1, run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    """Run directory with the checkpoints of steps 1 and 2, to be damaged."""
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def steps_of(run_dir: Path, settings: list[dict[str, Any]]) -> list[Any]:
+    """For each of the `settings` of a run, the step it resumes at, or [exit code, line] of its error."""
+    results: list[Any] = []
+    for changes in settings:
+        run = small_run.prepare(small_run.config(run_dir, {}, **changes))
+        try:
+            checkpoint.resume(run)
+            results.append(run.state.step)
+        except CheckpointError as error:
+            results.append([error.exit_code, str(error)])
+    return results
+
+
+def resume(run_dir: Path, *settings: dict[str, Any]) -> list[Any]:
+    """`steps_of` in a process of its own."""
+    results: list[Any] = run_distributed(steps_of, 1, run_dir, list(settings))[0]
+    return results
+
+
+def test_resume_modes(saved: Path, tmp_path: Path) -> None:
+    first, second = (saved / "checkpoints" / f"step_{i:08d}" for i in (1, 2))
+    elsewhere = {"run_dir": str(tmp_path)}
+    results = resume(
+        saved,
+        {},
+        {"resume": "never"},
+        {"resume": str(first)},
+        elsewhere,
+        elsewhere | {"resume": str(saved)},
+        elsewhere | {"resume": str(second.parent)},
+        elsewhere | {"checkpoint__dir": str(second.parent)},
+        elsewhere | {"resume": str(tmp_path / "nothing")},
+    )
+    assert results[:7] == [2, 0, 1, 0, 2, 2, 2]
+    assert results[7] == [
+        2,
+        f"resume={tmp_path}/nothing does not exist; name a directory like runs/NAME/checkpoints/step_00000100",
+    ]
+    assert sorted(os.listdir(tmp_path)) == []
+
+
+def weights_only(run_dir: Path, source: Path) -> list[Any]:
+    """State after `init_from`, and whether the model has the weights of the checkpoint and nothing else of it."""
+    fresh = small_run.prepare(small_run.config(run_dir, {}, init_from=str(source)))
+    checkpoint.resume(fresh)
+    loaded = small_run.tensors(fresh)
+    whole = small_run.prepare(small_run.config(run_dir, {}, resume=str(source)))
+    checkpoint.resume(whole)
+    wanted = small_run.tensors(whole)
+    model = [name for name in wanted if not name.startswith("optimizer.")]
+    moments = [name for name in wanted if name.startswith("optimizer.")]
+    return [
+        fresh.state.step,
+        fresh.schedule.num_steps,
+        all(loaded[name] == wanted[name] for name in model),
+        all(loaded[name] == (0.0, 0.0) for name in moments),
+        len(small_run.train(fresh, 1)),
+    ]
+
+
+def test_init_from_takes_the_weights_and_starts_at_step_0(saved: Path, tmp_path: Path) -> None:
+    for changed in run_distributed(weights_only, 2, tmp_path, saved / "checkpoints" / "step_00000002"):
+        assert changed == [0, 0, True, True, 1]
+
+
+def test_another_model_names_fields_or_tensors(saved: Path, tmp_path: Path) -> None:
+    source = {"run_dir": str(tmp_path), "init_from": str(saved)}
+    fields, shape, missing = resume(
+        saved,
+        {"model__ffn_hidden_size": 128},
+        source | {"model__ffn_hidden_size": 128},
+        source | {"model__num_layers": 5},
+    )
+    assert fields[0] == shape[0] == missing[0] == 2
+    assert "model.ffn_hidden_size=96 in the checkpoint, model.ffn_hidden_size=128 in the run; set " in fields[1]
+    assert "decoder.layers.0.mlp.linear_fc1.weight has shape (192, 64) in checkpoint" in shape[1]
+    assert "and (256, 64) in this model; use the model settings of its config.yaml" in shape[1]
+    assert "has no tensor decoder.layers.4." in missing[1]
+
+
+def test_a_different_seed_is_warned_about(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_distributed(warnings_of, 1, saved) == [
+        ["warning: seed was 1234 when step_00000002 was saved and is 7 now"]
+    ]
+
+
+def warnings_of(run_dir: Path) -> list[str]:
+    """Lines that resuming with another seed writes to stderr."""
+    import contextlib
+    import io
+
+    text = io.StringIO()
+    run = small_run.prepare(small_run.config(run_dir, {}, seed=7))
+    with contextlib.redirect_stderr(text):
+        checkpoint.resume(run)
+    return text.getvalue().splitlines()
+
+
+def shorten(path: Path) -> None:
+    """Cut the end of a file."""
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def scribble(path: Path) -> None:
+    """Overwrite the middle of a file."""
+    content = bytearray(path.read_bytes())
+    third = len(content) // 3
+    content[third : 2 * third] = bytes(third)
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("__0_0.distcp", shorten, "__0_0.distcp has"),
+        ("__0_0.distcp", os.unlink, "__0_0.distcp is missing"),
+        (".metadata", os.unlink, ".metadata is missing"),
+        (".metadata", shorten, ".metadata cannot be read"),
+        ("state.json", os.unlink, "state.json is missing"),
+        ("config.yaml", os.unlink, "config.yaml is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    copy: Path, file: str, damage: Callable[[Path], None], message: str
+) -> None:
+    damaged, older = (copy / "checkpoints" / f"step_{i:08d}" for i in (2, 1))
+    damage(damaged / file)
+    automatic, explicit = resume(copy, {}, {"resume": str(damaged)})
+    assert automatic == 1
+    assert explicit[0] == 2
+    assert f"checkpoint {damaged} is damaged: {message}" in explicit[1]
+    assert explicit[1].endswith(f"; set resume={older}")
+    assert "\n" not in explicit[1]
+
+
+def test_unreadable_contents_end_in_one_line_on_every_rank(copy: Path) -> None:
+    for number in (1, 2):
+        scribble(copy / "checkpoints" / f"step_{number:08d}" / "__0_0.distcp")
+    for results in run_distributed(steps_of, 2, copy, [{}]):
+        (result,) = results
+        assert result[0] == 2
+        assert "step_00000002 is damaged: cannot read" in result[1]
+        assert "\n" not in result[1]
+
+
+def test_auto_does_not_start_afresh_over_damaged_checkpoints(copy: Path) -> None:
+    for number in (1, 2):
+        (copy / "checkpoints" / f"step_{number:08d}" / ".metadata").unlink()
+    automatic, never = resume(copy, {}, {"resume": "never"})
+    assert automatic[0] == 2
+    assert "no checkpoint in" in automatic[1]
+    assert "can be read" in automatic[1]
+    assert never == 0
+
+
+def test_a_state_of_a_later_format_is_refused(copy: Path) -> None:
+    path = copy / "checkpoints" / "step_00000002" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    (result,) = resume(copy, {})
+    assert "has format 99" in result[1]
+
+
+class Trap:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch {self.witness}",)
+
+
+def test_loading_runs_no_code_from_a_checkpoint(copy: Path, tmp_path: Path) -> None:
+    directory, witness = copy / "checkpoints" / "step_00000002", tmp_path / "witness"
+    pickle.loads(pickle.dumps(Trap(witness)))
+    assert witness.exists()  # the trap works
+    witness.unlink()
+
+    torch.save({"x": Trap(witness)}, directory / "common.pt")
+    contents = metadata.read(directory)
+    part = next(info for index, info in contents.storage_data.items() if index.fqn == "output_layer.weight")
+    with (directory / part.relative_path).open("r+b") as file:
+        file.seek(part.offset)
+        file.write(pickle.dumps(Trap(witness)).ljust(part.length, b"\0"))
+    (result,) = resume(copy, {})
+    assert "step_00000002 is damaged" in result[1]
+
+    (directory / ".metadata").write_bytes(pickle.dumps(Trap(witness)))
+    with pytest.raises(CheckpointError, match=r"it names (posix|nt)\.system, which is no part of a checkpoint"):
+        metadata.read(directory)
+    assert resume(copy, {}) == [1]
+    assert not witness.exists()
+
+
+def die_while_saving(run_dir: Path) -> None:
+    """Train a step more than the newest checkpoint, and lose rank 1 when it has written half of its part."""
+    run = small_run.prepare(small_run.config(run_dir, {}))
+    checkpoint.resume(run)
+    small_run.train(run, 1)
+    write = FileSystemWriter.write_data
+
+    def write_half(self: FileSystemWriter, plan: Any, planner: Any) -> Any:
+        if dist.get_rank() == 1:
+            plan.items[len(plan.items) // 2 :] = []
+            write(self, plan, planner)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(self, plan, planner)
+
+    FileSystemWriter.write_data = write_half  # type: ignore[method-assign]
+    checkpoint.save(run)
+
+
+def save_next(run_dir: Path) -> list[Any]:
+    """Resume, train a step and save."""
+    run = small_run.prepare(small_run.config(run_dir, {}))
+    checkpoint.resume(run)
+    step = run.state.step
+    small_run.train(run, 1)
+    return [step, checkpoint.save(run).name]
+
+
+def test_a_rank_killed_while_saving_costs_only_that_checkpoint(copy: Path) -> None:
+    with pytest.raises(AssertionError, match="rank 1"):
+        run_distributed(die_while_saving, 2, copy)
+    root = copy / "checkpoints"
+    assert (root / "latest").read_text().strip() == "step_00000002"
+    assert list((root / ".step_00000003.partial").glob("__1_*.distcp"))  # it did die in the middle
+    assert not (root / "step_00000003").exists()
+    assert run_distributed(save_next, 2, copy) == [[2, "step_00000003"]] * 2
+    assert sorted(os.listdir(root)) == ["latest", "step_00000001", "step_00000002", "step_00000003"]
+
+
+def fail_to_save(run_dir: Path, where: Path, full_disk: bool) -> list[Any]:
+    """[exit code, line] of the error of saving, on each rank."""
+    run = small_run.prepare(small_run.config(run_dir, {}, checkpoint__dir=str(where)))
+    if full_disk and dist.get_rank() == 1:
+
+        def no_space(self: FileSystemWriter, plan: Any, planner: Any) -> Any:
+            raise OSError(28, "No space left on device")
+
+        FileSystemWriter.write_data = no_space  # type: ignore[method-assign]
+    try:
+        checkpoint.save(run)
+    except CheckpointError as error:
+        return [error.exit_code, str(error)]
+    return [0, ""]
+
+
+def test_a_full_disk_on_one_rank_is_one_line_on_every_rank(tmp_path: Path) -> None:
+    for code, line in run_distributed(fail_to_save, 2, tmp_path, tmp_path / "checkpoints", True):
+        assert code == 2
+        assert "No space left on device" in line
+        assert line.endswith("; check free space and permissions, or set checkpoint.dir")
+        assert "\n" not in line
+    assert not (tmp_path / "checkpoints" / "latest").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ((code, line),) = run_distributed(fail_to_save, 1, tmp_path, tmp_path / "file" / "checkpoints", False)
+    assert code == 2
+    assert line.startswith(f"cannot write to {tmp_path}/file/checkpoints: Not a directory")
+
+
+def save_unstepped(run_dir: Path) -> list[float]:
+    """Save before the first step and train on: saving makes optimizer state, which must be whole."""
+    run = small_run.prepare(small_run.config(run_dir, {}))
+    checkpoint.save(run)
+    return small_run.train(run, 2)
+
+
+def test_saving_changes_nothing(tmp_path: Path) -> None:
+    saving = run_distributed(save_unstepped, 1, tmp_path)
+    resumed = run_distributed(continue_unstepped, 1, tmp_path)
+    assert saving == resumed == run_distributed(only_train, 1, tmp_path)
+
+
+def continue_unstepped(run_dir: Path) -> list[float]:
+    """Two steps after resuming at step 0."""
+    run = small_run.prepare(small_run.config(run_dir, {}))
+    checkpoint.resume(run)
+    return small_run.train(run, 2)
+
+
+def only_train(run_dir: Path) -> list[float]:
+    """Two steps of a run without checkpoints."""
+    return small_run.train(small_run.prepare(small_run.config(run_dir, {}, resume="never")), 2)

@@ -1,0 +1,76 @@
+"""Master weights and loss scales of 16-bit runs, and checkpoints that continue in another precision."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_train.checkpoint import checkpoint, state
+from tests.checkpoint import small_run
+from tests.distributed.helper import run_distributed
+
+BF16 = {"precision__dtype": "bf16"}
+PLAIN = {"parallel__distributed_optimizer": False}
+FP16 = {"precision__dtype": "fp16", "precision__initial_loss_scale": 2.0**30}
+
+
+def weights(run_dir: Path, degrees: dict[str, int], changes: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Sums of the fp32 weights by name, after resuming."""
+    run = small_run.prepare(small_run.config(run_dir, degrees, **changes))
+    checkpoint.resume(run)
+    model = state.model_state(run)
+    tensors: dict[str, tuple[float, float]] = {}
+    for shard in state.Request(state.optimizer_state(run, model, loading=False)).tensors:
+        name = shard.key.removeprefix("optimizer.state.fp32_param.")
+        if name != shard.key:
+            total, squares = tensors.get(name, (0.0, 0.0))
+            data = shard.data.double()
+            tensors[name] = (total + float(data.sum()), squares + float(data.square().sum()))
+    return tensors
+
+
+def bf16_story(run_dir: Path, saved_by: dict[str, Any], read_by: dict[str, Any]) -> None:
+    """Save with one kind of optimizer; continue with it, with the other kind, and in fp32."""
+    before = small_run.save_halfway(run_dir, {}, BF16 | saved_by)
+    assert small_run.continue_halfway(run_dir, {}, BF16 | saved_by)["bits"] == before["bits"]
+
+    saved, with_the_other = weights(run_dir, {}, BF16 | saved_by), weights(run_dir, {}, BF16 | read_by)
+    # The plain optimizer has no second copy of what is fp32 in the model already.
+    names = saved.keys() & with_the_other.keys()
+    assert len(names) > 50
+    for name in names:
+        assert with_the_other[name] == pytest.approx(saved[name], rel=1e-12, abs=1e-9), name
+
+    fp32 = small_run.prepare(small_run.config(run_dir, {}))
+    checkpoint.resume(fp32)
+    now = small_run.tensors(fp32)
+    for name, sums in saved.items():
+        assert now[name] == pytest.approx(sums, rel=1e-12, abs=1e-9), name
+
+
+@pytest.mark.parametrize(("saved_by", "read_by"), [({}, PLAIN), (PLAIN, {})], ids=["distributed", "plain"])
+def test_bf16_keeps_fp32_weights(tmp_path: Path, saved_by: dict[str, Any], read_by: dict[str, Any]) -> None:
+    run_distributed(bf16_story, 1, tmp_path, saved_by, read_by)
+
+
+def scale_and_skips(run_dir: Path, resume: bool) -> list[Any]:
+    """Loss scale of fp16 and the number of updates, after a few steps of which the first overflow."""
+    run = small_run.prepare(small_run.config(run_dir, {}, **FP16))
+    if resume:
+        checkpoint.resume(run)
+    else:
+        small_run.train(run, small_run.HALF)
+        checkpoint.save(run)
+    steps = {int(s["step"]) for o in state.optimizers(run) for s in o.optimizer.state.values()}
+    scale = torch.cat([o.get_loss_scale().reshape(1) for o in state.optimizers(run)]).tolist()
+    return [scale, state.scalers(run), run.schedule.num_steps, steps, run.state.step]
+
+
+def test_fp16_continues_with_its_loss_scale_and_skipped_steps(tmp_path: Path) -> None:
+    before = run_distributed(scale_and_skips, 1, tmp_path, False)[0]
+    assert run_distributed(scale_and_skips, 1, tmp_path, True)[0] == before
+    scale, _, updates, steps, step = before
+    assert max(scale) < 2.0**30  # it did overflow
+    assert updates < step
+    assert steps == {updates}

@@ -1,0 +1,94 @@
+"""What `validate` lets pass, Megatron-Core's own checks let pass too: nobody meets an assertion deep in a run."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from moe_train.config.compose import compose
+from moe_train.config.schema import Config
+from moe_train.config.validate import validate
+from moe_train.config.walk import with_values
+from parallel.errors import ConfigError
+from parallel.suggest import Impossible
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "model.attention": ("mla", "gqa"),
+    "model.rope_type": ("rope", "yarn"),
+    "model.num_layers": (2, 4, 7),
+    "model.num_attention_heads": (4, 6, 8),
+    "model.num_query_groups": (0, 1, 2),
+    "model.head_dim": (32,),
+    "model.num_experts": (0, 8, 16),
+    "model.topk": (1, 2, 4),
+    "model.num_dense_layers": (0, 1),
+    "model.num_shared_experts": (0, 1),
+    "model.router_score": ("softmax", "sigmoid"),
+    "model.router_bias": (True, False),
+    "model.router_pre_softmax": (True, False),
+    "model.router_num_groups": (0, 4),
+    "model.router_topk_groups": (0, 2),
+    "model.capacity_factor": (None, 1.5),
+    "model.pad_to_capacity": (True, False, False),
+    "model.mtp_num_layers": (0, 1),
+    "parallel.tp": (1, 2, 4),
+    "parallel.pp": (1, 2, 4),
+    "parallel.vpp": (1, 1, 2),
+    "parallel.ep": (1, 2),
+    "parallel.etp": (1, 2),
+    "parallel.cp": (1, 2),
+    "parallel.sequence_parallel": (None, None, True, False),
+    "parallel.overlap_p2p": (None, None, True, False),
+    "parallel.dispatcher": ("alltoall", "allgather"),
+    "batch.global_batch_size": (8, 16, 24),
+}
+
+
+def _random_configs(count: int) -> list[Config]:
+    rng, base = random.Random(1), compose(["runtime=cpu"])
+    return [with_values(base, {name: rng.choice(values) for name, values in CHOICES.items()}) for _ in range(count)]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_megatron_core_accepts_whatever_passes() -> None:
+    from moe_train.model.build import transformer_config
+
+    passed = 0
+    for cfg in _random_configs(4000):
+        try:
+            layout = validate(cfg)
+        except ConfigError:
+            continue
+        passed += 1
+        transformer_config(cfg, layout, "local", "cpu")
+        # Upstream checks these only while it builds modules or runs the schedule.
+        model, micro_batches = cfg.model, cfg.batch.global_batch_size // (cfg.batch.micro_batch_size * layout.dp)
+        assert model.padded_vocab_size % layout.tp == 0
+        assert not model.is_moe or model.num_experts % layout.ep == 0
+        assert layout.vpp == 1 or (layout.pp > 1 and micro_batches % layout.pp == 0)
+        assert cfg.train.seq_length % (layout.tp * layout.cp) == 0
+    assert passed > 50
+
+
+def test_whatever_is_refused_comes_with_a_value_that_works_or_gets_further() -> None:
+    """Random configs are often wrong in several ways; a fix of one is then judged by the next line being another."""
+    refused = fixed = 0
+    for cfg in _random_configs(400):
+        try:
+            validate(cfg)
+        except Impossible as error:
+            refused += 1
+            fixed += _is_fixed(cfg, error)
+    assert refused > 200
+    assert fixed > 20
+
+
+def _is_fixed(cfg: Config, error: Impossible) -> bool:
+    assert error.fixes, error
+    try:
+        validate(with_values(cfg, error.fixes[0]))
+    except Impossible as following:
+        return following.cause == error.cause and pytest.fail(f"{error} does not help")
+    return True

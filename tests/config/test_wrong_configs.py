@@ -1,0 +1,307 @@
+"""Wrong configurations: each ends in one line that names the field, with exit code 2, and with values that do work."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from moe_train.config.compose import compose, hydra_entry
+from moe_train.config.schema import Config
+from moe_train.config.validate import validate
+from moe_train.config.walk import with_values
+
+MOE_TRAIN = Path(sys.executable).parent / "moe-train"
+
+
+@dataclass
+class Wrong:
+    """A wrong command line.
+
+    Args:
+        overrides: the wrong ones.
+        field: full name that the line must begin with.
+        arithmetic: a part of the line that shows why.
+        context: overrides that are right, and make the others wrong.
+        replaces: the suggestion takes the place of the wrong overrides (unknown names, types, syntax).
+        applies: the suggestion is a value; False where only the user knows one (a path).
+        world_size: ranks that a launcher has started.
+    """
+
+    overrides: str
+    field: str
+    arithmetic: str = ""
+    context: str = ""
+    replaces: bool = False
+    applies: bool = True
+    world_size: int | None = None
+    words: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.words = [*shlex.split(self.context), *shlex.split(self.overrides)]
+
+
+# model=tiny: 4 layers (1 dense), 4 heads, mla, 16 experts in 4 groups (2 chosen), top 4, 1 shared, sigmoid with bias,
+# 4096 words, multi-token prediction
+GQA = "model.attention=gqa"
+SOFTMAX = "model.router_score=softmax model.router_bias=false"
+TABLE = [
+    # Layout of ranks
+    Wrong("parallel.tp=3", "parallel.tp", "model.num_attention_heads=4 (4 = 1 x 3 + 1)"),
+    Wrong("parallel.tp=0", "parallel.tp", "smallest value 1"),
+    Wrong("parallel.tp=8", "parallel.tp", "does not divide model.num_attention_heads=4"),
+    Wrong("parallel.tp=2", "parallel.tp", "model.num_query_groups=3",
+          f"{GQA} model.num_attention_heads=6 model.num_query_groups=3 model.head_dim=32"),
+    Wrong("parallel.tp=2", "parallel.tp", "model.ffn_hidden_size=767", "model.ffn_hidden_size=767"),
+    Wrong("parallel.tp=2", "parallel.tp", "model.q_lora_rank=33", "model.q_lora_rank=33 backend.name=local"),
+    Wrong("parallel.tp=2", "parallel.tp", "63 + 16", "model.kv_lora_rank=63 backend.name=local"),
+    Wrong("parallel.tp=3", "parallel.tp", "4096 rows",
+          "model.num_attention_heads=6 model.q_lora_rank=0 model.kv_lora_rank=65 model.qk_rope_head_dim=16 "
+          "model.ffn_hidden_size=768 model.moe_ffn_hidden_size=162"),
+    Wrong("parallel.tp=2", "parallel.tp", "1 x 161", "model.moe_ffn_hidden_size=161"),
+    Wrong("parallel.etp=2", "parallel.etp", "model.moe_ffn_hidden_size=161", "model.moe_ffn_hidden_size=161"),
+    Wrong("parallel.ep=3", "parallel.ep", "model.num_experts=16 (16 = 5 x 3 + 1)"),
+    Wrong("parallel.ep=4 parallel.dp=2", "parallel.ep", "1 x 4 x 1 = 4 does not divide the 2 ranks"),
+    Wrong("parallel.ep=2", "parallel.ep", "model.num_experts=0 is a dense model", "model=llama3_8b"),
+    Wrong("parallel.etp=2", "parallel.etp", "model.num_experts=0 is a dense model", "model=llama3_8b"),
+    Wrong("parallel.tp=2 parallel.dp=2", "parallel.dp", "2 x 1 x 1 x 2 = 4, but there are 8 ranks", world_size=8),
+    Wrong("parallel.tp=2 parallel.pp=2", "parallel.tp x pp x cp", "= 4 does not divide the 6 ranks", world_size=6),
+    # Pipeline
+    Wrong("parallel.pp=8", "model.num_layers", "8 - 2 = 6 layers"),
+    Wrong("parallel.pp=4 parallel.vpp=2", "model.num_layers", "4 x 2 = 8 stages"),
+    Wrong("parallel.vpp=2", "parallel.vpp", "parallel.pp=1"),
+    Wrong("parallel.overlap_p2p=true", "parallel.overlap_p2p", "parallel.vpp=1", "parallel.pp=2"),
+    Wrong("parallel.overlap_p2p=false", "parallel.overlap_p2p", "gradients come out wrong",
+          "parallel.pp=2 parallel.vpp=2"),
+    Wrong("parallel.pipeline_layout='Et*3|tL'", "parallel.pipeline_layout", "has 2 stages", "parallel.pp=4"),
+    Wrong("parallel.pipeline_layout='Et*3|t*2mL'", "parallel.pipeline_layout", "has 5 transformer layers",
+          "parallel.pp=2 model.mtp_num_layers=1"),
+    Wrong("parallel.pipeline_layout='Et*4m|L'", "parallel.pipeline_layout", "on the last stage",
+          "parallel.pp=2 model.mtp_num_layers=1"),
+    Wrong("parallel.pipeline_layout='Et*2|ttm'", "parallel.pipeline_layout", "end with the loss",
+          "parallel.pp=2 model.mtp_num_layers=1"),
+    # Slips of the finger
+    Wrong("model.num_layers=999999999999", "model.num_layers", "above the largest value 10000"),
+    Wrong("model.num_layers=99999999", "model.num_layers", "above the largest value 10000"),
+    Wrong("model.num_experts=1000000", "model.num_experts", "above the largest value 100000"),
+    Wrong("model.mtp_num_layers=101", "model.mtp_num_layers", "above the largest value 100"),
+    Wrong("parallel.tp=1000000000", "parallel.tp", "above the largest value 1000000"),
+    Wrong("batch.global_batch_size=1000000000000000000", "batch.global_batch_size", "above the largest value"),
+    # Batch and sequence
+    Wrong("batch.global_batch_size=7", "batch.global_batch_size", "7 = 3 x 2 + 1", "parallel.dp=2"),
+    Wrong("batch.micro_batch_size=3", "batch.global_batch_size", "3 x 1 = 3"),
+    Wrong("batch.global_batch_size=6", "batch.global_batch_size", "not a multiple of parallel.pp=4",
+          "parallel.pp=4 parallel.vpp=2 model.num_layers=8"),
+    Wrong("train.seq_length=129", "train.seq_length", "129 = 64 x 2 + 1", "parallel.tp=2"),
+    Wrong("train.seq_length=130", "train.seq_length", "4 zig-zag slices", "parallel.cp=2"),
+    Wrong("train.seq_length=132", "train.seq_length", "parallel.tp x cp = 4 x 2 = 8", "parallel.cp=2 parallel.tp=4"),
+    Wrong("train.seq_length=100000", "train.seq_length", "exceeds model.max_position_embeddings"),
+    Wrong("train.seq_length=2", "train.seq_length", "model.mtp_num_layers=2", "model.mtp_num_layers=2"),
+    Wrong("parallel.sequence_parallel=true", "parallel.sequence_parallel", "parallel.tp=1"),
+    Wrong("parallel.sequence_parallel=false", "parallel.sequence_parallel", "experts and parallel.tp=2",
+          "parallel.tp=2"),
+    # Attention
+    Wrong("model.qk_rope_head_dim=15", "model.qk_rope_head_dim", "odd"),
+    Wrong("model.qk_norm=head", "model.qk_norm", "model.attention=gqa"),
+    Wrong("model.num_attention_heads=5", "model.num_attention_heads", "256 = 51 x 5 + 1", GQA),
+    Wrong("model.num_query_groups=3", "model.num_query_groups", "4 = 1 x 3 + 1", GQA),
+    Wrong("model.head_dim=33", "model.head_dim", "pairs", GQA),
+    Wrong("model.yarn_factor=0.5", "model.yarn_factor", "below 1"),
+    Wrong("model.yarn_beta_fast=0.5", "model.yarn_beta_fast", "below model.yarn_beta_slow=1.0"),
+    Wrong("model.init_std=0", "model.init_std", "above 0"),
+    Wrong("model.rope_type=alibi", "model.rope_type", "rope, yarn"),
+    # Experts and router
+    Wrong("model.topk=17", "model.topk", "exceeds model.num_experts=16"),
+    Wrong("model.topk=1", "model.topk", "no gradient",
+          f"{SOFTMAX} model.router_num_groups=0 model.router_topk_groups=0"),
+    Wrong("model.num_dense_layers=4", "model.num_dense_layers", "leaves no layer"),
+    Wrong("model.router_num_groups=3", "model.router_num_groups", "16 = 5 x 3 + 1"),
+    Wrong("model.router_topk_groups=5", "model.router_topk_groups", "exceeds model.router_num_groups=4"),
+    Wrong("model.router_topk_groups=0", "model.router_num_groups", "takes both"),
+    Wrong("model.router_num_groups=0", "model.router_topk_groups", "takes both"),
+    Wrong("model.topk=3", "model.topk", "not a multiple of model.router_topk_groups=2"),
+    Wrong("model.topk=12", "model.topk", "12 / 2 = 6 experts"),
+    Wrong("model.router_score=softmax", "model.router_bias", "needs model.router_score=sigmoid"),
+    Wrong("model.pad_to_capacity=true", "model.pad_to_capacity", "model.capacity_factor=null"),
+    Wrong("model.capacity_factor=-1", "model.capacity_factor", "no tokens"),
+    Wrong("model.balance_losses=[aux_loss,seq_aux_loss] model.balance_loss_coeffs=[0.1]",
+          "model.balance_loss_coeffs", "has 1 entries"),
+    Wrong("model.balance_losses=[aux_loss,aux_loss] model.balance_loss_coeffs=[0.1,0.1]",
+          "model.balance_losses", "twice"),
+    Wrong("model.balance_losses=[sinkhorn] model.balance_loss_coeffs=[0.1]",
+          "model.balance_losses", "aux_loss, seq_aux_loss"),
+    # Dispatch, overlap, backend, runtime
+    Wrong("parallel.dispatcher=flex", "parallel.dispatcher", "needs GPUs", "parallel.ep=2 runtime=cpu"),
+    Wrong("parallel.dispatcher=flex", "parallel.dispatcher", "parallel.ep x etp = 1 x 1", "runtime=cuda"),
+    Wrong("parallel.dispatcher=flex", "parallel.dispatcher", "pad_to_capacity",
+          "runtime=cuda parallel.ep=2 model.capacity_factor=2 model.pad_to_capacity=true"),
+    Wrong("parallel.dispatcher=ring", "parallel.dispatcher", "alltoall, allgather, flex"),
+    Wrong("model.tie_embeddings=true", "model.tie_embeddings", "use model.tie_embeddings=false", "parallel.pp=2"),
+    Wrong("parallel.shared_expert_overlap=true", "parallel.shared_expert_overlap", "num_shared_experts=0",
+          "model.num_shared_experts=0"),
+    Wrong("parallel.shared_expert_overlap=true", "parallel.shared_expert_overlap", "alltoall",
+          "runtime=cuda parallel.dispatcher=allgather"),
+    Wrong("parallel.shared_expert_overlap=true", "parallel.shared_expert_overlap", "runtime=cpu", "runtime=cpu"),
+    Wrong("parallel.overlap_param_gather=true", "parallel.overlap_param_gather", "overlap_grad_reduce"),
+    Wrong("parallel.overlap_param_gather=true", "parallel.overlap_param_gather", "distributed_optimizer",
+          "parallel.distributed_optimizer=false parallel.overlap_grad_reduce=true"),
+    Wrong("backend.name=te", "backend.name", "needs runtime=cuda", "runtime=cpu"),
+    Wrong("backend.apex=true", "backend.apex", "needs runtime=cuda", "runtime=simulated"),
+    Wrong("runtime=gpu", "runtime", "auto, cuda, cpu, simulated"),
+    Wrong("rank=4", "rank", "0 .. 3", "runtime=simulated parallel=tp2_pp2_ep2"),
+    Wrong("rank=5", "rank", "0 .. 0; use rank=0", "runtime=simulated"),
+    Wrong("rank=1", "rank", "runtime=simulated", "runtime=cpu parallel.dp=2"),
+    Wrong("data.reset_at_eod=true", "data.reset_at_eod", "parallel.cp=2", "parallel.cp=2"),
+    # Length, schedule, numbers
+    Wrong("train.steps=10 train.tokens=1000", "train.steps", "train.tokens=1000", "schedule.warmup_steps=0"),
+    Wrong("train.steps=10", "schedule.warmup_steps", "the run's 10 steps"),
+    Wrong("train.steps=5", "schedule.warmup_steps", "use schedule.warmup_steps=0 or train.steps=20"),
+    Wrong("schedule.decay_steps=10", "schedule.warmup_steps", "schedule.decay_steps=10"),
+    Wrong("schedule.min_lr_ratio=2", "schedule.min_lr_ratio", "above the peak"),
+    Wrong("optimizer.beta2=1", "optimizer.beta2", "[0, 1)"),
+    Wrong("optimizer.lr=nan", "optimizer.lr", "finite", applies=False),
+    Wrong("optimizer.lr=-1", "optimizer.lr", "smallest value 0"),
+    Wrong("precision.dtype=fp8", "precision.dtype", "fp32, bf16, fp16"),
+    # Data and start
+    Wrong("data.split=\"'90,5'\"", "data.split", "three shares"),
+    Wrong("data.split=\"'90,5,6'\"", "data.split", "90 + 5 + 6 = 101"),
+    Wrong("data.split=\"'100,0,0'\"", "data.split", "train.eval_batches"),
+    Wrong("data.blend=[corpus/a]", "data.blend", "WEIGHT PREFIX"),
+    Wrong("data.blend=['-1 corpus/a']", "data.blend", "WEIGHT PREFIX"),
+    Wrong("data.source=files", "data.path", "data.source=files", applies=False),
+    Wrong("data.path=", "data.path=''", "data.source=files", "data.source=files", applies=False),
+    Wrong("data.path=corpus", "data.path", "data.source=stdlib"),
+    Wrong("data.tokenizer_vocab_size=9999", "data.tokenizer_vocab_size", "exceeds model.vocab_size=4096"),
+    Wrong("resume=newest", "resume", "neither auto, never"),
+    Wrong("init_from=/nonexistent", "init_from=/nonexistent", "does not exist; use init_from=null"),
+    Wrong("run_dir=/proc/x/y", "run_dir=/proc/x/y", "cannot be written: No such file"),
+    Wrong("run_dir=/dev/null", "run_dir=/dev/null", "cannot be written: it is not a directory"),
+    Wrong("run_dir=/dev/null/x", "run_dir=/dev/null/x", "cannot be written: Not a directory"),
+    Wrong("run_dir=", "run_dir=''", "names no directory"),
+    Wrong("run_dir=/dev/null seed=1,2 -m", "run_dir=/dev/null", "it is not a directory", applies=False),
+    Wrong("run_dir= seed=1,2 -m", "run_dir=''", "names no directory", applies=False),
+    # The command line itself
+    Wrong("path=x", "path", "use data.path=x", "data.source=files", replaces=True),
+    Wrong("+path=x", "path", "use data.path=x", "data.source=files", replaces=True),
+    Wrong("++model.layers=3", "model.layers", "use model.num_layers=3", replaces=True),
+    Wrong("parallel.tpp=2", "parallel.tpp", "use parallel.tp=2", replaces=True),
+    Wrong("modl=tiny", "modl", "use model=tiny", replaces=True),
+    Wrong("model=tinny", "model=tinny", "deepseek_v3, ", replaces=True),
+    Wrong("experiment=foo", "experiment=foo", "tiny_tp2_pp2_ep2", replaces=True, applies=False),
+    Wrong("parallel=4", "parallel=4", "use parallel=", replaces=True, applies=False),
+    Wrong("train=3", "train=3", "use train.seq_length=128", replaces=True),
+    Wrong("++model.foo=1", "model.foo", "see moe-train --cfg job", applies=False),
+    Wrong("~model", "model", "cannot be deleted; use model=", replaces=True),
+    Wrong("~model=tiny", "model", "cannot be deleted; use model=", replaces=True),
+    Wrong("~train", "train", "cannot be deleted; use train.seq_length=128", replaces=True),
+    Wrong("data=null", "data=null", "the name of one option", applies=False),
+    Wrong("model=[tiny,tiny]", "model=[tiny,tiny]", "the name of one option", replaces=True),
+    Wrong("parallel.tp=two", "parallel.tp=two", "an integer", replaces=True),
+    Wrong("train.steps=20.4", "train.steps=20.4", "an integer or null", replaces=True),
+    Wrong("backend.apex=maybe", "backend.apex=maybe", "true or false", replaces=True),
+    Wrong("model.topk=null", "model.topk=null", "an integer", replaces=True),
+    Wrong("model.balance_losses=aux_loss", "model.balance_losses=aux_loss", "a list", replaces=True, applies=False),
+    Wrong("data.split=90,5,5", "data.split=90,5,5", "several values", replaces=True),
+    Wrong("data.split=80,10,10", "data.split=80,10,10", "use \"data.split='80,10,10'\" for one", replaces=True),
+    Wrong("data.split=50,50", "data.split=50,50", "use \"data.split='90,5,5'\"", replaces=True),
+    Wrong("data.split=a,b,c", "data.split=a,b,c", "use \"data.split='90,5,5'\"", replaces=True),
+    Wrong("model=tiny,mixtral_8x7b", "model=tiny,mixtral_8x7b", "-m to run each", replaces=True, applies=False),
+    Wrong("run_dir='runs/${modl.name}'", "run_dir", "modl.name", applies=False),
+    Wrong("~model.topk", "model.topk", "cannot be deleted", replaces=True),
+    Wrong("train.steps", "cannot read", "KEY=VALUE", replaces=True),
+    Wrong("--stepz 3", "command line", "--stepz", applies=False),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not list(tmp_path.iterdir()), "a wrong configuration left something behind"
+
+
+def _never(cfg: Config) -> None:
+    raise AssertionError("a wrong configuration was run")
+
+
+def _suggested(line: str) -> list[list[str]]:
+    """The overrides that a line suggests: `...; use a=1 or b=2 c=3` gives [[a=1], [b=2, c=3]]."""
+    remedy = re.split(r"; use ", line)[-1]
+    remedy = re.sub(r" for one value with commas, or -m to run each$", "", remedy)
+    options = [re.sub(r", such as ", "", option) for option in remedy.removeprefix("KEY=VALUE").split(" or ")]
+    # A suggestion is pasted into a shell, except for quotes, which Hydra wants to see.
+    words = [re.findall(r"(?:'[^']*'|\[[^]]*\]|[^\s'\[])+", option.strip('"')) for option in options]
+    return [option for option in words if option]
+
+
+def test_the_table_is_long_enough_and_has_no_doubles() -> None:
+    assert len(TABLE) >= 45
+    assert len({(tuple(row.words), row.world_size) for row in TABLE}) == len(TABLE)
+
+
+@pytest.mark.parametrize("row", TABLE, ids=[f"{row.context} {row.overrides}".strip() for row in TABLE])
+def test_wrong_config_ends_in_one_line_with_a_value_that_works(row: Wrong, capsys: pytest.CaptureFixture[str]) -> None:
+    if row.world_size is None:
+        assert hydra_entry(_never, argv=row.words) == 2
+    else:  # as a launcher's rank does: it knows the number of ranks only in the job, whose directory Hydra has made
+        assert hydra_entry(lambda cfg: validate(cfg, row.world_size) and None, argv=row.words) == 2
+        Path("runs").rmdir()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    line = captured.err.strip()
+    assert line.startswith(f"error: {row.field}")
+    assert row.arithmetic in line
+    assert "; " in line  # cause; remedy
+    if not row.applies:
+        return
+    suggestions = _suggested(line)
+    assert suggestions, line
+    assert len(set(map(tuple, suggestions))) == len(suggestions), line
+    if row.replaces:  # several existing fields can look like a wrong name: the first is meant
+        validate(compose([*shlex.split(row.context), *suggestions[0]]))
+        return
+    wrong = _with_overrides(_context(row.context), shlex.split(row.overrides))
+    for suggestion in suggestions:
+        validate(_with_overrides(wrong, suggestion), row.world_size)
+
+
+@cache
+def _context(words: str) -> Config:
+    return compose(shlex.split(words))
+
+
+def _with_overrides(cfg: Config, overrides: list[str]) -> Config:
+    """Read as Hydra reads them, without composing everything again."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return with_values(cfg, {override.key_or_group: override.value() for override in parsed})
+
+
+@pytest.mark.parametrize(
+    "overrides", ["parallel.tp=3", "path=x", "parallel.tp=two", "model=tinny", "train.tokens=1 train.steps=1"]
+)
+def test_the_installed_command_starts_nothing(overrides: str, tmp_path: Path) -> None:
+    """As the rows of the table, from a shell; a process group, torch even, would take longer than the timeout."""
+    done = subprocess.run(
+        [MOE_TRAIN, *shlex.split(overrides)], cwd=tmp_path, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_rows_fail_only_because_of_their_wrong_overrides() -> None:
+    """Each context alone passes, so that the line is about what the row says."""
+    for context in sorted({row.context for row in TABLE if row.world_size is None}):
+        if context != "data.source=files":
+            assert validate(_context(context)).world_size >= 1, context

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import gzip
+import json
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from moe_train.config.schema import DataConfig
+from moe_train.data import corpus
+from parallel.errors import DataError
+from tests.data.corpora import config, texts, write_txt
+
+TEXTS = ["first text\n", "zweiter Text: ä ß 漢字 🙂\n", "third\r\nwith three\n\nlines\n"]
+
+
+def read(path: Path, **changes: object) -> list[str]:
+    data = config(path, path.parent / "unused", **changes)
+    return list(corpus.documents(data, corpus.source_files(data)))
+
+
+def jsonl(documents: list[str], key: str = "text") -> bytes:
+    return b"".join(json.dumps({"id": i, key: d}).encode() + b"\n" for i, d in enumerate(documents))
+
+
+def parquet(documents: list[str | None], path: Path, key: str = "text") -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(len(documents)), key: documents}), path)
+
+
+def several_frames(content: bytes) -> bytes:
+    half = len(content) // 2
+    return b"".join(zstandard.ZstdCompressor().compress(part) for part in (content[:half], content[half:]))
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a.jsonl": lambda p: p.write_bytes(jsonl(TEXTS)),
+    "a.jsonl.gz": lambda p: p.write_bytes(gzip.compress(jsonl(TEXTS))),
+    "a.jsonl.zst": lambda p: p.write_bytes(zstandard.ZstdCompressor().compress(jsonl(TEXTS))),
+    "frames.jsonl.zst": lambda p: p.write_bytes(several_frames(jsonl(TEXTS))),
+    "a.parquet": lambda p: parquet([*TEXTS, None], p),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_text_as_it_was_written(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    assert read(tmp_path / name) == TEXTS
+
+
+def test_a_zst_file_larger_than_every_buffer_is_read_whole(tmp_path: Path) -> None:
+    documents = texts(4000, words=100)
+    (tmp_path / "a.jsonl.zst").write_bytes(several_frames(jsonl(documents)))
+    assert read(tmp_path / "a.jsonl.zst") == documents
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md"])
+def test_a_text_file_is_a_document_with_unix_line_ends_and_no_byte_order_mark(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    assert read(tmp_path / name) == ["one\ntwo\n"]
+
+
+def test_one_big_txt_file_becomes_enough_documents_for_every_split_and_loses_nothing(tmp_path: Path) -> None:
+    paragraphs = [text + "\n" for text in texts(3000)]
+    whole = "".join(paragraphs)
+    (tmp_path / "a.txt").write_text(whole)
+    found = read(tmp_path / "a.txt")
+    assert "".join(found) == whole
+    assert len(found) > 100
+    assert all(piece.endswith(".\n\n") for piece in found), "cut between paragraphs"
+
+
+def test_text_without_blank_lines_is_cut_at_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("".join(texts(300)))
+    found = read(tmp_path / "a.txt")
+    assert "".join(found) == "".join(texts(300))
+    assert len(found) > 5
+    assert all(piece.endswith(".\n") for piece in found)
+
+
+def test_directories_and_globs_are_read_in_one_order_and_leave_the_dataset_out(tmp_path: Path) -> None:
+    write_txt(tmp_path / "b", ["b"])
+    write_txt(tmp_path / "a", ["a"])
+    write_txt(tmp_path / "out" / "cache", ["of the dataset"])
+    (tmp_path / "notes.rst").write_text("not text of the corpus")
+    assert read(tmp_path, dir=str(tmp_path / "out")) == ["a", "b"]
+    assert read(tmp_path / "**" / "*.txt", dir=str(tmp_path / "out")) == ["a", "b"]
+
+
+def test_documents_that_differ_only_in_spaces_and_case_are_taken_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(
+        jsonl(["One  two\nthree", "one two three", " ONE TWO THREE ", "one two", "", " \n"])
+    )
+    assert read(tmp_path / "a.jsonl") == ["One  two\nthree", "one two"]
+
+
+def test_half_of_a_surrogate_pair_becomes_a_replacement_character(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "bad \\ud83d end"}\n{"text": "pair \\ud83d\\ude42"}\n')
+    assert read(tmp_path / "a.jsonl") == ["bad \ufffd end", "pair 🙂"]
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) * 2 // 3]
+
+
+def broken(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + b"\xff\x00\xff\x00\xff\x00" + content[middle + 6 :]
+
+
+LONG = jsonl(texts(300))
+GZ, ZST = gzip.compress(LONG, mtime=0), zstandard.ZstdCompressor(write_checksum=True).compress(LONG)
+WRONG: dict[str, tuple[str, bytes, str]] = {
+    "not json": ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "a.jsonl line 3 is not JSON: Expecting value"),
+    "nested too deep": ("a.jsonl", b"[" * 100_000, "a.jsonl line 1 is not JSON"),
+    "no field": ("a.jsonl", b'{"body": "a", "id": 1}\n', "a.jsonl line 1 has no text under 'text' (it has body, id)"),
+    "not an object": ("a.jsonl", b'["a"]\n', "a.jsonl line 1 has no text under 'text' (it has a list)"),
+    "not text": ("a.jsonl", b'{"text": 5}\n', "a.jsonl line 1 has no text under 'text'"),
+    "jsonl not utf-8": ("a.jsonl", b'{"text": "a"}\n{"text": "\xe4"}\n', "a.jsonl line 2 is not UTF-8 text (byte 10"),
+    "txt not utf-8": ("a.txt", "ä\nöx".encode("latin-1"), "a.txt line 1 is not UTF-8 text"),
+    "gz not gz": ("a.jsonl.gz", LONG, "a.jsonl.gz cannot be read: Not a gzipped file"),
+    "gz cut": ("a.jsonl.gz", cut(GZ), "a.jsonl.gz cannot be read"),
+    "gz broken": ("a.jsonl.gz", broken(GZ), "a.jsonl.gz"),
+    "zst not zst": ("a.jsonl.zst", LONG, "a.jsonl.zst cannot be read"),
+    "zst cut": ("a.jsonl.zst", cut(ZST), "a.jsonl.zst cannot be read: it ends in the middle of a frame"),
+    "zst broken": ("a.jsonl.zst", broken(ZST), "a.jsonl.zst"),
+    "parquet not parquet": ("a.parquet", LONG, "a.parquet is not a whole parquet file"),
+    "unknown kind": ("a.rst", b"text", "a.rst is of an unknown kind"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_damaged_file_is_named_with_its_line_and_its_text_is_never_cut_silently(tmp_path: Path, name: str) -> None:
+    file, content, cause = WRONG[name]
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / file)
+    assert cause in str(caught.value)
+    assert caught.value.remedy
+    assert caught.value.exit_code == 2
+
+
+def test_parquet_columns_that_are_absent_or_not_text_and_cut_files(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    parquet(TEXTS, file, key="body")
+    with pytest.raises(DataError, match=r"a\.parquet has no column 'text' \(it has id, body\)"):
+        read(file)
+    assert read(file, text_key="body") == TEXTS
+    with pytest.raises(DataError, match=r"a\.parquet column 'id' holds int, not text"):
+        read(file, text_key="id")
+    file.write_bytes(cut(file.read_bytes()))
+    with pytest.raises(DataError, match=r"a\.parquet is not a whole parquet file"):
+        read(file)
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none.txt", tmp_path / "*.jsonl"):
+        with pytest.raises(DataError, match=r"data\.path=.* has no .*\.parquet file; correct data\.path"):
+            read(path)
+    with pytest.raises(DataError, match=r"data\.path is not set"):
+        corpus.source_files(DataConfig(source="files"))
+
+
+def test_the_standard_library_has_its_own_sources_and_nobody_elses() -> None:
+    files = corpus.source_files(DataConfig())
+    root = Path(sysconfig.get_path("stdlib"))
+    names = {str(file.relative_to(root)) for file in files}
+    assert {"json/decoder.py", "asyncio/base_events.py", "dataclasses.py"} <= names
+    assert not any("site-packages" in name or name.startswith("encodings/") for name in names)
+    assert files == sorted(files)
+    assert max(file.stat().st_size for file in files) <= 300_000
+
+
+def test_the_fingerprint_changes_with_the_files_and_not_with_the_order_of_reading(tmp_path: Path) -> None:
+    write_txt(tmp_path, ["a", "b"])
+    data = config(tmp_path, tmp_path / "out")
+    before = corpus.fingerprint(data, corpus.source_files(data))
+    assert corpus.fingerprint(data, corpus.source_files(data)) == before
+    (tmp_path / "00001.txt").write_text("c2")
+    assert corpus.fingerprint(data, corpus.source_files(data)) != before

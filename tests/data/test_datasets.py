@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from moe_train.config.schema import Config
+from moe_train.data.datasets import build_datasets
+from moe_train.data.iterator import BatchIterator
+from moe_train.data.prepare import PREFIX, prepare
+from moe_train.data.tokenizer import load_tokenizer
+from parallel.errors import DataError
+from tests.data.corpora import config, texts, write_txt
+from tests.distributed.helper import run_distributed
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of 200 documents of about 100 tokens."""
+    root = tmp_path_factory.mktemp("datasets")
+    prepare(config(write_txt(root / "text", texts(200)), root / "data"), 300, progress=False)
+    return root / "data"
+
+
+def settings(directory: Path, **data: Any) -> Config:
+    cfg = Config()
+    cfg.model.vocab_size, cfg.train.seq_length = 512, LENGTH
+    cfg.data = config(directory, directory, **data)
+    return cfg
+
+
+def write(prefix: Path, documents: list[list[int]]) -> str:
+    """A Megatron dataset as another program would write it."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for document in documents:
+        builder.add_document(np.array(document), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def test_a_sample_is_text_with_the_next_token_as_label(directory: Path) -> None:
+    cfg = settings(directory)
+    train, valid, test = build_datasets(cfg, 40, 8, 8)
+    assert len(train) >= 40
+    assert len(valid) >= 8
+    assert len(test) >= 8
+    sample = train[0]
+    assert sorted(sample) == ["labels", "loss_mask", "position_ids", "tokens"]
+    assert sample["tokens"].dtype == sample["labels"].dtype == torch.int64
+    assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
+    assert sample["loss_mask"].tolist() == [1.0] * LENGTH
+    assert sample["position_ids"].tolist() == list(range(LENGTH))
+    assert load_tokenizer(cfg.data).decode(sample["tokens"].tolist()).isascii()
+
+
+def test_no_document_is_in_two_splits_and_all_are_in_one(directory: Path) -> None:
+    splits = [
+        set(dataset.indices.tolist()) for dataset in build_datasets(settings(directory, split="80,15,5"), 9, 9, 9)
+    ]
+    assert [len(split) for split in splits] == [160, 30, 10]
+    assert set.union(*splits) == set(range(200))
+
+
+def test_the_order_depends_on_the_seed_and_is_the_same_again_from_the_cache(directory: Path) -> None:
+    def order(seed: int) -> list[list[int]]:
+        cfg = settings(directory)
+        cfg.seed = seed
+        data = build_datasets(cfg, 20, 0, 0)[0]
+        return [data[i]["tokens"].tolist() for i in range(20)]
+
+    first = order(1)
+    assert order(1) == first
+    assert order(2) != first
+
+
+def test_only_what_is_asked_for_is_built_and_needs_text(tmp_path: Path) -> None:
+    data = config(write_txt(tmp_path / "text", texts(3)), tmp_path / "data")
+    prepare(data, 300, progress=False)
+    train, valid, test = build_datasets(settings(tmp_path / "data"), 10, 0, 0)
+    assert (len(train) >= 10, valid, test) == (True, None, None)
+    for sizes, name in (((10, 4, 0), "validation"), ((10, 0, 4), "test")):
+        with pytest.raises(
+            DataError, match=rf"the {name} split of data\.split=90,5,5 has no sequence of 32 tokens.*use more"
+        ):
+            build_datasets(settings(tmp_path / "data"), *sizes)
+    with pytest.raises(DataError, match=r"data\.split=100,0,0 has no validation text"):
+        build_datasets(settings(tmp_path / "data", split="100,0,0"), 10, 4, 0)
+
+
+def test_documents_are_kept_apart_where_that_is_asked_for(directory: Path) -> None:
+    cfg = settings(directory, reset_at_eod=True)
+    cfg.train.seq_length = 256
+    data = build_datasets(cfg, 8, 0, 0)[0]
+    batch = next(BatchIterator(data, dp_rank=0, dp_size=1, micro_batch_size=2, global_batch_size=2))
+    assert batch["attention_mask"].shape == (2, 1, 256, 256)
+    eod = load_tokenizer(cfg.data).eod
+    for tokens, mask, positions, loss_mask in zip(
+        batch["tokens"], batch["attention_mask"][:, 0], batch["position_ids"], batch["loss_mask"], strict=True
+    ):
+        ends = (tokens == eod).int()
+        assert ends.sum() >= 1
+        document = torch.cumsum(ends, 0) - ends  # the end token belongs to the document that it ends
+        allowed = (document[:, None] == document[None, :]).tril()
+        assert torch.equal(mask, ~allowed)
+        begins = torch.searchsorted(document, document)
+        assert torch.equal(positions, torch.arange(256) - begins)
+        assert torch.equal(loss_mask, 1.0 - ends)
+
+
+def both_kinds(cfg: Config) -> tuple[list[int], list[list[int]]]:
+    """How many of 200 samples are from each dataset of a blend, and the first samples, on this rank."""
+    train = build_datasets(cfg, 200, 4, 0)[0]
+    kinds = [int(train[i]["tokens"][0]) >= 100 for i in range(200)]
+    return [kinds.count(False), kinds.count(True)], [train[i]["tokens"].tolist() for i in range(5)]
+
+
+def test_a_blend_keeps_its_proportions_and_is_the_same_on_all_ranks(directory: Path, tmp_path: Path) -> None:
+    low = write(tmp_path / "low", [[i % 100] * 50 for i in range(100)])
+    high = write(tmp_path / "high", [[100 + i % 100] * 50 for i in range(300)])
+    cfg = settings(directory, blend=[f"3 {low}", f"1 {high}"])
+    (counts, samples), (others, same) = run_distributed(both_kinds, 2, cfg)
+    assert counts == others == [150, 50]
+    assert samples == same
+
+
+def tokens_of(cfg: Config) -> list[list[list[int]]]:
+    dp = dist.get_world_size()
+    data = build_datasets(cfg, 24, 8, 0)[0]
+    batches = BatchIterator(
+        data, dp_rank=dist.get_rank(), dp_size=dp, micro_batch_size=2, global_batch_size=8, workers=1, start_sample=8
+    )
+    found = [next(batches)["tokens"].tolist() for _ in range(2 * 8 // (2 * dp))]
+    # One worker, and no server that imports torch again for it, which a rank would start if it were not told otherwise.
+    assert len(psutil.Process().children(recursive=True)) == 1
+    batches.close()
+    return found
+
+
+def test_ranks_together_read_what_one_rank_reads_alone_with_indices_that_rank_0_makes(directory: Path) -> None:
+    cfg = settings(directory)
+    cfg.seed = 77  # not in the cache yet
+    first, second = run_distributed(tokens_of, 2, cfg)
+    alone = BatchIterator(
+        build_datasets(cfg, 24, 8, 0)[0], dp_rank=0, dp_size=1, micro_batch_size=2, global_batch_size=8, start_sample=8
+    )
+    assert [batch for pair in zip(first, second, strict=True) for batch in pair] == [
+        next(alone)["tokens"].tolist() for _ in range(8)
+    ]
+
+
+def test_datasets_that_cannot_be_read_are_named(directory: Path, tmp_path: Path) -> None:
+    prefix = write(tmp_path / "a", [[5] * 50] * 40)
+    cfg = settings(directory, blend=[f"1 {prefix}"])
+
+    def cause() -> str:
+        with pytest.raises(DataError) as caught:
+            build_datasets(cfg, 4, 0, 0)
+        assert caught.value.remedy
+        return str(caught.value)
+
+    whole, index = Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
+    Path(f"{prefix}.bin").write_bytes(whole[:-2])
+    assert f"{prefix}.bin is cut off: its index needs 4000 bytes, it has 3998" in cause()
+    Path(f"{prefix}.bin").write_bytes(b"")
+    assert f"{prefix}.bin is empty" in cause()
+    Path(f"{prefix}.bin").write_bytes(whole)
+    Path(f"{prefix}.idx").write_bytes(b"something else")
+    assert f"{prefix}.idx is not a whole index of a Megatron dataset" in cause()
+    Path(f"{prefix}.idx").write_bytes(index[:-1])
+    assert f"{prefix}.idx is not a whole index of a Megatron dataset" in cause()
+    Path(f"{prefix}.idx").unlink()
+    assert f"data.blend names {prefix}.idx, which is not there" in cause()
+
+
+def test_a_model_with_fewer_tokens_than_the_tokenizer_is_refused(directory: Path) -> None:
+    cfg = settings(directory)
+    cfg.model.vocab_size = 256
+    with pytest.raises(DataError, match=r"the tokenizer has 300 tokens, model\.vocab_size only 256"):
+        build_datasets(cfg, 4, 0, 0)
+
+
+def test_a_dataset_made_anew_at_the_same_place_is_not_read_through_old_indices(tmp_path: Path, directory: Path) -> None:
+    """Upstream names its caches after the path of a dataset."""
+    (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+    cfg = settings(tmp_path, blend=[f"1 {tmp_path / PREFIX}"])
+    assert run_distributed(tokens_seen, 1, cfg, write(tmp_path / PREFIX, [[5] * 100] * 40)) == [[5]]
+    assert run_distributed(tokens_seen, 1, cfg, write(tmp_path / PREFIX, [[6] * 40] * 80)) == [[6]]
+
+
+def tokens_seen(cfg: Config, _: str) -> list[int]:
+    data = build_datasets(cfg, 50, 0, 0)[0]
+    return sorted({int(token) for i in range(50) for token in data[i]["tokens"]})
+
+
+def test_a_cut_index_of_the_cache_is_explained(directory: Path) -> None:
+    cfg = settings(directory)
+    cfg.seed = 78
+    build_datasets(cfg, 10, 0, 0)
+    for file in (directory / "cache").rglob("*shuffle_index.npy"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"the indices in .*cache.* cannot be made or read.*; delete .*cache"):
+        build_datasets(cfg, 10, 0, 0)

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import psutil
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from moe_train.data.iterator import Batch, BatchIterator
+
+
+class Numbered(Dataset[Batch]):
+    """Sample i is [i, i + 1, i + 2]."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Batch:
+        tokens = torch.arange(index, index + 3)
+        return {"tokens": tokens, "loss_mask": torch.ones(3)}
+
+
+def iterator(
+    dp_rank: int = 0, dp_size: int = 1, micro: int = 1, size: int = 8, count: int = 50, **others: int
+) -> BatchIterator:
+    return BatchIterator(
+        Numbered(count), dp_rank=dp_rank, dp_size=dp_size, micro_batch_size=micro, global_batch_size=size, **others
+    )
+
+
+def global_batches(dp_size: int, micro: int, size: int = 8, start: int = 0, count: int = 50) -> list[list[int]]:
+    """First tokens of every sample of each global batch, over all ranks, in the order that one rank would see."""
+    ranks = [iterator(r, dp_size, micro, size, count, start_sample=start) for r in range(dp_size)]
+    batches = []
+    for first in ranks[0]:
+        parts = [first, *(next(other) for other in ranks[1:])]
+        for _ in range(size // (micro * dp_size) - 1):
+            parts += [next(rank) for rank in ranks]
+        batches.append([int(row[0]) for part in parts for row in part["tokens"]])
+    assert all(next(other, None) is None for other in ranks), "all ranks end at the same step"
+    return batches
+
+
+def test_micro_batches_are_stacked_samples() -> None:
+    batch = next(iterator(micro=2))
+    assert batch["tokens"].tolist() == [[0, 1, 2], [1, 2, 3]]
+    assert batch["tokens"].dtype == torch.int64
+    assert batch["loss_mask"].shape == (2, 3)
+
+
+@pytest.mark.parametrize(("dp_size", "micro"), [(1, 1), (1, 4), (1, 8), (2, 1), (2, 2), (4, 2), (8, 1)])
+def test_every_layout_sees_the_same_global_batches_in_order(dp_size: int, micro: int) -> None:
+    assert global_batches(dp_size, micro) == [list(range(k * 8, k * 8 + 8)) for k in range(6)]
+
+
+def test_ranks_share_no_sample() -> None:
+    taken = [[int(row[0]) for batch in iterator(r, 4, 1) for row in batch["tokens"]] for r in range(4)]
+    assert sorted(sample for rank in taken for sample in rank) == list(range(48))
+
+
+def test_it_goes_on_in_another_layout_and_batch_size() -> None:
+    before = iterator(1, 2, 2)
+    for _ in range(2 * 3):  # three steps of two micro-batches
+        next(before)
+    state = before.state_dict()
+    assert state == {"consumed_samples": 24}
+    assert global_batches(4, 1, start=24) == global_batches(1, 8)[3:]
+    after = iterator(0, 1, 2, 4)
+    next(after)
+    after.load_state_dict(state)
+    assert [int(next(after)["tokens"][0, 0]) for _ in range(3)] == [24, 26, 28]
+    assert after.consumed_samples == 28
+
+
+def test_a_position_inside_a_step_is_the_beginning_of_the_step() -> None:
+    one = iterator(micro=2)
+    for _ in range(5):
+        next(one)
+    assert one.consumed_samples == 8
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_reading_ahead_changes_nothing_and_leaves_no_process(workers: int) -> None:
+    ahead, plain = iterator(1, 2, 2, workers=workers), iterator(1, 2, 2)
+    here = psutil.Process()
+    before = set(here.children())
+    for _ in range(3):
+        assert torch.equal(next(ahead)["tokens"], next(plain)["tokens"])
+    started = set(here.children()) - before
+    assert len(started) == workers
+    ahead.close()
+    assert not psutil.wait_procs(list(started), timeout=10)[1]
+    assert ahead.consumed_samples == 8
+    assert int(next(ahead)["tokens"][0, 0]) == 10, "goes on with the step that was not finished"
+    ahead.close()
+
+
+def test_reading_takes_no_number_from_the_generator_that_training_uses() -> None:
+    state = torch.get_rng_state()
+    for workers in (0, 1):
+        reader = iterator(workers=workers)
+        next(reader)
+        reader.close()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_batches_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="8 samples are not micro-batches of 3 on 2 ranks"):
+        iterator(0, 2, 3)

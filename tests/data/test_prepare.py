@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from moe_train.config.schema import DataConfig
+from moe_train.data import parts
+from moe_train.data.prepare import PREFIX, prepare, read_manifest
+from moe_train.data.tokenizer import load_tokenizer, train_tokenizer
+from parallel.errors import DataError
+from tests.data.corpora import config, die, texts, write_txt
+
+ROOT = Path(__file__).parents[2]
+TEXTS = texts(400)
+FILES = (f"{PREFIX}.bin", f"{PREFIX}.idx", "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_txt(tmp_path_factory.mktemp("text"), TEXTS)
+
+
+@pytest.fixture(scope="module")
+def made(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """A dataset made in one go by one process, as one part."""
+    data = config(corpus, tmp_path_factory.mktemp("made"))
+    prepare(data, 300, progress=False)
+    return data
+
+
+@pytest.fixture
+def copy(made: DataConfig, tmp_path: Path) -> DataConfig:
+    """A copy of it that a test may damage."""
+    for file in Path(made.dir).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return replace(made, dir=str(tmp_path))
+
+
+def content(data: DataConfig) -> dict[str, bytes]:
+    return {name: Path(data.dir, name).read_bytes() for name in FILES}
+
+
+def test_every_document_is_there_once_and_ends_with_the_end_token(made: DataConfig) -> None:
+    tokenizer = load_tokenizer(made)
+    dataset = IndexedDataset(f"{made.dir}/{PREFIX}")
+    documents = [dataset[i] for i in range(len(dataset))]
+    assert dataset.index.dtype == np.uint16
+    assert all(d[-1] == tokenizer.eod and tokenizer.eod not in d[:-1] for d in documents)
+    found = [tokenizer.decode(d[:-1].tolist()) for d in documents]
+    assert sorted(found) == sorted(TEXTS)
+    assert found != TEXTS, "shuffled, so that every split has text from everywhere"
+    manifest = read_manifest(made, verify=True)
+    assert (manifest["documents"], manifest["tokens"]) == (400, sum(map(len, documents)))
+    assert sorted(manifest["files"]) == sorted(FILES)
+    assert sorted(p.name for p in Path(made.dir).iterdir()) == sorted([*FILES, "manifest.json", ".lock"])
+
+
+def test_any_number_of_processes_and_parts_writes_the_same_bytes(
+    made: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "_PART_CHARACTERS", 10_000)
+    data = replace(made, dir=str(tmp_path), prepare_workers=3)
+    prepare(data, 300, progress=False)
+    assert content(data) == content(made)
+
+
+KILLED = """
+import json, sys
+from moe_train.config.schema import DataConfig
+from moe_train.data import parts
+from moe_train.data.prepare import prepare
+parts._PART_CHARACTERS = 2_000
+prepare(DataConfig(**json.loads(sys.argv[1])), 300, progress=False)
+"""
+
+
+def test_a_killed_command_leaves_no_process_and_its_parts_are_used_again(
+    made: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = replace(made, dir=str(tmp_path), prepare_workers=2)
+    command = [sys.executable, "-c", KILLED, json.dumps(vars(data))]
+    process = subprocess.Popen(command, cwd=ROOT)
+    wait_for(lambda: len(finished(tmp_path)) >= 2)
+    helpers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(helpers, timeout=20)
+    assert not alive
+    done = finished(tmp_path)
+    assert len(done) >= 2
+    assert not (tmp_path / "manifest.json").exists()
+    with pytest.raises(DataError, match="has no dataset"):
+        read_manifest(data)
+
+    kept: dict[str, Any] = {}
+    merge = parts.merge
+
+    def merge_and_look(*args: Any) -> tuple[int, int]:
+        kept.update(finished(tmp_path))
+        return merge(*args)
+
+    monkeypatch.setattr(parts, "_PART_CHARACTERS", 2_000)
+    monkeypatch.setattr(parts, "merge", merge_and_look)
+    prepare(data, 300, progress=False)
+    assert len(kept) > len(done), "killed in the middle"
+    assert {name: kept[name] for name in done} == done, "not written a second time"
+    assert content(data) == content(made)
+    read_manifest(data, verify=True)
+
+
+def finished(directory: Path) -> dict[str, tuple[int, int]]:
+    """Finished parts, with what a second writing would change."""
+    files = (directory / "parts").glob("*.npy")
+    return {f.name: (f.stat().st_ino, f.stat().st_mtime_ns) for f in files}
+
+
+def wait_for(condition: Any, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_interrupted_from_the_terminal_it_ends_soon_and_says_nothing_but_where(
+    made: DataConfig, tmp_path: Path
+) -> None:
+    """Ctrl-C reaches the whole process group; the workers leave it to their parent."""
+    data = replace(made, dir=str(tmp_path), prepare_workers=2)
+    command = [sys.executable, "-c", KILLED, json.dumps(vars(data))]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: finished(tmp_path))
+    helpers = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert errors.count("Traceback") == 1, f"the parent's, which a command turns into a line:\n{errors}"
+    assert not psutil.wait_procs(helpers, timeout=10)[1]
+
+
+def test_parts_of_other_settings_are_thrown_away(made: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    (folder / "settings.json").write_text("{}")
+    (folder / "tokenizer.done").touch()
+    (tmp_path / "tokenizer.json").write_text("of other text")
+    np.save(folder / "000000.npy", np.array([3]))
+    (folder / "000000.tokens").write_bytes(b"\0" * 6)
+    data = replace(made, dir=str(tmp_path))
+    prepare(data, 300, progress=False)
+    assert content(data) == content(made)
+
+
+def test_a_complete_dataset_is_left_as_it_is(copy: DataConfig) -> None:
+    before = {f.name: f.stat().st_mtime_ns for f in Path(copy.dir).iterdir()}
+    prepare(copy, 300, progress=False, verify=True)
+    assert {f.name: f.stat().st_mtime_ns for f in Path(copy.dir).iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("text_key", "body"), ("tokenizer_vocab_size", 290), ("append_eod", False), ("tokenizer", "DIR")],
+)
+def test_other_settings_are_noticed_and_nothing_is_overwritten(copy: DataConfig, field: str, value: object) -> None:
+    before = content(copy)
+    changes: dict[str, Any] = {field: copy.dir if value == "DIR" else value}
+    with pytest.raises(DataError, match=rf"was made with other settings \(.*data\.{field}.*set data\.dir="):
+        prepare(replace(copy, **changes), 300, progress=False)
+    assert content(copy) == before
+
+
+def test_a_changed_corpus_is_noticed(tmp_path: Path) -> None:
+    text = write_txt(tmp_path / "text", texts(30))
+    data = config(text, tmp_path / "out")
+    prepare(data, 300, progress=False)
+    write_txt(text, texts(31))
+    with pytest.raises(DataError, match=r"was made with other settings \(corpus\)"):
+        prepare(data, 300, progress=False)
+
+
+def test_a_changed_tokenizer_at_the_same_place_is_noticed(tmp_path: Path) -> None:
+    text = write_txt(tmp_path / "text", texts(30))
+    train_tokenizer(texts(30), 280, tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    data = config(text, tmp_path / "out", tokenizer=str(tmp_path))
+    prepare(data, 300, progress=False)
+    assert (
+        load_tokenizer(data).unique_identifiers == load_tokenizer(replace(data, dir=str(tmp_path))).unique_identifiers
+    )
+    assert "tokenizer_config.json" in read_manifest(data, verify=True)["files"]
+    train_tokenizer(texts(30, seed=1), 270, tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match=r"other settings \(tokenizer files\)"):
+        prepare(data, 300, progress=False)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_cut_or_missing_is_noticed_at_once_and_a_flipped_bit_by_its_checksum(
+    copy: DataConfig, name: str
+) -> None:
+    file = Path(copy.dir, name)
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    prepare(copy, 300, progress=False)
+    with pytest.raises(DataError, match=rf"{name} is damaged.*delete .* and run moe-data"):
+        prepare(copy, 300, progress=False, verify=True)
+    file.write_bytes(whole[:-1])
+    with pytest.raises(DataError, match=rf"{name} is damaged"):
+        prepare(copy, 300, progress=False)
+    file.unlink()
+    with pytest.raises(DataError, match=rf"{name} is missing"):
+        prepare(copy, 300, progress=False)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"files": []}', '{"files": {"tokenizer.json": {}}}', "\xff"])
+def test_a_damaged_manifest_is_named(copy: DataConfig, text: str) -> None:
+    Path(copy.dir, "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"manifest\.json is damaged; delete"):
+        prepare(copy, 300, progress=False)
+
+
+def test_a_dataset_of_another_program_is_not_overwritten(copy: DataConfig) -> None:
+    Path(copy.dir, "manifest.json").unlink()
+    before = content(copy)
+    with pytest.raises(DataError, match="has a dataset that another program made"):
+        prepare(copy, 300, progress=False)
+    assert content(copy) == before
+
+
+def test_two_commands_do_not_write_one_dataset(made: DataConfig, tmp_path: Path) -> None:
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=r"another process is making data\.dir=.*wait"):
+            prepare(replace(made, dir=str(tmp_path)), 300, progress=False)
+
+
+def test_a_killed_worker_is_explained(made: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_start_worker", die)
+    with pytest.raises(DataError, match=r"a process that tokenises was killed; .*data\.prepare_workers=1"):
+        prepare(replace(made, dir=str(tmp_path)), 300, progress=False)
+
+
+def test_what_cannot_become_a_dataset(made: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"data\.dir=.* cannot be written: Not a directory"):
+        prepare(replace(made, dir=str(tmp_path / "file" / "out")), 300, progress=False)
+    with pytest.raises(DataError, match=r"has 300 tokens, model\.vocab_size only 299; set model\.vocab_size=300"):
+        prepare(replace(made, dir=str(tmp_path / "out")), 299, progress=False)
+    (tmp_path / "blank").mkdir()
+    (tmp_path / "blank" / "a.txt").write_text(" \n\n")
+    with pytest.raises(DataError, match="the corpus has no text"):
+        prepare(config(tmp_path / "blank", tmp_path / "out2"), 300, progress=False)
+    assert not (tmp_path / "out2" / "manifest.json").exists()

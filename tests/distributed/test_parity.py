@@ -1,0 +1,108 @@
+"""Every layout of ranks trains the same model: losses, gradient norms and expert loads as on one rank."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.parity import COMMON, LAYOUTS, compare, holds, measure
+from parallel.errors import MoeTrainError
+
+# The model of `make parity`, narrower, for fewer steps: each layout takes seconds.
+SMALL = [
+    "train.steps=3",
+    "train.seq_length=32",
+    "schedule.warmup_steps=1",
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=128",
+    "model.moe_ffn_hidden_size=32",
+    "model.vocab_size=512",
+]
+
+
+@cache
+def reference(data: tuple[str, ...], *overrides: str) -> list[dict[str, Any]]:
+    """Metrics of the single rank."""
+    return measure([*SMALL, *data, *overrides])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_changes_nothing(layout: str, small_data: tuple[str, ...]) -> None:
+    """With multi-token prediction on, which the tiny model has."""
+    expected = reference(small_data)
+    assert sum(expected[0]["expert_load"][1]) == 8 * 32 * 4  # sequences x tokens x topk: the loads are counted
+    row = compare(expected, measure([*SMALL, *small_data, *LAYOUTS[layout]]))
+    assert row["steps"] == 3
+    assert holds(row), row
+
+
+@pytest.mark.parametrize("layout", ["pp2 vpp2", "tp2 pp2 ep2"])
+def test_layout_changes_nothing_without_multi_token_prediction(layout: str, small_data: tuple[str, ...]) -> None:
+    """The same for a model that ends with its last layer."""
+    off = "model.mtp_num_layers=0"
+    row = compare(reference(small_data, off), measure([*SMALL, *small_data, off, *LAYOUTS[layout]]))
+    assert holds(row), row
+
+
+GQA = ["model.attention=gqa", "model.num_query_groups=2", "model.mtp_num_layers=0"]
+NO_GROUPS = ["model.router_num_groups=0", "model.router_topk_groups=0"]
+SOFTMAX = [*NO_GROUPS, "model.router_score=softmax", "model.router_bias=false", "model.router_scaling_factor=1.0"]
+FEATURES: dict[str, list[str]] = {
+    "mla without query compression": ["model.q_lora_rank=0"],
+    "mla with plain rotary": ["model.rope_type=rope"],
+    "gqa, softmax after top-k": [*GQA, *SOFTMAX],
+    "gqa, softmax before top-k": [*GQA, *SOFTMAX, "model.router_pre_softmax=true"],
+    "gqa with norm of each head": [*GQA, "model.qk_norm=head"],
+    "gqa with norm of all heads": [*GQA, "model.qk_norm=full"],
+    "gqa with yarn": [*GQA, "model.rope_type=yarn"],
+    "dense": [*GQA, *SOFTMAX, "model.num_experts=0", "model.num_shared_experts=0", "model.num_dense_layers=0",
+              "model.balance_losses=[]", "model.balance_loss_coeffs=[]"],
+    "tied embeddings": ["model.tie_embeddings=true", "model.mtp_num_layers=0"],
+    "all balance losses": [*SOFTMAX, "model.balance_losses=[aux_loss,seq_aux_loss,global_aux_loss]",
+                           "model.balance_loss_coeffs=[0.01,0.01,0.01]", "model.z_loss_coeff=0.001"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_feature_is_the_same_with_tensor_pipeline_and_expert_parallelism(
+    feature: str, small_data: tuple[str, ...]
+) -> None:
+    """Each option of the model at tp=2 pp=2 (and ep=2 where there are experts), against one rank."""
+    overrides = FEATURES[feature]
+    layout = ["parallel.tp=2", "parallel.pp=2", *(["parallel.ep=2"] if feature != "dense" else [])]
+    row = compare(reference(small_data, *overrides), measure([*SMALL, *small_data, *overrides, *layout]))
+    assert holds(row), row
+
+
+def test_dropped_tokens_are_the_same_with_data_and_pipeline_parallelism(small_data: tuple[str, ...]) -> None:
+    """Capacity counts the tokens of one rank's micro-batch, so only layouts that keep micro-batches whole can agree."""
+    overrides = [*SOFTMAX, "model.capacity_factor=0.5", "model.pad_to_capacity=true"]
+    dropped = reference(small_data, *overrides)
+    row = compare(dropped, measure([*SMALL, *small_data, *overrides, "parallel.pp=2"]))
+    assert holds(row), row
+    assert dropped[0]["lm_loss"] != reference(small_data, *SOFTMAX)[0]["lm_loss"]
+
+
+def test_comparison_notices_a_difference(small_data: tuple[str, ...]) -> None:
+    """A different seed is not within the tolerances, so the tests above can fail."""
+    assert not holds(compare(reference(small_data), reference(small_data, "seed=99")))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 2.0])
+def test_comparison_looks_at_every_step(wrong: float) -> None:
+    """A run that goes wrong after the first step does not hold."""
+    good = [{"lm_loss": 1.0, "grad_norm": 1.0, "expert_load": [[1]]} for _ in range(3)]
+    bad = [*good[:1], {**good[1], "lm_loss": wrong}, good[2]]
+    assert holds(compare(good, good))
+    assert not holds(compare(good, bad))
+
+
+def test_error_of_a_rank_reaches_the_caller(small_data: tuple[str, ...], tmp_path: Path) -> None:
+    """`measure` runs the real command path: a dataset that vanishes is an error, not an empty result."""
+    missing = [f"data.dir={tmp_path}/none", "data=indexed"]
+    with pytest.raises(MoeTrainError, match=r"data\.dir"):
+        measure([*SMALL, *missing])
+    assert "model=tiny" in COMMON

@@ -1,0 +1,112 @@
+"""What ranks do in the tests of the launcher, in place of training."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moe_train.config.schema import Config
+from parallel.errors import ConfigError, DataError
+from parallel.rank_info import RankInfo
+
+
+def _meet(rank: RankInfo) -> None:
+    method = f"tcp://{rank.master_addr}:{rank.master_port}"
+    dist.init_process_group("gloo", init_method=method, rank=rank.rank, world_size=rank.world_size)
+    dist.barrier()
+
+
+def _say(cfg: Config, rank: RankInfo, name: str) -> None:
+    """A file that a test can wait for."""
+    part = Path(cfg.run_dir, f"part_{rank.rank}")
+    part.write_text(str(os.getpid()))
+    part.rename(Path(cfg.run_dir, f"{name}_{rank.rank}"))
+
+
+def report(cfg: Config, rank: RankInfo) -> None:
+    """Say who this rank is."""
+    _meet(rank)
+    total = torch.tensor(rank.rank)
+    dist.all_reduce(total)
+    print(f"output of rank {rank.rank}")
+    print(f"warnings of rank {rank.rank}", file=sys.stderr)
+    facts = {
+        "sum": int(total),
+        "threads": torch.get_num_threads(),
+        "omp": os.environ.get("OMP_NUM_THREADS"),
+        "launcher": rank.launcher,
+        "seed": cfg.seed,
+        "run_dir": cfg.run_dir,
+        "local": [rank.local_rank, rank.local_world_size],
+        "environment": [os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]],
+    }
+    Path(cfg.run_dir, f"rank_{rank.rank}.json").write_text(json.dumps(facts))
+
+
+def fail_explained(cfg: Config, rank: RankInfo) -> None:
+    """Rank 1 finds an error of the user's; the others lose it in a collective."""
+    _meet(rank)
+    if rank.rank == 1:
+        raise DataError("the corpus is empty", "set data.path")
+    dist.all_reduce(torch.ones(1))
+
+
+def fail_unexplained(cfg: Config, rank: RankInfo) -> None:
+    """Rank 0 has a bug; the others lose it in a collective."""
+    _meet(rank)
+    if rank.rank == 0:
+        raise ValueError("a bug\nwith details")
+    dist.all_reduce(torch.ones(1))
+
+
+def fail_everywhere(cfg: Config, rank: RankInfo) -> None:
+    """Every rank finds the same error."""
+    _meet(rank)
+    raise ConfigError("seed=0 is odd", "set seed=1")
+
+
+def killed(cfg: Config, rank: RankInfo) -> None:
+    """Rank 1 is killed, as by the kernel when memory is out; the others lose it in a collective."""
+    _meet(rank)
+    if rank.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.ones(1))
+
+
+def crash(cfg: Config, rank: RankInfo) -> None:
+    """Rank 1 crashes in native code."""
+    _meet(rank)
+    if rank.rank == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    dist.all_reduce(torch.ones(1))
+
+
+def hang(cfg: Config, rank: RankInfo) -> None:
+    """Rank 0 waits in a collective for the others, which sleep."""
+    _meet(rank)
+    _say(cfg, rank, "hanging")
+    if rank.rank == 0:
+        dist.all_reduce(torch.ones(1))
+    time.sleep(300)
+
+
+def hang_stubbornly(cfg: Config, rank: RankInfo) -> None:
+    """As `hang`, and a handler of SIGTERM is set, which cannot run while native code does not return."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    hang(cfg, rank)
+
+
+def hang_alone(cfg: Config, rank: RankInfo) -> None:
+    """Fail on rank 1 while the others do nothing but sleep."""
+    _meet(rank)
+    _say(cfg, rank, "hanging")
+    if rank.rank == 1:
+        raise RuntimeError("rank 1 had enough")
+    time.sleep(300)

@@ -1,0 +1,103 @@
+"""Ranks that torchrun, srun or mpirun started: they meet, share rank 0's config, and tell an error once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch import commands
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
+
+
+def _run(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
+    env = commands.environment(OMP_NUM_THREADS="1", **more)
+    return subprocess.run(command, cwd=commands.ROOT, env=env, capture_output=True, text=True, timeout=90)
+
+
+def _srun(command: list[str]) -> list[tuple[int, str, str]]:
+    """What two tasks of a real srun see. Returns exit code, output and errors of each."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        port = listener.getsockname()[1]
+    tasks = []
+    for i in range(2):
+        env = commands.environment(
+            SLURM_JOB_ID="9", SLURM_STEP_ID="0", SLURM_PROCID=str(i), SLURM_LOCALID=str(i), SLURM_NTASKS="2",
+            SLURM_STEP_NUM_TASKS="2", SLURM_NODEID="0", SLURM_STEP_TASKS_PER_NODE="2", SLURM_JOB_NODELIST="localhost",
+            MASTER_PORT=str(port),
+        )  # fmt: skip
+        pipe = subprocess.PIPE
+        tasks.append(subprocess.Popen(command, cwd=commands.ROOT, env=env, stdout=pipe, stderr=pipe, text=True))
+    try:
+        ends = [task.communicate(timeout=90) for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    return [(task.returncode, *end) for task, end in zip(tasks, ends, strict=True)]
+
+
+def _facts(run_dir: Path) -> list[dict[str, object]]:
+    return [json.loads((run_dir / f"rank_{i}.json").read_text()) for i in range(2)]
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    result = _run([*TORCHRUN, *commands.arguments("report", tmp_path, 2)])
+    assert result.returncode == 0, result.stderr
+    assert [(f["launcher"], f["sum"], f["local"]) for f in _facts(tmp_path)] == [
+        ("torchrun", 1, [i, 2]) for i in (0, 1)
+    ]
+
+
+def test_torchrun_tells_a_wrong_config_once(tmp_path: Path) -> None:
+    result = _run([*TORCHRUN, *commands.arguments("report", tmp_path, 3)])
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "parallel.dp=3" in errors[0]
+    assert "2 ranks" in errors[0]
+    assert result.returncode != 0
+
+
+def test_srun_shares_one_run_directory(tmp_path: Path) -> None:
+    # Each task would put its own random number into run_dir.
+    command = commands.arguments("report", tmp_path / "${oc.env:SLURM_PROCID}", 2)
+    for code, _, errors in _srun(command):
+        assert code == 0, errors
+    assert [(f["launcher"], f["run_dir"]) for f in _facts(tmp_path / "0")] == [("srun", f"{tmp_path}/0")] * 2
+
+
+def test_srun_tells_an_error_once_with_its_rank(tmp_path: Path) -> None:
+    (code0, _, errors0), (code1, _, errors1) = _srun(commands.arguments("fail_explained", tmp_path, 2))
+    assert errors1.strip() == "error: rank 1: the corpus is empty; set data.path"
+    assert errors0.strip() == ""
+    assert (code0, code1) == (1, 2)
+
+
+def test_srun_prints_the_config_once(tmp_path: Path) -> None:
+    (code0, output0, _), (code1, output1, _) = _srun(commands.arguments("report", tmp_path, 2, "--cfg", "job"))
+    assert (code0, code1) == (0, 0)
+    assert "global_batch_size: 2" in output0
+    assert output1 == ""
+
+
+def test_srun_refuses_a_sweep(tmp_path: Path) -> None:
+    (code0, _, errors0), (code1, _, errors1) = _srun(commands.arguments("report", tmp_path, 2, "-m", "seed=1,2"))
+    assert (code0, code1) == (2, 2)
+    assert errors0.startswith("error: --multirun")
+    assert errors1 == ""
+
+
+def test_mpirun(tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed (extra `mpi`)")
+    mpirun = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
+    if mpirun is None:
+        pytest.skip("no mpirun on this machine")
+    result = _run([mpirun, "-n", "2", *commands.arguments("report", tmp_path, 2)])
+    assert result.returncode == 0, result.stderr
+    assert [(f["launcher"], f["sum"]) for f in _facts(tmp_path)] == [("mpirun", 1)] * 2

@@ -1,0 +1,58 @@
+"""A run without a model, for the tests of callbacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_train.config.model import ModelConfig
+from moe_train.config.schema import Config
+from moe_train.loop.run import Metrics, Run
+from parallel.layout import ParallelLayout
+from parallel.rank_info import RankInfo
+
+BATCH, SEQUENCE = 8, 16
+
+
+def fake_run(run_dir: Path, *, step: int = 0, total_steps: int = 10, rank: int = 0, log_interval: int = 1) -> Run:
+    """Rank `rank` of 2 of a run at `step`: one dense layer, two MoE layers, one multi-token-prediction layer."""
+    cfg = Config()
+    cfg.model = ModelConfig(num_layers=3, num_experts=2, topk=1, num_dense_layers=1, mtp_num_layers=1)
+    cfg.batch.global_batch_size, cfg.train.seq_length = BATCH, SEQUENCE
+    cfg.telemetry.log_interval_steps = log_interval
+    layout = ParallelLayout(tp=2, pp=1, vpp=1, cp=1, ep=1, etp=1, dp=1)
+    info = RankInfo(rank, 2, rank, 2, "127.0.0.1", 0, "local")
+    run = Run(cfg, layout, info, torch.device("cpu"), "cpu", "local", total_steps, run_dir)
+    set_step(run, step)
+    return run
+
+
+def set_step(run: Run, step: int) -> None:
+    """As if `step` steps were done."""
+    run.state.step, run.state.consumed_tokens = step, step * BATCH * SEQUENCE
+
+
+def metrics(loss: float = 5.0, **others: Any) -> Metrics:
+    """What a step and `Throughput` measure."""
+    return {
+        "lm_loss": loss, "grad_norm": 1.5, "lr": 1e-3, "mtp_loss": 6.0, "seq_load_balancing_loss": 1.25,
+        "expert_load": [[0, 0], [96, 32], [64, 64], [100, 28]], "step_time_s": 0.5, "tokens_per_s": 256.0,
+        "tflops_per_rank": 0.01, "mfu": 0.25, "memory_peak_bytes": 2**28,
+    } | others  # fmt: skip
+
+
+def take_step(run: Run, callbacks: list[Any], loss: float = 5.0, **others: Any) -> None:
+    """One step after which `callbacks` are called."""
+    set_step(run, run.state.step + 1)
+    run.last_metrics = metrics(loss, **others)
+    for callback in callbacks:
+        callback.on_step_end(run, run.last_metrics)
+
+
+def evaluate(run: Run, callbacks: list[Any], loss: float) -> None:
+    """One evaluation after which `callbacks` are called."""
+    run.evaluations.append({"step": run.state.step, "tokens": run.state.consumed_tokens, "valid_loss": loss})
+    for callback in callbacks:
+        callback.on_evaluation_end(run, run.evaluations[-1])

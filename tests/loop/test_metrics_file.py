@@ -1,0 +1,107 @@
+"""metrics.jsonl is strict JSON and has each step once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moe_train.loop.callbacks.metrics_file import NAME, MetricsFile, read
+from tests.loop.fake_run import evaluate, fake_run, take_step
+
+
+def _strict(path: Path) -> list[dict[str, Any]]:
+    """Lines as a parser reads them that knows neither NaN nor Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def _train(run_dir: Path, start: int, end: int, loss: float, interval: int = 1) -> list[dict[str, Any]]:
+    """Steps start+1 .. end of 10 with an evaluation before and after them, as moe_train.train does them."""
+    run, callback = fake_run(run_dir, step=start, log_interval=interval), MetricsFile()
+    callback.on_start(run)
+    evaluate(run, [callback], loss)
+    for _ in range(start, end):
+        take_step(run, [callback], loss)
+    evaluate(run, [callback], loss)
+    callback.on_end(run)
+    return _strict(run_dir / NAME)
+
+
+def test_lines_have_the_documented_fields(tmp_path: Path) -> None:
+    first, line, last = _train(tmp_path, 0, 1, 5.0)
+    assert first == {"step": 0, "tokens": 0, "valid_loss": 5.0}
+    assert last == {"step": 1, "tokens": 128, "valid_loss": 5.0}
+    assert list(line) == [
+        "step", "tokens", "lm_loss", "grad_norm", "lr", "global_batch_size", "mtp_loss", "seq_load_balancing_loss",
+        "step_time_s", "tokens_per_s", "tflops_per_rank", "mfu", "memory_peak_bytes", "expert_load",
+    ]  # fmt: skip
+    assert line["global_batch_size"] == 8
+    assert line["expert_load"] == [[96, 32], [64, 64], [100, 28]]  # the dense layer has no row
+
+
+def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
+    _train(tmp_path, 0, 6, 5.0)
+    with (tmp_path / NAME).open("a") as file:
+        file.write('{"step": 7, "lm_lo')  # the run died while it wrote
+    lines = _train(tmp_path, 4, 8, 4.0)
+    assert [(line["step"], line["lm_loss"]) for line in lines if "lm_loss" in line] == [
+        (1, 5.0), (2, 5.0), (3, 5.0), (4, 5.0), (5, 4.0), (6, 4.0), (7, 4.0), (8, 4.0),
+    ]  # fmt: skip
+    assert [line["step"] for line in lines if "valid_loss" in line] == [0, 4, 8]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [NAME]
+
+
+def test_an_evaluation_is_not_repeated_where_the_run_continues(tmp_path: Path) -> None:
+    _train(tmp_path, 0, 4, 5.0)
+    lines = _train(tmp_path, 4, 5, 4.0)
+    assert [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line] == [
+        (0, 5.0),
+        (4, 5.0),
+        (5, 4.0),
+    ]
+
+
+def test_a_fresh_run_starts_the_file_anew(tmp_path: Path) -> None:
+    _train(tmp_path, 0, 5, 5.0)
+    assert [line["step"] for line in _train(tmp_path, 0, 2, 4.0)] == [0, 1, 2, 2]
+
+
+def test_values_that_json_cannot_hold_are_null_and_named(tmp_path: Path) -> None:
+    run, callback = fake_run(tmp_path), MetricsFile()
+    callback.on_start(run)
+    take_step(run, [callback], float("nan"), grad_norm=float("inf"))
+    evaluate(run, [callback], float("-inf"))
+    callback.on_end(run)
+    train, valid = _strict(tmp_path / NAME)
+    assert train["lm_loss"] is None
+    assert train["grad_norm"] is None
+    assert train["lr"] == 1e-3
+    assert train["non_finite"] == {"lm_loss": "nan", "grad_norm": "inf"}
+    assert valid == {"step": 1, "tokens": 128, "valid_loss": None, "non_finite": {"valid_loss": "-inf"}}
+    assert read(tmp_path / NAME) == [train, valid]
+
+
+def test_each_line_is_on_disk_when_its_step_ends(tmp_path: Path) -> None:
+    run, callback = fake_run(tmp_path), MetricsFile()
+    callback.on_start(run)
+    take_step(run, [callback])
+    assert [line["step"] for line in _strict(tmp_path / NAME)] == [1]
+    callback.on_end(run)
+
+
+def test_only_every_nth_step_and_the_first_and_last_are_logged(tmp_path: Path) -> None:
+    lines = _train(tmp_path, 0, 10, 5.0, interval=4)
+    assert [line["step"] for line in lines if "lm_loss" in line] == [1, 4, 8, 10]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    run, callback = fake_run(tmp_path, rank=1), MetricsFile()
+    callback.on_start(run)
+    take_step(run, [callback])
+    evaluate(run, [callback], 5.0)
+    callback.on_end(run)
+    assert list(tmp_path.iterdir()) == []

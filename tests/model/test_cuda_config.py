@@ -1,0 +1,138 @@
+"""The GPU path without a GPU: what is asked of Megatron-Core on cuda with Transformer Engine passes its own checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from moe_train.config.compose import compose
+from moe_train.config.validate import validate
+from moe_train.model import backend
+from parallel.errors import HardwareError
+from tests.distributed.helper import run_distributed
+
+MODELS = sorted(path.stem for path in Path("conf/model").glob("*.yaml"))
+FUSED_NAMES = (
+    "fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss", "fused_permute", "fused_permute_with_probs",
+    "fused_sort_chunks_by_index", "fused_sort_chunks_by_index_with_probs", "fused_topk_with_score_function",
+    "fused_unpermute",
+)  # fmt: skip
+
+
+def cuda_options(*overrides: str, name: str = "te") -> dict[str, Any]:
+    """Fields of Megatron-Core's config for a cuda run, as if Transformer Engine were installed."""
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer import transformer_config
+    from megatron.core.transformer.moe import moe_utils
+
+    from moe_train.model.build import transformer_config as make
+
+    cfg = compose(["runtime=cuda", "precision=bf16", *overrides])
+    with (
+        mock.patch.object(transformer_config, "is_te_min_version", return_value=True),
+        mock.patch.object(transformer_config, "HAVE_PACKAGING", True, create=True),
+        mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", object(), create=True),
+        mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb_thd", object(), create=True),
+        mock.patch.multiple(moe_utils, create=True, **dict.fromkeys(FUSED_NAMES, object())),
+    ):
+        config = make(cfg, validate(cfg), name, "cuda")
+    keep = (bool, int, float, str, list, type(None))
+    return {f.name: v for f in dataclasses.fields(config) if isinstance(v := getattr(config, f.name, None), keep)}
+
+
+def every_model() -> dict[str, dict[str, Any]]:
+    """`cuda_options` of every model."""
+    return {name: cuda_options(f"model={name}") for name in MODELS}
+
+
+def test_every_model_passes_megatron_cores_own_checks() -> None:
+    """Fused paths are on, experts are grouped, and nothing is refused."""
+    (found,) = run_distributed(every_model, 1)
+    assert set(found) == set(MODELS)
+    for name, options in found.items():
+        assert options["bias_activation_fusion"], name
+        assert options["apply_rope_fusion"] == (not options["multi_latent_attention"]), name
+        assert options["cross_entropy_loss_fusion"], name
+        assert options["deallocate_pipeline_outputs"], name
+        assert not options["gradient_accumulation_fusion"], f"{name}: needs apex, which is not asked for"
+        moe = options["num_moe_experts"] is not None
+        assert (options["moe_grouped_gemm"], options["moe_permute_fusion"], options["moe_router_fusion"]) == (moe,) * 3
+
+
+def test_deepep_overlap_and_apex_reach_megatron_core() -> None:
+    """Each option of the config is the one that Megatron-Core documents for it."""
+    overrides = ("model=deepseek_v3", "parallel.ep=8", "parallel.dispatcher=flex", "batch.global_batch_size=16")
+    (flex,) = run_distributed(cuda_options, 1, *overrides)
+    assert flex["moe_token_dispatcher_type"] == "flex"
+    (apex,) = run_distributed(
+        cuda_options, 1, "model=tiny", "backend.apex=true", "backend.name=local", "backend.fusions=true"
+    )
+    assert apex["gradient_accumulation_fusion"]
+
+
+def test_no_fusion_when_switched_off() -> None:
+    """backend.fusions=false is obeyed on cuda."""
+    (options,) = run_distributed(cuda_options, 1, "model=deepseek_v3", "backend.fusions=false")
+    fused = {name for name, value in options.items() if "fusion" in name and value is True}
+    assert not fused
+
+
+def te_layers(*overrides: str) -> tuple[int, int, str, bool]:
+    """Layers, how many kinds of layer, the module that norms queries, and whether a prediction block is specified."""
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    from moe_train.model.build import transformer_config
+    from moe_train.model.specs import te_specs
+    from parallel import groups
+    from parallel.runtime import simulated
+
+    torch.distributed.destroy_process_group()
+    simulated.start(0, 1)
+    cfg = compose(["runtime=cuda", "backend.fusions=false", *overrides])
+    layout = validate(cfg)
+    groups.create(layout, cfg.seed)
+    provider = mock.MagicMock()
+    provider.grouped_mlp_modules.return_value = (mock.MagicMock(), None)
+    with (
+        mock.patch.object(gpt_layer_specs, "TENorm", mock.MagicMock(), create=True),
+        mock.patch.object(gpt_layer_specs, "TESpecProvider", return_value=provider, create=True),
+    ):
+        block, mtp = te_specs(transformer_config(cfg, layout, "te", "cuda"), cfg.model, None)
+    norm = block.layer_specs[-1].submodules.self_attention.submodules.q_layernorm
+    kinds = len({id(layer) for layer in block.layer_specs})
+    return len(block.layer_specs), kinds, getattr(norm, "__name__", ""), mtp is not None
+
+
+def test_transformer_engine_layers_are_composed_as_upstream_composes_them() -> None:
+    """Through upstream's own spec functions, with stand-ins for Transformer Engine's classes."""
+    (v3,) = run_distributed(te_layers, 1, "model=deepseek_v3")
+    assert v3[:2] == (61, 2)
+    assert v3[3]
+    (olmoe,) = run_distributed(te_layers, 1, "model=olmoe_7b")
+    assert olmoe == (16, 1, "QueryAllHeadsRMSNorm", False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"), [(["backend.name=te"], "Transformer Engine"), (["backend.apex=true"], "apex")]
+)
+def test_what_is_asked_for_and_missing_is_named(overrides: list[str], named: str) -> None:
+    """No guessing from imports: asking for what is not installed says how to get it."""
+    cfg = compose(["runtime=cuda", "backend.name=local", *overrides])
+    with pytest.raises(HardwareError, match=named) as caught:
+        backend.choose(cfg, "cuda")
+    assert "set backend" in str(caught.value)
+
+
+def test_the_wrong_apex_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyPI's package of that name imports, but has nothing of NVIDIA's."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    cfg = compose(["runtime=cuda", "backend.name=local", "backend.apex=true"])
+    with pytest.raises(HardwareError, match="is not NVIDIA's"):
+        backend.choose(cfg, "cuda")

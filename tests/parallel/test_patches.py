@@ -1,0 +1,144 @@
+"""Each patch of `parallel/runtime` is needed: without it its scenario, a piece of Megatron-Core's own code, fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+
+import pytest
+import torch
+
+from tests.distributed.helper import run_distributed
+
+OLD = tuple(map(int, version("megatron-core").split(".")[:2])) < (0, 19)
+
+
+def _rotary_frequencies() -> None:
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    assert RotaryEmbedding(8, rotary_percent=1.0, cp_group=torch.distributed.group.WORLD).inv_freq.shape == (4,)
+
+
+def _gradient_scaler() -> None:
+    from megatron.core.optimizer.grad_scaler import ConstantGradScaler
+
+    assert ConstantGradScaler(4.0).scale.item() == 4.0
+
+
+def _gradient_scaler_restored() -> None:
+    from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+
+    scaler = DynamicGradScaler(
+        initial_scale=4.0, min_scale=1.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=10, hysteresis=2
+    )
+    scaler.load_state_dict({"scale": torch.tensor([8.0]), "growth_tracker": 0, "hysteresis_tracker": 2})
+    assert scaler.scale.item() == 8.0
+
+
+def _rotary_embedding_under_context_parallelism() -> None:
+    from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
+
+    class Group:
+        def size(self) -> int:
+            return 2
+
+        def rank(self) -> int:
+            return 1
+
+    positions = get_pos_emb_on_this_cp_rank(torch.arange(8.0).view(8, 1), 0, Group())
+    assert positions.flatten().tolist() == [2, 3, 4, 5]
+
+
+def _streams() -> None:
+    from megatron.core.transformer.moe import token_dispatcher  # noqa: F401  # what uses them
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        event = stream.record_event()
+    event.synchronize()
+    torch.cuda.synchronize()
+
+
+def _random_streams() -> None:
+    from megatron.core import tensor_parallel
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    torch.distributed.barrier()
+    tracker = get_cuda_rng_tracker()
+    tracker.add("a", 1)
+    with tracker.fork("a"):
+        first = torch.rand(2)
+    with tracker.fork("a"):
+        second = torch.rand(2)
+    assert not torch.equal(first, second)
+    assert tensor_parallel.get_cuda_rng_tracker() is tracker
+
+
+def _parameter_types_of_the_optimizer() -> None:
+    assert torch.zeros(1).type() == "torch.cuda.FloatTensor"  # as optimizer/optimizer.py asks
+    assert torch.zeros(1, dtype=torch.bfloat16).type() in ["torch.cuda.HalfTensor", "torch.cuda.BFloat16Tensor"]
+    assert torch.zeros(1).type() != "torch.cuda.HalfTensor"
+
+
+def _multi_latent_attention() -> None:
+    from tests.model.tiny import build_tiny
+
+    build_tiny()
+
+
+def _router_scores() -> None:
+    from megatron.core.transformer.moe.moe_utils import router_gating_linear
+
+    scores = router_gating_linear(torch.ones(3, 2), torch.ones(4, 2), None, torch.float32)
+    assert torch.equal(scores, torch.full((3, 4), 2.0))
+
+
+def _all_to_all_split_sizes() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    splits = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([2]), as_numpy=True)
+    torch.distributed.all_to_all_single(torch.empty(2), torch.ones(2), splits.tolist(), splits.tolist())
+    assert not torch.is_tensor(splits)
+
+
+SCENARIOS: dict[str, Callable[[], None]] = {
+    "device_of_this_rank": _rotary_frequencies,
+    "constructors_with_literal_cuda": _gradient_scaler,
+    "tensors_that_stay": _gradient_scaler_restored,
+    "pinned_memory_is_plain_memory": _rotary_embedding_under_context_parallelism,
+    "streams_that_do_nothing": _streams,
+    "random_state_of_the_cpu": _random_streams,
+    "tensor_types_without_cuda": _parameter_types_of_the_optimizer,
+    "attention_without_transformer_engine": _multi_latent_attention,
+    "router_without_transformer_engine": _router_scores,
+    "split_sizes_as_lists": _all_to_all_split_sizes,
+}
+ONLY_OLD = {"attention_without_transformer_engine", "router_without_transformer_engine"}
+
+
+def run_scenario(name: str, skip: tuple[str, ...]) -> str:
+    """Outcome of a scenario with all patches but `skip`: "" or the error."""
+    from parallel.runtime import cpu
+
+    cpu.prepare(skip=skip)
+    try:
+        SCENARIOS[name]()
+    except Exception as error:
+        return repr(error)
+    return ""
+
+
+def test_every_patch_has_a_scenario() -> None:
+    """A new patch comes with its scenario."""
+    from parallel.runtime import megatron_fixes, torch_cuda
+
+    assert {patch.__name__ for patch in (*torch_cuda.PATCHES, *megatron_fixes.PATCHES)} == set(SCENARIOS)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_patch_is_needed_and_enough(name: str) -> None:
+    """The scenario works with the patch, and fails without it where the installed version needs it."""
+    assert run_distributed(run_scenario, 1, name, ()) == [""]
+    if OLD or name not in ONLY_OLD:
+        assert run_distributed(run_scenario, 1, name, (name,)) != [""]

@@ -1,0 +1,149 @@
+"""Rules of the house that a program can check: which package imports which, where patches live, how long things are."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("parallel", "moe_train", "launch", "tools", "bench")
+# Arrows point one way: each package may import those before it.
+MAY_IMPORT = {
+    "parallel": {"parallel"},
+    "moe_train": {"parallel", "moe_train"},
+    "launch": {"parallel", "moe_train", "launch"},
+    "tools": {"parallel", "moe_train", "launch", "tools"},
+    "bench": set(PACKAGES),
+}
+WITHOUT_TORCH = (
+    *sorted((ROOT / "moe_train/config").rglob("*.py")),
+    ROOT / "moe_train/model/arithmetic.py",
+    *(ROOT / "parallel" / f"{name}.py" for name in ("layout", "pipeline", "errors", "suggest", "rank_info")),
+)
+UPSTREAM = ("torch", "megatron")
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+LONGEST_FILE, LONGEST_FUNCTION = 600, 120
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _imports(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """(module, name that it is bound to) of every import."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, alias.asname or alias.name.split(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", alias.asname or alias.name
+
+
+def _type_checking(tree: ast.Module) -> set[ast.AST]:
+    """Nodes under `if TYPE_CHECKING:`, which no process runs."""
+    blocks = (n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test).endswith("TYPE_CHECKING"))
+    return {inner for block in blocks for statement in block.body for inner in ast.walk(statement)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_arrows_between_packages_point_one_way(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    imported = {module.split(".")[0] for module, _ in _imports(_tree(path))}
+    assert imported & set(PACKAGES) <= MAY_IMPORT[package]
+    assert "tests" not in imported
+
+
+@pytest.mark.parametrize("path", WITHOUT_TORCH, ids=_name)
+def test_what_login_nodes_run_imports_no_torch(path: Path) -> None:
+    """Its imports, followed through our own packages, lead to the standard library and Hydra only."""
+    allowed = {*sys.stdlib_module_names, "hydra", "omegaconf", "yaml"}
+    seen: set[Path] = set()
+    waiting = [path]
+    while waiting:
+        file = waiting.pop()
+        if file in seen or not file.exists():
+            continue
+        seen.add(file)
+        skipped = _type_checking(_tree(file))
+        for node in ast.walk(_tree(file)):
+            if node in skipped or not isinstance(node, (ast.Import, ast.ImportFrom)):
+                continue
+            for module, _ in _imports(node):
+                top = module.split(".")[0]
+                assert top in allowed or top in PACKAGES, f"{_name(file)} imports {module}"
+                if top in PACKAGES:
+                    parts = module.split(".")
+                    waiting += [ROOT.joinpath(*parts[:n]).with_suffix(".py") for n in range(1, len(parts) + 1)]
+                    waiting += [ROOT.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)]
+
+
+def _root_name(node: ast.AST) -> str:
+    """`a` of `a.b[c].d`."""
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _patches(tree: ast.Module) -> Iterator[str]:
+    """Statements that set an attribute of something imported from torch or Megatron-Core."""
+    upstream = {bound for module, bound in _imports(tree) if module.split(".")[0] in UPSTREAM}
+    for node in ast.walk(tree):
+        targets: list[ast.expr] = []
+        if isinstance(node, (ast.Assign, ast.Delete)):
+            targets = node.targets
+        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+            targets = [node.target]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "setattr",
+            "delattr",
+            "patch.object",
+            "mock.patch.object",
+        ):
+            targets = [ast.Attribute(value=node.args[0], attr="")] if node.args else []
+        for target in targets:
+            for part in target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]:
+                if isinstance(part, (ast.Attribute, ast.Subscript)) and _root_name(part) in upstream:
+                    yield f"line {node.lineno}: {ast.unparse(node)}"  # type: ignore[attr-defined]
+
+
+OUTSIDE_RUNTIME = [path for path in FILES if "parallel/runtime" not in _name(path)]
+
+
+@pytest.mark.parametrize("path", OUTSIDE_RUNTIME, ids=_name)
+def test_nothing_outside_of_the_runtime_patches_upstream(path: Path) -> None:
+    assert not list(_patches(_tree(path)))
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        "import torch\ntorch.cuda.current_device = f",
+        "import torch as t\nsetattr(t.cuda, 'x', f)",
+        "from megatron.core import parallel_state as ps\nps.get_rank, a = f, g",
+        "from megatron.core.transformer.moe.router import TopKRouter\nTopKRouter.forward = f",
+        "import megatron.core\ndel megatron.core.x",
+        "from torch import nn\nnn.Module.__dict__['x'] += f",
+    ],
+)
+def test_the_check_for_patches_sees_them(patch: str) -> None:
+    assert list(_patches(ast.parse(patch)))
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_files_and_functions_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno:
+            assert node.end_lineno - node.lineno < LONGEST_FUNCTION, node.name

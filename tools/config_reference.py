@@ -1,0 +1,35 @@
+"""Writes docs/configuration.md's tables from the typed schema: `python -m tools.config_reference`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_train.config.schema import Config
+from moe_train.config.walk import all_fields, get
+
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+MARK = "<!-- fields, written by python -m tools.config_reference -->\n"
+
+
+def tables() -> str:
+    """A Markdown table for each group: field, default, meaning."""
+    groups: dict[str, list[str]] = {}
+    for name, info in all_fields().items():
+        group = name.rpartition(".")[0]
+        choices = f" One of {', '.join(f'`{c}`' for c in info.choices)}." if info.choices else ""
+        value = get(Config(), name)
+        default = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+        groups.setdefault(group, []).append(f"| `{name}` | `{default}` | {info.doc}{choices} |")
+    header = "| field | default | meaning |\n|---|---|---|\n"
+    return "\n".join(
+        f"### {group or 'top level'}\n\n{header}" + "\n".join(rows) + "\n" for group, rows in groups.items()
+    )
+
+
+def page() -> str:
+    """The whole page, with its tables made anew."""
+    return PAGE.read_text(encoding="utf-8").split(MARK)[0] + MARK + "\n" + tables()
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
