@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
 from multiprocessing.synchronize import Event
 
 import pytest
@@ -40,13 +42,33 @@ def test_a_signal_ends_what_this_process_has_started(number: signal.Signals) -> 
     assert signal.getsignal(number) == before
 
 
-def test_a_signal_waits_for_the_end_of_what_must_not_be_torn_apart() -> None:
+def to_this_thread(number: signal.Signals) -> None:
+    """It stays with this thread, which has blocked it."""
+    signal.pthread_kill(threading.get_ident(), number)
+
+
+def to_another_thread(number: signal.Signals) -> None:
+    """Libraries start threads that block nothing; Python's handler then runs here all the same."""
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ENDING), done.wait()))
+    thread.start()
+    assert thread.ident is not None
+    signal.pthread_kill(thread.ident, number)
+    deadline = time.monotonic() + 60
+    while not signals._pending and time.monotonic() < deadline:
+        time.sleep(0.001)
+    done.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("send", [to_this_thread, to_another_thread])
+def test_a_signal_waits_for_the_end_of_what_must_not_be_torn_apart(send: Callable[[signal.Signals], None]) -> None:
     steps = []
 
     def work() -> None:
         with signals.interruptible():
             with signals.deferred():
-                os.kill(os.getpid(), signal.SIGTERM)
+                send(signal.SIGTERM)
                 with signals.deferred():
                     steps.append("inner")
                 steps.append("outer")
