@@ -99,7 +99,19 @@ class ReplicatedLinear(nn.Module):
         return make_sharded_tensors_for_checkpoint(self.state_dict(keep_vars=True), prefix, {}, sharded_offsets)
 
 
-class MultiLatentAttention(MLASelfAttention):
+class SpecifiedLatentAttention(MLASelfAttention):
+    """Upstream's, with the modules of its spec as they are. This is the one for Transformer Engine.
+
+    From 0.19 upstream looks again where norms stand: a query that is not compressed would get a second norm of the
+    hidden state, fused with its projection, which no released model has (transformer/mla_qk_norm_config.py).
+    """
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
+
+class MultiLatentAttention(SpecifiedLatentAttention):
     """Upstream's, with its down-projections replicated over tensor-parallel ranks, as Transformer Engine has them.
 
     Upstream's local spec splits them by columns and gathers the result, whose backward pass does not add up what the
@@ -113,12 +125,6 @@ class MultiLatentAttention(MLASelfAttention):
         self.linear_kv_down_proj = ReplicatedLinear(config.hidden_size, config.kv_lora_rank + rope, config)
         if config.q_lora_rank is not None:
             self.linear_q_down_proj = ReplicatedLinear(config.hidden_size, config.q_lora_rank, config)
-
-    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        """The modules of the spec as they are. From 0.19 upstream asks here; by itself it wants the query norm fused
-        with the projection where the query is not compressed (transformer/mla_qk_norm_config.py)."""
-        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
-        return {name: getattr(submodules, name) for name in names}
 
 
 def _expand(x: Tensor, repeat: int) -> Tensor:
