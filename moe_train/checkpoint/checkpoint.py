@@ -20,8 +20,11 @@ from moe_train.checkpoint import compat, directory, metadata, state, storage
 from moe_train.loop.run import Run, TrainState
 from parallel.errors import CheckpointError
 
-FORMAT = 1
-"""Version of the layout of a checkpoint directory. Raise it when an older reader could not read the new one."""
+FORMAT = 2
+"""Version of the layout of a checkpoint directory. Raise it when an older reader could not read the new one.
+
+2: norms that Transformer Engine fuses with a projection have its names for them with every backend.
+"""
 
 T = TypeVar("T")
 
@@ -176,6 +179,11 @@ def _check(run: Run, path: Path) -> tuple[dict[str, Any], list[str]]:
         raise CheckpointError(
             f"checkpoint {path} has format {version}, and this version of moe-train reads up to {FORMAT}",
             "update moe-train",
+        )
+    if version < FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {version}, and this version of moe-train reads format {FORMAT}",
+            "continue it with the version that wrote it, or start another run with resume=never and another run_dir",
         )
     return facts, compat.check(compat.read(path), run.cfg, path)
 

@@ -19,7 +19,7 @@ _TUNABLE = {
     "balance_losses", "balance_loss_coeffs", "z_loss_coeff", "mtp_loss_coeff", "router_bias_update_rate",
     "router_dtype", "capacity_factor", "pad_to_capacity", "token_drop_policy", "max_position_embeddings", "rope_type",
     "rope_base", "yarn_factor", "yarn_original_max_position", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale",
-    "yarn_mscale_all_dim",
+    "yarn_mscale_all_dim", "llama3_factor",
 }  # fmt: skip
 # What else changes the numbers of a continued run, so that it is no longer the run that was interrupted.
 _TRAINING = {
