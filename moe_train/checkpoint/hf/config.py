@@ -285,7 +285,7 @@ def _rope(config: Json, where: Path | str) -> Json:
     """Position fields, from `rope_theta` and `rope_scaling` or, as transformers 5 writes them, `rope_parameters`."""
     new = config.get("rope_parameters") or {}
     scaling = {**(config.get("rope_scaling") or {}), **new}
-    values: Json = {"rope_base": float(scaling.get("rope_theta", config.get("rope_theta", 10000.0)))}
+    values: Json = {"rope_base": float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "yarn":
         yarn = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}

@@ -1,6 +1,6 @@
 """Plans of conversions: which files a checkpoint in another format has, and how each of them is written.
 
-A file is a list of tensors that are read, converted and written one after the other, a few million numbers at a time, so
+A file is a list of tensors that are read, converted and written one after the other, a few million numbers at a time:
 memory is bounded by the number of files that are written at once.
 """
 
@@ -10,9 +10,10 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -157,7 +158,7 @@ def to_megatron(source: MappedSource, target: Path, cfg: Config, options: Option
     ]
     files = _pack(chunks, lambda chunk: chunk.bytes, options.file_bytes)
     jobs = [
-        FileJob(f"__{i}_0.distcp", sum(c.bytes for c in file), lambda out, file=file: _write_chunks(out, file, source))
+        FileJob(f"__{i}_0.distcp", sum(c.bytes for c in file), partial(_write_chunks, source, file))
         for i, file in enumerate(files)
     ]
     run_config = replace(cfg, model=source.model)
@@ -201,7 +202,7 @@ def _chunks(piece: Piece, dtype: torch.dtype) -> Iterator[_Chunk]:
         yield _Chunk(piece, start, min(start + step, piece.rows), dtype)
 
 
-def _write_chunks(out: HashingFile, chunks: list[_Chunk], source: MappedSource) -> list[list[Any]]:
+def _write_chunks(source: MappedSource, chunks: list[_Chunk], out: HashingFile) -> list[list[Any]]:
     """Writes one item for each chunk; returns what `_items` needs."""
     facts: list[list[Any]] = []
     for chunk in chunks:
@@ -216,7 +217,7 @@ def _write_chunks(out: HashingFile, chunks: list[_Chunk], source: MappedSource) 
 
 def _save(out: HashingFile, tensor: Tensor, key: str, global_shape: Sequence[int], offsets: Sequence[int]) -> list[Any]:
     start = out.position
-    torch.save(tensor, out)
+    torch.save(tensor, cast(IO[bytes], out))
     dtype = str(tensor.dtype).removeprefix("torch.")
     return [key, list(global_shape), dtype, list(offsets), list(tensor.shape), start, out.position - start]
 
@@ -255,7 +256,7 @@ def copy_megatron(checkpoint: distcp.Checkpoint, target: Path, options: Options)
     boxes = [box for key in keys for chunk in checkpoint.chunks(key) for box in _boxes(key, chunk)]
     files = _pack(boxes, lambda box: box.bytes, options.file_bytes)
 
-    def write(out: HashingFile, file: list[_Box]) -> list[list[Any]]:
+    def write(file: list[_Box], out: HashingFile) -> list[list[Any]]:
         facts = []
         for box in file:
             tensor = box.chunk.extent.row_range(box.start, box.stop).read()
@@ -266,8 +267,7 @@ def copy_megatron(checkpoint: distcp.Checkpoint, target: Path, options: Options)
         return facts
 
     jobs = [
-        FileJob(f"__{i}_0.distcp", sum(b.bytes for b in file), lambda out, file=file: write(out, file))
-        for i, file in enumerate(files)
+        FileJob(f"__{i}_0.distcp", sum(b.bytes for b in file), partial(write, file)) for i, file in enumerate(files)
     ]
     directory = checkpoint.directory
     state = json.loads((directory / STATE).read_text()) | ({} if options.optimizer else {"weights_only": True})
@@ -335,10 +335,7 @@ def to_hf(
     files = _pack(groups, lambda group: sum(output.bytes for output in group), options.file_bytes)
     names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     outputs = {name: [o for group in file for o in group] for name, file in zip(names, files, strict=True)}
-    jobs = [
-        FileJob(name, sum(o.bytes for o in held), lambda out, held=held: _write_outputs(out, held))
-        for name, held in outputs.items()
-    ]
+    jobs = [FileJob(name, sum(o.bytes for o in held), partial(_write_outputs, held)) for name, held in outputs.items()]
     weights = {o.dtype for held in outputs.values() for o in held if len(o.shape) == 2 and o.dtype is not DTYPES["fp8"]}
     common = torch.bfloat16 if options.dtype == "fp8" else min(weights, key=lambda d: d.itemsize)
     written = config.to_hf(model, str(common).removeprefix("torch."), original)
@@ -397,7 +394,7 @@ def _rows(reader: Reader, piece: Piece, part: Part, dtype: torch.dtype | None) -
     return blocks
 
 
-def _write_outputs(out: HashingFile, outputs: list[_Output]) -> None:
+def _write_outputs(outputs: list[_Output], out: HashingFile) -> None:
     out.write(safetensors.header([(o.name, o.dtype, o.shape) for o in outputs]))
     for output in outputs:
         for block in output.blocks():

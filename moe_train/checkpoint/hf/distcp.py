@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Chunk:
         with self.file.open("rb") as file:
             window = _Window(file, self.start, self.length)
             try:
-                tensor = torch.load(window, map_location="meta", weights_only=True)
+                tensor = torch.load(cast(IO[bytes], window), map_location="meta", weights_only=True)
                 with zipfile.ZipFile(window) as archive:
                     entry = next(e for e in archive.infolist() if e.filename.split("/", 1)[-1] == "data/0")
                 window.seek(entry.header_offset + 26)

@@ -46,7 +46,7 @@ class Extent:
             CheckpointError: the file is missing or ends too early.
         """
         target = torch.empty(self.shape, dtype=self.dtype) if out is None else out
-        view = memoryview(target.reshape(-1).view(torch.uint8).numpy())
+        view = target.reshape(-1).view(torch.uint8).numpy().data
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:

@@ -101,7 +101,7 @@ class MappedSource:
         for name in self.source.names:
             if name not in known and not ignored.fullmatch(name) and not self._is_unwanted_prediction(name):
                 raise CheckpointError(
-                    f"{directory} has a tensor {name}, which a {self.model.family} model with this config does not have",
+                    f"{directory} has a tensor {name}, and a {self.model.family} model with this config has none",
                     "restore the config.json that belongs to these weights",
                 )
 

@@ -163,6 +163,6 @@ def export(facts: Facts) -> None:
 
 
 RULES: tuple[Rule, ...] = (
-    export, run_length, optimizer_numbers, data_source, data_split, data_blend, document_masks, backend, one_rank_of_many,
-    where_to_start,
+    export, run_length, optimizer_numbers, data_source, data_split, data_blend, document_masks, backend,
+    one_rank_of_many, where_to_start,
 )  # fmt: skip
