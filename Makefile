@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Tests must not depend on what else the machine's Python warns about.
 export PYTHONWARNINGS := ignore
 
-.PHONY: help setup train test test-slow test-latest lint format parity dryrun clean
+.PHONY: help setup train test test-slow test-latest lint format parity dryrun bench-convert clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ lint: setup ## Check style (ruff) and types (mypy)
 format: setup ## Rewrite the code in its style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-convert: setup ## Measure conversion against cp and transformers (needs mpi4py and mpich); writes bench/results/convert.json
+	$(BIN)/python -m bench.bench_convert
 
 parity: setup ## Compare losses and gradients of every layout with one rank; writes bench/results/parity.json
 	$(BIN)/python -m bench.parity

@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 KEPT = "hf"
 """Folder of a Megatron checkpoint with the small files of the Hugging Face one that it came from."""
 
-_BLOCK_BYTES = 32 << 20  # read, converted and written at once
+_BLOCK_BYTES = 4 << 20  # read, converted and written at once: small enough to stay in a cache
 _CHUNK_BYTES = 128 << 20  # largest item of a .distcp file, which torch.save needs whole
 _LARGEST_FILE_BYTES, _SMALLEST_FILE_BYTES, _FILES = 4 << 30, 16 << 20, 32
 _LARGEST_KEPT_BYTES = 64 << 20

@@ -55,12 +55,13 @@ class HuggingFace:
         stored = self.extents[name].dtype
         return torch.bfloat16 if stored in _FP8 else stored
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop`."""
+    def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Rows `start` to `stop`, read into `out` where that has their precision and is contiguous."""
         extent = self.extents[name]
-        rows = extent.row_range(start, stop).read()
+        part = extent.row_range(start, stop)
         if extent.dtype not in _FP8:
-            return rows
+            return part.read(out if out is not None and out.dtype == extent.dtype else None)
+        rows = part.read()
         scale = self._scales.get(name)
         if scale is None:
             scale = self.extents[name + block_fp8.SUFFIX].read()
@@ -134,23 +135,29 @@ class MappedSource:
         Raises:
             CheckpointError: what must be copies of one tensor are not equal.
         """
-        out = torch.zeros((stop - start, *piece.shape[1:]), dtype=dtype)
+        out = torch.empty((stop - start, *piece.shape[1:]), dtype=dtype)
+        filled = 0
         for part in piece.parts:
             row = 0  # of the part, where the block begins
             for first, last in part.blocks:
                 begin, end = max(first, start), min(last, stop)
                 if begin < end:
-                    rows = self.part_rows(piece, part, row + begin - first, row + end - first)
-                    out[begin - start : end - start] = rows
+                    target = out[begin - start : end - start]
+                    rows = self.part_rows(piece, part, row + begin - first, row + end - first, target)
+                    if rows is not target:
+                        target.copy_(rows)
+                    filled += end - begin
                 row += last - first
+        if filled < stop - start:  # only the vocabulary has padding, at its end
+            out[filled:] = 0
         return out
 
-    def part_rows(self, piece: Piece, part: Part, start: int, stop: int) -> Tensor:
-        """Rows of the Hugging Face tensor `part`."""
+    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Rows of the Hugging Face tensor `part`, read into `out` where that has their precision."""
         name = self._stored(part)
         if name != part.name and part.fused is not None:
             return self._fused_rows(name, part.fused, part.rows, start, stop)
-        rows = self.source.read(name, start, stop)
+        rows = self.source.read(name, start, stop, out)
         for copy in part.copies:
             if copy in self.source.extents and not _same_bits(rows, self.source.read(copy, start, stop)):
                 raise CheckpointError(
