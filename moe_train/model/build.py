@@ -13,6 +13,7 @@ from packaging.version import Version
 
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config
+from moe_train.model import gemm, loss
 from moe_train.model.specs import LocalBackend, local_specs, te_specs
 from parallel import pipeline
 from parallel.layout import ParallelLayout
@@ -103,7 +104,7 @@ def _yarn_of_gqa(model: ModelConfig) -> dict[str, Any]:
 
 def _experts(cfg: Config, layout: ParallelLayout, backend: str) -> dict[str, Any]:
     model, parallel = cfg.model, cfg.parallel
-    grouped = backend == "te" if cfg.backend.grouped_gemm is None else cfg.backend.grouped_gemm
+    grouped = True if cfg.backend.grouped_gemm is None else cfg.backend.grouped_gemm
     # Before 0.19 upstream counts these losses 1 / (tp x cp) too little when the loss is a sum over tokens: each rank
     # multiplies by its own tokens, not by those of its tensor- and context-parallel peers (transformer/moe/router.py).
     scale = layout.tp * layout.cp if Version(version("megatron-core")) < Version("0.19") else 1
@@ -230,6 +231,9 @@ def build(cfg: Config, config: TransformerConfig, backend: str, vpp: int) -> lis
         post = ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
         chunks.append(build_chunk(cfg, config, backend, pre=pre, post=post, vp_stage=stage))
         _mark_expert_parameters(chunks[-1], config)
+        if post and backend == "local":
+            gemm.use_in(chunks[-1].output_layer)
+            loss.use_in(chunks[-1])
     return chunks
 
 
