@@ -51,7 +51,7 @@ class BackendConfig:
     )  # fmt: skip
     apex: bool = doc(False, "Use NVIDIA apex (fused norm, Adam, gradient accumulation) where TE is absent.")
     fusions: bool | None = doc(None, "Megatron-Core's fused kernels as its docs recommend; null means yes on cuda.")
-    grouped_gemm: bool | None = doc(None, "All local experts in one grouped GEMM; null means yes with te.")
+    grouped_gemm: bool | None = doc(None, "All local experts in one grouped GEMM; null means yes.")
 
 
 @dataclass

@@ -16,6 +16,7 @@ from torch import nn
 
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config
+from moe_train.model import gemm, loss
 from moe_train.model.router import scores_groups_by_best
 from moe_train.model.specs import LocalBackend, local_specs, te_specs
 from parallel import pipeline
@@ -108,7 +109,7 @@ def _yarn_of_gqa(model: ModelConfig) -> dict[str, Any]:
 
 def _experts(cfg: Config, layout: ParallelLayout, backend: str) -> dict[str, Any]:
     model, parallel = cfg.model, cfg.parallel
-    grouped = backend == "te" if cfg.backend.grouped_gemm is None else cfg.backend.grouped_gemm
+    grouped = True if cfg.backend.grouped_gemm is None else cfg.backend.grouped_gemm
     # Before 0.19 upstream counts these losses 1 / (tp x cp) too little when the loss is a sum over tokens: each rank
     # multiplies by its own tokens, not by those of its tensor- and context-parallel peers (transformer/moe/router.py).
     scale = layout.tp * layout.cp if Version(version("megatron-core")) < Version("0.19") else 1
@@ -242,6 +243,9 @@ def build(cfg: Config, config: TransformerConfig, backend: str, vpp: int) -> lis
         _mark_expert_parameters(chunks[-1], config)
         _set_latent_norm_epsilon(chunks[-1], cfg.model)
         _place_shared_expert_gates(chunks[-1], config)
+        if post and backend == "local":
+            gemm.use_in(chunks[-1].output_layer)
+            loss.use_in(chunks[-1])
     return chunks
 
 

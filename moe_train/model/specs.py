@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -28,6 +29,8 @@ from megatron.core.transformer.transformer_layer import (
 
 from moe_train.config.model import ModelConfig
 from moe_train.model.attention import CoreAttention, MultiLatentAttention, SpecifiedLatentAttention
+from moe_train.model.experts import GroupedExperts
+from moe_train.model.gemm import ColumnParallelLinear, RowParallelLinear
 from moe_train.model.norm import ApexRMSNorm, KeyAllHeadsRMSNorm, QueryAllHeadsRMSNorm, RMSNorm
 from moe_train.model.router import BestExpertOfGroupRouter, scores_groups_by_best, set_router
 
@@ -46,14 +49,29 @@ class LocalBackend(LocalSpecProvider):
         """Torch's RMSNorm, or apex's fused one where the config asks for it. Every model here uses RMSNorm."""
         return ApexRMSNorm if self.apex else RMSNorm
 
+    def column_parallel_linear(self) -> type:
+        """Upstream's, with faster products on the CPU."""
+        return ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        """Upstream's, with faster products on the CPU."""
+        return RowParallelLinear
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, *legacy: bool) -> Any:
+        """All local experts in one grouped GEMM, or one by one. Before 0.19 upstream wants submodules too."""
+        if not moe_use_grouped_gemm:
+            return super().grouped_mlp_modules(moe_use_grouped_gemm, *legacy)
+        return (GroupedExperts, None) if legacy else GroupedExperts
+
 
 def _local_layer(backend: LocalBackend, model: ModelConfig, moe: bool, grouped_gemm: bool) -> ModuleSpec:
     """One transformer layer, as upstream's `get_gpt_layer_local_spec` lays it out, with the modules of `backend`."""
     linear, norm = backend.column_parallel_linear(), backend.layer_norm()
     common = {"core_attention": backend.core_attention(), "linear_proj": backend.row_parallel_linear()}
     if model.attention == "mla":
-        down_and_up = ("q_proj", "q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj")
-        linears = {f"linear_{name}": linear for name in down_and_up}
+        linears = {f"linear_{name}": linear for name in ("q_proj", "q_up_proj", "kv_up_proj")}
+        # Upstream takes only its own class here; `MultiLatentAttention` replaces these two layers.
+        linears |= dict.fromkeys(("linear_q_down_proj", "linear_kv_down_proj"), tensor_parallel.ColumnParallelLinear)
         q_norm = norm if model.q_lora_rank else IdentityOp  # an uncompressed query has none
         submodules = MLASelfAttentionSubmodules(**linears, **common, q_layernorm=q_norm, kv_layernorm=norm)
         attention = ModuleSpec(MultiLatentAttention, {"attn_mask_type": AttnMaskType.causal}, submodules)
