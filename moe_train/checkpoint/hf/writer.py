@@ -158,7 +158,7 @@ def _attempt(action: Callable[[], Any]) -> _Result:
 
 
 def together(team: Team, action: Callable[[], T]) -> T:
-    """The result of `action`, which every rank does. If it fails on any rank, every rank raises the first one's error."""
+    """The result of `action`, which every rank does. If it fails on any, every rank raises the first one's error."""
     mine = _attempt(action)
     _raise_first(team.gather(_Result(error=mine.error)))
     result: T = mine.value
