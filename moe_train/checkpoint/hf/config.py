@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.config.model import ModelConfig
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, ConfigError
+from parallel.suggest import override_value
 
 Json = dict[str, Any]
 FILE = "config.json"
@@ -29,6 +30,12 @@ class Setting:
     """Value where config.json leaves it out; without a default it must be there."""
     read: Callable[[Any], Any] = lambda value: value
     write: Callable[[Any], Any] = lambda value: value
+    aliases: tuple[str, ...] = ()
+    """Other names that versions of transformers write or take for it."""
+
+    def value(self, config: Json) -> Any:
+        """What the config says, or the default, or `_MISSING`."""
+        return next((config[name] for name in (self.hf, *self.aliases) if name in config), self.default)
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,10 @@ class Schema:
     """ModelConfig fields that are the same in every model of the family."""
     required: Mapping[str, tuple[Any, ...]]
     """config.json fields that must have one of these values where present; the first is written."""
+    rope_base: float = 10000.0
+    """Where config.json names none."""
+    rotary_share: float = 1.0
+    """Of a head, where config.json does not say (`partial_rotary_factor`)."""
     unnormalised_topk: bool = False
     """The weights of the chosen experts are those of a softmax over all, and `norm_topk_prob` can change that."""
 
@@ -75,7 +86,7 @@ _MLA = (
     Setting("v_head_dim", "v_head_dim"),
 )
 _DEEPSEEK_EXPERTS = (
-    Setting("n_routed_experts", "num_experts"),
+    Setting("n_routed_experts", "num_experts", aliases=("num_local_experts", "num_experts")),
     Setting("num_experts_per_tok", "topk"),
     Setting("moe_intermediate_size", "moe_ffn_hidden_size"),
     Setting("n_shared_experts", "num_shared_experts", 0, _none_as_zero, _zero_as_none),
@@ -86,7 +97,7 @@ _EXPERT_GROUPS = (
     Setting("topk_group", "router_topk_groups", 1, _none_as_zero, lambda n: n or 1),
     Setting("routed_scaling_factor", "router_scaling_factor", 1.0),
 )
-_MTP = Setting("num_nextn_predict_layers", "mtp_num_layers", 0, _none_as_zero)
+_MTP = Setting("num_nextn_predict_layers", "mtp_num_layers", 0, _none_as_zero, aliases=("num_mtp_layers",))
 _SIGMOID = {"router_score": "sigmoid", "router_bias": True, "router_group_score": "sum"}
 _GQA = {"attention": "gqa"}
 _ACTIVATION = {"hidden_act": ("silu",)}
@@ -129,11 +140,12 @@ SCHEMAS: dict[str, Schema] = {
         (
             *_BACKBONE, _GROUPS, _HEAD_DIM,
             Setting("intermediate_size", "moe_ffn_hidden_size"),
-            Setting("num_experts", "num_experts"),
+            Setting("num_local_experts", "num_experts", aliases=("num_experts",)),
             Setting("num_experts_per_tok", "topk"),
         ),
         _GQA | {"router_score": "softmax", "router_pre_softmax": False},
         _ACTIVATION | {"sliding_window": (None,), "attention_bias": (False,)},
+        rope_base=1e6,
     ),
     "qwen3_moe": Schema(
         ("qwen3_moe",),
@@ -141,7 +153,7 @@ SCHEMAS: dict[str, Schema] = {
         (
             *_BACKBONE, _FFN, _GROUPS, _HEAD_DIM,
             Setting("moe_intermediate_size", "moe_ffn_hidden_size"),
-            Setting("num_experts", "num_experts"),
+            Setting("num_experts", "num_experts", aliases=("num_local_experts",)),
             Setting("num_experts_per_tok", "topk"),
         ),
         _GQA | {"router_score": "softmax", "qk_norm": "head"},
@@ -158,7 +170,7 @@ SCHEMAS: dict[str, Schema] = {
             *_BACKBONE, _FFN, _GROUPS,
             Setting("moe_intermediate_size", "moe_ffn_hidden_size"),
             Setting("shared_expert_intermediate_size", "shared_expert_ffn_hidden_size"),
-            Setting("num_experts", "num_experts"),
+            Setting("num_experts", "num_experts", aliases=("num_local_experts",)),
             Setting("num_experts_per_tok", "topk"),
             Setting("qkv_bias", "qkv_bias", True),
         ),
@@ -174,7 +186,7 @@ SCHEMAS: dict[str, Schema] = {
         (
             *_BACKBONE, _GROUPS,
             Setting("intermediate_size", "moe_ffn_hidden_size"),
-            Setting("num_experts", "num_experts"),
+            Setting("num_experts", "num_experts", aliases=("num_local_experts",)),
             Setting("num_experts_per_tok", "topk"),
         ),
         _GQA | {"router_score": "softmax", "qk_norm": "full"},
@@ -188,10 +200,10 @@ SCHEMAS: dict[str, Schema] = {
             *_BACKBONE, _FFN, _GROUPS, _HEAD_DIM, *_DEEPSEEK_EXPERTS, *_EXPERT_GROUPS, _MTP,
             Setting("attention_bias", "qkv_bias", False),
             Setting("use_qk_norm", "qk_norm", False, lambda on: "head" if on else "none", lambda norm: norm == "head"),
-            Setting("partial_rotary_factor", "rotary_percent", 0.5),
         ),
         _GQA | _SIGMOID,
         _ACTIVATION | {"norm_topk_prob": (True,)},
+        rotary_share=0.5,
     ),
     "llama": Schema(
         ("llama",),
@@ -201,9 +213,6 @@ SCHEMAS: dict[str, Schema] = {
         _ACTIVATION | {"attention_bias": (False,), "mlp_bias": (False,)},
     ),
 }  # fmt: skip
-
-# What transformers 5 writes -> what released config.json files have.
-_SYNONYMS = {"num_local_experts": "num_experts", "num_mtp_layers": "num_nextn_predict_layers"}
 
 # DeepSeek's code and transformers use this for the norms of latents, whatever rms_norm_eps says.
 _LATENT_EPSILON = 1e-6
@@ -215,6 +224,7 @@ _YARN = {
     "mscale": "yarn_mscale",
     "mscale_all_dim": "yarn_mscale_all_dim",
 }
+_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -254,13 +264,9 @@ def to_model(config: Json, where: Path | str = FILE) -> ModelConfig:
                 f"{where} has {name}={config[name]!r}, and the {found[0]} models here have {allowed[0]!r}",
                 "such a model cannot be trained or converted here",
             )
-    config = {_SYNONYMS.get(name, name): value for name, value in config.items()} | {
-        name: value for name, value in config.items() if name in _SYNONYMS.values()
-    }
-    scaling = config.get("rope_parameters") or {}  # where transformers 5 puts partial_rotary_factor
     values: Json = {"name": str(kind), "family": found[0], **schema.fixed}
     for setting in schema.settings:
-        value = config.get(setting.hf, scaling.get(setting.hf, setting.default))
+        value = setting.value(config)
         if value is _MISSING:
             raise CheckpointError(f"{where} has no {setting.hf}", "restore the field from the released config.json")
         values[setting.field] = setting.read(value)
@@ -276,7 +282,25 @@ def to_model(config: Json, where: Path | str = FILE) -> ModelConfig:
         values["latent_norm_epsilon"] = _LATENT_EPSILON
     if found[0] in ("mixtral", "olmoe"):
         values["ffn_hidden_size"] = values["moe_ffn_hidden_size"]
-    return ModelConfig(**values, **_rope(config, where))
+    model = ModelConfig(**values, **_rope(config, schema, where))
+    if wrong := _unlike_transformers(model):
+        raise CheckpointError(f"{where} has {wrong}", "such a model cannot be trained or converted here")
+    return model
+
+
+def _unlike_transformers(model: ModelConfig) -> str | None:
+    """What of a model's routing Megatron-Core computes otherwise than the family's own code, None where nothing is."""
+    if model.family not in ("deepseek_v3", "glm4_moe") or not model.is_moe:
+        return None
+    if model.topk == 1:
+        return "num_experts_per_tok=1, whose weight the family makes 1 and Megatron-Core leaves as it is"
+    if model.router_num_groups and model.topk // model.router_topk_groups != 2:
+        best = model.topk // model.router_topk_groups
+        return (
+            f"num_experts_per_tok={model.topk} and topk_group={model.router_topk_groups}: Megatron-Core would rank a "
+            f"group by its {best} best experts, and the family ranks it by 2"
+        )
+    return None
 
 
 def _leading_layers(layers: list[int], where: Path | str) -> int:
@@ -288,27 +312,45 @@ def _leading_layers(layers: list[int], where: Path | str) -> int:
     return len(layers)
 
 
-def _rope(config: Json, where: Path | str) -> Json:
+def _rope(config: Json, schema: Schema, where: Path | str) -> Json:
     """Position fields, from `rope_theta` and `rope_scaling` or, as transformers 5 writes them, `rope_parameters`."""
-    new = config.get("rope_parameters") or {}
-    scaling = {**(config.get("rope_scaling") or {}), **new}
-    values: Json = {"rope_base": float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)}
+    scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    share = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or schema.rotary_share
+    if share != 1 and schema.rotary_share == 1:
+        raise CheckpointError(
+            f"{where} has partial_rotary_factor={share}, and models of its family here have 1",
+            "such a model cannot be trained or converted here",
+        )
+    base = scaling.get("rope_theta") or config.get("rope_theta") or schema.rope_base
+    values: Json = {"rope_base": float(base), "rotary_percent": float(share)}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "yarn":
-        yarn = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
-        yarn["original_max_position_embeddings"] = config.get("max_position_embeddings", 4096)
-        yarn |= {name: value for name, value in scaling.items() if value is not None}
-        return values | {"rope_type": "yarn"} | {field: yarn[name] for name, field in _YARN.items()}
-    if kind == "llama3":
-        other = {name: scaling.get(name) for name, value in _LLAMA3.items() if scaling.get(name, value) != value}
-        if not other:
-            return values | {"rope_type": "llama3", "llama3_factor": float(scaling["factor"])}
-        kind = f"llama3 with {other}"
     if kind == "default":
         return values | {"rope_type": "rope"}
-    raise CheckpointError(
-        f"{where} scales rotary positions by {kind!r}", "supported are default, yarn and llama3 with its usual factors"
-    )
+    if kind not in ("yarn", "llama3"):
+        raise CheckpointError(
+            f"{where} scales rotary positions by {kind!r}",
+            "supported are default, yarn and llama3 with its usual factors",
+        )
+    if scaling.get("factor") is None:
+        raise CheckpointError(
+            f"{where} scales rotary positions by {kind!r} and has no factor", "restore the released config.json"
+        )
+    given = {name: value for name, value in scaling.items() if value is not None}
+    usual = _LLAMA3 if kind == "llama3" else {"truncate": True}
+    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "finetuned", "factor", *usual}
+    known |= _YARN.keys() if kind == "yarn" else set()
+    odd = {name: value for name, value in given.items() if name not in known or value != usual.get(name, value)}
+    odd |= {name: None for name in (_LLAMA3 if kind == "llama3" else ()) if name not in given}
+    if odd:
+        shown = " ".join(f"{name}={value}" for name, value in odd.items())
+        raise CheckpointError(
+            f"{where} scales rotary positions by {kind!r} with {shown}",
+            "supported are default, yarn and llama3 with its usual factors",
+        )
+    if kind == "llama3":
+        return values | {"rope_type": "llama3", "llama3_factor": float(given["factor"])}
+    yarn = {"original_max_position_embeddings": config.get("max_position_embeddings"), **_YARN_DEFAULTS, **given}
+    return values | {"rope_type": "yarn"} | {field: yarn[name] for name, field in _YARN.items()}
 
 
 def to_hf(model: ModelConfig, dtype: str, original: Json | None = None) -> Json:
@@ -317,18 +359,25 @@ def to_hf(model: ModelConfig, dtype: str, original: Json | None = None) -> Json:
     Args:
         dtype: of the weights, in torch's spelling, such as bfloat16.
         original: config.json that the model once came from, for what only it knows, such as token ids.
+
+    Raises:
+        ConfigError: models of this family cannot be like that: another program would compute something else.
     """
     schema = SCHEMAS[model.family]
+    if wrong := _unlike_transformers(model):
+        raise ConfigError(
+            f"model.family={model.family} cannot have {wrong}", "train with a checkpoint format of Megatron only"
+        )
     config: Json = {
-        **{name: value for name, value in (original or {}).items() if name not in _SYNONYMS},
+        **({} if original is None else original),
         **{name: allowed[0] for name, allowed in schema.required.items()},
         "architectures": [schema.architecture],
         "model_type": (original or {}).get("model_type", schema.model_types[0]),
     }
     for setting in schema.settings:
+        for name in setting.aliases:
+            config.pop(name, None)
         config[setting.hf] = setting.write(getattr(model, setting.field))
-    if model.family == "mixtral":
-        config["num_local_experts"] = config.pop("num_experts")
     config["num_key_value_heads"] = model.kv_heads if model.attention == "gqa" else model.num_attention_heads
     if schema.unnormalised_topk:
         config["norm_topk_prob"] = not model.router_pre_softmax
@@ -336,10 +385,16 @@ def to_hf(model: ModelConfig, dtype: str, original: Json | None = None) -> Json:
         config["topk_method"] = "group_limited_greedy" if model.router_num_groups else "greedy"
     if model.family.startswith("qwen"):
         config["mlp_only_layers"] = list(range(model.num_dense_layers))
-    config.pop("rope_parameters", None)
-    config.pop("quantization_config", None)
+    for name in ("rope_parameters", "quantization_config", "partial_rotary_factor"):
+        config.pop(name, None)
     config |= {"rope_theta": model.rope_base, "rope_scaling": _rope_scaling(model)}
+    if schema.rotary_share != 1:
+        config["partial_rotary_factor"] = model.rotary_percent
     config |= {"torch_dtype": dtype, "dtype": dtype, "use_cache": True}
+    if lost := differences(model, to_model(config)):
+        has = " ".join(f"model.{field}={override_value(ours)}" for field, (ours, _) in lost.items())
+        can = " ".join(f"model.{field}={override_value(theirs)}" for field, (_, theirs) in lost.items())
+        raise ConfigError(f"model.family={model.family} has no config.json for {has}", f"it can have {can}")
     return config
 
 
@@ -355,8 +410,9 @@ def _rope_scaling(model: ModelConfig) -> Json | None:
 def differences(ours: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[Any, Any]]:
     """Fields that decide what the weights compute, by name, where two models differ: (ours, theirs)."""
     compared = [s.field for s in SCHEMAS[theirs.family].settings] + list(SCHEMAS[theirs.family].fixed)
-    compared += ["family", "rope_type", "rope_base", "router_pre_softmax", "num_dense_layers", "latent_norm_epsilon"]
-    compared += list(_YARN.values()) if theirs.rope_type == "yarn" else []
+    compared += ["family", "router_pre_softmax", "num_dense_layers", "latent_norm_epsilon"]
+    compared += ["rope_type", "rope_base", "rotary_percent"]
+    compared += {"yarn": list(_YARN.values()), "llama3": ["llama3_factor"]}.get(theirs.rope_type, [])
     ours = replace(ours, latent_norm_epsilon=ours.latent_norm_epsilon or ours.norm_epsilon)
     theirs = replace(theirs, latent_norm_epsilon=theirs.latent_norm_epsilon or theirs.norm_epsilon)
     skipped = {"init_std", "max_position_embeddings", "mtp_num_layers"}

@@ -153,6 +153,12 @@ def test_the_released_config_of_deepseek_v3_is_the_model_of_conf() -> None:
         ({"norm_topk_prob": False}, "norm_topk_prob=False"),
         ({"moe_layer_freq": 2}, "moe_layer_freq=2"),
         ({"model_type": "gpt2"}, "model_type='gpt2'"),
+        ({"num_experts_per_tok": 4}, "rank a group by its 1 best experts"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"rope_scaling": {"type": "yarn"}}, "no factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 40, "truncate": False}}, "truncate=False"),
+        ({"rope_scaling": {"type": "yarn", "factor": 40, "attention_factor": 2.0}}, "attention_factor=2.0"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ({"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}}, "low_freq_factor"),
     ],
@@ -160,6 +166,21 @@ def test_the_released_config_of_deepseek_v3_is_the_model_of_conf() -> None:
 def test_a_model_that_cannot_be_computed_is_refused_by_name(change: dict[str, object], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         config.to_model({**DEEPSEEK_V3, **change})
+
+
+def test_a_model_that_its_family_cannot_be_is_not_exported_as_another() -> None:
+    """Its config.json would say sigmoid, and transformers would compute something else."""
+    model = compose(["model=deepseek_v3", "model.router_score=softmax"]).model
+    with pytest.raises(ConfigError, match=r"no config\.json for model\.router_score=softmax"):
+        config.to_hf(model, "bfloat16")
+
+
+def test_another_factor_of_llama_3_is_a_difference() -> None:
+    ours, theirs = (
+        compose(["model=llama3_8b", "model.rope_type=llama3", f"model.llama3_factor={factor}"]).model
+        for factor in (8, 32)
+    )
+    assert config.differences(ours, theirs) == {"llama3_factor": (8.0, 32.0)}
 
 
 def test_a_missing_setting_is_named() -> None:
