@@ -28,6 +28,7 @@ from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config
 from moe_train.config.walk import get
 from parallel.errors import CheckpointError, ConfigError, MoeTrainError
+from tools.words import parse
 
 if TYPE_CHECKING:
     from moe_train.checkpoint.hf.workers import Team
@@ -49,17 +50,8 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if team.rank:
             stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
-        sys.exit(hydra_entry(partial(run, words=words, team=team), argv=_overrides(words)))
-
-
-def _overrides(words: Sequence[str]) -> list[str]:
-    """The command line with SOURCE and TARGET, or DIR after `verify`, as overrides."""
-    paths = [w for w in words if not w.startswith(("-", "~", "+")) and "=" not in w]
-    others = [w for w in words if w not in paths]
-    named = paths[1:] if paths[:1] == [_VERIFY] else paths
-    fields = ("convert.source", "convert.target")
-    given = [f"{field}='{path}'" for field, path in zip(fields, named, strict=False)]
-    return [*given, *others, *named[2:]]  # a third path is no override, and Hydra says so
+        argv = parse(words, [_VERIFY]).argv("convert.source", "convert.target")
+        sys.exit(hydra_entry(partial(run, words=words, team=team), argv=argv))
 
 
 def run(cfg: Config, words: Sequence[str], team: Team) -> None:
@@ -76,7 +68,7 @@ def run(cfg: Config, words: Sequence[str], team: Team) -> None:
     torch.set_num_threads(1)  # files are written side by side
     threads = cfg.convert.threads or max(1, (os.cpu_count() or 1) // team.size)
     source = _source(cfg)
-    if _VERIFY in words:
+    if parse(words, [_VERIFY]).command:
         if team.rank == 0:
             total = sum(entry["bytes"] for entry in writer.manifest_of(source).values())
             with _bar("verifying", total, team) as advance:
