@@ -69,21 +69,30 @@ def run(cfg: Config, words: Sequence[str], team: Team) -> None:
     threads = cfg.convert.threads or max(1, (os.cpu_count() or 1) // team.size)
     source = _source(cfg)
     if parse(words, [_VERIFY]).command:
+        files, size = _verify(source, team, threads)
         if team.rank == 0:
-            total = sum(entry["bytes"] for entry in writer.manifest_of(source).values())
-            with _bar("verifying", total, team) as advance:
-                files, size = writer.verify(source, threads, advance)
             _say(f"{source}: {files} files, {size / 1e9:,.2f} GB, as they were written")
         return
     if cfg.convert.target is None:
         raise ConfigError("convert.target=null names no directory to write", "use moe-convert SOURCE TARGET")
-    plan = make_plan(cfg, source, Path(cfg.convert.target), words)
+    target = Path(cfg.convert.target)
+    if (source / writer.MANIFEST).is_file():
+        _verify(source, team, threads)  # a flipped byte must not travel on
+    plan = writer.together(team, lambda: make_plan(cfg, source, target, words))
     share = sum(job.bytes for job in plan.jobs[team.rank :: team.size])
     with _bar("converting", share, team) as advance:
         outcome = writer.run(plan, team, threads, advance)
     if team.rank == 0:
         kept = f", {outcome.reused} of them from an earlier try" if outcome.reused else ""
         _say(f"{plan.target}: {outcome.files} files{kept}, {outcome.bytes / 1e9:,.2f} GB")
+
+
+def _verify(source: Path, team: Team, threads: int) -> tuple[int, int]:
+    from moe_train.checkpoint.hf import writer
+
+    total = sum(entry["bytes"] for entry in writer.together(team, lambda: writer.manifest_of(source)).values())
+    with _bar("verifying", total // team.size, team) as advance:
+        return writer.verify(source, team, threads, advance)
 
 
 def _source(cfg: Config) -> Path:
@@ -101,7 +110,7 @@ def make_plan(cfg: Config, source: Path, target: Path, words: Sequence[str] = ()
     Raises:
         ConfigError, CheckpointError: the source cannot be read, or the target cannot hold it.
     """
-    from moe_train.checkpoint.hf import config, convert, mapping, writer
+    from moe_train.checkpoint.hf import config, convert, mapping
 
     options = convert.Options(
         cfg.convert.dtype,
@@ -109,8 +118,6 @@ def make_plan(cfg: Config, source: Path, target: Path, words: Sequence[str] = ()
         cfg.convert.optimizer,
         cfg.convert.power_of_two_scales,
     )
-    if (source / writer.MANIFEST).is_file():
-        writer.verify(source, cfg.convert.threads or os.cpu_count() or 1)  # a flipped byte must not travel on
     if (source / config.FILE).is_file():
         tensors = convert.HuggingFace(source)
         model = _chosen(cfg, words, lambda: config.to_model(tensors.config, source / config.FILE))

@@ -20,6 +20,7 @@ from parallel.errors import CheckpointError
 from parallel.suggest import override_value
 
 
+@torch.no_grad()
 def read_weights(run: Run, path: Path) -> storage.StateDict:
     """This rank's shards of the weights in the Hugging Face directory `path`, for `state.load_model`.
 
@@ -43,11 +44,11 @@ def _shard(
     shard: ShardedTensor, source: MappedSource, by_place: dict[tuple[str, int | None], Piece], stacked: bool
 ) -> Tensor:
     """The rank's part of one tensor, read piece by piece into its own memory."""
-    data: Tensor = shard.data
+    data: Tensor = shard.data.detach()
     lead = shard.prepend_axis_num  # axes of the global tensor that the local one does not have
     sizes = (1,) * lead + tuple(data.shape)
     box = list(zip(shard.global_offset, sizes, strict=True))
-    view = data.detach().view(sizes)
+    view = data.view(sizes)
     for number in range(box[0][1] if stacked else 1):
         piece = by_place[shard.key, box[0][0] + number if stacked else None]
         (start, rows), *others = box[1:] if stacked else box

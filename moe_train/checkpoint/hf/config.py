@@ -129,7 +129,7 @@ SCHEMAS: dict[str, Schema] = {
         (
             *_BACKBONE, _GROUPS, _HEAD_DIM,
             Setting("intermediate_size", "moe_ffn_hidden_size"),
-            Setting("num_local_experts", "num_experts"),
+            Setting("num_experts", "num_experts"),
             Setting("num_experts_per_tok", "topk"),
         ),
         _GQA | {"router_score": "softmax", "router_pre_softmax": False},
@@ -202,6 +202,9 @@ SCHEMAS: dict[str, Schema] = {
     ),
 }  # fmt: skip
 
+# What transformers 5 writes -> what released config.json files have.
+_SYNONYMS = {"num_local_experts": "num_experts", "num_mtp_layers": "num_nextn_predict_layers"}
+
 # DeepSeek's code and transformers use this for the norms of latents, whatever rms_norm_eps says.
 _LATENT_EPSILON = 1e-6
 _YARN = {
@@ -251,9 +254,13 @@ def to_model(config: Json, where: Path | str = FILE) -> ModelConfig:
                 f"{where} has {name}={config[name]!r}, and the {found[0]} models here have {allowed[0]!r}",
                 "such a model cannot be trained or converted here",
             )
+    config = {_SYNONYMS.get(name, name): value for name, value in config.items()} | {
+        name: value for name, value in config.items() if name in _SYNONYMS.values()
+    }
+    scaling = config.get("rope_parameters") or {}  # where transformers 5 puts partial_rotary_factor
     values: Json = {"name": str(kind), "family": found[0], **schema.fixed}
     for setting in schema.settings:
-        value = config.get(setting.hf, setting.default)
+        value = config.get(setting.hf, scaling.get(setting.hf, setting.default))
         if value is _MISSING:
             raise CheckpointError(f"{where} has no {setting.hf}", "restore the field from the released config.json")
         values[setting.field] = setting.read(value)
@@ -313,13 +320,15 @@ def to_hf(model: ModelConfig, dtype: str, original: Json | None = None) -> Json:
     """
     schema = SCHEMAS[model.family]
     config: Json = {
-        **({} if original is None else original),
+        **{name: value for name, value in (original or {}).items() if name not in _SYNONYMS},
         **{name: allowed[0] for name, allowed in schema.required.items()},
         "architectures": [schema.architecture],
         "model_type": (original or {}).get("model_type", schema.model_types[0]),
     }
     for setting in schema.settings:
         config[setting.hf] = setting.write(getattr(model, setting.field))
+    if model.family == "mixtral":
+        config["num_local_experts"] = config.pop("num_experts")
     config["num_key_value_heads"] = model.kv_heads if model.attention == "gqa" else model.num_attention_heads
     if schema.unnormalised_topk:
         config["norm_topk_prob"] = not model.router_pre_softmax

@@ -17,11 +17,12 @@ import json
 import os
 import shutil
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -33,6 +34,7 @@ _PLAN, _DONE, _LOCK = "plan.json", "done", ".lock"
 _READ_BYTES = 1 << 22
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 
 class HashingFile:
@@ -150,6 +152,17 @@ def _attempt(action: Callable[[], Any]) -> _Result:
         where = f"{error.filename}: " if error.filename else ""
         remedy = "free space or mend permissions, and run the same command again: complete files are kept"
         return _Result(error=CheckpointError(f"cannot write {where}{error.strerror or error}", remedy), resumable=True)
+    except Exception as error:  # a bug, which must not leave the other ranks waiting
+        traceback.print_exception(error)
+        return _Result(error=MoeTrainError(f"{type(error).__name__}: {error}", "report this as a bug"))
+
+
+def together(team: Team, action: Callable[[], T]) -> T:
+    """The result of `action`, which every rank does. If it fails on any, every rank raises the first one's error."""
+    mine = _attempt(action)
+    _raise_first(team.gather(_Result(error=mine.error)))
+    result: T = mine.value
+    return result
 
 
 def _raise_first(results: Iterable[_Result]) -> None:
@@ -304,16 +317,23 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def verify(directory: Path, threads: int, progress: Callable[[int], None] = lambda _: None) -> tuple[int, int]:
-    """Compare every file with the manifest; returns how many files and bytes that were.
+def verify(
+    directory: Path, team: Team, threads: int, progress: Callable[[int], None] = lambda _: None
+) -> tuple[int, int]:
+    """Compare every file with the manifest, the ranks of `team` some each; returns how many files and bytes there are.
 
     Raises:
         CheckpointError: there is no manifest, or a file is missing, has another size or other bytes.
     """
-    files = manifest_of(directory)
-    with ThreadPoolExecutor(threads) as pool:
-        for size in pool.map(lambda name: _check_file(directory / name, files[name]), files):
-            progress(size)
+    files = together(team, lambda: manifest_of(directory))
+    mine = list(files)[team.rank :: team.size]
+
+    def check() -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            for size in pool.map(lambda name: _check_file(directory / name, files[name]), mine):
+                progress(size)
+
+    together(team, check)
     return len(files), sum(entry["bytes"] for entry in files.values())
 
 
