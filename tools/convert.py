@@ -10,7 +10,6 @@ It takes the overrides of `moe-train`; SOURCE and TARGET are short for convert.s
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -64,9 +63,10 @@ def run(cfg: Config, words: Sequence[str], team: Team) -> None:
     import torch
 
     from moe_train.checkpoint.hf import writer
+    from moe_train.checkpoint.hf.workers import cores
 
     torch.set_num_threads(1)  # files are written side by side
-    threads = cfg.convert.threads or max(1, (os.cpu_count() or 1) // team.size)
+    threads = cfg.convert.threads or cores(team)
     source = _source(cfg)
     if parse(words, [_VERIFY]).command:
         files, size = _verify(source, team, threads)
@@ -125,9 +125,9 @@ def make_plan(cfg: Config, source: Path, target: Path, words: Sequence[str] = ()
         if cfg.convert.to in (None, "megatron"):
             return convert.to_megatron(mapped, target, cfg, options)
         reader: Any = convert.HuggingFaceReader(mapped)
-        extents = list(tensors.extents.values())
+        files = {extent.path for extent in tensors.extents.values()}
         kept = convert.small_files(source)
-        return convert.to_hf(reader, mapped.pieces, model, target, options, source, extents, tensors.config, kept)
+        return convert.to_hf(reader, mapped.pieces, model, target, options, source, files, tensors.config, kept)
     return _plan_of_megatron(cfg, source, target, words, options, mapping.pieces)
 
 
@@ -145,11 +145,10 @@ def _plan_of_megatron(
     model = _chosen(cfg, words, lambda: compat.model_of(path))
     all_pieces = pieces(model)
     reader = convert.MegatronReader(checkpoint, all_pieces, fp32=options.dtype == "fp32")
-    extents = [chunk.extent for piece in all_pieces for chunk in checkpoint.chunks(piece.key)]
     kept = path / convert.KEPT
-    original = json.loads((kept / config.FILE).read_text()) if (kept / config.FILE).is_file() else None
+    original = config.read(kept) if (kept / config.FILE).is_file() else None
     small = convert.small_files(kept)
-    return convert.to_hf(reader, all_pieces, model, target, options, path, extents, original, small)
+    return convert.to_hf(reader, all_pieces, model, target, options, path, checkpoint.files, original, small)
 
 
 def _chosen(cfg: Config, words: Sequence[str], described: Callable[[], ModelConfig]) -> ModelConfig:

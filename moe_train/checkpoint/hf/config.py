@@ -294,6 +294,10 @@ def _rope(config: Json, where: Path | str) -> Json:
     scaling = {**(config.get("rope_scaling") or {}), **new}
     values: Json = {"rope_base": float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind in ("yarn", "llama3") and not scaling.get("factor"):
+        raise CheckpointError(
+            f"{where} scales rotary positions by {kind} and has no factor", "restore the field from the release"
+        )
     if kind == "yarn":
         yarn = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
         yarn["original_max_position_embeddings"] = config.get("max_position_embeddings", 4096)
