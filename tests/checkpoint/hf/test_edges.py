@@ -1,4 +1,4 @@
-"""Rare states of files and machines that the converter must get right: what it reuses and reads, with how many cores."""
+"""Rare states of files and machines that the converter must get right: what it reuses and reads, on how many cores."""
 
 from __future__ import annotations
 
