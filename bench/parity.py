@@ -36,6 +36,7 @@ LAYOUTS: dict[str, list[str]] = {
     "cp2": ["parallel.cp=2"],
     "tp2 ep2": ["parallel.tp=2", "parallel.ep=2"],
     "tp2 etp2": ["parallel.tp=2", "parallel.etp=2"],
+    "tp2 etp2 ep2": ["parallel.tp=2", "parallel.etp=2", "parallel.ep=2"],
     "pp2 ep2": ["parallel.pp=2", "parallel.ep=2"],
     "tp2 pp2 ep2": ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"],
     "tp2 pp2 ep2 dp2": ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2", "parallel.dp=2"],

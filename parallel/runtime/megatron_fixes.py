@@ -70,9 +70,45 @@ def chunks_in_order_stay(device: torch.device, replace: Replace) -> None:
     replace(token_dispatcher, "sort_chunks_by_idxs", sort)
 
 
+def parts_of_unequal_length(device: torch.device, replace: Replace) -> None:
+    """Ranks that split experts (etp) exchange as many tokens as each happens to have, over gloo.
+
+    Upstream: tensor_parallel/mappings.py `_gather_along_first_dim` and `_reduce_scatter_along_first_dim` pass tensors
+    of unequal length to `all_gather` and `reduce_scatter`, which NCCL takes and gloo does not. Here they are padded to
+    the longest. Goes when gloo takes them (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp).
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_parts(input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        longest = max(output_split_sizes)
+        padded = input_.new_zeros(longest, *input_.shape[1:])
+        padded[: input_.size(0)] = input_
+        gathered = padded.new_empty(group.size(), *padded.shape)
+        torch.distributed.all_gather_into_tensor(gathered.flatten(0, 1), padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(gathered, output_split_sizes, strict=True)])
+
+    def scatter_parts(input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(input_, group, input_split_sizes, use_global_buffer)
+        padded = input_.new_zeros(group.size(), max(input_split_sizes), *input_.shape[1:])
+        for row, part in zip(padded, input_.split(list(input_split_sizes)), strict=True):
+            row[: part.size(0)] = part
+        own = torch.empty_like(padded[0])
+        torch.distributed.reduce_scatter_tensor(own, padded.flatten(0, 1), group=group)
+        return own[: input_split_sizes[group.rank()]]
+
+    replace(mappings, "_gather_along_first_dim", gather_parts)
+    replace(mappings, "_reduce_scatter_along_first_dim", scatter_parts)
+
+
 PATCHES = (
     attention_without_transformer_engine,
     router_without_transformer_engine,
     split_sizes_as_lists,
     chunks_in_order_stay,
+    parts_of_unequal_length,
 )

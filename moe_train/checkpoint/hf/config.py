@@ -340,8 +340,6 @@ def to_hf(model: ModelConfig, dtype: str, original: Json | None = None) -> Json:
         config["topk_method"] = "group_limited_greedy" if model.router_num_groups else "greedy"
     if model.family.startswith("qwen"):
         config["mlp_only_layers"] = list(range(model.num_dense_layers))
-    if "head_dim" in config and not config["head_dim"]:
-        config["head_dim"] = model.attention_head_dim
     config.pop("rope_parameters", None)
     config.pop("quantization_config", None)
     config |= {"rope_theta": model.rope_base, "rope_scaling": _rope_scaling(model)}

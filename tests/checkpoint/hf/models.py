@@ -11,6 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoint.hf import reference
+
 VOCABULARY = 300  # no multiple of 128, so that padding is seen
 SMALL = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -53,6 +55,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     }),
 }  # fmt: skip
 DENSE = ("llama", "llama3_tied")
+IN_TRANSFORMERS = tuple(MODELS)
+# Its code comes with its weights and is not part of transformers: `reference.py` has what it computes.
+MODELS["deepseek_moe"] = ("Llama", {"num_key_value_heads": 4, "intermediate_size": 96})
+DEEPSEEK_MOE = {
+    "model_type": "deepseek", "architectures": ["DeepseekForCausalLM"], "n_routed_experts": 8, "n_shared_experts": 2,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "moe_layer_freq": 1,
+    "norm_topk_prob": False, "scoring_func": "softmax", "aux_loss_alpha": 0.001, "seq_aux": True,
+}  # fmt: skip
 
 
 def build(name: str) -> Any:
@@ -61,6 +71,8 @@ def build(name: str) -> Any:
     config = getattr(transformers, f"{stem}Config")(**(SMALL | settings))
     torch.manual_seed(len(name))
     model = getattr(transformers, f"{stem}ForCausalLM")(config).eval()
+    if name == "deepseek_moe":
+        reference.add_experts(model, DEEPSEEK_MOE)
     with torch.no_grad():
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in key:
@@ -76,6 +88,9 @@ def save(name: str, directory: Path) -> Any:
     """Write the model of that name as transformers does; returns it."""
     model = build(name)
     model.save_pretrained(directory)
+    if name == "deepseek_moe":
+        held = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        edit(directory, lambda old: (old.clear(), old.update(held)), **DEEPSEEK_MOE)
     return model
 
 

@@ -20,11 +20,10 @@ from tests.checkpoint import small_run
 Degrees = dict[str, int]
 
 
-def load(source: Path, run_dir: Path, degrees: Degrees, **changes: Any) -> Run:
-    """A run in this layout that starts with the weights at `source`."""
+def load(source: Path, run_dir: Path, degrees: Degrees, described: Path | None = None, **changes: Any) -> Run:
+    """A run in this layout that starts with the weights at `source`, of the model of the config.json at `described`."""
     cfg = small_run.config(run_dir, degrees, **changes)
-    if "model" not in changes:
-        cfg.model = config.to_model(config.read(source))
+    cfg.model = config.to_model(config.read(described or source))
     cfg.init_from, cfg.resume = str(source), "never"
     run = small_run.prepare(cfg)
     checkpoint.resume(run)
@@ -77,10 +76,19 @@ def _gather(part: torch.Tensor, dim: int, split: bool = True) -> torch.Tensor:
     return torch.cat(parts, dim=dim)
 
 
-def load_and_save(sources: dict[str, Path], work: Path, degrees: Degrees) -> dict[str, dict[str, Any]]:
-    """For each model: its outputs in this layout, and where the checkpoint that this layout saves is."""
+def load_and_save(sources: dict[str, tuple[Path, Path]], work: Path, degrees: Degrees) -> dict[str, dict[str, Any]]:
+    """For each model, whose Hugging Face and Megatron directories are given: its outputs in this layout, where the
+    checkpoint is that this layout saves, and whether loading the Hugging Face directory gives the same weights."""
     found = {}
-    for name, source in sources.items():
-        run = load(source, work / name, degrees)
+    for name, (described, weights) in sources.items():
+        run = load(weights, work / name, degrees, described)
         found[name] = outputs(run) | {"saved": checkpoint.save(run)}
+        same = small_run.bits(run) == small_run.bits(load(described, work / name, degrees))
+        found[name]["same_from_hf"] = same
     return found
+
+
+def in_bf16(described: Path, weights: Path, work: Path, degrees: Degrees) -> bool:
+    """Whether both ways of loading agree bit by bit in bf16 too, fp32 master weights included."""
+    loaded = [load(w, work, degrees, described, precision__dtype="bf16") for w in (weights, described)]
+    return small_run.bits(loaded[0]) == small_run.bits(loaded[1])

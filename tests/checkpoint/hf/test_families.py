@@ -26,9 +26,17 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
-    """Directory and model of each name."""
+    """Directory and model of each name, converted to root/megatron/name too."""
     root = tmp_path_factory.mktemp("hf")
-    return {name: (root / name, models.save(name, root / name)) for name in models.MODELS}
+    found = {name: (root / name, models.save(name, root / name)) for name in models.MODELS}
+    for name in found:
+        convert(root / name, root / "megatron" / name)
+    return found
+
+
+def megatron(directory: Path) -> Path:
+    """The same weights, converted."""
+    return directory.parent / "megatron" / directory.name
 
 
 def batch() -> torch.Tensor:
@@ -66,11 +74,12 @@ def test_a_layout_computes_what_transformers_does_and_gives_the_weights_back(
     degrees = LAYOUTS[layout]
     names = [name for name in saved if "ep" not in degrees or name not in models.DENSE]
     world = degrees.get("tp", 1) * degrees.get("pp", 1) * (2 if degrees.get("ep") and "tp" not in degrees else 1)
-    sources = {name: saved[name][0] for name in names}
+    sources = {name: (saved[name][0], megatron(saved[name][0])) for name in names}
     results = run_distributed(ranks.load_and_save, world, sources, tmp_path, degrees, timeout_s=300)
     for name in names:
         directory, model = saved[name]
         compare(name, model, [result[name] for result in results])
+        assert all(result[name]["same_from_hf"] for result in results), name
         back = tmp_path / f"{name}-hf"
         convert(results[0][name]["saved"], back)
         same_tensors(models.tensors(directory), models.tensors(back), name)
@@ -103,3 +112,25 @@ def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], name: s
     for key, tensor in a.items():
         assert tensor.dtype == b[key].dtype, f"{name}: {key}"
         assert torch.equal(tensor, b[key]), f"{name}: {key}"
+
+
+def test_both_ways_to_load_agree_in_bf16(saved: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    described = saved["deepseek_v3"][0]
+    degrees = {"tp": 2, "ep": 2}
+    assert all(run_distributed(ranks.in_bf16, 2, described, megatron(described), tmp_path, degrees))
+
+
+@pytest.mark.parametrize("name", models.IN_TRANSFORMERS)
+def test_transformers_loads_what_comes_back(name: str, saved: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    """config.json is written anew, in the words of the releases: the model must still be the same."""
+    directory, model = saved[name]
+    back = tmp_path / "hf"
+    convert(megatron(directory), back)
+    loaded, report = type(model).from_pretrained(back, attn_implementation="eager", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    with torch.no_grad():
+        assert torch.equal(loaded(batch()).logits, model(batch()).logits)
+    ours, theirs = loaded.config.to_dict(), model.config.to_dict()
+    ours["rope_parameters"].pop("type", None)  # the released name of rope_type
+    differing = {key: (ours.get(key), value) for key, value in theirs.items() if ours.get(key) != value}
+    assert not differing.keys() - {"_name_or_path"}, differing

@@ -1,0 +1,55 @@
+"""What models compute that transformers does not have, written from their papers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.ModuleList):
+    """Called with tokens [t, hidden], chosen experts [t, k] and their weights [t, k]."""
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        rows = [
+            sum(weight * self[int(expert)](token) for expert, weight in zip(experts, of_token, strict=True))
+            for token, experts, of_token in zip(x, chosen, weights, strict=True)
+        ]
+        return torch.stack(rows)
+
+
+class DeepSeekMoE(nn.Module):
+    """Shared experts, and routed ones weighted by a softmax over all (arXiv 2401.06066, equations 9 to 11)."""
+
+    def __init__(self, hidden: int, settings: dict[str, Any]) -> None:
+        super().__init__()
+        inner, count = settings["moe_intermediate_size"], settings["n_routed_experts"]
+        self.topk = settings["num_experts_per_tok"]
+        self.gate = nn.Linear(hidden, count, bias=False)
+        self.experts = Experts(SwiGLU(hidden, inner) for _ in range(count))
+        self.shared_experts = SwiGLU(hidden, inner * settings["n_shared_experts"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.size(-1))
+        weights, chosen = self.gate(tokens).softmax(dim=-1).topk(self.topk)
+        return self.experts(tokens, chosen, weights).view_as(x) + self.shared_experts(x)
+
+
+def add_experts(llama: Any, settings: dict[str, Any]) -> None:
+    """Make DeepSeek-MoE-16B's architecture of a Llama model with as many key/value heads as heads."""
+    for layer in llama.model.layers[settings["first_k_dense_replace"] :]:
+        layer.mlp = DeepSeekMoE(llama.config.hidden_size, settings)

@@ -1,0 +1,70 @@
+"""`moe-train` writes Hugging Face weights at its end and starts from them, as a user would have it do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bench.parity import COMMON
+from launch import local
+from launch.failures import RankError
+from moe_train.config.compose import compose
+from moe_train.config.validate import validate
+
+STEPS = 2
+SHORT = [
+    "train.steps=2", "train.seq_length=32", "schedule.warmup_steps=1", "model.hidden_size=64", "model.vocab_size=512",
+    "model.ffn_hidden_size=128", "model.moe_ffn_hidden_size=32", "batch.global_batch_size=4",
+    "checkpoint.save_at_end=true", "train.eval_batches=2",
+]  # fmt: skip
+
+
+def train(run_dir: Path, *overrides: str) -> list[float]:
+    """Validation losses, first to last."""
+    cfg = compose([*COMMON, *SHORT, *overrides, f"run_dir={run_dir}"])
+    local.start(cfg, validate(cfg))
+    lines: list[dict[str, Any]] = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["valid_loss"] for line in lines if "valid_loss" in line]
+
+
+@pytest.fixture(scope="module")
+def trained(small_data: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The exported directory of a run on expert- and tensor-parallel ranks, and its last validation loss."""
+    run_dir = tmp_path_factory.mktemp("run")
+    losses = train(run_dir, *small_data, "parallel.ep=2", "parallel.tp=2", "export_hf=true")
+    return run_dir / "hf" / f"step_{STEPS:08d}", losses[-1]
+
+
+def test_another_layout_starts_where_the_run_ended(
+    trained: tuple[Path, float], small_data: tuple[str, ...], tmp_path: Path
+) -> None:
+    directory, last = trained
+    first = train(tmp_path, *small_data, "parallel.pp=2", f"init_from={directory}")[0]
+    assert first == pytest.approx(last, rel=1e-6)
+    untrained = train(tmp_path / "afresh", *small_data, "train.steps=1")[0]
+    assert abs(untrained - last) > 1e-4, "or the equality above says nothing"
+
+
+def test_transformers_reads_the_export(trained: tuple[Path, float]) -> None:
+    """Its loss on a text is that of a language model that has seen a little: finite, and the tokenizer is there."""
+    directory, _ = trained
+    model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert all(key.startswith("model.layers.4.") for key in report["unexpected_keys"]), "prediction layers only"
+    assert (directory / "tokenizer.json").is_file()
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.arange(32)[None], labels=torch.arange(32)[None]).loss)
+
+
+def test_another_model_is_refused_with_the_settings_to_use(
+    trained: tuple[Path, float], small_data: tuple[str, ...], tmp_path: Path
+) -> None:
+    directory, _ = trained
+    with pytest.raises(RankError, match=r"is of another model: .*set model\.topk=4") as caught:
+        train(tmp_path, *small_data, "model.topk=2", f"init_from={directory}")
+    assert caught.value.exit_code == 2
