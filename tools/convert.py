@@ -10,7 +10,6 @@ It takes the overrides of `moe-train`; SOURCE and TARGET are short for convert.s
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config
 from moe_train.config.walk import get
 from parallel.errors import CheckpointError, ConfigError, MoeTrainError
+from tools.words import parse
 
 if TYPE_CHECKING:
     from moe_train.checkpoint.hf.workers import Team
@@ -49,17 +49,8 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if team.rank:
             stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
-        sys.exit(hydra_entry(partial(run, words=words, team=team), argv=_overrides(words)))
-
-
-def _overrides(words: Sequence[str]) -> list[str]:
-    """The command line with SOURCE and TARGET, or DIR after `verify`, as overrides."""
-    paths = [w for w in words if not w.startswith(("-", "~", "+")) and "=" not in w]
-    others = [w for w in words if w not in paths]
-    named = paths[1:] if paths[:1] == [_VERIFY] else paths
-    fields = ("convert.source", "convert.target")
-    given = [f"{field}='{path}'" for field, path in zip(fields, named, strict=False)]
-    return [*given, *others, *named[2:]]  # a third path is no override, and Hydra says so
+        argv = parse(words, [_VERIFY]).argv("convert.source", "convert.target")
+        sys.exit(hydra_entry(partial(run, words=words, team=team), argv=argv))
 
 
 def run(cfg: Config, words: Sequence[str], team: Team) -> None:
@@ -72,11 +63,12 @@ def run(cfg: Config, words: Sequence[str], team: Team) -> None:
     import torch
 
     from moe_train.checkpoint.hf import writer
+    from moe_train.checkpoint.hf.workers import cores
 
     torch.set_num_threads(1)  # files are written side by side
-    threads = cfg.convert.threads or max(1, (os.cpu_count() or 1) // team.size)
+    threads = cfg.convert.threads or cores(team)
     source = _source(cfg)
-    if _VERIFY in words:
+    if parse(words, [_VERIFY]).command:
         files, size = _verify(source, team, threads)
         if team.rank == 0:
             _say(f"{source}: {files} files, {size / 1e9:,.2f} GB, as they were written")
@@ -133,9 +125,9 @@ def make_plan(cfg: Config, source: Path, target: Path, words: Sequence[str] = ()
         if cfg.convert.to in (None, "megatron"):
             return convert.to_megatron(mapped, target, cfg, options)
         reader: Any = convert.HuggingFaceReader(mapped)
-        extents = list(tensors.extents.values())
+        files = {extent.path for extent in tensors.extents.values()}
         kept = convert.small_files(source)
-        return convert.to_hf(reader, mapped.pieces, model, target, options, source, extents, tensors.config, kept)
+        return convert.to_hf(reader, mapped.pieces, model, target, options, source, files, tensors.config, kept)
     return _plan_of_megatron(cfg, source, target, words, options, mapping.pieces)
 
 
@@ -153,11 +145,10 @@ def _plan_of_megatron(
     model = _chosen(cfg, words, lambda: compat.model_of(path))
     all_pieces = pieces(model)
     reader = convert.MegatronReader(checkpoint, all_pieces, fp32=options.dtype == "fp32")
-    extents = [chunk.extent for piece in all_pieces for chunk in checkpoint.chunks(piece.key)]
     kept = path / convert.KEPT
-    original = json.loads((kept / config.FILE).read_text()) if (kept / config.FILE).is_file() else None
+    original = config.read(kept) if (kept / config.FILE).is_file() else None
     small = convert.small_files(kept)
-    return convert.to_hf(reader, all_pieces, model, target, options, path, extents, original, small)
+    return convert.to_hf(reader, all_pieces, model, target, options, path, checkpoint.files, original, small)
 
 
 def _chosen(cfg: Config, words: Sequence[str], described: Callable[[], ModelConfig]) -> ModelConfig:

@@ -14,6 +14,7 @@ from moe_train.checkpoint.hf import config, convert, distcp
 from moe_train.checkpoint.hf.mapping import Piece, pieces
 from moe_train.checkpoint.hf.source import HuggingFace, MappedSource
 from moe_train.checkpoint.hf.workers import TorchTeam
+from moe_train.checkpoint.hf.writer import Plan, together
 from moe_train.checkpoint.hf.writer import run as write
 from moe_train.loop.run import Run
 from parallel.errors import CheckpointError
@@ -66,19 +67,34 @@ def export(run: Run, checkpoint: Path) -> Path:
         CheckpointError: it cannot be written.
     """
     target = run.run_dir / "hf" / checkpoint.name
-    if run.is_main and target.exists():  # of an earlier run with this run_dir
-        shutil.rmtree(target)
     team = TorchTeam()
-    team.gather(None)
+    together(team, lambda: _remove(target) if run.is_main else None)
+    plan = together(team, lambda: _export_plan(run, checkpoint, target))
+    write(plan, team, threads=max(1, torch.get_num_threads()))
+    return target
+
+
+def _remove(target: Path) -> None:
+    """What an earlier run with this run_dir exported."""
+    if target.exists():
+        shutil.rmtree(target)
+
+
+def _export_plan(run: Run, checkpoint: Path, target: Path) -> Plan:
     stored = distcp.Checkpoint(checkpoint)
     all_pieces = pieces(run.cfg.model)
     reader = convert.MegatronReader(stored, all_pieces)
-    origin = Path(run.cfg.init_from) if run.cfg.init_from else None
-    original = config.read(origin) if origin and (origin / config.FILE).is_file() else None
     tokenizer = Path(run.cfg.data.dir) / "tokenizer.json"
-    plan = convert.to_hf(
-        reader, all_pieces, run.cfg.model, target, convert.Options(), checkpoint, [], original,
+    return convert.to_hf(
+        reader, all_pieces, run.cfg.model, target, convert.Options(), checkpoint, stored.files, _original(run),
         [tokenizer] if tokenizer.is_file() else [],
     )  # fmt: skip
-    write(plan, team, threads=max(1, torch.get_num_threads()))
-    return target
+
+
+def _original(run: Run) -> config.Json | None:
+    """config.json that the run's first weights came with: from Hugging Face, or converted from there."""
+    if not run.cfg.init_from:
+        return None
+    origin = Path(run.cfg.init_from)
+    found = [path for path in (origin, origin / convert.KEPT) if (path / config.FILE).is_file()]
+    return config.read(found[0]) if found else None

@@ -163,6 +163,18 @@ class ConvertConfig:
 
 
 @dataclass
+class InspectConfig:
+    """What moe-inspect looks at."""
+
+    path: str | None = doc(None, "Checkpoint: a Hugging Face directory, one of a run, or a run (its newest).")
+    other: str | None = doc(None, "Second checkpoint, to compare the first with; null describes the first.")
+    rows: int = doc(20, "Differing tensors that are shown; all are counted.", minimum=0)
+    threads: int | None = doc(
+        None, "Files or tensors read at a time; null takes as many as there are cores.", minimum=1, maximum=1_000
+    )
+
+
+@dataclass
 class TelemetryConfig:
     """What is measured and where it goes."""
 
@@ -199,6 +211,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     runtime: str = doc(

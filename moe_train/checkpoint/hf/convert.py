@@ -85,8 +85,7 @@ class MegatronReader:
         return dtype
 
     def _key(self, piece: Piece) -> str:
-        master = f"optimizer.state.fp32_param.{piece.key}"
-        return master if self._masters and master in self.checkpoint.tensors else piece.key
+        return self.checkpoint.master(piece.key) if self._masters else piece.key
 
     def has(self, name: str) -> bool:
         return name != "lm_head.weight"  # a tied head: transformers leaves it out
@@ -178,7 +177,8 @@ def to_megatron(source: MappedSource, target: Path, cfg: Config, options: Option
 
     directory = source.source.directory
     kept = {f"{KEPT}/{path.name}": path for path in small_files(directory)}
-    identity = {"format": "megatron", **_identity(directory, source.source.extents.values(), options, source.model)}
+    used = {extent.path for extent in source.source.extents.values()}
+    identity = {"format": "megatron", **_identity(directory, used, options, source.model, jobs)}
     return Plan(target, identity, jobs, finish, kept)
 
 
@@ -253,7 +253,9 @@ def copy_megatron(checkpoint: distcp.Checkpoint, target: Path, options: Options)
     if options.dtype == "fp8":
         raise ConfigError("convert.dtype=fp8 is a Hugging Face format", "use convert.dtype=bf16 or convert.to=hf")
     keys = [key for key in checkpoint.tensors if options.optimizer or is_model_tensor(key)]
-    boxes = [box for key in keys for chunk in checkpoint.chunks(key) for box in _boxes(key, chunk)]
+    # The most precise weights that there are, as MegatronReader reads them.
+    stored = {key: checkpoint.master(key) if options.dtype == "fp32" else key for key in keys}
+    boxes = [box for key in keys for chunk in checkpoint.chunks(stored[key]) for box in _boxes(key, chunk)]
     files = _pack(boxes, lambda box: box.bytes, options.file_bytes)
 
     def write(file: list[_Box], out: HashingFile) -> list[list[Any]]:
@@ -277,8 +279,8 @@ def copy_megatron(checkpoint: distcp.Checkpoint, target: Path, options: Options)
         return small | {CONFIG: (directory / CONFIG).read_bytes()}
 
     kept = {f"{KEPT}/{path.name}": path for path in small_files(directory / KEPT)}
-    used = [chunk.extent for key in keys for chunk in checkpoint.chunks(key)]
-    return Plan(target, {"format": "megatron", **_identity(directory, used, options, None)}, jobs, finish, kept)
+    identity = {"format": "megatron", **_identity(directory, checkpoint.files, options, None, jobs)}
+    return Plan(target, identity, jobs, finish, kept)
 
 
 @dataclass(frozen=True)
@@ -318,12 +320,13 @@ class _Output:
 
 def to_hf(
     reader: Reader, all_pieces: Sequence[Piece], model: ModelConfig, target: Path, options: Options,
-    origin: Path, extents: Iterable[Any], original: config.Json | None, kept: Iterable[Path],
+    origin: Path, files: Iterable[Path], original: config.Json | None, kept: Iterable[Path],
 ) -> Plan:  # fmt: skip
     """Anything -> Hugging Face.
 
     Args:
-        origin: directory that `reader` reads, of whose files `extents` are parts.
+        origin: directory that `reader` reads.
+        files: those of it that hold tensors.
         original: config.json that the weights once came with.
         kept: small files, such as the tokenizer's, to stand beside the weights.
     """
@@ -332,9 +335,9 @@ def to_hf(
         for piece in all_pieces
         for part in piece.parts
     ]
-    files = _pack(groups, lambda group: sum(output.bytes for output in group), options.file_bytes)
-    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-    outputs = {name: [o for group in file for o in group] for name, file in zip(names, files, strict=True)}
+    packed = _pack(groups, lambda group: sum(output.bytes for output in group), options.file_bytes)
+    names = [f"model-{i:05d}-of-{len(packed):05d}.safetensors" for i in range(1, len(packed) + 1)]
+    outputs = {name: [o for group in file for o in group] for name, file in zip(names, packed, strict=True)}
     jobs = [FileJob(name, sum(o.bytes for o in held), partial(_write_outputs, held)) for name, held in outputs.items()]
     weights = {o.dtype for held in outputs.values() for o in held if len(o.shape) == 2 and o.dtype is not DTYPES["fp8"]}
     common = torch.bfloat16 if options.dtype == "fp8" else min(weights, key=lambda d: d.itemsize)
@@ -353,7 +356,7 @@ def to_hf(
             config.FILE: (json.dumps(written, indent=2) + "\n").encode(),
         }
 
-    identity = {"format": "hf", **_identity(origin, extents, options, model)}
+    identity = {"format": "hf", **_identity(origin, files, options, model, jobs)}
     return Plan(target, identity, jobs, finish, {path.name: path for path in kept})
 
 
@@ -443,12 +446,18 @@ def small_files(directory: Path) -> list[Path]:
     ]
 
 
-def _identity(directory: Path, extents: Iterable[Any], options: Options, model: ModelConfig | None) -> dict[str, Any]:
-    """What decides the bytes of the result: the state of the source's files and every option."""
-    files = {extent.path for extent in extents}
-    stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)}
-    described = None if model is None else asdict(model)
-    return {"source": str(directory.resolve()), "files": stats, "options": asdict(options), "model": described}
+def _identity(
+    directory: Path, files: Iterable[Path], options: Options, model: ModelConfig | None, jobs: Iterable[FileJob]
+) -> dict[str, Any]:
+    """What decides the bytes of the result: the source's files as they are, every option, what goes into which file."""
+    stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(set(files))}
+    return {
+        "source": str(directory.resolve()),
+        "files": stats,
+        "options": asdict(options),
+        "model": None if model is None else asdict(model),
+        "written": {job.name: job.bytes for job in jobs},
+    }
 
 
 __all__ = ["HuggingFace", "MappedSource", "MegatronReader", "Options", "copy_megatron", "to_hf", "to_megatron"]

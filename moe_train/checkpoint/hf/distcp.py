@@ -104,6 +104,17 @@ class Checkpoint:
         }
         self._chunks: dict[str, list[Chunk]] = {}
 
+    @property
+    def files(self) -> set[Path]:
+        """Files that hold tensors."""
+        places: dict[MetadataIndex, _StorageInfo] = self.contents.storage_data
+        return {self.directory / place.relative_path for place in places.values()}
+
+    def master(self, key: str) -> str:
+        """Name of the fp32 weights of the parameter `key`, or `key` where the checkpoint has none."""
+        name = f"optimizer.state.fp32_param.{key}"
+        return name if name in self.tensors else key
+
     def chunks(self, key: str) -> list[Chunk]:
         """Every chunk of a tensor."""
         if key not in self._chunks:

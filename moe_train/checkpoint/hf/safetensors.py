@@ -21,7 +21,8 @@ from parallel.errors import CheckpointError
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+    "U8": torch.uint8, "BOOL": torch.bool, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER_BYTES = 100_000_000  # as the library
@@ -64,7 +65,7 @@ def contents(path: Path) -> dict[str, Extent]:
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     position = 8 + length
-    for extent in sorted(found.values(), key=lambda e: e.offset):
+    for extent in sorted(found.values(), key=lambda e: (e.offset, prod(e.shape))):  # an empty one ends where it begins
         if extent.offset != position:
             raise _damaged(path, "its tensors overlap or leave gaps")
         position += prod(extent.shape) * extent.dtype.itemsize
@@ -76,6 +77,10 @@ def contents(path: Path) -> dict[str, Extent]:
 
 
 def _extent(path: Path, base: int, entry: dict[str, Any]) -> Extent:
+    if entry["dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"{path} has numbers of format {entry['dtype']}, which cannot be read", f"supported are {', '.join(DTYPES)}"
+        )
     dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
     start, stop = entry["data_offsets"]
     if any(n < 0 for n in shape) or stop - start != prod(shape) * dtype.itemsize:
@@ -100,7 +105,7 @@ def open_directory(directory: Path) -> dict[str, Extent]:
             others = ", ".join(sorted(p.name for p in directory.glob("*.bin"))[:1])
             why = f" (it has {others}: pickled weights are never loaded)" if others else ""
             raise CheckpointError(f"{directory} has no .safetensors file{why}", "name a directory that has them")
-        return {name: extent for file in files for name, extent in contents(file).items()}
+        return _merged(files)
     try:
         wanted: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(wanted.values()))
@@ -108,8 +113,20 @@ def open_directory(directory: Path) -> dict[str, Extent]:
             raise ValueError("it names files outside the directory")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} cannot be read: {error}", "restore the file from a copy") from error
-    found = {name: extent for file in names for name, extent in contents(directory / file).items()}
+    found = _merged([directory / file for file in names])
     for name in sorted(wanted.keys() ^ found.keys()):
         where, other = (INDEX, wanted[name]) if name in wanted else ("its file", INDEX)
         raise CheckpointError(f"{directory}: {name} is in {where} and not in {other}", "restore the files from a copy")
+    return found
+
+
+def _merged(files: Sequence[Path]) -> dict[str, Extent]:
+    found: dict[str, Extent] = {}
+    for file in files:
+        for name, extent in contents(file).items():
+            if name in found:
+                raise CheckpointError(
+                    f"{name} is in {found[name].path} and in {file.name}", "leave one of the files in the directory"
+                )
+            found[name] = extent
     return found

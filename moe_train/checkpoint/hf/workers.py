@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -66,6 +67,13 @@ class TorchTeam:
         values: list[Any] = [None] * self.size
         self._dist.all_gather_object(values, value)
         return values
+
+
+def cores(team: Team) -> int:
+    """This rank's share of the cores that the ranks on this machine may use, at least one. Every rank calls it."""
+    mine = platform.node(), os.sched_getaffinity(0)
+    here = [allowed for machine, allowed in team.gather(mine) if machine == mine[0]]
+    return max(1, len(set().union(*here)) // len(here))
 
 
 # What launchers tell each process of how many there are: Open MPI, hydra and Slurm's PMI-2, Slurm itself.

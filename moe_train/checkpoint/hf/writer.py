@@ -292,8 +292,8 @@ def _publish(plan: Plan, reused: int) -> Outcome:
         files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     manifest = {"format": 1, "files": dict(sorted(files.items()))}
     _write_whole(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+    (partial / _PLAN).unlink()  # first: what is left without it starts anew, and a plan without its records never ends
     shutil.rmtree(partial / _DONE)
-    (partial / _PLAN).unlink()
     (partial / _LOCK).unlink()
     _sync_directory(partial)
     os.rename(partial, plan.target)

@@ -1,0 +1,259 @@
+"""Two checkpoints of any two formats, compared tensor by tensor, a few million numbers at a time.
+
+Tensors are compared as they are stored where both checkpoints store the same ones; else as Hugging Face tensors, to
+which both are mapped: FP8 as the numbers that it stands for, experts one by one, a copy like its original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from math import inf, prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_train.checkpoint import compat, directory
+from moe_train.checkpoint.hf import config, distcp, safetensors
+from moe_train.checkpoint.hf.convert import MegatronReader
+from moe_train.checkpoint.hf.mapping import Part, Piece, pieces
+from moe_train.checkpoint.hf.rows import Extent
+from moe_train.checkpoint.hf.source import HuggingFace
+from moe_train.checkpoint.inventory import is_hugging_face
+from moe_train.config.model import ModelConfig
+from parallel.errors import CheckpointError
+
+_BLOCK_BYTES = 4 << 20  # of each side, at once, in each thread
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that can be read by rows."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[int | None, int, int], Tensor]
+    """(i, start, stop) -> rows of the i-th slice of the first axis; i is None where there are at most two axes."""
+
+    def blocks(self) -> Iterator[tuple[int | None, int, int]]:
+        """What to read, one after the other."""
+        slices = range(self.shape[0]) if len(self.shape) > 2 else (None,)
+        rows, *tail = (self.shape[1:] if len(self.shape) > 2 else self.shape) or (1,)
+        step = max(1, _BLOCK_BYTES // max(1, prod(tail) * self.dtype.itemsize))
+        for index in slices:
+            for start in range(0, rows, step):
+                yield index, start, min(start + step, rows)
+
+    @property
+    def text(self) -> str:
+        """dtype and shape."""
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+Tensors = dict[str, Stored]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A tensor that is not the same in both."""
+
+    name: str
+    what: str
+    """`only in A`, `only in B`, `shape`, `dtype` (the numbers are equal) or `values`."""
+    texts: tuple[str, str]
+    """dtype and shape on each side; empty where it is not."""
+    numbers: int = 0
+    """How many of its numbers differ."""
+    absolute: float = inf
+    """Largest |a - b|; inf also where one of them is no number."""
+    relative: float = inf
+    """Largest |a - b| / max(|a|, |b|)."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that was found."""
+
+    tensors: int
+    """Of both together."""
+    differences: list[Difference]
+    """Worst first."""
+    mapped: bool
+    """Compared as Hugging Face tensors."""
+    settings: dict[str, tuple[object, object]]
+    """Settings of the models that change what the weights compute, by name, where they differ."""
+
+
+def compare(a: Path, b: Path, threads: int, progress: Callable[[int, int], None] = lambda *_: None) -> Comparison:
+    """Compare the checkpoints at `a` and `b`, which `inventory.find` returned. `progress` gets (done, of) tensors.
+
+    Raises:
+        CheckpointError: one of them is damaged, or cannot be mapped to the format of the other.
+    """
+    models = _model(a), _model(b)
+    mapped = _must_be_mapped(a, b, models)
+    ours, theirs = (_mapped(p, m) if mapped else _raw(p) for p, m in zip((a, b), models, strict=True))
+    if mapped:
+        for model in filter(None, models):
+            _add_copies(model, ours, theirs)
+    names = sorted({*ours, *theirs})
+    found: list[Difference] = []
+    with ThreadPoolExecutor(threads) as pool:
+        futures = pool.map(lambda name: _compare(name, ours.get(name), theirs.get(name)), names)
+        for done, difference in enumerate(futures, 1):
+            found += [] if difference is None else [difference]
+            progress(done, len(names))
+    found.sort(key=lambda d: (-d.absolute, -d.numbers, d.name))
+    settings = config.differences(models[0], models[1]) if models[0] and models[1] else {}
+    return Comparison(len(names), found, mapped, settings)
+
+
+def _model(path: Path) -> ModelConfig | None:
+    """The checkpoint's model; None for a Hugging Face family that is not one of ours."""
+    if not is_hugging_face(path):
+        directory.check_files(path)
+        return compat.model_of(path)
+    written = config.read(path)
+    try:
+        return config.to_model(written, path / config.FILE)
+    except CheckpointError:
+        return None
+
+
+def _must_be_mapped(a: Path, b: Path, models: tuple[ModelConfig | None, ModelConfig | None]) -> bool:
+    formats = [is_hugging_face(path) for path in (a, b)]
+    if not any(formats):
+        return False
+    if not all(formats):
+        return True
+    if None in models:
+        return False
+    stored = [{n: (e.dtype, e.shape) for n, e in safetensors.open_directory(path).items()} for path in (a, b)]
+    return stored[0] != stored[1]
+
+
+def _raw(path: Path) -> Tensors:
+    """Tensors as they are stored."""
+    if is_hugging_face(path):
+        return {name: _of_extent(extent) for name, extent in safetensors.open_directory(path).items()}
+    checkpoint = distcp.Checkpoint(path)
+    return {
+        key: Stored(entry.properties.dtype, tuple(entry.size), partial(_megatron_rows, checkpoint, key))
+        for key, entry in checkpoint.tensors.items()
+    }
+
+
+def _of_extent(extent: Extent) -> Stored:
+    def read(index: int | None, start: int, stop: int) -> Tensor:
+        if not extent.shape:
+            return extent.read()
+        return (extent if index is None else extent.index(index)).row_range(start, stop).read()
+
+    return Stored(extent.dtype, extent.shape, read)
+
+
+def _megatron_rows(checkpoint: distcp.Checkpoint, key: str, index: int | None, start: int, stop: int) -> Tensor:
+    if not checkpoint.tensors[key].size:
+        return checkpoint.chunks(key)[0].extent.read()
+    return checkpoint.read(key, index, start, stop)
+
+
+def _mapped(path: Path, model: ModelConfig | None) -> Tensors:
+    """Tensors by their Hugging Face names, one for each expert, in a precision that can be computed with."""
+    if model is None:
+        model = config.to_model(config.read(path), path / config.FILE)  # says why it cannot be
+    if not is_hugging_face(path):
+        all_pieces = pieces(model)
+        reader = MegatronReader(distcp.Checkpoint(path), all_pieces)
+        return {part.name: _of_piece(reader, piece, part) for piece in all_pieces for part in piece.parts}
+    source = HuggingFace(path)
+    found = {name: _of_source(source, name) for name in source.names}
+    used: set[str] = set()
+    for piece in pieces(model):
+        for part in piece.parts:
+            name = _fused_name(source, piece, part)
+            if name is not None and part.fused is not None:
+                expert = source.extents[name].index(part.fused.expert)
+                first = part.fused.part * part.rows
+                found[part.name] = _of_extent(expert.row_range(first, first + part.rows))
+                used.add(name)
+    return {name: stored for name, stored in found.items() if name not in used}
+
+
+def _of_piece(reader: MegatronReader, piece: Piece, part: Part) -> Stored:
+    def read(_: int | None, start: int, stop: int) -> Tensor:
+        return reader.part_rows(piece, part, start, stop)
+
+    return Stored(reader.dtype(piece), piece.part_shape(part), read)
+
+
+def _of_source(source: HuggingFace, name: str) -> Stored:
+    if source.dtype(name) == source.extents[name].dtype:
+        return _of_extent(source.extents[name])
+    return Stored(source.dtype(name), source.extents[name].shape, lambda _, start, stop: source.read(name, start, stop))
+
+
+def _fused_name(source: HuggingFace, piece: Piece, part: Part) -> str | None:
+    """The tensor of all experts that holds the part, where that has the shape that it should."""
+    if part.fused is None or part.name in source.extents:
+        return None
+    shape = (piece.count, part.rows * part.fused.parts, *piece.shape[1:])
+    names = (part.fused.name, part.fused.name + ".weight")
+    return next((n for n in names if n in source.extents and source.extents[n].shape == shape), None)
+
+
+def _add_copies(model: ModelConfig, a: Tensors, b: Tensors) -> None:
+    """Where only one side has a copy of a tensor, compare it with the other side's original."""
+    for piece in pieces(model):
+        for part in piece.parts:
+            for copy in part.copies:
+                for one, other in ((a, b), (b, a)):
+                    if copy in one and copy not in other and part.name in other:
+                        other[copy] = other[part.name]
+
+
+def _compare(name: str, a: Stored | None, b: Stored | None) -> Difference | None:
+    if a is None or b is None:
+        return Difference(name, "only in B" if a is None else "only in A", (a.text if a else "", b.text if b else ""))
+    texts = a.text, b.text
+    if a.shape != b.shape:
+        return Difference(name, "shape", texts)
+    numbers, absolute, relative = 0, 0.0, 0.0
+    for block in a.blocks():
+        x, y = a.read(*block), b.read(*block)
+        if a.dtype != b.dtype or not torch.equal(_bytes(x), _bytes(y)):
+            found = _measure(x, y)
+            numbers, absolute, relative = numbers + found[0], max(absolute, found[1]), max(relative, found[2])
+    if numbers:
+        return Difference(name, "values", texts, numbers, absolute, relative)
+    return None if a.dtype == b.dtype else Difference(name, "dtype", texts, 0, 0.0, 0.0)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _measure(x: Tensor, y: Tensor) -> tuple[int, float, float]:
+    """How many numbers differ, and the largest absolute and relative difference.
+
+    Numbers of one dtype differ where their bits do: 0 and -0 count, with a difference of 0. Across dtypes their values
+    are compared.
+    """
+    u, v = x.reshape(-1).double(), y.reshape(-1).double()
+    if x.dtype == y.dtype:
+        bits = _BITS[x.dtype.itemsize]
+        differ = _bytes(x).view(bits) != _bytes(y).view(bits)
+    else:
+        differ = (u != v) & ~(u.isnan() & v.isnan())
+    u, v = u[differ], v[differ]
+    if not len(u):
+        return 0, 0.0, 0.0
+    same = (u == v) | (u.isnan() & v.isnan())
+    gap = torch.where(same, 0.0, (u - v).abs().nan_to_num(nan=inf, posinf=inf))
+    size = torch.maximum(u.abs(), v.abs())
+    share = torch.where(gap == 0, 0.0, torch.where(gap.isinf(), inf, gap / size))
+    return len(u), float(gap.max()), float(share.max())

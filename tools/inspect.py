@@ -1,0 +1,202 @@
+"""`moe-inspect`: what a checkpoint holds, and where two checkpoints differ. Either may be Hugging Face or Megatron.
+
+    moe-inspect DIR
+    moe-inspect --diff A B [inspect.rows=20]
+
+It takes the overrides of `moe-train`; DIR and A are short for inspect.path=, B for inspect.other=. Exit codes: 0 whole
+or equal, 1 different, 2 damaged or no checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+
+from launch import quiet
+from moe_train.config.compose import hydra_entry
+from moe_train.config.schema import Config
+from parallel.errors import ConfigError
+from tools.words import parse
+
+if TYPE_CHECKING:
+    from moe_train.checkpoint.difference import Comparison, Difference
+    from moe_train.checkpoint.inventory import Inventory
+
+_DIFF = "--diff"
+_WIDTH = 160  # columns of a table that is written to a file: names of tensors are long
+
+
+def main() -> None:
+    """Console script."""
+    line = parse(sys.argv[1:], flags=[_DIFF])
+    equal: list[bool] = []
+    compared = _DIFF in line.flags
+    argv = line.argv("inspect.path", "inspect.other")
+    code = hydra_entry(lambda cfg: equal.append(run(cfg, compared)), argv=argv)
+    sys.exit(code or int(not all(equal)))
+
+
+def run(cfg: Config, compared: bool) -> bool:
+    """Describe a checkpoint, or compare two where `compared` or a second one is named. Returns whether they are equal.
+
+    Raises:
+        ConfigError, CheckpointError: what is named is no checkpoint, or is damaged.
+    """
+    path, other = cfg.inspect.path, cfg.inspect.other
+    if path is None:
+        raise ConfigError("inspect.path=null names no checkpoint", "use moe-inspect DIR or moe-inspect --diff A B")
+    if compared and other is None:
+        raise ConfigError("inspect.other=null names no second checkpoint", "use moe-inspect --diff A B")
+    quiet.silence()
+    import torch
+
+    from moe_train.checkpoint import inventory
+
+    torch.set_num_threads(1)  # files and tensors are read side by side
+    threads = cfg.inspect.threads or len(os.sched_getaffinity(0))
+    first = inventory.find(Path(path), "inspect.path")
+    if other is None:
+        _describe(inventory.take(first), threads)
+        return True
+    return _compare(first, inventory.find(Path(other), "inspect.other"), threads, cfg.inspect.rows)
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _WIDTH)
+
+
+def _describe(found: Inventory, threads: int) -> None:
+    from moe_train.checkpoint.inventory import MASTERS, MOMENTS, sizes
+
+    files, size = sizes(found.path)
+    facts = {"checkpoint": str(found.path), "format": found.format, "model": found.name}
+    facts["family"] = found.model.family if found.model else "not one that can be converted"
+    facts |= found.facts
+    facts["files"] = f"{files:,}, {size:,} bytes"
+    if moments := found.elements[MOMENTS]:
+        masters = found.elements[MASTERS]
+        facts["optimizer"] = f"{moments:,} moments, " + (f"{masters:,} fp32 weights" if masters else "no fp32 weights")
+    else:
+        facts["optimizer"] = "none"
+    table = Table(show_header=False, box=None)
+    for name, text in facts.items():
+        table.add_row(name, text)
+    console = _console()
+    console.print(table)
+    console.print(_parts(found))
+    console.print(_dtypes(found))
+    console.print(f"integrity: {_integrity(found, threads)}", markup=False)
+
+
+def _parts(found: Inventory) -> Table:
+    """Parameters that are there beside those of the arithmetic."""
+    from moe_train.checkpoint.inventory import BIAS, NOT_PARAMETERS
+
+    expected = found.expected()
+    wanted = expected.by_part(include_mtp=True) if expected else {}
+    rows: list[tuple[str, int, int | None]] = [
+        (part.replace("_", " "), count, wanted.get(part, 0) if expected else None)
+        for part, count in found.parameters.items()
+        if count or wanted.get(part)
+    ]
+    total, mtp = sum(found.parameters.values()), found.parameters["mtp"]
+    rows.append(("total", total, expected.total_with_mtp if expected else None))
+    if mtp or (expected and expected.mtp):
+        rows.append(("total without mtp", total - mtp, expected.total if expected else None))
+    rows.append(("active, without mtp", found.active, expected.active if expected else None))
+    for part in NOT_PARAMETERS:
+        biases = expected.expert_bias + expected.mtp_expert_bias if expected else 0
+        if found.elements[part] or (part == BIAS and biases):
+            rows.append((part.replace("_", " "), found.elements[part], biases if expected and part == BIAS else None))
+    table = Table("part", "in the checkpoint", "by arithmetic", "note", title="parameters", title_justify="left")
+    for column in table.columns[1:3]:
+        column.justify = "right"
+    for part, count, by_arithmetic in rows:
+        differs = by_arithmetic is not None and by_arithmetic != count
+        shown = "" if by_arithmetic is None else f"{by_arithmetic:,}"
+        table.add_row(part, f"{count:,}", shown, f"differs by {count - by_arithmetic:+,}" if differs else "")  # type: ignore[operator]
+    return table
+
+
+def _dtypes(found: Inventory) -> Table:
+    table = Table("dtype", "tensors", "bytes")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for dtype, (tensors, size) in sorted(found.dtypes.items()):
+        table.add_row(dtype, f"{tensors:,}", f"{size:,}")
+    return table
+
+
+def _integrity(found: Inventory, threads: int) -> str:
+    """Raises CheckpointError, which names the file, where one is damaged."""
+    from moe_train.checkpoint import inventory
+    from moe_train.checkpoint.hf import writer
+    from moe_train.checkpoint.hf.workers import Alone
+
+    if not inventory.has_manifest(found.path):
+        return "every tensor of the table of contents is in a file that is long enough (no manifest: bytes unverified)"
+    total = sum(entry["bytes"] for entry in writer.manifest_of(found.path).values())
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("verifying", total=total)
+        files, size = writer.verify(found.path, Alone(), threads, lambda done: progress.advance(task, done))
+    return f"{files:,} files, {size:,} bytes, as their manifest says (SHA-256)"
+
+
+def _compare(first: Path, second: Path, threads: int, rows: int) -> bool:
+    from moe_train.checkpoint import difference
+
+    columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("comparing tensors", total=None)
+        found = difference.compare(
+            first, second, threads, lambda done, of: progress.update(task, completed=done, total=of)
+        )
+    console = _console()
+    console.print(f"A {first}\nB {second}", markup=False)
+    if found.mapped:
+        console.print("compared as Hugging Face tensors, one for each expert")
+    for name, (a, b) in found.settings.items():
+        console.print(f"model.{name} is {a} in A and {b} in B", markup=False)
+    if found.differences and rows:
+        console.print(_rows(found.differences[:rows]))
+    if len(found.differences) > rows:
+        console.print(f"and {len(found.differences) - rows:,} more")
+    console.print(_totals(found), markup=False)
+    return not found.differences
+
+
+def _rows(differences: list[Difference]) -> Table:
+    table = Table("tensor", "what", "A", "B", "numbers", "absolute", "relative")
+    for column in table.columns[4:]:
+        column.justify = "right"
+    table.columns[0].overflow = "fold"
+    for d in differences:
+        of_values = (
+            [f"{d.numbers:,}", f"{d.absolute:.3g}", f"{d.relative:.3g}"] if d.what in ("values", "dtype") else []
+        )
+        table.add_row(d.name, d.what, *(text or "-" for text in d.texts), *of_values)
+    return table
+
+
+def _totals(found: Comparison) -> str:
+    kinds = [d.what for d in found.differences]
+    counts = ", ".join(f"{kinds.count(kind):,} {kind}" for kind in dict.fromkeys(kinds))
+    equal = found.tensors - len(kinds)
+    if not kinds:
+        return f"all {found.tensors:,} tensors are equal, bit by bit"
+    measured = [d for d in found.differences if isfinite(d.absolute)]
+    worst = max((d.absolute for d in measured), default=0.0), max((d.relative for d in measured), default=0.0)
+    largest = f"; largest difference {worst[0]:.3g} absolute, {worst[1]:.3g} relative" if measured else ""
+    return f"{equal:,} of {found.tensors:,} tensors are equal; differing: {counts}{largest}"
+
+
+if __name__ == "__main__":
+    main()
