@@ -10,9 +10,9 @@ It takes the overrides of `moe-train`; SOURCE and TARGET are short for convert.s
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,22 +44,40 @@ def main() -> None:
     try:
         team = workers.from_environment()
     except MoeTrainError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if workers.speaks():
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     with contextlib.ExitStack() as stack:
         if team.rank:
             stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
-        sys.exit(hydra_entry(partial(run, words=words, team=team), argv=_overrides(words)))
+        # Hydra wants a directory of its own, which ranks that end at different times would take from each other.
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-convert-"))
+        overrides = [*_overrides(words), f"run_dir={scratch}/run"]
+        sys.exit(hydra_entry(partial(run, words=words, team=team), argv=overrides))
+
+
+def _paths(words: Sequence[str]) -> list[str]:
+    return [w for w in words if not w.startswith(("-", "~", "+")) and "=" not in w]
+
+
+def _verifies(words: Sequence[str]) -> bool:
+    return _paths(words)[:1] == [_VERIFY]
 
 
 def _overrides(words: Sequence[str]) -> list[str]:
     """The command line with SOURCE and TARGET, or DIR after `verify`, as overrides."""
-    paths = [w for w in words if not w.startswith(("-", "~", "+")) and "=" not in w]
+    paths = _paths(words)
     others = [w for w in words if w not in paths]
-    named = paths[1:] if paths[:1] == [_VERIFY] else paths
+    named = paths[1:] if _verifies(words) else paths
     fields = ("convert.source", "convert.target")
-    given = [f"{field}='{path}'" for field, path in zip(fields, named, strict=False)]
+    given = [f"{field}={_quoted(path)}" for field, path in zip(fields, named, strict=False)]
     return [*given, *others, *named[2:]]  # a third path is no override, and Hydra says so
+
+
+def _quoted(path: str) -> str:
+    """A path as Hydra and OmegaConf read it back, whatever characters it has."""
+    text = path.replace("\\'", "\\\\'").replace("'", "\\'").replace("${", "\\${")
+    return f"'{text}'"
 
 
 def run(cfg: Config, words: Sequence[str], team: Team) -> None:
@@ -75,23 +93,34 @@ def run(cfg: Config, words: Sequence[str], team: Team) -> None:
 
     torch.set_num_threads(1)  # files are written side by side
     threads = cfg.convert.threads or max(1, (os.cpu_count() or 1) // team.size)
-    source = _source(cfg)
-    if _VERIFY in words:
-        if team.rank == 0:
-            total = sum(entry["bytes"] for entry in writer.manifest_of(source).values())
-            with _bar("verifying", total, team) as advance:
-                files, size = writer.verify(source, threads, advance)
-            _say(f"{source}: {files} files, {size / 1e9:,.2f} GB, as they were written")
+    source = writer.together(team, lambda: _source(cfg))
+    if _verifies(words):
+        _verify(source, threads, team)
         return
     if cfg.convert.target is None:
         raise ConfigError("convert.target=null names no directory to write", "use moe-convert SOURCE TARGET")
-    plan = make_plan(cfg, source, Path(cfg.convert.target), words)
+    target = Path(cfg.convert.target)
+    plan = writer.together(team, lambda: make_plan(cfg, source, target, words, team))
     share = sum(job.bytes for job in plan.jobs[team.rank :: team.size])
     with _bar("converting", share, team) as advance:
         outcome = writer.run(plan, team, threads, advance)
     if team.rank == 0:
         kept = f", {outcome.reused} of them from an earlier try" if outcome.reused else ""
         _say(f"{plan.target}: {outcome.files} files{kept}, {outcome.bytes / 1e9:,.2f} GB")
+
+
+def _verify(source: Path, threads: int, team: Team) -> None:
+    from moe_train.checkpoint.hf import writer
+
+    def check() -> tuple[int, int]:
+        total = sum(entry["bytes"] for entry in writer.manifest_of(source).values())
+        with _bar("verifying", total // team.size, team) as advance:
+            return writer.verify(source, threads, advance, team.rank, team.size)
+
+    checked = team.gather(writer.together(team, check))
+    if team.rank == 0:
+        files, size = (sum(column) for column in zip(*checked, strict=True))
+        _say(f"{source}: {files} files, {size / 1e9:,.2f} GB, as they were written")
 
 
 def _source(cfg: Config) -> Path:
@@ -103,8 +132,10 @@ def _source(cfg: Config) -> Path:
     return path
 
 
-def make_plan(cfg: Config, source: Path, target: Path, words: Sequence[str] = ()) -> Plan:
+def make_plan(cfg: Config, source: Path, target: Path, words: Sequence[str] = (), team: Team | None = None) -> Plan:
     """What to write. The target's format is the other one unless the config says so.
+
+    A source with a manifest is compared with it first, by each process of `team` a share.
 
     Raises:
         ConfigError, CheckpointError: the source cannot be read, or the target cannot hold it.
@@ -117,8 +148,9 @@ def make_plan(cfg: Config, source: Path, target: Path, words: Sequence[str] = ()
         cfg.convert.optimizer,
         cfg.convert.power_of_two_scales,
     )
-    if (source / writer.MANIFEST).is_file():
-        writer.verify(source, cfg.convert.threads or os.cpu_count() or 1)  # a flipped byte must not travel on
+    if (source / writer.MANIFEST).is_file():  # a flipped byte must not travel on
+        rank, size = (team.rank, team.size) if team else (0, 1)
+        writer.verify(source, cfg.convert.threads or os.cpu_count() or 1, rank=rank, size=size)
     if (source / config.FILE).is_file():
         tensors = convert.HuggingFace(source)
         model = _chosen(cfg, words, lambda: config.to_model(tensors.config, source / config.FILE))
@@ -148,7 +180,7 @@ def _plan_of_megatron(
     reader = convert.MegatronReader(checkpoint, all_pieces, fp32=options.dtype == "fp32")
     extents = [chunk.extent for piece in all_pieces for chunk in checkpoint.chunks(piece.key)]
     kept = path / convert.KEPT
-    original = json.loads((kept / config.FILE).read_text()) if (kept / config.FILE).is_file() else None
+    original = config.read(kept) if (kept / config.FILE).is_file() else None
     small = convert.small_files(kept)
     return convert.to_hf(reader, all_pieces, model, target, options, path, extents, original, small)
 
@@ -165,7 +197,9 @@ def _chosen(cfg: Config, words: Sequence[str], described: Callable[[], ModelConf
 def _bar(what: str, total: int, team: Team) -> Iterator[Callable[[int], None]]:
     """A progress bar of this rank's bytes, on the first rank's terminal."""
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=team.rank > 0) as progress:
+    console = Console(stderr=True)
+    hidden = team.rank > 0 or not console.is_terminal  # elsewhere it would leave an empty line
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task(what, total=total)
         yield lambda size: progress.advance(task, size)
 
