@@ -30,6 +30,7 @@ from moe_train.config.walk import get
 from parallel.errors import CheckpointError, ConfigError, MoeTrainError
 
 if TYPE_CHECKING:
+    from moe_train.checkpoint.hf import convert, distcp
     from moe_train.checkpoint.hf.workers import Team
     from moe_train.checkpoint.hf.writer import Plan
 
@@ -140,17 +141,20 @@ def make_plan(cfg: Config, source: Path, target: Path, words: Sequence[str] = ()
     Raises:
         ConfigError, CheckpointError: the source cannot be read, or the target cannot hold it.
     """
-    from moe_train.checkpoint.hf import config, convert, mapping, writer
+    from moe_train.checkpoint.hf import config, convert, writer
 
+    writer.refuse_existing(target)  # before anything large is read
     options = convert.Options(
         cfg.convert.dtype,
         None if cfg.convert.file_gb is None else int(cfg.convert.file_gb * 1e9),
         cfg.convert.optimizer,
         cfg.convert.power_of_two_scales,
     )
-    if (source / writer.MANIFEST).is_file():  # a flipped byte must not travel on
-        rank, size = (team.rank, team.size) if team else (0, 1)
-        writer.verify(source, cfg.convert.threads or os.cpu_count() or 1, rank=rank, size=size)
+    share = (team.rank, team.size) if team else (0, 1)
+    threads = cfg.convert.threads or max(1, (os.cpu_count() or 1) // share[1])
+    verified = (source / writer.MANIFEST).is_file()
+    if verified:  # a flipped byte must not travel on
+        writer.verify(source, threads, rank=share[0], size=share[1])
     if (source / config.FILE).is_file():
         tensors = convert.HuggingFace(source)
         model = _chosen(cfg, words, lambda: config.to_model(tensors.config, source / config.FILE))
@@ -161,28 +165,42 @@ def make_plan(cfg: Config, source: Path, target: Path, words: Sequence[str] = ()
         extents = list(tensors.extents.values())
         kept = convert.small_files(source)
         return convert.to_hf(reader, mapped.pieces, model, target, options, source, extents, tensors.config, kept)
-    return _plan_of_megatron(cfg, source, target, words, options, mapping.pieces)
+    checkpoint = _open_megatron(source)
+    plan, keys = _plan_of_megatron(cfg, checkpoint, target, words, options)
+    if not verified:  # a run's own checkpoint
+        checkpoint.check(keys, threads, *share)
+    return plan
 
 
-def _plan_of_megatron(
-    cfg: Config, source: Path, target: Path, words: Sequence[str], options: Any, pieces: Callable[..., Any]
-) -> Plan:
-    from moe_train.checkpoint import compat, directory
-    from moe_train.checkpoint.hf import config, convert, distcp
+def _open_megatron(source: Path) -> distcp.Checkpoint:
+    from moe_train.checkpoint import directory
+    from moe_train.checkpoint.hf import distcp
 
     path = directory.resolve(source, "convert.source")[0]
     directory.check_files(path)
-    checkpoint = distcp.Checkpoint(path)
+    return distcp.Checkpoint(path)
+
+
+def _plan_of_megatron(
+    cfg: Config, checkpoint: distcp.Checkpoint, target: Path, words: Sequence[str], options: convert.Options
+) -> tuple[Plan, list[str]]:
+    """What to write, and the tensors that are read for it."""
+    from moe_train.checkpoint import compat
+    from moe_train.checkpoint.hf import config, convert, mapping
+
+    path = checkpoint.directory
     if cfg.convert.to == "megatron":
-        return convert.copy_megatron(checkpoint, target, options)
+        plan = convert.copy_megatron(checkpoint, target, options)
+        return plan, [key for key in checkpoint.tensors if options.optimizer or convert.is_model_tensor(key)]
     model = _chosen(cfg, words, lambda: compat.model_of(path))
-    all_pieces = pieces(model)
+    all_pieces = mapping.pieces(model)
     reader = convert.MegatronReader(checkpoint, all_pieces, fp32=options.dtype == "fp32")
     extents = [chunk.extent for piece in all_pieces for chunk in checkpoint.chunks(piece.key)]
     kept = path / convert.KEPT
     original = config.read(kept) if (kept / config.FILE).is_file() else None
     small = convert.small_files(kept)
-    return convert.to_hf(reader, all_pieces, model, target, options, path, extents, original, small)
+    plan = convert.to_hf(reader, all_pieces, model, target, options, path, extents, original, small)
+    return plan, sorted({reader.key(piece) for piece in all_pieces})
 
 
 def _chosen(cfg: Config, words: Sequence[str], described: Callable[[], ModelConfig]) -> ModelConfig:

@@ -81,10 +81,11 @@ class MegatronReader:
         check_megatron(checkpoint, all_pieces)
 
     def dtype(self, piece: Piece) -> torch.dtype:
-        dtype: torch.dtype = self.checkpoint.tensors[self._key(piece)].properties.dtype
+        dtype: torch.dtype = self.checkpoint.tensors[self.key(piece)].properties.dtype
         return dtype
 
-    def _key(self, piece: Piece) -> str:
+    def key(self, piece: Piece) -> str:
+        """The tensor of the checkpoint that a piece is read from."""
         master = f"optimizer.state.fp32_param.{piece.key}"
         return master if self._masters and master in self.checkpoint.tensors else piece.key
 
@@ -96,7 +97,7 @@ class MegatronReader:
         for first, last in part.blocks:
             begin, end = max(row, start), min(row + last - first, stop)
             if begin < end:
-                rows.append(self.checkpoint.read(self._key(piece), piece.index, first + begin - row, first + end - row))
+                rows.append(self.checkpoint.read(self.key(piece), piece.index, first + begin - row, first + end - row))
             row += last - first
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 

@@ -194,11 +194,11 @@ def _given_up(plan: Plan, held: list[int], failed: list[_Result]) -> MoeTrainErr
 
 def _open(plan: Plan, held: list[int]) -> int:
     """Prepare the hidden directory; returns how many files of it are complete. `held` gets the lock on it."""
-    _refuse_existing(plan.target)
+    refuse_existing(plan.target)
     partial = partial_of(plan.target)
     plan.target.parent.mkdir(parents=True, exist_ok=True)
     held.append(_locked(partial))
-    _refuse_existing(plan.target)  # another process has finished it while this one waited for nothing
+    refuse_existing(plan.target)  # another process has finished it while this one waited for nothing
     identity = json.dumps(plan.identity, sort_keys=True, indent=1)
     plan_file = partial / _PLAN
     if not _says(plan_file, identity):
@@ -216,7 +216,8 @@ def _open(plan: Plan, held: list[int]) -> int:
     return len(complete)
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(target: Path) -> None:
+    """Raise CheckpointError where there is something that would have to be overwritten."""
     if os.path.lexists(target):
         raise CheckpointError(f"{target} exists", "name a directory that does not, or remove it first")
 
