@@ -43,14 +43,20 @@ class HashingFile:
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
         self.sha256, self.position = hashlib.sha256(), 0
+        self.error: OSError | None = None
+        """What the disk said. torch.save makes a RuntimeError about something else of it."""
 
     def write(self, data: Any) -> int:
         """Append bytes."""
         view = memoryview(data).cast("B")
         self.sha256.update(view)
         done = 0
-        while done < len(view):
-            done += self._file.write(view[done:])
+        try:
+            while done < len(view):
+                done += self._file.write(view[done:])
+        except OSError as error:
+            self.error = error
+            raise
         self.position += len(view)
         return len(view)
 
@@ -305,9 +311,10 @@ def _write_file(job: FileJob, partial: Path) -> None:
     except BaseException as error:
         file.abandon()
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(partial / job.name)  # write() does not know it
-        raise
+        cause = file.error or error
+        if isinstance(cause, OSError) and cause.filename is None:
+            cause.filename = str(partial / job.name)  # write() does not know it
+        raise cause from None
 
 
 def _publish(plan: Plan, reused: int) -> Outcome:
