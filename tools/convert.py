@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,9 +28,10 @@ from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config
 from moe_train.config.walk import get
 from parallel.errors import CheckpointError, ConfigError, MoeTrainError
-from tools.words import parse
+from tools.words import CommandLine, parse
 
 if TYPE_CHECKING:
+    from moe_train.checkpoint.hf import convert, distcp
     from moe_train.checkpoint.hf.workers import Team
     from moe_train.checkpoint.hf.writer import Plan
 
@@ -44,16 +46,20 @@ def main() -> None:
     try:
         team = workers.from_environment()
     except MoeTrainError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if workers.speaks():
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     with contextlib.ExitStack() as stack:
         if team.rank:
             stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
-        argv = parse(words, [_VERIFY]).argv("convert.source", "convert.target")
-        sys.exit(hydra_entry(partial(run, words=words, team=team), argv=argv))
+        # Hydra wants a directory of its own, which ranks that end at different times would take from each other.
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-convert-"))
+        line = parse(words, [_VERIFY])
+        argv = [*line.argv("convert.source", "convert.target"), f"run_dir={scratch}/run"]
+        sys.exit(hydra_entry(partial(run, line=line, team=team), argv=argv))
 
 
-def run(cfg: Config, words: Sequence[str], team: Team) -> None:
+def run(cfg: Config, line: CommandLine, team: Team) -> None:
     """Convert or verify.
 
     Raises:
@@ -63,22 +69,17 @@ def run(cfg: Config, words: Sequence[str], team: Team) -> None:
     import torch
 
     from moe_train.checkpoint.hf import writer
-    from moe_train.checkpoint.hf.workers import cores
 
     torch.set_num_threads(1)  # files are written side by side
-    threads = cfg.convert.threads or cores(team)
-    source = _source(cfg)
-    if parse(words, [_VERIFY]).command:
-        files, size = _verify(source, team, threads)
-        if team.rank == 0:
-            _say(f"{source}: {files} files, {size / 1e9:,.2f} GB, as they were written")
+    threads = cfg.convert.threads or max(1, (os.cpu_count() or 1) // team.size)
+    source = writer.together(team, lambda: _source(cfg))
+    if line.command == _VERIFY:
+        _verify(source, threads, team)
         return
     if cfg.convert.target is None:
         raise ConfigError("convert.target=null names no directory to write", "use moe-convert SOURCE TARGET")
     target = Path(cfg.convert.target)
-    if (source / writer.MANIFEST).is_file():
-        _verify(source, team, threads)  # a flipped byte must not travel on
-    plan = writer.together(team, lambda: make_plan(cfg, source, target, words))
+    plan = writer.together(team, lambda: make_plan(cfg, source, target, line.overrides, team))
     share = sum(job.bytes for job in plan.jobs[team.rank :: team.size])
     with _bar("converting", share, team) as advance:
         outcome = writer.run(plan, team, threads, advance)
@@ -87,12 +88,18 @@ def run(cfg: Config, words: Sequence[str], team: Team) -> None:
         _say(f"{plan.target}: {outcome.files} files{kept}, {outcome.bytes / 1e9:,.2f} GB")
 
 
-def _verify(source: Path, team: Team, threads: int) -> tuple[int, int]:
+def _verify(source: Path, threads: int, team: Team) -> None:
     from moe_train.checkpoint.hf import writer
 
-    total = sum(entry["bytes"] for entry in writer.together(team, lambda: writer.manifest_of(source)).values())
-    with _bar("verifying", total // team.size, team) as advance:
-        return writer.verify(source, team, threads, advance)
+    def check() -> tuple[int, int]:
+        total = sum(entry["bytes"] for entry in writer.manifest_of(source).values())
+        with _bar("verifying", total // team.size, team) as advance:
+            return writer.verify(source, threads, advance, team.rank, team.size)
+
+    checked = team.gather(writer.together(team, check))
+    if team.rank == 0:
+        files, size = (sum(column) for column in zip(*checked, strict=True))
+        _say(f"{source}: {files} files, {size / 1e9:,.2f} GB, as they were written")
 
 
 def _source(cfg: Config) -> Path:
@@ -104,20 +111,28 @@ def _source(cfg: Config) -> Path:
     return path
 
 
-def make_plan(cfg: Config, source: Path, target: Path, words: Sequence[str] = ()) -> Plan:
+def make_plan(cfg: Config, source: Path, target: Path, words: Sequence[str] = (), team: Team | None = None) -> Plan:
     """What to write. The target's format is the other one unless the config says so.
+
+    A source with a manifest is compared with it first, by each process of `team` a share.
 
     Raises:
         ConfigError, CheckpointError: the source cannot be read, or the target cannot hold it.
     """
-    from moe_train.checkpoint.hf import config, convert, mapping
+    from moe_train.checkpoint.hf import config, convert, writer
 
+    writer.refuse_existing(target)  # before anything large is read
     options = convert.Options(
         cfg.convert.dtype,
         None if cfg.convert.file_gb is None else int(cfg.convert.file_gb * 1e9),
         cfg.convert.optimizer,
         cfg.convert.power_of_two_scales,
     )
+    share = (team.rank, team.size) if team else (0, 1)
+    threads = cfg.convert.threads or max(1, (os.cpu_count() or 1) // share[1])
+    verified = (source / writer.MANIFEST).is_file()
+    if verified:  # a flipped byte must not travel on
+        writer.verify(source, threads, rank=share[0], size=share[1])
     if (source / config.FILE).is_file():
         tensors = convert.HuggingFace(source)
         model = _chosen(cfg, words, lambda: config.to_model(tensors.config, source / config.FILE))
@@ -128,27 +143,41 @@ def make_plan(cfg: Config, source: Path, target: Path, words: Sequence[str] = ()
         files = {extent.path for extent in tensors.extents.values()}
         kept = convert.small_files(source)
         return convert.to_hf(reader, mapped.pieces, model, target, options, source, files, tensors.config, kept)
-    return _plan_of_megatron(cfg, source, target, words, options, mapping.pieces)
+    checkpoint = _open_megatron(source)
+    plan, keys = _plan_of_megatron(cfg, checkpoint, target, words, options)
+    if not verified:  # a run's own checkpoint
+        checkpoint.check(keys, threads, *share)
+    return plan
 
 
-def _plan_of_megatron(
-    cfg: Config, source: Path, target: Path, words: Sequence[str], options: Any, pieces: Callable[..., Any]
-) -> Plan:
-    from moe_train.checkpoint import compat, directory
-    from moe_train.checkpoint.hf import config, convert, distcp
+def _open_megatron(source: Path) -> distcp.Checkpoint:
+    from moe_train.checkpoint import directory
+    from moe_train.checkpoint.hf import distcp
 
     path = directory.resolve(source, "convert.source")[0]
     directory.check_files(path)
-    checkpoint = distcp.Checkpoint(path)
+    return distcp.Checkpoint(path)
+
+
+def _plan_of_megatron(
+    cfg: Config, checkpoint: distcp.Checkpoint, target: Path, words: Sequence[str], options: convert.Options
+) -> tuple[Plan, list[str]]:
+    """What to write, and the tensors that are read for it."""
+    from moe_train.checkpoint import compat
+    from moe_train.checkpoint.hf import config, convert, mapping
+
+    path = checkpoint.directory
     if cfg.convert.to == "megatron":
-        return convert.copy_megatron(checkpoint, target, options)
+        plan = convert.copy_megatron(checkpoint, target, options)
+        return plan, [key for key in checkpoint.tensors if options.optimizer or convert.is_model_tensor(key)]
     model = _chosen(cfg, words, lambda: compat.model_of(path))
-    all_pieces = pieces(model)
+    all_pieces = mapping.pieces(model)
     reader = convert.MegatronReader(checkpoint, all_pieces, fp32=options.dtype == "fp32")
     kept = path / convert.KEPT
     original = config.read(kept) if (kept / config.FILE).is_file() else None
     small = convert.small_files(kept)
-    return convert.to_hf(reader, all_pieces, model, target, options, path, checkpoint.files, original, small)
+    plan = convert.to_hf(reader, all_pieces, model, target, options, path, checkpoint.files, original, small)
+    return plan, sorted({reader.key(piece) for piece in all_pieces})
 
 
 def _chosen(cfg: Config, words: Sequence[str], described: Callable[[], ModelConfig]) -> ModelConfig:
@@ -163,7 +192,9 @@ def _chosen(cfg: Config, words: Sequence[str], described: Callable[[], ModelConf
 def _bar(what: str, total: int, team: Team) -> Iterator[Callable[[int], None]]:
     """A progress bar of this rank's bytes, on the first rank's terminal."""
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=team.rank > 0) as progress:
+    console = Console(stderr=True)
+    hidden = team.rank > 0 or not console.is_terminal  # elsewhere it would leave an empty line
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task(what, total=total)
         yield lambda size: progress.advance(task, size)
 

@@ -138,7 +138,6 @@ def _integrity(found: Inventory, threads: int) -> str:
     """Raises CheckpointError, which names the file, where one is damaged."""
     from moe_train.checkpoint import inventory
     from moe_train.checkpoint.hf import writer
-    from moe_train.checkpoint.hf.workers import Alone
 
     if not inventory.has_manifest(found.path):
         return "every tensor of the table of contents is in a file that is long enough (no manifest: bytes unverified)"
@@ -146,7 +145,7 @@ def _integrity(found: Inventory, threads: int) -> str:
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("verifying", total=total)
-        files, size = writer.verify(found.path, Alone(), threads, lambda done: progress.advance(task, done))
+        files, size = writer.verify(found.path, threads, lambda done: progress.advance(task, done))
     return f"{files:,} files, {size:,} bytes, as their manifest says (SHA-256)"
 
 

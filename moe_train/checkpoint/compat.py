@@ -11,6 +11,7 @@ import yaml
 from moe_train.checkpoint.directory import CONFIG, damaged
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config
+from moe_train.config.walk import misfit
 from parallel.errors import CheckpointError
 
 # Model fields that say nothing about weights that exist.
@@ -60,10 +61,15 @@ def model_of(directory: Path) -> ModelConfig:
     Raises:
         CheckpointError: its config cannot be read, or is of a version with other fields.
     """
+    values = read(directory)["model"]
     try:
-        return ModelConfig(**read(directory)["model"])
+        model = ModelConfig(**values)
     except TypeError as error:
         raise damaged(directory, f"{CONFIG} does not describe a model: {error}") from error
+    for name, value in values.items():
+        if why := misfit(f"model.{name}", value):
+            raise damaged(directory, f"{CONFIG} has model.{name}={value}, which is {why}")
+    return model
 
 
 def check(saved: dict[str, Any], cfg: Config, directory: Path) -> list[str]:

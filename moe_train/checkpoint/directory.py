@@ -13,10 +13,12 @@ A checkpoint is written under a hidden name and renamed when everything is on di
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from parallel.errors import CheckpointError
 
@@ -113,6 +115,21 @@ def check_files(directory: Path) -> None:
     for name in (STATE, CONFIG, METADATA):
         if not (directory / name).is_file():
             raise damaged(directory, f"{name} is missing")
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """state.json of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        state = json.loads((directory / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise damaged(directory, f"{STATE} cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise damaged(directory, f"{STATE} is no JSON object")
+    return state
 
 
 def damaged(directory: Path, what: str) -> CheckpointError:

@@ -56,24 +56,41 @@ def read(directory: Path) -> Metadata:
         raise damaged(directory, f"{METADATA} cannot be read: {error or type(error).__name__}") from error
     if not isinstance(contents, Metadata) or contents.storage_data is None:
         raise damaged(directory, f"{METADATA} is no table of contents")
-    _check_parts(directory, contents)
-    _check_sizes(directory, contents)
+    try:
+        _check_parts(directory, contents)
+        _check_sizes(directory, contents)
+    except (AttributeError, TypeError, ValueError) as error:  # the right types with other things inside
+        raise damaged(directory, f"{METADATA} is no table of contents: {error}") from error
     return contents
 
 
 def _check_parts(directory: Path, contents: Metadata) -> None:
     for name, entry in contents.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
+            if not isinstance(entry.properties.dtype, torch.dtype) or not all(_is_size(n) for n in entry.size):
+                raise ValueError(f"{name} has no shape")
             for chunk in entry.chunks:
+                if not len(chunk.offsets) == len(chunk.sizes) == len(entry.size) or not all(
+                    map(_is_size, (*chunk.offsets, *chunk.sizes))
+                ):
+                    raise ValueError(f"a part of {name} has no shape")
                 if MetadataIndex(name, chunk.offsets) not in contents.storage_data:
                     raise damaged(directory, f"the part of {name} at {tuple(chunk.offsets)} is in no file")
+
+
+def _is_size(number: Any) -> bool:
+    return isinstance(number, int) and number >= 0
 
 
 def _check_sizes(directory: Path, contents: Metadata) -> None:
     needed: dict[str, int] = {}
     for info in contents.storage_data.values():
+        if not _is_size(info.offset) or not _is_size(info.length):
+            raise ValueError(f"an item of {info.relative_path} has no place")
         needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
     for name, size in needed.items():
+        if Path(name).name != name:
+            raise damaged(directory, f"{METADATA} names {name}, which is no file of it")
         path = directory / name
         if not path.is_file():
             raise damaged(directory, f"{name} is missing")

@@ -154,7 +154,9 @@ class ConvertConfig:
         None, "Format of the weights; null keeps that of each tensor (bf16 for FP8).",
         choices=("fp32", "bf16", "fp16", "fp8"),
     )  # fmt: skip
-    file_gb: float | None = doc(None, "About the size of a file, GB; null makes some thirty files, of at most 4 GiB.")
+    file_gb: float | None = doc(
+        None, "About the size of a file, GB; null makes some thirty files, of at most 4 GiB.", minimum=1e-6
+    )
     optimizer: bool = doc(True, "Whether a copy in the same format keeps the optimizer state.")
     power_of_two_scales: bool = doc(True, "Cut FP8 scales to powers of two, so that converting again changes nothing.")
     threads: int | None = doc(

@@ -51,6 +51,28 @@ def group_names() -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(Config) if f.name not in all_fields())
 
 
+def misfit(name: str, value: Any) -> str:
+    """Why the field `name` cannot have this value, which did not come through Hydra; "" where it can."""
+    info = all_fields()[name]
+    if typing.get_origin(info.type) is list:
+        return "" if isinstance(value, list) else "no list"
+    kinds = typing.get_args(info.type) or (info.type,)
+    if value is None and type(None) in kinds:
+        return ""
+    if bool in kinds or isinstance(value, bool):
+        return "" if bool in kinds and isinstance(value, bool) else f"no {_KINDS.get(kinds[0], 'value of it')}"
+    if (int in kinds or float in kinds) and not isinstance(value, int if float not in kinds else (int, float)):
+        return f"no {_KINDS[kinds[0]]}"
+    if str in kinds:
+        return "" if isinstance(value, str) else "no text"
+    if info.minimum is not None and value < info.minimum:
+        return f"below {info.minimum:g}"
+    return f"above {info.maximum}" if info.maximum is not None and value > info.maximum else ""
+
+
+_KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+
+
 def get(cfg: Config, name: str) -> Any:
     """Value of the field with this full name."""
     value: Any = cfg

@@ -1,8 +1,9 @@
 """Block FP8 of DeepSeek-V3's releases: E4M3 with one scale for each 128 x 128 block of a weight.
 
 A weight is `fp8 * weight_scale_inv`. Quantising follows the published rule (arXiv 2412.19437, section 3.3; Transformer
-Engine's blockwise recipe): scale = 448 / amax of the block by true division, 1 where amax is 0, inf or nan, cut to a
-power of two unless `power_of_two` is off; q = E4M3(clamp(x * scale)); weight_scale_inv = 1 / scale.
+Engine's blockwise recipe): scale = 448 / amax of the block by true division, 1 where amax is 0, inf or nan, the largest
+number of the weight's format where that overflows, cut to a power of two unless `power_of_two` is off;
+q = E4M3(clamp(x * scale)); weight_scale_inv = 1 / scale.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def quantise(weight: Tensor, power_of_two: bool = True) -> tuple[Tensor, Tensor]
     blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
     amax = blocks.abs().amax(dim=(1, 3))
     scale = torch.div(torch.tensor(_LARGEST), amax)  # a Python number would multiply by a reciprocal
-    scale = torch.where(torch.isinf(scale) & (amax > 0), torch.tensor(torch.finfo(torch.float32).max), scale)
+    scale = torch.where(torch.isinf(scale) & (amax > 0), torch.tensor(torch.finfo(weight.dtype).max), scale)
     scale = torch.where((amax == 0) | ~torch.isfinite(amax), torch.ones(()), scale)
     if power_of_two:
         scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)

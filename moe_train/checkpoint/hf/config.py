@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.config.model import ModelConfig
+from moe_train.config.walk import misfit
 from parallel.errors import CheckpointError, ConfigError
 from parallel.suggest import override_value
 
@@ -269,7 +270,12 @@ def to_model(config: Json, where: Path | str = FILE) -> ModelConfig:
         value = setting.value(config)
         if value is _MISSING:
             raise CheckpointError(f"{where} has no {setting.hf}", "restore the field from the released config.json")
-        values[setting.field] = setting.read(value)
+        try:
+            values[setting.field] = setting.read(value)
+        except TypeError:
+            values[setting.field] = value
+        if why := misfit(f"model.{setting.field}", values[setting.field]):
+            raise _wrong(where, setting.hf, value, why)
     if schema.unnormalised_topk:
         values["router_pre_softmax"] = not config.get("norm_topk_prob", False)
     if values.get("router_num_groups") == 0:
@@ -282,7 +288,15 @@ def to_model(config: Json, where: Path | str = FILE) -> ModelConfig:
         values["latent_norm_epsilon"] = _LATENT_EPSILON
     if found[0] in ("mixtral", "olmoe"):
         values["ffn_hidden_size"] = values["moe_ffn_hidden_size"]
-    model = ModelConfig(**values, **_rope(config, schema, where))
+    try:
+        values |= _rope(config, schema, where)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        scaling = {name: config[name] for name in ("rope_theta", "rope_scaling", "rope_parameters") if name in config}
+        raise _wrong(where, "rotary position", scaling, f"not complete ({type(error).__name__}: {error})") from error
+    for field, value in values.items():
+        if why := misfit(f"model.{field}", value):
+            raise _wrong(where, field, value, why)
+    model = ModelConfig(**values)
     if wrong := _unlike_transformers(model):
         raise CheckpointError(f"{where} has {wrong}", "such a model cannot be trained or converted here")
     return model
@@ -303,7 +317,15 @@ def _unlike_transformers(model: ModelConfig) -> str | None:
     return None
 
 
-def _leading_layers(layers: list[int], where: Path | str) -> int:
+def _wrong(where: Path | str, name: str, value: Any, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where} has {name}={str(value)[:100]!r}, which is {why}", "restore the field from the released config.json"
+    )
+
+
+def _leading_layers(layers: Any, where: Path | str) -> int:
+    if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
+        raise _wrong(where, "mlp_only_layers", layers, "no list of layers")
     if sorted(layers) != list(range(len(layers))):
         raise CheckpointError(
             f"{where} has mlp_only_layers={layers}, and dense layers here are the first ones",

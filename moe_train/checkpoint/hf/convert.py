@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from moe_train.checkpoint import compat
-from moe_train.checkpoint.directory import CONFIG, FORMAT, METADATA, STATE
+from moe_train.checkpoint.directory import CONFIG, FORMAT, METADATA, STATE, read_state
 from moe_train.checkpoint.hf import block_fp8, config, distcp, safetensors
 from moe_train.checkpoint.hf.mapping import Part, Piece
 from moe_train.checkpoint.hf.source import HuggingFace, MappedSource
 from moe_train.checkpoint.hf.writer import MANIFEST, FileJob, HashingFile, Plan
 from moe_train.config.model import ModelConfig
-from moe_train.config.schema import Config
+from moe_train.config.schema import Config, ConvertConfig
 from parallel.errors import CheckpointError, ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
@@ -81,10 +81,11 @@ class MegatronReader:
         check_megatron(checkpoint, all_pieces)
 
     def dtype(self, piece: Piece) -> torch.dtype:
-        dtype: torch.dtype = self.checkpoint.tensors[self._key(piece)].properties.dtype
+        dtype: torch.dtype = self.checkpoint.tensors[self.key(piece)].properties.dtype
         return dtype
 
-    def _key(self, piece: Piece) -> str:
+    def key(self, piece: Piece) -> str:
+        """The tensor of the checkpoint that a piece is read from."""
         return self.checkpoint.master(piece.key) if self._masters else piece.key
 
     def has(self, name: str) -> bool:
@@ -95,7 +96,7 @@ class MegatronReader:
         for first, last in part.blocks:
             begin, end = max(row, start), min(row + last - first, stop)
             if begin < end:
-                rows.append(self.checkpoint.read(self._key(piece), piece.index, first + begin - row, first + end - row))
+                rows.append(self.checkpoint.read(self.key(piece), piece.index, first + begin - row, first + end - row))
             row += last - first
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
@@ -160,7 +161,8 @@ def to_megatron(source: MappedSource, target: Path, cfg: Config, options: Option
         FileJob(f"__{i}_0.distcp", sum(c.bytes for c in file), partial(_write_chunks, source, file))
         for i, file in enumerate(files)
     ]
-    run_config = replace(cfg, model=source.model)
+    # Nothing of where and how it was converted: the same weights make the same bytes.
+    run_config = replace(cfg, model=source.model, convert=ConvertConfig(), run_dir=Config().run_dir)
 
     def finish(facts: dict[str, Any]) -> dict[str, bytes]:
         state = {
@@ -272,7 +274,7 @@ def copy_megatron(checkpoint: distcp.Checkpoint, target: Path, options: Options)
         FileJob(f"__{i}_0.distcp", sum(b.bytes for b in file), partial(write, file)) for i, file in enumerate(files)
     ]
     directory = checkpoint.directory
-    state = json.loads((directory / STATE).read_text()) | ({} if options.optimizer else {"weights_only": True})
+    state = read_state(directory) | ({} if options.optimizer else {"weights_only": True})
 
     def finish(facts: dict[str, Any]) -> dict[str, bytes]:
         small = {METADATA: distcp.table(_items(facts)), STATE: json.dumps(state, indent=1).encode(), **upstream_files()}

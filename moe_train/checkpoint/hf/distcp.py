@@ -10,9 +10,12 @@ import io
 import os
 import pickle
 import zipfile
+import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -32,6 +35,7 @@ from moe_train.checkpoint.directory import METADATA, damaged
 from moe_train.checkpoint.hf.rows import Extent
 
 _LOCAL_HEADER = 30  # bytes of a zip entry's own header before its name (APPNOTE.TXT, 4.3.7)
+_READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,24 @@ class Chunk:
     start: int
     length: int
 
-    @cached_property
+    @property
     def extent(self) -> Extent:
-        """Where its numbers are. Reads the item's table of contents; the numbers must lie there in one piece."""
+        """Where its numbers are."""
+        return self._located[0]
+
+    def check(self) -> None:
+        """Raise CheckpointError where its numbers are not those that were written, by the checksum beside them."""
+        (extent, expected), found = self._located, 0
+        flat = Extent(self.file, extent.offset, torch.uint8, (prod(extent.shape) * extent.dtype.itemsize,))
+        for start in range(0, flat.shape[0], _READ_BYTES):
+            block = flat.row_range(start, min(start + _READ_BYTES, flat.shape[0])).read()
+            found = zlib.crc32(block.numpy().data, found)
+        if found != expected:
+            raise damaged(self.file.parent, f"the bytes of an item of {self.file.name} are not those that were written")
+
+    @cached_property
+    def _located(self) -> tuple[Extent, int]:
+        """Where its numbers are, and their CRC-32. Reads the item's table of contents; they must lie in one piece."""
         with self.file.open("rb") as file:
             window = _Window(file, self.start, self.length)
             try:
@@ -59,10 +78,13 @@ class Chunk:
                 raise damaged(
                     self.file.parent, f"an item of {self.file.name} cannot be read: {type(error).__name__}: {error}"
                 ) from error
-        if not tensor.is_contiguous() or tuple(tensor.shape) != self.sizes or entry.compress_type != zipfile.ZIP_STORED:
+        whole = tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == tensor.nbytes == entry.file_size
+        if not tensor.is_contiguous() or tuple(tensor.shape) != self.sizes or not whole or entry.compress_type:
             raise damaged(self.file.parent, f"an item of {self.file.name} is not what its table of contents says")
         data = self.start + entry.header_offset + _LOCAL_HEADER + name + extra
-        return Extent(self.file, data + tensor.storage_offset() * tensor.element_size(), tensor.dtype, self.sizes)
+        if data + entry.file_size > self.start + self.length:
+            raise damaged(self.file.parent, f"an item of {self.file.name} is cut off")
+        return Extent(self.file, data, tensor.dtype, self.sizes), entry.CRC
 
 
 class _Window(io.RawIOBase):
@@ -86,7 +108,8 @@ class _Window(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         self._file.seek(self._start + self._at)
-        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._at)])
+        with memoryview(buffer) as view, view[: max(0, self._length - self._at)] as wanted:
+            count = self._file.readinto(wanted)
         self._at += count
         return count
 
@@ -125,6 +148,15 @@ class Checkpoint:
         place: _StorageInfo = self.contents.storage_data[MetadataIndex(key, chunk.offsets)]
         file = self.directory / place.relative_path
         return Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, place.offset, place.length)
+
+    def check(self, keys: Iterable[str], threads: int, rank: int = 0, size: int = 1) -> None:
+        """Raise CheckpointError where numbers of these tensors are not those that were written. Of `size` processes
+        each looks at its share.
+        """
+        chunks = [chunk for key in keys for chunk in self.chunks(key)][rank::size]
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(Chunk.check, chunks):
+                pass
 
     def read(self, key: str, index: int | None, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of a tensor, or of its `index`-th slice on the first axis.

@@ -60,6 +60,10 @@ class Extent:
                 if count == 0:
                     raise truncated(self.path, self.offset + len(view))
                 done += count
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be read: {error.strerror}", "restore the file from a copy"
+            ) from error
         finally:
             os.close(descriptor)
         return target

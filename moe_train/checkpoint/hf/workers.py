@@ -77,6 +77,7 @@ def cores(team: Team) -> int:
 
 
 # What launchers tell each process of how many there are: Open MPI, hydra and Slurm's PMI-2, Slurm itself.
+_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
@@ -104,3 +105,8 @@ def from_environment(env: Mapping[str, str] = os.environ) -> Team:
             "use mpirun of the MPI that mpi4py is built for, or srun --mpi=pmi2",
         )
     return team
+
+
+def speaks(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process prints an error that all processes of the launcher have."""
+    return not any(env.get(name, "0") != "0" for name in _RANKS)

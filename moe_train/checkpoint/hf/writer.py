@@ -30,7 +30,7 @@ from moe_train.checkpoint.hf.workers import Team
 from parallel.errors import CheckpointError, MoeTrainError
 
 MANIFEST = "manifest.json"
-_PLAN, _DONE, _LOCK = "plan.json", "done", ".lock"
+_PLAN, _DONE, _LOCK, _PART = "plan.json", "done", ".lock", ".part"
 _READ_BYTES = 1 << 22
 
 Json = dict[str, Any]
@@ -43,14 +43,20 @@ class HashingFile:
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
         self.sha256, self.position = hashlib.sha256(), 0
+        self.error: OSError | None = None
+        """What the disk said. torch.save makes a RuntimeError about something else of it."""
 
     def write(self, data: Any) -> int:
         """Append bytes."""
         view = memoryview(data).cast("B")
         self.sha256.update(view)
         done = 0
-        while done < len(view):
-            done += self._file.write(view[done:])
+        try:
+            while done < len(view):
+                done += self._file.write(view[done:])
+        except OSError as error:
+            self.error = error
+            raise
         self.position += len(view)
         return len(view)
 
@@ -117,22 +123,34 @@ def run(plan: Plan, team: Team, threads: int, progress: Callable[[int], None] = 
 
     Raises:
         CheckpointError: the target exists, is being written by another process, or does not fit on the disk. Files
-            that were complete before a disk filled up are kept for the next try.
+            that were complete before a disk filled up are kept for the next try. Every rank raises the same error.
     """
-    lock: list[Any] = []
-    reused = team.broadcast(_attempt(lambda: _open(plan, lock)) if team.rank == 0 else None)
-    _raise_first([reused])
-    mine = _share(plan.jobs, team)
-    results = team.gather(_attempt(lambda: _write_all(plan, mine, threads, progress)))
-    if team.rank == 0 and any(r.error is not None and not r.resumable for r in results):
-        shutil.rmtree(partial_of(plan.target))  # another try would fail at the same place
-    _raise_first(results)
-    outcome = team.broadcast(_attempt(lambda: _publish(plan, reused.value)) if team.rank == 0 else None)
-    _raise_first([outcome])
-    for descriptor in lock:
-        os.close(descriptor)
+    held: list[int] = []
+    try:
+        opened = team.broadcast(_attempt(lambda: _open(plan, held), team) if team.rank == 0 else None)
+        _raise_first(plan, team, held, [opened])
+        mine = _share(plan.jobs, team)
+        _raise_first(plan, team, held, team.gather(_attempt(lambda: _write_all(plan, mine, threads, progress), team)))
+        outcome = team.broadcast(_attempt(lambda: _publish(plan, opened.value), team) if team.rank == 0 else None)
+        _raise_first(plan, team, held, [outcome])
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
     result: Outcome = outcome.value
     return result
+
+
+def together(team: Team, action: Callable[[], T]) -> T:
+    """Result of `action`, which every rank does. If it fails on any rank, every rank raises the first one's error.
+
+    A rank that left alone would keep the others waiting for it for ever.
+    """
+    result = _attempt(action, team)
+    for error in team.gather(result.error):
+        if error is not None:
+            raise error
+    value: T = result.value
+    return value
 
 
 @dataclass(frozen=True)
@@ -143,58 +161,75 @@ class _Result:
     """Whether the same command can do better later."""
 
 
-def _attempt(action: Callable[[], Any]) -> _Result:
+def _attempt(action: Callable[[], Any], team: Team) -> _Result:
     try:
         return _Result(action())
     except MoeTrainError as error:
         return _Result(error=type(error)(error.cause, error.remedy))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        remedy = "free space or mend permissions, and run the same command again: complete files are kept"
-        return _Result(error=CheckpointError(f"cannot write {where}{error.strerror or error}", remedy), resumable=True)
-    except Exception as error:  # a bug, which must not leave the other ranks waiting
-        traceback.print_exception(error)
-        return _Result(error=MoeTrainError(f"{type(error).__name__}: {error}", "report this as a bug"))
+        remedy = "free space or mend permissions, and run the same command again"
+        return _Result(error=CheckpointError(f"{where}{error.strerror or error}", remedy), resumable=True)
+    except Exception as error:
+        if team.size == 1:
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"rank {team.rank}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+        return _Result(error=MoeTrainError(what, "this is a bug: run one process to see where"), resumable=True)
 
 
-def together(team: Team, action: Callable[[], T]) -> T:
-    """The result of `action`, which every rank does. If it fails on any, every rank raises the first one's error."""
-    mine = _attempt(action)
-    _raise_first(team.gather(_Result(error=mine.error)))
-    result: T = mine.value
-    return result
+def _raise_first(plan: Plan, team: Team, held: list[int], results: Iterable[_Result]) -> None:
+    """Raise the first error on every rank, after the first rank has cleared away what no other try can use."""
+    failed = [result for result in results if result.error is not None]
+    if failed:
+        raise team.broadcast(_given_up(plan, held, failed) if team.rank == 0 else None)
 
 
-def _raise_first(results: Iterable[_Result]) -> None:
-    for result in results:
-        if result.error is not None:
-            raise result.error
-
-
-def _open(plan: Plan, lock: list[Any]) -> int:
-    """Prepare the hidden directory; returns how many files of it are complete."""
-    if plan.target.exists():
-        raise CheckpointError(f"{plan.target} exists", "name a directory that does not, or remove it first")
+def _given_up(plan: Plan, held: list[int], failed: list[_Result]) -> MoeTrainError:
+    first = next((result for result in failed if not result.resumable), failed[0])
+    error = first.error or CheckpointError(f"{plan.target} was not written")
+    if not held:  # the hidden directory is another process's
+        return error
     partial = partial_of(plan.target)
-    if not plan.target.parent.is_dir():
-        plan.target.parent.mkdir(parents=True)
-    descriptor = _locked(partial)
+    kept = len(list(_complete(plan, partial))) if first.resumable else 0
+    if not kept:
+        shutil.rmtree(partial, ignore_errors=True)
+        return error
+    return type(error)(error.cause, f"{error.remedy}: the {kept} complete files in {partial} are kept for it")
+
+
+def _open(plan: Plan, held: list[int]) -> int:
+    """Prepare the hidden directory; returns how many files of it are complete. `held` gets the lock on it."""
+    refuse_existing(plan.target)
+    partial = partial_of(plan.target)
+    plan.target.parent.mkdir(parents=True, exist_ok=True)
+    held.append(_locked(partial))
+    refuse_existing(plan.target)  # another process has finished it while this one waited for nothing
     identity = json.dumps(plan.identity, sort_keys=True, indent=1)
     plan_file = partial / _PLAN
-    if not plan_file.is_file() or plan_file.read_text() != identity:
+    if not _says(plan_file, identity):
         for entry in partial.iterdir():
             if entry.name != _LOCK:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         _check_space(plan, set())
         (partial / _DONE).mkdir()
         _write_whole(plan_file, identity.encode())
-    complete = set(_complete(plan, partial))
-    for entry in partial.iterdir():
-        if entry.name.endswith(".part"):
+    for entry in [*partial.iterdir(), *(partial / _DONE).iterdir()]:
+        if entry.name.endswith(_PART):
             entry.unlink()
+    complete = set(_complete(plan, partial))
     _check_space(plan, complete)
-    lock.append(descriptor)
     return len(complete)
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise CheckpointError where there is something that would have to be overwritten."""
+    if os.path.lexists(target):
+        raise CheckpointError(f"{target} exists", "name a directory that does not, or remove it first")
+
+
+def _says(file: Path, text: str) -> bool:
+    return file.is_file() and file.read_bytes() == text.encode()
 
 
 def _locked(partial: Path) -> int:
@@ -203,6 +238,8 @@ def _locked(partial: Path) -> int:
     descriptor = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(partial / _LOCK)):
+            raise FileExistsError(f"{partial} was replaced")
     except OSError as error:
         os.close(descriptor)
         raise CheckpointError(
@@ -218,9 +255,6 @@ def _check_space(plan: Plan, complete: set[str]) -> None:
     usage = os.statvfs(plan.target.parent)
     free = usage.f_bavail * usage.f_frsize
     if needed > free:
-        partial = partial_of(plan.target)
-        if not complete:
-            shutil.rmtree(partial)
         raise CheckpointError(
             f"{plan.target} needs {needed / 1e9:,.2f} GB, and {plan.target.parent} has {free / 1e9:,.2f} GB free",
             "free space, or name a target on another disk",
@@ -234,7 +268,7 @@ def _complete(plan: Plan, partial: Path) -> Iterator[str]:
             continue
         try:
             size = json.loads(record.read_text())["bytes"]
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             size = -1
         if file.stat().st_size == size:
             yield job.name
@@ -266,7 +300,7 @@ def _write_all(plan: Plan, jobs: list[FileJob], threads: int, progress: Callable
 
 
 def _write_file(job: FileJob, partial: Path) -> None:
-    part = partial / f"{job.name}.part"
+    part = partial / (job.name + _PART)
     file = HashingFile(part)
     try:
         facts = job.write(file)
@@ -274,10 +308,13 @@ def _write_file(job: FileJob, partial: Path) -> None:
         os.replace(part, partial / job.name)
         record = {"bytes": file.position, "sha256": file.sha256.hexdigest(), "facts": facts}
         _write_whole(partial / _DONE / f"{job.name}.json", json.dumps(record).encode())
-    except BaseException:
+    except BaseException as error:
         file.abandon()
         part.unlink(missing_ok=True)
-        raise
+        cause = file.error or error
+        if isinstance(cause, OSError) and cause.filename is None:
+            cause.filename = str(partial / job.name)  # write() does not know it
+        raise cause from None
 
 
 def _publish(plan: Plan, reused: int) -> Outcome:
@@ -294,19 +331,25 @@ def _publish(plan: Plan, reused: int) -> Outcome:
     _write_whole(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
     (partial / _PLAN).unlink()  # first: what is left without it starts anew, and a plan without its records never ends
     shutil.rmtree(partial / _DONE)
-    (partial / _LOCK).unlink()
-    _sync_directory(partial)
+    for directory in {partial / Path(name).parent for name in files} | {partial}:
+        _sync_directory(directory)
     os.rename(partial, plan.target)
+    (plan.target / _LOCK).unlink()  # only now: without it another process would take the hidden directory for its own
     _sync_directory(plan.target.parent)
     return Outcome(len(plan.jobs), sum(record["bytes"] for record in records.values()), reused)
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + _PART)
     file = HashingFile(part)
-    file.write(content)
-    file.close()
-    os.replace(part, path)
+    try:
+        file.write(content)
+        file.close()
+        os.replace(part, path)
+    except OSError as error:
+        file.abandon()
+        error.filename = str(path)
+        raise
 
 
 def _sync_directory(path: Path) -> None:
@@ -318,22 +361,18 @@ def _sync_directory(path: Path) -> None:
 
 
 def verify(
-    directory: Path, team: Team, threads: int, progress: Callable[[int], None] = lambda _: None
+    directory: Path, threads: int, progress: Callable[[int], None] = lambda _: None, rank: int = 0, size: int = 1
 ) -> tuple[int, int]:
-    """Compare every file with the manifest, the ranks of `team` some each; returns how many files and bytes there are.
+    """Compare every file with the manifest; returns how many files and bytes that were. Of `size` processes each
+    compares its share.
 
     Raises:
         CheckpointError: there is no manifest, or a file is missing, has another size or other bytes.
     """
-    files = together(team, lambda: manifest_of(directory))
-    mine = list(files)[team.rank :: team.size]
-
-    def check() -> None:
-        with ThreadPoolExecutor(threads) as pool:
-            for size in pool.map(lambda name: _check_file(directory / name, files[name]), mine):
-                progress(size)
-
-    together(team, check)
+    files = dict(list(manifest_of(directory).items())[rank::size])
+    with ThreadPoolExecutor(threads) as pool:
+        for checked in pool.map(lambda name: _check_file(directory / name, files[name]), files):
+            progress(checked)
     return len(files), sum(entry["bytes"] for entry in files.values())
 
 
