@@ -28,7 +28,7 @@ CONFIG: dict[str, Any] = {
     "hidden_size": HIDDEN, "vocab_size": VOCABULARY, "max_position_embeddings": 512, "tie_word_embeddings": False,
     "rms_norm_eps": 1e-6, "initializer_range": 0.02, "num_attention_heads": HEADS, "num_key_value_heads": HEADS,
     "intermediate_size": DENSE, "q_lora_rank": 144, "kv_lora_rank": 130, "qk_nope_head_dim": 20,
-    "qk_rope_head_dim": 8, "v_head_dim": 24, "n_routed_experts": EXPERTS, "num_experts_per_tok": 2,
+    "qk_rope_head_dim": 8, "v_head_dim": 24, "n_routed_experts": EXPERTS, "num_experts_per_tok": 4,
     "moe_intermediate_size": EXPERT, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 2,
     "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
     "norm_topk_prob": True, "hidden_act": "silu", "attention_bias": False, "moe_layer_freq": 1, "rope_theta": 10000.0,
