@@ -22,7 +22,7 @@ from moe_train.checkpoint import compat
 from moe_train.checkpoint.directory import CONFIG, FORMAT, METADATA, STATE, read_state
 from moe_train.checkpoint.hf import block_fp8, config, distcp, safetensors
 from moe_train.checkpoint.hf.mapping import Part, Piece
-from moe_train.checkpoint.hf.source import HuggingFace, MappedSource
+from moe_train.checkpoint.hf.source import HuggingFace, MappedSource, narrowed
 from moe_train.checkpoint.hf.writer import MANIFEST, FileJob, HashingFile, Plan
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config, ConvertConfig
@@ -265,7 +265,7 @@ def copy_megatron(checkpoint: distcp.Checkpoint, target: Path, options: Options)
         for box in file:
             tensor = box.chunk.extent.row_range(box.start, box.stop).read()
             if options.dtype and is_model_tensor(box.key) and not box.key.endswith("expert_bias"):
-                tensor = tensor.to(DTYPES[options.dtype])
+                tensor = narrowed(tensor, DTYPES[options.dtype], box.key)
             offsets = [box.chunk.offsets[0] + box.start, *box.chunk.offsets[1:]]
             facts.append(_save(out, tensor, box.key, checkpoint.tensors[box.key].size, offsets))
         return facts
@@ -394,7 +394,7 @@ def _rows(reader: Reader, piece: Piece, part: Part, dtype: torch.dtype | None) -
     def blocks() -> Iterator[Tensor]:
         for start in range(0, part.rows, step):
             rows = reader.part_rows(piece, part, start, min(start + step, part.rows))
-            yield rows if dtype is None else rows.to(dtype)
+            yield rows if dtype is None else narrowed(rows, dtype, part.name)
 
     return blocks
 

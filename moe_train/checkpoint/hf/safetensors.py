@@ -62,7 +62,7 @@ def contents(path: Path) -> dict[str, Extent]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", "restore the file from a copy") from error
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     position = 8 + length
     for extent in sorted(found.values(), key=lambda e: (e.offset, prod(e.shape))):  # an empty one ends where it begins
@@ -111,12 +111,18 @@ def open_directory(directory: Path) -> dict[str, Extent]:
         names = sorted(set(wanted.values()))
         if any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise ValueError("it names files outside the directory")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} cannot be read: {error}", "restore the file from a copy") from error
     found = _merged([directory / file for file in names])
     for name in sorted(wanted.keys() ^ found.keys()):
         where, other = (INDEX, wanted[name]) if name in wanted else ("its file", INDEX)
         raise CheckpointError(f"{directory}: {name} is in {where} and not in {other}", "restore the files from a copy")
+    for name, extent in found.items():
+        if extent.path.name != wanted[name]:
+            raise CheckpointError(
+                f"{directory}: {name} is in {extent.path.name}, and {INDEX} says {wanted[name]}",
+                "restore the files from a copy",
+            )
     return found
 
 

@@ -27,17 +27,32 @@ class HuggingFace:
         self.config = config.read(directory)
         self.extents = safetensors.open_directory(directory)
         self._scales: dict[str, Tensor] = {}
+        self._check_blocks()
         for name, extent in self.extents.items():
             if extent.dtype in _FP8:
                 self._check_scale(name, extent)
 
+    def _check_blocks(self) -> None:
+        scheme = self.config.get("quantization_config") or {}
+        size = scheme.get("weight_block_size") if isinstance(scheme, dict) else None
+        if size not in (None, [block_fp8.BLOCK, block_fp8.BLOCK]):
+            raise CheckpointError(
+                f"{self.directory / config.FILE} has weight_block_size={size}",
+                f"FP8 here has one scale for each block of {block_fp8.BLOCK} x {block_fp8.BLOCK}",
+            )
+
     def _check_scale(self, name: str, extent: Extent) -> None:
         scale = self.extents.get(name + block_fp8.SUFFIX)
         expected = block_fp8.scale_shape(extent.shape) if len(extent.shape) == 2 else None
-        if scale is None or scale.shape != expected or extent.dtype is not torch.float8_e4m3fn:
+        if (
+            scale is None
+            or scale.shape != expected
+            or extent.dtype is not torch.float8_e4m3fn
+            or not scale.dtype.is_floating_point
+        ):
             raise CheckpointError(
                 f"{self.directory}: {name} is {extent.dtype} {list(extent.shape)}, and its {block_fp8.SUFFIX[1:]} "
-                f"{'is missing' if scale is None else f'has shape {list(scale.shape)}'}",
+                f"{'is missing' if scale is None else f'is {scale.dtype} {list(scale.shape)}'}",
                 f"FP8 here is float8_e4m3fn with one scale for each block of {block_fp8.BLOCK} x {block_fp8.BLOCK}",
             )
 
@@ -92,6 +107,11 @@ class MappedSource:
                 if name not in extents:
                     raise CheckpointError(f"{directory} has no tensor {name}", self._remedy(name))
                 for stored in (name, *part.copies):
+                    if stored in extents and not extents[stored].dtype.is_floating_point:
+                        raise CheckpointError(
+                            f"{directory}: {stored} is {extents[stored].dtype}, and weights are floating-point numbers",
+                            "name the checkpoint from before it was quantised",
+                        )
                     if stored in extents and extents[stored].shape != expected:
                         raise CheckpointError(
                             f"{directory}: {stored} has shape {list(extents[stored].shape)}, and a {self.model.family} "
@@ -145,7 +165,7 @@ class MappedSource:
                     target = out[begin - start : end - start]
                     rows = self.part_rows(piece, part, row + begin - first, row + end - first, target)
                     if rows is not target:
-                        target.copy_(rows)
+                        target.copy_(narrowed(rows, dtype, part.name))
                     filled += end - begin
                 row += last - first
         if filled < stop - start:  # only the vocabulary has padding, at its end
@@ -170,6 +190,22 @@ class MappedSource:
         expert = self.source.extents[name].index(fused.expert)
         first = fused.part * rows
         return expert.row_range(first + start, first + stop).read()
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The tensor in another precision.
+
+    Raises:
+        CheckpointError: it has numbers that fp16 cannot hold; they would become infinite.
+    """
+    result = tensor.to(dtype)
+    if dtype is torch.float16 and tensor.dtype is not dtype:
+        lost = result.isinf() & tensor.isfinite()
+        if lost.any():
+            raise CheckpointError(
+                f"{name} has {tensor[lost].abs().max().item():.3g}, and fp16 ends at 65504", "set convert.dtype=bf16"
+            )
+    return result
 
 
 def _fused_shape(piece: Piece, part: Part) -> tuple[int, ...]:

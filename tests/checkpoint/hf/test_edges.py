@@ -166,5 +166,5 @@ def test_a_process_killed_while_it_tidies_up_leaves_what_the_next_can_finish(wha
     _dies_at(patch, target)
     assert not target.exists()
     assert writer.run(_plan(target), Alone(), 1).files == 2
-    assert writer.verify(target, Alone(), 1)[0] == 3
+    assert writer.verify(target, 1)[0] == 3
     assert sorted(file.name for file in target.iterdir()) == ["manifest.json", "one", "table", "two"]
