@@ -1,0 +1,251 @@
+"""What each module keeps for its backward pass, in bytes. No torch import.
+
+Everything is a dictionary from the name of a stored tensor to its bytes: two modules that keep the same tensor use the
+same name, and it counts once. `BACKENDS` is the table of what differs between the two implementations of the model;
+the functions below put a layer together from it, and leave out what recomputation throws away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parallel.planner.job import Job
+
+Saved = dict[str, float]
+INDEX = 8  # bytes of an int64 index
+FP32 = 4
+# FP8 copies of a linear layer's input: bytes of an element with its scales (1x128 tiles, one scale, 1x32 blocks).
+FP8_INPUT = {"block": 1 + 4 / 128, "tensor": 1.0, "delayed": 1.0, "mxfp8": 1 + 1 / 32}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What one implementation keeps.
+
+    Args:
+        norm_keeps_fp32: an RMSNorm keeps its input and the normalised input in fp32; else its input as it is.
+        norm_in_linear: norms before gqa's qkv, dense feed-forward and mla's up-projections are part of that linear
+            layer, so that `layernorm` cannot recompute them and `mla_up_proj` recomputes mla's with it.
+        pads_values: attention wants keys and values of one size.
+        expands_keys: attention wants as many key/value heads as query heads.
+        separate_rope: rotary embedding keeps its cosines and sines.
+    """
+
+    norm_keeps_fp32: bool
+    norm_in_linear: bool
+    pads_values: bool
+    expands_keys: bool
+    separate_rope: bool
+
+
+BACKENDS = {
+    "local": Backend(
+        norm_keeps_fp32=True, norm_in_linear=False, pads_values=True, expands_keys=True, separate_rope=True
+    ),
+    "te": Backend(
+        norm_keeps_fp32=False, norm_in_linear=True, pads_values=False, expands_keys=False, separate_rope=False
+    ),
+}  # fmt: skip
+
+
+def linear_input(job: Job, name: str, tokens: float, width: float, copies: int = 1) -> Saved:
+    """Input of a linear layer: as it is (shared with whoever else keeps it), or one FP8 copy for each layer."""
+    if job.fp8 is None:
+        return {name: job.element * tokens * width}
+    return {f"{name} in fp8": copies * FP8_INPUT[job.fp8] * tokens * width}
+
+
+def norm(job: Job, name: str, tokens: float, width: float, source: str, source_width: float = 0) -> Saved:
+    """RMSNorm over `width`. `source` names its input, which may be a part of a tensor that is `source_width` wide."""
+    input_bytes = job.element * tokens * (source_width or width)
+    root = {f"{name}: 1 / root": FP32 * tokens}
+    if not BACKENDS[job.backend].norm_keeps_fp32:
+        return {source: input_bytes, **root}
+    normalised = {f"{name}: normalised": FP32 * tokens * width}
+    if job.dtype == "fp32":
+        return {source: input_bytes, **normalised, **root}
+    return {f"{name}: input in fp32": FP32 * tokens * width, **normalised, **root}
+
+
+def swiglu(job: Job, name: str, tokens: float, inner: float, weighted: bool = False, recomputed: bool = False) -> Saved:
+    """Gate and up, what the unfused function keeps between them, router weights, and the input of the last layer."""
+    e = job.element
+    kept = {f"{name}: gate and up": e * tokens * 2 * inner}
+    if weighted:
+        kept[f"{name}: router weights"] = FP32 * tokens
+    if recomputed:
+        return kept
+    if not job.fused:
+        kept |= {f"{name}: silu": e * tokens * inner, f"{name}: up": e * tokens * inner}
+        if weighted:
+            kept[f"{name}: silu x up"] = e * tokens * inner
+    return kept | linear_input(job, f"{name}: down input", tokens, inner)
+
+
+def layer(job: Job, moe: bool, recompute: bool = True) -> Saved:
+    """One transformer layer; with `recompute` without what the job's selective recomputation throws away."""
+    modules = job.recompute_modules if recompute and job.recompute == "selective" else frozenset()
+    attention = _mla(job, modules) if job.model.attention == "mla" else _gqa(job, modules)
+    return attention | (_moe(job, modules) if moe else _dense(job, modules))
+
+
+def _layer_norm(job: Job, name: str, source: str, modules: frozenset[str]) -> tuple[Saved, bool]:
+    """A norm of the whole hidden state that stands alone, and whether its output is kept for those who read it."""
+    width = job.model.hidden_size
+    if "layernorm" in modules:
+        return {source: job.element * job.split_tokens * width}, False
+    return norm(job, name, job.split_tokens, width, source), True
+
+
+def _mla(job: Job, modules: frozenset[str]) -> Saved:
+    """Multi-head latent attention (transformer/multi_latent_attention.py upstream)."""
+    model, backend, e = job.model, BACKENDS[job.backend], job.element
+    n, r, hidden = job.tokens, job.split_tokens, job.model.hidden_size
+    rope, latent = model.qk_rope_head_dim, model.kv_lora_rank
+    kept, output_kept = _layer_norm(job, "input norm", "input", modules)
+    if output_kept:
+        kept |= linear_input(job, "input norm output", r, hidden, copies=2)
+    recomputed = "mla_up_proj" in modules
+    fused_norms = backend.norm_in_linear and recomputed
+    if fused_norms:
+        kept |= {"query latent": e * r * model.q_lora_rank, "key/value latent": e * r * (latent + rope)}
+    else:
+        if model.q_lora_rank:
+            kept |= norm(job, "query norm", r, model.q_lora_rank, "query latent")
+            kept |= linear_input(job, "query norm output", r, model.q_lora_rank)
+        kept |= norm(job, "key/value norm", r, latent, "key/value latent", latent + rope)
+        kept |= linear_input(job, "key/value norm output", r, latent)
+    sequence = job.seq_length // job.layout.cp
+    if recomputed:
+        kept["rotary angles"] = FP32 * sequence * rope
+        gathered = job.sequence_parallel and job.layout.tp > 1
+        name, size = ("rotary key", n * rope) if gathered else ("key/value latent", r * (latent + rope))
+        kept[name] = e * size
+    else:
+        kept["rotary cosines and sines"] = 4 * e * sequence * rope
+    return kept | _mla_core(job, modules)
+
+
+def _mla_core(job: Job, modules: frozenset[str]) -> Saved:
+    """softmax(q k) v of multi-head latent attention and the output projection."""
+    model, backend, e = job.model, BACKENDS[job.backend], job.element
+    heads = model.num_attention_heads / job.layout.tp
+    key, value = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
+    unit = e * job.tokens * heads
+    padded = backend.pads_values and key > value
+    projections = {} if "mla_up_proj" in modules else {"queries": unit * key, "keys": unit * key}
+    output = linear_input(job, "attention output", job.tokens, heads * value)
+    if "core_attn" in modules:
+        values = {} if "mla_up_proj" in modules else {"values": unit * value}
+        return projections | values | output
+    if padded:
+        projections |= {"padded values": unit * key, "padded attention output": unit * key}
+    else:
+        projections |= {} if "mla_up_proj" in modules else {"values": unit * value}
+        projections["attention output"] = unit * value
+    return projections | {"log-sum-exp": FP32 * job.tokens * heads} | output
+
+
+def _gqa(job: Job, modules: frozenset[str]) -> Saved:
+    """Grouped-query attention (transformer/attention.py upstream)."""
+    model, backend, e = job.model, BACKENDS[job.backend], job.element
+    n, r, size = job.tokens, job.split_tokens, job.model.attention_head_dim
+    heads, groups = model.num_attention_heads / job.layout.tp, max(1.0, model.kv_heads / job.layout.tp)
+    if backend.norm_in_linear:
+        kept, output_kept = norm(job, "input norm", r, model.hidden_size, "input"), True
+    else:
+        kept, output_kept = _layer_norm(job, "input norm", "input", modules)
+    if output_kept:
+        kept |= linear_input(job, "input norm output", r, model.hidden_size)
+    mixed = {"queries, keys and values": e * n * (heads + 2 * groups) * size}
+    kept |= _qk_norms(job, heads, groups, mixed)
+    if backend.separate_rope:
+        kept["rotary cosines and sines"] = 4 * e * (job.seq_length // job.layout.cp) * size
+    unit = e * n * size
+    output = linear_input(job, "attention output", n, heads * size)
+    expands = backend.expands_keys and heads > groups and "core_attn" not in modules
+    if expands:
+        kept |= {"queries": unit * heads, "expanded keys": unit * heads, "expanded values": unit * heads}
+    else:
+        kept |= {"queries": unit * heads, "keys": unit * groups}
+        kept |= mixed if backend.expands_keys else {"values": unit * groups}  # values are a part of the mixed tensor
+    if "core_attn" in modules:
+        return kept | output
+    return kept | {"attention output": unit * heads, "log-sum-exp": FP32 * n * heads} | output
+
+
+def _qk_norms(job: Job, heads: float, groups: float, mixed: Saved) -> Saved:
+    """Norms of queries and keys. Queries of several heads a group are copied out of the mixed tensor, others are not."""
+    model, e, n, size = job.model, job.element, job.tokens, job.model.attention_head_dim
+    if model.qk_norm == "none":
+        return {}
+    width = {"query": heads * size, "key": groups * size}
+    sources = mixed if job.dtype == "fp32" or job.backend == "te" else {}
+    if heads > groups and sources:
+        sources = sources | {"queries before norm": e * n * width["query"]}
+    kept: Saved = dict(sources)
+    copies = 1 if job.dtype == "fp32" else 2  # of fp32 size: the normalised tensor, and the input where it is 16-bit
+    for name, wide in width.items():
+        if model.qk_norm == "full":  # moe_train.model.norm.AllHeadsRMSNorm, on both backends
+            kept[f"{name} norm"] = FP32 * n + (FP32 * copies + (e if copies == 2 else 0)) * n * wide
+        else:
+            kept[f"{name} norm"] = FP32 * n * wide / size
+            kept[f"{name} norm"] += FP32 * copies * n * wide if BACKENDS[job.backend].norm_keeps_fp32 else 0
+    return kept
+
+
+def _dense(job: Job, modules: frozenset[str]) -> Saved:
+    """Dense feed-forward (transformer/mlp.py upstream)."""
+    model, r = job.model, job.split_tokens
+    inner = model.ffn_hidden_size / job.layout.tp
+    fused_norm = BACKENDS[job.backend].norm_in_linear
+    if fused_norm and "mlp" in modules:
+        return {"middle": job.element * r * model.hidden_size}
+    if fused_norm:
+        kept, output_kept = norm(job, "feed-forward norm", r, model.hidden_size, "middle"), True
+    else:
+        kept, output_kept = _layer_norm(job, "feed-forward norm", "middle", modules)
+    if "mlp" in modules:
+        return kept | ({"feed-forward input": job.element * r * model.hidden_size} if output_kept else {})
+    if output_kept:
+        kept |= linear_input(job, "feed-forward input", r, model.hidden_size)
+    return kept | swiglu(job, "feed-forward", job.tokens, inner)
+
+
+def _moe(job: Job, modules: frozenset[str]) -> Saved:
+    """Router, dispatch, routed and shared experts (transformer/moe upstream)."""
+    model, r = job.model, job.split_tokens
+    kept, output_kept = _layer_norm(job, "feed-forward norm", "middle", modules)
+    if output_kept:
+        kept["feed-forward input"] = job.element * r * model.hidden_size  # the router reads it, or the checkpoint
+    if "moe" in modules:
+        return kept
+    kept |= _router(job)
+    visits, inner = job.expert_tokens, model.moe_ffn_hidden_size / job.layout.etp
+    kept |= linear_input(job, "expert input", visits, model.hidden_size)
+    kept |= swiglu(job, "experts", visits, inner, weighted=True, recomputed="moe_act" in modules)
+    if model.num_shared_experts and "shared_experts" not in modules:
+        if output_kept:
+            kept |= linear_input(job, "feed-forward input", r, model.hidden_size)
+        shared = model.num_shared_experts * model.moe_ffn_hidden_size / job.layout.tp
+        kept |= swiglu(job, "shared experts", job.tokens, shared)
+    return kept
+
+
+def _router(job: Job) -> Saved:
+    """Scores, choices and the maps that send tokens to experts and back (transformer/moe/moe_utils.py upstream)."""
+    model, r = job.model, job.split_tokens
+    experts, topk = model.num_experts, model.topk
+    scores = FP32 * experts
+    kept = {"chosen experts": INDEX * topk, "token map": experts + scores, "token order": INDEX * topk}
+    if model.router_score == "sigmoid":
+        kept |= {"scores": scores, "chosen scores": FP32 * (topk + 1)}
+    else:
+        kept["scores"] = scores if model.router_pre_softmax else FP32 * topk
+    if model.router_num_groups:
+        groups = model.router_topk_groups
+        best = model.router_num_groups * (topk // groups)
+        kept["groups"] = INDEX * (best + groups) + experts
+    if model.balance_losses:
+        kept["balance loss"] = scores + INDEX * topk + (FP32 if model.router_score == "sigmoid" else 0)
+    return {f"router: {name}": r * size for name, size in kept.items()}
