@@ -174,6 +174,9 @@ class TelemetryConfig:
     log_interval_steps: int = doc(1, "Steps between lines of metrics.jsonl.", minimum=1)
     tensorboard: bool = doc(True, "Write TensorBoard events.")
     progress: bool = doc(True, "Show a live progress line on rank 0.")
+    profile_memory_steps: int = doc(
+        0, "First steps in which tensors kept for the backward pass are measured; 0 means none.", minimum=0
+    )
     peak_tflops: float | None = doc(
         None, "Peak of one rank for MFU, TFLOPS; null means the device's BF16 peak, measured on cpu."
     )

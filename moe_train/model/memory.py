@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from moe_train.config.schema import Config
 from moe_train.config.rules.facts import Facts, gather_facts
 from moe_train.config.rules.recompute import grouped_experts
+from moe_train.config.schema import Config
 from moe_train.model.arithmetic import parameters_on_rank
 from parallel import pipeline
 from parallel.layout import ParallelLayout
@@ -53,9 +53,7 @@ def job_of(cfg: Config, layout: ParallelLayout) -> Job:
 def weights_on(cfg: Config, job: Job, stage: int) -> Weights:
     """Parameters on one rank of pipeline stage `stage`. Linear layers of the transformer layers multiply in FP8."""
     layout, model = job.layout, cfg.model
-    held = parameters_on_rank(
-        model, job.stages, stage, pp=layout.pp, tp=layout.tp, ep=layout.ep, etp=layout.etp
-    )
+    held = parameters_on_rank(model, job.stages, stage, pp=layout.pp, tp=layout.tp, ep=layout.ep, etp=layout.etp)
     items = "".join("".join(job.stages[i]) for i in range(stage, len(job.stages), layout.pp))
     matrix = model.padded_vocab_size * model.hidden_size // layout.tp
     embeddings = ("E" in items or "m" in items) + ("L" in items)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from parallel.planner.job import Job
-from parallel.planner.saved import FP32, INDEX, Saved, layer, linear_input, norm
+from parallel.planner.saved import EXPERT_TENSORS, FP32, INDEX, Saved, layer, linear_input, norm
 
 LONGEST_SIMULATION = 8  # rounds of pp micro-batches after which the interleaved schedule only repeats itself
 
@@ -66,7 +66,7 @@ def stage_memory(job: Job, stage: int, weights: Weights) -> StageMemory:
     in_flight = peak_in_flight(job, stage, [sum(chunk.values()) for chunk in chunks])
     activations = sum(count * sum(chunk.values()) for count, chunk in zip(in_flight, chunks, strict=True))
     items = tuple("".join(job.stages[i]) for i in range(stage, len(job.stages), pp))
-    experts = sum(value for chunk in chunks for name, value in chunk.items() if "expert" in name and "shared" not in name)
+    routed = [size for chunk in chunks for name, size in chunk.items() if EXPERT_TENSORS in name]
     return StageMemory(
         stage=stage,
         items=items,
@@ -75,7 +75,7 @@ def stage_memory(job: Job, stage: int, weights: Weights) -> StageMemory:
         optimizer=round(optimizer_bytes(job, weights)),
         micro_batches_in_flight=sum(in_flight),
         activations_per_micro_batch=round(sum(sum(chunk.values()) for chunk in chunks)),
-        expert_share=round(experts),
+        expert_share=round(sum(routed)),
         activations=round(activations),
         recompute=round(_recomputed(job, items)),
         communication=round(_communication(job, stage, items, sum(in_flight))),
@@ -93,7 +93,7 @@ def optimizer_bytes(job: Job, weights: Weights) -> float:
 
 
 def chunk_activations(job: Job, index: int) -> Saved:
-    """What the forward pass of one micro-batch through chunk `index` keeps, without what the loss keeps of the logits."""
+    """What the forward pass of one micro-batch through chunk `index` keeps, without what its loss keeps."""
     items = job.stages[index]
     first = sum(stage.count("t") for stage in job.stages[:index])
     pattern = job.model.moe_layer_pattern[first : first + items.count("t")]
@@ -121,6 +121,8 @@ def _layers(job: Job, moe: Sequence[bool]) -> Saved:
     """All layers of a chunk, with whole layers or groups of layers recomputed in `full` mode."""
     r, hidden, size = job.split_tokens, job.model.hidden_size, job.recompute_num_layers
     kept: Saved = {}
+    if moe and job.recompute == "full" and job.model.attention == "gqa":  # one tensor that every checkpoint keeps
+        kept["rotary angles"] = FP32 * (job.seq_length // job.layout.cp) * job.model.attention_head_dim
     for number, is_moe in enumerate(moe):
         if job.recompute == "full" and (job.recompute_method == "uniform" or number < size):
             if job.recompute_method == "block" or number % size == 0:
@@ -139,8 +141,19 @@ def _mtp(job: Job) -> Saved:
     kept |= norm(job, "embedding norm", r, hidden, "next embedding")
     kept |= norm(job, "hidden norm", r, hidden, "hidden states")
     kept |= linear_input(job, "projection input", r, 2 * hidden)
-    kept |= layer(job, bool(job.model.moe_layer_pattern[-1]))
+    inside = layer(job, bool(job.model.moe_layer_pattern[-1]))
+    if "input" in inside:  # a slice of the gathered projection, which it keeps alive
+        inside["input"] = e * job.tokens * hidden
+    kept |= inside
     return kept | norm(job, "final norm", r, hidden, "final norm input")
+
+
+def saved_per_micro_batch(job: Job, stage: int) -> float:
+    """Bytes that one forward pass through all chunks of a rank keeps for its backward pass, logits included."""
+    kept = 0.0
+    for index in range(stage, len(job.stages), job.layout.pp):
+        kept += sum(chunk_activations(job, index).values()) + saved_logits(job, "".join(job.stages[index]))
+    return kept
 
 
 def saved_logits(job: Job, items: str) -> float:

@@ -14,6 +14,7 @@ from parallel.planner.job import Job
 Saved = dict[str, float]
 INDEX = 8  # bytes of an int64 index
 FP32 = 4
+EXPERT_TENSORS = "routed "  # in the name of each tensor that grows with the tokens of a rank's experts
 # FP8 copies of a linear layer's input: bytes of an element with its scales (1x128 tiles, one scale, 1x32 blocks).
 FP8_INPUT = {"block": 1 + 4 / 128, "tensor": 1.0, "delayed": 1.0, "mxfp8": 1 + 1 / 32}
 
@@ -175,7 +176,7 @@ def _gqa(job: Job, modules: frozenset[str]) -> Saved:
 
 
 def _qk_norms(job: Job, heads: float, groups: float, mixed: Saved) -> Saved:
-    """Norms of queries and keys. Queries of several heads a group are copied out of the mixed tensor, others are not."""
+    """Norms of queries and keys. Queries are copied out of the mixed tensor where a group has several of them."""
     model, e, n, size = job.model, job.element, job.tokens, job.model.attention_head_dim
     if model.qk_norm == "none":
         return {}
@@ -222,8 +223,8 @@ def _moe(job: Job, modules: frozenset[str]) -> Saved:
         return kept
     kept |= _router(job)
     visits, inner = job.expert_tokens, model.moe_ffn_hidden_size / job.layout.etp
-    kept |= linear_input(job, "expert input", visits, model.hidden_size)
-    kept |= swiglu(job, "experts", visits, inner, weighted=True, recomputed="moe_act" in modules)
+    kept |= linear_input(job, "routed expert input", visits, model.hidden_size)
+    kept |= swiglu(job, "routed experts", visits, inner, weighted=True, recomputed="moe_act" in modules)
     if model.num_shared_experts and "shared_experts" not in modules:
         if output_kept:
             kept |= linear_input(job, "feed-forward input", r, model.hidden_size)

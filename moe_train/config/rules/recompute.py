@@ -68,7 +68,7 @@ def _without(named: list[str], module: str) -> list[Fix]:
 
 
 def full_layers(facts: Facts) -> None:
-    """`full` recomputes whole groups of layers. Upstream runs past the end of a chunk that is no multiple of a group."""
+    """`full` recomputes whole groups of layers. Upstream runs past the end of a chunk that groups do not fill."""
     cfg, recompute = facts.cfg, facts.cfg.recompute
     if recompute.mode != "full":
         return
