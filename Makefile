@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Tests must not depend on what else the machine's Python warns about.
 export PYTHONWARNINGS := ignore
 
-.PHONY: help setup train test test-slow test-latest lint format parity dryrun clean
+.PHONY: help setup train test test-slow test-latest lint format parity bench-memory dryrun clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ format: setup ## Rewrite the code in its style
 
 parity: setup ## Compare losses and gradients of every layout with one rank; writes bench/results/parity.json
 	$(BIN)/python -m bench.parity
+
+bench-memory: setup ## Compare predicted memory with what runs here keep; writes bench/results/memory.json
+	$(BIN)/python -m bench.bench_memory
 
 dryrun: setup ## Build all 1,024 distinct ranks of DeepSeek-V3 on 2,048 GPUs and add up their parameters
 	$(BIN)/moe-dryrun model=deepseek_v3 parallel=deepseek_v3_h800

@@ -7,8 +7,10 @@ sequences of 4,096 tokens in DeepSeek-V3's global batch (train.seq_length=4096 b
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -60,6 +62,8 @@ def run(cfg: Config) -> None:
     Raises:
         ConfigError: the configuration is impossible.
     """
+    with contextlib.suppress(OSError):
+        Path(cfg.run_dir).rmdir()  # Hydra has made it; nothing is written to it
     layout = validate(cfg)
     stages = predict(cfg, layout)
     console = Console()

@@ -68,6 +68,7 @@ class Job:
         grouped: whether the experts of a rank are one grouped GEMM.
         dtype: fp32, bf16 or fp16, of weights and activations.
         fp8: block, tensor, delayed or mxfp8, where linear layers compute in FP8; else None.
+        fp8_weights_only: weights of linear layers exist in FP8 alone, beside the optimizer's fp32 main weights.
         grad_bytes, moment_bytes: of one gradient, and of one of the two Adam moments.
         distributed_optimizer: optimizer state is divided over data-parallel ranks.
         recompute: none, full or selective, with what it applies to.
@@ -86,6 +87,7 @@ class Job:
     grouped: bool
     dtype: str
     fp8: str | None = None
+    fp8_weights_only: bool = False
     grad_bytes: int = 4
     moment_bytes: int = 4
     distributed_optimizer: bool = True

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from parallel.planner.job import Job
-from parallel.planner.saved import EXPERT_TENSORS, FP32, INDEX, Saved, layer, linear_input, norm
+from parallel.planner.saved import EXPERT_TENSORS, FP8_BYTES, FP32, INDEX, Saved, layer, linear_input, norm
 
 LONGEST_SIMULATION = 8  # rounds of pp micro-batches after which the interleaved schedule only repeats itself
 
@@ -70,7 +70,7 @@ def stage_memory(job: Job, stage: int, weights: Weights) -> StageMemory:
     return StageMemory(
         stage=stage,
         items=items,
-        parameters=job.element * (weights.shared + weights.experts) + (2 * weights.in_fp8 if job.fp8 else 0),
+        parameters=round(parameter_bytes(job, weights)),
         gradients=job.grad_bytes * (weights.shared + weights.experts),
         optimizer=round(optimizer_bytes(job, weights)),
         micro_batches_in_flight=sum(in_flight),
@@ -81,6 +81,15 @@ def stage_memory(job: Job, stage: int, weights: Weights) -> StageMemory:
         communication=round(_communication(job, stage, items, sum(in_flight))),
         logits=round(logits_bytes(job, "".join(items))),
     )
+
+
+def parameter_bytes(job: Job, weights: Weights) -> float:
+    """Weights; in FP8 also the two copies, for the products with them and with their transpose, that layers cache."""
+    whole = job.element * (weights.shared + weights.experts)
+    if job.fp8 is None:
+        return whole
+    copies = 2 * FP8_BYTES[job.fp8] * weights.in_fp8
+    return copies + whole - (job.element * weights.in_fp8 if job.fp8_weights_only else 0)
 
 
 def optimizer_bytes(job: Job, weights: Weights) -> float:

@@ -15,8 +15,8 @@ Saved = dict[str, float]
 INDEX = 8  # bytes of an int64 index
 FP32 = 4
 EXPERT_TENSORS = "routed "  # in the name of each tensor that grows with the tokens of a rank's experts
-# FP8 copies of a linear layer's input: bytes of an element with its scales (1x128 tiles, one scale, 1x32 blocks).
-FP8_INPUT = {"block": 1 + 4 / 128, "tensor": 1.0, "delayed": 1.0, "mxfp8": 1 + 1 / 32}
+# An element in FP8 with its share of the scales (1x128 tiles, one for the tensor, 1x32 blocks), bytes.
+FP8_BYTES = {"block": 1 + 4 / 128, "tensor": 1.0, "delayed": 1.0, "mxfp8": 1 + 1 / 32}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def linear_input(job: Job, name: str, tokens: float, width: float, copies: int =
     """Input of a linear layer: as it is (shared with whoever else keeps it), or one FP8 copy for each layer."""
     if job.fp8 is None:
         return {name: job.element * tokens * width}
-    return {f"{name} in fp8": copies * FP8_INPUT[job.fp8] * tokens * width}
+    return {f"{name} in fp8": copies * FP8_BYTES[job.fp8] * tokens * width}
 
 
 def norm(job: Job, name: str, tokens: float, width: float, source: str, source_width: float = 0) -> Saved:

@@ -42,6 +42,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "parallel.sequence_parallel": (None, None, True, False),
     "parallel.overlap_p2p": (None, None, True, False),
     "parallel.dispatcher": ("alltoall", "allgather"),
+    "recompute.mode": ("none", "none", "full", "selective"),
+    "recompute.method": ("uniform", "block"),
+    "recompute.num_layers": (1, 1, 2),
+    "recompute.modules": ([], [], ["layernorm"], ["mla_up_proj", "mlp"], ["moe", "core_attn"], ["shared_experts"]),
     "batch.global_batch_size": (8, 16, 24),
 }
 
