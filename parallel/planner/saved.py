@@ -29,6 +29,7 @@ class Backend:
             layer, so that `layernorm` cannot recompute them and `mla_up_proj` recomputes mla's with it.
         pads_values: attention wants keys and values of one size.
         expands_keys: attention wants as many key/value heads as query heads.
+        gathers_sequence: context parallelism gathers all keys and values; else they go around in a ring.
         separate_rope: rotary embedding keeps its cosines and sines.
     """
 
@@ -36,15 +37,18 @@ class Backend:
     norm_in_linear: bool
     pads_values: bool
     expands_keys: bool
+    gathers_sequence: bool
     separate_rope: bool
 
 
 BACKENDS = {
     "local": Backend(
-        norm_keeps_fp32=True, norm_in_linear=False, pads_values=True, expands_keys=True, separate_rope=True
+        norm_keeps_fp32=True, norm_in_linear=False, pads_values=True, expands_keys=True, gathers_sequence=True,
+        separate_rope=True,
     ),
     "te": Backend(
-        norm_keeps_fp32=False, norm_in_linear=True, pads_values=False, expands_keys=False, separate_rope=False
+        norm_keeps_fp32=False, norm_in_linear=True, pads_values=False, expands_keys=False, gathers_sequence=False,
+        separate_rope=False,
     ),
 }  # fmt: skip
 
@@ -135,6 +139,8 @@ def _mla_core(job: Job, modules: frozenset[str]) -> Saved:
     unit = e * job.tokens * heads
     padded = backend.pads_values and key > value
     projections = {} if "mla_up_proj" in modules else {"queries": unit * key, "keys": unit * key}
+    if backend.gathers_sequence and job.layout.cp > 1 and "core_attn" not in modules:
+        return _gathered(job, heads, key, value, "queries" in projections)
     output = linear_input(job, "attention output", job.tokens, heads * value)
     if "core_attn" in modules:
         values = {} if "mla_up_proj" in modules else {"values": unit * value}
@@ -145,6 +151,21 @@ def _mla_core(job: Job, modules: frozenset[str]) -> Saved:
         projections |= {} if "mla_up_proj" in modules else {"values": unit * value}
         projections["attention output"] = unit * value
     return projections | {"log-sum-exp": FP32 * job.tokens * heads} | output
+
+
+def _gathered(job: Job, heads: float, key: float, value: float, queries: bool) -> Saved:
+    """Core attention over keys and values gathered from all context-parallel ranks (moe_train.model.attention).
+
+    A rank's two slices of the sequence see different parts of it, with a mask each. Padded values are copied for each.
+    """
+    cp, e = job.layout.cp, job.element
+    part = job.seq_length // (2 * cp)
+    unit, seen = e * heads * job.tokens, (2 * cp + 1) * part * job.micro_batch_size
+    values = e * heads * (seen * key if key > value else job.tokens * cp * value)
+    kept = {"gathered keys": unit * cp * key, "gathered values": values, "outputs of slices": unit * key}
+    kept |= {"masks": e * (2 * cp + 1) * part * part, "log-sum-exp": FP32 * job.tokens * heads}
+    kept |= {"queries": unit * key} if queries else {}
+    return kept | linear_input(job, "attention output", job.tokens, heads * value)
 
 
 def _gqa(job: Job, modules: frozenset[str]) -> Saved:
@@ -163,6 +184,8 @@ def _gqa(job: Job, modules: frozenset[str]) -> Saved:
     if backend.separate_rope:
         kept["rotary cosines and sines"] = 4 * e * (job.seq_length // job.layout.cp) * size
     unit = e * n * size
+    if backend.gathers_sequence and job.layout.cp > 1 and "core_attn" not in modules:
+        return kept | _gathered(job, heads, size, size, queries=True)
     output = linear_input(job, "attention output", n, heads * size)
     expands = backend.expands_keys and heads > groups and "core_attn" not in modules
     if expands:

@@ -101,7 +101,10 @@ def measured_run(directory: Path, degrees: dict[str, int], changes: dict[str, An
     }
 
 
-LAYOUTS = {"single": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "pp2 vpp2": {"pp": 2, "vpp": 2}, "ep2": {"ep": 2}}
+LAYOUTS: dict[str, dict[str, int]] = {
+    "single": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "pp2 vpp2": {"pp": 2, "vpp": 2}, "ep2": {"ep": 2},
+    "cp2": {"cp": 2},
+}  # fmt: skip
 CHANGES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"precision__dtype": "bf16"},
@@ -124,7 +127,7 @@ def test_prediction_is_what_is_measured(layout: str, tmp_path: Path) -> None:
     Routing decides which of the ep ranks gets more tokens, so activations are compared as a total over ranks.
     """
     degrees = LAYOUTS[layout]
-    world = max(degrees.get("tp", 1), degrees.get("pp", 1), degrees.get("ep", 1))
+    world = max(degrees.values(), default=1)
     ranks = run_distributed(all_measured, world, tmp_path, degrees, timeout_s=300)
     for name in CHANGES:
         found = [rank[name] for rank in ranks]

@@ -52,7 +52,7 @@ class MemoryProfiler(Callback):
             return
         values = [self._saved.stop(), *static_bytes(run.chunks, run.optimizer)]
         metrics.update(_by_stage(run, values))
-        if run.is_main:
+        if run.is_main and run.cfg.telemetry.progress:
             _show(run, metrics)
         self._steps += 1
         if self._steps < run.cfg.telemetry.profile_memory_steps:
