@@ -65,7 +65,7 @@ class Job:
         micro_batches: forward passes of one rank in one step.
         backend: te or local.
         fused: whether the activation function is one kernel that keeps only its input.
-        grouped: whether the experts of a rank are one grouped GEMM.
+        grouped: whether the experts of a rank are one grouped GEMM, with a fused activation function.
         dtype: fp32, bf16 or fp16, of weights and activations.
         fp8: block, tensor, delayed or mxfp8, where linear layers compute in FP8; else None.
         fp8_weights_only: weights of linear layers exist in FP8 alone, beside the optimizer's fp32 main weights.

@@ -72,7 +72,9 @@ def norm(job: Job, name: str, tokens: float, width: float, source: str, source_w
     return {f"{name}: input in fp32": FP32 * tokens * width, **normalised, **root}
 
 
-def swiglu(job: Job, name: str, tokens: float, inner: float, weighted: bool = False, recomputed: bool = False) -> Saved:
+def swiglu(
+    job: Job, name: str, tokens: float, inner: float, *, fused: bool, weighted: bool = False, recomputed: bool = False
+) -> Saved:
     """Gate and up, what the unfused function keeps between them, router weights, and the input of the last layer."""
     e = job.element
     kept = {f"{name}: gate and up": e * tokens * 2 * inner}
@@ -80,7 +82,7 @@ def swiglu(job: Job, name: str, tokens: float, inner: float, weighted: bool = Fa
         kept[f"{name}: router weights"] = FP32 * tokens
     if recomputed:
         return kept
-    if not job.fused:
+    if not fused:
         kept |= {f"{name}: silu": e * tokens * inner, f"{name}: up": e * tokens * inner}
         if weighted:
             kept[f"{name}: silu x up"] = e * tokens * inner
@@ -233,7 +235,7 @@ def _dense(job: Job, modules: frozenset[str]) -> Saved:
         return kept | ({"feed-forward input": job.element * r * model.hidden_size} if output_kept else {})
     if output_kept:
         kept |= linear_input(job, "feed-forward input", r, model.hidden_size)
-    return kept | swiglu(job, "feed-forward", job.tokens, inner)
+    return kept | swiglu(job, "feed-forward", job.tokens, inner, fused=job.fused)
 
 
 def _moe(job: Job, modules: frozenset[str]) -> Saved:
@@ -247,12 +249,15 @@ def _moe(job: Job, modules: frozenset[str]) -> Saved:
     kept |= _router(job)
     visits, inner = job.expert_tokens, model.moe_ffn_hidden_size / job.layout.etp
     kept |= linear_input(job, "routed expert input", visits, model.hidden_size)
-    kept |= swiglu(job, "routed experts", visits, inner, weighted=True, recomputed="moe_act" in modules)
+    kept |= swiglu(
+        job, "routed experts", visits, inner,
+        fused=job.fused or job.grouped, weighted=True, recomputed="moe_act" in modules,
+    )  # fmt: skip
     if model.num_shared_experts and "shared_experts" not in modules:
         if output_kept:
             kept |= linear_input(job, "feed-forward input", r, model.hidden_size)
         shared = model.num_shared_experts * model.moe_ffn_hidden_size / job.layout.tp
-        kept |= swiglu(job, "shared experts", job.tokens, shared)
+        kept |= swiglu(job, "shared experts", job.tokens, shared, fused=job.fused)
     return kept
 
 

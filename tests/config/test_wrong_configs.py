@@ -179,6 +179,8 @@ TABLE = [
     Wrong("recompute.modules=[layernorm,moe_act]", "recompute.modules",
           "use backend.grouped_gemm=true or recompute.modules=[layernorm]",
           "recompute=selective runtime=cpu backend.grouped_gemm=false"),
+    Wrong("recompute.modules=[layernorm]", "recompute.modules", "use precision.fp8=tensor",
+          "recompute=selective precision=bf16 precision.fp8=delayed runtime=cuda"),
     Wrong("recompute.num_layers=0", "recompute.num_layers", "smallest value 1", "recompute=full"),
     Wrong("recompute.num_layers=2", "recompute.num_layers", "a group of its own", "recompute=full"),
     Wrong("recompute.num_layers=3", "recompute.num_layers", "4 = 1 x 3 + 1", "recompute=full model.mtp_num_layers=0"),

@@ -87,6 +87,12 @@ def test_core_attention_recomputed_on_transformer_engine_saves_only_statistics_i
     assert kept(some) - kept(without) == 4 * some.tokens * some.model.num_attention_heads
 
 
+def test_grouped_experts_keep_only_the_input_of_their_activation() -> None:
+    """Their function is fused on both backends; that of dense and shared experts is not on the local one."""
+    one, grouped = (layer(job("runtime=cpu", f"backend.grouped_gemm={on}"), True) for on in ("false", "true"))
+    assert set(one) - set(grouped) == {f"routed experts: {name}" for name in ("silu", "up", "silu x up")}
+
+
 @pytest.mark.parametrize(("recipe", "element"), [("block", 1 + 4 / 128), ("tensor", 1), ("mxfp8", 1 + 1 / 32)])
 def test_fp8_keeps_linear_inputs_in_a_byte_and_caches_two_copies_of_weights(recipe: str, element: float) -> None:
     bf16 = job("runtime=cuda", "precision=bf16")
