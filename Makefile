@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Tests must not depend on what else the machine's Python warns about.
 export PYTHONWARNINGS := ignore
 
-.PHONY: help setup train test test-slow test-latest lint format parity bench-memory dryrun clean
+.PHONY: help setup train test test-slow test-latest lint format parity bench-memory bench-step bench-convert dryrun clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -49,11 +49,17 @@ format: setup ## Rewrite the code in its style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench-convert: setup ## Measure conversion against cp and transformers (needs mpi4py and mpich); writes bench/results/convert.json
+	$(BIN)/python -m bench.bench_convert
+
 parity: setup ## Compare losses and gradients of every layout with one rank; writes bench/results/parity.json
 	$(BIN)/python -m bench.parity
 
 bench-memory: setup ## Compare predicted memory with what runs here keep; writes bench/results/memory.json
 	$(BIN)/python -m bench.bench_memory
+
+bench-step: setup ## Compare our training step with that of transformers on this CPU; writes bench/results/step.json
+	$(BIN)/python -m bench.bench_step
 
 dryrun: setup ## Build all 1,024 distinct ranks of DeepSeek-V3 on 2,048 GPUs and add up their parameters
 	$(BIN)/moe-dryrun model=deepseek_v3 parallel=deepseek_v3_h800

@@ -44,6 +44,7 @@ LAYOUTS: dict[str, list[str]] = {
     "ep2, optimizer not distributed": ["parallel.ep=2", "parallel.distributed_optimizer=false"],
     "ep2, allgather": ["parallel.ep=2", "parallel.dispatcher=allgather"],
     "tp2 ep2, allgather": ["parallel.tp=2", "parallel.ep=2", "parallel.dispatcher=allgather"],
+    "tp2 ep2, experts one by one": ["parallel.tp=2", "parallel.ep=2", "backend.grouped_gemm=false"],
     "dp2 ep2, overlapped": ["parallel.ep=2", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],
 }
 COMMON = [

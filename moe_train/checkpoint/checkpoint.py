@@ -16,12 +16,10 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from moe_train.checkpoint import compat, directory, metadata, state, storage
+from moe_train.checkpoint import compat, directory, exchange, metadata, state, storage
+from moe_train.checkpoint.hf import config as hf_config
 from moe_train.loop.run import Run, TrainState
 from parallel.errors import CheckpointError
-
-FORMAT = 1
-"""Version of the layout of a checkpoint directory. Raise it when an older reader could not read the new one."""
 
 T = TypeVar("T")
 
@@ -124,6 +122,12 @@ def _load(run: Run, path: Path) -> None:
 
 def _load_weights(run: Run, path: Path) -> None:
     """Only the model of a checkpoint; the run starts at step 0."""
+    if (path / hf_config.FILE).is_file():
+        state.load_model(run, _together(run, lambda: exchange.read_weights(run, path), f"read {path}"))
+        run.optimizer.reload_model_params()
+        if run.is_main:
+            _say(f"weights from {path}")
+        return
     path = _on_main(run, lambda: directory.resolve(path, "init_from")[0], f"read {path}")
     contents = _together(run, lambda: metadata.read(path), f"read {path}")
     state.load_model(run, _read(run, state.model_state(run), contents, path))
@@ -150,7 +154,7 @@ def _facts(run: Run) -> dict[str, Any]:
     for scalers in gathered:  # a pipeline stage without experts has no expert optimizer
         loss_scale = {**scalers, **loss_scale}
     return {
-        "format": FORMAT,
+        "format": directory.FORMAT,
         "progress": asdict(run.state),
         "schedule": run.schedule.state_dict(),
         "loss_scale": loss_scale,
@@ -167,15 +171,22 @@ def _check(run: Run, path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         facts = json.loads((path / directory.STATE).read_text())
         version = facts["format"]
+        if facts.get("weights_only"):
+            raise CheckpointError(f"checkpoint {path} holds weights only", f"set init_from={path}")
         TrainState(**facts["progress"])
         if missing := {"schedule", "loss_scale", "layout", "device"} - facts.keys():
             raise KeyError(f"no {', '.join(sorted(missing))}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise directory.damaged(path, f"{directory.STATE} cannot be read: {error}") from error
-    if version > FORMAT:
+    if version > directory.FORMAT:
         raise CheckpointError(
-            f"checkpoint {path} has format {version}, and this version of moe-train reads up to {FORMAT}",
+            f"checkpoint {path} has format {version}, and this version of moe-train reads up to {directory.FORMAT}",
             "update moe-train",
+        )
+    if version < directory.FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {version}, and this version of moe-train reads format {directory.FORMAT}",
+            "continue it with the version that wrote it, or start another run with resume=never and another run_dir",
         )
     return facts, compat.check(compat.read(path), run.cfg, path)
 

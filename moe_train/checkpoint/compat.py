@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from moe_train.checkpoint.directory import CONFIG, damaged
+from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config
 from parallel.errors import CheckpointError
 
@@ -19,7 +20,7 @@ _TUNABLE = {
     "balance_losses", "balance_loss_coeffs", "z_loss_coeff", "mtp_loss_coeff", "router_bias_update_rate",
     "router_dtype", "capacity_factor", "pad_to_capacity", "token_drop_policy", "max_position_embeddings", "rope_type",
     "rope_base", "yarn_factor", "yarn_original_max_position", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale",
-    "yarn_mscale_all_dim",
+    "yarn_mscale_all_dim", "llama3_factor",
 }  # fmt: skip
 # What else changes the numbers of a continued run, so that it is no longer the run that was interrupted.
 _TRAINING = {
@@ -51,6 +52,18 @@ def read(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise damaged(directory, f"{CONFIG} is no config of a run")
     return config
+
+
+def model_of(directory: Path) -> ModelConfig:
+    """The model of the run that wrote the checkpoint.
+
+    Raises:
+        CheckpointError: its config cannot be read, or is of a version with other fields.
+    """
+    try:
+        return ModelConfig(**read(directory)["model"])
+    except TypeError as error:
+        raise damaged(directory, f"{CONFIG} does not describe a model: {error}") from error
 
 
 def check(saved: dict[str, Any], cfg: Config, directory: Path) -> list[str]:

@@ -24,6 +24,11 @@ LATEST = "latest"
 STATE = "state.json"
 CONFIG = "config.yaml"
 METADATA = ".metadata"
+FORMAT = 2
+"""Version of the layout of a checkpoint directory. Raise it when an older reader could not read the new one.
+
+2: norms that Transformer Engine fuses with a projection have its names for them with every backend.
+"""
 _NAME = re.compile(r"step_\d{8,}")
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.checkpoint import metadata as table
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from moe_train.checkpoint.directory import METADATA, damaged
 from parallel.errors import CheckpointError
+
+if TYPE_CHECKING:  # tools read checkpoints without the seconds that Megatron-Core takes to import
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 _TABLE = {
     "torch.distributed.checkpoint.metadata": {*table.__all__, "_MEM_FORMAT_ENCODING"},

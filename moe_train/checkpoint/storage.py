@@ -11,12 +11,13 @@ Where this differs from `megatron.core.dist_checkpointing.save` and `load`:
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
-from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, merge, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
@@ -28,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 
 StateDict = dict[str, Any]
@@ -74,6 +76,11 @@ class Request:
     def tensors(self) -> list[ShardedTensor]:
         """Every wanted shard. Their keys may be changed before `read`."""
         return list(nested_values(self._state))
+
+    def fill(self, read: Callable[[ShardedTensor], Tensor]) -> StateDict:
+        """Plain tensors in the place of the sharded ones, each what `read` returns for it."""
+        filled: StateDict = dict_list_map_outplace(read, self._state)
+        return apply_factory_merges(filled, self._factories)
 
     def read(self, directory: Path) -> StateDict:
         """Plain tensors in the place of the sharded ones, read into their own memory where they have any."""

@@ -13,10 +13,10 @@ class ModelConfig:
 
     name: str = doc("tiny", "Name of the model, for logs and reports.")
     family: str = doc(
-        "deepseek_v3",
-        "Checkpoint family: which Hugging Face naming the model follows.",
-        choices=("deepseek_v3", "deepseek_v2", "deepseek_moe", "mixtral", "qwen3_moe", "olmoe", "llama"),
-    )
+        "deepseek_v3", "Checkpoint family: which Hugging Face naming the model follows.",
+        choices=("deepseek_v3", "deepseek_v2", "deepseek_moe", "mixtral", "qwen3_moe", "qwen2_moe", "olmoe",
+                 "glm4_moe", "llama"),
+    )  # fmt: skip
 
     # Backbone
     num_layers: int = doc(4, "Decoder layers, multi-token-prediction layers not counted.", minimum=1, maximum=10_000)
@@ -30,6 +30,9 @@ class ModelConfig:
     )
     tie_embeddings: bool = doc(False, "Output head shares the embedding matrix.")
     norm_epsilon: float = doc(1e-6, "Epsilon of every RMSNorm.")
+    latent_norm_epsilon: float | None = doc(
+        None, "Epsilon of the norms of mla's query and key/value latents; null means norm_epsilon."
+    )
     init_std: float = doc(0.006, "Standard deviation of initial weights (DeepSeek-V3: 0.006 for all).")
 
     # Attention
@@ -44,6 +47,7 @@ class ModelConfig:
     qk_norm: str = doc(
         "none", "RMSNorm on gqa queries and keys: none, per head, or over all heads.", choices=("none", "head", "full")
     )
+    qkv_bias: bool = doc(False, "Bias on the gqa query, key and value projections.")
     q_lora_rank: int = doc(
         0, "Rank of the mla query compression; 0 means an uncompressed query.", minimum=0, maximum=10_000_000
     )
@@ -55,8 +59,15 @@ class ModelConfig:
     v_head_dim: int = doc(32, "Size of an mla value head.", minimum=1, maximum=10_000_000)
 
     # Position
-    rope_type: str = doc("rope", "Plain rotary embedding, or YaRN-scaled.", choices=("rope", "yarn"))
+    rope_type: str = doc(
+        "rope", "Plain rotary embedding, YaRN-scaled, or scaled as Llama 3.1 (gqa).",
+        choices=("rope", "yarn", "llama3"),
+    )  # fmt: skip
     rope_base: float = doc(10000.0, "Rotary base (theta).")
+    rotary_percent: float = doc(1.0, "Share of a gqa head, from its start, that carries rotary position.")
+    llama3_factor: float = doc(
+        8.0, "Llama 3.1: how much low frequencies slow down; 1, 4 and 8192 tokens bound them, as in every release."
+    )
     yarn_factor: float = doc(40.0, "YaRN: extended over original context length.")
     yarn_original_max_position: int = doc(
         4096, "YaRN: context length before extension, tokens.", minimum=1, maximum=1_000_000_000
@@ -73,6 +84,11 @@ class ModelConfig:
     num_shared_experts: int = doc(
         0, "Experts that every token visits, each as wide as a routed one.", minimum=0, maximum=100_000
     )
+    shared_expert_ffn_hidden_size: int = doc(
+        0, "Inner width of all shared experts together; 0 means num_shared_experts x moe_ffn_hidden_size.",
+        minimum=0, maximum=10_000_000,
+    )  # fmt: skip
+    shared_expert_gate: bool = doc(False, "Scale the shared experts' output by a sigmoid of the token's own score.")
     num_dense_layers: int = doc(0, "Leading layers with a dense feed-forward.", minimum=0, maximum=10_000)
     capacity_factor: float | None = doc(None, "Tokens an expert takes, over the even share; null drops none.")
     pad_to_capacity: bool = doc(False, "Pad every expert's input to its capacity (static shapes).")
@@ -90,6 +106,10 @@ class ModelConfig:
         0, "Groups of experts for group-limited routing; 0 means no groups.", minimum=0, maximum=100_000
     )
     router_topk_groups: int = doc(0, "Groups that a token may choose experts from.", minimum=0, maximum=100_000)
+    router_group_score: str = doc(
+        "sum", "Score of a group: sum of its topk / router_topk_groups best experts, or its best (DeepSeek-V2).",
+        choices=("sum", "max"),
+    )  # fmt: skip
     router_dtype: str = doc("fp32", "Precision of the router's scores.", choices=("fp32", "fp64"))
     balance_losses: list[str] = doc(
         [], "Load-balance losses, each over: micro-batch, sequence, global batch.",
@@ -116,6 +136,18 @@ class ModelConfig:
     def attention_head_dim(self) -> int:
         """Size of one gqa head, with the default filled in."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading dimensions of a gqa head that carry rotary position, cut to a whole number as upstream does."""
+        return int(self.attention_head_dim * self.rotary_percent)
+
+    @property
+    def shared_expert_width(self) -> int:
+        """Inner width of all shared experts together, 0 where there are none."""
+        if not self.num_shared_experts:
+            return 0
+        return self.shared_expert_ffn_hidden_size or self.num_shared_experts * self.moe_ffn_hidden_size
 
     @property
     def padded_vocab_size(self) -> int:

@@ -51,7 +51,7 @@ class BackendConfig:
     )  # fmt: skip
     apex: bool = doc(False, "Use NVIDIA apex (fused norm, Adam, gradient accumulation) where TE is absent.")
     fusions: bool | None = doc(None, "Megatron-Core's fused kernels as its docs recommend; null means yes on cuda.")
-    grouped_gemm: bool | None = doc(None, "All local experts in one grouped GEMM; null means yes with te.")
+    grouped_gemm: bool | None = doc(None, "All local experts in one grouped GEMM; null means yes.")
 
 
 @dataclass
@@ -168,6 +168,25 @@ class CheckpointConfig:
 
 
 @dataclass
+class ConvertConfig:
+    """What moe-convert reads and writes."""
+
+    source: str | None = doc(None, "Checkpoint to read: a Hugging Face directory, or one of a run (its newest).")
+    target: str | None = doc(None, "Directory to write; it must not exist.")
+    to: str | None = doc(None, "Format to write; null means the other one.", choices=("hf", "megatron"))
+    dtype: str | None = doc(
+        None, "Format of the weights; null keeps that of each tensor (bf16 for FP8).",
+        choices=("fp32", "bf16", "fp16", "fp8"),
+    )  # fmt: skip
+    file_gb: float | None = doc(None, "About the size of a file, GB; null makes some thirty files, of at most 4 GiB.")
+    optimizer: bool = doc(True, "Whether a copy in the same format keeps the optimizer state.")
+    power_of_two_scales: bool = doc(True, "Cut FP8 scales to powers of two, so that converting again changes nothing.")
+    threads: int | None = doc(
+        None, "Files written at a time by one process; null shares the cores.", minimum=1, maximum=1_000
+    )
+
+
+@dataclass
 class TelemetryConfig:
     """What is measured and where it goes."""
 
@@ -207,6 +226,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     runtime: str = doc(
@@ -217,5 +237,8 @@ class Config:
     seed: int = doc(1234, "Seed of weights and data order.", minimum=0)
     run_dir: str = doc("runs/run", "Directory of everything that the run writes.")
     resume: str = doc("auto", "auto (newest checkpoint of run_dir), never, or the path of a checkpoint.")
-    init_from: str | None = doc(None, "Checkpoint whose weights start the run, at step 0; null means random.")
+    init_from: str | None = doc(
+        None, "Checkpoint or Hugging Face directory whose weights start the run, at step 0; null means random."
+    )
+    export_hf: bool = doc(False, "Write the trained weights in Hugging Face format too, to run_dir/hf.")
     verbose: bool = doc(False, "Show tracebacks of errors.")

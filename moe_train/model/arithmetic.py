@@ -108,7 +108,9 @@ def layer_weights(model: ModelConfig, moe: bool) -> list[Weight]:
     weights += _swiglu("routed_experts", hidden, model.moe_ffn_hidden_size, model.num_experts, "expert")
     if model.num_shared_experts:
         # Upstream makes one wide expert of all shared ones: the same number of parameters.
-        weights += _swiglu("shared_experts", hidden, model.num_shared_experts * model.moe_ffn_hidden_size)
+        weights += _swiglu("shared_experts", hidden, model.shared_expert_width)
+    if model.shared_expert_gate:
+        weights.append(Weight("shared_experts", (1, hidden)))
     return weights
 
 
@@ -139,6 +141,8 @@ def _gqa_weights(model: ModelConfig) -> list[Weight]:
         Weight("attention", ((heads + 2 * groups) * size, hidden), split="tp"),
         Weight("attention", (hidden, heads * size), split="tp"),
     ]
+    if model.qkv_bias:
+        weights.append(Weight("attention", ((heads + 2 * groups) * size,), split="tp"))
     if model.qk_norm == "head":
         weights.append(Weight("norms", (size,), copies=2))
     elif model.qk_norm == "full":

@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as ps
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from packaging.version import Version
+from torch import nn
 
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config, RecomputeConfig
+from moe_train.model import gemm, loss
+from moe_train.model.router import scores_groups_by_best
 from moe_train.model.specs import LocalBackend, local_specs, te_specs
 from parallel import pipeline
 from parallel.layout import ParallelLayout
@@ -63,6 +68,7 @@ def _attention(model: ModelConfig) -> dict[str, Any]:
             "num_query_groups": model.kv_heads,
             "kv_channels": model.attention_head_dim,
             "qk_layernorm": model.qk_norm != "none",
+            "add_qkv_bias": model.qkv_bias,
         }
     yarn = {
         "rotary_scaling_factor": model.yarn_factor,
@@ -104,7 +110,7 @@ def _yarn_of_gqa(model: ModelConfig) -> dict[str, Any]:
 
 def _experts(cfg: Config, layout: ParallelLayout, backend: str) -> dict[str, Any]:
     model, parallel = cfg.model, cfg.parallel
-    grouped = backend == "te" if cfg.backend.grouped_gemm is None else cfg.backend.grouped_gemm
+    grouped = True if cfg.backend.grouped_gemm is None else cfg.backend.grouped_gemm
     # Before 0.19 upstream counts these losses 1 / (tp x cp) too little when the loss is a sum over tokens: each rank
     # multiplies by its own tokens, not by those of its tensor- and context-parallel peers (transformer/moe/router.py).
     scale = layout.tp * layout.cp if Version(version("megatron-core")) < Version("0.19") else 1
@@ -113,7 +119,8 @@ def _experts(cfg: Config, layout: ParallelLayout, backend: str) -> dict[str, Any
         "num_moe_experts": model.num_experts,
         "moe_layer_freq": model.moe_layer_pattern,
         "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
-        "moe_shared_expert_intermediate_size": model.num_shared_experts * model.moe_ffn_hidden_size or None,
+        "moe_shared_expert_intermediate_size": model.shared_expert_width or None,
+        "moe_shared_expert_gate": model.shared_expert_gate,
         "moe_shared_expert_overlap": parallel.shared_expert_overlap,
         "moe_router_topk": model.topk,
         "moe_router_score_function": model.router_score,
@@ -191,7 +198,8 @@ def _fusions(cfg: Config, backend: str, runtime: str) -> dict[str, Any]:
         "apply_rope_fusion": te and cfg.model.attention == "gqa",  # for mla upstream calls it experimental
         "cross_entropy_loss_fusion": fused,  # upstream's own kernel ("native"), which its guide recommends
         "moe_permute_fusion": te and cfg.model.is_moe,
-        "moe_router_fusion": te and cfg.model.is_moe,
+        # The fused kernel adds up a group's best experts, whatever router_group_score says.
+        "moe_router_fusion": te and cfg.model.is_moe and not scores_groups_by_best(cfg.model),
         # The output head accumulates with apex's kernel, also beside Transformer Engine (tensor_parallel/layers.py).
         "gradient_accumulation_fusion": cfg.backend.apex,
     }
@@ -227,7 +235,10 @@ def build_chunk(
         post_process=post,
         share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type="yarn" if yarn_gqa else "rope",
+        rotary_percent=model.rotary_percent,
         rotary_base=model.rope_base,
+        rope_scaling=model.rope_type == "llama3",
+        rope_scaling_factor=model.llama3_factor,
         vp_stage=vp_stage,
     )
 
@@ -241,7 +252,39 @@ def build(cfg: Config, config: TransformerConfig, backend: str, vpp: int) -> lis
         post = ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
         chunks.append(build_chunk(cfg, config, backend, pre=pre, post=post, vp_stage=stage))
         _mark_expert_parameters(chunks[-1], config)
+        _set_latent_norm_epsilon(chunks[-1], cfg.model)
+        _place_shared_expert_gates(chunks[-1], config)
+        if post and backend == "local":
+            gemm.use_in(chunks[-1].output_layer)
+            loss.use_in(chunks[-1])
     return chunks
+
+
+def _set_latent_norm_epsilon(chunk: GPTModel, model: ModelConfig) -> None:
+    """Give mla's latent norms an epsilon of their own, which upstream has no option for.
+
+    They are modules (`local`) or fused into the projections that follow them (Transformer Engine).
+    """
+    if model.latent_norm_epsilon is None:
+        return
+    for module in chunk.modules():
+        if isinstance(module, MLASelfAttention):
+            names = ("q_layernorm", "linear_q_up_proj", "kv_layernorm", "linear_kv_up_proj")
+            candidates: list[Any] = [getattr(module, name, None) for name in names]
+            norms = [norm for norm in candidates if hasattr(norm, "eps")]
+            if len(norms) != (2 if model.q_lora_rank else 1):
+                raise RuntimeError(f"{type(module).__name__} has {len(norms)} latent norms that know their epsilon")
+            for norm in norms:
+                norm.eps = model.latent_norm_epsilon
+
+
+def _place_shared_expert_gates(chunk: GPTModel, config: TransformerConfig) -> None:
+    """Put the gates of shared experts on this rank's device; upstream makes them on the CPU (shared_experts.py)."""
+    for module in chunk.modules():
+        gate = getattr(module, "gate_weight", None) if isinstance(module, SharedExpertMLP) else None
+        if gate is not None:
+            module.gate_weight = nn.Parameter(torch.empty_like(gate, device=torch.cuda.current_device()).copy_(gate))
+            module.gate_weight.sequence_parallel = config.sequence_parallel
 
 
 def _mark_expert_parameters(chunk: GPTModel, config: TransformerConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -27,8 +28,11 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from moe_train.config.model import ModelConfig
-from moe_train.model.attention import CoreAttention, MultiLatentAttention
+from moe_train.model.attention import CoreAttention, MultiLatentAttention, SpecifiedLatentAttention
+from moe_train.model.experts import GroupedExperts
+from moe_train.model.gemm import ColumnParallelLinear, RowParallelLinear
 from moe_train.model.norm import ApexRMSNorm, KeyAllHeadsRMSNorm, QueryAllHeadsRMSNorm, RMSNorm
+from moe_train.model.router import BestExpertOfGroupRouter, scores_groups_by_best, set_router
 
 
 class LocalBackend(LocalSpecProvider):
@@ -45,14 +49,29 @@ class LocalBackend(LocalSpecProvider):
         """Torch's RMSNorm, or apex's fused one where the config asks for it. Every model here uses RMSNorm."""
         return ApexRMSNorm if self.apex else RMSNorm
 
+    def column_parallel_linear(self) -> type:
+        """Upstream's, with faster products on the CPU."""
+        return ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        """Upstream's, with faster products on the CPU."""
+        return RowParallelLinear
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, *legacy: bool) -> Any:
+        """All local experts in one grouped GEMM, or one by one. Before 0.19 upstream wants submodules too."""
+        if not moe_use_grouped_gemm:
+            return super().grouped_mlp_modules(moe_use_grouped_gemm, *legacy)
+        return (GroupedExperts, None) if legacy else GroupedExperts
+
 
 def _local_layer(backend: LocalBackend, model: ModelConfig, moe: bool, grouped_gemm: bool) -> ModuleSpec:
     """One transformer layer, as upstream's `get_gpt_layer_local_spec` lays it out, with the modules of `backend`."""
     linear, norm = backend.column_parallel_linear(), backend.layer_norm()
     common = {"core_attention": backend.core_attention(), "linear_proj": backend.row_parallel_linear()}
     if model.attention == "mla":
-        down_and_up = ("q_proj", "q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj")
-        linears = {f"linear_{name}": linear for name in down_and_up}
+        linears = {f"linear_{name}": linear for name in ("q_proj", "q_up_proj", "kv_up_proj")}
+        # Upstream takes only its own class here; `MultiLatentAttention` replaces these two layers.
+        linears |= dict.fromkeys(("linear_q_down_proj", "linear_kv_down_proj"), tensor_parallel.ColumnParallelLinear)
         q_norm = norm if model.q_lora_rank else IdentityOp  # an uncompressed query has none
         submodules = MLASelfAttentionSubmodules(**linears, **common, q_layernorm=q_norm, kv_layernorm=norm)
         attention = ModuleSpec(MultiLatentAttention, {"attn_mask_type": AttnMaskType.causal}, submodules)
@@ -65,6 +84,11 @@ def _local_layer(backend: LocalBackend, model: ModelConfig, moe: bool, grouped_g
         q_norm, k_norm = norms[model.qk_norm]
         qkv = SelfAttentionSubmodules(linear_qkv=linear, **common, q_layernorm=q_norm, k_layernorm=k_norm)
         attention = ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, qkv)
+    mlp = get_mlp_module_spec_for_backend(
+        backend, num_experts=model.num_experts if moe else None, moe_grouped_gemm=grouped_gemm and moe
+    )
+    if scores_groups_by_best(model):
+        set_router(mlp, BestExpertOfGroupRouter)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -72,12 +96,27 @@ def _local_layer(backend: LocalBackend, model: ModelConfig, moe: bool, grouped_g
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=get_mlp_module_spec_for_backend(
-                backend, num_experts=model.num_experts if moe else None, moe_grouped_gemm=grouped_gemm and moe
-            ),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=checkpoint_names(model, moe),
         ),
     )
+
+
+def checkpoint_names(model: ModelConfig, moe: bool) -> dict[str, str]:
+    """Local names of a layer's norms -> their names in checkpoints, which are those of Transformer Engine's modules.
+
+    Those fuse a norm into the linear layer behind it, where there is one alone (models/gpt/gpt_layer_specs.py,
+    `get_gpt_layer_with_transformer_engine_spec`): so one backend reads what the other wrote.
+    """
+    names = {} if moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    if model.attention == "gqa":
+        return {**names, "input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    return {
+        **names,
+        "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+        "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+    }
 
 
 def _layer_ids(config: TransformerConfig, vp_stage: int | None) -> list[int]:
@@ -106,12 +145,23 @@ def local_specs(
 def te_specs(config: TransformerConfig, model: ModelConfig, vp_stage: int | None) -> tuple[Any, Any]:
     """The same with Transformer Engine's modules, as upstream composes them."""
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-    if model.qk_norm == "full":
-        for layer in block.layer_specs:
-            layer.submodules.self_attention.submodules.q_layernorm = QueryAllHeadsRMSNorm
-            layer.submodules.self_attention.submodules.k_layernorm = KeyAllHeadsRMSNorm
+    for layer in block.layer_specs:
+        _as_the_model_asks(layer, model)
     mtp = None
     if model.mtp_num_layers:
         last = get_gpt_decoder_layer_specs(config, use_transformer_engine=True)[-1]
+        _as_the_model_asks(last, model)
         mtp = get_gpt_mtp_block_spec(config, last, use_transformer_engine=True, vp_stage=vp_stage)
     return block, mtp
+
+
+def _as_the_model_asks(layer: ModuleSpec, model: ModelConfig) -> None:
+    """Change what upstream has no option for in the spec of a layer with Transformer Engine's modules."""
+    attention = layer.submodules.self_attention
+    if model.attention == "mla":
+        attention.module = SpecifiedLatentAttention
+    elif model.qk_norm == "full":
+        attention.submodules.q_layernorm = QueryAllHeadsRMSNorm
+        attention.submodules.k_layernorm = KeyAllHeadsRMSNorm
+    if scores_groups_by_best(model):
+        set_router(layer.submodules.mlp, BestExpertOfGroupRouter)

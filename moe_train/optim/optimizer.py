@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from megatron.core import parallel_state as ps
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -21,7 +23,7 @@ def data_parallel(chunks: list[nn.Module], config: TransformerConfig, cfg: Confi
         grad_reduce_in_fp32=cfg.precision.grad_reduce_fp32,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=parallel.distributed_optimizer,
+        use_distributed_optimizer=_distributed(cfg),
     )
     wrapped = []
     for i, chunk in enumerate(chunks):
@@ -32,6 +34,13 @@ def data_parallel(chunks: list[nn.Module], config: TransformerConfig, cfg: Confi
         hooks = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
     return wrapped
+
+
+def _distributed(cfg: Config) -> bool:
+    """Whether to shard optimizer state. Over one rank there is nothing to shard, only copies of all weights and
+    gradients to save; checkpoints are the same."""
+    shards = max(ps.get_data_parallel_world_size(with_context_parallel=True), ps.get_expert_data_parallel_world_size())
+    return cfg.parallel.distributed_optimizer and (shards > 1 or cfg.parallel.overlap_param_gather)
 
 
 def build_optimizer(cfg: Config, config: TransformerConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -51,12 +60,22 @@ def build_optimizer(cfg: Config, config: TransformerConfig, chunks: list[Distrib
         "bf16": cfg.precision.dtype == "bf16",
         "fp16": cfg.precision.dtype == "fp16",
         "initial_loss_scale": cfg.precision.initial_loss_scale,
-        "use_distributed_optimizer": cfg.parallel.distributed_optimizer,
+        "use_distributed_optimizer": _distributed(cfg),
         "overlap_param_gather": cfg.parallel.overlap_param_gather,
     }
     built = get_megatron_optimizer(OptimizerConfig(**options), chunks, use_gloo_process_groups=False)
     config.grad_scale_func = built.scale_loss
+    _fuse(built)
     return built
+
+
+def _fuse(optimizer: MegatronOptimizer) -> None:
+    """One pass over memory for each parameter's update, where the optimizer is torch's own (neither Transformer Engine
+    nor apex is installed). Upstream takes no such option (optimizer/__init__.py); torch reads it at every step."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"], group["foreach"] = True, False
 
 
 def build_schedule(cfg: Config, optimizer: MegatronOptimizer, steps: int) -> OptimizerParamScheduler:

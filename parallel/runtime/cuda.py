@@ -1,4 +1,4 @@
-"""Megatron-Core on NVIDIA GPUs that talk through NCCL. Nothing is patched here."""
+"""Megatron-Core on NVIDIA GPUs that talk through NCCL. Nothing is patched to run on them."""
 
 from __future__ import annotations
 

@@ -200,11 +200,12 @@ def test_auto_does_not_start_afresh_over_damaged_checkpoints(copy: Path) -> None
     assert never == 0
 
 
-def test_a_state_of_a_later_format_is_refused(copy: Path) -> None:
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_state_of_another_format_is_refused(version: int, copy: Path) -> None:
     path = copy / "checkpoints" / "step_00000002" / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": version}))
     (result,) = resume(copy, {})
-    assert "has format 99" in result[1]
+    assert f"has format {version}, and" in result[1]
 
 
 class Trap:

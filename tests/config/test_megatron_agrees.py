@@ -16,7 +16,10 @@ from parallel.suggest import Impossible
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model.attention": ("mla", "gqa"),
-    "model.rope_type": ("rope", "yarn"),
+    "model.rope_type": ("rope", "yarn", "llama3"),
+    "model.rotary_percent": (1.0, 1.0, 0.5),
+    "model.qkv_bias": (True, False, False),
+    "model.latent_norm_epsilon": (None, None, 1e-5),
     "model.num_layers": (2, 4, 7),
     "model.num_attention_heads": (4, 6, 8),
     "model.num_query_groups": (0, 1, 2),
@@ -25,6 +28,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "model.topk": (1, 2, 4),
     "model.num_dense_layers": (0, 1),
     "model.num_shared_experts": (0, 1),
+    "model.shared_expert_ffn_hidden_size": (0, 0, 96),
+    "model.shared_expert_gate": (True, False, False),
+    "model.router_group_score": ("sum", "max"),
     "model.router_score": ("softmax", "sigmoid"),
     "model.router_bias": (True, False),
     "model.router_pre_softmax": (True, False),

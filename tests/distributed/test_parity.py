@@ -50,6 +50,7 @@ def test_layout_changes_nothing_without_multi_token_prediction(layout: str, smal
 GQA = ["model.attention=gqa", "model.num_query_groups=2", "model.mtp_num_layers=0"]
 NO_GROUPS = ["model.router_num_groups=0", "model.router_topk_groups=0"]
 SOFTMAX = [*NO_GROUPS, "model.router_score=softmax", "model.router_bias=false", "model.router_scaling_factor=1.0"]
+ONE_BY_ONE = "backend.grouped_gemm=false"
 FEATURES: dict[str, list[str]] = {
     "mla without query compression": ["model.q_lora_rank=0"],
     "mla with plain rotary": ["model.rope_type=rope"],
@@ -60,6 +61,15 @@ FEATURES: dict[str, list[str]] = {
     "gqa with yarn": [*GQA, "model.rope_type=yarn"],
     "dense": [*GQA, *SOFTMAX, "model.num_experts=0", "model.num_shared_experts=0", "model.num_dense_layers=0",
               "model.balance_losses=[]", "model.balance_loss_coeffs=[]"],
+    "gqa with bias on queries, keys and values": [*GQA, "model.qkv_bias=true"],
+    "gqa with rotary position in half of a head": [*GQA, "model.rope_type=rope", "model.rotary_percent=0.5"],
+    # Lengths from 2,048 tokens on are slowed down: with this base some of the eight frequencies are, and some are not.
+    "gqa with the rotary position of llama 3.1": [*GQA, "model.rope_type=llama3", "model.rope_base=1e6"],
+    "gated shared experts of their own width": ["model.num_shared_experts=2", "model.shared_expert_gate=true",
+                                                "model.shared_expert_ffn_hidden_size=48"],
+    "groups of experts by their best": [*SOFTMAX[2:], "model.router_pre_softmax=true", "model.router_group_score=max"],
+    "latent norms with an epsilon of their own": ["model.latent_norm_epsilon=0.1"],
+    "experts one by one": [ONE_BY_ONE],
     "tied embeddings": ["model.tie_embeddings=true", "model.mtp_num_layers=0"],
     "all balance losses": [*SOFTMAX, "model.balance_losses=[aux_loss,seq_aux_loss,global_aux_loss]",
                            "model.balance_loss_coeffs=[0.01,0.01,0.01]", "model.z_loss_coeff=0.001"],
@@ -74,6 +84,21 @@ def test_feature_is_the_same_with_tensor_pipeline_and_expert_parallelism(
     overrides = FEATURES[feature]
     layout = ["parallel.tp=2", "parallel.pp=2", *(["parallel.ep=2"] if feature != "dense" else [])]
     row = compare(reference(small_data, *overrides), measure([*SMALL, *small_data, *overrides, *layout]))
+    assert holds(row), row
+
+
+@pytest.mark.parametrize("layout", ["tp2 etp2", "tp2 ep2, allgather", "ep4"])
+def test_grouped_experts_train_as_experts_one_by_one(layout: str, small_data: tuple[str, ...]) -> None:
+    """Grouped experts in a layout against experts one by one on one rank."""
+    row = compare(reference(small_data, ONE_BY_ONE), measure([*SMALL, *small_data, *LAYOUTS[layout]]))
+    assert holds(row), row
+
+
+@pytest.mark.parametrize("padded", ["true", "false"])
+def test_grouped_experts_drop_tokens_as_experts_one_by_one(padded: str, small_data: tuple[str, ...]) -> None:
+    """Over-full experts drop tokens, with inputs padded to the capacity and without."""
+    overrides = [*SOFTMAX, "model.capacity_factor=0.5", f"model.pad_to_capacity={padded}"]
+    row = compare(reference(small_data, *overrides), measure([*SMALL, *small_data, *overrides, ONE_BY_ONE]))
     assert holds(row), row
 
 

@@ -35,6 +35,9 @@ TRANSFORMERS = {
     "mixtral_8x22b": 140_620_634_112,
     "qwen3_30b_a3b": 30_532_122_624,
     "qwen3_235b_a22b": 235_093_634_560,
+    "qwen2_moe_57b_a14b": 57_408_658_944,
+    "glm4_moe_355b": 352_797_814_784,
+    "glm4_5_air": 106_852_245_504,
     "olmoe_7b": 6_919_161_856,
     "llama3_8b": 8_030_261_248,
 }
@@ -48,12 +51,17 @@ PUBLISHED = {
     "mixtral_8x22b": ("141", "39"),  # mistral.ai/news/mixtral-8x22b
     "qwen3_30b_a3b": ("30.5", "3.3"),  # model card of Qwen/Qwen3-30B-A3B
     "qwen3_235b_a22b": ("235", "22"),  # model card of Qwen/Qwen3-235B-A22B
+    "qwen2_moe_57b_a14b": ("57.4", "14.2"),  # model card of Qwen/Qwen2-57B-A14B-Instruct
     "olmoe_7b": ("6.9", "1.3"),  # arXiv 2409.02060, section 2
     "llama3_8b": ("8.03", "8.03"),  # model card of meta-llama/Meta-Llama-3-8B
 }
 
 # Published (total, active) without embedding and output head, billions: arXiv 2502.16982, table of Moonlight's results.
-PUBLISHED_WITHOUT_EMBEDDING = {"moonlight_16b": ("15.29", "2.24"), "deepseek_v2_lite": ("15.29", "2.24")}
+PUBLISHED_WITHOUT_EMBEDDING = {
+    "moonlight_16b": ("15.29", "2.24"),
+    "deepseek_v2_lite": ("15.29", "2.24"),
+    "glm4_5_air": ("106", "12"),  # arXiv 2508.06471, table 1
+}
 
 
 def load(name: str, **changes: object) -> ModelConfig:
@@ -105,11 +113,18 @@ def test_published_total_and_active(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED_WITHOUT_EMBEDDING)
 def test_published_total_and_active_without_embedding(name: str) -> None:
-    """Moonshot's convention."""
+    """The convention of Moonshot and Zhipu."""
     count = count_parameters(load(name))
     total, active = PUBLISHED_WITHOUT_EMBEDDING[name]
     assert close_to(count.total - count.embedding - count.output_head, total)
     assert close_to(count.active - count.embedding - count.output_head, active)
+
+
+def test_glm_4_5_counts_multi_token_prediction() -> None:
+    """355B and 32B include it, but neither embedding nor head (arXiv 2508.06471, note of table 1)."""
+    count = count_parameters(load("glm4_moe_355b"))
+    assert close_to(count.total_with_mtp - count.embedding - count.output_head, "355")
+    assert close_to(count.active_with_mtp - count.embedding - count.output_head, "32")
 
 
 def test_kimi_k2_is_near_its_report() -> None:
@@ -196,6 +211,28 @@ def test_gqa_by_hand() -> None:
     assert flops_per_token(model, 128, True, False) == 6 * (2 * (attention + ffn) + 1024 * 64) + 3 * 2 * (
         2 * 8 * 16 * 128
     )
+
+
+def test_biases_gates_and_wide_shared_experts_by_hand() -> None:
+    """Options of Qwen2-MoE and GLM-4-MoE, against the same model without them."""
+    model = ModelConfig(
+        attention="gqa", num_layers=3, hidden_size=64, ffn_hidden_size=96, vocab_size=1024, num_attention_heads=8,
+        num_query_groups=2, head_dim=16, num_experts=4, num_shared_experts=2, moe_ffn_hidden_size=32,
+        num_dense_layers=1,
+    )  # fmt: skip
+    plain = count_parameters(model)
+    biased = dataclasses.replace(model, qkv_bias=True)
+    assert count_parameters(biased).attention - plain.attention == 3 * (8 + 2 + 2) * 16
+    assert flops_per_token(biased, 128) == flops_per_token(model, 128)
+    gated = dataclasses.replace(model, shared_expert_gate=True)
+    assert count_parameters(gated).active - plain.active == 2 * 64
+    assert flops_per_token(gated, 128) - flops_per_token(model, 128) == 6 * 2 * 64
+    wide = dataclasses.replace(model, shared_expert_ffn_hidden_size=80)
+    assert count_parameters(wide).shared_experts - plain.shared_experts == 2 * 3 * 64 * (80 - 2 * 32)
+    everything = dataclasses.replace(wide, shared_expert_gate=True, qkv_bias=True)
+    for one, by_two in ((biased, 3 * 12 * 16), (gated, 0), (everything, 3 * 12 * 16 + 2 * 3 * 64 * 16)):
+        held, before = (parameters_on_rank(m, single_stage(m), tp=2, ep=2).shared for m in (one, model))
+        assert held - before == by_two // 2 + (2 * 64 if one.shared_expert_gate else 0)
 
 
 @pytest.mark.parametrize(

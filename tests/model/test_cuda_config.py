@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -61,7 +62,9 @@ def test_every_model_passes_megatron_cores_own_checks() -> None:
         assert options["deallocate_pipeline_outputs"], name
         assert not options["gradient_accumulation_fusion"], f"{name}: needs apex, which is not asked for"
         moe = options["num_moe_experts"] is not None
-        assert (options["moe_grouped_gemm"], options["moe_permute_fusion"], options["moe_router_fusion"]) == (moe,) * 3
+        assert (options["moe_grouped_gemm"], options["moe_permute_fusion"]) == (moe, moe), name
+        # The fused router ranks groups of experts by another score.
+        assert options["moe_router_fusion"] == (moe and name != "deepseek_v2"), name
 
 
 def test_deepep_overlap_and_apex_reach_megatron_core() -> None:
@@ -82,8 +85,9 @@ def test_no_fusion_when_switched_off() -> None:
     assert not fused
 
 
-def te_layers(*overrides: str) -> tuple[int, int, str, bool]:
-    """Layers, how many kinds of layer, the module that norms queries, and whether a prediction block is specified."""
+def te_layers(*overrides: str) -> tuple[int, int, str, bool, str, str]:
+    """What is specified: layers, how many kinds of layer, the module that norms queries, whether there is a prediction
+    block, and of its layer (or else the last one) the modules of attention and of the router."""
     from megatron.core.models.gpt import gpt_layer_specs
 
     from moe_train.model.build import transformer_config
@@ -105,16 +109,28 @@ def te_layers(*overrides: str) -> tuple[int, int, str, bool]:
         block, mtp = te_specs(transformer_config(cfg, layout, "te", "cuda"), cfg.model, None)
     norm = block.layer_specs[-1].submodules.self_attention.submodules.q_layernorm
     kinds = len({id(layer) for layer in block.layer_specs})
-    return len(block.layer_specs), kinds, getattr(norm, "__name__", ""), mtp is not None
+    last = block.layer_specs[-1] if mtp is None else _predicting_layer(mtp)
+    mlp = last.submodules.mlp
+    moe = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+    names = (last.submodules.self_attention.module.__name__, moe.router.__name__)
+    return len(block.layer_specs), kinds, getattr(norm, "__name__", ""), mtp is not None, *names
+
+
+def _predicting_layer(mtp: Any) -> Any:
+    """The transformer layer of the first prediction depth; Megatron-Core 0.19 renamed the field."""
+    submodules = mtp.layer_specs[0].submodules
+    return getattr(submodules, "transformer_layer", None) or submodules.mtp_model_layer
 
 
 def test_transformer_engine_layers_are_composed_as_upstream_composes_them() -> None:
     """Through upstream's own spec functions, with stand-ins for Transformer Engine's classes."""
     (v3,) = run_distributed(te_layers, 1, "model=deepseek_v3")
     assert v3[:2] == (61, 2)
-    assert v3[3]
+    assert v3[3:] == (True, "SpecifiedLatentAttention", "TopKRouter")
     (olmoe,) = run_distributed(te_layers, 1, "model=olmoe_7b")
-    assert olmoe == (16, 1, "QueryAllHeadsRMSNorm", False)
+    assert olmoe == (16, 1, "QueryAllHeadsRMSNorm", False, "SelfAttention", "TopKRouter")
+    (v2,) = run_distributed(te_layers, 1, "model=deepseek_v2", "model.mtp_num_layers=1")
+    assert v2[3:] == (True, "SpecifiedLatentAttention", "BestExpertOfGroupRouter")
 
 
 @pytest.mark.parametrize(

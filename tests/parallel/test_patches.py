@@ -133,6 +133,17 @@ def _recompute(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
     assert torch.equal(x.grad, again.grad)
 
 
+def _tokens_in_order() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    tokens, probs = torch.ones(3, 2), torch.ones(3)
+    sort = token_dispatcher.sort_chunks_by_idxs
+    same, same_probs = sort(tokens, torch.tensor([1, 0, 2]), torch.arange(3), probs=probs, fused=False)
+    assert (same.data_ptr(), same_probs.data_ptr()) == (tokens.data_ptr(), probs.data_ptr())
+    other, _ = sort(torch.arange(3.0), torch.tensor([1, 2]), torch.tensor([1, 0]), fused=False)
+    assert other.tolist() == [1, 2, 0]
+
+
 SCENARIOS: dict[str, Callable[[], None]] = {
     "device_of_this_rank": _rotary_frequencies,
     "constructors_with_literal_cuda": _gradient_scaler,
@@ -146,6 +157,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "split_sizes_as_lists": _all_to_all_split_sizes,
     "recompute_without_transformer_engine": _recomputed_norm,
     "recomputed_outputs_without_a_compiler": _recomputed_without_compiling,
+    "chunks_in_order_stay": _tokens_in_order,
 }
 ONLY_OLD = {"attention_without_transformer_engine", "router_without_transformer_engine"}
 ONLY_NEW = {"recomputed_outputs_without_a_compiler"}

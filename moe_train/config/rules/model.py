@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_train.config.rules.facts import Facts, Rule
-from parallel.suggest import Impossible, divisors, fixes_of, multiples, nearest
+from parallel.suggest import Fix, Impossible, divisors, fixes_of, multiples, nearest
 
 
 def positive_numbers(facts: Facts) -> None:
@@ -13,6 +13,12 @@ def positive_numbers(facts: Facts) -> None:
     for name, usual in above_zero.items():
         if not getattr(model, name) > 0:
             raise Impossible(f"model.{name}={getattr(model, name)} is not above 0", [{f"model.{name}": usual}])
+    if model.latent_norm_epsilon is not None and not model.latent_norm_epsilon > 0:
+        raise Impossible(f"model.latent_norm_epsilon={model.latent_norm_epsilon} is not above 0",
+                         fixes_of("model.latent_norm_epsilon", (1e-6, None)))  # fmt: skip
+    if not model.llama3_factor >= 1:
+        raise Impossible(f"model.llama3_factor={model.llama3_factor} is below 1 and would shorten the context",
+                         fixes_of("model.llama3_factor", (1.0, 8.0)))  # fmt: skip
     if not model.yarn_factor >= 1:
         raise Impossible(f"model.yarn_factor={model.yarn_factor} is below 1 and would shorten the context",
                          fixes_of("model.yarn_factor", (1.0, 40.0)))  # fmt: skip
@@ -44,7 +50,13 @@ def attention_heads(facts: Facts) -> None:
                 f"model.qk_norm={model.qk_norm} is for model.attention=gqa; mla always norms its compressed latents",
                 [{"model.qk_norm": "none"}],
             )
+        _only_for_gqa(facts)
         return
+    if model.latent_norm_epsilon is not None:
+        raise Impossible(
+            f"model.latent_norm_epsilon={model.latent_norm_epsilon} is for model.attention=mla; gqa has no latents",
+            [{"model.latent_norm_epsilon": None}],
+        )
     if not model.head_dim and model.hidden_size % heads:
         raise Impossible(
             f"model.num_attention_heads={heads} does not divide model.hidden_size={model.hidden_size} "
@@ -66,6 +78,58 @@ def attention_heads(facts: Facts) -> None:
             f"model.head_dim={dim} is odd, but rotary dimensions come in pairs",
             fixes_of("model.head_dim", nearest((dim - 1, dim + 1), dim, minimum=2)),
         )
+    _rotary_part(facts)
+
+
+def _only_for_gqa(facts: Facts) -> None:
+    """Options of grouped-query attention that upstream's multi-latent attention does not have."""
+    model = facts.cfg.model
+    if model.qkv_bias:
+        raise Impossible("model.qkv_bias=true is for model.attention=gqa; mla has no such bias",
+                         [{"model.qkv_bias": False}])  # fmt: skip
+    if model.rotary_percent != 1:
+        raise Impossible(
+            f"model.rotary_percent={model.rotary_percent} is for model.attention=gqa; mla has "
+            f"model.qk_rope_head_dim={model.qk_rope_head_dim} rotary dimensions",
+            [{"model.rotary_percent": 1.0}],
+        )
+    if model.rope_type == "llama3":
+        raise Impossible("model.rope_type=llama3 is for model.attention=gqa",
+                         fixes_of("model.rope_type", ("rope", "yarn")))  # fmt: skip
+
+
+def _rotary_part(facts: Facts) -> None:
+    """The rotary part of a head is some of it, in pairs."""
+    model = facts.cfg.model
+    share, dim = model.rotary_percent, model.attention_head_dim
+    if not 0 < share <= 1:
+        raise Impossible(f"model.rotary_percent={share} is not in (0, 1]",
+                         fixes_of("model.rotary_percent", (1.0, 0.5)))  # fmt: skip
+    if model.rotary_dim % 2 or not model.rotary_dim:
+        shares = (n / dim for n in range(2, dim + 1, 2) if int(dim * (n / dim)) == n)
+        raise Impossible(
+            f"model.rotary_percent={share} of a head of {dim} is {model.rotary_dim} dimensions, but rotary dimensions "
+            "come in pairs",
+            fixes_of("model.rotary_percent", sorted(shares, key=lambda x: abs(x - share))),
+        )
+
+
+def shared_experts(facts: Facts) -> None:
+    """What describes shared experts needs some."""
+    model = facts.cfg.model
+    if model.num_shared_experts and model.is_moe:
+        return
+    what = "model.num_shared_experts=0" if model.is_moe else "model.num_experts=0"
+    more: Fix = {"model.num_shared_experts": 1} if model.is_moe else {"model.num_experts": 8}
+    if model.shared_expert_ffn_hidden_size:
+        raise Impossible(
+            f"model.shared_expert_ffn_hidden_size={model.shared_expert_ffn_hidden_size} needs shared experts, "
+            f"but {what}",
+            [{"model.shared_expert_ffn_hidden_size": 0}, more],
+        )
+    if model.shared_expert_gate:
+        raise Impossible(f"model.shared_expert_gate=true needs shared experts, but {what}",
+                         [{"model.shared_expert_gate": False}, more])  # fmt: skip
 
 
 def experts_of_a_token(facts: Facts) -> None:
@@ -122,6 +186,18 @@ def expert_groups(facts: Facts) -> None:
             f"model.router_topk_groups={chosen} exceeds model.router_num_groups={groups}",
             [*fixes_of("model.router_topk_groups", range(groups, 0, -1)), off],
         )
+    if model.router_group_score == "max":
+        reachable = chosen * (model.num_experts // groups)
+        if model.topk > reachable:
+            raise Impossible(
+                f"model.topk={model.topk} exceeds the {chosen} x {model.num_experts // groups} = {reachable} experts "
+                f"of model.router_topk_groups={chosen} groups",
+                [
+                    *fixes_of("model.topk", range(reachable, 0, -1)),
+                    *fixes_of("model.router_topk_groups", range(chosen + 1, groups + 1)),
+                ],
+            )
+        return
     if model.topk % chosen:
         raise Impossible(
             f"model.topk={model.topk} is not a multiple of model.router_topk_groups={chosen}: groups are ranked by "
@@ -186,4 +262,6 @@ def balance(facts: Facts) -> None:
         )
 
 
-RULES: tuple[Rule, ...] = (positive_numbers, attention_heads, experts_of_a_token, expert_groups, capacity, balance)
+RULES: tuple[Rule, ...] = (
+    positive_numbers, attention_heads, experts_of_a_token, shared_experts, expert_groups, capacity, balance,
+)  # fmt: skip

@@ -37,11 +37,12 @@ def tensor_parallel_widths(facts: Facts) -> None:
         _divides(facts, "tp", "model.ffn_hidden_size", model.ffn_hidden_size)
     if model.is_moe:
         _divides(facts, "etp", "model.moe_ffn_hidden_size", model.moe_ffn_hidden_size)
-        shared = model.num_shared_experts * model.moe_ffn_hidden_size
         meaning = (
             f"model.num_shared_experts x moe_ffn_hidden_size = {model.num_shared_experts} x {model.moe_ffn_hidden_size}"
         )
-        _divides(facts, "tp", "model.moe_ffn_hidden_size", shared, meaning, fixed=True)
+        own = model.shared_expert_ffn_hidden_size
+        field = "shared_expert_ffn_hidden_size" if own else "moe_ffn_hidden_size"
+        _divides(facts, "tp", f"model.{field}", model.shared_expert_width, "" if own else meaning, fixed=not own)
     meaning = f"model.vocab_size={model.vocab_size} padded to {model.padded_vocab_size} rows"
     _divides(facts, "tp", "model.vocab_size", model.padded_vocab_size, meaning, fixed=True)
 

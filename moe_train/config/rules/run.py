@@ -155,7 +155,14 @@ def where_to_start(facts: Facts) -> None:
                          [{"init_from": None}, {"resume": "auto"}])  # fmt: skip
 
 
+def export(facts: Facts) -> None:
+    """The export reads the last checkpoint."""
+    if facts.cfg.export_hf and not facts.cfg.checkpoint.save_at_end:
+        raise Impossible("export_hf=true reads the checkpoint of the last step, but checkpoint.save_at_end=false",
+                         [{"checkpoint.save_at_end": True}, {"export_hf": False}])  # fmt: skip
+
+
 RULES: tuple[Rule, ...] = (
-    run_length, optimizer_numbers, data_source, data_split, data_blend, document_masks, backend, one_rank_of_many,
-    where_to_start,
+    export, run_length, optimizer_numbers, data_source, data_split, data_blend, document_masks, backend,
+    one_rank_of_many, where_to_start,
 )  # fmt: skip

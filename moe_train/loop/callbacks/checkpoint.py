@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 
-from moe_train.checkpoint import checkpoint
+from moe_train.checkpoint import checkpoint, exchange
 from moe_train.loop.run import Callback, Metrics, Run
 
 
 class CheckpointCallback(Callback):
     """Saves every `checkpoint.interval_steps` steps and, with `checkpoint.save_at_end`, after the last one; each once.
+    With `export_hf` the last one is also written in Hugging Face format.
 
     Saving raises CheckpointError where the disk is full or not writable.
     """
@@ -26,3 +27,7 @@ class CheckpointCallback(Callback):
         if run.is_main:
             seconds, megabytes = time.perf_counter() - start, checkpoint.size_bytes(path) / 1e6
             print(f"checkpoint of step {step} in {path} ({megabytes:,.0f} MB, {seconds:.1f} s)", flush=True)
+        if run.cfg.export_hf and step >= run.total_steps:
+            exported = exchange.export(run, path)
+            if run.is_main:
+                print(f"Hugging Face weights in {exported}", flush=True)

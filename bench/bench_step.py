@@ -1,0 +1,163 @@
+"""Our training step beside that of Hugging Face transformers, on this machine's CPU, in fp32 and in bf16.
+
+Both train the same DeepSeek-V3-shaped model (`model=tiny` without what transformers does not train with), from the same
+weights, on the same tokens, with the same AdamW and clipping. transformers runs with both of its implementations of
+experts. In bf16 it keeps weights and moments in bf16, its fastest way; ours keep fp32 master weights. Each side has its
+own process; they take turns, a few steps each. Losses must agree, or the comparison fails.
+
+`make bench-step` prints one table and where the time of our step goes, and writes bench/results/step.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import step_transformers
+from bench.results import write
+from bench.step_data import Task
+from bench.step_workers import OURS, Worker
+from moe_train.model.arithmetic import flops_per_token
+from parallel.errors import MoeTrainError
+
+THEIRS = ("eager", "grouped_mm")
+WARM_UP_STEPS, TURN_STEPS = 3, 2
+# Over all steps, relative. In bf16 the two round at other places.
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
+
+
+def measure(task: Task, rounds: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """One row for each side, and the profile of ours."""
+    with tempfile.TemporaryDirectory(prefix="bench-step-") as directory:
+        weights = Path(directory, "weights.pt")
+        workers: dict[str, Worker] = {}
+        try:
+            for side in (OURS, *THEIRS):  # ours writes the weights that the others read
+                workers[side] = Worker(side, task, weights)
+                workers[side].ask("steps", 0)
+            steps = {side: worker.ask("steps", WARM_UP_STEPS) for side, worker in workers.items()}
+            peaks = []
+            for _ in range(rounds):
+                peaks.append(workers[OURS].ask("gemm"))
+                for side, worker in workers.items():
+                    steps[side] += worker.ask("steps", TURN_STEPS)
+            profile = workers[OURS].ask("profile", TURN_STEPS)
+        finally:
+            for worker in workers.values():
+                worker.stop()
+    reference = [loss for loss, _ in steps[OURS]]
+    return [row(side, task, taken, reference, statistics.median(peaks)) for side, taken in steps.items()], profile
+
+
+def row(
+    side: str, task: Task, steps: Sequence[tuple[float, float]], reference: Sequence[float], peak_tflops: float
+) -> dict[str, Any]:
+    """Speed of one side from (loss, seconds) of its steps, and how far its losses are from `reference`."""
+    seconds = sorted(time for _, time in steps[WARM_UP_STEPS:])
+    median = statistics.median(seconds)
+    quarter = len(seconds) // 4
+    model = task.config().model
+    tflops = task.tokens * flops_per_token(model, task.seq_length) / median / 1e12
+    return {
+        "side": side,
+        "precision": task.dtype,
+        "tokens_per_s": task.tokens / median,
+        "step_ms": median * 1e3,
+        "fastest_step_ms": seconds[0] * 1e3,
+        "spread": (seconds[-1 - quarter] - seconds[quarter]) / median,
+        "tflops": tflops,
+        "gemm_peak_tflops": peak_tflops,
+        "fraction_of_gemm_peak": tflops / peak_tflops,
+        "last_loss": steps[-1][0],
+        "max_relative_loss_difference": max(
+            abs(loss - ours) / ours for (loss, _), ours in zip(steps, reference, strict=True)
+        ),
+    }
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Ours over the faster variant of transformers, by precision, and the lower of our fractions of the peak."""
+    summary: dict[str, Any] = {}
+    for dtype in ("bf16", "fp32"):
+        speeds = {r["side"]: r["tokens_per_s"] for r in rows if r["precision"] == dtype}
+        if speeds:
+            ours = speeds.pop(OURS)
+            summary[f"ratio_{dtype}"] = ours / max(speeds.values())
+    summary["fraction_of_gemm_peak"] = min(r["fraction_of_gemm_peak"] for r in rows if r["side"] == OURS)
+    summary["losses_agree"] = all(r["max_relative_loss_difference"] <= LOSS_TOLERANCE[r["precision"]] for r in rows)
+    return summary
+
+
+def table(rows: Sequence[dict[str, Any]], task: Task) -> Table:
+    """The rows for a person."""
+    shown = Table(title=f"{task.sequences} x {task.seq_length} tokens a step, {task.threads} threads")
+    for column in ("", "precision", "tokens/s", "step, ms", "fastest", "spread", "of GEMM peak", "loss difference"):
+        shown.add_column(column, justify="left" if column in ("", "precision") else "right")
+    for r in rows:
+        shown.add_row(
+            r["side"] if r["side"] == OURS else f"transformers, {r['side']}",
+            r["precision"],
+            f"{r['tokens_per_s']:,.0f}",
+            f"{r['step_ms']:.0f}",
+            f"{r['fastest_step_ms']:.0f}",
+            f"{r['spread']:.0%}",
+            f"{r['fraction_of_gemm_peak']:.0%}",
+            f"{r['max_relative_loss_difference']:.1e}",
+        )
+    return shown
+
+
+def profile_table(profiles: dict[str, list[dict[str, Any]]], count: int = 15) -> Table:
+    """The operations of our step that take most time in themselves."""
+    shown = Table(title="Where the time of our step goes (the profiler slows it down)")
+    for column in ("precision", "operation", "calls", "ms", "share"):
+        shown.add_column(column, justify="left" if column in ("precision", "operation") else "right")
+    for dtype, events in profiles.items():
+        total = sum(e["ms"] for e in events)
+        for e in events[:count]:
+            shown.add_row(dtype, e["operation"], f"{e['calls']:.0f}", f"{e['ms']:.1f}", f"{e['ms'] / total:.0%}")
+        shown.add_section()
+    return shown
+
+
+def main() -> None:
+    """Command line of `make bench-step`. Exits with 1 if the losses disagree, or transformers is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10, help=f"turns of {TURN_STEPS} steps for each side")
+    parser.add_argument("--precision", action="append", choices=LOSS_TOLERANCE, help="only this one")
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("overrides", nargs="*", help="of our config, such as backend.grouped_gemm=false")
+    options = parser.parse_args()
+    try:
+        version = step_transformers.require()
+    except MoeTrainError as error:
+        sys.exit(f"error: {error}")
+    rows: list[dict[str, Any]] = []
+    profiles: dict[str, list[dict[str, Any]]] = {}
+    for dtype in options.precision or ["fp32", "bf16"]:
+        task = Task(dtype, options.sequences, options.seq_length, options.threads, tuple(options.overrides))
+        found, profiles[dtype] = measure(task, options.rounds)
+        rows += found
+    summary = summarise(rows)
+    console = Console()
+    console.print(table(rows, task))
+    console.print(profile_table(profiles))
+    for name, value in summary.items():
+        print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
+    if sys.argv[1:] == []:
+        print(f"wrote {write('step', {**summary, 'loss_tolerance': LOSS_TOLERANCE, 'transformers': version}, rows)}")
+    sys.exit(0 if summary["losses_agree"] else 1)
+
+
+if __name__ == "__main__":
+    main()

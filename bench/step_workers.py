@@ -1,0 +1,121 @@
+"""Processes of `make bench-step`, each with one model: they take turns on the cores and never share a torch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.step_data import Task
+
+Step = Callable[[], float]
+OURS = "moe-train"
+
+
+class Worker:
+    """A process that trains `side` (moe-train, or an experts implementation of transformers) when told to."""
+
+    def __init__(self, side: str, task: Task, weights: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, side, task, weights), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, what: str, *args: Any) -> Any:
+        """Result of one of the requests in `_serve`.
+
+        Raises:
+            RuntimeError: the process failed; its own output says why.
+        """
+        self._pipe.send((what, args))
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise RuntimeError("a process of the benchmark ended early; its error stands above") from None
+
+    def stop(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join(timeout=10)
+        self._process.kill()
+
+
+def _serve(pipe: Any, side: str, task: Task, weights: Path) -> None:
+    import torch
+
+    torch.set_num_threads(task.threads)
+    step = _ours(task, weights) if side == OURS else _transformers(side, task, weights)
+    requests: dict[str, Callable[..., Any]] = {
+        "steps": lambda count: [_timed(step) for _ in range(count)],
+        "profile": lambda count: _profile(step, count),
+        "gemm": lambda: _gemm_tflops(task.dtype),
+    }
+    while True:
+        try:
+            what, args = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(requests[what](*args))
+
+
+def _timed(step: Step) -> tuple[float, float]:
+    began = time.perf_counter()
+    loss = step()
+    return loss, time.perf_counter() - began
+
+
+def _ours(task: Task, weights: Path) -> Step:
+    """The training step of this project, after its initial weights were written to `weights`."""
+    import torch
+
+    from bench import step_data
+    from bench.step_transformers import from_megatron
+    from moe_train.checkpoint.state import models
+    from moe_train.loop import step
+    from moe_train.train import prepare
+    from parallel.rank_info import RankInfo
+
+    cfg = task.config()
+    run = prepare(cfg, RankInfo(0, 1, 0, 1, "127.0.0.1", step_data.free_port(), "local"))
+    (model,) = models(run)
+    state = {name: value.detach().clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    torch.save(from_megatron(state, cfg.model), weights)
+    data = [step_data.batches(task, cfg.model.vocab_size)]
+    return lambda: float(step.train_step(run, data)["lm_loss"])
+
+
+def _transformers(experts: str, task: Task, weights: Path) -> Step:
+    import torch
+
+    from bench import step_data, step_transformers
+
+    cfg = task.config()
+    model = step_transformers.build(cfg, torch.load(weights), experts)
+    data, step = step_data.batches(task, cfg.model.vocab_size), step_transformers.train_step(cfg, model)
+    return lambda: step(next(data))
+
+
+def _gemm_tflops(dtype: str) -> float:
+    """Best of some short runs of the square product that also stands for the peak in MFU."""
+    from moe_train.model.build import DTYPES
+    from moe_train.telemetry import peak
+
+    return peak.measure_cpu(DTYPES[dtype])
+
+
+def _profile(step: Step, count: int) -> list[dict[str, Any]]:
+    """Operations by the time spent in themselves, most first: name, calls and milliseconds of one step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+        for _ in range(count):
+            step()
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    return [
+        {"operation": e.key, "calls": e.count / count, "ms": e.self_cpu_time_total / count / 1e3}
+        for e in events
+        if e.self_cpu_time_total
+    ]

@@ -1,0 +1,83 @@
+"""Hugging Face weights into a run, and a run's checkpoint into Hugging Face format, in any layout of ranks."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+
+from moe_train.checkpoint import state, storage
+from moe_train.checkpoint.hf import config, convert, distcp
+from moe_train.checkpoint.hf.mapping import Piece, pieces
+from moe_train.checkpoint.hf.source import HuggingFace, MappedSource
+from moe_train.checkpoint.hf.workers import TorchTeam
+from moe_train.checkpoint.hf.writer import run as write
+from moe_train.loop.run import Run
+from parallel.errors import CheckpointError
+from parallel.suggest import override_value
+
+
+def read_weights(run: Run, path: Path) -> storage.StateDict:
+    """This rank's shards of the weights in the Hugging Face directory `path`, for `state.load_model`.
+
+    Raises:
+        CheckpointError: it holds another model, or a tensor is missing, misshaped or in a damaged file.
+    """
+    source = HuggingFace(path)
+    theirs = config.to_model(source.config, path / config.FILE)
+    if wrong := config.differences(run.cfg.model, theirs):
+        shown = " ".join(f"model.{field}={override_value(value)}" for field, (_, value) in wrong.items())
+        ours = " ".join(f"model.{field}={override_value(value)}" for field, (value, _) in wrong.items())
+        raise CheckpointError(f"init_from={path} is of another model: {shown} there, {ours} in the run", f"set {shown}")
+    mapped = MappedSource(source, run.cfg.model)
+    by_place = {(piece.key, piece.index): piece for piece in mapped.pieces}
+    stacked = {piece.key for piece in mapped.pieces if piece.index is not None}
+    request = storage.Request(state.model_state(run))
+    return request.fill(lambda shard: _shard(shard, mapped, by_place, shard.key in stacked))
+
+
+def _shard(
+    shard: ShardedTensor, source: MappedSource, by_place: dict[tuple[str, int | None], Piece], stacked: bool
+) -> Tensor:
+    """The rank's part of one tensor, read piece by piece into its own memory."""
+    data: Tensor = shard.data
+    lead = shard.prepend_axis_num  # axes of the global tensor that the local one does not have
+    sizes = (1,) * lead + tuple(data.shape)
+    box = list(zip(shard.global_offset, sizes, strict=True))
+    view = data.detach().view(sizes)
+    for number in range(box[0][1] if stacked else 1):
+        piece = by_place[shard.key, box[0][0] + number if stacked else None]
+        (start, rows), *others = box[1:] if stacked else box
+        whole = source.read(piece, start, start + rows, data.dtype)
+        for axis, (offset, size) in enumerate(others, 1):
+            whole = whole.narrow(axis, offset, size)
+        (view[number] if stacked else view).copy_(whole)
+    return data
+
+
+def export(run: Run, checkpoint: Path) -> Path:
+    """Write the weights of the run's `checkpoint` to run_dir/hf/step_N, all ranks together. Returns the directory.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    target = run.run_dir / "hf" / checkpoint.name
+    if run.is_main and target.exists():  # of an earlier run with this run_dir
+        shutil.rmtree(target)
+    team = TorchTeam()
+    team.gather(None)
+    stored = distcp.Checkpoint(checkpoint)
+    all_pieces = pieces(run.cfg.model)
+    reader = convert.MegatronReader(stored, all_pieces)
+    origin = Path(run.cfg.init_from) if run.cfg.init_from else None
+    original = config.read(origin) if origin and (origin / config.FILE).is_file() else None
+    tokenizer = Path(run.cfg.data.dir) / "tokenizer.json"
+    plan = convert.to_hf(
+        reader, all_pieces, run.cfg.model, target, convert.Options(), checkpoint, [], original,
+        [tokenizer] if tokenizer.is_file() else [],
+    )  # fmt: skip
+    write(plan, team, threads=max(1, torch.get_num_threads()))
+    return target

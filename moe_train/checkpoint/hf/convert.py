@@ -1,0 +1,454 @@
+"""Plans of conversions: which files a checkpoint in another format has, and how each of them is written.
+
+A file is a list of tensors that are read, converted and written one after the other, a few million numbers at a time:
+memory is bounded by the number of files that are written at once.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import IO, Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from moe_train.checkpoint import compat
+from moe_train.checkpoint.directory import CONFIG, FORMAT, METADATA, STATE
+from moe_train.checkpoint.hf import block_fp8, config, distcp, safetensors
+from moe_train.checkpoint.hf.mapping import Part, Piece
+from moe_train.checkpoint.hf.source import HuggingFace, MappedSource
+from moe_train.checkpoint.hf.writer import MANIFEST, FileJob, HashingFile, Plan
+from moe_train.config.model import ModelConfig
+from moe_train.config.schema import Config
+from parallel.errors import CheckpointError, ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
+KEPT = "hf"
+"""Folder of a Megatron checkpoint with the small files of the Hugging Face one that it came from."""
+
+_BLOCK_BYTES = 4 << 20  # read, converted and written at once: small enough to stay in a cache
+_CHUNK_BYTES = 128 << 20  # largest item of a .distcp file, which torch.save needs whole
+_LARGEST_FILE_BYTES, _SMALLEST_FILE_BYTES, _FILES = 4 << 30, 16 << 20, 32
+_LARGEST_KEPT_BYTES = 64 << 20
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+class Reader(Protocol):
+    """Where the numbers of Hugging Face tensors come from."""
+
+    def dtype(self, piece: Piece) -> torch.dtype:
+        """Of the piece as it is stored."""
+
+    def part_rows(self, piece: Piece, part: Part, start: int, stop: int) -> Tensor:
+        """Rows of the Hugging Face tensor `part`."""
+
+    def has(self, name: str) -> bool:
+        """Whether the copy `name` is wanted."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user can choose."""
+
+    dtype: str | None = None
+    """fp32, bf16, fp16, fp8 (Hugging Face only); None keeps that of each tensor."""
+    file_bytes: int | None = None
+    """About the size of a file; None makes some thirty files, of at most 4 GiB."""
+    optimizer: bool = True
+    """Whether a Megatron copy of a Megatron checkpoint keeps the optimizer."""
+    power_of_two_scales: bool = True
+
+
+class MegatronReader:
+    """A Megatron checkpoint read as Hugging Face tensors.
+
+    Args:
+        fp32: read the fp32 weights of the optimizer where the checkpoint has them.
+
+    Raises:
+        CheckpointError: a tensor of the model is missing, has another shape, or belongs to no part of the model.
+    """
+
+    def __init__(self, checkpoint: distcp.Checkpoint, all_pieces: Sequence[Piece], fp32: bool = False) -> None:
+        self.checkpoint = checkpoint
+        self._masters = fp32
+        check_megatron(checkpoint, all_pieces)
+
+    def dtype(self, piece: Piece) -> torch.dtype:
+        dtype: torch.dtype = self.checkpoint.tensors[self._key(piece)].properties.dtype
+        return dtype
+
+    def _key(self, piece: Piece) -> str:
+        master = f"optimizer.state.fp32_param.{piece.key}"
+        return master if self._masters and master in self.checkpoint.tensors else piece.key
+
+    def has(self, name: str) -> bool:
+        return name != "lm_head.weight"  # a tied head: transformers leaves it out
+
+    def part_rows(self, piece: Piece, part: Part, start: int, stop: int) -> Tensor:
+        rows, row = [], 0
+        for first, last in part.blocks:
+            begin, end = max(row, start), min(row + last - first, stop)
+            if begin < end:
+                rows.append(self.checkpoint.read(self._key(piece), piece.index, first + begin - row, first + end - row))
+            row += last - first
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def check_megatron(checkpoint: distcp.Checkpoint, all_pieces: Sequence[Piece]) -> None:
+    """Raise CheckpointError where the checkpoint and the model differ in a name or a shape."""
+    remedy = "name the model it was trained with: model=NAME, or restore its config.yaml"
+    expected = {piece.key: piece.global_shape for piece in all_pieces}
+    for key, shape in expected.items():
+        entry = checkpoint.tensors.get(key)
+        if entry is None:
+            raise CheckpointError(f"checkpoint {checkpoint.directory} has no tensor {key}", remedy)
+        if tuple(entry.size) != shape:
+            found = list(entry.size)
+            raise CheckpointError(
+                f"{key} has shape {found} in checkpoint {checkpoint.directory} and {list(shape)} in the model", remedy
+            )
+    for key in checkpoint.tensors:
+        if is_model_tensor(key) and key not in expected:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.directory} has a tensor {key}, which the model does not have", remedy
+            )
+
+
+def is_model_tensor(key: str) -> bool:
+    """Whether a tensor of a Megatron checkpoint is a weight or buffer of the model."""
+    return not key.startswith(("optimizer.", "rng."))
+
+
+class HuggingFaceReader:
+    """A Hugging Face checkpoint read as Hugging Face tensors."""
+
+    def __init__(self, source: MappedSource) -> None:
+        self._source = source
+
+    def dtype(self, piece: Piece) -> torch.dtype:
+        return self._source.dtype(piece)
+
+    def has(self, name: str) -> bool:
+        return name in self._source.source.extents
+
+    def part_rows(self, piece: Piece, part: Part, start: int, stop: int) -> Tensor:
+        return self._source.part_rows(piece, part, start, stop)
+
+
+def to_megatron(source: MappedSource, target: Path, cfg: Config, options: Options) -> Plan:
+    """Hugging Face -> Megatron: weights for `init_from`, which any layout of ranks reads.
+
+    Args:
+        cfg: of the run whose config the checkpoint carries; its model is replaced by that of `source`.
+
+    Raises:
+        ConfigError: the format cannot hold what is asked for.
+    """
+    if options.dtype == "fp8":
+        raise ConfigError("convert.dtype=fp8 is a Hugging Face format", "use convert.dtype=bf16 or convert.to=hf")
+    chunks = [
+        chunk for piece in source.pieces for chunk in _chunks(piece, _wanted(options, piece, source.dtype(piece)))
+    ]
+    files = _pack(chunks, lambda chunk: chunk.bytes, options.file_bytes)
+    jobs = [
+        FileJob(f"__{i}_0.distcp", sum(c.bytes for c in file), partial(_write_chunks, source, file))
+        for i, file in enumerate(files)
+    ]
+    run_config = replace(cfg, model=source.model)
+
+    def finish(facts: dict[str, Any]) -> dict[str, bytes]:
+        state = {
+            "format": FORMAT,
+            "weights_only": True,
+            "progress": {"step": 0, "consumed_samples": 0, "consumed_tokens": 0},
+        }
+        return {
+            METADATA: distcp.table(_items(facts)),
+            CONFIG: compat.dump(run_config).encode(),
+            STATE: json.dumps(state, indent=1).encode(),
+            **upstream_files(),
+        }
+
+    directory = source.source.directory
+    kept = {f"{KEPT}/{path.name}": path for path in small_files(directory)}
+    identity = {"format": "megatron", **_identity(directory, source.source.extents.values(), options, source.model)}
+    return Plan(target, identity, jobs, finish, kept)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows of a piece that become one item."""
+
+    piece: Piece
+    start: int
+    stop: int
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return (self.stop - self.start) * prod(self.piece.shape[1:]) * self.dtype.itemsize
+
+
+def _chunks(piece: Piece, dtype: torch.dtype) -> Iterator[_Chunk]:
+    step = max(1, _CHUNK_BYTES // (prod(piece.shape[1:]) * dtype.itemsize))
+    for start in range(0, piece.rows, step):
+        yield _Chunk(piece, start, min(start + step, piece.rows), dtype)
+
+
+def _write_chunks(source: MappedSource, chunks: list[_Chunk], out: HashingFile) -> list[list[Any]]:
+    """Writes one item for each chunk; returns what `_items` needs."""
+    facts: list[list[Any]] = []
+    for chunk in chunks:
+        piece = chunk.piece
+        tensor = source.read(piece, chunk.start, chunk.stop, chunk.dtype)
+        lead = () if piece.index is None else (piece.index,)
+        offsets = (*lead, chunk.start, *[0] * (len(piece.shape) - 1))
+        box = tensor if piece.index is None else tensor.unsqueeze(0)
+        facts.append(_save(out, box, piece.key, piece.global_shape, offsets))
+    return facts
+
+
+def _save(out: HashingFile, tensor: Tensor, key: str, global_shape: Sequence[int], offsets: Sequence[int]) -> list[Any]:
+    start = out.position
+    torch.save(tensor, cast(IO[bytes], out))
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return [key, list(global_shape), dtype, list(offsets), list(tensor.shape), start, out.position - start]
+
+
+def _items(facts: dict[str, Any]) -> Iterator[distcp.Item]:
+    for file, items in facts.items():
+        for key, global_shape, dtype, offsets, sizes, start, length in items:
+            yield distcp.Item(
+                key, tuple(global_shape), getattr(torch, dtype), tuple(offsets), tuple(sizes), file, start, length
+            )
+
+
+def upstream_files() -> dict[str, bytes]:
+    """What Megatron-Core's own loader wants beside the tensors (dist_checkpointing/core.py, strategies/common.py)."""
+    kinds = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    return {"metadata.json": json.dumps(kinds).encode(), "common.pt": empty.getvalue()}
+
+
+def copy_megatron(checkpoint: distcp.Checkpoint, target: Path, options: Options) -> Plan:
+    """Megatron -> Megatron: the same state in another precision of the weights, in files of another size, or without
+    the optimizer. Nothing is done for another layout: a checkpoint has none.
+
+    Raises:
+        ConfigError: the format cannot hold what is asked for.
+    """
+    if options.dtype == "fp8":
+        raise ConfigError("convert.dtype=fp8 is a Hugging Face format", "use convert.dtype=bf16 or convert.to=hf")
+    keys = [key for key in checkpoint.tensors if options.optimizer or is_model_tensor(key)]
+    boxes = [box for key in keys for chunk in checkpoint.chunks(key) for box in _boxes(key, chunk)]
+    files = _pack(boxes, lambda box: box.bytes, options.file_bytes)
+
+    def write(file: list[_Box], out: HashingFile) -> list[list[Any]]:
+        facts = []
+        for box in file:
+            tensor = box.chunk.extent.row_range(box.start, box.stop).read()
+            if options.dtype and is_model_tensor(box.key) and not box.key.endswith("expert_bias"):
+                tensor = tensor.to(DTYPES[options.dtype])
+            offsets = [box.chunk.offsets[0] + box.start, *box.chunk.offsets[1:]]
+            facts.append(_save(out, tensor, box.key, checkpoint.tensors[box.key].size, offsets))
+        return facts
+
+    jobs = [
+        FileJob(f"__{i}_0.distcp", sum(b.bytes for b in file), partial(write, file)) for i, file in enumerate(files)
+    ]
+    directory = checkpoint.directory
+    state = json.loads((directory / STATE).read_text()) | ({} if options.optimizer else {"weights_only": True})
+
+    def finish(facts: dict[str, Any]) -> dict[str, bytes]:
+        small = {METADATA: distcp.table(_items(facts)), STATE: json.dumps(state, indent=1).encode(), **upstream_files()}
+        return small | {CONFIG: (directory / CONFIG).read_bytes()}
+
+    kept = {f"{KEPT}/{path.name}": path for path in small_files(directory / KEPT)}
+    used = [chunk.extent for key in keys for chunk in checkpoint.chunks(key)]
+    return Plan(target, {"format": "megatron", **_identity(directory, used, options, None)}, jobs, finish, kept)
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Rows of a stored chunk."""
+
+    key: str
+    chunk: distcp.Chunk
+    start: int
+    stop: int
+
+    @property
+    def bytes(self) -> int:
+        return self.chunk.extent.row_range(self.start, self.stop).row_bytes * (self.stop - self.start)
+
+
+def _boxes(key: str, chunk: distcp.Chunk) -> Iterator[_Box]:
+    rows = chunk.sizes[0]
+    step = max(1, _CHUNK_BYTES // max(1, chunk.extent.row_bytes))
+    for start in range(0, rows, step):
+        yield _Box(key, chunk, start, min(start + step, rows))
+
+
+@dataclass(frozen=True)
+class _Output:
+    """One tensor of a safetensors file and its rows, a block at a time."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterator[Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def to_hf(
+    reader: Reader, all_pieces: Sequence[Piece], model: ModelConfig, target: Path, options: Options,
+    origin: Path, extents: Iterable[Any], original: config.Json | None, kept: Iterable[Path],
+) -> Plan:  # fmt: skip
+    """Anything -> Hugging Face.
+
+    Args:
+        origin: directory that `reader` reads, of whose files `extents` are parts.
+        original: config.json that the weights once came with.
+        kept: small files, such as the tokenizer's, to stand beside the weights.
+    """
+    groups = [
+        _outputs(reader, piece, part, _wanted(options, piece, reader.dtype(piece)), options)
+        for piece in all_pieces
+        for part in piece.parts
+    ]
+    files = _pack(groups, lambda group: sum(output.bytes for output in group), options.file_bytes)
+    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    outputs = {name: [o for group in file for o in group] for name, file in zip(names, files, strict=True)}
+    jobs = [FileJob(name, sum(o.bytes for o in held), partial(_write_outputs, held)) for name, held in outputs.items()]
+    weights = {o.dtype for held in outputs.values() for o in held if len(o.shape) == 2 and o.dtype is not DTYPES["fp8"]}
+    common = torch.bfloat16 if options.dtype == "fp8" else min(weights, key=lambda d: d.itemsize)
+    written = config.to_hf(model, str(common).removeprefix("torch."), original)
+    if options.dtype == "fp8":
+        written["quantization_config"] = {
+            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+            "weight_block_size": [block_fp8.BLOCK, block_fp8.BLOCK],
+        }  # fmt: skip
+
+    def finish(_: dict[str, Any]) -> dict[str, bytes]:
+        weight_map = {o.name: name for name, held in outputs.items() for o in held}
+        index = {"metadata": {"total_size": sum(job.bytes for job in jobs)}, "weight_map": weight_map}
+        return {
+            safetensors.INDEX: json.dumps(index, indent=1).encode(),
+            config.FILE: (json.dumps(written, indent=2) + "\n").encode(),
+        }
+
+    identity = {"format": "hf", **_identity(origin, extents, options, model)}
+    return Plan(target, identity, jobs, finish, {path.name: path for path in kept})
+
+
+def _outputs(reader: Reader, piece: Piece, part: Part, dtype: torch.dtype, options: Options) -> list[_Output]:
+    shape = piece.part_shape(part)
+    copies = [name for name in part.copies if reader.has(name)]
+    if dtype is not DTYPES["fp8"]:
+        return [_Output(n, dtype, shape, _rows(reader, piece, part, dtype)) for n in (part.name, *copies)]
+    scales: list[Tensor] = []
+
+    def weight() -> Iterator[Tensor]:
+        scales.clear()
+        for rows in _rows(reader, piece, part, None)():
+            quantised, scale = block_fp8.quantise(rows, options.power_of_two_scales)
+            scales.append(scale)
+            yield quantised
+
+    def scale() -> Iterator[Tensor]:  # written after the weight, in the same file
+        yield torch.cat(scales)
+
+    scale_shape = block_fp8.scale_shape(shape)
+    return [
+        _Output(part.name, dtype, shape, weight),
+        _Output(part.name + block_fp8.SUFFIX, torch.float32, scale_shape, scale),
+    ]
+
+
+def _rows(reader: Reader, piece: Piece, part: Part, dtype: torch.dtype | None) -> Callable[[], Iterator[Tensor]]:
+    """The rows of a part in blocks of whole FP8 blocks."""
+    row_bytes = prod(piece.shape[1:]) * reader.dtype(piece).itemsize
+    step = max(1, _BLOCK_BYTES // row_bytes // block_fp8.BLOCK) * block_fp8.BLOCK
+
+    def blocks() -> Iterator[Tensor]:
+        for start in range(0, part.rows, step):
+            rows = reader.part_rows(piece, part, start, min(start + step, part.rows))
+            yield rows if dtype is None else rows.to(dtype)
+
+    return blocks
+
+
+def _write_outputs(outputs: list[_Output], out: HashingFile) -> None:
+    out.write(safetensors.header([(o.name, o.dtype, o.shape) for o in outputs]))
+    for output in outputs:
+        for block in output.blocks():
+            out.write_tensor(block)
+
+
+def _wanted(options: Options, piece: Piece, stored: torch.dtype) -> torch.dtype:
+    """The precision in which a piece is written."""
+    if piece.keeps_fp32:
+        return torch.float32
+    if options.dtype is None:
+        return stored
+    if options.dtype == "fp8" and not piece.quantised:
+        return torch.bfloat16
+    return DTYPES[options.dtype]
+
+
+def _pack(things: Sequence[Any], size_of: Callable[[Any], int], wanted: int | None) -> list[list[Any]]:
+    """Consecutive `things` in files of about the wanted size. The same for any number of processes and threads."""
+    total = sum(map(size_of, things))
+    limit = wanted or min(max(total // _FILES, _SMALLEST_FILE_BYTES), _LARGEST_FILE_BYTES)
+    files: list[list[Any]] = [[]]
+    held = 0
+    for thing in things:
+        size = size_of(thing)
+        if files[-1] and held + size > limit:
+            files.append([])
+            held = 0
+        files[-1].append(thing)
+        held += size
+    return files
+
+
+def small_files(directory: Path) -> list[Path]:
+    """Files beside the weights that a copy should have too: tokenizer, generation settings, model code."""
+    if not directory.is_dir():
+        return []
+    return [
+        path
+        for path in sorted(directory.iterdir())
+        if path.is_file()
+        and not path.name.startswith(".")
+        and path.name not in (safetensors.INDEX, MANIFEST)
+        and not path.name.endswith(_WEIGHTS)
+        and path.stat().st_size <= _LARGEST_KEPT_BYTES
+    ]
+
+
+def _identity(directory: Path, extents: Iterable[Any], options: Options, model: ModelConfig | None) -> dict[str, Any]:
+    """What decides the bytes of the result: the state of the source's files and every option."""
+    files = {extent.path for extent in extents}
+    stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)}
+    described = None if model is None else asdict(model)
+    return {"source": str(directory.resolve()), "files": stats, "options": asdict(options), "model": described}
+
+
+__all__ = ["HuggingFace", "MappedSource", "MegatronReader", "Options", "copy_megatron", "to_hf", "to_megatron"]

@@ -1,0 +1,98 @@
+"""Who converts which file: the processes of an MPI job, of a training run, or this one alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from parallel.errors import LaunchError
+
+
+class Team(Protocol):
+    """Processes that work on one conversion. Every one calls each method at the same point."""
+
+    rank: int
+    size: int
+
+    def broadcast(self, value: Any) -> Any:
+        """The value of rank 0, everywhere."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, everywhere."""
+
+
+class Alone:
+    """This process only."""
+
+    rank, size = 0, 1
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+class MpiTeam:
+    """The ranks of an MPI job, through mpi4py."""
+
+    def __init__(self, communicator: Any) -> None:
+        self._communicator = communicator
+        self.rank, self.size = communicator.Get_rank(), communicator.Get_size()
+
+    def broadcast(self, value: Any) -> Any:
+        return self._communicator.bcast(value, root=0)
+
+    def gather(self, value: Any) -> list[Any]:
+        return list(self._communicator.allgather(value))
+
+
+class TorchTeam:
+    """The ranks of `torch.distributed`."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self._dist = dist
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def broadcast(self, value: Any) -> Any:
+        box = [value]
+        self._dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        self._dist.all_gather_object(values, value)
+        return values
+
+
+# What launchers tell each process of how many there are: Open MPI, hydra and Slurm's PMI-2, Slurm itself.
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def from_environment(env: Mapping[str, str] = os.environ) -> Team:
+    """The MPI job that this process is a rank of, or this process alone.
+
+    Raises:
+        LaunchError: a launcher started several processes, and mpi4py is missing or does not see them: each would
+            convert everything.
+    """
+    announced = max((int(env[name]) for name in _SIZES if env.get(name, "").isdigit()), default=1)
+    if announced == 1:
+        return Alone()
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise LaunchError(
+            f"{announced} processes were started, but mpi4py cannot be used: {str(error).splitlines()[0]}",
+            "pip install 'moe-train[mpi]' with the MPI that the launcher belongs to, or start one process",
+        ) from error
+    team = MpiTeam(MPI.COMM_WORLD)
+    if team.size != announced:
+        raise LaunchError(
+            f"{announced} processes were started, but mpi4py sees {team.size}: it is built for another MPI",
+            "use mpirun of the MPI that mpi4py is built for, or srun --mpi=pmi2",
+        )
+    return team

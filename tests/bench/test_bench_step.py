@@ -1,0 +1,50 @@
+"""`make bench-step` says what is missing, compares the same models, and sums up what it measured."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import bench_step, step_transformers
+from bench.step_data import Task
+from bench.step_workers import OURS, Worker
+from parallel.errors import HardwareError
+
+
+def test_missing_transformers_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(HardwareError, match=r"transformers, which is not installed; install it: .*pip install"):
+        step_transformers.require()
+
+
+def test_summary_takes_the_faster_variant_and_every_loss() -> None:
+    steps = [(2.0, 9.0)] * bench_step.WARM_UP_STEPS + [(2.0, 1.0), (2.0, 3.0), (2.0, 2.0)]
+    off = [(2.0 * 1.001, time / 4) for _, time in steps]
+    reference = [loss for loss, _ in steps]
+    task = Task("fp32", 8, 256, 2)
+    rows = [bench_step.row(side, task, taken, reference, 0.5) for side, taken in
+            ((OURS, steps), ("eager", steps), ("grouped_mm", off))]  # fmt: skip
+    assert rows[0]["tokens_per_s"] == 2048 / 2.0
+    assert rows[0]["tflops"] == pytest.approx(50.48e-3 / 2.0, rel=1e-3)
+    summary = bench_step.summarise(rows)
+    assert summary["ratio_fp32"] == pytest.approx(0.25)
+    assert summary["fraction_of_gemm_peak"] == pytest.approx(rows[0]["tflops"] / 0.5)
+    assert not summary["losses_agree"]
+    assert bench_step.summarise(rows[:2])["losses_agree"]
+
+
+def test_both_sides_start_from_the_same_weights_and_stay_together(tmp_path: Path) -> None:
+    """The losses of two real steps, also where our experts are stored one by one."""
+    pytest.importorskip("transformers", reason="the extra hf is not installed")
+    losses = []
+    for number, (side, overrides) in enumerate(
+        [(OURS, ()), ("grouped_mm", ()), (OURS, ("backend.grouped_gemm=false",)), ("eager", ())]
+    ):
+        worker = Worker(side, Task("fp32", 2, 32, 1, overrides), tmp_path / f"{number // 2}.pt")
+        losses.append([loss for loss, _ in worker.ask("steps", 2)])
+        worker.stop()
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0][0] != losses[0][1]
