@@ -47,6 +47,7 @@ def job_of(cfg: Config, layout: ParallelLayout) -> Job:
         recompute_num_layers=recompute.num_layers,
         recompute_modules=frozenset(recompute.modules),
         frees_outputs=facts.runtime == "cuda",
+        on_cpu=facts.runtime == "cpu",
     )
 
 

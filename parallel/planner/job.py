@@ -7,6 +7,9 @@ from typing import Protocol
 
 from parallel.layout import ParallelLayout
 
+# Up to here the `local` backend keeps attention's probabilities on a CPU, tokens: faster there, but they grow with the
+# square of the length.
+SHORT_TOKENS = 512
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -27,12 +30,15 @@ class Model(Protocol):
     topk: int
     moe_ffn_hidden_size: int
     num_shared_experts: int
+    shared_expert_gate: bool
     capacity_factor: float | None
     pad_to_capacity: bool
     router_score: str
     router_pre_softmax: bool
     router_topk_groups: int
     router_num_groups: int
+    router_group_score: str
+    router_bias: bool
     balance_losses: list[str]
 
     @property
@@ -43,6 +49,16 @@ class Model(Protocol):
     @property
     def attention_head_dim(self) -> int:
         """Size of a gqa head."""
+        ...
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a gqa head that carry rotary position."""
+        ...
+
+    @property
+    def shared_expert_width(self) -> int:
+        """Inner width of all shared experts together."""
         ...
 
     @property
@@ -73,6 +89,7 @@ class Job:
         distributed_optimizer: optimizer state is divided over data-parallel ranks.
         recompute: none, full or selective, with what it applies to.
         frees_outputs: a pipeline stage frees what it has sent.
+        on_cpu: the `local` backend takes its own attention for short sequences, and its own loss.
     """
 
     model: Model
@@ -96,6 +113,18 @@ class Job:
     recompute_num_layers: int = 1
     recompute_modules: frozenset[str] = frozenset()
     frees_outputs: bool = True
+    on_cpu: bool = False
+
+    @property
+    def own_loss(self) -> bool:
+        """Whether the loss keeps the gradient of its scores (moe_train.model.loss)."""
+        return self.on_cpu and self.backend == "local" and self.layout.tp == 1
+
+    @property
+    def short_attention(self) -> bool:
+        """Whether attention keeps its probabilities (moe_train.model.attention)."""
+        short = self.seq_length <= SHORT_TOKENS and self.layout.cp == 1
+        return self.on_cpu and self.backend == "local" and short
 
     @property
     def element(self) -> int:

@@ -131,7 +131,7 @@ def _layers(job: Job, moe: Sequence[bool]) -> Saved:
     r, hidden, size = job.split_tokens, job.model.hidden_size, job.recompute_num_layers
     kept: Saved = {}
     if moe and job.recompute == "full" and job.model.attention == "gqa":  # one tensor that every checkpoint keeps
-        kept["rotary angles"] = FP32 * (job.seq_length // job.layout.cp) * job.model.attention_head_dim
+        kept["rotary angles"] = FP32 * (job.seq_length // job.layout.cp) * job.model.rotary_dim
     for number, is_moe in enumerate(moe):
         if job.recompute == "full" and (job.recompute_method == "uniform" or number < size):
             if job.recompute_method == "block" or number % size == 0:
@@ -166,10 +166,13 @@ def saved_per_micro_batch(job: Job, stage: int) -> float:
 
 
 def saved_logits(job: Job, items: str) -> float:
-    """What the losses keep: fp32 scores of this rank's part of the vocabulary, labels and a mask."""
+    """What the losses keep: fp32 scores of this rank's part of the vocabulary, labels and a mask; our own loss keeps
+    the gradient of the scores instead."""
     if "L" not in items:
         return 0
     each = FP32 * job.model.padded_vocab_size / job.layout.tp + INDEX + 1
+    if job.own_loss:
+        each = job.element * job.model.padded_vocab_size
     depths = items.count("m")
     return job.tokens * (each * (1 + depths) + 2 * FP32 * depths)
 

@@ -147,12 +147,20 @@ def _mla_core(job: Job, modules: frozenset[str]) -> Saved:
     if "core_attn" in modules:
         values = {} if "mla_up_proj" in modules else {"values": unit * value}
         return projections | values | output
+    if job.short_attention:
+        projections |= {} if "mla_up_proj" in modules else {"values": unit * value}
+        return projections | _probabilities(job, heads) | output
     if padded:
         projections |= {"padded values": unit * key, "padded attention output": unit * key}
     else:
         projections |= {} if "mla_up_proj" in modules else {"values": unit * value}
         projections["attention output"] = unit * value
     return projections | {"log-sum-exp": FP32 * job.tokens * heads} | output
+
+
+def _probabilities(job: Job, heads: float) -> Saved:
+    """What short attention keeps beside queries, keys and values (moe_train.model.attention)."""
+    return {"attention probabilities": job.element * job.tokens * heads * job.seq_length}
 
 
 def _gathered(job: Job, heads: float, key: float, value: float, queries: bool) -> Saved:
@@ -184,7 +192,7 @@ def _gqa(job: Job, modules: frozenset[str]) -> Saved:
     mixed = {"queries, keys and values": e * n * (heads + 2 * groups) * size}
     kept |= _qk_norms(job, heads, groups, mixed)
     if backend.separate_rope:
-        kept["rotary cosines and sines"] = 4 * e * (job.seq_length // job.layout.cp) * size
+        kept["rotary cosines and sines"] = 4 * e * (job.seq_length // job.layout.cp) * model.rotary_dim
     unit = e * n * size
     if backend.gathers_sequence and job.layout.cp > 1 and "core_attn" not in modules:
         return kept | _gathered(job, heads, size, size, queries=True)
@@ -197,6 +205,8 @@ def _gqa(job: Job, modules: frozenset[str]) -> Saved:
         kept |= mixed if backend.expands_keys else {"values": unit * groups}  # values are a part of the mixed tensor
     if "core_attn" in modules:
         return kept | output
+    if job.short_attention:
+        return kept | _probabilities(job, heads) | output
     return kept | {"attention output": unit * heads, "log-sum-exp": FP32 * n * heads} | output
 
 
@@ -256,8 +266,11 @@ def _moe(job: Job, modules: frozenset[str]) -> Saved:
     if model.num_shared_experts and "shared_experts" not in modules:
         if output_kept:
             kept |= linear_input(job, "feed-forward input", r, model.hidden_size)
-        shared = model.num_shared_experts * model.moe_ffn_hidden_size / job.layout.tp
+        shared = model.shared_expert_width / job.layout.tp
         kept |= swiglu(job, "shared experts", job.tokens, shared, fused=job.fused)
+        if model.shared_expert_gate:
+            width = model.hidden_size
+            kept |= {"shared experts: gate": job.element * r, "shared experts: output": job.element * r * width}
     return kept
 
 
@@ -266,15 +279,25 @@ def _router(job: Job) -> Saved:
     model, r = job.model, job.split_tokens
     experts, topk = model.num_experts, model.topk
     scores = FP32 * experts
-    kept = {"chosen experts": INDEX * topk, "token map": experts + scores, "token order": INDEX * topk}
+    kept: Saved = {"chosen experts": INDEX * topk, "token map": experts + scores, "token order": INDEX * topk}
     if model.router_score == "sigmoid":
         kept |= {"scores": scores, "chosen scores": FP32 * (topk + 1)}
     else:
         kept["scores"] = scores if model.router_pre_softmax else FP32 * topk
     if model.router_num_groups:
-        groups = model.router_topk_groups
-        best = model.router_num_groups * (topk // groups)
-        kept["groups"] = INDEX * (best + groups) + experts
+        kept |= _expert_groups(job)
     if model.balance_losses:
         kept["balance loss"] = scores + INDEX * topk + (FP32 if model.router_score == "sigmoid" else 0)
     return {f"router: {name}": r * size for name, size in kept.items()}
+
+
+def _expert_groups(job: Job) -> Saved:
+    """Choice of groups of experts, bytes a token (upstream's `group_limited_topk`, parallel.runtime.expert_groups)."""
+    model = job.model
+    groups, chosen = model.router_num_groups, model.router_topk_groups
+    if model.router_group_score == "sum":
+        return {"groups": INDEX * (groups * (model.topk // chosen) + chosen) + model.num_experts}
+    kept: Saved = {"groups": (FP32 + 1) * groups + INDEX * chosen}
+    if model.router_bias or (model.router_score == "softmax" and not model.router_pre_softmax):
+        kept["scores of groups"] = FP32 * model.num_experts  # else they are the scores that are kept anyway
+    return kept

@@ -17,13 +17,13 @@ SETS: dict[str, dict[str, Any]] = {
     "full, block": {"mode": "full", "method": "block"},
     **{
         name: {"mode": "selective", "modules": [name]}
-        for name in ("core_attn", "mla_up_proj", "layernorm", "mlp", "moe", "shared_experts")
+        for name in ("core_attn", "mla_up_proj", "layernorm", "moe_act", "mlp", "moe", "shared_experts")
     },
     "all but whole layers": {
         "mode": "selective",
-        "modules": ["core_attn", "mla_up_proj", "layernorm", "mlp", "shared_experts"],
+        "modules": ["core_attn", "mla_up_proj", "layernorm", "moe_act", "mlp", "shared_experts"],
     },
-    "nested": {"mode": "selective", "modules": ["moe", "shared_experts", "layernorm"]},
+    "nested": {"mode": "selective", "modules": ["moe", "moe_act", "shared_experts", "layernorm"]},
 }
 
 

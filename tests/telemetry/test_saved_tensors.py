@@ -105,12 +105,27 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "single": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "pp2 vpp2": {"pp": 2, "vpp": 2}, "ep2": {"ep": 2},
     "cp2": {"cp": 2},
 }  # fmt: skip
+GQA: dict[str, Any] = {"model__attention": "gqa", "model__head_dim": 16, "model__num_query_groups": 2}
 CHANGES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"precision__dtype": "bf16"},
-    "gqa": {"model__attention": "gqa", "model__head_dim": 16, "model__num_query_groups": 2},
+    "gqa": GQA,
+    "long": {"train__seq_length": 544},  # attention keeps no probabilities
+    "long gqa": {**GQA, "train__seq_length": 544},
+    "half rotary": {**GQA, "model__rotary_percent": 0.5, "model__qkv_bias": True},
+    "gated, best expert of a group": {
+        "model__shared_expert_gate": True,
+        "model__shared_expert_ffn_hidden_size": 48,
+        "model__router_num_groups": 4,
+        "model__router_topk_groups": 2,
+        "model__router_group_score": "max",
+    },
+    "experts one by one": {"backend__grouped_gemm": False},
     "full": {"recompute__mode": "full"},
-    "deepseek": {"recompute__mode": "selective", "recompute__modules": ["layernorm", "mla_up_proj", "shared_experts"]},
+    "deepseek": {
+        "recompute__mode": "selective",
+        "recompute__modules": ["layernorm", "mla_up_proj", "moe_act", "shared_experts"],
+    },
     "moe": {"recompute__mode": "selective", "recompute__modules": ["moe", "mlp", "core_attn"]},
 }
 

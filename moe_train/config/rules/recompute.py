@@ -60,9 +60,8 @@ def _missing(facts: Facts, module: str) -> tuple[str, list[Fix]] | None:
 
 
 def grouped_experts(facts: Facts) -> bool:
-    """Whether the local experts are one grouped GEMM."""
-    given = facts.cfg.backend.grouped_gemm
-    return facts.backend == "te" if given is None else given
+    """Whether the experts of a rank are one grouped GEMM: yes, if the config says nothing."""
+    return facts.cfg.backend.grouped_gemm is not False
 
 
 def _without(named: list[str], module: str) -> list[Fix]:
