@@ -15,6 +15,7 @@ from parallel.planner.memory import (
     chunk_activations,
     interleaved,
     peak_in_flight,
+    saved_logits,
     saved_per_micro_batch,
     stage_memory,
 )
@@ -67,7 +68,7 @@ def test_full_recomputation_keeps_layer_inputs_only() -> None:
 def test_each_module_that_is_recomputed_saves_memory_and_all_save_more_than_any() -> None:
     """On both backends, and never more than there is."""
     for runtime in ("cpu", "cuda"):
-        some = job(f"runtime={runtime}", "precision=bf16", "backend.grouped_gemm=true")
+        some = job(f"runtime={runtime}", "precision=bf16")
         whole = kept(some) + kept(some, moe=False)
         modules = ["core_attn", "mla_up_proj", "layernorm", "moe_act", "mlp", "moe", "shared_experts"]
         saved = {}
@@ -89,8 +90,32 @@ def test_core_attention_recomputed_on_transformer_engine_saves_only_statistics_i
 
 def test_grouped_experts_keep_only_the_input_of_their_activation() -> None:
     """Their function is fused on both backends; that of dense and shared experts is not on the local one."""
-    one, grouped = (layer(job("runtime=cpu", f"backend.grouped_gemm={on}"), True) for on in ("false", "true"))
+    one, grouped = (layer(job("runtime=cpu", f"backend.grouped_gemm={on}"), True) for on in ("false", "null"))
     assert set(one) - set(grouped) == {f"routed experts: {name}" for name in ("silu", "up", "silu x up")}
+
+
+def test_the_cpu_keeps_attention_probabilities_of_short_sequences_only() -> None:
+    """Beyond 512 tokens, and wherever it is not one CPU rank's whole sequence, attention works block by block."""
+    short = job("runtime=cpu", "precision=bf16", "train.seq_length=512")
+    name = "attention probabilities"
+    assert layer(short, False)[name] == 2 * 512 * short.model.num_attention_heads * 512
+    assert "log-sum-exp" not in layer(short, False)
+    for other in ("runtime=cuda", "runtime=cpu train.seq_length=640", "runtime=cpu parallel.cp=2"):
+        kept_by = layer(job("precision=bf16", "train.seq_length=512", *other.split()), False)
+        assert name not in kept_by, other
+        assert "log-sum-exp" in kept_by, other
+
+
+def test_the_loss_keeps_a_gradient_on_the_cpu_and_fp32_scores_elsewhere() -> None:
+    """Of each of the two losses; tensor parallelism splits the scores, and then upstream's loss runs."""
+    size = {
+        where: saved_logits(job("precision=bf16", "train.seq_length=128", *where.split()), "ttmL")
+        for where in ("runtime=cpu", "runtime=cpu parallel.tp=2", "runtime=cuda")
+    }
+    scores = 128 * job("runtime=cpu").model.padded_vocab_size * 2
+    assert size["runtime=cpu"] == pytest.approx(2 * scores, rel=0.01)
+    assert size["runtime=cpu parallel.tp=2"] == pytest.approx(4 * scores / 2, rel=0.01)
+    assert size["runtime=cuda"] == pytest.approx(4 * scores, rel=0.01)
 
 
 @pytest.mark.parametrize(("recipe", "element"), [("block", 1 + 4 / 128), ("tensor", 1), ("mxfp8", 1 + 1 / 32)])
