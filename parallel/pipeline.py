@@ -59,6 +59,18 @@ def balanced_layout(
     return "|".join(texts)
 
 
+def stage_items(text: str | None, pp: int, vpp: int, num_layers: int, mtp_num_layers: int) -> list[list[str]]:
+    """The items of each of the pp x vpp stages, for a layout as text or None for a balanced one.
+
+    Raises:
+        Impossible: (a ConfigError) as `parse_layout` and `balanced_layout` do.
+    """
+    if pp == 1 and vpp == 1:
+        return [["E", *["t"] * num_layers, *["m"] * mtp_num_layers, "L"]]
+    text = text or balanced_layout(num_layers, pp, vpp, mtp_num_layers)
+    return parse_layout(text, pp, vpp, num_layers, mtp_num_layers)
+
+
 def _repeat(item: str, count: int) -> str:
     return item if count == 1 else f"{item}*{count}" if count else ""
 

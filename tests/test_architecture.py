@@ -23,6 +23,8 @@ MAY_IMPORT = {
 WITHOUT_TORCH = (
     *sorted((ROOT / "moe_train/config").rglob("*.py")),
     ROOT / "moe_train/model/arithmetic.py",
+    ROOT / "moe_train/model/memory.py",
+    *sorted((ROOT / "parallel/planner").glob("*.py")),
     *(ROOT / "parallel" / f"{name}.py" for name in ("layout", "pipeline", "errors", "suggest", "rank_info")),
 )
 UPSTREAM = ("torch", "megatron")

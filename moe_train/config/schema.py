@@ -60,8 +60,32 @@ class PrecisionConfig:
 
     name: str = doc("fp32", "Name of the recipe, for logs and reports.")
     dtype: str = doc("fp32", "Format of weights and activations.", choices=("fp32", "bf16", "fp16"))
+    fp8: str | None = doc(
+        None, "FP8 recipe of linear layers, by how values are scaled; null means none.",
+        choices=("block", "tensor", "delayed", "mxfp8"),
+    )  # fmt: skip
+    moments_dtype: str = doc("fp32", "Format of the two Adam moments.", choices=("fp32", "bf16"))
     grad_reduce_fp32: bool = doc(True, "Accumulate and reduce gradients in fp32.")
     initial_loss_scale: float = doc(65536.0, "First dynamic loss scale of fp16.", minimum=1)
+
+
+@dataclass
+class RecomputeConfig:
+    """Which activations are thrown away in the forward pass and computed again in the backward pass."""
+
+    mode: str = doc(
+        "none", "Keep every activation; recompute whole layers; or recompute only `modules`.",
+        choices=("none", "full", "selective"),
+    )  # fmt: skip
+    method: str = doc(
+        "uniform", "full: keep the input of every group of num_layers layers, or recompute num_layers of each chunk.",
+        choices=("uniform", "block"),
+    )  # fmt: skip
+    num_layers: int = doc(1, "full: layers of one group (uniform), or recomputed layers of a chunk (block).", minimum=1)
+    modules: list[str] = doc(
+        [], "selective: the parts of a layer to recompute.",
+        choices=("core_attn", "mla_up_proj", "layernorm", "moe_act", "mlp", "moe", "shared_experts"),
+    )  # fmt: skip
 
 
 @dataclass
@@ -183,6 +207,9 @@ class TelemetryConfig:
     log_interval_steps: int = doc(1, "Steps between lines of metrics.jsonl.", minimum=1)
     tensorboard: bool = doc(True, "Write TensorBoard events.")
     progress: bool = doc(True, "Show a live progress line on rank 0.")
+    profile_memory_steps: int = doc(
+        0, "First steps in which tensors kept for the backward pass are measured; 0 means none.", minimum=0
+    )
     peak_tflops: float | None = doc(
         None, "Peak of one rank for MFU, TFLOPS; null means the device's BF16 peak, measured on cpu."
     )
@@ -206,6 +233,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from moe_train.model import gemm
 from parallel.errors import ConfigError
-
-_SHORT_TOKENS = 512  # up to here `ShortAttention` is faster on the CPU; longer scores would fill memory
+from parallel.planner.job import SHORT_TOKENS
 
 
 class CoreAttention(nn.Module):
@@ -55,7 +54,7 @@ class CoreAttention(nn.Module):
                 "set backend.name=te on cuda, or data.reset_at_eod=false",
             )
         repeat = query.size(2) // key.size(2)
-        short_enough = len(key) == len(query) <= _SHORT_TOKENS
+        short_enough = len(key) == len(query) <= SHORT_TOKENS
         if self.cp == 1 and attention_mask is None and query.device.type == "cpu" and short_enough:
             key, value = _expand(key, repeat), _expand(value, repeat)
             short: Tensor = ShortAttention.apply(query, key, value, self.scale)

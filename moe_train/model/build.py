@@ -15,7 +15,7 @@ from packaging.version import Version
 from torch import nn
 
 from moe_train.config.model import ModelConfig
-from moe_train.config.schema import Config
+from moe_train.config.schema import Config, RecomputeConfig
 from moe_train.model import gemm, loss
 from moe_train.model.router import scores_groups_by_best
 from moe_train.model.specs import LocalBackend, local_specs, te_specs
@@ -33,6 +33,7 @@ def transformer_config(cfg: Config, layout: ParallelLayout, backend: str, runtim
         **(_experts(cfg, layout, backend) if cfg.model.is_moe else {}),
         **_parallel(cfg, layout, runtime),
         **_numbers(cfg),
+        **_recompute(cfg.recompute),
         **_fusions(cfg, backend, runtime),
     }
     config_class = MLATransformerConfig if cfg.model.attention == "mla" else TransformerConfig
@@ -174,6 +175,16 @@ def _numbers(cfg: Config) -> dict[str, Any]:
         "use_cpu_initialization": False,
         "perform_initialization": True,  # also marks which parameters are split over tensor-parallel ranks
     }
+
+
+def _recompute(recompute: RecomputeConfig) -> dict[str, Any]:
+    """Activations to compute again in the backward pass (transformer/transformer_config.py upstream)."""
+    if recompute.mode == "full":
+        method, layers = recompute.method, recompute.num_layers
+        return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
+    if recompute.mode == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(recompute.modules)}
+    return {}
 
 
 def _fusions(cfg: Config, backend: str, runtime: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
@@ -54,6 +55,8 @@ class GroupedExperts(MegatronModule):
     def __init__(self, num_local_experts: int, config: Any, pg_collection: Any = None, name: str | None = None) -> None:
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
+        selective = config.recompute_granularity == "selective"
+        self.recompute_activation = selective and "moe_act" in config.recompute_modules
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         inner, hidden = config.moe_ffn_hidden_size // self.tp_group.size(), config.hidden_size
         self.linear_fc1 = self.linear(num_local_experts, 2 * inner, hidden, 1, config, config.init_method)
@@ -63,7 +66,13 @@ class GroupedExperts(MegatronModule):
         """`tokens` [t, hidden_size] sorted by local expert, their number for each of these, and the router's weight of
         each token [t] -> outputs [t, hidden_size], already weighted, and no bias."""
         counts = tokens_per_expert.tolist()
-        return self.linear_fc2(self.activation(self.linear_fc1(tokens, counts), probs), counts), None
+        gate_and_up = self.linear_fc1(tokens, counts)
+        if not self.recompute_activation:
+            return self.linear_fc2(self.activation(gate_and_up, probs), counts), None
+        checkpoint = CheckpointWithoutOutput()
+        output = self.linear_fc2(checkpoint.checkpoint(self.activation, gate_and_up, probs), counts)
+        checkpoint.discard_output_and_register_recompute(output)
+        return output, None
 
     def activation(self, gate_and_up: Tensor, probs: Tensor) -> Tensor:
         """[t, 2 * inner], [t] -> [t, inner]. The one part that `moe_act` recomputes."""

@@ -28,12 +28,12 @@ class CrossEntropy(torch.autograd.Function):
             if grad is not None:
                 softmax = log_probs.exp_()
                 grad[part] = softmax.scatter_add_(1, index, -torch.ones_like(index, dtype=torch.float32))
-        ctx.grad = grad
+        ctx.save_for_backward(grad)  # so that whoever counts what a step keeps sees it
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None]:
-        grad, ctx.grad = ctx.grad, None
+        (grad,) = ctx.saved_tensors
         return grad.mul_(grad_losses.unsqueeze(1)), None
 
 

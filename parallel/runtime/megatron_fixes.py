@@ -5,6 +5,7 @@ Apply them through `parallel.runtime.patching.apply`. Each names the upstream fi
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -48,6 +49,42 @@ def split_sizes_as_lists(device: torch.device, replace: Replace) -> None:
 
     replace(moe_utils, "maybe_move_tensor_to_cpu", to_cpu)
     replace(token_dispatcher, "maybe_move_tensor_to_cpu", to_cpu)
+
+
+def recompute_without_transformer_engine(device: torch.device, replace: Replace) -> None:
+    """A recomputed norm is not in FP8 where Transformer Engine is absent.
+
+    Upstream: tensor_parallel/random.py. `CheckpointWithoutOutput()` takes its default `fp8=False` for FP8 and asks
+    Transformer Engine's state, whose import has failed. Goes when it no longer compares with None.
+    """
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    class NoFP8:
+        @staticmethod
+        def is_fp8_enabled() -> bool:
+            return False
+
+    if not mcore_random.HAVE_TE:
+        replace(mcore_random, "FP8GlobalStateManager", NoFP8)
+        replace(mcore_random, "activation_recompute_forward", lambda **_: contextlib.nullcontext())
+        replace(mcore_random, "fp8_autocast", lambda **_: contextlib.nullcontext())
+
+
+def recomputed_outputs_without_a_compiler(device: torch.device, replace: Replace) -> None:
+    """A recomputed output is copied into the storage of the one that was discarded.
+
+    Upstream: tensor_parallel/random.py. From 0.19 `_get_share_storage` compiles an extension for it on first use, which
+    needs a C++ compiler on every machine and seconds. Goes when upstream has a path without compiler.
+    """
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    def copy_storage(discarded: torch.Tensor, recomputed: torch.Tensor) -> None:
+        source, target = recomputed.untyped_storage(), discarded.untyped_storage()
+        target.resize_(source.size())
+        target.copy_(source)
+
+    if hasattr(mcore_random, "_get_share_storage"):
+        replace(mcore_random, "_get_share_storage", lambda: copy_storage)
 
 
 def chunks_in_order_stay(device: torch.device, replace: Replace) -> None:
@@ -109,6 +146,8 @@ PATCHES = (
     attention_without_transformer_engine,
     router_without_transformer_engine,
     split_sizes_as_lists,
+    recompute_without_transformer_engine,
+    recomputed_outputs_without_a_compiler,
     chunks_in_order_stay,
     parts_of_unequal_length,
 )

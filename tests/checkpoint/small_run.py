@@ -83,15 +83,15 @@ def batches(run: Run) -> list[Iterator[dict[str, torch.Tensor]]]:
 
 def _samples(run: Run, start: int) -> Iterator[dict[str, torch.Tensor]]:
     dp_rank = run.layout.coordinates(run.rank.rank).dp
-    index = start + dp_rank
+    index, length = start + dp_rank, run.cfg.train.seq_length
     while True:
         generator = torch.Generator().manual_seed(index)
-        text = torch.randint(0, VOCABULARY, (1, SEQUENCE + 1), generator=generator)
+        text = torch.randint(0, VOCABULARY, (1, length + 1), generator=generator)
         yield {
             "tokens": text[:, :-1].contiguous(),
             "labels": text[:, 1:].contiguous(),
-            "loss_mask": torch.ones(1, SEQUENCE),
-            "position_ids": torch.arange(SEQUENCE)[None],
+            "loss_mask": torch.ones(1, length),
+            "position_ids": torch.arange(length)[None],
         }
         index += run.layout.dp
 

@@ -48,6 +48,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "parallel.sequence_parallel": (None, None, True, False),
     "parallel.overlap_p2p": (None, None, True, False),
     "parallel.dispatcher": ("alltoall", "allgather"),
+    "recompute.mode": ("none", "none", "none", "full", "selective"),
+    "recompute.method": ("uniform", "block"),
+    "recompute.num_layers": (1, 1, 2),
+    "recompute.modules": ([], [], [], [], [], ["layernorm"], ["mla_up_proj", "mlp"], ["moe", "core_attn"], ["moe_act"]),
     "batch.global_batch_size": (8, 16, 24),
 }
 
@@ -62,7 +66,7 @@ def test_megatron_core_accepts_whatever_passes() -> None:
     from moe_train.model.build import transformer_config
 
     passed = 0
-    for cfg in _random_configs(4000):
+    for cfg in _random_configs(5000):
         try:
             layout = validate(cfg)
         except ConfigError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moe_train.loop.callbacks.checkpoint import CheckpointCallback
 from moe_train.loop.callbacks.metrics_file import MetricsFile
+from moe_train.loop.callbacks.profiler import MemoryForecast, MemoryProfiler
 from moe_train.loop.callbacks.progress import Progress
 from moe_train.loop.callbacks.run_log import RunLog
 from moe_train.loop.callbacks.summary import Summary
@@ -15,7 +16,10 @@ from moe_train.telemetry.throughput import Throughput
 def from_config(run: Run) -> list[Callback]:
     """The callbacks of a run in the order in which they are called."""
     cfg = run.cfg
-    callbacks: list[Callback] = [Throughput(), MetricsFile()]  # speed is in the metrics before anything writes them
+    callbacks: list[Callback] = [MemoryForecast()]
+    if cfg.telemetry.profile_memory_steps:
+        callbacks.append(MemoryProfiler())
+    callbacks += [Throughput(), MetricsFile()]  # what is measured is in the metrics before anything writes them
     if cfg.telemetry.tensorboard:
         callbacks.append(TensorBoard())
     if cfg.telemetry.progress:

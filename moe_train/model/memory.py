@@ -1,0 +1,61 @@
+"""Memory of a run from its typed config, through `parallel.planner`. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from moe_train.config.rules.facts import Facts, gather_facts
+from moe_train.config.rules.recompute import grouped_experts
+from moe_train.config.schema import Config
+from moe_train.model.arithmetic import parameters_on_rank
+from parallel import pipeline
+from parallel.layout import ParallelLayout
+from parallel.planner.job import Job
+from parallel.planner.memory import StageMemory, Weights, stage_memory
+
+
+def predict(cfg: Config, layout: ParallelLayout) -> list[StageMemory]:
+    """Memory of one rank of each pipeline stage, first to last. `cfg` is validated."""
+    job = job_of(cfg, layout)
+    return [stage_memory(job, stage, weights_on(cfg, job, stage)) for stage in range(layout.pp)]
+
+
+def job_of(cfg: Config, layout: ParallelLayout) -> Job:
+    """What the planner wants to know of `cfg`."""
+    facts: Facts = gather_facts(cfg, layout)
+    model, precision, recompute = cfg.model, cfg.precision, cfg.recompute
+    stages = pipeline.stage_items(
+        cfg.parallel.pipeline_layout, layout.pp, layout.vpp, model.num_layers, model.mtp_num_layers
+    )
+    fused = facts.runtime == "cuda" if cfg.backend.fusions is None else cfg.backend.fusions
+    return Job(
+        model=model,
+        layout=layout,
+        stages=stages,
+        micro_batch_size=cfg.batch.micro_batch_size,
+        seq_length=cfg.train.seq_length,
+        micro_batches=max(1, cfg.batch.global_batch_size // facts.data_ranks_batch),
+        sequence_parallel=facts.sequence_parallel,
+        backend=facts.backend,
+        fused=fused,
+        grouped=grouped_experts(facts),
+        dtype=precision.dtype,
+        fp8=precision.fp8,
+        grad_bytes=4 if precision.grad_reduce_fp32 or precision.dtype == "fp32" else 2,
+        moment_bytes=4 if precision.moments_dtype == "fp32" else 2,
+        distributed_optimizer=cfg.parallel.distributed_optimizer,
+        recompute=recompute.mode,
+        recompute_method=recompute.method,
+        recompute_num_layers=recompute.num_layers,
+        recompute_modules=frozenset(recompute.modules),
+        frees_outputs=facts.runtime == "cuda",
+        on_cpu=facts.runtime == "cpu",
+    )
+
+
+def weights_on(cfg: Config, job: Job, stage: int) -> Weights:
+    """Parameters on one rank of pipeline stage `stage`. Linear layers of the transformer layers multiply in FP8."""
+    layout, model = job.layout, cfg.model
+    held = parameters_on_rank(model, job.stages, stage, pp=layout.pp, tp=layout.tp, ep=layout.ep, etp=layout.etp)
+    items = "".join("".join(job.stages[i]) for i in range(stage, len(job.stages), layout.pp))
+    matrix = model.padded_vocab_size * model.hidden_size // layout.tp
+    embeddings = ("E" in items or "m" in items) + ("L" in items)
+    return Weights(held.shared, held.experts, max(0, held.total - embeddings * matrix))

@@ -1,0 +1,46 @@
+"""The line about memory at the start of a run, and what the first steps measure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.parity import COMMON
+from launch import local
+from moe_train.config.compose import compose
+from moe_train.config.validate import validate
+from moe_train.loop.callbacks.profiler import PARTS, MemoryForecast
+from moe_train.model.memory import job_of, predict
+from parallel.planner.memory import saved_per_micro_batch
+from tests.loop.fake_run import fake_run
+
+
+def test_rank_0_says_what_the_fullest_rank_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = fake_run(tmp_path)
+    MemoryForecast().on_start(run)
+    (line,) = capsys.readouterr().out.splitlines()
+    (stage,) = predict(run.cfg, run.layout)
+    assert line.startswith(f"memory of a rank, predicted: {stage.total / 2**20:,.0f} MiB (weights, gradients and")
+    MemoryForecast().on_start(fake_run(tmp_path, rank=1))
+    run.cfg.telemetry.progress = False
+    MemoryForecast().on_start(run)
+    assert capsys.readouterr().out == ""
+
+
+def test_first_steps_have_what_was_measured(tmp_path: Path, small_data: tuple[str, ...]) -> None:
+    """Through the real command path, on two stages; the third step is not measured."""
+    small = ["model.hidden_size=64", "model.ffn_hidden_size=128", "model.vocab_size=512", "train.seq_length=32"]
+    steps = ["train.steps=3", "schedule.warmup_steps=1", "telemetry.profile_memory_steps=2"]
+    cfg = compose([*COMMON, *small, *small_data, *steps, "parallel.pp=2", f"run_dir={tmp_path}/run"])
+    layout = validate(cfg)
+    local.start(cfg, layout)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [set(PARTS) <= set(line) for line in lines] == [True, True, False]
+    for line in lines[:2]:
+        for stage, memory in enumerate(predict(cfg, layout)):
+            predicted = saved_per_micro_batch(job_of(cfg, layout), stage)
+            assert line["saved_activation_bytes"][stage] == pytest.approx(predicted, rel=0.01)
+            static = [line[name][stage] for name in PARTS[1:]]
+            assert static == [memory.parameters, memory.gradients, memory.optimizer]

@@ -1,0 +1,83 @@
+"""Recomputation changes no bit: gradients, losses and counts of tokens are those of a run that keeps everything."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoint.small_run import BATCH, SEQUENCE, batches, config, prepare
+from tests.distributed.helper import run_distributed
+
+LAYOUTS = {"single": (1, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2}), "ep2": (2, {"ep": 2})}
+SETS: dict[str, dict[str, Any]] = {
+    "full": {"mode": "full"},
+    "full, block": {"mode": "full", "method": "block"},
+    **{
+        name: {"mode": "selective", "modules": [name]}
+        for name in ("core_attn", "mla_up_proj", "layernorm", "moe_act", "mlp", "moe", "shared_experts")
+    },
+    "all but whole layers": {
+        "mode": "selective",
+        "modules": ["core_attn", "mla_up_proj", "layernorm", "moe_act", "mlp", "shared_experts"],
+    },
+    "nested": {"mode": "selective", "modules": ["moe", "moe_act", "shared_experts", "layernorm"]},
+}
+
+
+def step_of(directory: Path, degrees: dict[str, int], recompute: dict[str, Any]) -> dict[str, Any]:
+    """Everything that two steps compute, gradients and router state bit by bit."""
+    from moe_train.loop.step import train_step
+
+    cfg = config(directory, degrees, **{f"recompute__{name}": value for name, value in recompute.items()})
+    run = prepare(cfg)
+    data = batches(run)
+    metrics = [train_step(run, data) for _ in range(2)]
+    digest = hashlib.sha256()
+    for chunk in run.chunks:
+        for parameter in chunk.parameters():
+            digest.update(parameter.main_grad.numpy().tobytes())
+        for name, buffer in sorted(chunk.module.named_buffers()):
+            if name.endswith(("expert_bias", "local_tokens_per_expert")):
+                digest.update(buffer.numpy().tobytes())
+    return {"bits": digest.hexdigest(), "metrics": metrics}
+
+
+def steps_of(directory: Path, degrees: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """`step_of` without recomputation and with each set."""
+    return {name: step_of(directory, degrees, changes) for name, changes in {"none": {}, **SETS}.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_recomputation_changes_no_bit(layout: str, tmp_path: Path) -> None:
+    """On every rank. Balance losses are logged once, and each token counts once for each expert that it visits."""
+    world, degrees = LAYOUTS[layout]
+    for found in run_distributed(steps_of, world, tmp_path, degrees, timeout_s=300):
+        kept = found["none"]
+        assert kept["metrics"][0]["seq_load_balancing_loss"] > 0
+        for row in kept["metrics"][0]["expert_load"][1:]:  # the first layer is dense; topk is 2
+            assert sum(row) == BATCH * SEQUENCE * 2
+        for name in SETS:
+            assert found[name]["metrics"] == kept["metrics"], name
+            assert found[name]["bits"] == kept["bits"], name
+
+
+def test_what_is_compared_sees_another_seed(tmp_path: Path) -> None:
+    """So the test above can fail."""
+    (first,) = run_distributed(step_of, 1, tmp_path, {}, {})
+    (second,) = run_distributed(step_of_seed, 1, tmp_path, 7)
+    assert first["bits"] != second
+
+
+def step_of_seed(directory: Path, seed: int) -> str:
+    """`step_of` from other weights."""
+    from moe_train.loop.step import train_step
+
+    run = prepare(config(directory, {}, seed=seed))
+    train_step(run, batches(run))
+    digest = hashlib.sha256()
+    for parameter in run.chunks[0].parameters():
+        digest.update(parameter.main_grad.numpy().tobytes())
+    return digest.hexdigest()

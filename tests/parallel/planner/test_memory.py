@@ -1,0 +1,189 @@
+"""The model of memory: what counts once, what recomputation leaves, how many micro-batches are alive."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+
+from moe_train.config.compose import compose
+from moe_train.config.validate import validate
+from moe_train.model.memory import job_of, predict, weights_on
+from parallel.planner.job import Job
+from parallel.planner.memory import (
+    chunk_activations,
+    interleaved,
+    peak_in_flight,
+    saved_logits,
+    saved_per_micro_batch,
+    stage_memory,
+)
+from parallel.planner.saved import layer
+
+GB = 1e9
+V3 = ["model=deepseek_v3", "parallel=deepseek_v3_h800", "runtime=cuda", "batch=large", "train.seq_length=4096"]
+
+
+def job(*overrides: str) -> Job:
+    cfg = compose(["batch.global_batch_size=64", *overrides])
+    return job_of(cfg, validate(cfg))
+
+
+def kept(some: Job, moe: bool = True) -> float:
+    return sum(layer(some, moe).values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "deepseek_v3"])
+def test_deepseek_v3_fits_its_gpus_only_with_its_recomputation(recompute: str) -> None:
+    """80 GB is 80 GiB, of which torch can have about 78.6."""
+    cfg = compose([*V3, "precision=fp8_block", f"recompute={recompute}"])
+    stages = predict(cfg, validate(cfg))
+    assert len(stages) == 16
+    assert [stage.micro_batches_in_flight for stage in stages] == list(range(16, 0, -1))
+    assert (max(stage.total for stage in stages) < 78.6 * 2**30) == (recompute == "deepseek_v3")
+
+
+def test_deepseek_v3_activations_are_those_that_were_published() -> None:
+    """131.0 GB a GPU in bf16 at pp=4 vpp=4 ep=64 (arXiv 2603.07685, tables 3 and 4)."""
+    layout = ["parallel.pp=4", "parallel.vpp=4", "parallel.ep=64", "parallel.dp=64"]
+    cfg = compose(["model=deepseek_v3", "runtime=cuda", "precision=bf16", "batch=large", "train.seq_length=4096",
+                   *layout])  # fmt: skip
+    fullest = max(predict(cfg, validate(cfg)), key=lambda stage: stage.total)
+    assert fullest.activations / GB == pytest.approx(131.0, rel=0.05)
+
+
+def test_full_recomputation_keeps_layer_inputs_only() -> None:
+    """4 layers of 256 x 2 bytes a token, token ids, norms and head of the last stage beside them."""
+    some = job("runtime=cpu", "precision=bf16", "recompute=full", "model.mtp_num_layers=0")
+    inputs = [size for name, size in chunk_activations(some, 0).items() if name.startswith("layer")]
+    assert inputs == [128 * 256 * 2] * 4
+    grouped = replace(some, recompute_num_layers=2)
+    assert len([name for name in chunk_activations(grouped, 0) if name.startswith("layer")]) == 2
+    block = replace(some, recompute_method="block", recompute_num_layers=3)
+    recomputed = [name for name in chunk_activations(block, 0) if name in {f"layer {i} input" for i in range(4)}]
+    assert len(recomputed) == 3  # the fourth keeps an fp32 copy of its input, under another name
+
+
+def test_each_module_that_is_recomputed_saves_memory_and_all_save_more_than_any() -> None:
+    """On both backends, and never more than there is."""
+    for runtime in ("cpu", "cuda"):
+        some = job(f"runtime={runtime}", "precision=bf16")
+        whole = kept(some) + kept(some, moe=False)
+        modules = ["core_attn", "mla_up_proj", "layernorm", "moe_act", "mlp", "moe", "shared_experts"]
+        saved = {}
+        for module in modules:
+            one = replace(some, recompute="selective", recompute_modules=frozenset({module}))
+            saved[module] = whole - kept(one) - kept(one, moe=False)
+        every = replace(some, recompute="selective", recompute_modules=frozenset(modules))
+        least = whole - kept(every) - kept(every, moe=False)
+        assert all(value > 0 for value in saved.values()), saved
+        assert max(saved.values()) < least < whole
+
+
+def test_core_attention_recomputed_on_transformer_engine_saves_only_statistics_in_bf16() -> None:
+    """Its output is also the input of the projection, which keeps it: upstream warns that it is hardly worth it."""
+    some = job("runtime=cuda", "precision=bf16")
+    without = replace(some, recompute="selective", recompute_modules=frozenset({"core_attn"}))
+    assert kept(some) - kept(without) == 4 * some.tokens * some.model.num_attention_heads
+
+
+def test_grouped_experts_keep_only_the_input_of_their_activation() -> None:
+    """Their function is fused on both backends; that of dense and shared experts is not on the local one."""
+    one, grouped = (layer(job("runtime=cpu", f"backend.grouped_gemm={on}"), True) for on in ("false", "null"))
+    assert set(one) - set(grouped) == {f"routed experts: {name}" for name in ("silu", "up", "silu x up")}
+
+
+def test_the_cpu_keeps_attention_probabilities_of_short_sequences_only() -> None:
+    """Beyond 512 tokens, and wherever it is not one CPU rank's whole sequence, attention works block by block."""
+    short = job("runtime=cpu", "precision=bf16", "train.seq_length=512")
+    name = "attention probabilities"
+    assert layer(short, False)[name] == 2 * 512 * short.model.num_attention_heads * 512
+    assert "log-sum-exp" not in layer(short, False)
+    for other in ("runtime=cuda", "runtime=cpu train.seq_length=640", "runtime=cpu parallel.cp=2"):
+        kept_by = layer(job("precision=bf16", "train.seq_length=512", *other.split()), False)
+        assert name not in kept_by, other
+        assert "log-sum-exp" in kept_by, other
+
+
+def test_the_loss_keeps_a_gradient_on_the_cpu_and_fp32_scores_elsewhere() -> None:
+    """Of each of the two losses; tensor parallelism splits the scores, and then upstream's loss runs."""
+    size = {
+        where: saved_logits(job("precision=bf16", "train.seq_length=128", *where.split()), "ttmL")
+        for where in ("runtime=cpu", "runtime=cpu parallel.tp=2", "runtime=cuda")
+    }
+    scores = 128 * job("runtime=cpu").model.padded_vocab_size * 2
+    assert size["runtime=cpu"] == pytest.approx(2 * scores, rel=0.01)
+    assert size["runtime=cpu parallel.tp=2"] == pytest.approx(4 * scores / 2, rel=0.01)
+    assert size["runtime=cuda"] == pytest.approx(4 * scores, rel=0.01)
+
+
+@pytest.mark.parametrize(("recipe", "element"), [("block", 1 + 4 / 128), ("tensor", 1), ("mxfp8", 1 + 1 / 32)])
+def test_fp8_keeps_linear_inputs_in_a_byte_and_caches_two_copies_of_weights(recipe: str, element: float) -> None:
+    bf16 = job("runtime=cuda", "precision=bf16")
+    fp8 = replace(bf16, fp8=recipe)
+    name = "routed expert input"
+    assert layer(fp8, True)[f"{name} in fp8"] == pytest.approx(layer(bf16, True)[name] / 2 * element)
+    cfg = compose(["runtime=cuda", "precision=bf16"])
+    weights = weights_on(cfg, bf16, 0)
+    assert weights.shared + weights.experts - weights.in_fp8 == 2 * 4096 * 256  # embedding and head stay bf16
+    cached = stage_memory(fp8, 0, weights).parameters - stage_memory(bf16, 0, weights).parameters
+    assert cached == pytest.approx(2 * element * weights.in_fp8, abs=1)
+
+
+def test_optimizer_state_is_divided_over_the_ranks_that_hold_the_same_weights() -> None:
+    """12 bytes a 16-bit weight; experts have ep times fewer replicas; bf16 moments take 4 bytes off."""
+    cfg = compose(["precision=bf16", "parallel.ep=2", "parallel.dp=4"])
+    some = job_of(cfg, validate(cfg))
+    weights = weights_on(cfg, some, 0)
+    assert stage_memory(some, 0, weights).optimizer == pytest.approx(12 * (weights.shared / 4 + weights.experts / 2))
+    whole = stage_memory(replace(some, distributed_optimizer=False, moment_bytes=2), 0, weights).optimizer
+    assert whole == 8 * (weights.shared + weights.experts)
+
+
+def test_sequence_parallelism_divides_what_tensor_parallelism_alone_repeats() -> None:
+    """tp=2 halves every tensor of a layer but the small tables and the latents' rotary part."""
+    one, two = job("precision=bf16", "runtime=cpu"), job("precision=bf16", "runtime=cpu", "parallel.tp=2")
+    assert kept(two, moe=False) == pytest.approx(kept(one, moe=False) / 2, rel=0.01)
+    assert kept(replace(two, sequence_parallel=False), moe=False) > 1.3 * kept(two, moe=False)
+
+
+def test_experts_get_topk_visits_a_token_whatever_the_number_of_ranks() -> None:
+    """Even routing: ep moves tokens and changes no mean. Capacity caps it, or pads it."""
+    assert job("runtime=cpu", "parallel.ep=4").expert_tokens == job("runtime=cpu").expert_tokens == 128 * 4
+    assert job("runtime=cpu", "model.capacity_factor=0.5").expert_tokens == 128 * 2
+    assert job("runtime=cpu", "model.capacity_factor=1.5").expert_tokens == 128 * 4
+    padded = job("runtime=cpu", "model.capacity_factor=1.5", "model.pad_to_capacity=true")
+    assert padded.expert_tokens == 128 * 6
+
+
+@pytest.mark.parametrize(("pp", "micro_batches", "alive"), [(4, 8, [4, 3, 2, 1]), (4, 2, [2, 2, 2, 1]), (1, 8, [1])])
+def test_a_stage_holds_a_micro_batch_for_each_stage_after_it(pp: int, micro_batches: int, alive: list[int]) -> None:
+    some = replace(job("runtime=cpu", f"parallel.pp={pp}"), micro_batches=micro_batches)
+    assert [peak_in_flight(some, stage, [1.0])[0] for stage in range(pp)] == alive
+
+
+def test_the_interleaved_schedule_holds_more() -> None:
+    """(pp - stage - 1) x 2 + (vpp - 1) x pp + 1 chunks, and each passes forward before it passes backward."""
+    pp, chunks, micro_batches = 4, 3, 8
+    some = replace(job("runtime=cpu", "parallel.pp=4", "model.num_layers=12"), micro_batches=micro_batches)
+    for stage in range(pp):
+        passes = list(interleaved(pp, chunks, stage, micro_batches))
+        forward = [chunk for chunk, is_forward in passes if is_forward]
+        assert sorted(forward) == sorted(chunk for chunk, is_forward in passes if not is_forward)
+        assert len(forward) == micro_batches * chunks
+        for chunk in range(chunks):
+            alive = list(accumulate((1 if f else -1) for c, f in passes if c == chunk))
+            assert min(alive) >= 0
+            assert alive[-1] == 0
+        expected = (pp - stage - 1) * 2 + (chunks - 1) * pp + 1
+        assert sum(peak_in_flight(some, stage, [1.0] * chunks)) == expected
+
+
+def test_a_pipeline_keeps_what_one_rank_keeps() -> None:
+    """The stages' activations add up to those of the whole model."""
+    whole = job("runtime=cpu", "precision=bf16")
+    for layout in (["parallel.pp=2"], ["parallel.pp=2", "parallel.vpp=2"], ["parallel.pp=4"]):
+        stages = job("runtime=cpu", "precision=bf16", *layout)
+        parts = sum(saved_per_micro_batch(stages, stage) for stage in range(stages.layout.pp))
+        assert parts == pytest.approx(saved_per_micro_batch(whole, 0))

@@ -1,0 +1,72 @@
+"""`moe-memory`: a table on a login node, without torch, in less than a second."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.memory import with_defaults
+
+COMMAND = Path(sys.executable).parent / "moe-memory"
+V3 = ("model=deepseek_v3", "parallel=deepseek_v3_h800", "precision=fp8_block", "recompute=deepseek_v3")
+
+
+def memory(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([COMMAND, *overrides], cwd=directory, capture_output=True, text=True, timeout=60)
+
+
+def test_every_stage_of_deepseek_v3_fits_80_gb(tmp_path: Path) -> None:
+    done = memory(tmp_path, *V3)
+    assert done.returncode == 0, done.stderr
+    assert "every stage fits a GPU of 80 GB" in done.stdout
+    for text in ("stage 0", "stage 15", "tmL", "Et*4", "parameters", "optimizer", "logits", "GiB"):
+        assert text in done.stdout
+
+
+def test_a_small_model_on_the_cpu_is_in_mib(tmp_path: Path) -> None:
+    done = memory(tmp_path, "runtime=cpu", "model=tiny", "train.seq_length=128", "parallel.pp=2")
+    assert done.returncode == 0, done.stderr
+    assert "micro-batches of 1 x 128 tokens: MiB of one rank" in done.stdout
+
+
+def test_it_imports_no_torch_and_takes_less_than_a_second(tmp_path: Path) -> None:
+    """CPU seconds, the best of three, so that a busy machine does not count."""
+    code = (
+        "import sys, time\n"
+        "from tools import memory\n"
+        f"sys.argv = ['moe-memory', *{list(V3)!r}]\n"
+        "try:\n    memory.main()\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "print(time.process_time(), [m for m in sys.modules if m.split('.')[0] in ('torch', 'megatron', 'numpy')])\n"
+    )
+    times = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        seconds, _, modules = done.stdout.splitlines()[-1].partition(" ")
+        assert modules == "[]"
+        times.append(float(seconds))
+    assert min(times) < 1
+
+
+def test_a_wrong_configuration_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = memory(tmp_path, "model=llama3_8b", "recompute=deepseek_v3")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: recompute.modules has mla_up_proj, but model.attention=gqa")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "added"),
+    [
+        ([], ["runtime=cuda", "batch=large", "train.seq_length=4096"]),
+        (["runtime=cpu", "batch.global_batch_size=8"], ["train.seq_length=4096"]),
+        (["experiment=tiny_tp2_pp2_ep2"], ["runtime=cuda"]),
+        (["batch=small", "train.seq_length=128", "++runtime=cuda"], []),
+    ],
+)
+def test_what_is_given_is_not_assumed(words: list[str], added: list[str]) -> None:
+    assert with_defaults(words) == [*added, *words]

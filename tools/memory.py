@@ -1,0 +1,128 @@
+"""`moe-memory`: what one rank of each pipeline stage holds, from the configuration alone, without torch.
+
+It takes the overrides of `moe-train`: `moe-memory model=deepseek_v3 parallel=deepseek_v3_h800 recompute=deepseek_v3`.
+Where they say nothing else it looks at GPUs with Transformer Engine (runtime=cuda) and, without an experiment, at
+sequences of 4,096 tokens in DeepSeek-V3's global batch (train.seq_length=4096 batch=large).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_train.config.compose import hydra_entry
+from moe_train.config.schema import Config
+from moe_train.config.validate import validate
+from moe_train.model.memory import predict
+from parallel.layout import ParallelLayout
+from parallel.planner.memory import StageMemory
+
+GIB, MIB = 2**30, 2**20
+# Memory of a GPU as it is sold, GB, and what torch can allocate of it beside the CUDA context, GiB.
+GPUS = {24: 23.0, 40: 39.0, 80: 78.6, 96: 93.0, 141: 138.6, 192: 177.0, 288: 266.0}
+PARTS = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "recompute": "recomputed",
+    "communication": "communication",
+    "logits": "logits",
+    "total": "total",
+}
+
+
+def main() -> None:
+    """Console script."""
+    sys.exit(hydra_entry(run, argv=with_defaults(sys.argv[1:])))
+
+
+def with_defaults(words: Sequence[str]) -> list[str]:
+    """The command line, with what `moe-memory` assumes where it says nothing."""
+    given = {word.partition("=")[0].lstrip("+") for word in words}
+    added = []
+    if "runtime" not in given:
+        added.append("runtime=cuda")
+    if "experiment" not in given:
+        if not given & {"batch", "batch.global_batch_size"}:
+            added.append("batch=large")
+        if "train.seq_length" not in given:
+            added.append("train.seq_length=4096")
+    return [*added, *words]
+
+
+def run(cfg: Config) -> None:
+    """Print the table and what it fits.
+
+    Raises:
+        ConfigError: the configuration is impossible.
+    """
+    with contextlib.suppress(OSError):
+        Path(cfg.run_dir).rmdir()  # Hydra has made it; nothing is written to it
+    layout = validate(cfg)
+    stages = predict(cfg, layout)
+    console = Console()
+    title, rows = table(cfg, layout, shown(stages))
+    console.print(title, soft_wrap=True)
+    console.print(rows)
+    console.print(verdict(stages), soft_wrap=True)
+
+
+def shown(stages: Sequence[StageMemory]) -> list[StageMemory]:
+    """All of a few stages; of many the first, the fullest in between, and the last."""
+    if len(stages) <= 4:
+        return list(stages)
+    return [stages[0], max(stages[1:-1], key=lambda stage: stage.total), stages[-1]]
+
+
+def table(cfg: Config, layout: ParallelLayout, stages: Sequence[StageMemory]) -> tuple[str, Table]:
+    """A title with the unit, and a column for each stage."""
+    unit, name = (GIB, "GiB") if max(stage.total for stage in stages) >= GIB else (MIB, "MiB")
+    title = (
+        f"{cfg.model.name}, {layout.world_size:,} ranks, {cfg.precision.name}, micro-batches of "
+        f"{cfg.batch.micro_batch_size} x {cfg.train.seq_length:,} tokens: {name} of one rank"
+    )
+
+    def as_text(size: float) -> str:
+        return f"{size / unit:,.2f}"
+
+    result = Table()
+    result.add_column("")
+    for stage in stages:
+        result.add_column(f"stage {stage.stage}", justify="right")
+    result.add_row("holds", *(" ".join(_short(items) for items in stage.items) for stage in stages))
+    result.add_row("micro-batches in flight", *(str(stage.micro_batches_in_flight) for stage in stages))
+    result.add_row("activations of each", *(as_text(stage.activations_per_micro_batch) for stage in stages))
+    result.add_row("of which by expert tokens", *(as_text(stage.expert_share) for stage in stages), end_section=True)
+    for name, text in PARTS.items():
+        if name == "total":
+            result.add_section()
+        result.add_row(text, *(as_text(getattr(stage, name)) for stage in stages))
+    return title, result
+
+
+def _short(items: str) -> str:
+    """Ettt as Et*3."""
+    text = ""
+    for item in dict.fromkeys(items):
+        count = items.count(item)
+        text += item if count == 1 else f"{item}*{count}"
+    return text
+
+
+def verdict(stages: Sequence[StageMemory]) -> str:
+    """The fullest stage, and the smallest GPU that holds it."""
+    fullest = max(stages, key=lambda stage: stage.total)
+    size = fullest.total / GIB
+    fits = [memory for memory, usable in GPUS.items() if size <= usable]
+    which = f"every stage fits a GPU of {fits[0]} GB" if fits else "more than any GPU has: split it further"
+    return f"fullest: stage {fullest.stage} of {len(stages)} with {size:,.2f} GiB; {which}"
+
+
+if __name__ == "__main__":
+    main()
