@@ -110,7 +110,8 @@ def _parts(found: Inventory) -> Table:
     rows.append(("total", total, expected.total_with_mtp if expected else None))
     if mtp or (expected and expected.mtp):
         rows.append(("total without mtp", total - mtp, expected.total if expected else None))
-    rows.append(("active, without mtp", found.active, expected.active if expected else None))
+    if expected:
+        rows.append(("active, without mtp", found.active, expected.active))
     for part in NOT_PARAMETERS:
         biases = expected.expert_bias + expected.mtp_expert_bias if expected else 0
         if found.elements[part] or (part == BIAS and biases):
