@@ -68,10 +68,10 @@ def run(cfg: Config, line: CommandLine, team: Team) -> None:
     quiet.silence()
     import torch
 
-    from moe_train.checkpoint.hf import writer
+    from moe_train.checkpoint.hf import workers, writer
 
     torch.set_num_threads(1)  # files are written side by side
-    threads = cfg.convert.threads or max(1, (os.cpu_count() or 1) // team.size)
+    threads = cfg.convert.threads or workers.cores(team)
     source = writer.together(team, lambda: _source(cfg))
     if line.command == _VERIFY:
         _verify(source, threads, team)
@@ -79,7 +79,7 @@ def run(cfg: Config, line: CommandLine, team: Team) -> None:
     if cfg.convert.target is None:
         raise ConfigError("convert.target=null names no directory to write", "use moe-convert SOURCE TARGET")
     target = Path(cfg.convert.target)
-    plan = writer.together(team, lambda: make_plan(cfg, source, target, line.overrides, team))
+    plan = writer.together(team, lambda: make_plan(cfg, source, target, line.overrides, team, threads))
     share = sum(job.bytes for job in plan.jobs[team.rank :: team.size])
     with _bar("converting", share, team) as advance:
         outcome = writer.run(plan, team, threads, advance)
@@ -111,7 +111,9 @@ def _source(cfg: Config) -> Path:
     return path
 
 
-def make_plan(cfg: Config, source: Path, target: Path, words: Sequence[str] = (), team: Team | None = None) -> Plan:
+def make_plan(
+    cfg: Config, source: Path, target: Path, words: Sequence[str] = (), team: Team | None = None, threads: int = 1
+) -> Plan:
     """What to write. The target's format is the other one unless the config says so.
 
     A source with a manifest is compared with it first, by each process of `team` a share.
@@ -129,7 +131,6 @@ def make_plan(cfg: Config, source: Path, target: Path, words: Sequence[str] = ()
         cfg.convert.power_of_two_scales,
     )
     share = (team.rank, team.size) if team else (0, 1)
-    threads = cfg.convert.threads or max(1, (os.cpu_count() or 1) // share[1])
     verified = (source / writer.MANIFEST).is_file()
     if verified:  # a flipped byte must not travel on
         writer.verify(source, threads, rank=share[0], size=share[1])

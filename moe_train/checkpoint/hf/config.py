@@ -77,7 +77,7 @@ _BACKBONE = (
     Setting("num_attention_heads", "num_attention_heads"),
 )
 _FFN = Setting("intermediate_size", "ffn_hidden_size")
-_GROUPS = Setting("num_key_value_heads", "num_query_groups")
+_GROUPS = Setting("num_key_value_heads", "num_query_groups", None, _none_as_zero)
 _HEAD_DIM = Setting("head_dim", "head_dim", 0, _none_as_zero, _zero_as_none)
 _MLA = (
     Setting("q_lora_rank", "q_lora_rank", None, _none_as_zero, _zero_as_none),
