@@ -285,9 +285,15 @@ def _write_all(plan: Plan, jobs: list[FileJob], threads: int, progress: Callable
     stop = threading.Event()
 
     def work(job: FileJob) -> None:
-        if job.name not in complete and not stop.is_set():
-            _write_file(job, partial)
-        progress(job.bytes)
+        if stop.is_set():
+            return
+        try:
+            if job.name not in complete:
+                _write_file(job, partial)
+            progress(job.bytes)
+        except BaseException:
+            stop.set()  # here, or this thread would begin another file before anyone looks
+            raise
 
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(work, job) for job in jobs]
@@ -329,8 +335,8 @@ def _publish(plan: Plan, reused: int) -> Outcome:
         files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     manifest = {"format": 1, "files": dict(sorted(files.items()))}
     _write_whole(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+    (partial / _PLAN).unlink()  # first: with it, the next try would look for what follows
     shutil.rmtree(partial / _DONE)
-    (partial / _PLAN).unlink()
     for directory in {partial / Path(name).parent for name in files} | {partial}:
         _sync_directory(directory)
     os.rename(partial, plan.target)
