@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -92,7 +93,9 @@ def from_environment(env: Mapping[str, str] = os.environ) -> Team:
     if announced == 1:
         return Alone()
     try:
-        from mpi4py import MPI
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a launcher of another MPI, which is an error here
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
             f"{announced} processes were started, but mpi4py cannot be used: {str(error).splitlines()[0]}",

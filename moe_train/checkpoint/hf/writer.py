@@ -285,9 +285,15 @@ def _write_all(plan: Plan, jobs: list[FileJob], threads: int, progress: Callable
     stop = threading.Event()
 
     def work(job: FileJob) -> None:
-        if job.name not in complete and not stop.is_set():
-            _write_file(job, partial)
-        progress(job.bytes)
+        if stop.is_set():
+            return
+        try:
+            if job.name not in complete:
+                _write_file(job, partial)
+            progress(job.bytes)
+        except BaseException:
+            stop.set()  # here, or this thread would begin another file before anyone looks
+            raise
 
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(work, job) for job in jobs]

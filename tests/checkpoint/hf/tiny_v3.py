@@ -46,16 +46,16 @@ def _swiglu(name: str, inner: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _layer(number: int) -> dict[str, tuple[int, ...]]:
+def _layer(number: int, experts: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {f"self_attn.{name}.weight": shape for name, shape in ATTENTION.items()}
     shapes |= {"self_attn.q_a_layernorm.weight": (144,), "self_attn.kv_a_layernorm.weight": (130,)}
     shapes |= {"input_layernorm.weight": (HIDDEN,), "post_attention_layernorm.weight": (HIDDEN,)}
     if number == 0:
         shapes |= _swiglu("mlp", DENSE)
     else:
-        shapes |= {"mlp.gate.weight": (EXPERTS, HIDDEN), "mlp.gate.e_score_correction_bias": (EXPERTS,)}
+        shapes |= {"mlp.gate.weight": (experts, HIDDEN), "mlp.gate.e_score_correction_bias": (experts,)}
         shapes |= _swiglu("mlp.shared_experts", EXPERT)
-        for expert in range(EXPERTS):
+        for expert in range(experts):
             shapes |= _swiglu(f"mlp.experts.{expert}", EXPERT)
     if number == 2:  # multi-token prediction
         shapes |= {f"{name}.weight": (HIDDEN,) for name in ("enorm", "hnorm", "shared_head.norm")}
@@ -64,10 +64,10 @@ def _layer(number: int) -> dict[str, tuple[int, ...]]:
     return {f"model.layers.{number}.{name}": shape for name, shape in shapes.items()}
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
+def shapes(experts: int = EXPERTS) -> dict[str, tuple[int, ...]]:
     """Every tensor of the release's form."""
     outer = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "lm_head.weight": (VOCABULARY, HIDDEN)}
-    return outer | {"model.norm.weight": (HIDDEN,)} | _layer(0) | _layer(1) | _layer(2)
+    return outer | {"model.norm.weight": (HIDDEN,)} | _layer(0, experts) | _layer(1, experts) | _layer(2, experts)
 
 
 def quantised(names: Sequence[str]) -> list[str]:
@@ -75,10 +75,10 @@ def quantised(names: Sequence[str]) -> list[str]:
     return [name for name in names if name.endswith("_proj.weight") or "kv_a_proj" in name if "eh_proj" not in name]
 
 
-def weights(seed: int = 0) -> Tensors:
+def weights(seed: int = 0, experts: int = EXPERTS) -> Tensors:
     """Random weights in bf16, selection biases in fp32."""
     generator = torch.Generator().manual_seed(seed)
-    made = {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in shapes().items()}
+    made = {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in shapes(experts).items()}
     made = {name: t if name.endswith("_bias") else t.to(torch.bfloat16) for name, t in made.items()}
     made["model.layers.2.embed_tokens.weight"] = made["model.embed_tokens.weight"].clone()
     made["model.layers.2.shared_head.head.weight"] = made["lm_head.weight"].clone()
