@@ -108,11 +108,13 @@ class ValidateBeforeOutput(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Stop where the config is wrong; nothing has been written yet."""
         try:
+            # Read before the copy is made, so that both have the same second in the directory's name.
+            run_dir = str(config.run_dir)
             task = copy.deepcopy(config)
             with read_write(task), open_dict(task):
                 del task["hydra"]
             validate(to_config(task))
-            _make_run_dir(task.run_dir)
+            _make_run_dir(run_dir)
         except Exception as error:
             raise _Stop(error) from error
 

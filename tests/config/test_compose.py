@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from moe_train.config import compose as compose_module
 from moe_train.config.compose import compose, from_yaml, hydra_entry, to_yaml
 from moe_train.config.explain import CONF_DIR, group_options
 from moe_train.config.schema import Config
@@ -221,3 +224,20 @@ def test_every_field_has_a_doc_line() -> None:
 def test_walk_sees_every_field() -> None:
     count = sum(len(dataclasses.fields(getattr(Config(), group))) for group in group_names())
     assert len(all_fields()) == count + len(dataclasses.fields(Config)) - len(group_names())
+
+
+def test_a_default_run_dir_is_one_directory_however_slow_the_checks_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name has the second in it, which passes while the configuration is checked."""
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(1.1)
+        return validate(*args)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compose_module, "validate", slowly)
+    seen: list[str] = []
+    assert hydra_entry(lambda cfg: seen.append(cfg.run_dir), argv=[]) == 0
+    assert len(seen) == 1
+    assert list((tmp_path / "runs").iterdir()) == [], "what a command leaves empty is removed"
