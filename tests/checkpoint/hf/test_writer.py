@@ -341,21 +341,23 @@ class Threads:
 
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_a_team_writes_the_same(size: int, tmp_path: Path, good: dict[str, bytes]) -> None:
-    ranks: list[set[int]] = [set() for _ in range(size)]
+    wrote: set[tuple[int, int]] = set()
 
-    def recording(number: int) -> Write:
+    def recording(rank: int, number: int) -> Write:
         def write(out: HashingFile) -> list[int]:
-            ranks[number % size].add(threading.get_ident())
+            wrote.add((rank, number))
             out.write(content(number))
             return [number, out.position]
 
         return write
 
-    special = {f"file_{i}": recording(i) for i in range(5)}
-    outcomes = Threads(size).run(lambda team: write(toy(tmp_path / "target", **special), team))
-    assert outcomes == [Outcome(5, sum(len(content(i)) for i in range(5)), 0)] * size
+    def work(team: Team) -> Outcome:
+        special = {f"file_{i}": recording(team.rank, i) for i in range(5)}
+        return write(toy(tmp_path / "target", **special), team)
+
+    assert Threads(size).run(work) == [Outcome(5, sum(len(content(i)) for i in range(5)), 0)] * size
     assert files_of(tmp_path / "target") == good
-    assert len(set().union(*ranks)) == min(size, 5)  # each rank did its share
+    assert wrote == {(number % size, number) for number in range(5)}  # each rank did its share
 
 
 @pytest.mark.parametrize(
