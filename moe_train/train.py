@@ -41,8 +41,10 @@ def run(cfg: Config, rank: RankInfo) -> None:
 def prepare(cfg: Config, rank: RankInfo) -> Run:
     """Join the other ranks and build this rank's part of the model, with its optimizer and callbacks."""
     layout = validate(cfg, rank.world_size)
-    if cfg.precision.fp8:
-        raise ConfigError(f"precision.fp8={cfg.precision.fp8} is known to moe-memory only", "use precision=bf16")
+    planned = {"fp8": None, "moments_dtype": "fp32"}  # what only moe-memory knows yet
+    for field, trained in planned.items():
+        if (value := getattr(cfg.precision, field)) != trained:
+            raise ConfigError(f"precision.{field}={value} is known to moe-memory only", "use precision=bf16")
     name = runtime.choose(cfg.runtime)
     implementation = backend.choose(cfg, name)
     device = runtime.start(name, rank, cfg.launcher.timeout_s)
