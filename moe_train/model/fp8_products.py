@@ -60,7 +60,7 @@ class DelayedScale:
             self.seen += 1
             most = self.history.amax(dim=0)
             new = torch.div(torch.tensor(largest, device=most.device), most)
-            new = torch.where((most > 0) & torch.isfinite(new), new, scale)
+            new = torch.where((most > 0) & torch.isfinite(most), new, scale)
             self.scale = torch.where(torch.isinf(new), torch.finfo(torch.float32).max, new)
         return scale
 

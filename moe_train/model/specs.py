@@ -69,7 +69,11 @@ class LocalBackend(LocalSpecProvider):
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, *legacy: bool) -> Any:
         """All local experts in one grouped GEMM, or one by one. Before 0.19 upstream wants submodules too."""
         if not moe_use_grouped_gemm:
-            return super().grouped_mlp_modules(moe_use_grouped_gemm, *legacy)
+            upstream = super().grouped_mlp_modules(moe_use_grouped_gemm, *legacy)
+            if self.recipe is not None:
+                submodules = upstream[1] if legacy else upstream.keywords["submodules"]
+                submodules.linear_fc1, submodules.linear_fc2 = self.column_parallel_linear(), self.row_parallel_linear()
+            return upstream
         experts = with_linears(GroupedExperts, "linear", self.recipe)
         return (experts, None) if legacy else experts
 

@@ -5,28 +5,30 @@ from __future__ import annotations
 from moe_train.config.rules.facts import Facts, Rule
 from parallel.suggest import Fix, Impossible, fixes_of
 
-_OFF: Fix = {"precision.fp8": None, "precision.fp8_param_gather": False, "precision.first_last_layers_bf16": False}
+_OPTIONS = ("first_last_layers_bf16", "fp8_param_gather")
 
 
 def fp8(facts: Facts) -> None:
     """Only linear layers are in FP8; all else needs bf16, and FP8 options need a recipe."""
     precision = facts.cfg.precision
     if precision.fp8 is None:
-        for name in ("first_last_layers_bf16", "fp8_param_gather"):
+        for name in _OPTIONS:
             if getattr(precision, name):
                 raise Impossible(f"precision.{name}=true needs FP8, but precision.fp8=null",
                                  [{f"precision.{name}": False}])  # fmt: skip
         return
+    off: Fix = {"precision.fp8": None}
+    off |= {f"precision.{name}": False for name in _OPTIONS if getattr(precision, name)}
     if precision.dtype != "bf16":
         raise Impossible(
             f"precision.fp8={precision.fp8} is for linear layers and needs precision.dtype=bf16 for the rest, "
             f"not {precision.dtype}",
-            [{"precision.dtype": "bf16"}, _OFF],
+            [{"precision.dtype": "bf16"}, off],
         )
     if facts.backend == "local" and facts.runtime == "cuda":
         raise Impossible(
             f"precision.fp8={precision.fp8} on cuda needs backend.name=te: backend.name=local emulates FP8 on the CPU",
-            [{"backend.name": "te"}, _OFF],
+            [{"backend.name": "te"}, off],
         )
 
 
