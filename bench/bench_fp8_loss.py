@@ -1,7 +1,8 @@
 """How far training in emulated FP8 strays from bf16: the same model, data and seed in each precision, on this CPU.
 
-The measure is that of DeepSeek-V3 (arXiv 2412.19437, appendix B.1): the relative difference of losses that an exponential
-moving average with a coefficient of 0.9 has smoothed. There it stays below 0.25 % with tiles of 1 x 128 and 128 x 128.
+The measure is that of DeepSeek-V3 (arXiv 2412.19437, appendix B.1): the relative difference of losses that an
+exponential moving average with a coefficient of 0.9 has smoothed. There it stays below 0.25 % with tiles of 1 x 128 and
+128 x 128.
 Here it counts from the end of the warm-up on, at every step.
 
 `make bench-fp8` prints one table and writes bench/results/fp8_loss.json, with every loss of every run.

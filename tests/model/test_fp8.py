@@ -194,7 +194,8 @@ def tensors(tokens: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Ten
     x, weight, grad = (
         torch.randn(shape, generator=generator) for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
     )
-    return x * torch.linspace(0.01, 30, inputs), weight * torch.linspace(0.1, 4, outputs)[:, None], grad * 1e-3
+    sizes = [torch.exp2(-(5 * torch.arange(n) % 17).float()) for n in (inputs, outputs, tokens)]
+    return x * sizes[0], weight * sizes[1][:, None] * sizes[0], grad * sizes[2][:, None] * sizes[1]
 
 
 @pytest.mark.parametrize(("scaling", "length"), [("block", 128), ("mxfp8", 32)])
