@@ -41,7 +41,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 40, "norm_topk_prob": False}),
     "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 48}),
     "glm4_moe": ("Glm4Moe", {
-        **EXPERTS, "head_dim": 16, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32, "intermediate_size": 96, "num_experts_per_tok": 2, "head_dim": 16,
+        "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1,
         "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5, "attention_bias": True, "use_qk_norm": True,
         "partial_rotary_factor": 0.5, "num_nextn_predict_layers": 0,
     }),
