@@ -1,0 +1,67 @@
+"""What the software of a run does beside the mathematics: which kernels are fused, what overlaps, what the host costs.
+
+The same layout runs at different speeds from one release to the next. What a run used is often published (a dispatcher,
+CUDA graphs, whether expert dispatch overlaps); where only a date is known, `of_date` gives what was usual then. No torch
+import.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Software:
+    """How a training system runs a layer.
+
+    Args:
+        flash_attention: attention never writes its scores to memory.
+        fusion: part of the memory traffic of the small kernels that fusion leaves.
+        kernels: part of the kernels that the host still starts one by one (CUDA graphs start the others).
+        dispatcher: alltoall (NCCL, one message for each expert), or flex (DeepEP, HybridEP: one for each node).
+        fp8_dispatch: tokens travel to their experts in FP8; they come back in 16 bits.
+        overlap_all_to_all: dispatch runs beside another micro-batch's compute.
+        overlap_tp: tensor-parallel collectives run in pieces beside their GEMM.
+        overlap_dp: gradients are reduced during the backward pass, parameters gathered during the forward pass.
+        fsdp: weights are sharded over data-parallel ranks and gathered layer by layer.
+        frozen: weights need no gradient (LoRA).
+        imbalance: tokens of the fullest expert rank over the mean.
+        communication_sms: part of the multiprocessors that dispatch takes from compute while both run.
+    """
+
+    flash_attention: bool = True
+    fusion: float = 1.0
+    kernels: float = 1.0
+    dispatcher: str = "flex"
+    fp8_dispatch: bool = False
+    overlap_all_to_all: bool = False
+    overlap_tp: bool = True
+    overlap_dp: bool = True
+    fsdp: bool = False
+    frozen: bool = False
+    imbalance: float = 1.0
+    communication_sms: float = 0.0
+
+
+# First month (year x 100 + month) -> what a well-tuned Megatron run had from then on.
+GENERATIONS = {
+    202000: Software(flash_attention=False, fusion=1.6, dispatcher="alltoall", overlap_tp=False, overlap_dp=False),
+    202301: Software(fusion=1.3, dispatcher="alltoall", overlap_tp=False),
+    202406: Software(fusion=1.2, dispatcher="alltoall"),
+    202506: Software(fusion=1.0, kernels=0.9),
+    202601: Software(fusion=0.9, kernels=0.6),
+    202606: Software(fusion=0.7, kernels=0.15, overlap_all_to_all=True),
+}
+
+
+def of_date(month: int) -> Software:
+    """What was usual in a month, given as year x 100 + month."""
+    known = [first for first in sorted(GENERATIONS) if first <= month]
+    return GENERATIONS[known[-1] if known else min(GENERATIONS)]
+
+
+def deepseek_v3() -> Software:
+    """DeepSeek's own system (arXiv 2412.19437, section 3.2): FP8 dispatch, 20 of 132 multiprocessors for it, DualPipe."""
+    return replace(
+        GENERATIONS[202506], fp8_dispatch=True, overlap_all_to_all=True, communication_sms=20 / 132, kernels=0.5
+    )
