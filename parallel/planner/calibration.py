@@ -28,6 +28,8 @@ class Calibration:
         all_to_all_exposed: the same of expert dispatch where it overlaps with another micro-batch.
         pp_exposed: part of pipeline messages that is not hidden where they overlap.
         host_us: host time to start one kernel, microseconds.
+        real_imbalance: tokens of the fullest expert rank over the mean where routing is learned, not forced to be even.
+        graph_kernels: part of the kernels that the host still starts where CUDA graphs start the others.
         step_s: fixed time of a step (gradient norm, logging, synchronisation), seconds.
         straggler: how much longer a step takes for each doubling of the GPUs.
     """
@@ -45,6 +47,8 @@ class Calibration:
     all_to_all_exposed: float = 0.2
     pp_exposed: float = 0.2
     host_us: float = 4.0
+    real_imbalance: float = 1.2
+    graph_kernels: float = 0.4
     step_s: float = 0.05
     straggler: float = 0.005
 

@@ -1,0 +1,201 @@
+"""Prediction for a published run: throughput, step time, memory of the fullest GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from moe_train.config.model import ModelConfig
+from moe_train.model.arithmetic import flops_per_token, parameters_on_rank
+from parallel import pipeline
+from parallel.layout import ParallelLayout
+from parallel.planner.calibration import Calibration
+from parallel.planner.job import Job
+from parallel.planner.layers import Machine
+from parallel.planner.memory import Weights, stage_memory
+from parallel.planner.orders import impossible
+from parallel.planner.time import StepTime, plan_step
+from parallel.suggest import Impossible
+from tools.planning.rows import Row, date_of, number, text_of
+
+# From the least work to the most.
+RECOMPUTE: tuple[tuple[str, str, int, frozenset[str]], ...] = (
+    ("none", "uniform", 1, frozenset()),
+    ("selective", "uniform", 1, frozenset({"moe_act"})),
+    ("selective", "uniform", 1, frozenset({"mla_up_proj"})),
+    ("selective", "uniform", 1, frozenset({"layernorm", "moe_act"})),
+    ("selective", "uniform", 1, frozenset({"layernorm", "moe_act", "mla_up_proj"})),
+    ("selective", "uniform", 1, frozenset({"layernorm", "moe_act", "mla_up_proj", "mlp"})),
+    ("selective", "uniform", 1, frozenset({"mlp"})),
+    ("full", "uniform", 1, frozenset()),
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the planner says of a row."""
+
+    step: StepTime
+    job: Job
+    memory_bytes: float
+    fits: bool
+
+    @property
+    def recompute(self) -> str:
+        """The recomputation that was published or chosen."""
+        return "+".join(sorted(self.job.recompute_modules)) or self.job.recompute
+
+
+def predict(row: Row, constants: Calibration) -> Prediction:
+    """The fastest of what the row leaves open that fits memory; where nothing fits, the one that needs least."""
+    best: Prediction | None = None
+    smallest: Prediction | None = None
+    for job in candidates(row):
+        weights = weights_of(row.model, job)
+        size = memory_of(row, job, weights)
+        fits = size <= row.hardware.usable_bytes
+        if best is not None and not fits:
+            continue
+        if fits or smallest is None or size < smallest.memory_bytes:
+            one = Prediction(timed(row, job, weights, constants), job, size, fits)
+            if fits and (best is None or one.step.seconds / one.step.tokens < best.step.seconds / best.step.tokens):
+                best = one
+            if smallest is None or size < smallest.memory_bytes:
+                smallest = one
+        if best is not None and not (row.open_vpp or row.open_micro_batch):
+            break  # candidates come in the order of the work they recompute
+    chosen = best or smallest
+    if chosen is None:
+        raise Impossible("the row has no candidate")
+    return chosen
+
+
+def timed(row: Row, job: Job, weights: list[Weights], constants: Calibration) -> StepTime:
+    """Time of a step. Where the micro-batches do not fill the interleaved schedule's rounds, of the next number that does."""
+    schedule = row.schedule or ("interleaved" if job.layout.vpp > 1 else "1f1b")
+    machine = Machine(row.hardware, row.software, constants)
+    if impossible(schedule, job.layout.pp, job.layout.vpp, job.micro_batches):
+        job = replace(job, micro_batches=-(-job.micro_batches // job.layout.pp) * job.layout.pp)
+    return plan_step(job, machine, schedule, weights)
+
+
+def candidates(row: Row) -> Iterator[Job]:
+    """Every job that fits what is published, those that recompute least first."""
+    sequences = row.micro_batch_size * row.micro_batches
+    sizes = [m for m in (1, 2, 4, 8) if sequences % m == 0] if row.open_micro_batch else [row.micro_batch_size]
+    chunks = [row.layout.vpp]
+    if row.open_vpp and row.layout.pp > 1:
+        chunks = [v for v in (1, 2, 3, 4, 6, 8) if row.model.num_layers // (row.layout.pp * v) >= 1]
+    for recompute in [row.recompute] if row.recompute else possible(row.model):
+        for vpp in chunks:
+            for size in sizes:
+                if job := _job(row, replace(row.layout, vpp=vpp), size, sequences // size, recompute):
+                    yield job
+
+
+def possible(model: ModelConfig) -> list[tuple[str, str, int, frozenset[str]]]:
+    """The sets of `RECOMPUTE` that change anything of this model, each once."""
+    found = []
+    for mode, method, layers, modules in RECOMPUTE:
+        if model.attention != "mla":
+            modules = modules - {"mla_up_proj"}
+        if not model.is_moe:
+            modules = modules - {"moe_act"}
+        if 0 not in model.moe_layer_pattern:
+            modules = modules - {"mlp"}
+        one = (mode, method, layers, modules)
+        if (mode != "selective" or modules) and one not in found:
+            found.append(one)
+    return found
+
+
+def _job(
+    row: Row, layout: ParallelLayout, size: int, micro_batches: int, recompute: tuple[str, str, int, frozenset[str]]
+) -> Job | None:
+    model, fp8 = row.model, row.precision if row.precision in ("block", "tensor", "mxfp8") else None
+    if row.precision == "nvfp4":
+        fp8 = "mxfp8"
+    try:
+        stages = pipeline.stage_items(None, layout.pp, layout.vpp, model.num_layers, model.mtp_num_layers)
+    except Impossible:
+        return None
+    mode, method, layers, modules = recompute
+    words = text_of(row.values).lower()
+    recent = date_of(words) >= 202406
+    return Job(
+        model=model, layout=layout, stages=stages, micro_batch_size=size, seq_length=row.seq_length,
+        micro_batches=micro_batches, sequence_parallel=row.sequence_parallel, backend="te", fused=True, grouped=True,
+        dtype="bf16", fp8=fp8, fp8_weights_only=fp8 is not None, grad_bytes=2 if recent else 4,
+        moment_bytes=2 if row.schedule == "dualpipe" or "bf16 moments" in words else 4,
+        distributed_optimizer=recent or row.software.fsdp, recompute=mode, recompute_method=method,
+        recompute_num_layers=layers, recompute_modules=modules,
+    )  # fmt: skip
+
+
+def weights_of(model: ModelConfig, job: Job) -> list[Weights]:
+    """Parameters on one rank of each pipeline rank."""
+    layout, found = job.layout, []
+    for rank in range(layout.pp):
+        held = parameters_on_rank(model, job.stages, rank, pp=layout.pp, tp=layout.tp, ep=layout.ep, etp=layout.etp)
+        items = "".join("".join(job.stages[i]) for i in range(rank, len(job.stages), layout.pp))
+        matrix = model.padded_vocab_size * model.hidden_size // layout.tp
+        found.append(
+            Weights(
+                held.shared,
+                held.experts,
+                max(0, held.total - (("E" in items or "m" in items) + ("L" in items)) * matrix),
+            )
+        )
+    return found
+
+
+def memory_of(row: Row, job: Job, weights: list[Weights]) -> float:
+    """Memory of the fullest rank, bytes; the first, middle and last stages are looked at."""
+    layout, sizes = job.layout, []
+    for stage in sorted({0, min(1, layout.pp - 1), layout.pp - 1}):
+        one = stage_memory(job, stage, weights[stage])
+        static = one.parameters + one.gradients
+        if row.software.fsdp:
+            static = round(static / (layout.dp * layout.cp))
+        if row.software.frozen:
+            static = one.parameters
+        optimizer = 0 if row.software.frozen else one.optimizer
+        copies, activations = 1, one.activations
+        if row.schedule == "dualpipe":  # two copies of the model, PP + 1 micro-batches alive
+            copies, activations = 2, (layout.pp + 1) * one.activations_per_micro_batch
+        sizes.append(copies * static + optimizer + activations + one.recompute + one.communication + one.logits)
+    return max(sizes)
+
+
+def published_tokens_per_s(row: Row) -> float | None:
+    """Tokens/s/GPU as published, or from TFLOPS or MFU by the source's convention."""
+    values, words = row.values, text_of(row.values).lower()
+    tokens, tflops, mfu = (number(values[name]) for name in ("tokens_per_s_per_gpu", "tflops_per_gpu", "mfu_pct"))
+    if tokens is not None and not ("use tflops" in words and tflops is not None):
+        return tokens
+    if tflops is None and mfu is not None:
+        tflops = mfu / 100 * row.hardware.bf16_tflops
+    if tflops is None:
+        return None
+    return tflops * 1e12 / published_flops(row, words)
+
+
+def published_flops(row: Row, words: str) -> float:
+    """FLOPs of a token by the convention of the source: before the middle of 2025 Megatron did not count causality."""
+    causal = "non-causal" not in words and (re_causal(words) or date_of(words) >= 202506)
+    hidden = "includes recompute" in words
+    counted = "mtp counted" in words and "not counted" not in words
+    flops = flops_per_token(
+        row.model, row.seq_length, causal and not hidden, counted and bool(row.model.mtp_num_layers)
+    )
+    return flops * (4 / 3 if hidden else 1)
+
+
+def re_causal(words: str) -> bool:
+    """Whether the source says that it counts causal attention."""
+    return "causal" in words.replace("causal/non-causal not stated", "")
+
+
+def published(values: Mapping[str, str]) -> dict[str, float | None]:
+    """Step time and memory as published."""
+    return {"step_time_s": number(values["step_time_s"]), "peak_mem_gb": number(values["peak_mem_gb"])}
