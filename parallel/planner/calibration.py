@@ -17,8 +17,12 @@ class Calibration:
     Args:
         gemm_half_k: inner size at which a GEMM's main loop is half of its time.
         gemm_speed: factor on the achieved peak of GEMMs.
+        weights_speed: speed of a GEMM for weight gradients over that of one forward.
+        block_speed: speed of FP8 products with scaled blocks over those with one scale.
+        flash2_speed: speed of FlashAttention-2 over that of newer kernels on Hopper.
         quantize_passes: times that a tensor passes memory on its way to FP8, of those counted.
         memory_passes: the same of norms, activations, residuals and permutations.
+        attention_speed: factor on the achieved peak of attention.
         attention_half: tokens of a sequence at which attention reaches half of its speed.
         attention_backward: time of attention's backward pass over its forward pass.
         tp_exposed: part of tensor-parallel collectives that is not hidden behind compute.
@@ -28,29 +32,44 @@ class Calibration:
         all_to_all_exposed: the same of expert dispatch where it overlaps with another micro-batch.
         pp_exposed: part of pipeline messages that is not hidden where they overlap.
         host_us: host time to start one kernel, microseconds.
+        sync_us: host time that a layer loses where it must know how many tokens came before it goes on (alltoall
+            without fixed shapes), microseconds.
+        flex_sync_us: the same of DeepEP and HybridEP.
         real_imbalance: tokens of the fullest expert rank over the mean where routing is learned, not forced to be even.
         graph_kernels: part of the kernels that the host still starts where CUDA graphs start the others.
         step_s: fixed time of a step (gradient norm, logging, synchronisation), seconds.
-        straggler: how much longer a step takes for each doubling of the GPUs.
+        straggler: how much longer every pass takes for each doubling of the GPUs.
     """
 
-    gemm_half_k: float = 128.0
-    gemm_speed: float = 1.0
-    quantize_passes: float = 1.0
-    memory_passes: float = 1.0
-    attention_half: float = 512.0
-    attention_backward: float = 2.5
-    tp_exposed: float = 0.5
-    cp_exposed: float = 0.3
-    dp_exposed: float = 0.1
-    fsdp_exposed: float = 1.0
-    all_to_all_exposed: float = 0.2
-    pp_exposed: float = 0.2
-    host_us: float = 4.0
-    real_imbalance: float = 1.2
-    graph_kernels: float = 0.4
-    step_s: float = 0.05
-    straggler: float = 0.005
+    gemm_half_k: float = 58.92
+    gemm_speed: float = 1.05
+    weights_speed: float = 0.6
+    block_speed: float = 1
+    flash2_speed: float = 0.5037
+    quantize_passes: float = 1.006
+    memory_passes: float = 2.029
+    attention_speed: float = 0.8841
+    attention_half: float = 1000
+    attention_backward: float = 2.8
+    tp_exposed: float = 0.3736
+    cp_exposed: float = 1
+    dp_exposed: float = 0.1366
+    fsdp_exposed: float = 0.6749
+    all_to_all_exposed: float = 0.8
+    pp_exposed: float = 1
+    host_us: float = 25
+    sync_us: float = 1609
+    flex_sync_us: float = 430.3
+    real_imbalance: float = 1.448
+    graph_kernels: float = 0.1
+    step_s: float = 0.04705
+    straggler: float = 0.004
 
 
 FITTED = Calibration()
+
+# First month of a generation of software (year x 100 + month) -> part of the counted memory traffic of small kernels that
+# fusion leaves, and part of the counted kernels that the host starts one by one (both may be above 1: the counts are of a
+# lean implementation).
+FUSION = {202000: 0.4, 202301: 2.1, 202406: 1.02, 202506: 1.38, 202601: 0.431, 202606: 0.993}
+KERNELS = {202000: 0.67, 202301: 1, 202406: 0.301, 202506: 1.32, 202601: 1.5, 202606: 0.28}

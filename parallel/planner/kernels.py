@@ -53,5 +53,5 @@ def memory(hardware: Hardware, moved: float) -> float:
 
 def attention(hardware: Hardware, constants: Calibration, flops: float, keys: float) -> float:
     """Seconds of fused attention with `flops` of work, when a query sees up to `keys` keys."""
-    fraction = hardware.attention_fraction * keys / (keys + constants.attention_half)
+    fraction = hardware.attention_fraction * constants.attention_speed * keys / (keys + constants.attention_half)
     return flops / (hardware.bf16_tflops * 1e12 * fraction)

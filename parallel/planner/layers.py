@@ -11,12 +11,10 @@ from dataclasses import dataclass, field
 
 from parallel.planner import kernels, network
 from parallel.planner.calibration import Calibration
-from parallel.planner.hardware import Hardware
+from parallel.planner.hardware import MICRO, Hardware
 from parallel.planner.job import Job
 from parallel.planner.network import Group, Routing
 from parallel.planner.software import Software
-
-PART_NAMES = ("gemm", "attention", "memory", "quantize", "router", "all_to_all", "tp", "cp")
 
 
 @dataclass(frozen=True)
@@ -92,16 +90,19 @@ class _Layer:
         kind, hardware, constants = precision or self.precision, self.hardware, self.constants
         forward = kernels.gemm(hardware, constants, kind, rows, outputs, inputs, copies)
         back = kernels.gemm(hardware, constants, kind, rows, inputs, outputs, copies)
-        weights = kernels.gemm(hardware, constants, kind, outputs, inputs, rows, copies)
+        weights = kernels.gemm(hardware, constants, kind, outputs, inputs, rows, copies) / constants.weights_speed
+        # gradients are added up in fp32: read and written
+        weights += kernels.memory(hardware, 2 * 4 * copies * outputs * inputs)
+        if kind == "fp8" and self.job.fp8 in ("block", "mxfp8"):
+            forward, back, weights = (one / constants.block_speed for one in (forward, back, weights))
         again = self.again(*modules)
         self.times.add("gemm", forward, back, 0.0 if self.software.frozen else weights, again)
         started = 1
-        if kind == "fp8":  # 2 bytes read, one written in each of two orientations; gradients the same
-            cost = 4 * self.constants.quantize_passes * self.software.fusion
-            self.times.add(
-                "quantize", kernels.memory(hardware, cost * copies * rows * inputs),
-                kernels.memory(hardware, cost * copies * rows * outputs), 0.0, again,
-            )  # fmt: skip
+        if kind == "fp8":  # 2 bytes read and one written, once along rows and once, for weight gradients, along columns
+            cast = 2 * constants.quantize_passes * self.software.fusion
+            inward = kernels.memory(hardware, cast * copies * rows * inputs)
+            outward = kernels.memory(hardware, cast * copies * rows * outputs)
+            self.times.add("quantize", inward, outward, 0.0 if self.software.frozen else inward + outward, again)
             started += 1
         self.times.kernels_forward += started
         self.times.kernels_backward += started + 1 + (started if again else 0)
@@ -138,7 +139,7 @@ class _Layer:
         flops = job.tokens * heads * keys * (key + value)  # causal: 2 flops, half of the keys
         back = self.constants.attention_backward
         if self.software.flash_attention:
-            seconds = kernels.attention(hardware, self.constants, flops, keys)
+            seconds = kernels.attention(hardware, self.constants, flops, keys) / self.software.attention_speed
             parts = ("attention", seconds, seconds * back, 0.0, self.again("core_attn"))
             self.times.add(*parts)
             self.times.kernels_forward += 2
@@ -147,7 +148,7 @@ class _Layer:
             self._materialised(heads, key, value, keys)
         if cp > 1:
             size = job.element * job.tokens * cp * groups * (key + value)
-            ring = network.ring(hardware, Group(cp, job.layout.tp), size)
+            ring = network.relay(hardware, Group(cp, job.layout.tp), size)
             hidden = self.times.forward.get("attention", 0.0)
             exposed = max(ring - hidden, self.constants.cp_exposed * ring)
             self.times.add("cp", exposed, 2 * exposed, 0.0, self.again("core_attn"))
@@ -271,6 +272,9 @@ def _dispatch(layer: _Layer, visits: float) -> None:
     if layout.etp > 1:  # tokens are gathered over the ranks that share an expert
         there += network.ring(layer.hardware, Group(layout.etp), e * hidden * visits)
         back += network.ring(layer.hardware, Group(layout.etp), e * hidden * visits)
+    if not model.pad_to_capacity:
+        lost = (layer.constants.flex_sync_us if flex else layer.constants.sync_us) * MICRO * software.kernels
+        layer.times.add("sync", lost, lost)
     layer.times.add("all_to_all", there + back, there + back, 0.0, layer.again("moe"))
 
 

@@ -53,6 +53,20 @@ def ring(hardware: Hardware, group: Group, gathered: float) -> float:
     return moved / rate + hardware.network_latency_us * MICRO
 
 
+def relay(hardware: Hardware, group: Group, gathered: float) -> float:
+    """Seconds in which each member has passed its part of `gathered` bytes once around the group, neighbour by neighbour.
+
+    Every step waits for the slowest link, which between domains is one network card.
+    """
+    if group.size <= 1:
+        return 0.0
+    moved = gathered * (group.size - 1) / group.size
+    if group.domains(hardware) == 1:
+        return moved / hardware.domain_bytes_per_s + hardware.domain_latency_us * MICRO * (group.size - 1)
+    rate = min(hardware.domain_bytes_per_s, network_rate(hardware, group))
+    return moved / rate + hardware.network_latency_us * MICRO * (group.size - 1)
+
+
 def send(hardware: Hardware, group: Group, size: float) -> float:
     """Seconds of one message of `size` bytes between neighbours of a group."""
     if group.size <= 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parallel.planner.orders import Pass, holders, order, stages_of
+from parallel.planner.orders import Pass, holders, impossible, order, stages_of
 
 ROUNDS = 3  # rounds of pp micro-batches after which every schedule here repeats itself
 
@@ -97,9 +97,10 @@ def simulate(
     done: dict[tuple[str, int, int], tuple[float, int]] = {}  # (F or B, stage, micro-batch) -> when, on which rank
     events: list[list[Event]] = [[] for _ in range(pp)]
     clock, position = [0.0] * pp, [0] * pp
-    waiting = list(range(pp))
+    waiting = dict.fromkeys(range(pp))  # ranks that may go on, in the order they were woken
     while waiting:
-        rank = waiting.pop()
+        rank = next(iter(waiting))
+        del waiting[rank]
         while position[rank] < len(orders[rank]):
             item = orders[rank][position[rank]]
             ready = _ready(item, stages, rank, done, send)
@@ -112,7 +113,7 @@ def simulate(
             for key, neighbour in _made(item):
                 done[key] = (end, rank)
                 if 0 <= neighbour < stages:
-                    waiting += [other for other in places[neighbour] if other != rank and other not in waiting]
+                    waiting.update(dict.fromkeys(other for other in places[neighbour] if other != rank))
     if any(position[rank] < len(orders[rank]) for rank in range(pp)):
         raise ValueError(f"{schedule} over {pp} ranks with {micro_batches} micro-batches waits for itself")
     return _timeline(events)
@@ -201,3 +202,33 @@ def step_time(
     ]
     busy = [extended(one, two) for one, two in zip(first.busy, second.busy, strict=True)]
     return Timeline(extended(first.seconds, second.seconds), tuple(busy), tuple(kinds), second.in_flight, ())
+
+
+def estimated(
+    schedule: str, pp: int, vpp: int, micro_batches: int, times: Sequence[StageTime], send: float = 0.0
+) -> Timeline:
+    """The step in closed form: the slowest rank works all the time, and waits for the bubble of even stages.
+
+    Raises:
+        ValueError: the schedule is not defined for so many stages and micro-batches.
+    """
+    if reason := impossible(schedule, pp, vpp, micro_batches):
+        raise ValueError(reason)
+    loads = [0.0] * pp
+    shares = 1.0 / len(holders(schedule, pp, 0))
+    for stage, time in enumerate(times):
+        both = (time.forward + time.backward) * (time.overlapped if schedule.startswith("dual") else 1.0)
+        for rank in holders(schedule, pp, stage):
+            loads[rank] += both * shares * micro_batches
+    forward = sum(time.forward for time in times) / len(times)
+    backward = sum(time.backward for time in times) / len(times)
+    weights = sum(time.weights for time in times) / len(times)
+    both = sum((time.forward + time.backward) * time.overlapped for time in times) / len(times)
+    bubble = {
+        "zb1p": (pp - 1) * max(0.0, forward + backward - 2 * weights),
+        "dualpipe": (pp / 2 - 1) * (both + backward - 3 * weights),
+        "dualpipev": (pp - 1) * (both + backward - 3 * weights),
+    }.get(schedule, (pp - 1) * (forward + backward))
+    seconds = max(loads) + max(0.0, bubble) + 2 * (pp - 1) * send
+    in_flight = tuple(min(micro_batches * vpp, 2 * (pp - rank - 1) + (vpp - 1) * pp + 1) for rank in range(pp))
+    return Timeline(seconds, tuple(loads), tuple({} for _ in range(pp)), in_flight, ())

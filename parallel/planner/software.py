@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from parallel.planner import calibration
+
 
 @dataclass(frozen=True)
 class Software:
@@ -16,6 +18,7 @@ class Software:
 
     Args:
         flash_attention: attention never writes its scores to memory.
+        attention_speed: factor on the speed of fused attention, where its kernel is an older one.
         fusion: part of the memory traffic of the small kernels that fusion leaves.
         kernels: part of the kernels that the host still starts one by one (CUDA graphs start the others).
         dispatcher: alltoall (NCCL, one message for each expert), or flex (DeepEP, HybridEP: one for each node).
@@ -30,6 +33,7 @@ class Software:
     """
 
     flash_attention: bool = True
+    attention_speed: float = 1.0
     fusion: float = 1.0
     kernels: float = 1.0
     dispatcher: str = "flex"
@@ -43,14 +47,17 @@ class Software:
     communication_sms: float = 0.0
 
 
-# First month (year x 100 + month) -> what a well-tuned Megatron run had from then on.
+# First month (year x 100 + month) -> what a well-tuned Megatron run had from then on; the figures are fitted.
 GENERATIONS = {
-    202000: Software(flash_attention=False, fusion=1.6, dispatcher="alltoall", overlap_tp=False, overlap_dp=False),
-    202301: Software(fusion=1.3, dispatcher="alltoall", overlap_tp=False),
-    202406: Software(fusion=1.2, dispatcher="alltoall"),
-    202506: Software(fusion=1.0, kernels=0.9),
-    202601: Software(fusion=0.9, kernels=0.6),
-    202606: Software(fusion=0.7, kernels=0.15, overlap_all_to_all=True),
+    month: replace(one, fusion=calibration.FUSION[month], kernels=calibration.KERNELS[month])
+    for month, one in {
+        202000: Software(flash_attention=False, dispatcher="alltoall", overlap_tp=False, overlap_dp=False),
+        202301: Software(dispatcher="alltoall", overlap_tp=False),
+        202406: Software(dispatcher="alltoall"),
+        202506: Software(),
+        202601: Software(),
+        202606: Software(overlap_all_to_all=True),
+    }.items()
 }
 
 
@@ -61,7 +68,11 @@ def of_date(month: int) -> Software:
 
 
 def deepseek_v3() -> Software:
-    """DeepSeek's own system (arXiv 2412.19437, section 3.2): FP8 dispatch, 20 of 132 multiprocessors for it, DualPipe."""
+    """DeepSeek's own system (arXiv 2412.19437, section 3.2): FP8 dispatch, 20 of 132 multiprocessors for it, DualPipe.
+
+    The schedule ends with weight gradients on every rank, so that nothing hides their reduction.
+    """
     return replace(
-        GENERATIONS[202506], fp8_dispatch=True, overlap_all_to_all=True, communication_sms=20 / 132, kernels=0.5
-    )
+        GENERATIONS[202506], fp8_dispatch=True, overlap_all_to_all=True, overlap_dp=False, communication_sms=20 / 132,
+        kernels=0.5,
+    )  # fmt: skip

@@ -24,7 +24,7 @@ from parallel.planner.layers import (
 )
 from parallel.planner.memory import Weights
 from parallel.planner.network import Group
-from parallel.planner.schedule import StageTime, Timeline, step_time
+from parallel.planner.schedule import StageTime, Timeline, estimated, step_time
 
 HOST_BLEND = 4  # how sharply a stage goes over from being bound by the accelerator to being bound by its host
 
@@ -39,7 +39,7 @@ class StepTime:
         stages: time of each stage for one micro-batch.
         optimizer: the update itself.
         data_parallel: gradient reduction and parameter gathering that nothing hides.
-        fixed: work of a step that is neither, and ranks that wait for the slowest of many.
+        step_end: gradient norm, logging and synchronisation at the end of a step.
         parts: seconds of a mean rank over the step by part (gemm, attention, ...), exposed messages included.
         tokens: tokens of the step.
         gpus: ranks of the job.
@@ -50,10 +50,22 @@ class StepTime:
     stages: tuple[StageTime, ...]
     optimizer: float
     data_parallel: float
-    fixed: float
+    step_end: float
     parts: dict[str, float]
     tokens: int
     gpus: int
+
+    @property
+    def components(self) -> dict[str, float]:
+        """Seconds of a mean rank, as arXiv 2505.09343, table 4 divides a step: passes that run alone, pairs, bubble."""
+        found = dict.fromkeys(("1F", "bubble", "1B", "1W", "1F1B", "optimizer"), 0.0)
+        names = {"F": "1F", "B": "1B", "I": "1B", "W": "1W", "FB": "1F1B"}
+        for kinds in self.pipeline.by_kind:
+            for kind, value in kinds.items():
+                found[names[kind]] += value / len(self.pipeline.by_kind)
+        found["bubble"] = self.pipeline.bubble
+        found["optimizer"] = self.optimizer + self.data_parallel + self.step_end
+        return found
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
@@ -61,12 +73,15 @@ class StepTime:
         return self.tokens / self.seconds / self.gpus
 
 
-def plan_step(job: Job, machine: Machine, schedule: str, weights: Sequence[Weights]) -> StepTime:
+def plan_step(
+    job: Job, machine: Machine, schedule: str, weights: Sequence[Weights], simulated: bool = True
+) -> StepTime:
     """Time of one step.
 
     Args:
         schedule: one of `parallel.planner.orders.SCHEDULES`.
         weights: parameters on one rank of each pipeline rank (of one of DualPipe's two copies).
+        simulated: simulate the pipeline; else estimate it in closed form, some hundred times faster, to within a few %.
 
     Raises:
         ValueError: the schedule is not defined for the layout.
@@ -77,18 +92,18 @@ def plan_step(job: Job, machine: Machine, schedule: str, weights: Sequence[Weigh
     message = job.element * job.split_tokens * job.model.hidden_size
     hop = network.send(machine.hardware, Group(layout.pp, layout.world_size // layout.pp), message)
     hidden = machine.constants.pp_exposed if schedule != "1f1b" else 1.0
-    timeline = step_time(schedule, layout.pp, layout.vpp, job.micro_batches, stages, hop * hidden)
+    run = step_time if simulated else estimated
+    timeline = run(schedule, layout.pp, layout.vpp, job.micro_batches, stages, hop * hidden)
     copies = 2 if schedule == "dualpipe" else 1
     optimizer = max(optimizer_seconds(job, machine, one) for one in weights) * copies
     data_parallel = max(
         data_parallel_seconds(job, machine, one, stages[rank].backward * layout.vpp) for rank, one in enumerate(weights)
     )
-    alone = timeline.seconds + optimizer + data_parallel * copies + machine.constants.step_s
-    seconds = alone * (1 + machine.constants.straggler * log2(max(1, layout.world_size)))
+    seconds = timeline.seconds + optimizer + data_parallel * copies + machine.constants.step_s
     tokens = job.micro_batches * job.micro_batch_size * job.seq_length * layout.dp
-    parts = step_parts(job, machine, counted)
+    parts = step_parts(job, counted) if simulated else {}
     return StepTime(
-        seconds, timeline, stages, optimizer, data_parallel * copies, seconds - alone + machine.constants.step_s, parts,
+        seconds, timeline, stages, optimizer, data_parallel * copies, machine.constants.step_s, parts,
         tokens, layout.world_size,
     )  # fmt: skip
 
@@ -102,12 +117,14 @@ def stage_parts(job: Job, machine: Machine, weights: Sequence[Weights]) -> list[
     pattern = job.model.moe_layer_pattern
     for index, items in enumerate(job.stages):
         times, count = Times(), items.count("t")
-        for place in range(count):
-            again = job.recompute != "full" or job.recompute_method == "uniform" or place < job.recompute_num_layers
-            kind = (bool(pattern[passed + place]), again)
+        held = [
+            (bool(moe), job.recompute != "full" or job.recompute_method == "uniform" or place < job.recompute_num_layers)
+            for place, moe in enumerate(pattern[passed : passed + count])
+        ]
+        for kind in dict.fromkeys(held):
             if kind not in kinds:
-                kinds[kind] = layer_times(job if again else kept, machine, kind[0])
-            times.plus(kinds[kind])
+                kinds[kind] = layer_times(job if kind[1] else kept, machine, kind[0])
+            times.plus(kinds[kind], held.count(kind))
         passed += count
         if "E" in items:
             times.plus(embedding_times(job, machine))
@@ -124,8 +141,8 @@ def stage_parts(job: Job, machine: Machine, weights: Sequence[Weights]) -> list[
 def _gather_weights(job: Job, machine: Machine, times: Times, weights: Weights) -> None:
     """FSDP: weights of the stage gathered in the forward and the backward pass, gradients scattered in the latter."""
     layout, hardware = job.layout, machine.hardware
-    shared = weights.shared * job.element / layout.vpp
-    experts = weights.experts * job.element / layout.vpp
+    element = 1 if job.fp8_weights_only else job.element
+    shared, experts = weights.shared * element / layout.vpp, weights.experts * element / layout.vpp
     one = network.ring(hardware, Group(layout.dp * layout.cp, layout.tp), shared)
     one += network.ring(hardware, Group(layout.edp, layout.ep * layout.etp), experts)
     floor = machine.constants.fsdp_exposed
@@ -144,13 +161,16 @@ def stage_time(job: Job, machine: Machine, schedule: str, times: Times) -> Stage
     weights = total(times.weights)
     sent, returned = times.forward.get("all_to_all", 0.0), times.inputs.get("all_to_all", 0.0)
     returned += times.recompute.get("all_to_all", 0.0)
+    # Every collective waits for the slowest of its ranks, of which there are more in a larger job.
+    slower = 1 + constants.straggler * log2(max(1, job.layout.world_size))
+    forward, inputs, weights, sent, returned = (slower * t for t in (forward, inputs, weights, sent, returned))
     host = constants.host_us * MICRO * software.kernels
     forward = _blend(forward, host * times.kernels_forward)
     backward = _blend(inputs + weights, host * times.kernels_backward)
     weights *= backward / (inputs + weights) if inputs + weights else 1.0
     if schedule in ("dualpipe", "dualpipev") and software.overlap_all_to_all:
         slowed = (forward + backward) / (1 - software.communication_sms)
-        both = max(slowed, sent + returned) + constants.all_to_all_exposed * min(slowed, sent + returned)
+        both = max(slowed, sent + returned)  # dispatch has multiprocessors of its own
         alone = forward + sent + backward + returned
         return StageTime(forward + sent, backward + returned, weights, both / alone if alone else 1.0)
     exposed = constants.all_to_all_exposed if software.overlap_all_to_all else 1.0
@@ -197,7 +217,7 @@ def data_parallel_seconds(job: Job, machine: Machine, weights: Weights, backward
     return max(constants.dp_exposed * (reduce + gather), rest)
 
 
-def step_parts(job: Job, machine: Machine, counted: Sequence[Times]) -> dict[str, float]:
+def step_parts(job: Job, counted: Sequence[Times]) -> dict[str, float]:
     """Seconds of a mean pipeline rank in each part over a whole step, before any overlap."""
     parts: dict[str, float] = {}
     scale = job.micro_batches / job.layout.pp

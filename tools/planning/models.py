@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def find(name: str, directory: str | None = None) -> ModelConfig | None:
     return None
 
 
+@cache
 def load(path: Path) -> ModelConfig:
     """The architecture in a YAML file with the fields of `model`."""
     try:
@@ -64,9 +66,7 @@ def _key(name: str) -> str:
 
 def _adapted(model: ModelConfig, name: str) -> ModelConfig:
     """Without what the name in brackets says was left out."""
-    if re.search(r"\(w/o MTP", name):
-        model.mtp_num_layers = 0
-    return model
+    return dataclasses.replace(model, mtp_num_layers=0) if re.search(r"\(w/o MTP", name) else model
 
 
 def _shape(name: str) -> ModelConfig | None:

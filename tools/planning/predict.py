@@ -46,10 +46,11 @@ class Prediction:
         return "+".join(sorted(self.job.recompute_modules)) or self.job.recompute
 
 
-def predict(row: Row, constants: Calibration) -> Prediction:
+def predict(row: Row, constants: Calibration, simulated: bool = True) -> Prediction:
     """The fastest of what the row leaves open that fits memory; where nothing fits, the one that needs least."""
     best: Prediction | None = None
     smallest: Prediction | None = None
+    is_open = row.open_vpp
     for job in candidates(row):
         weights = weights_of(row.model, job)
         size = memory_of(row, job, weights)
@@ -57,32 +58,36 @@ def predict(row: Row, constants: Calibration) -> Prediction:
         if best is not None and not fits:
             continue
         if fits or smallest is None or size < smallest.memory_bytes:
-            one = Prediction(timed(row, job, weights, constants), job, size, fits)
+            one = Prediction(timed(row, job, weights, constants, simulated and not is_open), job, size, fits)
             if fits and (best is None or one.step.seconds / one.step.tokens < best.step.seconds / best.step.tokens):
                 best = one
             if smallest is None or size < smallest.memory_bytes:
                 smallest = one
-        if best is not None and not (row.open_vpp or row.open_micro_batch):
+        if best is not None and not is_open:
             break  # candidates come in the order of the work they recompute
     chosen = best or smallest
     if chosen is None:
         raise Impossible("the row has no candidate")
+    if is_open and simulated:
+        chosen = replace(chosen, step=timed(row, chosen.job, weights_of(row.model, chosen.job), constants))
     return chosen
 
 
-def timed(row: Row, job: Job, weights: list[Weights], constants: Calibration) -> StepTime:
+def timed(
+    row: Row, job: Job, weights: list[Weights], constants: Calibration, simulated: bool = True
+) -> StepTime:
     """Time of a step. Where the micro-batches do not fill the interleaved schedule's rounds, of the next number that does."""
     schedule = row.schedule or ("interleaved" if job.layout.vpp > 1 else "1f1b")
     machine = Machine(row.hardware, row.software, constants)
     if impossible(schedule, job.layout.pp, job.layout.vpp, job.micro_batches):
         job = replace(job, micro_batches=-(-job.micro_batches // job.layout.pp) * job.layout.pp)
-    return plan_step(job, machine, schedule, weights)
+    return plan_step(job, machine, schedule, weights, simulated)
 
 
 def candidates(row: Row) -> Iterator[Job]:
     """Every job that fits what is published, those that recompute least first."""
     sequences = row.micro_batch_size * row.micro_batches
-    sizes = [m for m in (1, 2, 4, 8) if sequences % m == 0] if row.open_micro_batch else [row.micro_batch_size]
+    sizes = [row.micro_batch_size]
     chunks = [row.layout.vpp]
     if row.open_vpp and row.layout.pp > 1:
         chunks = [v for v in (1, 2, 3, 4, 6, 8) if row.model.num_layers // (row.layout.pp * v) >= 1]
@@ -125,7 +130,7 @@ def _job(
     return Job(
         model=model, layout=layout, stages=stages, micro_batch_size=size, seq_length=row.seq_length,
         micro_batches=micro_batches, sequence_parallel=row.sequence_parallel, backend="te", fused=True, grouped=True,
-        dtype="bf16", fp8=fp8, fp8_weights_only=fp8 is not None, grad_bytes=2 if recent else 4,
+        dtype="bf16", fp8=fp8, fp8_weights_only=fp8 is not None, grad_bytes=4 if row.schedule or not recent else 2,
         moment_bytes=2 if row.schedule == "dualpipe" or "bf16 moments" in words else 4,
         distributed_optimizer=recent or row.software.fsdp, recompute=mode, recompute_method=method,
         recompute_num_layers=layers, recompute_modules=modules,
@@ -181,9 +186,9 @@ def published_tokens_per_s(row: Row) -> float | None:
 
 
 def published_flops(row: Row, words: str) -> float:
-    """FLOPs of a token by the convention of the source: before the middle of 2025 Megatron did not count causality."""
-    causal = "non-causal" not in words and (re_causal(words) or date_of(words) >= 202506)
-    hidden = "includes recompute" in words
+    """FLOPs of a token by the convention of the source: before 2025.04 Megatron did not count causality."""
+    causal = "non-causal" not in words and (re_causal(words) or date_of(words) >= 202504)
+    hidden = "hardware flops" in words
     counted = "mtp counted" in words and "not counted" not in words
     flops = flops_per_token(
         row.model, row.seq_length, causal and not hidden, counted and bool(row.model.mtp_num_layers)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cache
 
 import yaml
 
@@ -23,8 +24,7 @@ from parallel.planner.software import Software
 from tools.planning import models
 
 FILLED = """\
-tp, pp, vpp, cp, ep, micro-batch: 1, and where the source says that vpp, mbs or recompute are unpublished, the fastest that
-fits memory. etp: 1, but tp where experts were split as the rest ("method=MCore", before parallel folding). dp: fills the
+tp, pp, vpp, cp, ep, micro-batch: 1; vpp, where the source says that it is unpublished: the fastest that fits memory. etp: 1, but tp where experts were split as the rest ("method=MCore", before parallel folding). dp: fills the
 GPUs. seq_len: 8,192 for torchtitan, else 4,096. Recomputation: the least that fits memory. Software: what was usual at the
 date of the source (`parallel.planner.software`), where the row does not say otherwise. TFLOPS and MFU are turned into
 tokens/s by the source's own convention."""
@@ -52,7 +52,7 @@ class Row:
         schedule: one of `parallel.planner.orders.SCHEDULES`, or "" for 1F1B or interleaved by vpp.
         precision: bf16, fp8 recipe (block, tensor, mxfp8) or nvfp4.
         recompute: (mode, method, layers, modules), or None where it is not published.
-        open_vpp, open_micro_batch: not published: the planner chooses.
+        open_vpp: vpp is not published: the planner chooses.
         left_out: why the row does not count towards the accuracy, though it has a prediction; or "".
     """
 
@@ -70,15 +70,16 @@ class Row:
     sequence_parallel: bool
     recompute: tuple[str, str, int, frozenset[str]] | None
     open_vpp: bool
-    open_micro_batch: bool
     left_out: str
 
     @property
     def configuration(self) -> str:
         """What makes two rows the same configuration: model, hardware, GPUs, layout, batch, precision; not the release."""
-        names = ("n_gpus", "seq_len", "gbs", "mbs", "tp", "pp", "vpp", "cp", "ep", "etp", "recompute")
-        fields = [f"{name}={self.values[name].strip()}" for name in names]
-        return "|".join([self.model.name, self.hardware.name, self.precision, *fields])
+        degrees = "|".join(f"{field.name}={getattr(self.layout, field.name)}" for field in fields(self.layout))
+        batch = f"{self.micro_batch_size}x{self.micro_batches}x{self.seq_length}"
+        again = "" if self.recompute is None else f"{self.recompute[0]}{self.recompute[2]}{sorted(self.recompute[3])}"
+        parts = f"{self.software.fsdp}|{self.software.overlap_tp}|{self.model.mtp_num_layers}|{self.model.capacity_factor}"
+        return "|".join([self.model.name, self.hardware.name, self.precision, degrees, batch, again, parts])
 
 
 def text_of(values: Mapping[str, str]) -> str:
@@ -113,12 +114,11 @@ def understand(
         return batch
     micro_batch, micro_batches = batch
     return Row(
-        index=index, values=values, model=model, hardware=hardware, software=_software(words, constants), layout=layout,
+        index=index, values=values, model=model, hardware=hardware, software=_software(words, constants, hardware, layout), layout=layout,
         schedule=_schedule(words), precision=_precision(values["precision"]), micro_batch_size=micro_batch,
         micro_batches=micro_batches, seq_length=_sequence(values, words),
         sequence_parallel=layout.tp > 1 and "no sequence parallel" not in words,
-        recompute=_recompute(values["recompute"], model), open_vpp=_is_open("vpp", words) and not values["vpp"].strip(),
-        open_micro_batch=_is_open("mbs", words) and not values["mbs"].strip(), left_out=_left_out(values, words),
+        recompute=_recompute(values["recompute"], model, words), open_vpp=_is_open("vpp", words) and not values["vpp"].strip(), left_out=_left_out(values, words),
     )  # fmt: skip
 
 
@@ -139,6 +139,7 @@ def hardware_of(text: str) -> Hardware | None:
     return cluster(names[0]) if names else None
 
 
+@cache
 def cluster(name: str) -> Hardware:
     """The hardware in `conf/cluster/NAME.yaml`."""
     return Hardware.of(
@@ -205,6 +206,8 @@ def _precision(text: str) -> str:
         return "mxfp8"
     if "blockwise" in lower or "128x128" in lower:
         return "block"
+    if "rowwise" in lower:  # torch's row-wise kernels ran no faster than BF16
+        return "bf16"
     return "tensor" if "fp8" in lower or "float8" in lower else "bf16"
 
 
@@ -216,17 +219,17 @@ def _is_open(name: str, words: str) -> bool:
     return found is not None and name in found[0]
 
 
-def _recompute(text: str, model: ModelConfig) -> tuple[str, str, int, frozenset[str]] | None:
+def _recompute(text: str, model: ModelConfig, words: str) -> tuple[str, str, int, frozenset[str]] | None:
     lower = text.strip().lower()
-    if not lower or lower == "portion of operators":
+    if lower == "portion of operators" or not (lower or "fsdp" in words):
         return None
-    if lower == "none":
+    if lower in ("none", ""):  # FSDP moves activations to the host where they do not fit
         return "none", "uniform", 1, frozenset()
     if lower.startswith("full"):
         return "full", "uniform", 1, frozenset()
     if "sac" in lower or "selective ac" in lower:  # torchtitan: every second product is kept
         return "full", "block", max(1, model.num_layers // 2), frozenset()
-    lower = lower.split("(table")[0]
+    lower = lower.split("(table")[0].replace("output in moe", "")
     words = sorted(MODULES, key=len, reverse=True)
     modules = set()
     for word in words:
@@ -236,9 +239,13 @@ def _recompute(text: str, model: ModelConfig) -> tuple[str, str, int, frozenset[
     return "selective", "uniform", 1, frozenset(modules)
 
 
-def _software(words: str, constants: Calibration) -> Software:
+def _software(words: str, constants: Calibration, hardware: Hardware, layout: ParallelLayout) -> Software:
     """What was usual at the date of the source, changed by what the row says."""
     found = software_of.of_date(date_of(words))
+    if layout.ep * layout.etp <= hardware.domain_gpus <= 8:  # in one node, NCCL's all-to-all was usual
+        found = replace(found, dispatcher="alltoall")
+    elif layout.ep * layout.etp > hardware.domain_gpus and layout.vpp > 1 and date_of(words) >= 202506:
+        found = replace(found, overlap_all_to_all=True)  # Megatron-Core's advice where experts span nodes
     if "dualpipe" in words:
         found = software_of.deepseek_v3()
     if re.search(r"a2a overlap(?! off)|overlap on\b|pp1 \+ overlap", words):
@@ -253,6 +260,8 @@ def _software(words: str, constants: Calibration) -> Software:
         found = replace(found, kernels=min(found.kernels, constants.graph_kernels))
     if "fsdp" in words or "torchtitan" in words:
         found = replace(found, fsdp=True)
+    if "torchtitan" in words:  # PyTorch's own attention: FlashAttention-2
+        found = replace(found, attention_speed=constants.flash2_speed)
     if "vanilla tp" in words or ("torchtitan" in words and "asynctp" not in words and "async tp" not in words):
         found = replace(found, overlap_tp=False)
     if "lora" in words:
