@@ -41,29 +41,29 @@ class Calibration:
         straggler: how much longer every pass takes for each doubling of the GPUs.
     """
 
-    gemm_half_k: float = 58.92
-    gemm_speed: float = 1.05
-    weights_speed: float = 0.6
+    gemm_half_k: float = 30.76
+    gemm_speed: float = 1.1
+    weights_speed: float = 0.62
     block_speed: float = 1
     flash2_speed: float = 0.5037
-    quantize_passes: float = 1.006
-    memory_passes: float = 2.029
+    quantize_passes: float = 0.6219
+    memory_passes: float = 2.133
     attention_speed: float = 0.8841
     attention_half: float = 1000
     attention_backward: float = 2.8
     tp_exposed: float = 0.3736
     cp_exposed: float = 1
-    dp_exposed: float = 0.1366
+    dp_exposed: float = 0.1038
     fsdp_exposed: float = 0.6749
     all_to_all_exposed: float = 0.8
     pp_exposed: float = 1
-    host_us: float = 25
-    sync_us: float = 1609
-    flex_sync_us: float = 430.3
-    real_imbalance: float = 1.448
+    host_us: float = 21.52
+    sync_us: float = 1420
+    flex_sync_us: float = 261
+    real_imbalance: float = 1.377
     graph_kernels: float = 0.1
-    step_s: float = 0.04705
-    straggler: float = 0.004
+    step_s: float = 0.04412
+    straggler: float = 0.008902
 
 
 FITTED = Calibration()
@@ -71,5 +71,5 @@ FITTED = Calibration()
 # First month of a generation of software (year x 100 + month) -> part of the counted memory traffic of small kernels that
 # fusion leaves, and part of the counted kernels that the host starts one by one (both may be above 1: the counts are of a
 # lean implementation).
-FUSION = {202000: 0.4, 202301: 2.1, 202406: 1.02, 202506: 1.38, 202601: 0.431, 202606: 0.993}
-KERNELS = {202000: 0.67, 202301: 1, 202406: 0.301, 202506: 1.32, 202601: 1.5, 202606: 0.28}
+FUSION = {202000: 0.4, 202301: 2.32, 202406: 1.1, 202506: 1.54, 202601: 0.7, 202606: 0.697}
+KERNELS = {202000: 0.67, 202301: 1, 202406: 0.268, 202506: 1.5, 202601: 1.5, 202606: 0.934}

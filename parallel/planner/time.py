@@ -74,20 +74,26 @@ class StepTime:
 
 
 def plan_step(
-    job: Job, machine: Machine, schedule: str, weights: Sequence[Weights], simulated: bool = True
+    job: Job,
+    machine: Machine,
+    schedule: str,
+    weights: Sequence[Weights],
+    simulated: bool = True,
+    kinds: dict[object, Times] | None = None,
 ) -> StepTime:
     """Time of one step.
 
     Args:
         schedule: one of `parallel.planner.orders.SCHEDULES`.
         weights: parameters on one rank of each pipeline rank (of one of DualPipe's two copies).
+        kinds: times of layers that are already known, for jobs that differ in the pipeline alone; it is added to.
         simulated: simulate the pipeline; else estimate it in closed form, some hundred times faster, to within a few %.
 
     Raises:
         ValueError: the schedule is not defined for the layout.
     """
     layout = job.layout
-    counted = stage_parts(job, machine, weights)
+    counted = stage_parts(job, machine, weights, {} if kinds is None else kinds)
     stages = tuple(stage_time(job, machine, schedule, times) for times in counted)
     message = job.element * job.split_tokens * job.model.hidden_size
     hop = network.send(machine.hardware, Group(layout.pp, layout.world_size // layout.pp), message)
@@ -108,9 +114,8 @@ def plan_step(
     )  # fmt: skip
 
 
-def stage_parts(job: Job, machine: Machine, weights: Sequence[Weights]) -> list[Times]:
+def stage_parts(job: Job, machine: Machine, weights: Sequence[Weights], kinds: dict[object, Times]) -> list[Times]:
     """The parts of each of the pp x vpp stages for one micro-batch."""
-    kinds: dict[tuple[bool, bool], Times] = {}
     kept = replace(job, recompute="none")
     found = []
     passed = 0
@@ -118,7 +123,10 @@ def stage_parts(job: Job, machine: Machine, weights: Sequence[Weights]) -> list[
     for index, items in enumerate(job.stages):
         times, count = Times(), items.count("t")
         held = [
-            (bool(moe), job.recompute != "full" or job.recompute_method == "uniform" or place < job.recompute_num_layers)
+            (
+                bool(moe),
+                job.recompute != "full" or job.recompute_method == "uniform" or place < job.recompute_num_layers,
+            )
             for place, moe in enumerate(pattern[passed : passed + count])
         ]
         for kind in dict.fromkeys(held):
@@ -126,12 +134,11 @@ def stage_parts(job: Job, machine: Machine, weights: Sequence[Weights]) -> list[
                 kinds[kind] = layer_times(job if kind[1] else kept, machine, kind[0])
             times.plus(kinds[kind], held.count(kind))
         passed += count
-        if "E" in items:
-            times.plus(embedding_times(job, machine))
-        if depths := items.count("m"):
-            times.plus(mtp_times(job, machine), depths)
-        if "L" in items:
-            times.plus(loss_times(job, machine))
+        for item, function in (("E", embedding_times), ("m", mtp_times), ("L", loss_times)):
+            if item in items:
+                if item not in kinds:
+                    kinds[item] = function(job, machine)
+                times.plus(kinds[item], items.count(item))
         if machine.software.fsdp:
             _gather_weights(job, machine, times, weights[index % job.layout.pp])
         found.append(times)

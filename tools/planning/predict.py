@@ -73,9 +73,7 @@ def predict(row: Row, constants: Calibration, simulated: bool = True) -> Predict
     return chosen
 
 
-def timed(
-    row: Row, job: Job, weights: list[Weights], constants: Calibration, simulated: bool = True
-) -> StepTime:
+def timed(row: Row, job: Job, weights: list[Weights], constants: Calibration, simulated: bool = True) -> StepTime:
     """Time of a step. Where the micro-batches do not fill the interleaved schedule's rounds, of the next number that does."""
     schedule = row.schedule or ("interleaved" if job.layout.vpp > 1 else "1f1b")
     machine = Machine(row.hardware, row.software, constants)

@@ -78,7 +78,9 @@ class Row:
         degrees = "|".join(f"{field.name}={getattr(self.layout, field.name)}" for field in fields(self.layout))
         batch = f"{self.micro_batch_size}x{self.micro_batches}x{self.seq_length}"
         again = "" if self.recompute is None else f"{self.recompute[0]}{self.recompute[2]}{sorted(self.recompute[3])}"
-        parts = f"{self.software.fsdp}|{self.software.overlap_tp}|{self.model.mtp_num_layers}|{self.model.capacity_factor}"
+        parts = (
+            f"{self.software.fsdp}|{self.software.overlap_tp}|{self.model.mtp_num_layers}|{self.model.capacity_factor}"
+        )
         return "|".join([self.model.name, self.hardware.name, self.precision, degrees, batch, again, parts])
 
 
