@@ -27,11 +27,13 @@ from tools.planning.split import is_test
 
 # Name -> smallest and largest value that is still physical.
 BOUNDS = {
-    "gemm_half_k": (30, 1000), "gemm_speed": (0.6, 1.1), "weights_speed": (0.5, 1), "block_speed": (0.75, 1), "flash2_speed": (0.35, 1), "quantize_passes": (0.5, 3), "memory_passes": (0.7, 3.5),
+    "gemm_half_k": (30, 1000), "gemm_speed": (0.6, 1.1), "weights_speed": (0.5, 1),
+    "block_speed": (0.75, 1), "flash2_speed": (0.35, 1), "quantize_passes": (0.5, 3), "memory_passes": (0.7, 3.5),
     "attention_speed": (0.5, 1.2),
     "attention_half": (50, 1000), "attention_backward": (2, 2.8), "tp_exposed": (0.05, 1), "cp_exposed": (0.05, 1),
     "dp_exposed": (0.02, 1), "fsdp_exposed": (0.02, 1), "all_to_all_exposed": (0.02, 0.8), "pp_exposed": (0.02, 1),
-    "host_us": (1.5, 25), "sync_us": (10, 3000), "flex_sync_us": (10, 3000), "real_imbalance": (1.0, 1.6), "graph_kernels": (0.1, 1.0),
+    "host_us": (1.5, 25), "sync_us": (10, 3000), "flex_sync_us": (10, 3000),
+    "real_imbalance": (1.0, 1.6), "graph_kernels": (0.1, 1.0),
     "step_s": (0.03, 0.3), "straggler": (0.0005, 0.03),
 }  # fmt: skip
 # Where a step of DeepSeek-V3 goes, seconds (arXiv 2505.09343, table 4); its row must be in the fitting part.

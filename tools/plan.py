@@ -1,8 +1,9 @@
 """`moe-plan`: what a run needs before it is rented: layout, memory, step time, days, dollars, energy. No torch.
 
-It takes the overrides of `moe-train`: `moe-plan model=deepseek_v3 cluster=h800 gpus=2048 tokens=14.8T` searches all layouts;
-`moe-plan validate runs=FILE.csv` compares predictions with published runs. Where the command line says nothing else it looks
-at GPUs with Transformer Engine (runtime=cuda), BF16, and without an experiment at sequences of 4,096 tokens in
+It takes the overrides of `moe-train`: `moe-plan model=deepseek_v3 cluster=h800 gpus=2048 tokens=14.8T` searches all
+layouts;
+`moe-plan validate runs=FILE.csv` compares predictions with published runs. Where the command line says nothing else it
+looks at GPUs with Transformer Engine (runtime=cuda), BF16, and without an experiment at sequences of 4,096 tokens in
 DeepSeek-V3's global batch (train.seq_length=4096 batch=large).
 """
 

@@ -1,6 +1,7 @@
 """The constants of the time model that no data sheet gives, fitted by `python -m bench.fit_planner`. No torch import.
 
-They were fitted on the fitting part of the published runs (`tools.planning.split`): about two thirds of the configurations,
+They were fitted on the fitting part of the published runs (`tools.planning.split`): about two thirds of the
+configurations,
 chosen by a hash of the configuration; the rest tests them. They hold for every row: none belongs to a model, a source
 or a row.
 """
@@ -42,12 +43,12 @@ class Calibration:
     """
 
     gemm_half_k: float = 30.76
-    gemm_speed: float = 1.1
-    weights_speed: float = 0.62
+    gemm_speed: float = 1.0
+    weights_speed: float = 0.6
     block_speed: float = 1
     flash2_speed: float = 0.5037
     quantize_passes: float = 0.6219
-    memory_passes: float = 2.133
+    memory_passes: float = 1.9
     attention_speed: float = 0.8841
     attention_half: float = 1000
     attention_backward: float = 2.8
@@ -63,13 +64,14 @@ class Calibration:
     real_imbalance: float = 1.377
     graph_kernels: float = 0.1
     step_s: float = 0.04412
-    straggler: float = 0.008902
+    straggler: float = 0.004
 
 
 FITTED = Calibration()
 
-# First month of a generation of software (year x 100 + month) -> part of the counted memory traffic of small kernels that
-# fusion leaves, and part of the counted kernels that the host starts one by one (both may be above 1: the counts are of a
-# lean implementation).
+# First month of a generation of software (year x 100 + month) -> part of the counted memory traffic of small kernels
+# that
+# fusion leaves, and part of the counted kernels that the host starts one by one (both may be above 1: the counts are
+# of a lean implementation).
 FUSION = {202000: 0.4, 202301: 2.32, 202406: 1.1, 202506: 1.54, 202601: 0.7, 202606: 0.697}
 KERNELS = {202000: 0.67, 202301: 1, 202406: 0.268, 202506: 1.5, 202601: 1.5, 202606: 0.934}

@@ -71,8 +71,8 @@ def bill(hardware: Hardware, name: str, gpu_hours: float, gpus: int | None, toke
     """Money, energy and carbon of `gpu_hours`."""
     kwh = gpu_hours * hardware.watts_per_gpu / 1000 * hardware.power_usage_effectiveness
     return Bill(
-        name, tokens, gpu_hours, gpu_hours / gpus / 24 if gpus else None, gpu_hours * hardware.dollars_per_gpu_hour, kwh,
-        kwh * hardware.kg_co2_per_kwh,
+        name, tokens, gpu_hours, gpu_hours / gpus / 24 if gpus else None, gpu_hours * hardware.dollars_per_gpu_hour,
+        kwh, kwh * hardware.kg_co2_per_kwh,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """One kind of accelerator and how many of them are joined, as the time model sees them. No torch import.
 
-The fields are those of `moe_train.config.cluster.ClusterConfig`, which documents them; `conf/cluster/` has the numbers with
-their sources.
+The fields are those of `moe_train.config.cluster.ClusterConfig`, which documents them; `conf/cluster/` has the numbers
+with their sources.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ def gemm(
 
 
 def _tile_efficiency(units: int, rows: float, columns: float, copies: int, height: int, width: int) -> float:
-    """Useful work over what full waves of full tiles could do. Kernels split the last wave's inner loop: half of it counts."""
+    """Useful work over what full waves of full tiles could do. Kernels split the last wave's inner loop: half of it
+    counts."""
     tiles = copies * ceil(rows / height) * ceil(columns / width)
     covered = copies * rows * columns / (tiles * height * width)
     waves = tiles / units

@@ -1,7 +1,7 @@
 """Time of one transformer layer on one rank, forward and backward, part by part. No torch import.
 
-Every layer is a list of `Part`s: matrix products by shape, attention, bytes through memory, messages. Recomputation adds
-the forward time of what it recomputes to the backward pass.
+Every layer is a list of `Part`s: matrix products by shape, attention, bytes through memory, messages. Recomputation
+adds the forward time of what it recomputes to the backward pass.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ class _Layer:
         self.times.kernels_backward += count * (2 if again else 1)
 
     def tp(self, gathered: float, scattered: float, *modules: str) -> None:
-        """Gather so many elements before a module and scatter so many behind it; the backward pass gathers once more."""
+        """Gather so many elements before a module and scatter so many behind it; the backward pass gathers once
+        more."""
         job, layout = self.job, self.job.layout
         if layout.tp <= 1:
             return
@@ -147,7 +148,10 @@ class _Layer:
         else:
             self._materialised(heads, key, value, keys)
         if cp > 1:
-            size = job.element * job.tokens * cp * groups * (key + value)
+            width = groups * (key + value)
+            if self.software.latent_exchange and job.model.attention == "mla":
+                width = job.model.kv_lora_rank + job.model.qk_rope_head_dim
+            size = job.element * job.tokens * cp * width
             ring = network.relay(hardware, Group(cp, job.layout.tp), size)
             hidden = self.times.forward.get("attention", 0.0)
             exposed = max(ring - hidden, self.constants.cp_exposed * ring)

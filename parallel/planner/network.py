@@ -1,7 +1,8 @@
 """Time of one message pattern between accelerators. Pure functions; no torch import.
 
 Ranks are numbered as Megatron-Core does it: tp fastest, then cp, dp and pp; for experts etp, ep, edp, pp. A group is
-described by its size and by the distance between its members: tp ranks stand next to each other, dp ranks tp x cp apart.
+described by its size and by the distance between its members: tp ranks stand next to each other, dp ranks tp x cp
+apart.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def network_rate(hardware: Hardware, group: Group) -> float:
 def ring(hardware: Hardware, group: Group, gathered: float) -> float:
     """Seconds of an all-gather or reduce-scatter of `gathered` bytes in all, each rank holding one part.
 
-    A ring through all members passes each NVLink link, and leaves a domain through the network cards of all members there.
+    A ring through all members passes each NVLink link, and leaves a domain through the network cards of all members
+    there.
     """
     if group.size <= 1:
         return 0.0
@@ -54,7 +56,8 @@ def ring(hardware: Hardware, group: Group, gathered: float) -> float:
 
 
 def relay(hardware: Hardware, group: Group, gathered: float) -> float:
-    """Seconds in which each member has passed its part of `gathered` bytes once around the group, neighbour by neighbour.
+    """Seconds in which each member has passed its part of `gathered` bytes once around the group, neighbour by
+    neighbour.
 
     Every step waits for the slowest link, which between domains is one network card.
     """

@@ -1,7 +1,7 @@
 """The order in which each rank of a pipeline runs its passes, under five schedules. No torch import.
 
-A model is cut into stages. `holders` says which ranks hold a stage: DualPipe keeps two copies of the model, and runs half
-of the micro-batches through each, in opposite directions.
+A model is cut into stages. `holders` says which ranks hold a stage: DualPipe keeps two copies of the model, and runs
+half of the micro-batches through each, in opposite directions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A discrete-event simulation of one training step of a pipeline. No torch import.
 
-Each rank runs its passes in the order of its schedule (`parallel.planner.orders`), each pass as soon as what it needs has
-arrived. Stages may take different times. Activations in flight come out of the same simulation.
+Each rank runs its passes in the order of its schedule (`parallel.planner.orders`), each pass as soon as what it needs
+has arrived. Stages may take different times. Activations in flight come out of the same simulation.
 """
 
 from __future__ import annotations
@@ -184,7 +184,8 @@ def _in_flight(events: Sequence[Event]) -> int:
 def step_time(
     schedule: str, pp: int, vpp: int, micro_batches: int, times: Sequence[StageTime], send: float = 0.0
 ) -> Timeline:
-    """As `simulate`, for many micro-batches: once the schedule repeats itself, the rest is multiplied, not simulated."""
+    """As `simulate`, for many micro-batches: once the schedule repeats itself, the rest is multiplied, not
+    simulated."""
     group = 2 * pp if schedule in ("dualpipe", "dualpipev") else pp
     short = ROUNDS * group + micro_batches % group
     rest = (micro_batches - short) // group

@@ -1,7 +1,8 @@
-"""Every layout of a model over a number of accelerators: which fit, how fast they are, and why the rest do not. No torch.
+"""Every layout of a model over a number of accelerators: which fit, how fast they are, and why the rest do not. No
+torch.
 
-Two passes keep it short: all layouts are timed in closed form with the memory of their fullest stages estimated from one
-layer; the best are then simulated, and their memory counted stage by stage.
+Two passes keep it short: all layouts are timed in closed form with the memory of their fullest stages estimated from
+one layer; the best are then simulated, and their memory counted stage by stage.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from parallel.planner.orders import impossible
 from parallel.planner.saved import layer
 from parallel.planner.software import Software
 from parallel.planner.time import StepTime, plan_step
-from parallel.suggest import Impossible, divisors
+from parallel.suggest import Impossible
 
 WeightsOf = Callable[[Job, int], Weights]
 Recompute = tuple[str, frozenset[str]]
@@ -115,12 +116,10 @@ def search(
     for layout in layouts(base, gpus, space, found):
         drafts += _drafts(base, layout, global_batch_size, space, timed, found)
     drafts.sort(key=lambda draft: (draft.seconds_per_token, _key(draft)))
-    simulated = 0
-    for draft in drafts:
-        if simulated >= 2 * top and len(found.plans) >= top or simulated >= 6 * top:
+    for number, draft in enumerate(drafts):
+        if (number >= 2 * top and len(found.plans) >= top) or number >= 6 * top:
             break
         plan = evaluate(draft.job, draft.schedule, replace(machine, software=draft.software), weights_of)
-        simulated += 1
         if plan.memory_bytes <= machine.hardware.usable_bytes:
             found.plans.append(plan)
         else:
@@ -132,7 +131,8 @@ def search(
 
 def _key(draft: _Draft) -> str:
     one = draft.job
-    return f"{one.layout} {one.micro_batch_size} {one.recompute} {sorted(one.recompute_modules)} {draft.schedule} {one.fp8}"
+    again = f"{one.recompute} {sorted(one.recompute_modules)}"
+    return f"{one.layout} {one.micro_batch_size} {again} {draft.schedule} {draft.software.dispatcher} {one.fp8}"
 
 
 def evaluate(job: Job, schedule: str, machine: Machine, weights_of: WeightsOf) -> Plan:
@@ -140,16 +140,27 @@ def evaluate(job: Job, schedule: str, machine: Machine, weights_of: WeightsOf) -
     weights = [weights_of(job, rank) for rank in range(job.layout.pp)]
     step = plan_step(job, machine, schedule, weights)
     memory = tuple(stage_memory(job, rank, one) for rank, one in enumerate(weights))
-    fullest = max(held_bytes(job, schedule, one) for one in memory)
+    fullest = max(held_bytes(job, schedule, memory))
     return Plan(job, schedule, machine.software, step, memory, fullest)
 
 
-def held_bytes(job: Job, schedule: str, one: StageMemory) -> float:
-    """Memory of a rank; DualPipe holds a second copy of weights and gradients, and PP + 1 activations."""
+def held_bytes(job: Job, schedule: str, memory: Sequence[StageMemory]) -> list[float]:
+    """Memory of each pipeline rank, bytes.
+
+    A rank of DualPipe holds two stages, `rank` and its mirror image, the optimizer state of each shared with the rank
+    that holds the same two, and PP + 1 activations in all.
+    """
     if schedule != DUAL:
-        return one.total
-    alive = (job.layout.pp + 1) * one.activations_per_micro_batch
-    return one.total + one.parameters + one.gradients + max(0, alive - one.activations)
+        return [float(one.total) for one in memory]
+    found: list[float] = []
+    for rank, one in enumerate(memory):
+        other, pp = memory[job.layout.pp - 1 - rank], job.layout.pp
+        static = float(one.parameters + one.gradients + other.parameters + other.gradients)
+        static += (one.optimizer + other.optimizer) / 2
+        alive = (pp - rank) * one.activations_per_micro_batch + (rank + 1) * other.activations_per_micro_batch
+        passing = max(one.recompute, other.recompute) + max(one.communication, other.communication)
+        found.append(static + alive + passing + one.logits + other.logits)
+    return found
 
 
 def layouts(base: Job, gpus: int, space: Space, found: Found) -> Iterator[ParallelLayout]:
@@ -209,9 +220,8 @@ class _Timer:
         if key not in self.kept:
             moe = bool(job.model.num_experts)
             whole = sum(layer(job, moe, recompute=False).values())
-            if job.recompute == "full":
-                kept = job.element * job.split_tokens * job.model.hidden_size
-            else:
+            kept = float(job.element * job.split_tokens * job.model.hidden_size)  # the input of the layer
+            if job.recompute != "full":
                 kept = sum(layer(job, moe).values())
             self.kept[key] = (kept, whole - kept)
         return self.kept[key]
@@ -226,7 +236,8 @@ class _Timer:
         return plan_step(job, machine, schedule, self.weights(job), simulated=False, kinds=kinds)
 
     def memory(self, job: Job, schedule: str) -> float:
-        """Memory of the first pipeline rank, or of the fullest in weights, bytes: close to `stage_memory`, and quick."""
+        """Memory of the first pipeline rank, or of the fullest in weights, bytes: close to `stage_memory`, and
+        quick."""
         one, weights = job.layout, self.weights(job)
         kept, brought = self.layer_bytes(job)
         most = 0.0
@@ -238,7 +249,7 @@ class _Timer:
             layers = sum(
                 job.stages[i].count("t") + job.stages[i].count("m") for i in range(rank, len(job.stages), one.pp)
             )
-            alive = min(job.micro_batches, one.pp - rank)
+            alive = float(min(job.micro_batches, one.pp - rank))
             if one.vpp > 1:
                 alive = min(job.micro_batches * one.vpp, 2 * (one.pp - rank - 1) + (one.vpp - 1) * one.pp + 1) / one.vpp
             if schedule == DUAL:

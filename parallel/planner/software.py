@@ -1,8 +1,8 @@
 """What the software of a run does beside the mathematics: which kernels are fused, what overlaps, what the host costs.
 
 The same layout runs at different speeds from one release to the next. What a run used is often published (a dispatcher,
-CUDA graphs, whether expert dispatch overlaps); where only a date is known, `of_date` gives what was usual then. No torch
-import.
+CUDA graphs, whether expert dispatch overlaps); where only a date is known, `of_date` gives what was usual then. No
+torch import.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Software:
         overlap_dp: gradients are reduced during the backward pass, parameters gathered during the forward pass.
         fsdp: weights are sharded over data-parallel ranks and gathered layer by layer.
         frozen: weights need no gradient (LoRA).
+        latent_exchange: context parallelism passes the latents of multi-head latent attention, not keys and values.
         imbalance: tokens of the fullest expert rank over the mean.
         communication_sms: part of the multiprocessors that dispatch takes from compute while both run.
     """
@@ -43,6 +44,7 @@ class Software:
     overlap_dp: bool = True
     fsdp: bool = False
     frozen: bool = False
+    latent_exchange: bool = False
     imbalance: float = 1.0
     communication_sms: float = 0.0
 
@@ -74,5 +76,6 @@ def deepseek_v3() -> Software:
     """
     return replace(
         GENERATIONS[202506], fp8_dispatch=True, overlap_all_to_all=True, overlap_dp=False, communication_sms=20 / 132,
+        latent_exchange=True,
         kernels=0.5,
     )  # fmt: skip

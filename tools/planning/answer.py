@@ -165,7 +165,8 @@ def searched(cfg: Config, base: Job, machine: Machine, gpus: int, weights_of: ob
     if best is None:
         reason, times = (last.reasons.most_common(1) or [("no layout fills the GPUs", 1)])[0]
         raise ConfigError(
-            f"no layout of {cfg.model.name} fits {gpus:,} GPUs of {cfg.cluster.name}: {reason} ({times} of {last.tried} layouts)",
+            f"no layout of {cfg.model.name} fits {gpus:,} GPUs of {cfg.cluster.name}: {reason} "
+            f"({times} of {last.tried} layouts)",
             "use more GPUs, a larger batch.global_batch_size, or shorter sequences",
         )
     return best

@@ -25,7 +25,8 @@ GATED = (
 def find(name: str, directory: str | None = None) -> ModelConfig | None:
     """The architecture of a name, from YAML files of the directory or of this project, or from the shape in the name.
 
-    A file fits where its name begins the other one, whatever the punctuation; the longest wins. None where nothing fits.
+    A file fits where its name begins the other one, whatever the punctuation; the longest wins. None where nothing
+    fits.
 
     Raises:
         ConfigError: a file does not fit the schema of a model.

@@ -14,6 +14,7 @@ from parallel.planner.job import Job
 from parallel.planner.layers import Machine
 from parallel.planner.memory import Weights, stage_memory
 from parallel.planner.orders import impossible
+from parallel.planner.search import held_bytes
 from parallel.planner.time import StepTime, plan_step
 from parallel.suggest import Impossible
 from tools.planning.rows import Row, date_of, number, text_of
@@ -74,7 +75,8 @@ def predict(row: Row, constants: Calibration, simulated: bool = True) -> Predict
 
 
 def timed(row: Row, job: Job, weights: list[Weights], constants: Calibration, simulated: bool = True) -> StepTime:
-    """Time of a step. Where the micro-batches do not fill the interleaved schedule's rounds, of the next number that does."""
+    """Time of a step. Where the micro-batches do not fill the interleaved schedule's rounds, of the next number that
+    does."""
     schedule = row.schedule or ("interleaved" if job.layout.vpp > 1 else "1f1b")
     machine = Machine(row.hardware, row.software, constants)
     if impossible(schedule, job.layout.pp, job.layout.vpp, job.micro_batches):
@@ -153,20 +155,18 @@ def weights_of(model: ModelConfig, job: Job) -> list[Weights]:
 
 
 def memory_of(row: Row, job: Job, weights: list[Weights]) -> float:
-    """Memory of the fullest rank, bytes; the first, middle and last stages are looked at."""
+    """Memory of the fullest rank, bytes."""
+    if row.schedule == "dualpipe":
+        return max(held_bytes(job, row.schedule, [stage_memory(job, rank, one) for rank, one in enumerate(weights)]))
     layout, sizes = job.layout, []
-    for stage in sorted({0, min(1, layout.pp - 1), layout.pp - 1}):
+    for stage in sorted({0, min(1, layout.pp - 1), layout.pp - 1}):  # the fullest is one of these
         one = stage_memory(job, stage, weights[stage])
-        static = one.parameters + one.gradients
-        if row.software.fsdp:
-            static = round(static / (layout.dp * layout.cp))
+        size = float(one.total)
+        if row.software.fsdp:  # weights and gradients are sharded too
+            size -= (one.parameters + one.gradients) * (1 - 1 / (layout.dp * layout.cp))
         if row.software.frozen:
-            static = one.parameters
-        optimizer = 0 if row.software.frozen else one.optimizer
-        copies, activations = 1, one.activations
-        if row.schedule == "dualpipe":  # two copies of the model, PP + 1 micro-batches alive
-            copies, activations = 2, (layout.pp + 1) * one.activations_per_micro_batch
-        sizes.append(copies * static + optimizer + activations + one.recompute + one.communication + one.logits)
+            size -= one.gradients + one.optimizer
+        sizes.append(size)
     return max(sizes)
 
 

@@ -18,7 +18,8 @@ PAGE = """<!doctype html>
 <style>
 body { font: 14px sans-serif; margin: 2em auto; max-width: 1420px; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 } caption { text-align: left; font-weight: bold; padding: .3em 0 }
-td, th { border: 1px solid #ccc; padding: .25em .6em; text-align: right } td:first-child, th:first-child { text-align: left }
+td, th { border: 1px solid #ccc; padding: .25em .6em; text-align: right }
+td:first-child, th:first-child { text-align: left }
 pre { background: #f5f5f5; padding: 1em } .picture { overflow-x: auto }
 </style></head><body>
 <h1>{{ title }}</h1>
@@ -54,7 +55,8 @@ def _plain(table: Table) -> dict[str, Any]:
     columns: Sequence[Any] = table.columns
     cells = [[str(cell) for cell in column.cells] for column in columns]
     return {
-        "title": str(table.title), "columns": [str(column.header) for column in columns], "rows": list(zip(*cells, strict=True)),
+        "title": str(table.title), "columns": [str(column.header) for column in columns],
+        "rows": list(zip(*cells, strict=True)),
     }  # fmt: skip
 
 

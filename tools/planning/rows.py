@@ -24,10 +24,12 @@ from parallel.planner.software import Software
 from tools.planning import models
 
 FILLED = """\
-tp, pp, vpp, cp, ep, micro-batch: 1; vpp, where the source says that it is unpublished: the fastest that fits memory. etp: 1, but tp where experts were split as the rest ("method=MCore", before parallel folding). dp: fills the
-GPUs. seq_len: 8,192 for torchtitan, else 4,096. Recomputation: the least that fits memory. Software: what was usual at the
-date of the source (`parallel.planner.software`), where the row does not say otherwise. TFLOPS and MFU are turned into
-tokens/s by the source's own convention."""
+tp, pp, vpp, cp, ep, micro-batch: 1; vpp, where the source says that it is unpublished: the fastest that fits memory.
+etp: 1, but tp where experts were split as the rest ("method=MCore", before parallel folding). dp: fills the GPUs.
+seq_len: 8,192 for torchtitan, else 4,096. Recomputation: the least that fits memory; none with FSDP. Software: what was
+usual at the date of the source (`parallel.planner.software`), where the row does not say otherwise; expert dispatch by
+NCCL within a node of 8, overlapped where it leaves the NVLink domain and vpp > 1. TFLOPS and MFU become tokens/s by the
+source's own convention: causal where it says so, and from 2025.04 on."""
 
 DEFAULT_DATE = 202509  # of sources without a date
 HARDWARE = (
@@ -74,7 +76,8 @@ class Row:
 
     @property
     def configuration(self) -> str:
-        """What makes two rows the same configuration: model, hardware, GPUs, layout, batch, precision; not the release."""
+        """What makes two rows the same configuration: model, hardware, GPUs, layout, batch, precision; not the
+        release."""
         degrees = "|".join(f"{field.name}={getattr(self.layout, field.name)}" for field in fields(self.layout))
         batch = f"{self.micro_batch_size}x{self.micro_batches}x{self.seq_length}"
         again = "" if self.recompute is None else f"{self.recompute[0]}{self.recompute[2]}{sorted(self.recompute[3])}"
@@ -95,7 +98,7 @@ def understand(
     """The row, or why there is no prediction for it."""
     found = models.find(values["model"], directory)
     if found is None:
-        return "no model of that name: its layers (Mamba, linear or sparse attention) are not in the schema, or are not stated"
+        return "no model of that name: its shape is not stated, or outside the schema (Mamba, sparse attention)"
     hardware = hardware_of(values["hardware"])
     if hardware is None:
         return "the hardware is not stated"
@@ -116,11 +119,13 @@ def understand(
         return batch
     micro_batch, micro_batches = batch
     return Row(
-        index=index, values=values, model=model, hardware=hardware, software=_software(words, constants, hardware, layout), layout=layout,
+        index=index, values=values, model=model, hardware=hardware,
+        software=_software(words, constants, hardware, layout), layout=layout,
         schedule=_schedule(words), precision=_precision(values["precision"]), micro_batch_size=micro_batch,
         micro_batches=micro_batches, seq_length=_sequence(values, words),
         sequence_parallel=layout.tp > 1 and "no sequence parallel" not in words,
-        recompute=_recompute(values["recompute"], model, words), open_vpp=_is_open("vpp", words) and not values["vpp"].strip(), left_out=_left_out(values, words),
+        recompute=_recompute(values["recompute"], model, words),
+        open_vpp=_is_open("vpp", words) and not values["vpp"].strip(), left_out=_left_out(values, words),
     )  # fmt: skip
 
 
@@ -231,10 +236,10 @@ def _recompute(text: str, model: ModelConfig, words: str) -> tuple[str, str, int
         return "full", "uniform", 1, frozenset()
     if "sac" in lower or "selective ac" in lower:  # torchtitan: every second product is kept
         return "full", "block", max(1, model.num_layers // 2), frozenset()
-    lower = lower.split("(table")[0].replace("output in moe", "")
-    words = sorted(MODULES, key=len, reverse=True)
+    lower = lower.partition("(table")[0].replace("output in moe", "")
+    known = sorted(MODULES, key=len, reverse=True)
     modules = set()
-    for word in words:
+    for word in known:
         if word in lower:
             modules.add(MODULES[word])
             lower = lower.replace(word, " ")

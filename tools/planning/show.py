@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from parallel.planner.memory import StageMemory
 from parallel.planner.search import Plan
 from tools.memory import table as memory_table
 from tools.planning.answer import Answer
@@ -12,8 +13,10 @@ from tools.planning.answer import Answer
 GIB = 2**30
 PART_NAMES = {
     "gemm": "matrix products", "attention": "attention", "memory": "norms, activations, residuals, permutation",
-    "quantize": "casts to FP8", "router": "router", "sync": "waiting for token counts", "all_to_all": "expert dispatch and combine",
-    "tp": "tensor-parallel collectives, exposed", "cp": "context-parallel exchange, exposed", "fsdp": "weight gathering, exposed",
+    "quantize": "casts to FP8", "router": "router", "sync": "waiting for token counts",
+    "all_to_all": "expert dispatch and combine",
+    "tp": "tensor-parallel collectives, exposed", "cp": "context-parallel exchange, exposed",
+    "fsdp": "weight gathering, exposed",
     "recompute": "recomputation",
 }  # fmt: skip
 
@@ -35,7 +38,7 @@ def show(result: Answer, console: Console) -> None:
         console.print(changes(result))
 
 
-def _shown(plan: Plan) -> list:  # type: ignore[type-arg]
+def _shown(plan: Plan) -> list[StageMemory]:
     stages = list(plan.memory)
     return stages if len(stages) <= 4 else [stages[0], max(stages[1:-1], key=lambda one: one.total), stages[-1]]
 
@@ -45,12 +48,14 @@ def headline(result: Answer) -> str:
     best, (causal, whole) = result.best, result.mfu(result.best)
     spares = f" ({result.gpus - result.used:,} spare)" if result.used < result.gpus else ""
     rate = best.step.tokens_per_s_per_gpu
+    used, room = best.memory_bytes / GIB, result.hardware.usable_bytes / GIB
+    tflops = [rate * flops / 1e12 for flops in (result.flops_causal, result.flops_whole)]
     return (
         f"{result.cfg.model.name} on {result.used:,} x {result.hardware.gpu}{spares}: {best.label}\n"
-        f"step {best.step.seconds:.3f} s, {rate:,.1f} tokens/s/GPU, {rate * result.flops_causal / 1e12:.0f} TFLOPS (causal) "
-        f"or {rate * result.flops_whole / 1e12:.0f} (not), MFU {causal:.1%} or {whole:.1%} of BF16; bubble "
-        f"{best.step.pipeline.bubble_fraction:.1%}; {best.memory_bytes / GIB:.1f} GiB of "
-        f"{result.hardware.usable_bytes / GIB:.1f} on the fullest GPU"
+        f"step {best.step.seconds:.3f} s, {rate:,.1f} tokens/s/GPU; {tflops[0]:.0f} TFLOPS with causal attention "
+        f"counted as such, {tflops[1]:.0f} as if it were not: MFU {causal:.1%} or {whole:.1%} of BF16; bubble "
+        f"{best.step.pipeline.bubble_fraction:.1%}; {used:.1f} of {room:.1f} GiB on the fullest GPU"
+        + (": IT DOES NOT FIT" if used > room else "")
     )
 
 
@@ -84,8 +89,9 @@ def where(result: Answer, plan: Plan) -> Table:
         shown.add_column(column, justify="left" if column == "what" else "right")
     step = plan.step
     named = {
-        "1F": "forward passes", "1B": "backward passes", "1W": "weight gradients alone", "1F1B": "forward and backward at once",
-        "bubble": "bubble", "optimizer": "optimizer, gradients, parameters, end of step",
+        "1F": "forward passes", "1B": "backward passes", "1W": "weight gradients alone",
+        "1F1B": "forward and backward at once", "bubble": "bubble",
+        "optimizer": "optimizer, gradients, parameters, end of step",
     }  # fmt: skip
     for key, value in step.components.items():
         shown.add_row(named[key], f"{value:.3f}", f"{value / step.seconds:.1%}")
@@ -123,7 +129,8 @@ def bills(result: Answer) -> Table:
         shown.add_column(column, justify="left" if column == "stage" else "right")
     for bill in [*result.bills, *([result.total()] if len(result.bills) > 1 else [])]:
         shown.add_row(
-            bill.name, f"{bill.tokens / 1e9:,.1f}B" if bill.tokens else "", "" if bill.days is None else f"{bill.days:,.1f}",
+            bill.name, f"{bill.tokens / 1e9:,.1f}B" if bill.tokens else "",
+            "" if bill.days is None else f"{bill.days:,.1f}",
             f"{bill.gpu_hours:,.0f}", f"{bill.dollars:,.0f}", f"{bill.kwh:,.0f}", f"{bill.kg_co2 / 1000:,.1f}",
         )  # fmt: skip
     return shown

@@ -6,6 +6,7 @@ import csv
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -88,7 +89,7 @@ def _predicted(row: Row) -> dict[str, Any]:
     result: dict[str, Any] = {
         "architecture": row.model.name, "cluster": row.hardware.name, "configuration": row.configuration,
         "part": "test" if is_test(row) else "fit",
-        "layout": f"tp{layout.tp} pp{layout.pp} vpp{layout.vpp} cp{layout.cp} ep{layout.ep} etp{layout.etp} dp{layout.dp}",
+        "layout": " ".join(f"{field.name}{getattr(layout, field.name)}" for field in fields(layout)),
         "recompute_taken": made.recompute, "schedule": row.schedule or ("interleaved" if layout.vpp > 1 else "1f1b"),
         "bubble_fraction": round(step.pipeline.bubble_fraction, 4),
     }  # fmt: skip
@@ -147,14 +148,16 @@ def _by(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], str]) ->
         groups[key(row)].append(row)
     return {
         name: {
-            "rows": len(own), "median_error": _median(own), "bias": median(r["error_tokens_per_s_per_gpu"] for r in own),
+            "rows": len(own), "median_error": _median(own),
+            "bias": median(r["error_tokens_per_s_per_gpu"] for r in own),
         }
         for name, own in sorted(groups.items())
     }  # fmt: skip
 
 
 def correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Spearman's correlation of layouts within each (model, hardware); a layout's releases count once, by their median."""
+    """Spearman's correlation of layouts within each (model, hardware); a layout's releases count once, by their
+    median."""
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         groups[row["architecture"], row["cluster"]][row["configuration"]].append(row)
@@ -238,10 +241,15 @@ def lines(found: dict[str, Any]) -> list[str]:
 
     groups = found["rank_correlation_groups"]
     result = [
-        f"{found['rows_read']} rows: {found['rows_counted']} counted, {found['rows_left_out']} predicted but left out, "
-        f"{found['rows_not_modelled']} not modelled",
-        f"median absolute error of tokens/s/GPU: {percent('median_error_fit')} fit, {percent('median_error_test')} test, "
-        f"{percent('median_error')} all; of memory: {percent('median_error_memory')}",
+        (
+            f"{found['rows_read']} rows: {found['rows_counted']} counted, {found['rows_left_out']} predicted but left "
+            f"out, {found['rows_not_modelled']} not modelled"
+        ),
+        (
+            f"median absolute error of tokens/s/GPU: {percent('median_error_fit')} fit, "
+            f"{percent('median_error_test')} test, {percent('median_error')} all; of memory: "
+            f"{percent('median_error_memory')}"
+        ),
     ]
     if groups:
         result.append(

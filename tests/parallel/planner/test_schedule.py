@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from parallel.planner.orders import Pass, order, stages_of
@@ -83,7 +85,7 @@ def test_every_pass_runs_once(schedule: str, vpp: int) -> None:
         assert numbers == {(stage, number) for stage in range(stages) for number in range(micro_batches)}
     for rank in range(pp):
         own = [event for event in found.events if event.rank == rank]
-        assert all(one.end <= two.start + 1e-12 for one, two in zip(own, own[1:], strict=False))
+        assert all(one.end <= two.start + 1e-12 for one, two in pairwise(own))
 
 
 def _parts(item: Pass) -> list[tuple[str, int, int]]:
