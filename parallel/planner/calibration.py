@@ -42,29 +42,29 @@ class Calibration:
         straggler: how much longer every pass takes for each doubling of the GPUs.
     """
 
-    gemm_half_k: float = 30.76
-    gemm_speed: float = 1.0
-    weights_speed: float = 0.6
+    gemm_half_k: float = 54.66
+    gemm_speed: float = 1.1
+    weights_speed: float = 0.5566
     block_speed: float = 1
-    flash2_speed: float = 0.5037
-    quantize_passes: float = 0.6219
-    memory_passes: float = 1.9
-    attention_speed: float = 0.8841
-    attention_half: float = 1000
+    flash2_speed: float = 0.3868
+    quantize_passes: float = 1.53
+    memory_passes: float = 1.763
+    attention_speed: float = 1.2
+    attention_half: float = 576.9
     attention_backward: float = 2.8
-    tp_exposed: float = 0.3736
+    tp_exposed: float = 0.2699
     cp_exposed: float = 1
-    dp_exposed: float = 0.1038
-    fsdp_exposed: float = 0.6749
+    dp_exposed: float = 0.05989
+    fsdp_exposed: float = 0.692
     all_to_all_exposed: float = 0.8
-    pp_exposed: float = 1
-    host_us: float = 21.52
-    sync_us: float = 1420
-    flex_sync_us: float = 261
-    real_imbalance: float = 1.377
+    pp_exposed: float = 0.8825
+    host_us: float = 22.06
+    sync_us: float = 1569
+    flex_sync_us: float = 389.4
+    real_imbalance: float = 1.6
     graph_kernels: float = 0.1
-    step_s: float = 0.04412
-    straggler: float = 0.004
+    step_s: float = 0.04638
+    straggler: float = 0.004312
 
 
 FITTED = Calibration()
@@ -73,5 +73,5 @@ FITTED = Calibration()
 # that
 # fusion leaves, and part of the counted kernels that the host starts one by one (both may be above 1: the counts are
 # of a lean implementation).
-FUSION = {202000: 0.4, 202301: 2.32, 202406: 1.1, 202506: 1.54, 202601: 0.7, 202606: 0.697}
-KERNELS = {202000: 0.67, 202301: 1, 202406: 0.268, 202506: 1.5, 202601: 1.5, 202606: 0.934}
+FUSION = {202000: 0.4, 202301: 2.5, 202406: 1.19, 202506: 1.54, 202601: 1.04, 202606: 1.04}
+KERNELS = {202000: 0.67, 202301: 1, 202406: 0.268, 202506: 1.5, 202601: 1.2, 202606: 0.709}

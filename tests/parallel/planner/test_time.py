@@ -61,7 +61,8 @@ def test_recomputation_adds_forward_work_to_the_backward_pass() -> None:
     some = moe_layer()
     assert none[0] == some[0] == full[0]
     assert none[1] < some[1] < full[1]
-    assert full[1] - none[1] == pytest.approx(none[0])
+    waits = 1e-6 * FITTED.flex_sync_us * software.of_date(202604).kernels  # token counts are known the second time
+    assert full[1] - none[1] == pytest.approx(none[0] - waits)
 
 
 def test_fp8_dispatch_and_nodes_make_dispatch_shorter() -> None:
