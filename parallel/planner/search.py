@@ -283,7 +283,7 @@ def _drafts(
             continue
         job = replace(
             base, layout=replace(layout, vpp=vpp), stages=stages, micro_batch_size=size, micro_batches=micro_batches,
-            sequence_parallel=layout.tp > 1, fp8=fp8, fp8_weights_only=False,
+            sequence_parallel=layout.tp > 1, fp8=fp8, fp8_weights_only=base.fp8_weights_only and fp8 is not None,
         )  # fmt: skip
         fitting = _least_recomputed(job, schedule, space, timer)
         if isinstance(fitting, str):

@@ -83,6 +83,8 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
     machine = Machine(hardware, software_of(cfg), FITTED)
     gpus = cfg.plan.gpus or layout.world_size
     base = job_of(cfg, layout)
+    if cfg.plan.software == "deepseek":  # its weights exist in FP8 alone, beside the optimizer's main weights
+        base = replace(base, fp8_weights_only=base.fp8 is not None)
 
     def weights_of(job: Job, rank: int) -> Weights:
         return weights_on(cfg, job, rank)
