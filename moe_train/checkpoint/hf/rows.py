@@ -7,6 +7,7 @@ the process, and a conversion touches all of them.
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,6 +16,30 @@ import torch
 from torch import Tensor
 
 from parallel.errors import CheckpointError
+
+BLOCK_BYTES = 1 << 20
+"""Read, converted and written at once: it stays in a core's cache on its way."""
+
+
+class _Memory(threading.local):
+    buffer = torch.empty(0, dtype=torch.uint8)
+
+
+_memory = _Memory()
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Room for one block, the same memory at every call of a thread: fresh memory costs more than the copy into it."""
+    wanted = prod(shape) * dtype.itemsize
+    if _memory.buffer.numel() < wanted:
+        _memory.buffer = torch.empty(wanted, dtype=torch.uint8)
+    return _memory.buffer[:wanted].view(dtype).view(shape)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return view
 
 
 @dataclass(frozen=True)
@@ -46,7 +71,7 @@ class Extent:
             CheckpointError: the file is missing or ends too early.
         """
         target = torch.empty(self.shape, dtype=self.dtype) if out is None else out
-        view = target.reshape(-1).view(torch.uint8).numpy().data
+        view = bytes_of(target)
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:

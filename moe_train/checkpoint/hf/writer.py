@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from moe_train.checkpoint.hf.rows import bytes_of
 from moe_train.checkpoint.hf.workers import Team
 from parallel.errors import CheckpointError, MoeTrainError
 
@@ -62,9 +63,7 @@ class HashingFile:
 
     def write_tensor(self, tensor: Tensor) -> None:
         """Append the bytes of a tensor."""
-        import torch
-
-        self.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self.write(bytes_of(tensor.contiguous()))
 
     def flush(self) -> None:
         """Nothing is held back."""
