@@ -7,7 +7,6 @@ the process, and a conversion touches all of them.
 from __future__ import annotations
 
 import os
-import threading
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,23 +16,8 @@ from torch import Tensor
 
 from parallel.errors import CheckpointError
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 19
 """Read, converted and written at once: it stays in a core's cache on its way."""
-
-
-class _Memory(threading.local):
-    buffer = torch.empty(0, dtype=torch.uint8)
-
-
-_memory = _Memory()
-
-
-def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Room for one block, the same memory at every call of a thread: fresh memory costs more than the copy into it."""
-    wanted = prod(shape) * dtype.itemsize
-    if _memory.buffer.numel() < wanted:
-        _memory.buffer = torch.empty(wanted, dtype=torch.uint8)
-    return _memory.buffer[:wanted].view(dtype).view(shape)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
