@@ -162,12 +162,23 @@ def memory_of(row: Row, job: Job, weights: list[Weights]) -> float:
     for stage in sorted({0, min(1, layout.pp - 1), layout.pp - 1}):  # the fullest is one of these
         one = stage_memory(job, stage, weights[stage])
         size = float(one.total)
-        if row.software.fsdp:  # weights and gradients are sharded too
-            size -= (one.parameters + one.gradients) * (1 - 1 / (layout.dp * layout.cp))
+        if row.software.fsdp:
+            size += _fully_sharded(job, weights[stage]) - one.parameters - one.gradients
         if row.software.frozen:
             size -= one.gradients + one.optimizer
         sizes.append(size)
     return max(sizes)
+
+
+def _fully_sharded(job: Job, weights: Weights) -> float:
+    """Weights and gradients under FSDP, bytes: fp32 shards of both, and what is gathered at once.
+
+    With a pipeline the whole stage stays gathered between its micro-batches, gradients too; else two layers of it.
+    """
+    layout, held = job.layout, weights.shared + weights.experts
+    shards = 8 * (weights.shared / (layout.dp * layout.cp) + weights.experts / layout.edp)
+    layers = max(1, len(job.model.moe_layer_pattern) // layout.pp)
+    return shards + (job.element + 4) * held * (1.0 if layout.pp > 1 else min(1.0, 2 / layers))
 
 
 def published_tokens_per_s(row: Row) -> float | None:
