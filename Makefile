@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Tests must not depend on what else the machine's Python warns about.
 export PYTHONWARNINGS := ignore
 
-.PHONY: help setup train test test-slow test-latest lint format parity bench-memory bench-step bench-convert dryrun clean
+.PHONY: help setup train test test-slow test-latest lint format parity bench-memory bench-plan bench-step bench-convert dryrun clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ parity: setup ## Compare losses and gradients of every layout with one rank; wri
 
 bench-memory: setup ## Compare predicted memory with what runs here keep; writes bench/results/memory.json
 	$(BIN)/python -m bench.bench_memory
+
+bench-plan: setup ## Compare predicted with measured step times of small layouts here; writes bench/results/plan.json
+	$(BIN)/python -m bench.bench_plan
 
 bench-step: setup ## Compare our training step with that of transformers on this CPU; writes bench/results/step.json
 	$(BIN)/python -m bench.bench_step
