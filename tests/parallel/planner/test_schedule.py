@@ -11,8 +11,7 @@ from parallel.planner.schedule import StageTime, Timeline, simulate, step_time
 
 F, B, W = 1.0, 2.2, 0.7  # B is the whole backward pass, W its part for weights
 EVEN = StageTime(F, B, W, overlapped=0.9)
-STAGES = (2, 4, 6, 8, 12, 16)
-PAIRS = [(pp, pp * k) for pp in STAGES for k in (2, 3, 4, 6, 8)]  # 30 pairs for each of the five schedules
+PAIRS = [*((pp, pp * k) for pp in (2, 4, 6, 8, 10) for k in range(2, 22)), (12, 24), (16, 32), (16, 64), (16, 128)]
 
 
 def run(schedule: str, pp: int, micro_batches: int, vpp: int = 1) -> Timeline:
