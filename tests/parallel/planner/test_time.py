@@ -73,6 +73,16 @@ def test_fp8_dispatch_and_nodes_make_dispatch_shorter() -> None:
     assert moe_layer(soft=replace(fast, imbalance=1.3))[0] > base
 
 
+def test_sharded_weights_are_gathered_beside_compute() -> None:
+    """FSDP adds what its gathers take beyond compute, and needs no reduction at the end of the step."""
+    fast = software.of_date(202604)
+    plain, sharded = planned(soft=fast), planned(soft=replace(fast, fsdp=True))
+    assert sharded.data_parallel == 0 < plain.data_parallel
+    assert sharded.parts["fsdp"] > 0
+    assert sharded.seconds > plain.seconds
+    assert planned(soft=replace(fast, frozen=True)).seconds < plain.seconds  # no weight gradients
+
+
 def test_experts_in_one_node_need_no_network() -> None:
     assert moe_layer("parallel.ep=8")[0] < moe_layer("parallel.ep=64")[0]
 
