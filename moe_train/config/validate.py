@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_train.config.rules import model as model_rules
 from moe_train.config.rules import parallel as parallel_rules
+from moe_train.config.rules import precision as precision_rules
 from moe_train.config.rules import recompute as recompute_rules
 from moe_train.config.rules import run as run_rules
 from moe_train.config.rules.facts import Facts, gather_facts
@@ -20,7 +21,9 @@ from moe_train.config.walk import FieldInfo, all_fields, get, with_values
 from parallel.layout import ParallelLayout
 from parallel.suggest import Fix, Impossible, fixes_of
 
-_RULES = (*model_rules.RULES, *parallel_rules.RULES, *recompute_rules.RULES, *run_rules.RULES)
+_RULES = (
+    *model_rules.RULES, *parallel_rules.RULES, *precision_rules.RULES, *recompute_rules.RULES, *run_rules.RULES,
+)  # fmt: skip
 _MOST_TRIALS = 64
 
 

@@ -1,0 +1,172 @@
+"""The three products of a linear layer as FP8 hardware computes them, emulated on the CPU.
+
+Each operand is rounded to FP8 along the dimension that its product adds up over, always from the high-precision tensor;
+the rounded values are multiplied with sums in fp32. Where all scales are powers of two the rounded values are exact in
+bf16, and the faster bf16 product computes the same sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_train.model import fp8, gemm
+from moe_train.model.gemm import Counts
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How linear layers use FP8.
+
+    Args:
+        scaling: block, tensor, delayed or mxfp8.
+        hybrid: E5M2 for gradients instead of E4M3.
+        power_of_two: cut the scales of block and tensor to powers of two.
+        history: passes whose largest values delayed scaling looks back on.
+    """
+
+    scaling: str
+    hybrid: bool = False
+    power_of_two: bool = True
+    history: int = 1024
+
+    @property
+    def exact_in_bf16(self) -> bool:
+        """Whether rounded values are a bf16 number each."""
+        return self.scaling == "mxfp8" or (self.power_of_two and self.scaling != "delayed")
+
+
+class DelayedScale:
+    """Scales from the largest values of earlier passes, one for each tensor (expert), as Transformer Engine keeps them
+    (common/recipe/delayed_scaling.cu, with its own default of the largest in the history): 1 until one was seen."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.history = torch.zeros(0, 0)
+        self.scale = torch.ones(0)
+        self.seen = 0
+
+    def step(self, amax: Tensor, largest: float, learn: bool) -> Tensor:
+        """The scales [count] for tensors whose largest values are `amax` [count]; those count from the next pass on."""
+        if not len(self.scale):
+            self.history, self.scale = amax.new_zeros(self.length, len(amax)), torch.ones_like(amax)
+        scale = self.scale
+        if learn:
+            self.history[self.seen % self.length] = amax
+            self.seen += 1
+            most = self.history.amax(dim=0)
+            new = torch.div(torch.tensor(largest, device=most.device), most)
+            new = torch.where((most > 0) & torch.isfinite(most), new, scale)
+            self.scale = torch.where(torch.isinf(new), torch.finfo(torch.float32).max, new)
+        return scale
+
+
+class Operand:
+    """One of the three tensors of a linear layer: its input, its weight or the gradient of its output."""
+
+    def __init__(self, recipe: Recipe, *, is_weight: bool = False, is_gradient: bool = False) -> None:
+        self.recipe, self.is_weight = recipe, is_weight
+        self.format = fp8.E5M2 if is_gradient and recipe.hybrid else fp8.E4M3
+        self.delayed = DelayedScale(recipe.history) if recipe.scaling == "delayed" else None
+
+    def scale(self, x: Tensor, counts: Counts, learn: bool) -> Tensor | None:
+        """One scale for each tensor, for both directions of `x`: [experts] for rows in groups of `counts` or for the
+        weights of experts, else [1]. None where tiles have scales of their own.
+
+        Args:
+            learn: whether delayed scaling remembers this tensor (not while evaluating).
+        """
+        if self.recipe.scaling in ("block", "mxfp8"):
+            return None
+        parts = [x] if counts is None else x.unbind() if self.is_weight else x.split(list(counts))
+        zero = x.new_zeros((), dtype=torch.float32)
+        amax = torch.stack([part.abs().amax().float() if part.numel() else zero for part in parts])
+        if self.delayed is not None:
+            return self.delayed.step(amax, fp8.LARGEST[self.format], learn)
+        return fp8.scale_of(amax, fp8.LARGEST[self.format], torch.float32, self.recipe.power_of_two)
+
+    def rounded(self, x: Tensor, along: int, scale: Tensor | None, counts: Counts) -> Tensor:
+        """`x` rounded to FP8, for a product that adds up over its dimension `along` (-1 columns, -2 rows).
+
+        Sums over rows never leave a group of `counts` rows, nor do their tiles.
+        """
+        dtype = x.dtype if self.recipe.exact_in_bf16 else torch.float32
+        if scale is not None:
+            return self._with_scale(x, scale, counts).to(dtype)
+        if counts is not None and along == -2 and not self.is_weight:
+            return torch.cat([self._in_tiles(part, along, dtype) for part in x.split(list(counts))])
+        return self._in_tiles(x, along, dtype)
+
+    def _with_scale(self, x: Tensor, scale: Tensor, counts: Counts) -> Tensor:
+        if counts is not None and not self.is_weight:
+            scale = scale.repeat_interleave(torch.tensor(counts, device=x.device))
+        scale = scale.view(-1, *[1] * (x.dim() - 1))
+        return fp8.round_to(x.float() * scale, self.format).float() * (1.0 / scale)
+
+    def _in_tiles(self, x: Tensor, along: int, dtype: torch.dtype) -> Tensor:
+        mx = self.recipe.scaling == "mxfp8"
+        length = fp8.MX_BLOCK if mx else fp8.BLOCK
+        tile = (length, length) if self.is_weight and not mx else (1, length) if along == -1 else (length, 1)
+        power_of_two = self.recipe.power_of_two
+        return fp8.quantise(x, tile, dtype=self.format, power_of_two=power_of_two, mx=mx).dequantise(dtype)
+
+
+class Products(gemm.Products):
+    """Emulated products of one linear layer, or of one linear layer of all local experts."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.input, self.weight = Operand(recipe), Operand(recipe, is_weight=True)
+        self.gradient = Operand(recipe, is_gradient=True)
+
+    def forward(self, x: Tensor, weight: Tensor, counts: Counts, learn: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        scale = self.input.scale(x, counts, learn)
+        weight_scale = self.weight.scale(weight, counts, learn)
+        rounded = self.weight.rounded(weight, -1, weight_scale, counts)
+        y = gemm.product(self.input.rounded(x, -1, scale, counts), rounded.mT, counts).to(x.dtype)
+        # Square tiles and whole tensors are the same numbers in both directions; tiles of one row are not.
+        other = self.weight.rounded(weight, -2, None, counts) if self.recipe.scaling == "mxfp8" else rounded
+        return y, other, scale
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, counts: Counts
+    ) -> tuple[Tensor, Tensor]:
+        grad_scale = self.gradient.scale(grad, counts, learn=True)
+        rounded = self.gradient.rounded(grad, -1, grad_scale, counts)
+        grad_x = gemm.product(rounded, weight, counts).to(grad.dtype)
+        if grad_scale is None:  # a scale for the whole tensor has rounded it for both products
+            rounded = self.gradient.rounded(grad, -2, None, counts)
+        grad_weight = gemm.product_over_rows(rounded, self.input.rounded(x, -2, scale, counts), counts)
+        return grad_x, grad_weight.to(x.dtype)
+
+
+def in_fp8(linear: type, recipe: Recipe | None) -> type:
+    """`linear`, a class of layers with `products`, with those of each layer emulated; `linear` itself without a recipe.
+
+    One class for each recipe, which Megatron-Core's specs can name.
+    """
+    return linear if recipe is None else _emulating(linear, recipe)
+
+
+def with_linears(module: type, attribute: str, recipe: Recipe | None) -> type:
+    """`module`, which makes linear layers of the class `module.attribute` itself, with those of `in_fp8`."""
+    return module if recipe is None else _making(module, attribute, recipe)
+
+
+@cache
+def _emulating(linear: type, recipe: Recipe) -> type:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        linear.__init__(self, *args, **kwargs)  # type: ignore[misc]
+        self.products = Products(recipe)
+
+    return type(f"Fp8{linear.__name__}", (linear,), {"__init__": init, "__doc__": f"{linear.__name__} in FP8."})
+
+
+@cache
+def _making(module: type, attribute: str, recipe: Recipe) -> type:
+    linears = {attribute: in_fp8(getattr(module, attribute), recipe)}
+    return type(f"Fp8{module.__name__}", (module,), {**linears, "__doc__": f"{module.__name__} in FP8."})
