@@ -28,6 +28,7 @@ class ExpertLinear(nn.Module):
     """
 
     products = gemm.PLAIN
+    is_expert = True
 
     def __init__(self, experts: int, outputs: int, inputs: int, split: int, config: Any, init_method: Any) -> None:
         """`outputs` and `inputs` are those of this rank; `split` is the dimension (1 or 2) that etp ranks split."""

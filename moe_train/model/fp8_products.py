@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_train.model import fp8, gemm
+from moe_train.model.delayed_scaling import DelayedScale
 from moe_train.model.gemm import Counts
 
 
@@ -26,7 +27,7 @@ class Recipe:
         scaling: block, tensor, delayed or mxfp8.
         hybrid: E5M2 for gradients instead of E4M3.
         power_of_two: cut the scales of block and tensor to powers of two.
-        history: passes whose largest values delayed scaling looks back on.
+        history: steps whose largest values delayed scaling looks back on.
     """
 
     scaling: str
@@ -40,38 +41,14 @@ class Recipe:
         return self.scaling == "mxfp8" or (self.power_of_two and self.scaling != "delayed")
 
 
-class DelayedScale:
-    """Scales from the largest values of earlier passes, one for each tensor (expert), as Transformer Engine keeps them
-    (common/recipe/delayed_scaling.cu, with its own default of the largest in the history): 1 until one was seen."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.history = torch.zeros(0, 0)
-        self.scale = torch.ones(0)
-        self.seen = 0
-
-    def step(self, amax: Tensor, largest: float, learn: bool) -> Tensor:
-        """The scales [count] for tensors whose largest values are `amax` [count]; those count from the next pass on."""
-        if not len(self.scale):
-            self.history, self.scale = amax.new_zeros(self.length, len(amax)), torch.ones_like(amax)
-        scale = self.scale
-        if learn:
-            self.history[self.seen % self.length] = amax
-            self.seen += 1
-            most = self.history.amax(dim=0)
-            new = torch.div(torch.tensor(largest, device=most.device), most)
-            new = torch.where((most > 0) & torch.isfinite(most), new, scale)
-            self.scale = torch.where(torch.isinf(new), torch.finfo(torch.float32).max, new)
-        return scale
-
-
 class Operand:
     """One of the three tensors of a linear layer: its input, its weight or the gradient of its output."""
 
-    def __init__(self, recipe: Recipe, *, is_weight: bool = False, is_gradient: bool = False) -> None:
+    def __init__(self, recipe: Recipe, count: int, *, is_weight: bool = False, is_gradient: bool = False) -> None:
         self.recipe, self.is_weight = recipe, is_weight
         self.format = fp8.E5M2 if is_gradient and recipe.hybrid else fp8.E4M3
-        self.delayed = DelayedScale(recipe.history) if recipe.scaling == "delayed" else None
+        largest = fp8.LARGEST[self.format]
+        self.delayed = DelayedScale(count, recipe.history, largest) if recipe.scaling == "delayed" else None
 
     def scale(self, x: Tensor, counts: Counts, learn: bool) -> Tensor | None:
         """One scale for each tensor, for both directions of `x`: [experts] for rows in groups of `counts` or for the
@@ -86,7 +63,7 @@ class Operand:
         zero = x.new_zeros((), dtype=torch.float32)
         amax = torch.stack([part.abs().amax().float() if part.numel() else zero for part in parts])
         if self.delayed is not None:
-            return self.delayed.step(amax, fp8.LARGEST[self.format], learn)
+            return self.delayed.of(amax, learn)
         return fp8.scale_of(amax, fp8.LARGEST[self.format], torch.float32, self.recipe.power_of_two)
 
     def rounded(self, x: Tensor, along: int, scale: Tensor | None, counts: Counts) -> Tensor:
@@ -116,12 +93,18 @@ class Operand:
 
 
 class Products(gemm.Products):
-    """Emulated products of one linear layer, or of one linear layer of all local experts."""
+    """Emulated products of one linear layer, or of one linear layer of `count` local experts."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, count: int = 1) -> None:
         self.recipe = recipe
-        self.input, self.weight = Operand(recipe), Operand(recipe, is_weight=True)
-        self.gradient = Operand(recipe, is_gradient=True)
+        self.input, self.weight = Operand(recipe, count), Operand(recipe, count, is_weight=True)
+        self.gradient = Operand(recipe, count, is_gradient=True)
+
+    @property
+    def delayed_scales(self) -> list[DelayedScale]:
+        """Those of input, weight and gradient where scaling is delayed, else none."""
+        operands = (self.input, self.weight, self.gradient)
+        return [operand.delayed for operand in operands if operand.delayed is not None]
 
     def forward(self, x: Tensor, weight: Tensor, counts: Counts, learn: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         scale = self.input.scale(x, counts, learn)
@@ -161,7 +144,7 @@ def with_linears(module: type, attribute: str, recipe: Recipe | None) -> type:
 def _emulating(linear: type, recipe: Recipe) -> type:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         linear.__init__(self, *args, **kwargs)  # type: ignore[misc]
-        self.products = Products(recipe)
+        self.products = Products(recipe, len(self.weight) if self.weight.dim() == 3 else 1)
 
     return type(f"Fp8{linear.__name__}", (linear,), {"__init__": init, "__doc__": f"{linear.__name__} in FP8."})
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from moe_train.checkpoint.hf import block_fp8
 from moe_train.model import fp8, gemm
-from moe_train.model.fp8_products import DelayedScale, Products, Recipe
+from moe_train.model.delayed_scaling import DelayedScale
+from moe_train.model.fp8_products import Products, Recipe
 from tests.distributed.helper import run_distributed
 from tests.model.tiny import build_tiny
 
@@ -244,6 +245,12 @@ RECIPES = [
 ]  # fmt: skip
 
 
+def end_step(*products: Products) -> None:
+    """As `delayed_scaling.update` does on one rank."""
+    for scale in itertools.chain(*(p.delayed_scales for p in products)):
+        scale.step()
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_gradients_flow_and_are_near_the_exact_ones(recipe: Recipe) -> None:
     """Through autograd: off by the rounding of FP8, neither by nothing nor by much."""
@@ -255,6 +262,7 @@ def test_gradients_flow_and_are_near_the_exact_ones(recipe: Recipe) -> None:
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
         y = gemm.linear(*leaves, products)
         y.backward(grad)
+        end_step(products)
     exact = x @ weight.T, grad @ weight, torch.einsum("sbo,sbi->oi", grad, x)
     for found, reference in zip((y.detach(), leaves[0].grad, leaves[1].grad), exact, strict=True):
         assert found is not None
@@ -268,7 +276,7 @@ def test_experts_are_rounded_one_by_one(recipe: Recipe) -> None:
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(sum(counts), 140, generator=generator) * torch.rand(sum(counts), 1, generator=generator) * 50
     weight, grad = torch.randn(6, 72, 140, generator=generator), torch.randn(sum(counts), 72, generator=generator)
-    together, alone = Products(recipe), [Products(recipe) for _ in counts]
+    together, alone = Products(recipe, len(counts)), [Products(recipe) for _ in counts]
     for _ in range(2):
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
         y = gemm.GroupedLinear.apply(*leaves, counts, together, True)
@@ -288,18 +296,44 @@ def test_experts_are_rounded_one_by_one(recipe: Recipe) -> None:
             ):
                 assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
             start += count
+        end_step(together, *alone)
 
 
-def test_delayed_scales_follow_the_history() -> None:
-    """1 until something was seen; then 448 over the largest of the last passes; what is no number changes nothing."""
-    delayed = DelayedScale(2)
-    scales = [
-        float(delayed.step(torch.tensor([amax]), 448.0, learn))
-        for amax, learn in [(2.0, True), (8.0, True), (1.0, False), (4.0, True), (4.0, True), (math.inf, True),
-                            (1.0, True), (1.0, True), (1.0, True), (0.0, True), (0.0, True), (5.0, True)]
-    ]  # fmt: skip
-    assert scales == [1, 224, 56, 56, 56, 112, 112, 112, 448, 448, 448, 448]
-    assert delayed.step(torch.zeros(1), 448.0, False) == 448 / 5
+def naive_delayed(steps: list[list[float]], length: int, largest: float) -> list[float]:
+    """The scale in each step, from the largest values of each micro-batch of the steps, tensor by tensor in Python."""
+    history, scale, used = [0.0] * length, 1.0, []
+    for amaxes in steps:
+        used.append(scale)
+        latest = max([a for a in amaxes if not math.isnan(a)], default=0.0)
+        if latest > 0:
+            history = [latest, *history[:-1]]
+        most = max(history)
+        if 0 < most < math.inf:
+            scale = min(float(np.float32(largest) / np.float32(most)), float(np.finfo(np.float32).max))
+    return used
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_delayed_scales_follow_the_history(length: int) -> None:
+    """1 until something was seen; then 448 over the largest of the last steps; what is no number changes nothing."""
+    rng = random.Random(length)
+    odd = [0.0, math.inf, math.nan, 1e-40, 3e38]
+    steps = [
+        [
+            rng.choice([rng.choice(odd), *(rng.uniform(0, size) for size in (9, 9, 1e-3))])
+            for _ in range(rng.randint(1, 3))
+        ]
+        for _ in range(200)
+    ]
+    delayed, found = DelayedScale(1, length, 448.0), []
+    for amaxes in steps:
+        seen = {float(delayed.of(torch.tensor([amax]), True)) for amax in amaxes}
+        assert float(delayed.of(torch.tensor([1e9]), False)) in seen, "evaluation counts for nothing"
+        assert len(seen) == 1, "a scale changed within a step"
+        found += seen
+        delayed.step()
+    assert found == naive_delayed(steps, length, 448.0)
+    assert len(set(found)) > 10
 
 
 def test_evaluation_leaves_delayed_scales_alone() -> None:
@@ -307,10 +341,9 @@ def test_evaluation_leaves_delayed_scales_alone() -> None:
     x, weight = torch.randn(4, 8), torch.randn(8, 8, requires_grad=True)
     with torch.no_grad():
         gemm.linear(x, weight, products)
-    assert products.input.delayed is not None
-    assert products.input.delayed.seen == 0
+    assert products.delayed_scales[0].latest == 0
     gemm.linear(x, weight, products)
-    assert products.input.delayed.seen == 1
+    assert products.delayed_scales[0].latest == x.abs().max()
 
 
 def fp8_linears(*overrides: str) -> list[str]:

@@ -123,7 +123,7 @@ def check_megatron(checkpoint: distcp.Checkpoint, all_pieces: Sequence[Piece]) -
 
 def is_model_tensor(key: str) -> bool:
     """Whether a tensor of a Megatron checkpoint is a weight or buffer of the model."""
-    return not key.startswith(("optimizer.", "rng."))
+    return not key.startswith(("optimizer.", "rng.", "fp8_scales."))
 
 
 class HuggingFaceReader:
