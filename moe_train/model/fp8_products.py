@@ -82,14 +82,14 @@ class Operand:
         if counts is not None and not self.is_weight:
             scale = scale.repeat_interleave(torch.tensor(counts, device=x.device))
         scale = scale.view(-1, *[1] * (x.dim() - 1))
-        return fp8.round_to(x.float() * scale, self.format).float() * (1.0 / scale)
+        return fp8.round_values(x.float() * scale, self.format).mul_(1.0 / scale)
 
     def _in_tiles(self, x: Tensor, along: int, dtype: torch.dtype) -> Tensor:
         mx = self.recipe.scaling == "mxfp8"
         length = fp8.MX_BLOCK if mx else fp8.BLOCK
         tile = (length, length) if self.is_weight and not mx else (1, length) if along == -1 else (length, 1)
         power_of_two = self.recipe.power_of_two
-        return fp8.quantise(x, tile, dtype=self.format, power_of_two=power_of_two, mx=mx).dequantise(dtype)
+        return fp8.rounded(x, tile, dtype, dtype=self.format, power_of_two=power_of_two, mx=mx)
 
 
 class Products(gemm.Products):
@@ -106,25 +106,21 @@ class Products(gemm.Products):
         operands = (self.input, self.weight, self.gradient)
         return [operand.delayed for operand in operands if operand.delayed is not None]
 
-    def forward(self, x: Tensor, weight: Tensor, counts: Counts, learn: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        scale = self.input.scale(x, counts, learn)
-        weight_scale = self.weight.scale(weight, counts, learn)
-        rounded = self.weight.rounded(weight, -1, weight_scale, counts)
-        y = gemm.product(self.input.rounded(x, -1, scale, counts), rounded.mT, counts).to(x.dtype)
-        # Square tiles and whole tensors are the same numbers in both directions; tiles of one row are not.
-        other = self.weight.rounded(weight, -2, None, counts) if self.recipe.scaling == "mxfp8" else rounded
-        return y, other, scale
+    def forward(self, x: Tensor, weight: Tensor, counts: Counts, learn: bool) -> Tensor:
+        rounded = self.input.rounded(x, -1, self.input.scale(x, counts, learn), counts)
+        weights = self.weight.rounded(weight, -1, self.weight.scale(weight, counts, learn), counts)
+        return gemm.product(rounded, weights.mT, counts).to(x.dtype)
 
-    def backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, counts: Counts
-    ) -> tuple[Tensor, Tensor]:
-        grad_scale = self.gradient.scale(grad, counts, learn=True)
-        rounded = self.gradient.rounded(grad, -1, grad_scale, counts)
-        grad_x = gemm.product(rounded, weight, counts).to(grad.dtype)
-        if grad_scale is None:  # a scale for the whole tensor has rounded it for both products
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
+        """What the forward pass rounded is rounded again, so that nothing but x and the weight is kept for it."""
+        scale = self.gradient.scale(grad, counts, learn=True)
+        rounded = self.gradient.rounded(grad, -1, scale, counts)
+        weights = self.weight.rounded(weight, -2, self.weight.scale(weight, counts, learn=False), counts)
+        grad_x = gemm.product(rounded, weights, counts).to(grad.dtype)
+        if scale is None:  # a scale for the whole tensor has rounded it for both products
             rounded = self.gradient.rounded(grad, -2, None, counts)
-        grad_weight = gemm.product_over_rows(rounded, self.input.rounded(x, -2, scale, counts), counts)
-        return grad_x, grad_weight.to(x.dtype)
+        inputs = self.input.rounded(x, -2, self.input.scale(x, counts, learn=False), counts)
+        return grad_x, gemm.product_over_rows(rounded, inputs, counts).to(x.dtype)
 
 
 def in_fp8(linear: type, recipe: Recipe | None) -> type:

@@ -110,17 +110,15 @@ class Products:
     """The products of a linear layer, x [t, in] and weight [out, in] (a [groups, out, in] of them for rows in groups of
     `counts`). Other number formats override them (fp8_products.py)."""
 
-    def forward(self, x: Tensor, weight: Tensor, counts: Counts, learn: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The output [t, out], and two tensors that `backward` takes: a weight, and whatever else it needs.
+    def forward(self, x: Tensor, weight: Tensor, counts: Counts, learn: bool) -> Tensor:
+        """The output [t, out].
 
         Args:
             learn: whether a backward pass follows, so that statistics of the tensors count.
         """
-        return product(x, weight.mT, counts), weight, None
+        return product(x, weight.mT, counts)
 
-    def backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, other: Tensor | None, counts: Counts
-    ) -> tuple[Tensor, Tensor]:
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
         """Gradients of x and of the weight, from that of the output [t, out]."""
         return product(grad, weight, counts), product_over_rows(grad, x, counts)
 
@@ -136,15 +134,14 @@ class GroupedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, counts: Sequence[int], products: Products = PLAIN, learn: bool = False
     ) -> Tensor:
         """`counts` is the number of rows of each group; they add up to t."""
-        y, for_gradient, other = products.forward(x, weight, counts, learn)
-        ctx.save_for_backward(x, for_gradient, other)
+        ctx.save_for_backward(x, weight)
         ctx.counts, ctx.products = counts, products
-        return y
+        return products.forward(x, weight, counts, learn)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, other = ctx.saved_tensors
-        return *ctx.products.backward(grad.contiguous(), x, weight, other, ctx.counts), None, None, None
+        x, weight = ctx.saved_tensors
+        return *ctx.products.backward(grad.contiguous(), x, weight, ctx.counts), None, None, None
 
 
 class _Linear(torch.autograd.Function):
@@ -159,15 +156,14 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, gather: Any, add_up: Any, products: Products, learn: bool
     ) -> Tensor:
-        y, for_gradient, other = products.forward(_gathered(x, gather), weight, None, learn)
-        ctx.save_for_backward(x, for_gradient, other)
+        ctx.save_for_backward(x, weight)
         ctx.gather, ctx.add_up, ctx.products = gather, add_up, products
-        return y
+        return products.forward(_gathered(x, gather), weight, None, learn)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, other = ctx.saved_tensors
-        grad_x, grad_weight = ctx.products.backward(grad, _gathered(x, ctx.gather), weight, other, None)
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight = ctx.products.backward(grad, _gathered(x, ctx.gather), weight, None)
         if ctx.gather is not None:
             part = torch.empty_like(x)
             dist.reduce_scatter_tensor(part, grad_x, group=ctx.gather)

@@ -372,6 +372,8 @@ def _outputs(reader: Reader, piece: Piece, part: Part, dtype: torch.dtype, optio
     def weight() -> Iterator[Tensor]:
         scales.clear()
         for rows in _rows(reader, piece, part, None)():
+            if rows.isinf().any():  # by the rule of training it would become 448
+                raise CheckpointError(f"{part.name} has infinities, and FP8 (E4M3) has none", "set convert.dtype=bf16")
             quantised, scale = block_fp8.quantise(rows, options.power_of_two_scales)
             scales.append(scale)
             yield quantised
