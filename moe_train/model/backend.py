@@ -13,11 +13,12 @@ from parallel.suggest import override_value
 INSTALL_TE = "pip install 'moe-train[gpu]', or set backend.name=local"
 INSTALL_APEX = "build NVIDIA's from source with --cpp_ext --cuda_ext (docs/precision.md), or set backend.apex=false"
 
-_FP8_HARDWARE = {
+_HARDWARE = {
     "tensor": ((8, 9), "Ada, Hopper or newer"),
     "delayed": ((8, 9), "Ada, Hopper or newer"),
     "block": ((9, 0), "Hopper or newer"),
     "mxfp8": ((10, 0), "Blackwell"),
+    "nvfp4": ((10, 0), "Blackwell"),
 }
 _USABLE = {"fp8_block": (9, 0), "fp8_tensor": (8, 9), "bf16": (8, 0), "fp16": (0, 0)}
 
@@ -26,8 +27,8 @@ def choose(cfg: Config, runtime: str) -> str:
     """`te` or `local` for the runtime this process uses (cuda, cpu or simulated).
 
     Raises:
-        HardwareError: the config asks for Transformer Engine or apex, which is missing or unusable, or for an FP8
-            recipe that this GPU does not have.
+        HardwareError: the config asks for Transformer Engine or apex, which is missing or unusable, or for a
+            recipe of FP8 or FP4 that this GPU does not have.
         ConfigError: FP8 scales are asked for that the environment does not set.
     """
     name = cfg.backend.name
@@ -37,22 +38,24 @@ def choose(cfg: Config, runtime: str) -> str:
         _require("transformer_engine.pytorch", "Transformer Engine (backend.name=te)", INSTALL_TE)
     if cfg.backend.apex:
         _require_nvidia_apex()
-    if name == "te" and runtime == "cuda" and cfg.precision.fp8 is not None:
-        _require_fp8_hardware(cfg.precision.fp8)
+    recipe = cfg.precision.fp8 or cfg.precision.fp4
+    if name == "te" and runtime == "cuda" and recipe is not None:
+        _require_hardware(recipe)
         _require_scales(cfg.precision)
     return name
 
 
-def _require_fp8_hardware(recipe: str) -> None:
+def _require_hardware(recipe: str) -> None:
     """Each recipe's kernels begin with a generation of GPUs."""
     import torch
 
-    needed, generation = _FP8_HARDWARE[recipe]
+    needed, generation = _HARDWARE[recipe]
+    field = "fp4" if recipe == "nvfp4" else "fp8"
     found = torch.cuda.get_device_capability()
     if found < needed:
         raise HardwareError(
-            f"precision.fp8={recipe} needs {generation} (compute capability {needed[0]}.{needed[1]}), but this GPU has "
-            f"{found[0]}.{found[1]}",
+            f"precision.{field}={recipe} needs {generation} (compute capability {needed[0]}.{needed[1]}), but this "
+            f"GPU has {found[0]}.{found[1]}",
             "use " + " or ".join(f"precision={name}" for name, least in _USABLE.items() if found >= least),
         )
 

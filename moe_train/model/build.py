@@ -35,7 +35,7 @@ def transformer_config(cfg: Config, layout: ParallelLayout, backend: str, runtim
         **_parallel(cfg, layout, runtime),
         **_numbers(cfg),
         **_recompute(cfg.recompute),
-        **(_fp8(cfg.precision) if backend == "te" else {}),
+        **(_low_precision(cfg.precision) if backend == "te" else {}),
         **_fusions(cfg, backend, runtime),
     }
     config_class = MLATransformerConfig if cfg.model.attention == "mla" else TransformerConfig
@@ -189,21 +189,27 @@ def _recompute(recompute: RecomputeConfig) -> dict[str, Any]:
     return {}
 
 
-def _fp8(precision: PrecisionConfig) -> dict[str, Any]:
-    """Options of Transformer Engine's FP8. The `local` backend emulates it without Megatron-Core knowing.
+def _low_precision(precision: PrecisionConfig) -> dict[str, Any]:
+    """Options of Transformer Engine's FP8 and FP4. The `local` backend emulates FP8 without Megatron-Core knowing: with
+    `fp8` set, upstream recomputes through Transformer Engine (transformer/transformer_block.py).
 
     Whether scales are powers of two is up to environment variables (backend.py).
     """
-    if precision.fp8 is None:
+    if precision.fp8 is None and precision.fp4 is None:
         return {}
+    layers = {
+        "first_last_layers_bf16": precision.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
+    }
+    if precision.fp8 is None:
+        return {"fp4": "e2m1", "fp4_recipe": precision.fp4, **layers}
     delayed = {"fp8_amax_history_len": precision.amax_history_len, "fp8_amax_compute_algo": "max"}
     return {
         "fp8": precision.fp8_format,
         "fp8_recipe": FP8_RECIPES[precision.fp8],
         "fp8_param": precision.fp8_param_gather,
-        "first_last_layers_bf16": precision.first_last_layers_bf16,
-        "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,
-        "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
+        **layers,
         **(delayed if precision.fp8 == "delayed" else {}),
     }
 
@@ -216,7 +222,10 @@ def emulated_recipe(precision: PrecisionConfig) -> fp8_products.Recipe | None:
         precision.fp8 in ("block", "mxfp8") if precision.power_of_two_scales is None else precision.power_of_two_scales
     )
     hybrid = precision.fp8_format == "hybrid"
-    return fp8_products.Recipe(precision.fp8, hybrid=hybrid, power_of_two=cut, history=precision.amax_history_len)
+    return fp8_products.Recipe(
+        precision.fp8, hybrid=hybrid, power_of_two=cut, history=precision.amax_history_len,
+        dispatch=precision.fp8_dispatch,
+    )  # fmt: skip
 
 
 def _high_precision_layers(cfg: Config) -> list[int]:

@@ -28,12 +28,14 @@ class Recipe:
         hybrid: E5M2 for gradients instead of E4M3.
         power_of_two: cut the scales of block and tensor to powers of two.
         history: steps whose largest values delayed scaling looks back on.
+        dispatch: send tokens to their experts in FP8, too (dispatch.py).
     """
 
     scaling: str
     hybrid: bool = False
     power_of_two: bool = True
     history: int = 1024
+    dispatch: bool = False
 
     @property
     def exact_in_bf16(self) -> bool:

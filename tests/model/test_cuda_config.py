@@ -89,13 +89,16 @@ FP8_OPTIONS = {
     "fp8_delayed": {"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 1024,
                     "fp8_amax_compute_algo": "max"},
     "mxfp8": {"fp8": "e4m3", "fp8_recipe": "mxfp8"},
+    "nvfp4": {"fp4": "e2m1", "fp4_recipe": "nvfp4", "fp8": None},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("precision", FP8_OPTIONS)
 def test_fp8_recipes_reach_megatron_core(precision: str) -> None:
     """Every option by the name that Megatron-Core's own config class has for it, past its own checks."""
-    (found,) = run_distributed(cuda_options, 1, "model=deepseek_v3", f"precision={precision}")
+    (found,) = run_distributed(
+        cuda_options, 1, "model=deepseek_v3", f"precision={precision}", "checkpoint.save_at_end=false"
+    )
     assert found | FP8_OPTIONS[precision] == found
     assert (found["bf16"], found["fp8_param"], found["first_last_layers_bf16"]) == (True, False, False)
 
@@ -115,7 +118,7 @@ def test_layers_and_weights_of_fp8_reach_megatron_core() -> None:
 def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Known only where the run is: block scaling begins with Hopper, MXFP8 with Blackwell."""
     monkeypatch.setattr(backend, "_require", lambda *_: None)
-    cases = {"fp8_block": (8, 9), "fp8_tensor": (8, 0), "fp8_delayed": (8, 0), "mxfp8": (9, 0)}
+    cases = {"fp8_block": (8, 9), "fp8_tensor": (8, 0), "fp8_delayed": (8, 0), "mxfp8": (9, 0), "nvfp4": (9, 0)}
     for precision, capability in cases.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
         with pytest.raises(HardwareError, match=rf"needs .*has {capability[0]}\.{capability[1]}; use precision="):
