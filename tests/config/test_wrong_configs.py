@@ -52,6 +52,7 @@ class Wrong:
 # model=tiny: 4 layers (1 dense), 4 heads, mla, 16 experts in 4 groups (2 chosen), top 4, 1 shared, sigmoid with bias,
 # 4096 words, multi-token prediction
 GQA = "model.attention=gqa"
+WIDE = "runtime=cuda model.qk_rope_head_dim=32"  # tiny, for blocks of 32
 SOFTMAX = "model.router_score=softmax model.router_bias=false"
 TABLE = [
     # Layout of ranks
@@ -233,14 +234,14 @@ TABLE = [
     Wrong("precision.fp8_param_gather=true", "precision.fp8_param_gather", "precision.fp8=null", "precision=bf16"),
     Wrong("precision.fp4=nvfp4", "precision.fp4",
           "emulates FP8 but not FP4; use precision.fp4=null precision.fp8=block", "precision=bf16 runtime=cpu"),
-    Wrong("precision.fp4=nvfp4", "precision.fp4", "exclude each other", "precision=fp8_block runtime=cuda"),
-    Wrong("precision.fp4=int4", "precision.fp4", "nvfp4", "precision=bf16 runtime=cuda"),
+    Wrong("precision.fp4=nvfp4", "precision.fp4", "exclude each other", f"precision=fp8_block {WIDE}"),
+    Wrong("precision.fp4=int4", "precision.fp4", "nvfp4", f"precision=bf16 {WIDE}"),
     Wrong("precision.dtype=fp16", "precision.fp4", "needs precision.dtype=bf16 for the rest, not fp16",
-          "precision=nvfp4 runtime=cuda"),
+          f"precision=nvfp4 {WIDE}"),
     Wrong("precision.power_of_two_scales=true", "precision.power_of_two_scales", "precision.fp4=nvfp4",
-          "precision=nvfp4 runtime=cuda"),
+          f"precision=nvfp4 {WIDE}"),
     Wrong("precision.fp8_param_gather=true", "precision.fp8_param_gather", "not in that of precision.fp4=nvfp4",
-          "precision=nvfp4 runtime=cuda"),
+          f"precision=nvfp4 {WIDE}"),
     Wrong("precision.fp8_dispatch=true", "precision.fp8_dispatch", "precision.fp8=null", "precision=bf16"),
     Wrong("precision.fp8_dispatch=true", "precision.fp8_dispatch",
           "not of precision.fp8=tensor; use precision.fp8=block", "precision=fp8_tensor"),
@@ -258,19 +259,19 @@ TABLE = [
           "168 / 1 = 168 on a rank, and precision.fp8=block needs multiples of 16 (backend.name=te); "
           "use model.moe_ffn_hidden_size=160 or model.moe_ffn_hidden_size=176", "precision=fp8_block runtime=cuda"),
     Wrong("parallel.etp=4", "model.moe_ffn_hidden_size", "160 / 4 = 40 on a rank, and precision.fp8=block",
-          "precision=fp8_block runtime=cuda parallel.tp=4"),
+          "precision=fp8_block runtime=cuda parallel.tp=4 model.num_shared_experts=0"),
     Wrong("parallel.tp=4", "model.ffn_hidden_size", "use model.ffn_hidden_size=704 or model.ffn_hidden_size=768",
-          "precision=fp8_block runtime=cuda model.ffn_hidden_size=736"),
-    Wrong("parallel.tp=4", "model.qk_nope_head_dim", "1 x (32 + 16) = 48 on a rank, and precision.fp8=mxfp8 needs "
-          "multiples of 32", "precision=mxfp8 runtime=cuda"),
+          "precision=fp8_block runtime=cuda model.ffn_hidden_size=736 model.num_shared_experts=0"),
+    Wrong("parallel.tp=4", "model.qk_nope_head_dim", "1 x (48 + 32) = 80 on a rank, and precision.fp8=mxfp8 needs "
+          "multiples of 32", f"precision=mxfp8 {WIDE} model.qk_nope_head_dim=48 model.num_shared_experts=0"),
     Wrong("model.kv_lora_rank=40", "model.kv_lora_rank", "a width of 40", "precision=fp8_tensor runtime=cuda"),
     Wrong("model.head_dim=36", "model.head_dim", "1 x 36 = 36",
-          f"precision=fp8_tensor runtime=cuda parallel.tp=4 {GQA}"),
+          f"precision=fp8_tensor runtime=cuda parallel.tp=4 model.num_shared_experts=0 {GQA}"),
     Wrong("train.seq_length=24", "train.seq_length", "1 x 24 / 1 = 24 tokens, and precision.fp8=tensor needs multiples "
           "of 16 (backend.name=te); use train.seq_length=16 or train.seq_length=32",
           "precision=fp8_tensor runtime=cuda"),
     Wrong("train.seq_length=64", "train.seq_length", "1 x 64 / 4 = 16 tokens",
-          "precision=nvfp4 runtime=cuda parallel.tp=2 parallel.cp=2"),
+          f"precision=nvfp4 {WIDE} parallel.tp=2 parallel.cp=2 model.num_shared_experts=0"),
     Wrong("precision.fp8=delayed", "precision.fp8", "no checkpoint keeps (Transformer Engine pickles them), so that a "
           "run could not go on as it was; use precision.fp8=tensor or checkpoint.save_at_end=false "
           "checkpoint.interval_steps=0", "precision=bf16 runtime=cuda"),
