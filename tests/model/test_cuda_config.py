@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,15 +27,13 @@ FUSED_NAMES = (
 )  # fmt: skip
 
 
-def cuda_options(*overrides: str, name: str = "te") -> dict[str, Any]:
-    """Fields of Megatron-Core's config for a cuda run, as if Transformer Engine were installed."""
+@contextlib.contextmanager
+def as_if_on_cuda() -> Iterator[None]:
+    """Megatron-Core's config classes find Transformer Engine installed in here."""
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.transformer import transformer_config
     from megatron.core.transformer.moe import moe_utils
 
-    from moe_train.model.build import transformer_config as make
-
-    cfg = compose(["runtime=cuda", "precision=bf16", *overrides])
     with (
         mock.patch.object(transformer_config, "is_te_min_version", return_value=True),
         mock.patch.object(transformer_config, "HAVE_PACKAGING", True, create=True),
@@ -41,6 +41,15 @@ def cuda_options(*overrides: str, name: str = "te") -> dict[str, Any]:
         mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb_thd", object(), create=True),
         mock.patch.multiple(moe_utils, create=True, **dict.fromkeys(FUSED_NAMES, object())),
     ):
+        yield
+
+
+def cuda_options(*overrides: str, name: str = "te") -> dict[str, Any]:
+    """Fields of Megatron-Core's config for a cuda run, as if Transformer Engine were installed."""
+    from moe_train.model.build import transformer_config as make
+
+    cfg = compose(["runtime=cuda", "precision=bf16", *overrides])
+    with as_if_on_cuda():
         config = make(cfg, validate(cfg), name, "cuda")
     keep = (bool, int, float, str, list, type(None))
     return {f.name: v for f in dataclasses.fields(config) if isinstance(v := getattr(config, f.name, None), keep)}
