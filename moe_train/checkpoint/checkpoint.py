@@ -125,7 +125,7 @@ def _load(run: Run, path: Path) -> None:
         _say(f"resumed at step {run.state.step} from {path}" + ("" if same_layout else f" ({_resharding(run, facts)})"))
 
 
-def _saved_scales(wanted: storage.StateDict, contents: Metadata, warnings: list[str]) -> storage.StateDict:
+def _saved_scales(wanted: storage.StateDict, contents: metadata.Metadata, warnings: list[str]) -> storage.StateDict:
     """`wanted`, or nothing where the checkpoint is of a run without delayed scaling."""
     if wanted and not any(key.startswith(state.FP8_SCALES) for key in contents.state_dict_metadata):
         warnings.append("the checkpoint has no scales of precision.fp8=delayed, which begin at 1 again")

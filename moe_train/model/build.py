@@ -16,7 +16,7 @@ from torch import nn
 
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config, PrecisionConfig, RecomputeConfig
-from moe_train.model import fp8_products, gemm, loss
+from moe_train.model import dispatch, fp8_products, gemm, loss
 from moe_train.model.router import scores_groups_by_best
 from moe_train.model.specs import LocalBackend, local_specs, te_specs
 from parallel import pipeline
@@ -305,6 +305,8 @@ def build(cfg: Config, config: TransformerConfig, backend: str, vpp: int) -> lis
         _mark_expert_parameters(chunks[-1], config)
         _set_latent_norm_epsilon(chunks[-1], cfg.model)
         _place_shared_expert_gates(chunks[-1], config)
+        if backend == "local":
+            dispatch.use_in(chunks[-1])
         if post and backend == "local":
             gemm.use_in(chunks[-1].output_layer)
             loss.use_in(chunks[-1])

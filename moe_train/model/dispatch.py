@@ -7,19 +7,17 @@ whose fp32 scales travel with it. Outputs of experts, and gradients of tokens, c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_train.model import fp8
-from moe_train.model.fp8_products import Recipe
+from moe_train.model.fp8_products import Recipe, recipe_of
 
 Splits = Sequence[int] | None
 TILE = (1, fp8.BLOCK)
@@ -111,34 +109,25 @@ def _sizes(splits: Any) -> Splits:
     return None if splits is None else [int(size) for size in splits]
 
 
-class CountingMoELayer(MoELayer):
-    """Upstream's, with `Dispatcher` in the place of its all-to-all dispatcher."""
+def use_in(model: nn.Module) -> None:
+    """Let the MoE layers of `model` dispatch with `Dispatcher`, in FP8 where the recipe of their experts says so.
 
-    recipe: Recipe | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.config.moe_token_dispatcher_type == "alltoall":
-            groups = kwargs.get("pg_collection") or get_default_pg_collection()
-            dispatcher = Dispatcher(
-                self.num_local_experts, self.local_expert_indices, config=self.config, pg_collection=groups
-            )
-            dispatcher.recipe = self.recipe
-            self.token_dispatcher = dispatcher
-
-
-def counting(mlp: Any, recipe: Recipe | None) -> Any:
-    """The spec `mlp` with a layer that counts what its dispatcher sends, in FP8 if `recipe` says so.
-
-    A dense feed-forward stays as it is. The spec is a `ModuleSpec`, from Megatron-Core 0.19 on a partial call.
+    Upstream's layers make their dispatcher themselves; its transformer layer knows no other class of MoE layer
+    (transformer/transformer_layer.py, "Unknown MLP type").
     """
-    submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
-    if not isinstance(submodules, MoESubmodules):
-        return mlp
-    layer: type = CountingMoELayer
-    if recipe is not None and recipe.dispatch:
-        layer = type("Fp8DispatchMoELayer", (CountingMoELayer,), {"recipe": recipe, "__doc__": "Sends tokens in FP8."})
-    if isinstance(mlp, partial):
-        return partial(layer, *mlp.args, **mlp.keywords)
-    mlp.module = layer
-    return mlp
+    for layer in model.modules():
+        made = getattr(layer, "token_dispatcher", None)
+        if type(made) is not MoEAlltoAllTokenDispatcher or made.shared_experts is not None:
+            continue
+        experts = layer.num_local_experts, layer.local_expert_indices
+        dispatcher = Dispatcher(*experts, config=layer.config, pg_collection=get_default_pg_collection())
+        recipes = [recipe for module in layer.experts.modules() if (recipe := recipe_of(module)) is not None]
+        dispatcher.recipe = next((recipe for recipe in recipes if recipe.dispatch), None)
+        layer.token_dispatcher = dispatcher
+
+
+def dispatchers(chunks: Iterable[nn.Module]) -> list[Dispatcher]:
+    """Those of every MoE layer of a rank."""
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    found = [getattr(module, "token_dispatcher", None) for module in modules]
+    return [dispatcher for dispatcher in found if isinstance(dispatcher, Dispatcher)]

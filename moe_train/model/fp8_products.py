@@ -125,6 +125,12 @@ class Products(gemm.Products):
         return grad_x, gemm.product_over_rows(rounded, inputs, counts).to(x.dtype)
 
 
+def recipe_of(module: Any) -> Recipe | None:
+    """What a linear layer emulates; None for one in high precision and for other modules."""
+    products = getattr(module, "products", None)
+    return products.recipe if isinstance(products, Products) else None
+
+
 def in_fp8(linear: type, recipe: Recipe | None) -> type:
     """`linear`, a class of layers with `products`, with those of each layer emulated; `linear` itself without a recipe.
 

@@ -30,7 +30,6 @@ from megatron.core.transformer.transformer_layer import (
 
 from moe_train.config.model import ModelConfig
 from moe_train.model.attention import CoreAttention, MultiLatentAttention, SpecifiedLatentAttention
-from moe_train.model.dispatch import counting
 from moe_train.model.experts import GroupedExperts
 from moe_train.model.fp8_products import Recipe, in_fp8, with_linears
 from moe_train.model.gemm import ColumnParallelLinear, RowParallelLinear
@@ -104,7 +103,6 @@ def _local_layer(backend: LocalBackend, model: ModelConfig, moe: bool, grouped_g
     )
     if scores_groups_by_best(model):
         set_router(mlp, BestExpertOfGroupRouter)
-    mlp = counting(mlp, backend.recipe)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

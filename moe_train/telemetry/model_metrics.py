@@ -12,7 +12,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from torch import Tensor, nn
 
 from moe_train.loop.run import Metrics, Run
-from moe_train.model.dispatch import CountingMoELayer
+from moe_train.model import dispatch
 
 # Names under which Megatron-Core's router records its losses.
 _BALANCE_LOSSES = ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss", "z_loss")
@@ -50,15 +50,13 @@ class DispatchTraffic:
     """Bytes of tokens that ranks send to experts on other ranks, over the micro-batches of a step."""
 
     def __init__(self, chunks: list[Any], device: torch.device) -> None:
-        modules = [module for chunk in chunks for module in chunk.modules()]
-        self.dispatchers = [m.token_dispatcher for m in modules if isinstance(m, CountingMoELayer)]
-        self.device = device
+        self.dispatchers, self.device = dispatch.dispatchers(chunks), device
 
     def take(self) -> int:
         """Bytes sent by all ranks in forward passes, and start again at zero."""
         total = torch.zeros(1, dtype=torch.int64, device=self.device)
         for dispatcher in self.dispatchers:
-            total += getattr(dispatcher, "sent_bytes", 0)
+            total += dispatcher.sent_bytes
             dispatcher.sent_bytes = 0
         dist.all_reduce(total)
         return int(total)
