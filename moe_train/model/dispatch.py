@@ -115,8 +115,9 @@ def use_in(model: nn.Module) -> None:
     Upstream's layers make their dispatcher themselves; its transformer layer knows no other class of MoE layer
     (transformer/transformer_layer.py, "Unknown MLP type").
     """
+    layer: Any
     for layer in model.modules():
-        made = getattr(layer, "token_dispatcher", None)
+        made: Any = getattr(layer, "token_dispatcher", None)
         if type(made) is not MoEAlltoAllTokenDispatcher or made.shared_experts is not None:
             continue
         experts = layer.num_local_experts, layer.local_expert_indices
