@@ -39,7 +39,7 @@ PARTS = {
 
 def main() -> None:
     """Console script."""
-    sys.exit(hydra_entry(run, argv=with_defaults(sys.argv[1:])))
+    sys.exit(hydra_entry(run, argv=with_defaults(sys.argv[1:]), trains=False))
 
 
 def with_defaults(words: Sequence[str]) -> list[str]:
@@ -64,7 +64,7 @@ def run(cfg: Config) -> None:
     """
     with contextlib.suppress(OSError):
         Path(cfg.run_dir).rmdir()  # Hydra has made it; nothing is written to it
-    layout = validate(cfg)
+    layout = validate(cfg, trains=False)
     stages = predict(cfg, layout)
     console = Console()
     title, rows = table(cfg, layout, shown(stages))

@@ -130,7 +130,7 @@ def check_megatron(checkpoint: distcp.Checkpoint, all_pieces: Sequence[Piece]) -
 
 def is_model_tensor(key: str) -> bool:
     """Whether a tensor of a Megatron checkpoint is a weight or buffer of the model."""
-    return not key.startswith(("optimizer.", "rng."))
+    return not key.startswith(("optimizer.", "rng.", "fp8_scales."))
 
 
 class HuggingFaceReader:
@@ -402,6 +402,8 @@ def _outputs(reader: Reader, piece: Piece, part: Part, dtype: torch.dtype, optio
     def weight() -> Iterator[Tensor]:
         scales.clear()
         for rows in _rows(reader, piece, part, None)():
+            if rows.isinf().any():  # by the rule of training it would become 448
+                raise CheckpointError(f"{part.name} has infinities, and FP8 (E4M3) has none", "set convert.dtype=bf16")
             quantised, scale = block_fp8.quantise(rows, options.power_of_two_scales)
             scales.append(scale)
             yield quantised
