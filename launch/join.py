@@ -6,6 +6,7 @@ value for all ranks.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,8 +17,10 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import failures, job, local, rank, rendezvous
+from launch import env, failures, job, local, rank, rendezvous
+from moe_train.config.fallback import fitting
 from moe_train.config.schema import Config
+from moe_train.resilience import stop
 from parallel.errors import ConfigError, LaunchError, MoeTrainError
 from parallel.rank_info import RankInfo
 
@@ -48,7 +51,6 @@ def run(info: RankInfo) -> int:
 
 def _lead(info: RankInfo, store: TCPStore) -> int:
     from moe_train.config import compose
-    from moe_train.config.validate import validate
 
     published = False
 
@@ -59,7 +61,7 @@ def _lead(info: RankInfo, store: TCPStore) -> int:
                 f"runtime=simulated is one process, and {info.launcher} started {info.world_size}",
                 "run moe-train runtime=simulated alone",
             )
-        validate(cfg, info.world_size)
+        cfg = fitting(cfg, info.world_size)
         job.resolve_runtime(cfg)
         job.prepare_data(cfg)
         path = job.save_config(cfg)
@@ -97,8 +99,17 @@ def _follow(info: RankInfo, store: TCPStore) -> int:
 
 def _train(cfg: Config, path: Path, info: RankInfo, store: TCPStore) -> None:
     try:
+        env.apply(cfg.launcher, info)
         rank.use_threads(cfg.launcher.threads_per_rank or _threads(info))
         rank.train(str(path), local.ENTRY, info)
+    except stop.Stopped as stopped:
+        # Together: a launcher may kill the others at the first exit code that is not 0.
+        with contextlib.suppress(RuntimeError):  # the store ends with rank 0
+            store.add(_DONE, 1)
+            _await(store, _DONE, info.world_size)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(stopped.code or 0))
     except Exception as error:
         _tell(error, cfg, info, store)
         sys.stdout.flush()

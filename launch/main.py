@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
 from launch import forkserver, quiet, rendezvous, signals
 from moe_train.config.schema import Config
+from moe_train.resilience import stop
 from parallel.errors import MoeTrainError
 
 
@@ -21,9 +23,11 @@ def run() -> int:
     try:
         info = rendezvous.detect()
     except MoeTrainError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if rendezvous.speaks():
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if info is not None:
+        stop.listen(signal.SIGUSR1)  # a warning may come while libraries are imported
         from launch import join
 
         return join.run(info)
@@ -63,3 +67,7 @@ def train_here(cfg: Config) -> None:
         job.check_gpus(layout, job.visible_gpus())
     job.prepare_data(cfg)
     local.start(cfg, layout)
+
+
+if __name__ == "__main__":
+    main()
