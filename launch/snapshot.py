@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from launch import slurm
 from moe_train.config import compose
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError, LaunchError
@@ -24,6 +26,17 @@ class Submission:
     command: list[str]
     environment: dict[str, str]
     jobs: list[str] = field(default_factory=list)
+
+    def submit(self, *more: str) -> str:
+        """Give the command to Slurm, with `more` flags. Returns the number of the job, which is also noted.
+
+        Raises:
+            LaunchError: Slurm refuses it.
+        """
+        name, first, *rest = self.command
+        answer = slurm.run(name, first, *more, *rest, environment=dict(os.environ) | self.environment)
+        self.jobs.append(answer.strip().partition(";")[0])
+        return self.jobs[-1]
 
 
 def take(cfg: Config, directory: Path) -> Path:
@@ -60,4 +73,9 @@ def newest(run_dir: str | Path) -> Submission:
     found = sorted(Path(run_dir).glob(f"{FOLDER}/*/{FACTS}"))
     if not found:
         raise ConfigError(f"{run_dir} is no directory of a run that moe-submit has started", "name its run_dir")
-    return Submission(**json.loads(found[-1].read_text(encoding="utf-8")))
+    return read(found[-1].parent)
+
+
+def read(directory: Path) -> Submission:
+    """The facts in the directory of a submission."""
+    return Submission(**json.loads((directory / FACTS).read_text(encoding="utf-8")))

@@ -11,8 +11,8 @@ It takes the overrides of moe-train; where they do not say runtime=cpu, the node
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def run(words: Sequence[str]) -> int:
     dry = _DRY in words
     rest = [word for word in words if word != _DRY]
     if not any(word.partition("=")[0].lstrip("+") == "runtime" for word in rest):
-        rest = ["runtime=cuda", *rest]
+        rest = [*rest, "runtime=cuda"]
     sweep: list[Checked] = []
 
     def job(cfg: Config) -> None:
@@ -143,11 +143,10 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
         variables["MOE_SWEEP"], words = str(place / "sweep"), []
     script = str((place / "code/launch/train.sbatch") if not dry else slurm.SCRIPT)
     command = ["sbatch", "--parsable", *flags, script, *words]
-    if launcher.dependency:
-        command.insert(2, f"--dependency={launcher.dependency}")
+    first_after = [f"--dependency={launcher.dependency}"] if launcher.dependency else []
     if dry:
-        shown = shlex.join([*(f"{name}={value}" for name, value in variables.items()), *command])
-        print(shown)
+        shown = [*(f"{name}={value}" for name, value in variables.items()), *command[:2], *first_after, *command[2:]]
+        print(shlex.join(["env", *shown]))
         if launcher.chain > 1:
             print(f"then {launcher.chain - 1} more, each with --dependency=afternotok: of the one before")
         return
@@ -159,16 +158,23 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
         for number, run in enumerate(runs):
             (place / "sweep" / str(number)).write_text("".join(f"{word}\n" for word in _overrides(run)))
     record = snapshot.Submission(command, variables)
-    for _ in range(launcher.chain):
-        # afternotok: a run that is done needs no successor, and Slurm then drops the rest of the chain.
-        after = [f"--dependency=afternotok:{record.jobs[-1]}", "--kill-on-invalid-dep=yes"] if record.jobs else []
-        try:
-            answer = slurm.run(*command[:2], *after, *command[2:], environment=dict(os.environ) | variables)
-        except LaunchError as error:
-            raise ConfigError(f"Slurm refuses the job: {error.cause}", "see the fields of launcher") from error
-        record.jobs.append(answer.strip().partition(";")[0])
-        snapshot.write(record, place)
+    _give(record, first_after, launcher.chain, place)
     print(f"submitted {', '.join(record.jobs)}; follow with: moe-submit status {directory}")
+
+
+def _give(record: snapshot.Submission, first_after: list[str], count: int, place: Path) -> None:
+    """Submit `count` jobs, each after the one before, and write down their numbers."""
+    for _ in range(count):
+        after = first_after
+        if record.jobs:  # a run that is done needs no successor, and Slurm then drops the rest of the chain
+            after = [f"--dependency=afternotok:{record.jobs[-1]}", "--kill-on-invalid-dep=yes"]
+        try:
+            record.submit(*after)
+        except LaunchError as error:
+            if not record.jobs:
+                shutil.rmtree(place)
+            raise ConfigError(f"Slurm refuses the job: {error.cause}", "see the fields of launcher") from error
+        snapshot.write(record, place)
 
 
 def _overrides(run: Checked) -> list[str]:
