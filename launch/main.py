@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 from launch import forkserver, quiet, rendezvous, signals
@@ -17,8 +18,8 @@ def main() -> None:
     sys.exit(run())
 
 
-def run() -> int:
-    """What `main` does, returning the exit code."""
+def run(entry: str | None = None) -> int:
+    """What `main` does, returning the exit code. Each rank runs `entry`, which reads no data, in place of training."""
     quiet.silence()
     try:
         info = rendezvous.detect()
@@ -30,12 +31,12 @@ def run() -> int:
         stop.listen(signal.SIGUSR1)  # a warning may come while libraries are imported
         from launch import join
 
-        return join.run(info)
+        return join.run(info, entry)
     from moe_train.config import compose
 
     try:
         with signals.interruptible():
-            return compose.hydra_entry(train_here)
+            return compose.hydra_entry(partial(train_here, entry=entry))
     except signals.Interrupted as interrupt:
         print(f"\ninterrupted by {interrupt.signal.name}; every rank has ended", file=sys.stderr)
         return interrupt.exit_code
@@ -43,8 +44,8 @@ def run() -> int:
         forkserver.kill()  # at once, even if it still imports
 
 
-def train_here(cfg: Config) -> None:
-    """Run one job on this machine.
+def train_here(cfg: Config, entry: str | None = None) -> None:
+    """Run one job on this machine: training, or `entry` on each rank.
 
     Raises:
         MoeTrainError: the config is wrong, the data cannot be made, or a rank failed.
@@ -65,8 +66,9 @@ def train_here(cfg: Config) -> None:
     job.resolve_runtime(cfg)
     if cfg.runtime == "cuda":
         job.check_gpus(layout, job.visible_gpus())
-    job.prepare_data(cfg)
-    local.start(cfg, layout)
+    if entry is None:
+        job.prepare_data(cfg)
+    local.start(cfg, layout, entry)
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ def write(submission: Submission, directory: Path) -> None:
     (directory / FACTS).write_text(json.dumps(asdict(submission), indent=1) + "\n", encoding="utf-8")
 
 
-def newest(run_dir: str | Path) -> Submission:
-    """The newest submission of a run.
+def newest_place(run_dir: str | Path) -> Path:
+    """Directory of the newest submission of a run.
 
     Raises:
         ConfigError: there is none.
@@ -73,7 +73,12 @@ def newest(run_dir: str | Path) -> Submission:
     found = sorted(Path(run_dir).glob(f"{FOLDER}/*/{FACTS}"))
     if not found:
         raise ConfigError(f"{run_dir} is no directory of a run that moe-submit has started", "name its run_dir")
-    return read(found[-1].parent)
+    return found[-1].parent
+
+
+def newest(run_dir: str | Path) -> Submission:
+    """The newest submission of a run. Raises ConfigError where there is none."""
+    return read(newest_place(run_dir))
 
 
 def read(directory: Path) -> Submission:
