@@ -165,15 +165,23 @@ class Cluster:
 
     def crash(self, node: str) -> None:
         """Kill everything that runs on a node, found by its namespace of host names."""
-        pid = self._alive(node)
-        space = os.readlink(f"/proc/{pid}/ns/uts") if pid else ""
-        if not space or space == os.readlink("/proc/1/ns/uts"):
-            raise RuntimeError(f"{node} does not run in a namespace of its own")
+        space = self._space(node)
         for _ in range(2):  # what was being started while the first round went on
             for other in _inside(space):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(other, signal.SIGKILL)
         self._record(node).unlink()
+
+    def processes(self, node: str) -> list[int]:
+        """Everything that runs on a node. RuntimeError where the node has no namespace of its own."""
+        return _inside(self._space(node))
+
+    def _space(self, node: str) -> str:
+        pid = self._alive(node)
+        space = os.readlink(f"/proc/{pid}/ns/uts") if pid else ""
+        if not space or space == os.readlink("/proc/self/ns/uts"):
+            raise RuntimeError(f"{node} does not run in a namespace of its own")
+        return space
 
     def stop(self) -> None:
         """End all jobs, then the daemons, nodes first."""
