@@ -93,7 +93,7 @@ def _transformers(experts: str, task: Task, weights: Path) -> Step:
     from bench import step_data, step_transformers
 
     cfg = task.config()
-    model = step_transformers.build(cfg, torch.load(weights), experts)
+    model = step_transformers.build(cfg, torch.load(weights, weights_only=True), experts)
     data, step = step_data.batches(task, cfg.model.vocab_size), step_transformers.train_step(cfg, model)
     return lambda: step(next(data))
 

@@ -69,8 +69,10 @@ def run(cfg: Config, line: CommandLine, team: Team) -> None:
     import torch
 
     from moe_train.checkpoint.hf import workers, writer
+    from parallel.runtime import cpu
 
     torch.set_num_threads(1)  # files are written side by side
+    cpu.keep_freed_memory()
     threads = cfg.convert.threads or workers.cores(team)
     source = writer.together(team, lambda: _source(cfg))
     if line.command == _VERIFY:
@@ -116,7 +118,7 @@ def make_plan(
 ) -> Plan:
     """What to write. The target's format is the other one unless the config says so.
 
-    A source with a manifest is compared with it first, by each process of `team` a share.
+    A source whose files have checksums is compared with them first, by each process of `team` a share.
 
     Raises:
         ConfigError, CheckpointError: the source cannot be read, or the target cannot hold it.
@@ -131,10 +133,9 @@ def make_plan(
         cfg.convert.power_of_two_scales,
     )
     share = (team.rank, team.size) if team else (0, 1)
-    verified = (source / writer.MANIFEST).is_file()
-    if verified:  # a flipped byte must not travel on
-        writer.verify(source, threads, rank=share[0], size=share[1])
     if (source / config.FILE).is_file():
+        if (source / writer.MANIFEST).is_file():  # a flipped byte must not travel on
+            writer.verify(source, threads, rank=share[0], size=share[1])
         tensors = convert.HuggingFace(source)
         model = _chosen(cfg, words, lambda: config.to_model(tensors.config, source / config.FILE))
         mapped = convert.MappedSource(tensors, model)
@@ -146,18 +147,21 @@ def make_plan(
         return convert.to_hf(reader, mapped.pieces, model, target, options, source, files, tensors.config, kept)
     checkpoint = _open_megatron(source)
     plan, keys = _plan_of_megatron(cfg, checkpoint, target, words, options)
-    if not verified:  # a run's own checkpoint
-        checkpoint.check(keys, threads, *share)
+    # The CRC-32 of each item that is read costs a quarter of the SHA-256 of its file, and every checkpoint has it.
+    checkpoint.check(keys, threads, *share)
     return plan
 
 
 def _open_megatron(source: Path) -> distcp.Checkpoint:
     from moe_train.checkpoint import directory
-    from moe_train.checkpoint.hf import distcp
+    from moe_train.checkpoint.hf import distcp, writer
 
     path = directory.resolve(source, "convert.source")[0]
     directory.check_files(path)
-    return distcp.Checkpoint(path)
+    checkpoint = distcp.Checkpoint(path)
+    if (path / writer.MANIFEST).is_file():
+        writer.verify(path, 1, leave_out={file.name for file in checkpoint.files})
+    return checkpoint
 
 
 def _plan_of_megatron(

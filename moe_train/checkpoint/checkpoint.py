@@ -14,7 +14,6 @@ import megatron.core
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
 
 from moe_train.checkpoint import compat, directory, exchange, metadata, state, storage
 from moe_train.checkpoint.hf import config as hf_config
@@ -79,6 +78,7 @@ def _choose(run: Run) -> Path | None:
         return None
     if run.cfg.resume != "auto":
         return directory.resolve(Path(run.cfg.resume), "resume")[0]
+    directory.recover(root_of(run))
     found = directory.candidates(root_of(run))
     first_error: CheckpointError | None = None
     for path in found:
@@ -136,7 +136,7 @@ def _load_weights(run: Run, path: Path) -> None:
         _say(f"weights from {path}")
 
 
-def _read(run: Run, wanted: storage.StateDict, contents: Metadata, path: Path) -> storage.StateDict:
+def _read(run: Run, wanted: storage.StateDict, contents: metadata.Metadata, path: Path) -> storage.StateDict:
     request = storage.Request(wanted)
     state.find_masters(request, contents, fp32=run.cfg.precision.dtype == "fp32")
     _together(run, lambda: metadata.check_tensors(contents, request.tensors, path), f"read {path}")

@@ -42,7 +42,6 @@ def name_of(step: int) -> str:
 def prepare(root: Path, name: str) -> Path:
     """An empty hidden directory to write the checkpoint `name` into. Leftovers of writes that were cut short go."""
     root.mkdir(parents=True, exist_ok=True)
-    _recover(root)
     for leftover in root.glob(".step_*.partial"):
         shutil.rmtree(leftover)
     directory = _partial(root, name)
@@ -57,12 +56,12 @@ def publish(root: Path, name: str) -> Path:
     """
     partial, final, old = _partial(root, name), root / name, _replaced(root, name)
     for file in partial.iterdir():
-        _sync(file)
-    _sync(partial)
+        sync(file)
+    sync(partial)
     if final.exists():
         os.rename(final, old)
     os.rename(partial, final)
-    _sync(root)
+    sync(root)
     write_latest(root, name)
     shutil.rmtree(old, ignore_errors=True)
     return final
@@ -72,16 +71,15 @@ def write_latest(root: Path, name: str) -> None:
     """Point `latest` to the checkpoint `name`, atomically."""
     marker = root / f".{LATEST}.partial"
     marker.write_text(name + "\n")
-    _sync(marker)
+    sync(marker)
     os.replace(marker, root / LATEST)
-    _sync(root)
+    sync(root)
 
 
 def candidates(root: Path) -> list[Path]:
     """Checkpoints under `root`, the one to continue from first: what `latest` names, then others by falling step."""
     if not root.is_dir():
         return []
-    _recover(root)
     found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
     found.sort(key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
     marker = root / LATEST
@@ -159,8 +157,11 @@ def _replaced(root: Path, name: str) -> Path:
     return root / f".{name}.replaced"
 
 
-def _recover(root: Path) -> None:
-    """Bring back a checkpoint that was moved aside for a newer one of its name which then never came."""
+def recover(root: Path) -> None:
+    """Bring back a checkpoint that was moved aside for a newer one of its name which then never came.
+
+    Only for the run that owns the directory: another process may look while a checkpoint is being replaced.
+    """
     for old in root.glob(".step_*.replaced"):
         final = root / old.name.removeprefix(".").removesuffix(".replaced")
         if final.exists():
@@ -169,7 +170,7 @@ def _recover(root: Path) -> None:
             os.rename(old, final)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a directory, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,19 +1,20 @@
 """Reads a checkpoint's table of contents without running code from it, and checks the files against it.
 
 torch.distributed.checkpoint pickles that table (filesystem.py `FileSystemReader.read_metadata`), and a pickle can call
-any function. It is therefore loaded here first, with nothing but the table's own types allowed.
+any function. It is therefore loaded here first, with nothing but the table's own types allowed, and into the classes
+below, which have the fields of torch's (metadata.py, filesystem.py) and spare a tool the second that those take to
+import.
 """
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint import metadata as table
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from moe_train.checkpoint.directory import METADATA, damaged
 from parallel.errors import CheckpointError
@@ -21,9 +22,79 @@ from parallel.errors import CheckpointError
 if TYPE_CHECKING:  # tools read checkpoints without the seconds that Megatron-Core takes to import
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+
+@dataclass
+class ChunkStorageMetadata:
+    """A box of a tensor."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass
+class TensorProperties:
+    """Of a tensor, only what is not deprecated."""
+
+    dtype: torch.dtype
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = state[0]
+
+
+@dataclass
+class TensorStorageMetadata:
+    """A tensor and its parts."""
+
+    properties: TensorProperties
+    size: tuple[int, ...]
+    chunks: list[ChunkStorageMetadata]
+
+
+@dataclass(frozen=True)
+class MetadataIndex:
+    """Names a part of a tensor."""
+
+    fqn: str
+    offset: tuple[int, ...] | None = None
+    index: int | None = field(compare=False, default=None)
+
+
+@dataclass
+class StorageInfo:
+    """Where a part stands."""
+
+    relative_path: str
+    offset: int
+    length: int
+
+
+@dataclass
+class Metadata:
+    """A table of contents: entries by name, and the place of each part."""
+
+    state_dict_metadata: dict[str, TensorStorageMetadata | _Unused]
+    storage_data: dict[MetadataIndex, StorageInfo]
+
+
+class _Unused:
+    """An entry that is not a tensor, and facts about the writing."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+
+_CLASSES: dict[tuple[str, str], type] = {
+    ("torch.distributed.checkpoint.metadata", "Metadata"): Metadata,
+    ("torch.distributed.checkpoint.metadata", "MetadataIndex"): MetadataIndex,
+    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"): TensorStorageMetadata,
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"): TensorProperties,
+    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"): ChunkStorageMetadata,
+    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"): _Unused,
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"): _Unused,
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): _Unused,
+    ("torch.distributed.checkpoint.filesystem", "StorageMeta"): _Unused,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): StorageInfo,
+}
 _TABLE = {
-    "torch.distributed.checkpoint.metadata": {*table.__all__, "_MEM_FORMAT_ENCODING"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "StorageMeta"},
     "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
     "torch.serialization": {"_get_layout"},  # name -> torch.layout
     "builtins": {"set", "list", "dict", "tuple"},
@@ -34,6 +105,8 @@ _TABLE = {
 
 class _TableUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _CLASSES:
+            return _CLASSES[module, name]
         if name in _TABLE.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint")
@@ -54,7 +127,7 @@ def read(directory: Path) -> Metadata:
         raise damaged(directory, f"{METADATA} is missing") from None
     except Exception as error:  # a damaged pickle raises nearly anything
         raise damaged(directory, f"{METADATA} cannot be read: {error or type(error).__name__}") from error
-    if not isinstance(contents, Metadata) or contents.storage_data is None:
+    if not isinstance(contents, Metadata) or not isinstance(getattr(contents, "storage_data", None), dict):
         raise damaged(directory, f"{METADATA} is no table of contents")
     try:
         _check_parts(directory, contents)

@@ -20,8 +20,8 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
 
+from moe_train.checkpoint import metadata
 from moe_train.checkpoint.storage import Request, StateDict
 from moe_train.loop.run import Run
 
@@ -152,7 +152,7 @@ def without_masters(state: StateDict) -> StateDict:
     return kept
 
 
-def find_masters(request: Request, contents: Metadata, fp32: bool) -> None:
+def find_masters(request: Request, contents: metadata.Metadata, fp32: bool) -> None:
     """Point the request to the most precise weights in the checkpoint, which may be of a run in another precision."""
     saved = contents.state_dict_metadata
     for tensor in request.tensors:

@@ -1,4 +1,4 @@
-"""Megatron-Core on NVIDIA GPUs that talk through NCCL. Nothing is patched to run on them."""
+"""Megatron-Core on NVIDIA GPUs that talk through NCCL. Nothing is patched to run on them, only to train the same."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from parallel.errors import HardwareError
 from parallel.rank_info import RankInfo
+from parallel.runtime import megatron_fixes, patching
 
 
 def start(rank: RankInfo, timeout_s: int) -> torch.device:
@@ -25,6 +26,7 @@ def start(rank: RankInfo, timeout_s: int) -> torch.device:
         )
     device = torch.device("cuda", rank.local_rank)
     torch.cuda.set_device(device)
+    patching.apply(megatron_fixes.ON_ANY_DEVICE, device)
     if not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl",

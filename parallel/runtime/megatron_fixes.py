@@ -1,4 +1,5 @@
-"""What Megatron-Core needs changed in itself to run without CUDA and Transformer Engine. One function each.
+"""What Megatron-Core needs changed in itself: to run without CUDA and Transformer Engine, and, last, to train the same
+model in every layout on any device. One function each.
 
 Apply them through `parallel.runtime.patching.apply`. Each names the upstream file and when it can go.
 """
@@ -142,6 +143,37 @@ def parts_of_unequal_length(device: torch.device, replace: Replace) -> None:
     replace(mappings, "_reduce_scatter_along_first_dim", scatter_parts)
 
 
+def predicted_tokens_of_whole_sequences(device: torch.device, replace: Replace) -> None:
+    """The loss of multi-token prediction is a mean over the tokens of whole sequences when context parallelism splits
+    them.
+
+    Upstream: transformer/multi_token_prediction.py and models/gpt/gpt_model.py divide by the predicted tokens that each
+    rank happens to have, and only one rank has the end of the sequence, which predicts fewer. 0.16 logs another mean
+    than one rank would, 0.19 also trains on it. Goes when upstream sums the counts over the context-parallel group.
+    """
+    from megatron.core.models.gpt import gpt_model
+    from megatron.core.transformer import multi_token_prediction
+
+    original = multi_token_prediction.roll_tensor
+
+    def roll(
+        tensor: Any, shifts: int = -1, dims: int = -1, cp_group: Any = None, packed_seq_params: Any = None
+    ) -> tuple[Any, Any]:
+        rolled, count = original(tensor, shifts, dims, cp_group, packed_seq_params)
+        is_loss_mask = torch.is_tensor(tensor) and tensor.is_floating_point()  # the others are token ids and positions
+        if not is_loss_mask or cp_group is None or cp_group.size() == 1:
+            return rolled, count
+        # This rank's tokens before the first roll: upstream compares every depth with them.
+        rolled.tokens_before = getattr(tensor, "tokens_before", tensor.sum())
+        sums = torch.stack([rolled.tokens_before, count])
+        torch.distributed.all_reduce(sums, group=cp_group)
+        return rolled, rolled.tokens_before * sums[1] / sums[0].clamp(min=1)
+
+    replace(multi_token_prediction, "roll_tensor", roll)
+    if hasattr(gpt_model, "roll_tensor"):
+        replace(gpt_model, "roll_tensor", roll)
+
+
 PATCHES = (
     attention_without_transformer_engine,
     router_without_transformer_engine,
@@ -150,4 +182,8 @@ PATCHES = (
     recomputed_outputs_without_a_compiler,
     chunks_in_order_stay,
     parts_of_unequal_length,
+    predicted_tokens_of_whole_sequences,
 )
+"""What a machine without GPU needs."""
+
+ON_ANY_DEVICE = (predicted_tokens_of_whole_sequences,)

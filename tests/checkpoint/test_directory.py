@@ -65,6 +65,8 @@ def test_replacing_a_checkpoint_never_leaves_none(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         directory.publish(tmp_path, "step_00000010")
     monkeypatch.undo()
+    assert directory.candidates(tmp_path) == []  # looking changes nothing: a living run may be between the two steps
+    directory.recover(tmp_path)
     (found,) = directory.candidates(tmp_path)
     assert (found / directory.STATE).read_text() == "step_00000010"
     new = make(tmp_path, "step_00000010")

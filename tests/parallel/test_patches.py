@@ -159,6 +159,17 @@ def _unequal_parts() -> None:
     assert mine.grad.tolist() == torch.full_like(mine, 2.0).tolist()
 
 
+def _tokens_of_a_split_sequence() -> None:
+    from megatron.core.transformer import multi_token_prediction
+
+    group = torch.distributed.group.WORLD
+    mask, found = torch.ones(1, 4), []
+    for _ in range(2):
+        mask, count = multi_token_prediction.roll_tensor(mask, shifts=-1, dims=-1, cp_group=group)
+        found.append(count.item())
+    assert found == [3.5, 3.0]  # of 8 tokens on two ranks 7 have a next one, and 6 one after that
+
+
 SCENARIOS: dict[str, Callable[[], None]] = {
     "device_of_this_rank": _rotary_frequencies,
     "constructors_with_literal_cuda": _gradient_scaler,
@@ -174,8 +185,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "recomputed_outputs_without_a_compiler": _recomputed_without_compiling,
     "chunks_in_order_stay": _tokens_in_order,
     "parts_of_unequal_length": _unequal_parts,
+    "predicted_tokens_of_whole_sequences": _tokens_of_a_split_sequence,
 }
-RANKS = {"parts_of_unequal_length": 2}
+RANKS = {"parts_of_unequal_length": 2, "predicted_tokens_of_whole_sequences": 2}
 ONLY_OLD = {"attention_without_transformer_engine", "router_without_transformer_engine"}
 ONLY_NEW = {"recomputed_outputs_without_a_compiler"}
 

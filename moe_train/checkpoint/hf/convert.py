@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from moe_train.checkpoint import compat
 from moe_train.checkpoint.directory import CONFIG, FORMAT, METADATA, STATE, read_state
 from moe_train.checkpoint.hf import block_fp8, config, distcp, safetensors
 from moe_train.checkpoint.hf.mapping import Part, Piece
+from moe_train.checkpoint.hf.rows import BLOCK_BYTES
 from moe_train.checkpoint.hf.source import HuggingFace, MappedSource, narrowed
 from moe_train.checkpoint.hf.writer import MANIFEST, FileJob, HashingFile, Plan
 from moe_train.config.model import ModelConfig
@@ -32,8 +33,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 KEPT = "hf"
 """Folder of a Megatron checkpoint with the small files of the Hugging Face one that it came from."""
 
-_BLOCK_BYTES = 4 << 20  # read, converted and written at once: small enough to stay in a cache
-_CHUNK_BYTES = 128 << 20  # largest item of a .distcp file, which torch.save needs whole
+_CHUNK_BYTES = 128 << 20  # largest item of a .distcp file, which a loader takes whole
 _LARGEST_FILE_BYTES, _SMALLEST_FILE_BYTES, _FILES = 4 << 30, 16 << 20, 32
 _LARGEST_KEPT_BYTES = 64 << 20
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -181,7 +181,7 @@ def to_megatron(source: MappedSource, target: Path, cfg: Config, options: Option
     kept = {f"{KEPT}/{path.name}": path for path in small_files(directory)}
     used = {extent.path for extent in source.source.extents.values()}
     identity = {"format": "megatron", **_identity(directory, used, options, source.model, jobs)}
-    return Plan(target, identity, jobs, finish, kept)
+    return Plan(target, identity, jobs, finish, kept, distcp.import_table)
 
 
 @dataclass(frozen=True)
@@ -209,19 +209,29 @@ def _write_chunks(source: MappedSource, chunks: list[_Chunk], out: HashingFile) 
     facts: list[list[Any]] = []
     for chunk in chunks:
         piece = chunk.piece
-        tensor = source.read(piece, chunk.start, chunk.stop, chunk.dtype)
-        lead = () if piece.index is None else (piece.index,)
+        lead, tail = ((), ()) if piece.index is None else ((piece.index,), (1,))
         offsets = (*lead, chunk.start, *[0] * (len(piece.shape) - 1))
-        box = tensor if piece.index is None else tensor.unsqueeze(0)
-        facts.append(_save(out, box, piece.key, piece.global_shape, offsets))
+        shape = (*tail, chunk.stop - chunk.start, *piece.shape[1:])
+        rows = (source.read(piece, first, last, chunk.dtype) for first, last in _blocks(chunk, chunk.bytes))
+        facts.append(_save(out, chunk.dtype, shape, rows, piece.key, piece.global_shape, offsets))
     return facts
 
 
-def _save(out: HashingFile, tensor: Tensor, key: str, global_shape: Sequence[int], offsets: Sequence[int]) -> list[Any]:
+def _blocks(rows: _Chunk | _Box, size: int) -> Iterator[tuple[int, int]]:
+    """The rows of something of `size` bytes, a few at a time."""
+    step = max(1, BLOCK_BYTES * (rows.stop - rows.start) // max(1, size))
+    for start in range(rows.start, rows.stop, step):
+        yield start, min(start + step, rows.stop)
+
+
+def _save(
+    out: HashingFile, dtype: torch.dtype, shape: Sequence[int], blocks: Iterator[Tensor], key: str,
+    global_shape: Sequence[int], offsets: Sequence[int],
+) -> list[Any]:  # fmt: skip
     start = out.position
-    torch.save(tensor, cast(IO[bytes], out))
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return [key, list(global_shape), dtype, list(offsets), list(tensor.shape), start, out.position - start]
+    distcp.write_item(out, dtype, tuple(shape), blocks)
+    name = str(dtype).removeprefix("torch.")
+    return [key, list(global_shape), name, list(offsets), list(shape), start, out.position - start]
 
 
 def _items(facts: dict[str, Any]) -> Iterator[distcp.Item]:
@@ -263,11 +273,16 @@ def copy_megatron(checkpoint: distcp.Checkpoint, target: Path, options: Options)
     def write(file: list[_Box], out: HashingFile) -> list[list[Any]]:
         facts = []
         for box in file:
-            tensor = box.chunk.extent.row_range(box.start, box.stop).read()
+            extent, dtype = box.chunk.extent, box.chunk.extent.dtype
             if options.dtype and is_model_tensor(box.key) and not box.key.endswith("expert_bias"):
-                tensor = narrowed(tensor, DTYPES[options.dtype], box.key)
+                dtype = DTYPES[options.dtype]
+            rows = (
+                narrowed(extent.row_range(first, last).read(), dtype, box.key)
+                for first, last in _blocks(box, box.bytes)
+            )
+            shape = (box.stop - box.start, *extent.shape[1:])
             offsets = [box.chunk.offsets[0] + box.start, *box.chunk.offsets[1:]]
-            facts.append(_save(out, tensor, box.key, checkpoint.tensors[box.key].size, offsets))
+            facts.append(_save(out, dtype, shape, rows, box.key, checkpoint.tensors[box.key].size, offsets))
         return facts
 
     jobs = [
@@ -387,9 +402,10 @@ def _outputs(reader: Reader, piece: Piece, part: Part, dtype: torch.dtype, optio
 
 
 def _rows(reader: Reader, piece: Piece, part: Part, dtype: torch.dtype | None) -> Callable[[], Iterator[Tensor]]:
-    """The rows of a part in blocks of whole FP8 blocks."""
+    """The rows of a part, a few at a time; as they are stored and in whole FP8 blocks where no `dtype` is given."""
     row_bytes = prod(piece.shape[1:]) * reader.dtype(piece).itemsize
-    step = max(1, _BLOCK_BYTES // row_bytes // block_fp8.BLOCK) * block_fp8.BLOCK
+    whole = block_fp8.BLOCK if dtype is None else 1
+    step = max(1, BLOCK_BYTES // row_bytes // whole) * whole
 
     def blocks() -> Iterator[Tensor]:
         for start in range(0, part.rows, step):

@@ -1,41 +1,42 @@
 """Tensors in a Megatron checkpoint (`torch_dist` format), read and written by rows, without process groups.
 
 A `.distcp` file is a row of items, each one chunk of one tensor as torch.save writes it; `.metadata` says which chunk
-stands where (torch/distributed/checkpoint/{filesystem,metadata}.py).
+stands where (torch/distributed/checkpoint/{filesystem,metadata}.py). torch.save would need the whole item in memory,
+so items are written here, with `zipfile`, a few rows at a time.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import pickle
+import sys
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from moe_train.checkpoint import metadata
 from moe_train.checkpoint.directory import METADATA, damaged
-from moe_train.checkpoint.hf.rows import Extent
+from moe_train.checkpoint.hf.rows import BLOCK_BYTES, Extent, bytes_of
 
 _LOCAL_HEADER = 30  # bytes of a zip entry's own header before its name (APPNOTE.TXT, 4.3.7)
-_READ_BYTES = 1 << 22
+_STORAGES = {
+    torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage, torch.float16: torch.HalfStorage,
+    torch.float64: torch.DoubleStorage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
+    torch.int16: torch.ShortStorage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage,
+    torch.bool: torch.BoolStorage,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Chunk:
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+    dtype: torch.dtype
     file: Path
     start: int
     length: int
@@ -57,9 +59,10 @@ class Chunk:
         """Raise CheckpointError where its numbers are not those that were written, by the checksum beside them."""
         (extent, expected), found = self._located, 0
         flat = Extent(self.file, extent.offset, torch.uint8, (prod(extent.shape) * extent.dtype.itemsize,))
-        for start in range(0, flat.shape[0], _READ_BYTES):
-            block = flat.row_range(start, min(start + _READ_BYTES, flat.shape[0])).read()
-            found = zlib.crc32(block.numpy().data, found)
+        block = torch.empty(min(BLOCK_BYTES, flat.shape[0]), dtype=torch.uint8)
+        for start in range(0, flat.shape[0], BLOCK_BYTES):
+            size = min(BLOCK_BYTES, flat.shape[0] - start)
+            found = zlib.crc32(bytes_of(flat.row_range(start, start + size).read(block[:size])), found)
         if found != expected:
             raise damaged(self.file.parent, f"the bytes of an item of {self.file.name} are not those that were written")
 
@@ -69,22 +72,30 @@ class Chunk:
         with self.file.open("rb") as file:
             window = _Window(file, self.start, self.length)
             try:
-                tensor = torch.load(cast(IO[bytes], window), map_location="meta", weights_only=True)
                 with zipfile.ZipFile(window) as archive:
-                    entry = next(e for e in archive.infolist() if e.filename.split("/", 1)[-1] == "data/0")
+                    entries = {entry.filename.split("/", 1)[-1]: entry for entry in archive.infolist()}
+                    as_expected = archive.read(entries["data.pkl"]) == _pickled(self.dtype, self.sizes)
+                entry = entries["data/0"]
+                dtype = self.dtype if as_expected else self._described(window, entry.file_size)
                 window.seek(entry.header_offset + 26)
                 name, extra = (int.from_bytes(window.read(2), "little") for _ in range(2))
             except Exception as error:  # a damaged zip or pickle raises nearly anything
                 raise damaged(
                     self.file.parent, f"an item of {self.file.name} cannot be read: {type(error).__name__}: {error}"
                 ) from error
-        whole = tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == tensor.nbytes == entry.file_size
-        if not tensor.is_contiguous() or tuple(tensor.shape) != self.sizes or not whole or entry.compress_type:
+        if dtype is None or entry.compress_type or entry.file_size != prod(self.sizes) * dtype.itemsize:
             raise damaged(self.file.parent, f"an item of {self.file.name} is not what its table of contents says")
         data = self.start + entry.header_offset + _LOCAL_HEADER + name + extra
         if data + entry.file_size > self.start + self.length:
             raise damaged(self.file.parent, f"an item of {self.file.name} is cut off")
-        return Extent(self.file, data, tensor.dtype, self.sizes), entry.CRC
+        return Extent(self.file, data, dtype, self.sizes), entry.CRC
+
+    def _described(self, window: _Window, size: int) -> torch.dtype | None:
+        """Format of the numbers as torch reads the item; None if it is not these rows in one piece of `size` bytes."""
+        window.seek(0)
+        tensor = torch.load(cast(IO[bytes], window), map_location="meta", weights_only=True)
+        whole = tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == tensor.nbytes == size
+        return tensor.dtype if whole and tensor.is_contiguous() and tuple(tensor.shape) == self.sizes else None
 
 
 class _Window(io.RawIOBase):
@@ -119,19 +130,18 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.contents: Metadata = metadata.read(directory)
-        self.tensors: dict[str, TensorStorageMetadata] = {
+        self.contents = metadata.read(directory)
+        self.tensors: dict[str, metadata.TensorStorageMetadata] = {
             key: entry
             for key, entry in self.contents.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
+            if isinstance(entry, metadata.TensorStorageMetadata)
         }
         self._chunks: dict[str, list[Chunk]] = {}
 
     @property
     def files(self) -> set[Path]:
         """Files that hold tensors."""
-        places: dict[MetadataIndex, _StorageInfo] = self.contents.storage_data
-        return {self.directory / place.relative_path for place in places.values()}
+        return {self.directory / place.relative_path for place in self.contents.storage_data.values()}
 
     def master(self, key: str) -> str:
         """Name of the fp32 weights of the parameter `key`, or `key` where the checkpoint has none."""
@@ -144,10 +154,10 @@ class Checkpoint:
             self._chunks[key] = [self._chunk(key, chunk) for chunk in self.tensors[key].chunks]
         return self._chunks[key]
 
-    def _chunk(self, key: str, chunk: ChunkStorageMetadata) -> Chunk:
-        place: _StorageInfo = self.contents.storage_data[MetadataIndex(key, chunk.offsets)]
-        file = self.directory / place.relative_path
-        return Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, place.offset, place.length)
+    def _chunk(self, key: str, chunk: metadata.ChunkStorageMetadata) -> Chunk:
+        place = self.contents.storage_data[metadata.MetadataIndex(key, chunk.offsets)]
+        file, dtype = self.directory / place.relative_path, self.tensors[key].properties.dtype
+        return Chunk(tuple(chunk.offsets), tuple(chunk.sizes), dtype, file, place.offset, place.length)
 
     def check(self, keys: Iterable[str], threads: int, rank: int = 0, size: int = 1) -> None:
         """Raise CheckpointError where numbers of these tensors are not those that were written. Of `size` processes
@@ -192,6 +202,65 @@ class Checkpoint:
         return out
 
 
+class _Output(Protocol):
+    position: int
+
+    def write(self, data: Any, /) -> int: ...
+
+
+def write_item(out: _Output, dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterable[Tensor]) -> None:
+    """Append a tensor of `shape` as torch.save writes it, from `blocks` of its rows."""
+    with zipfile.ZipFile(cast(IO[bytes], _Stream(out)), "w") as archive:
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickled(dtype, shape))
+        archive.writestr(zipfile.ZipInfo("archive/byteorder"), sys.byteorder)
+        numbers = zipfile.ZipInfo("archive/data/0")
+        with archive.open(numbers, "w", force_zip64=prod(shape) * dtype.itemsize >= zipfile.ZIP64_LIMIT) as data:
+            for block in blocks:
+                data.write(bytes_of(block.contiguous()))
+        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
+
+
+class _Stream:
+    """What `zipfile` needs of a file that is written from start to end: no way to seek, and nothing to flush."""
+
+    def __init__(self, out: _Output) -> None:
+        self.write = out.write
+
+    def flush(self) -> None: ...
+
+
+class _Storage:
+    """Stands for the numbers of a tensor in a pickle."""
+
+    def __init__(self, dtype: torch.dtype, count: int) -> None:
+        self.reference = ("storage", _STORAGES[dtype], "0", "cpu", count)
+
+
+class _Described:
+    """Pickles as a contiguous tensor does (torch/_tensor.py, `_reduce_ex_internal`), without one."""
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        strides = tuple(prod(max(1, n) for n in shape[axis + 1 :]) for axis in range(len(shape)))
+        hooks: OrderedDict[str, Any] = OrderedDict()
+        self._arguments = (_Storage(dtype, prod(shape)), 0, shape, strides, False, hooks)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return torch._utils._rebuild_tensor_v2, self._arguments
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.reference if isinstance(obj, _Storage) else None
+
+
+@lru_cache(maxsize=1024)
+def _pickled(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
+    """`data.pkl` of a contiguous tensor, as torch.save writes it."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=2).dump(_Described(dtype, shape))
+    return buffer.getvalue()
+
+
 @dataclass(frozen=True)
 class Item:
     """A chunk that was written: of which tensor, where in it, and where in which file."""
@@ -206,18 +275,26 @@ class Item:
     length: int
 
 
+def import_table() -> None:
+    """Have ready what `table` needs, which takes most of a second to import."""
+    importlib.import_module("torch.distributed.checkpoint")
+
+
 def table(items: Iterable[Item]) -> bytes:
-    """`.metadata` of a checkpoint that holds `items`."""
-    tensors: dict[str, TensorStorageMetadata] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
+    """`.metadata` of a checkpoint that holds `items`, of torch's own classes."""
+    from torch.distributed.checkpoint import metadata as of
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    tensors: dict[str, of.TensorStorageMetadata] = {}
+    storage: dict[of.MetadataIndex, _StorageInfo] = {}
     for item in items:
         if item.key not in tensors:
-            properties = TensorProperties(dtype=item.dtype)
-            tensors[item.key] = TensorStorageMetadata(properties, torch.Size(item.global_shape), [])
+            properties = of.TensorProperties(dtype=item.dtype)
+            tensors[item.key] = of.TensorStorageMetadata(properties, torch.Size(item.global_shape), [])
         offsets = torch.Size(item.offsets)
-        tensors[item.key].chunks.append(ChunkStorageMetadata(offsets, torch.Size(item.sizes)))
-        storage[MetadataIndex(item.key, offsets)] = _StorageInfo(item.file, item.start, item.length)
-    return pickle.dumps(Metadata(state_dict_metadata=dict(tensors), storage_data=storage))
+        tensors[item.key].chunks.append(of.ChunkStorageMetadata(offsets, torch.Size(item.sizes)))
+        storage[of.MetadataIndex(item.key, offsets)] = _StorageInfo(item.file, item.start, item.length)
+    return pickle.dumps(of.Metadata(state_dict_metadata=dict(tensors), storage_data=storage))
 
 
-__all__ = ["METADATA", "Checkpoint", "Chunk", "Item", "table"]
+__all__ = ["METADATA", "Checkpoint", "Chunk", "Item", "table", "write_item"]

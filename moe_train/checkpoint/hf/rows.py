@@ -16,6 +16,15 @@ from torch import Tensor
 
 from parallel.errors import CheckpointError
 
+BLOCK_BYTES = 1 << 19
+"""Read, converted and written at once: it stays in a core's cache on its way."""
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return view
+
 
 @dataclass(frozen=True)
 class Extent:
@@ -46,7 +55,7 @@ class Extent:
             CheckpointError: the file is missing or ends too early.
         """
         target = torch.empty(self.shape, dtype=self.dtype) if out is None else out
-        view = target.reshape(-1).view(torch.uint8).numpy().data
+        view = bytes_of(target)
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:

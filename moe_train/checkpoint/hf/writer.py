@@ -18,7 +18,7 @@ import os
 import shutil
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +26,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from moe_train.checkpoint.directory import sync
+from moe_train.checkpoint.hf.rows import BLOCK_BYTES, bytes_of
 from moe_train.checkpoint.hf.workers import Team
 from parallel.errors import CheckpointError, MoeTrainError
 
 MANIFEST = "manifest.json"
 _PLAN, _DONE, _LOCK, _PART = "plan.json", "done", ".lock", ".part"
-_READ_BYTES = 1 << 22
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -62,16 +63,15 @@ class HashingFile:
 
     def write_tensor(self, tensor: Tensor) -> None:
         """Append the bytes of a tensor."""
-        import torch
-
-        self.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self.write(bytes_of(tensor.contiguous()))
 
     def flush(self) -> None:
         """Nothing is held back."""
 
-    def close(self) -> None:
-        """On disk when this returns."""
-        os.fsync(self._file.fileno())
+    def close(self, wait: bool = True) -> None:
+        """Unless told not to `wait`, what was written is on disk when this returns."""
+        if wait:
+            os.fsync(self._file.fileno())
         self._file.close()
 
     def abandon(self) -> None:
@@ -101,6 +101,8 @@ class Plan:
     """Small files (name -> content) from what the jobs returned, by name."""
     copies: dict[str, Path] = field(default_factory=dict)
     """Small files that are taken over: name -> source."""
+    meanwhile: Callable[[], object] = lambda: None
+    """What `finish` can have done for it while the files are written."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ def _locked(partial: Path) -> int:
             f"{partial} is being written by another process", "wait for it, or name another target"
         ) from error
     if created:
-        _sync_directory(partial.parent)
+        sync(partial.parent)
     return descriptor
 
 
@@ -298,6 +300,7 @@ def _write_all(plan: Plan, jobs: list[FileJob], threads: int, progress: Callable
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(work, job) for job in jobs]
         try:
+            plan.meanwhile()
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()  # also for Ctrl-C
@@ -313,7 +316,8 @@ def _write_file(job: FileJob, partial: Path) -> None:
         file.close()
         os.replace(part, partial / job.name)
         record = {"bytes": file.position, "sha256": file.sha256.hexdigest(), "facts": facts}
-        _write_whole(partial / _DONE / f"{job.name}.json", json.dumps(record).encode())
+        # A record that a power cut takes away or leaves empty only has its file written again.
+        _write_whole(partial / _DONE / f"{job.name}.json", json.dumps(record).encode(), wait=False)
     except BaseException as error:
         file.abandon()
         part.unlink(missing_ok=True)
@@ -338,19 +342,19 @@ def _publish(plan: Plan, reused: int) -> Outcome:
     (partial / _PLAN).unlink()  # first: what is left without it starts anew, and a plan without its records never ends
     shutil.rmtree(partial / _DONE)
     for directory in {partial / Path(name).parent for name in files} | {partial}:
-        _sync_directory(directory)
+        sync(directory)
     os.rename(partial, plan.target)
     (plan.target / _LOCK).unlink()  # only now: without it another process would take the hidden directory for its own
-    _sync_directory(plan.target.parent)
+    sync(plan.target.parent)
     return Outcome(len(plan.jobs), sum(record["bytes"] for record in records.values()), reused)
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def _write_whole(path: Path, content: bytes, wait: bool = True) -> None:
     part = path.with_name(path.name + _PART)
     file = HashingFile(part)
     try:
         file.write(content)
-        file.close()
+        file.close(wait)
         os.replace(part, path)
     except OSError as error:
         file.abandon()
@@ -358,24 +362,18 @@ def _write_whole(path: Path, content: bytes) -> None:
         raise
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def verify(
-    directory: Path, threads: int, progress: Callable[[int], None] = lambda _: None, rank: int = 0, size: int = 1
-) -> tuple[int, int]:
-    """Compare every file with the manifest; returns how many files and bytes that were. Of `size` processes each
-    compares its share.
+    directory: Path, threads: int, progress: Callable[[int], None] = lambda _: None, rank: int = 0, size: int = 1,
+    leave_out: Collection[str] = (),
+) -> tuple[int, int]:  # fmt: skip
+    """Compare every file but those to `leave_out` with the manifest; returns how many files and bytes that were. Of
+    `size` processes each compares its share.
 
     Raises:
         CheckpointError: there is no manifest, or a file is missing, has another size or other bytes.
     """
-    files = dict(list(manifest_of(directory).items())[rank::size])
+    files = {name: entry for name, entry in manifest_of(directory).items() if name not in leave_out}
+    files = dict(list(files.items())[rank::size])
     with ThreadPoolExecutor(threads) as pool:
         for checked in pool.map(lambda name: _check_file(directory / name, files[name]), files):
             progress(checked)
@@ -408,8 +406,9 @@ def _check_file(path: Path, entry: Json) -> int:
             raise CheckpointError(f"{path} has {size:,} bytes, and the manifest says {entry['bytes']:,}", restore)
         digest = hashlib.sha256()
         with path.open("rb", buffering=0) as file:
-            while block := file.read(_READ_BYTES):
-                digest.update(block)
+            block = memoryview(bytearray(BLOCK_BYTES))
+            while count := file.readinto(block):
+                digest.update(block[:count])
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", restore) from error
     if digest.hexdigest() != entry["sha256"]:

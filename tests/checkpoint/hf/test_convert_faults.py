@@ -167,7 +167,7 @@ def malicious_item(directory: Path) -> None:
 
 def rewrite_metadata(change: Callable[[Metadata], None]) -> Damage:
     def damage(directory: Path) -> None:
-        contents = metadata.read(directory)
+        contents = pickle.loads((directory / ".metadata").read_bytes())
         change(contents)
         (directory / ".metadata").write_bytes(pickle.dumps(contents))
 
