@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moe_train.config.fields import doc
+from moe_train.config.launcher import LauncherConfig
 from moe_train.config.model import ModelConfig
 
 
@@ -232,16 +233,6 @@ class TelemetryConfig:
     peak_tflops: float | None = doc(
         None, "Peak of one rank for MFU, TFLOPS; null means the device's BF16 peak, measured on cpu."
     )
-
-
-@dataclass
-class LauncherConfig:
-    """How ranks are started and how they meet."""
-
-    threads_per_rank: int | None = doc(
-        None, "Compute threads of one rank; null shares the cores evenly.", minimum=1, maximum=10_000
-    )
-    timeout_s: int = doc(600, "Longest wait of a collective operation, seconds.", minimum=1)
 
 
 @dataclass
