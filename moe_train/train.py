@@ -21,9 +21,8 @@ from moe_train.model import backend
 from moe_train.model.build import build, transformer_config
 from moe_train.model.init import initialise
 from moe_train.optim.optimizer import build_optimizer, build_schedule, data_parallel
-from moe_train.telemetry.model_metrics import ExpertLoad
+from moe_train.telemetry.model_metrics import DispatchTraffic, ExpertLoad
 from parallel import groups, runtime
-from parallel.errors import ConfigError
 from parallel.rank_info import RankInfo
 
 
@@ -41,10 +40,6 @@ def run(cfg: Config, rank: RankInfo) -> None:
 def prepare(cfg: Config, rank: RankInfo) -> Run:
     """Join the other ranks and build this rank's part of the model, with its optimizer and callbacks."""
     layout = validate(cfg, rank.world_size)
-    planned = {"fp8": None, "moments_dtype": "fp32"}  # what only moe-memory knows yet
-    for field, trained in planned.items():
-        if (value := getattr(cfg.precision, field)) != trained:
-            raise ConfigError(f"precision.{field}={value} is known to moe-memory only", "use precision=bf16")
     name = runtime.choose(cfg.runtime)
     implementation = backend.choose(cfg, name)
     device = runtime.start(name, rank, cfg.launcher.timeout_s)
@@ -58,6 +53,8 @@ def prepare(cfg: Config, rank: RankInfo) -> Run:
     if cfg.model.is_moe:
         layers = cfg.model.num_layers + cfg.model.mtp_num_layers
         run.expert_load = ExpertLoad(model, layers, cfg.model.num_experts, device)
+        if layout.ep > 1 and implementation == "local" and cfg.parallel.dispatcher == "alltoall":
+            run.traffic = DispatchTraffic(model, device)
     run.chunks = data_parallel(model, run.config, cfg)
     run.optimizer = build_optimizer(cfg, run.config, run.chunks)
     run.schedule = build_schedule(cfg, run.optimizer, run.total_steps)

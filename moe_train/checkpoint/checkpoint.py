@@ -47,6 +47,8 @@ def save(run: Run) -> Path:
     if run.cfg.precision.dtype == "fp32":
         optimizer = state.without_masters(optimizer)
     tensors = {**model, "optimizer": optimizer, "rng": state.random_state(run)}
+    if scales := state.delayed_scales(run, model):
+        tensors["fp8_scales"] = scales
     _together(run, lambda: storage.write(tensors, partial), f"write {root / name}")
     facts = _facts(run)
 
@@ -102,10 +104,13 @@ def _load(run: Run, path: Path) -> None:
     facts, warnings = _on_main(run, lambda: _check(run, path), f"read {path}")
     model = state.model_state(run)
     optimizer = state.optimizer_state(run, model, loading=True)
+    scales = _saved_scales(state.delayed_scales(run, model), contents, warnings)
     updates = facts["schedule"]["num_steps"]  # fewer than steps where fp16 skipped some
     # Read one by one: master weights may come from the same tensors as the model.
     state.load_model(run, _read(run, model, contents, path))
     state.load_optimizer(run, _read(run, optimizer, contents, path), updates)
+    if scales:
+        state.load_delayed_scales(run, _read(run, scales, contents, path))
     same_layout = facts["layout"] == asdict(run.layout)
     if (
         same_layout and facts["device"] == run.device.type
@@ -118,6 +123,14 @@ def _load(run: Run, path: Path) -> None:
         for warning in warnings:
             _warn(warning)
         _say(f"resumed at step {run.state.step} from {path}" + ("" if same_layout else f" ({_resharding(run, facts)})"))
+
+
+def _saved_scales(wanted: storage.StateDict, contents: metadata.Metadata, warnings: list[str]) -> storage.StateDict:
+    """`wanted`, or nothing where the checkpoint is of a run without delayed scaling."""
+    if wanted and not any(key.startswith(state.FP8_SCALES) for key in contents.state_dict_metadata):
+        warnings.append("the checkpoint has no scales of precision.fp8=delayed, which begin at 1 again")
+        return {}
+    return wanted
 
 
 def _load_weights(run: Run, path: Path) -> None:

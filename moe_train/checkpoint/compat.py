@@ -29,10 +29,13 @@ _TRAINING = {
     "data": ("name", "source", "path", "tokenizer", "dir", "blend", "split", "append_eod", "reset_at_eod"),
     "train": ("seq_length",),
     "batch": ("global_batch_size",),
-    "precision": ("dtype", "grad_reduce_fp32"),
+    "precision": (
+        "dtype", "grad_reduce_fp32", "fp8", "fp8_format", "power_of_two_scales", "amax_history_len",
+        "first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
+    ),
     "optimizer": None,
     "schedule": None,
-}
+}  # fmt: skip
 
 
 def dump(cfg: Config) -> str:

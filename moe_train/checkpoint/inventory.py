@@ -31,6 +31,7 @@ _PARTS: tuple[tuple[Callable[[str], bool], str], ...] = (
     (lambda key: key.startswith("optimizer.state.fp32_param."), MASTERS),
     (lambda key: key.startswith("optimizer."), MOMENTS),
     (lambda key: key.startswith("rng."), RANDOM),
+    (lambda key: key.startswith("fp8_scales."), SCALES),
     (lambda key: key.endswith(".expert_bias"), BIAS),
     (lambda key: key.startswith("mtp."), "mtp"),
     (lambda key: key == EMBEDDING, "embedding"),

@@ -3,6 +3,7 @@
 Every optimizer tensor has the shape and the name of its parameter, whether the distributed optimizer is on or off, so
 a checkpoint loads in any layout. Names: `K` for a parameter or buffer of the model, and for its optimizer state
 `optimizer.state.exp_avg.K`, `optimizer.state.exp_avg_sq.K`, and where K is 16-bit `optimizer.state.fp32_param.K`.
+Delayed scaling of the layer with weight K is `fp8_scales.K`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from torch import Tensor
 from moe_train.checkpoint import metadata
 from moe_train.checkpoint.storage import Request, StateDict
 from moe_train.loop.run import Run
+from moe_train.model import delayed_scaling
 
 # torch's optimizers count steps for each parameter, the fused ones of Transformer Engine and apex for each group.
 _COUNTS_EACH_PARAMETER = (torch.optim.Adam, torch.optim.AdamW)
 _OPTIMIZER = "optimizer.state"
+FP8_SCALES = "fp8_scales."
 _MASTER, _MASTER_OF_DISTRIBUTED = _OPTIMIZER + ".fp32_param.", _OPTIMIZER + ".param."
 
 
@@ -180,7 +183,9 @@ def load_model(run: Run, loaded: StateDict) -> None:
 def load_optimizer(run: Run, loaded: StateDict, updates: int) -> None:
     """Put read moments and fp32 weights into the optimizers, which have done `updates` steps."""
     for i, optimizer in enumerate(optimizers(run)):
-        state = loaded[str(i)]
+        state = loaded.get(str(i))
+        if state is None:  # a pipeline stage without experts has an optimizer for them, and no tensor in it
+            continue
         if isinstance(optimizer, DistributedOptimizer):
             _drop_steps(optimizer.optimizer)  # upstream looks for each state of torch's AdamW among the read tensors
             optimizer.load_parameter_state_from_fully_reshardable(state)
@@ -260,3 +265,44 @@ def load_random(run: Run, loaded: StateDict) -> None:
     torch.set_rng_state(loaded["cpu"])
     if "cuda" in loaded:
         torch.cuda.set_rng_state(loaded["cuda"])
+
+
+def delayed_scales(run: Run, model: StateDict) -> StateDict:
+    """Scales and histories of delayed scaling, under the numbers of the layer and, for experts, of the matrix in it.
+
+    `model` is this rank's `model_state`. Each stands where the layer's weight stands, but is not split.
+    """
+    shards, _ = extract_sharded_tensors_and_factories(model)
+    of_parameter = {id(shard.data): shard for shard in nested_values(shards)}
+    state: StateDict = {}
+    for number, (module, scales) in enumerate(delayed_scaling.layers_of(list(models(run)))):
+        matrices = _matrices(of_parameter[id(module.weight)])
+        state[str(number)] = {
+            str(i): _beside(matrix, delayed_scaling.packed(scales, i)) for i, matrix in enumerate(matrices)
+        }
+    return state
+
+
+def _matrices(weight: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    """One shard for each matrix (expert) in a weight, which may be stored in several parts (gate and up)."""
+    parts = weight.build() if isinstance(weight, ShardedTensorFactory) else [weight]
+    places = {part.global_offset[: part.prepend_axis_num]: part for part in reversed(list(nested_values(parts)))}
+    return list(reversed(places.values()))
+
+
+def _beside(weight: ShardedTensor, data: Tensor) -> ShardedTensor:
+    """`data` with the layer and expert of `weight`. Ranks with other parts of the matrix hold copies of it."""
+    lead = weight.prepend_axis_num
+    places = [(axis, weight.global_offset[axis], weight.global_shape[axis]) for axis in range(lead)]
+    replica = weight.replica_id if isinstance(weight.replica_id, tuple) else (weight.replica_id,)
+    return ShardedTensor.from_rank_offsets(
+        f"{FP8_SCALES}{weight.key}", data, *places, prepend_axis_num=lead,
+        replica_id=(*replica, int(any(weight.global_offset[lead:]))),
+    )  # fmt: skip
+
+
+def load_delayed_scales(run: Run, loaded: StateDict) -> None:
+    """Put read scales and histories back."""
+    for number, (_, scales) in enumerate(delayed_scaling.layers_of(list(models(run)))):
+        for i, values in loaded[str(number)].items():
+            delayed_scaling.unpack(scales, int(i), values)

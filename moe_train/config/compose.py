@@ -14,6 +14,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ from parallel.suggest import override_value
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra then raises its errors instead of printing them in its own way
 _INTERRUPTED = 130
+_TRAINS = ContextVar("trains", default=True)  # for the callback, which Hydra makes without arguments of ours
 
 store.register()
 
@@ -113,7 +115,7 @@ class ValidateBeforeOutput(Callback):
             task = copy.deepcopy(config)
             with read_write(task), open_dict(task):
                 del task["hydra"]
-            validate(to_config(task))
+            validate(to_config(task), trains=_TRAINS.get())
             _make_run_dir(run_dir)
         except Exception as error:
             raise _Stop(error) from error
@@ -140,14 +142,31 @@ def _make_run_dir(name: str) -> None:
         raise ConfigError(f"run_dir={name} cannot be written: {os.strerror(errno.EACCES)}", remedy)
 
 
-def hydra_entry(fn: Callable[[Config], None], config_name: str = "train", argv: Sequence[str] | None = None) -> int:
+def hydra_entry(
+    fn: Callable[[Config], None],
+    config_name: str = "train",
+    argv: Sequence[str] | None = None,
+    *,
+    trains: bool = True,
+) -> int:
     """Run `fn` on the config of the command line, once, or once for each job of a sweep (-m). Returns the exit code.
 
     All of Hydra's own options work (--cfg job, -m, --help, ...). `cfg.run_dir` is Hydra's output directory of the job.
     Errors of the user's end as one line `error: cause; remedy` on stderr and exit code 2, other typed errors with their
     own code. `-v`, verbose=true or HYDRA_FULL_ERROR=1 show the traceback too. An untyped error of `fn` is a bug: its
     traceback is always shown, and the code is 1.
+
+    Args:
+        trains: whether the command is to train, so that rules about training apply.
     """
+    before = _TRAINS.set(trains)
+    try:
+        return _run(fn, config_name, argv)
+    finally:
+        _TRAINS.reset(before)
+
+
+def _run(fn: Callable[[Config], None], config_name: str, argv: Sequence[str] | None) -> int:
     options = [
         "verbose=true" if word in ("-v", "--verbose") else word for word in (sys.argv[1:] if argv is None else argv)
     ]
@@ -188,7 +207,7 @@ class _Entry:
             cfg = to_config(composed)
             cfg.run_dir = str(output)
             self.verbose = self.verbose or cfg.verbose
-            validate(cfg)
+            validate(cfg, trains=_TRAINS.get())
         except Exception as error:
             self.report(error)
             _remove_empty(output)

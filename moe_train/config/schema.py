@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from moe_train.config.cluster import ClusterConfig
 from moe_train.config.fields import doc
+from moe_train.config.launcher import LauncherConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.plan import PlanConfig
 
@@ -66,7 +67,26 @@ class PrecisionConfig:
         None, "FP8 recipe of linear layers, by how values are scaled; null means none.",
         choices=("block", "tensor", "delayed", "mxfp8"),
     )  # fmt: skip
+    fp4: str | None = doc(
+        None, "FP4 recipe of linear layers, in the place of FP8 (te only); null means none.", choices=("nvfp4",)
+    )
     moments_dtype: str = doc("fp32", "Format of the two Adam moments.", choices=("fp32", "bf16"))
+    fp8_format: str = doc(
+        "e4m3", "FP8 format: e4m3 everywhere, or hybrid with e5m2 for gradients.", choices=("e4m3", "hybrid")
+    )
+    power_of_two_scales: bool | None = doc(
+        None, "Cut FP8 scales to powers of two; null means as the recipe does: block and mxfp8 do, the others do not."
+    )
+    amax_history_len: int = doc(
+        1024, "Steps (te: micro-batches) whose largest values set a scale of fp8=delayed.", minimum=1, maximum=1_000_000
+    )
+    first_last_layers_bf16: bool = doc(False, "Keep the first and last transformer layers in bf16.")
+    num_layers_at_start_in_bf16: int = doc(1, "First layers that first_last_layers_bf16 keeps in bf16.", minimum=0)
+    num_layers_at_end_in_bf16: int = doc(1, "Last layers that first_last_layers_bf16 keeps in bf16.", minimum=0)
+    fp8_param_gather: bool = doc(False, "Keep the weights of linear layers in FP8 and gather them so (te only).")
+    fp8_dispatch: bool = doc(
+        False, "Send tokens to their experts in FP8, and the gradients of their outputs (fp8=block on local only)."
+    )
     grad_reduce_fp32: bool = doc(True, "Accumulate and reduce gradients in fp32.")
     initial_loss_scale: float = doc(65536.0, "First dynamic loss scale of fp16.", minimum=1)
 
@@ -215,16 +235,6 @@ class TelemetryConfig:
     peak_tflops: float | None = doc(
         None, "Peak of one rank for MFU, TFLOPS; null means the device's BF16 peak, measured on cpu."
     )
-
-
-@dataclass
-class LauncherConfig:
-    """How ranks are started and how they meet."""
-
-    threads_per_rank: int | None = doc(
-        None, "Compute threads of one rank; null shares the cores evenly.", minimum=1, maximum=10_000
-    )
-    timeout_s: int = doc(600, "Longest wait of a collective operation, seconds.", minimum=1)
 
 
 @dataclass

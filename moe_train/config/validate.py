@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_train.config.rules import model as model_rules
 from moe_train.config.rules import parallel as parallel_rules
+from moe_train.config.rules import precision as precision_rules
 from moe_train.config.rules import recompute as recompute_rules
 from moe_train.config.rules import run as run_rules
 from moe_train.config.rules.facts import Facts, gather_facts
@@ -20,28 +21,31 @@ from moe_train.config.walk import FieldInfo, all_fields, get, with_values
 from parallel.layout import ParallelLayout
 from parallel.suggest import Fix, Impossible, fixes_of
 
-_RULES = (*model_rules.RULES, *parallel_rules.RULES, *recompute_rules.RULES, *run_rules.RULES)
+_RULES = (
+    *model_rules.RULES, *parallel_rules.RULES, *precision_rules.RULES, *recompute_rules.RULES, *run_rules.RULES,
+)  # fmt: skip
 _MOST_TRIALS = 64
 
 
-def validate(cfg: Config, world_size: int | None = None) -> ParallelLayout:
+def validate(cfg: Config, world_size: int | None = None, *, trains: bool = True) -> ParallelLayout:
     """The layout of `cfg`, once every field and every rule between fields has been checked.
 
     Args:
         world_size: ranks that there are; None takes the fewest that the layout needs.
+        trains: False where no run follows (moe-memory), so that what cannot be trained here can still be planned.
 
     Raises:
         ConfigError: with the field's full name, the arithmetic, and the nearest values that work.
     """
-    problem, stage, layout = _check(cfg, world_size)
+    problem, stage, layout = _check(cfg, world_size, trains)
     if problem is None and layout is not None:
         return layout
     if problem is None:  # not reached: _check returns one or the other
         raise Impossible("the configuration has no layout")
-    raise Impossible(problem.cause, _working(cfg, world_size, problem.fixes, stage), problem.remedy)
+    raise Impossible(problem.cause, _working(cfg, world_size, trains, problem.fixes, stage), problem.remedy)
 
 
-def _check(cfg: Config, world_size: int | None) -> tuple[Impossible | None, int, ParallelLayout | None]:
+def _check(cfg: Config, world_size: int | None, trains: bool) -> tuple[Impossible | None, int, ParallelLayout | None]:
     """The first problem and how far the checks came, or the layout."""
     try:
         for name, info in all_fields().items():
@@ -53,7 +57,7 @@ def _check(cfg: Config, world_size: int | None) -> tuple[Impossible | None, int,
         layout = ParallelLayout.resolve(**degrees, world_size=world_size)
     except Impossible as problem:
         return problem, 1, None
-    facts: Facts = gather_facts(cfg, layout)
+    facts: Facts = gather_facts(cfg, layout, trains)
     for stage, rule in enumerate(_RULES, 2):
         try:
             rule(facts)
@@ -87,12 +91,12 @@ def _check_value(info: FieldInfo, value: Any) -> None:
             )
 
 
-def _working(cfg: Config, world_size: int | None, fixes: list[Fix], stage: int) -> list[Fix]:
+def _working(cfg: Config, world_size: int | None, trains: bool, fixes: list[Fix], stage: int) -> list[Fix]:
     """The first two fixes with which everything passes; failing that, those that get past this problem."""
     passing: list[Fix] = []
     further: list[Fix] = []
     for fix in fixes[:_MOST_TRIALS]:
-        problem, reached, _ = _check(with_values(cfg, fix), world_size)
+        problem, reached, _ = _check(with_values(cfg, fix), world_size, trains)
         if problem is None:
             passing.append(fix)
         elif reached > stage:

@@ -58,6 +58,7 @@ class Run:
     optimizer: Any = None  # megatron.core MegatronOptimizer
     schedule: Any = None  # megatron.core OptimizerParamScheduler
     expert_load: Any = None  # moe_train.telemetry.model_metrics.ExpertLoad of an MoE model
+    traffic: Any = None  # moe_train.telemetry.model_metrics.DispatchTraffic where tokens leave their rank
     state: TrainState = field(default_factory=TrainState)
     callbacks: list[Callback] = field(default_factory=list)
     last_metrics: Metrics = field(default_factory=dict)  # newest training metrics
@@ -65,6 +66,7 @@ class Run:
     valid_data: Any = None  # dataset of the evaluations; None without held-out text
     clock: StepClock = field(default_factory=StepClock)  # pause it around what is no part of a step
     peak_tflops: float | None = None  # of one rank; None where it is not known
+    stopped_by: str = ""  # signal that asked the run to end before its last step
     completed: bool = False  # all steps and evaluations are done; stays False when one raised an error
 
     @property

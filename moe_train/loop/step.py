@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from moe_train.loop.run import Metrics, Run
+from moe_train.model import delayed_scaling
 from moe_train.telemetry import model_metrics
 from parallel import sequence
 
@@ -25,6 +26,8 @@ def train_step(run: Run, batches: list[Iterator[Batch]]) -> Metrics:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     losses = _forward_backward(run, batches, forward_only=False)
+    if run.cfg.precision.fp8 == "delayed":
+        delayed_scaling.update(run.chunks)
     updated, grad_norm, _ = run.optimizer.step()
     learning_rate = run.schedule.optimizer.param_groups[0]["lr"] if run.optimizer.param_groups else 0.0
     if updated:  # fp16 skips the update when the gradients overflow

@@ -119,6 +119,8 @@ class ShortAttention(torch.autograd.Function):
 class ReplicatedLinear(nn.Module):
     """A linear layer that every tensor-parallel rank holds whole and applies to its own part of the sequence."""
 
+    products = gemm.PLAIN
+
     def __init__(self, input_size: int, output_size: int, config: Any) -> None:
         super().__init__()
         weight = torch.empty(output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
@@ -127,7 +129,7 @@ class ReplicatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """[s/tp, b, input_size] -> [s/tp, b, output_size], and no bias."""
-        return gemm.linear(x, self.weight), None
+        return gemm.linear(x, self.weight, self.products), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -156,12 +158,14 @@ class MultiLatentAttention(SpecifiedLatentAttention):
     at tp=2 (megatron/core/transformer/multi_latent_attention.py, `gather_from_tensor_model_parallel_region`).
     """
 
+    down_projection = ReplicatedLinear
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         rope = config.qk_pos_emb_head_dim
-        self.linear_kv_down_proj = ReplicatedLinear(config.hidden_size, config.kv_lora_rank + rope, config)
+        self.linear_kv_down_proj = self.down_projection(config.hidden_size, config.kv_lora_rank + rope, config)
         if config.q_lora_rank is not None:
-            self.linear_q_down_proj = ReplicatedLinear(config.hidden_size, config.q_lora_rank, config)
+            self.linear_q_down_proj = self.down_projection(config.hidden_size, config.q_lora_rank, config)
 
 
 def _expand(x: Tensor, repeat: int) -> Tensor:

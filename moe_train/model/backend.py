@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import importlib
+import os
 from importlib.metadata import PackageNotFoundError, distribution
 
-from moe_train.config.schema import Config
-from parallel.errors import HardwareError
+from moe_train.config.schema import Config, PrecisionConfig
+from parallel.errors import ConfigError, HardwareError
+from parallel.suggest import override_value
 
 INSTALL_TE = "pip install 'moe-train[gpu]', or set backend.name=local"
 INSTALL_APEX = "build NVIDIA's from source with --cpp_ext --cuda_ext (docs/precision.md), or set backend.apex=false"
+
+_HARDWARE = {
+    "tensor": ((8, 9), "Ada, Hopper or newer"),
+    "delayed": ((8, 9), "Ada, Hopper or newer"),
+    "block": ((9, 0), "Hopper or newer"),
+    "mxfp8": ((10, 0), "Blackwell"),
+    "nvfp4": ((10, 0), "Blackwell"),
+}
+_USABLE = {"fp8_block": (9, 0), "fp8_tensor": (8, 9), "bf16": (8, 0), "fp16": (0, 0)}
 
 
 def choose(cfg: Config, runtime: str) -> str:
     """`te` or `local` for the runtime this process uses (cuda, cpu or simulated).
 
     Raises:
-        HardwareError: the config asks for Transformer Engine or apex, which is missing or unusable.
+        HardwareError: the config asks for Transformer Engine or apex, which is missing or unusable, or for a
+            recipe of FP8 or FP4 that this GPU does not have.
+        ConfigError: FP8 scales are asked for that the environment does not set.
     """
     name = cfg.backend.name
     if name == "auto":
@@ -25,7 +38,42 @@ def choose(cfg: Config, runtime: str) -> str:
         _require("transformer_engine.pytorch", "Transformer Engine (backend.name=te)", INSTALL_TE)
     if cfg.backend.apex:
         _require_nvidia_apex()
+    recipe = cfg.precision.fp8 or cfg.precision.fp4
+    if name == "te" and runtime == "cuda" and recipe is not None:
+        _require_hardware(recipe)
+        _require_scales(cfg.precision)
     return name
+
+
+def _require_hardware(recipe: str) -> None:
+    """Each recipe's kernels begin with a generation of GPUs."""
+    import torch
+
+    needed, generation = _HARDWARE[recipe]
+    field = "fp4" if recipe == "nvfp4" else "fp8"
+    found = torch.cuda.get_device_capability()
+    if found < needed:
+        raise HardwareError(
+            f"precision.{field}={recipe} needs {generation} (compute capability {needed[0]}.{needed[1]}), but this "
+            f"GPU has {found[0]}.{found[1]}",
+            "use " + " or ".join(f"precision={name}" for name, least in _USABLE.items() if found >= least),
+        )
+
+
+def _require_scales(precision: PrecisionConfig) -> None:
+    """Transformer Engine reads from the environment, while it is imported, whether scales are powers of two."""
+    variables = {"block": "NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "tensor": "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES"}
+    variable = variables.get(precision.fp8 or "")
+    if variable is None:
+        return
+    asked = precision.fp8 == "block" if precision.power_of_two_scales is None else precision.power_of_two_scales
+    value = "1" if asked == (precision.fp8 == "tensor") else "0"
+    if os.environ.get(variable, "0") != value:
+        raise ConfigError(
+            f"precision.power_of_two_scales={override_value(precision.power_of_two_scales)} with "
+            f"precision.fp8={precision.fp8} needs the environment variable {variable}={value}",
+            f"export {variable}={value} on every rank",
+        )
 
 
 def _require(module: str, what: str, remedy: str) -> None:

@@ -15,14 +15,15 @@ from packaging.version import Version
 from torch import nn
 
 from moe_train.config.model import ModelConfig
-from moe_train.config.schema import Config, RecomputeConfig
-from moe_train.model import gemm, loss
+from moe_train.config.schema import Config, PrecisionConfig, RecomputeConfig
+from moe_train.model import dispatch, fp8_products, gemm, loss
 from moe_train.model.router import scores_groups_by_best
 from moe_train.model.specs import LocalBackend, local_specs, te_specs
 from parallel import pipeline
 from parallel.layout import ParallelLayout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FP8_RECIPES = {"block": "blockwise", "tensor": "tensorwise", "delayed": "delayed", "mxfp8": "mxfp8"}
 
 
 def transformer_config(cfg: Config, layout: ParallelLayout, backend: str, runtime: str) -> TransformerConfig:
@@ -34,6 +35,7 @@ def transformer_config(cfg: Config, layout: ParallelLayout, backend: str, runtim
         **_parallel(cfg, layout, runtime),
         **_numbers(cfg),
         **_recompute(cfg.recompute),
+        **(_low_precision(cfg.precision) if backend == "te" else {}),
         **_fusions(cfg, backend, runtime),
     }
     config_class = MLATransformerConfig if cfg.model.attention == "mla" else TransformerConfig
@@ -187,6 +189,54 @@ def _recompute(recompute: RecomputeConfig) -> dict[str, Any]:
     return {}
 
 
+def _low_precision(precision: PrecisionConfig) -> dict[str, Any]:
+    """Options of Transformer Engine's FP8 and FP4. The `local` backend emulates FP8 without Megatron-Core knowing: with
+    `fp8` set, upstream recomputes through Transformer Engine (transformer/transformer_block.py).
+
+    Whether scales are powers of two is up to environment variables (backend.py).
+    """
+    if precision.fp8 is None and precision.fp4 is None:
+        return {}
+    layers = {
+        "first_last_layers_bf16": precision.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
+    }
+    if precision.fp8 is None:
+        return {"fp4": "e2m1", "fp4_recipe": precision.fp4, **layers}
+    delayed = {"fp8_amax_history_len": precision.amax_history_len, "fp8_amax_compute_algo": "max"}
+    return {
+        "fp8": precision.fp8_format,
+        "fp8_recipe": FP8_RECIPES[precision.fp8],
+        "fp8_param": precision.fp8_param_gather,
+        **layers,
+        **(delayed if precision.fp8 == "delayed" else {}),
+    }
+
+
+def emulated_recipe(precision: PrecisionConfig) -> fp8_products.Recipe | None:
+    """What the linear layers of the `local` backend emulate; None without FP8."""
+    if precision.fp8 is None:
+        return None
+    cut = (
+        precision.fp8 in ("block", "mxfp8") if precision.power_of_two_scales is None else precision.power_of_two_scales
+    )
+    hybrid = precision.fp8_format == "hybrid"
+    return fp8_products.Recipe(
+        precision.fp8, hybrid=hybrid, power_of_two=cut, history=precision.amax_history_len,
+        dispatch=precision.fp8_dispatch,
+    )  # fmt: skip
+
+
+def _high_precision_layers(cfg: Config) -> list[int]:
+    """Decoder layers (from 0) that stay in bf16 under FP8 (upstream's rule: fp8_utils.py)."""
+    precision, layers = cfg.precision, range(cfg.model.num_layers)
+    if not precision.first_last_layers_bf16:
+        return []
+    end = cfg.model.num_layers - precision.num_layers_at_end_in_bf16
+    return [i for i in layers if i < precision.num_layers_at_start_in_bf16 or i >= end]
+
+
 def _fusions(cfg: Config, backend: str, runtime: str) -> dict[str, Any]:
     """Fused paths that Megatron-Core's guide recommends (core/transformer/moe/README.md), on cuda by default."""
     fused = runtime == "cuda" if cfg.backend.fusions is None else cfg.backend.fusions
@@ -223,7 +273,8 @@ def build_chunk(
     if backend == "te":
         block, mtp = te_specs(config, model, vp_stage)
     else:
-        block, mtp = local_specs(config, model, LocalBackend(cfg.backend.apex), vp_stage)
+        provider = LocalBackend(cfg.backend.apex, emulated_recipe(cfg.precision))
+        block, mtp = local_specs(config, model, provider, vp_stage, _high_precision_layers(cfg))
     yarn_gqa = model.attention == "gqa" and model.rope_type == "yarn"
     return GPTModel(
         config=config,
@@ -254,6 +305,8 @@ def build(cfg: Config, config: TransformerConfig, backend: str, vpp: int) -> lis
         _mark_expert_parameters(chunks[-1], config)
         _set_latent_norm_epsilon(chunks[-1], cfg.model)
         _place_shared_expert_gates(chunks[-1], config)
+        if backend == "local":
+            dispatch.use_in(chunks[-1])
         if post and backend == "local":
             gemm.use_in(chunks[-1].output_layer)
             loss.use_in(chunks[-1])

@@ -24,8 +24,11 @@ StateDict = dict[str, Any]
 class ExpertLinear(nn.Module):
     """One linear layer of all local experts: weight [experts, out, in], whose rows or columns etp ranks split.
 
-    Other number formats override `product`.
+    Other number formats set `products`.
     """
+
+    products = gemm.PLAIN
+    is_expert = True
 
     def __init__(self, experts: int, outputs: int, inputs: int, split: int, config: Any, init_method: Any) -> None:
         """`outputs` and `inputs` are those of this rank; `split` is the dimension (1 or 2) that etp ranks split."""
@@ -40,7 +43,7 @@ class ExpertLinear(nn.Module):
 
     def product(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """[t, in] -> [t, out]; the first counts[0] rows go through the first expert, and so on."""
-        result: Tensor = gemm.GroupedLinear.apply(x, self.weight, counts)
+        result: Tensor = gemm.GroupedLinear.apply(x, self.weight, counts, self.products, torch.is_grad_enabled())
         return result
 
     def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:

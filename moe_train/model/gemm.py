@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from torch import Tensor
 
+Counts = Sequence[int] | None
+
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """[m, k] x [k, n] -> [m, n], with the faster library. Not differentiable: for use in `autograd.Function`s."""
@@ -94,23 +96,52 @@ def _into(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out=out)
 
 
+def product(a: Tensor, b: Tensor, counts: Counts) -> Tensor:
+    """a b: [t, k] and [k, n], or rows in groups of `counts` and [groups, k, n], -> [t, n]. Not differentiable."""
+    return matmul(a, b) if counts is None else grouped_matmul(a, b, counts)
+
+
+def product_over_rows(a: Tensor, b: Tensor, counts: Counts) -> Tensor:
+    """a^T b: [t, m] and [t, n] -> [m, n], or for each group of `counts` rows [groups, m, n]. Not differentiable."""
+    return outer(a, b) if counts is None else grouped_outer(a, b, counts)
+
+
+class Products:
+    """The products of a linear layer, x [t, in] and weight [out, in] (a [groups, out, in] of them for rows in groups of
+    `counts`). Other number formats override them (fp8_products.py)."""
+
+    def forward(self, x: Tensor, weight: Tensor, counts: Counts, learn: bool) -> Tensor:
+        """The output [t, out].
+
+        Args:
+            learn: whether a backward pass follows, so that statistics of the tensors count.
+        """
+        return product(x, weight.mT, counts)
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
+        """Gradients of x and of the weight, from that of the output [t, out]."""
+        return product(grad, weight, counts), product_over_rows(grad, x, counts)
+
+
+PLAIN = Products()
+
+
 class GroupedLinear(torch.autograd.Function):
     """Rows in groups, each group times its own weight: x [t, in], weight [groups, out, in] -> [t, out]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, counts: Sequence[int], products: Products = PLAIN, learn: bool = False
+    ) -> Tensor:
         """`counts` is the number of rows of each group; they add up to t."""
         ctx.save_for_backward(x, weight)
-        ctx.counts = counts
-        return grouped_matmul(x, weight.transpose(1, 2), counts)
+        ctx.counts, ctx.products = counts, products
+        return products.forward(x, weight, counts, learn)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_x = grouped_matmul(grad, weight, ctx.counts) if ctx.needs_input_grad[0] else None
-        grad_weight = grouped_outer(grad, x, ctx.counts) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None
+        return *ctx.products.backward(grad.contiguous(), x, weight, ctx.counts), None, None, None
 
 
 class _Linear(torch.autograd.Function):
@@ -122,22 +153,24 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, gather: Any, add_up: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, gather: Any, add_up: Any, products: Products, learn: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.gather, ctx.add_up = gather, add_up
-        return matmul(_gathered(x, gather), weight.t())
+        ctx.gather, ctx.add_up, ctx.products = gather, add_up, products
+        return products.forward(_gathered(x, gather), weight, None, learn)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x = matmul(grad, weight)
+        grad_x, grad_weight = ctx.products.backward(grad, _gathered(x, ctx.gather), weight, None)
         if ctx.gather is not None:
             part = torch.empty_like(x)
             dist.reduce_scatter_tensor(part, grad_x, group=ctx.gather)
             grad_x = part
         elif ctx.add_up is not None:
             dist.all_reduce(grad_x, group=ctx.add_up)
-        return grad_x, outer(grad, _gathered(x, ctx.gather)), None, None
+        return grad_x, grad_weight, None, None, None, None
 
 
 def _gathered(x: Tensor, group: Any) -> Tensor:
@@ -148,42 +181,50 @@ def _gathered(x: Tensor, group: Any) -> Tensor:
     return whole
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, products: Products = PLAIN) -> Tensor:
     """[..., in] -> [..., out] without tensor parallelism."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" and products is PLAIN:
         return F.linear(x, weight)
-    return _linear(x, weight, None, None)
+    return _linear(x, weight, None, None, products)
 
 
-def _linear(x: Tensor, weight: Tensor, gather: Any, add_up: Any) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, gather: Any, add_up: Any, products: Products) -> Tensor:
     # Views are made out here: autograd forbids changing a view that a Function returns, as upstream's loss does.
-    rows: Tensor = _Linear.apply(x.flatten(0, -2), weight, gather, add_up)
+    rows: Tensor = _Linear.apply(x.flatten(0, -2), weight, gather, add_up, products, torch.is_grad_enabled())
     return rows.view(-1, *x.shape[1:-1], weight.size(0))
 
 
-def _forward_impl(upstream: Callable[..., Tensor], x: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
+def _forward_impl(
+    upstream: Callable[..., Tensor], x: Tensor, weight: Tensor, options: dict[str, Any], products: Products = PLAIN
+) -> Tensor:
     """What upstream's parallel layers call to multiply (tensor_parallel/layers.py), with the products of this file on
     the CPU. `upstream` does the rest: other devices, biases, weights that are not trained."""
-    special = options.get("bias") is not None or options.get("grad_output_buffer") is not None
-    if x.device.type != "cpu" or special or not weight.requires_grad:
+    bias = options.get("bias")
+    special = bias is not None or options.get("grad_output_buffer") is not None
+    if products is PLAIN and (x.device.type != "cpu" or special or not weight.requires_grad):
         return upstream(input=x, weight=weight, **options)
     group = options["tp_group"] if options["tp_group"] is not None and options["tp_group"].size() > 1 else None
     gather, add_up = (group if options[name] else None for name in ("sequence_parallel", "allreduce_dgrad"))
-    return _linear(x, weight, gather, add_up)
+    y = _linear(x, weight, gather, add_up, products)
+    return y if bias is None else y + bias
 
 
 class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
     """Weight split by rows (output features) over tensor-parallel ranks."""
 
+    products = PLAIN
+
     def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
-        return _forward_impl(super()._forward_impl, input, weight, options)
+        return _forward_impl(super()._forward_impl, input, weight, options, self.products)
 
 
 class RowParallelLinear(tensor_parallel.RowParallelLinear):
     """Weight split by columns (input features) over tensor-parallel ranks."""
 
+    products = PLAIN
+
     def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
-        return _forward_impl(super()._forward_impl, input, weight, options)
+        return _forward_impl(super()._forward_impl, input, weight, options, self.products)
 
 
 def use_in(layer: Any) -> None:

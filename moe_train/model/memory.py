@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_train.config.rules.facts import Facts, gather_facts
+from moe_train.config.rules.precision import recipe
 from moe_train.config.rules.recompute import grouped_experts
 from moe_train.config.schema import Config
 from moe_train.model.arithmetic import parameters_on_rank
@@ -10,6 +11,9 @@ from parallel import pipeline
 from parallel.layout import ParallelLayout
 from parallel.planner.job import Job
 from parallel.planner.memory import StageMemory, Weights, stage_memory
+
+# Memory of a GPU as it is sold, GB, and what torch can allocate of it beside the CUDA context, GiB.
+GPUS = {24: 23.0, 40: 39.0, 80: 78.6, 96: 93.0, 141: 138.6, 192: 177.0, 288: 266.0}
 
 
 def predict(cfg: Config, layout: ParallelLayout) -> list[StageMemory]:
@@ -38,7 +42,8 @@ def job_of(cfg: Config, layout: ParallelLayout) -> Job:
         fused=fused,
         grouped=grouped_experts(facts),
         dtype=precision.dtype,
-        fp8=precision.fp8,
+        # Emulation keeps 16 bits of everything.
+        fp8=recipe(precision) if facts.backend == "te" else None,
         grad_bytes=4 if precision.grad_reduce_fp32 or precision.dtype == "fp32" else 2,
         moment_bytes=4 if precision.moments_dtype == "fp32" else 2,
         distributed_optimizer=cfg.parallel.distributed_optimizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from megatron.core import tensor_parallel
@@ -30,16 +31,20 @@ from megatron.core.transformer.transformer_layer import (
 from moe_train.config.model import ModelConfig
 from moe_train.model.attention import CoreAttention, MultiLatentAttention, SpecifiedLatentAttention
 from moe_train.model.experts import GroupedExperts
+from moe_train.model.fp8_products import Recipe, in_fp8, with_linears
 from moe_train.model.gemm import ColumnParallelLinear, RowParallelLinear
 from moe_train.model.norm import ApexRMSNorm, KeyAllHeadsRMSNorm, QueryAllHeadsRMSNorm, RMSNorm
 from moe_train.model.router import BestExpertOfGroupRouter, scores_groups_by_best, set_router
 
 
 class LocalBackend(LocalSpecProvider):
-    """Megatron-Core's own modules with torch attention and norm: the CPU, and CUDA without Transformer Engine."""
+    """Megatron-Core's own modules with torch attention and norm: the CPU, and CUDA without Transformer Engine.
 
-    def __init__(self, apex: bool = False) -> None:
-        self.apex = apex
+    With an FP8 `recipe`, every linear layer that it provides emulates the recipe's products (CPU only).
+    """
+
+    def __init__(self, apex: bool = False, recipe: Recipe | None = None) -> None:
+        self.apex, self.recipe = apex, recipe
 
     def core_attention(self) -> type:
         """Torch's scaled-dot-product attention."""
@@ -51,17 +56,26 @@ class LocalBackend(LocalSpecProvider):
 
     def column_parallel_linear(self) -> type:
         """Upstream's, with faster products on the CPU."""
-        return ColumnParallelLinear
+        return in_fp8(ColumnParallelLinear, self.recipe)
 
     def row_parallel_linear(self) -> type:
         """Upstream's, with faster products on the CPU."""
-        return RowParallelLinear
+        return in_fp8(RowParallelLinear, self.recipe)
+
+    def latent_attention(self) -> type:
+        """Multi-head latent attention."""
+        return with_linears(MultiLatentAttention, "down_projection", self.recipe)
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, *legacy: bool) -> Any:
         """All local experts in one grouped GEMM, or one by one. Before 0.19 upstream wants submodules too."""
         if not moe_use_grouped_gemm:
-            return super().grouped_mlp_modules(moe_use_grouped_gemm, *legacy)
-        return (GroupedExperts, None) if legacy else GroupedExperts
+            upstream = super().grouped_mlp_modules(moe_use_grouped_gemm, *legacy)
+            if self.recipe is not None:
+                submodules = upstream[1] if legacy else upstream.keywords["submodules"]
+                submodules.linear_fc1, submodules.linear_fc2 = self.column_parallel_linear(), self.row_parallel_linear()
+            return upstream
+        experts = with_linears(GroupedExperts, "linear", self.recipe)
+        return (experts, None) if legacy else experts
 
 
 def _local_layer(backend: LocalBackend, model: ModelConfig, moe: bool, grouped_gemm: bool) -> ModuleSpec:
@@ -74,7 +88,7 @@ def _local_layer(backend: LocalBackend, model: ModelConfig, moe: bool, grouped_g
         linears |= dict.fromkeys(("linear_q_down_proj", "linear_kv_down_proj"), tensor_parallel.ColumnParallelLinear)
         q_norm = norm if model.q_lora_rank else IdentityOp  # an uncompressed query has none
         submodules = MLASelfAttentionSubmodules(**linears, **common, q_layernorm=q_norm, kv_layernorm=norm)
-        attention = ModuleSpec(MultiLatentAttention, {"attn_mask_type": AttnMaskType.causal}, submodules)
+        attention = ModuleSpec(backend.latent_attention(), {"attn_mask_type": AttnMaskType.causal}, submodules)
     else:
         norms = {
             "head": (norm, norm),
@@ -128,17 +142,32 @@ def _layer_ids(config: TransformerConfig, vp_stage: int | None) -> list[int]:
 
 
 def local_specs(
-    config: TransformerConfig, model: ModelConfig, backend: LocalBackend, vp_stage: int | None
+    config: TransformerConfig,
+    model: ModelConfig,
+    backend: LocalBackend,
+    vp_stage: int | None,
+    high_precision: Collection[int] = (),
 ) -> tuple[Any, Any]:
-    """Block spec of this rank's chunk, and the spec of its multi-token-prediction block (None where there is none)."""
-    layers = [_local_layer(backend, model, bool(moe), config.moe_grouped_gemm) for moe in (0, model.is_moe)]
-    pattern = model.moe_layer_pattern
+    """Block spec of this rank's chunk, and the spec of its multi-token-prediction block (None where there is none).
+
+    Args:
+        high_precision: decoder layers (from 0) that are not in FP8 where the backend is.
+    """
+    kinds = {
+        (moe, high): _local_layer(
+            LocalBackend(backend.apex, None if high else backend.recipe), model, moe, config.moe_grouped_gemm
+        )
+        for moe in {bool(moe) for moe in model.moe_layer_pattern}
+        for high in {i in high_precision for i in range(model.num_layers)} | {False}
+    }
+    pattern = [bool(moe) for moe in model.moe_layer_pattern]
     block = TransformerBlockSubmodules(
-        layer_specs=[layers[pattern[i]] for i in _layer_ids(config, vp_stage)], layer_norm=backend.layer_norm()
+        layer_specs=[kinds[pattern[i], i in high_precision] for i in _layer_ids(config, vp_stage)],
+        layer_norm=backend.layer_norm(),
     )
     mtp = None
-    if model.mtp_num_layers:
-        mtp = get_gpt_mtp_block_spec_for_backend(config, layers[pattern[-1]], backend, vp_stage=vp_stage)
+    if model.mtp_num_layers:  # upstream keeps no part of it in bf16 (transformer/multi_token_prediction.py)
+        mtp = get_gpt_mtp_block_spec_for_backend(config, kinds[pattern[-1], False], backend, vp_stage=vp_stage)
     return block, mtp
 
 

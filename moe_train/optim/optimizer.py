@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from moe_train.config.schema import Config
-from moe_train.model.build import DTYPES
+from moe_train.model.build import DTYPES, FP8_RECIPES
 
 
 def data_parallel(chunks: list[nn.Module], config: TransformerConfig, cfg: Config) -> list[DistributedDataParallel]:
@@ -24,6 +24,8 @@ def data_parallel(chunks: list[nn.Module], config: TransformerConfig, cfg: Confi
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=_distributed(cfg),
+        fp8_param_gather=cfg.precision.fp8_param_gather,
+        reuse_grad_buf_for_mxfp8_param_ag=_mxfp8_parameters(cfg),
     )
     wrapped = []
     for i, chunk in enumerate(chunks):
@@ -36,11 +38,19 @@ def data_parallel(chunks: list[nn.Module], config: TransformerConfig, cfg: Confi
     return wrapped
 
 
+def _mxfp8_parameters(cfg: Config) -> bool:
+    """Whether weights are kept in MXFP8, which upstream then gathers through the gradient buffer."""
+    return cfg.precision.fp8_param_gather and cfg.precision.fp8 == "mxfp8"
+
+
 def _distributed(cfg: Config) -> bool:
     """Whether to shard optimizer state. Over one rank there is nothing to shard, only copies of all weights and
     gradients to save; checkpoints are the same."""
     shards = max(ps.get_data_parallel_world_size(with_context_parallel=True), ps.get_expert_data_parallel_world_size())
-    return cfg.parallel.distributed_optimizer and (shards > 1 or cfg.parallel.overlap_param_gather)
+    needed = (
+        cfg.parallel.overlap_param_gather or cfg.precision.fp8_param_gather or cfg.precision.moments_dtype != "fp32"
+    )
+    return cfg.parallel.distributed_optimizer and (shards > 1 or needed)
 
 
 def build_optimizer(cfg: Config, config: TransformerConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -63,6 +73,12 @@ def build_optimizer(cfg: Config, config: TransformerConfig, chunks: list[Distrib
         "use_distributed_optimizer": _distributed(cfg),
         "overlap_param_gather": cfg.parallel.overlap_param_gather,
     }
+    if cfg.precision.fp8_param_gather:  # the optimizer then writes weights in FP8
+        options["fp8_recipe"] = FP8_RECIPES[cfg.precision.fp8 or ""]
+        options["reuse_grad_buf_for_mxfp8_param_ag"] = _mxfp8_parameters(cfg)
+    if cfg.precision.moments_dtype == "bf16":  # Transformer Engine's optimizer keeps them so (optimizer_config.py)
+        options["use_precision_aware_optimizer"] = True
+        options["exp_avg_dtype"] = options["exp_avg_sq_dtype"] = DTYPES["bf16"]
     built = get_megatron_optimizer(OptimizerConfig(**options), chunks, use_gloo_process_groups=False)
     config.grad_scale_func = built.scale_loss
     _fuse(built)

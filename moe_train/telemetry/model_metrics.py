@@ -12,6 +12,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from torch import Tensor, nn
 
 from moe_train.loop.run import Metrics, Run
+from moe_train.model import dispatch
 
 # Names under which Megatron-Core's router records its losses.
 _BALANCE_LOSSES = ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss", "z_loss")
@@ -45,6 +46,22 @@ class ExpertLoad:
         return counts
 
 
+class DispatchTraffic:
+    """Bytes of tokens that ranks send to experts on other ranks, over the micro-batches of a step."""
+
+    def __init__(self, chunks: list[Any], device: torch.device) -> None:
+        self.dispatchers, self.device = dispatch.dispatchers(chunks), device
+
+    def take(self) -> int:
+        """Bytes sent by all ranks in forward passes, and start again at zero."""
+        total = torch.zeros(1, dtype=torch.int64, device=self.device)
+        for dispatcher in self.dispatchers:
+            total += dispatcher.sent_bytes
+            dispatcher.sent_bytes = 0
+        dist.all_reduce(total)
+        return int(total)
+
+
 def collect(run: Run) -> Metrics:
     """Balance losses and multi-token-prediction losses of the step just done, as means over the global batch."""
     cfg = run.cfg
@@ -52,6 +69,8 @@ def collect(run: Run) -> Metrics:
     if cfg.model.is_moe:
         metrics.update(_balance_losses(run, run.micro_batches))
         metrics["expert_load"] = run.expert_load.take().long().tolist()
+        if run.traffic is not None:
+            metrics["dispatch_bytes"] = run.traffic.take()
     if cfg.model.mtp_num_layers:
         metrics["mtp_loss"] = _mtp_loss(run, run.micro_batches)
     return metrics

@@ -83,7 +83,8 @@ class Job:
         fused: whether the activation function is one kernel that keeps only its input.
         grouped: whether the experts of a rank are one grouped GEMM, with a fused activation function.
         dtype: fp32, bf16 or fp16, of weights and activations.
-        fp8: block, tensor, delayed or mxfp8, where linear layers compute in FP8; else None.
+        fp8: block, tensor, delayed, mxfp8 or nvfp4, where linear layers compute and keep their inputs in FP8 or FP4;
+            else None.
         fp8_weights_only: weights of linear layers exist in FP8 alone, beside the optimizer's fp32 main weights.
         grad_bytes, moment_bytes: of one gradient, and of one of the two Adam moments.
         distributed_optimizer: optimizer state is divided over data-parallel ranks.

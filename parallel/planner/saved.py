@@ -15,8 +15,8 @@ Saved = dict[str, float]
 INDEX = 8  # bytes of an int64 index
 FP32 = 4
 EXPERT_TENSORS = "routed "  # in the name of each tensor that grows with the tokens of a rank's experts
-# An element in FP8 with its share of the scales (1x128 tiles, one for the tensor, 1x32 blocks), bytes.
-FP8_BYTES = {"block": 1 + 4 / 128, "tensor": 1.0, "delayed": 1.0, "mxfp8": 1 + 1 / 32}
+# An element in FP8 or FP4 with its share of the scales (1x128 tiles, one for the tensor, 1x32 or 1x16 blocks), bytes.
+FP8_BYTES = {"block": 1 + 4 / 128, "tensor": 1.0, "delayed": 1.0, "mxfp8": 1 + 1 / 32, "nvfp4": 1 / 2 + 1 / 16}
 
 
 @dataclass(frozen=True)

@@ -74,3 +74,45 @@ def test_fp16_continues_with_its_loss_scale_and_skipped_steps(tmp_path: Path) ->
     assert max(scale) < 2.0**30  # it did overflow
     assert updates < step
     assert steps == {updates}
+
+
+DELAYED = {"precision__dtype": "bf16", "precision__fp8": "delayed", "precision__fp8_format": "hybrid"}
+
+
+def scales(run_dir: Path, degrees: dict[str, int], changes: dict[str, Any]) -> dict[str, Any]:
+    """`continue_halfway`, and scales and histories by name as they were after resuming."""
+    run = small_run.prepare(small_run.config(run_dir, degrees, **changes))
+    checkpoint.resume(run)
+    found = state.delayed_scales(run, state.model_state(run))
+    kept = {shard.key: shard.data.tolist() for shard in state.Request(found).tensors if not any(shard.global_offset)}
+    return {"scales": kept, "losses": small_run.train(run, small_run.STEPS - small_run.HALF)}
+
+
+@pytest.mark.parametrize("degrees", [{}, {"tp": 2, "ep": 2, "pp": 2}], ids=["single", "tp2-ep2-pp2"])
+def test_delayed_scales_continue(tmp_path: Path, degrees: dict[str, int]) -> None:
+    """In the same layout bit by bit, in another as if it had not been interrupted."""
+    saved_in = {"ep": 2}
+    before = run_distributed(small_run.save_halfway, 2, tmp_path, saved_in, DELAYED)
+    same = run_distributed(scales, 2, tmp_path, saved_in, DELAYED)
+    assert [rank["losses"] for rank in same] == [rank["losses"] for rank in before]
+    world = 4 if degrees else 1
+    after = run_distributed(scales, world, tmp_path, degrees, DELAYED)
+    # Tensor parallelism adds up in bf16 by parts, and FP8 rounds what comes out: 1e-3 is the noise of that.
+    first, later = (5e-3, 5e-3) if "tp" in degrees else (1e-6, 1e-3)
+    assert after[0]["losses"][0] == pytest.approx(before[0]["losses"][0], rel=first)
+    assert after[0]["losses"] == pytest.approx(before[0]["losses"], rel=later)
+    together: dict[str, Any] = {}
+    for rank in after:
+        together |= rank["scales"]
+    saved = same[0]["scales"]
+    assert len(saved) > 10
+    assert together == saved
+    assert all(any(scale[0] != 1 for scale in kinds) for kinds in saved.values())
+
+
+def test_delayed_scaling_begins_anew_after_bf16(tmp_path: Path) -> None:
+    """It says so, and weights and moments are those of the checkpoint."""
+    run_distributed(small_run.save_halfway, 1, tmp_path, {}, BF16)
+    (after,) = run_distributed(scales, 1, tmp_path, {}, DELAYED)
+    assert all(scale[0] == 1 for kinds in after["scales"].values() for scale in kinds)
+    assert all(loss < 5.2 for loss in after["losses"])

@@ -231,9 +231,9 @@ def test_a_default_run_dir_is_one_directory_however_slow_the_checks_are(
 ) -> None:
     """Its name has the second in it, which passes while the configuration is checked."""
 
-    def slowly(*args: Any) -> Any:
+    def slowly(*args: Any, **options: Any) -> Any:
         time.sleep(1.1)
-        return validate(*args)
+        return validate(*args, **options)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compose_module, "validate", slowly)

@@ -53,6 +53,11 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "recompute.num_layers": (1, 1, 2),
     "recompute.modules": ([], [], [], [], [], ["layernorm"], ["mla_up_proj", "mlp"], ["moe", "core_attn"], ["moe_act"]),
     "batch.global_batch_size": (8, 16, 24),
+    "precision.dtype": (*["bf16"] * 9, "fp32"),
+    "precision.fp8": (*[None] * 4, "block", "tensor", "delayed", "mxfp8"),
+    "precision.first_last_layers_bf16": (True, *[False] * 4),
+    "precision.num_layers_at_start_in_bf16": (0, 1, 3),
+    "precision.num_layers_at_end_in_bf16": (0, 1, 3),
 }
 
 

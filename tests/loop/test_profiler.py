@@ -29,11 +29,14 @@ def test_rank_0_says_what_the_fullest_rank_needs(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().out == ""
 
 
-def test_first_steps_have_what_was_measured(tmp_path: Path, small_data: tuple[str, ...]) -> None:
-    """Through the real command path, on two stages; the third step is not measured."""
+@pytest.mark.parametrize("precision", ["fp32", "fp8_block"])
+def test_first_steps_have_what_was_measured(precision: str, tmp_path: Path, small_data: tuple[str, ...]) -> None:
+    """Through the real command path, on two stages; the third step is not measured. Emulated FP8 keeps 16 bits."""
     small = ["model.hidden_size=64", "model.ffn_hidden_size=128", "model.vocab_size=512", "train.seq_length=32"]
     steps = ["train.steps=3", "schedule.warmup_steps=1", "telemetry.profile_memory_steps=2"]
-    cfg = compose([*COMMON, *small, *small_data, *steps, "parallel.pp=2", f"run_dir={tmp_path}/run"])
+    cfg = compose(
+        [*COMMON, *small, *small_data, *steps, "parallel.pp=2", f"precision={precision}", f"run_dir={tmp_path}/run"]
+    )
     layout = validate(cfg)
     local.start(cfg, layout)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

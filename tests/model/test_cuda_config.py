@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from moe_train.config.compose import compose
 from moe_train.config.validate import validate
 from moe_train.model import backend
-from parallel.errors import HardwareError
+from parallel.errors import ConfigError, HardwareError
 from tests.distributed.helper import run_distributed
 
 MODELS = sorted(path.stem for path in Path("conf/model").glob("*.yaml"))
@@ -25,15 +27,13 @@ FUSED_NAMES = (
 )  # fmt: skip
 
 
-def cuda_options(*overrides: str, name: str = "te") -> dict[str, Any]:
-    """Fields of Megatron-Core's config for a cuda run, as if Transformer Engine were installed."""
+@contextlib.contextmanager
+def as_if_on_cuda() -> Iterator[None]:
+    """Megatron-Core's config classes find Transformer Engine installed in here."""
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.transformer import transformer_config
     from megatron.core.transformer.moe import moe_utils
 
-    from moe_train.model.build import transformer_config as make
-
-    cfg = compose(["runtime=cuda", "precision=bf16", *overrides])
     with (
         mock.patch.object(transformer_config, "is_te_min_version", return_value=True),
         mock.patch.object(transformer_config, "HAVE_PACKAGING", True, create=True),
@@ -41,9 +41,23 @@ def cuda_options(*overrides: str, name: str = "te") -> dict[str, Any]:
         mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb_thd", object(), create=True),
         mock.patch.multiple(moe_utils, create=True, **dict.fromkeys(FUSED_NAMES, object())),
     ):
+        yield
+
+
+def cuda_options(*overrides: str, name: str = "te") -> dict[str, Any]:
+    """Fields of Megatron-Core's config for a cuda run, as if Transformer Engine were installed."""
+    from moe_train.model.build import transformer_config as make
+
+    cfg = compose(["runtime=cuda", "precision=bf16", *overrides])
+    with as_if_on_cuda():
         config = make(cfg, validate(cfg), name, "cuda")
     keep = (bool, int, float, str, list, type(None))
     return {f.name: v for f in dataclasses.fields(config) if isinstance(v := getattr(config, f.name, None), keep)}
+
+
+def emulated_options() -> dict[str, Any]:
+    """The same for a run that emulates FP8."""
+    return cuda_options("precision=fp8_block", "runtime=cpu", name="local")
 
 
 def every_model() -> dict[str, dict[str, Any]]:
@@ -76,6 +90,69 @@ def test_deepep_overlap_and_apex_reach_megatron_core() -> None:
         cuda_options, 1, "model=tiny", "backend.apex=true", "backend.name=local", "backend.fusions=true"
     )
     assert apex["gradient_accumulation_fusion"]
+
+
+FP8_OPTIONS = {
+    "fp8_block": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+    "fp8_tensor": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    "fp8_delayed": {"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 1024,
+                    "fp8_amax_compute_algo": "max"},
+    "mxfp8": {"fp8": "e4m3", "fp8_recipe": "mxfp8"},
+    "nvfp4": {"fp4": "e2m1", "fp4_recipe": "nvfp4", "fp8": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", FP8_OPTIONS)
+def test_fp8_recipes_reach_megatron_core(precision: str) -> None:
+    """Every option by the name that Megatron-Core's own config class has for it, past its own checks."""
+    (found,) = run_distributed(
+        cuda_options, 1, "model=deepseek_v3", f"precision={precision}", "checkpoint.save_at_end=false"
+    )
+    assert found | FP8_OPTIONS[precision] == found
+    assert (found["bf16"], found["fp8_param"], found["first_last_layers_bf16"]) == (True, False, False)
+
+
+def test_layers_and_weights_of_fp8_reach_megatron_core() -> None:
+    """Layers that stay in bf16, and weights that are kept in FP8; on the CPU Megatron-Core is told of no FP8."""
+    layers = ("precision.first_last_layers_bf16=true", "precision.num_layers_at_start_in_bf16=3",
+              "precision.num_layers_at_end_in_bf16=2", "precision.fp8_param_gather=true")  # fmt: skip
+    (found,) = run_distributed(cuda_options, 1, "model=deepseek_v3", "precision=fp8_block", *layers)
+    assert (found["num_layers_at_start_in_bf16"], found["num_layers_at_end_in_bf16"]) == (3, 2)
+    assert found["first_last_layers_bf16"]
+    assert found["fp8_param"]
+    (emulated,) = run_distributed(emulated_options, 1)
+    assert emulated["fp8"] is None
+
+
+def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known only where the run is: block scaling begins with Hopper, MXFP8 with Blackwell."""
+    monkeypatch.setattr(backend, "_require", lambda *_: None)
+    cases = {"fp8_block": (8, 9), "fp8_tensor": (8, 0), "fp8_delayed": (8, 0), "mxfp8": (9, 0), "nvfp4": (9, 0)}
+    for precision, capability in cases.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        with pytest.raises(HardwareError, match=rf"needs .*has {capability[0]}\.{capability[1]}; use precision="):
+            backend.choose(compose(["runtime=cuda", f"precision={precision}"]), "cuda")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+        assert backend.choose(compose(["runtime=cuda", f"precision={precision}"]), "cuda") == "te"
+
+
+def test_scales_are_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine takes them from variables that are set before it is imported."""
+    monkeypatch.setattr(backend, "_require", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    cases = [
+        ("fp8_block", "false", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"),
+        ("fp8_tensor", "true", "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES"),
+    ]
+    for precision, cut, variable in cases:
+        cfg = compose(["runtime=cuda", f"precision={precision}", f"precision.power_of_two_scales={cut}"])
+        monkeypatch.delenv(variable, raising=False)
+        with pytest.raises(ConfigError, match=f"export {variable}=1"):
+            backend.choose(cfg, "cuda")
+        monkeypatch.setenv(variable, "1")
+        assert backend.choose(cfg, "cuda") == "te"
+        with pytest.raises(ConfigError, match=f"export {variable}=0"):
+            backend.choose(compose(["runtime=cuda", f"precision={precision}"]), "cuda")
 
 
 def test_no_fusion_when_switched_off() -> None:

@@ -24,6 +24,7 @@ class Facts:
         sequence_parallel: whether tensor-parallel ranks split the sequence.
         overlap_p2p: whether pipeline messages overlap with compute.
         total_steps: optimizer steps of the run.
+        trains: whether a run is to follow, or only a prediction or a model without a run.
     """
 
     cfg: Config
@@ -33,6 +34,7 @@ class Facts:
     sequence_parallel: bool
     overlap_p2p: bool
     total_steps: int
+    trains: bool = True
 
     @property
     def data_ranks_batch(self) -> int:
@@ -43,7 +45,7 @@ class Facts:
 Rule = Callable[[Facts], None]
 
 
-def gather_facts(cfg: Config, layout: ParallelLayout) -> Facts:
+def gather_facts(cfg: Config, layout: ParallelLayout, trains: bool = True) -> Facts:
     """Fill in what the config leaves to be derived."""
     runtime = ("cuda" if gpu_visible() else "cpu") if cfg.runtime == "auto" else cfg.runtime
     backend = ("te" if runtime == "cuda" else "local") if cfg.backend.name == "auto" else cfg.backend.name
@@ -56,6 +58,7 @@ def gather_facts(cfg: Config, layout: ParallelLayout) -> Facts:
         sequence_parallel=layout.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel,
         overlap_p2p=layout.vpp > 1 if parallel.overlap_p2p is None else parallel.overlap_p2p,
         total_steps=total_steps(cfg),
+        trains=trains and runtime != "simulated",
     )
 
 

@@ -51,7 +51,7 @@ def _missing(facts: Facts, module: str) -> tuple[str, list[Fix]] | None:
     if module == "moe_act" and not grouped_experts(facts):
         fix: dict[str, Any] = {"backend.grouped_gemm": True}
         return "only grouped experts (backend.grouped_gemm=true) can recompute their activation", [fix]
-    if module in ("layernorm", "moe_act") and cfg.precision.fp8 == "delayed":
+    if module in ("layernorm", "moe_act") and cfg.precision.fp8 == "delayed" and facts.backend == "te":
         reason = "precision.fp8=delayed would take statistics of the recomputed tensor a second time"
         return reason, [{"precision.fp8": "tensor"}]
     if module == "shared_experts" and cfg.parallel.shared_expert_overlap:

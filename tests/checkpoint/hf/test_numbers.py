@@ -26,6 +26,13 @@ def test_a_number_beyond_fp16_is_named(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "out", dtype="bf16")
 
 
+def test_an_infinity_is_no_fp8_number(source: Path, tmp_path: Path) -> None:
+    """It would become 448."""
+    models.edit(source, lambda held: held["model.layers.1.mlp.up_proj.weight"].view(-1)[3].fill_(-torch.inf))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight has infinities"):
+        convert(source, tmp_path / "out", to="hf", dtype="fp8")
+
+
 def test_integers_are_no_weights(source: Path, tmp_path: Path) -> None:
     models.edit(source, lambda held: held.update({"lm_head.weight": held["lm_head.weight"].to(torch.int8)}))
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is torch\.int8"):

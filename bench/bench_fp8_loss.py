@@ -1,0 +1,208 @@
+"""How far training in emulated FP8 strays from bf16: the same model, data and seed in each precision, on this CPU.
+
+The measure is that of DeepSeek-V3 (arXiv 2412.19437, appendix B.1): the relative difference of losses that an
+exponential moving average with a coefficient of 0.9 has smoothed. There it stays below 0.25 % with tiles of 1 x 128 and
+128 x 128. Here it counts from the end of the warm-up on, at every step. fp32 beside them shows what bf16 alone does.
+
+`make bench-fp8` prints one table, writes bench/results/fp8_loss.json with every loss of every run, and draws
+docs/fp8_loss.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import plot
+from bench.results import write
+from launch import forkserver, job, local
+from moe_train.config.compose import compose
+from moe_train.config.validate import validate
+
+BASELINE = "bf16"
+# One pass a step on one rank, so that weights are rounded once; the last case has two on each of two stages.
+CASES: dict[str, list[str]] = {
+    "bf16": ["precision=bf16"],
+    "fp32": ["precision=fp32"],
+    "fp8_block": ["precision=fp8_block"],
+    "fp8_tensor": ["precision=fp8_tensor"],
+    "fp8_delayed": ["precision=fp8_delayed"],
+    "fp8_block, pp2, recompute": [
+        "precision=fp8_block", "recompute=deepseek_v3", "parallel.pp=2",
+    ],
+}  # fmt: skip
+BATCH = 32  # sequences; with fewer the losses of one run jump about by as much as the criterion allows
+SMOOTHING = 0.9
+WARM_UP_STEPS = 20
+LARGEST_DIFFERENCE = 0.0025  # of fp8_block
+PICTURE = Path(__file__).parent.parent / "docs" / "fp8_loss.svg"
+COMMON = [
+    "model=tiny",
+    "runtime=cpu",
+    "train.seq_length=128",
+    "train.eval_batches=0",
+    f"schedule.warmup_steps={WARM_UP_STEPS}",
+    "checkpoint.save_at_end=false",
+    "telemetry.tensorboard=false",
+    "telemetry.progress=false",
+    "launcher.threads_per_rank=1",  # sums in one order, whatever the machine
+]
+
+
+def losses(case: str, seed: int, steps: int, batch: int) -> list[float]:
+    """Training loss of each step, nats a token. A pipeline gets two micro-batches, one rank gets one."""
+    with tempfile.TemporaryDirectory(prefix="bench-fp8-") as directory:
+        run = [f"seed={seed}", f"train.steps={steps}", f"run_dir={directory}/run"]
+        run += [f"batch.global_batch_size={batch}", f"batch.micro_batch_size={batch // (2 if 'pp2' in case else 1)}"]
+        cfg = compose([*COMMON, *CASES[case], *run])
+        layout = validate(cfg)
+        job.prepare_data(cfg)
+        local.start(cfg, layout)
+        lines = map(json.loads, Path(directory, "run", "metrics.jsonl").read_text().splitlines())
+        return [line["lm_loss"] for line in lines if "lm_loss" in line]
+
+
+def kept_losses(case: str, seed: int, steps: int, batch: int, keep: Path | None) -> list[float]:
+    """`losses`, from the file that an earlier bench left in `keep`, if it did."""
+    if keep is None:
+        return losses(case, seed, steps, batch)
+    file = keep / f"{case.replace(', ', '-')}-{seed}-{steps}-{batch}.json"
+    if not file.exists():
+        keep.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(losses(case, seed, steps, batch)))
+    curve: list[float] = json.loads(file.read_text())
+    return curve
+
+
+def smoothed(curve: Sequence[float]) -> list[float]:
+    """Exponential moving average that starts at the first loss."""
+    result = [curve[0]]
+    for loss in curve[1:]:
+        result.append(SMOOTHING * result[-1] + (1 - SMOOTHING) * loss)
+    return result
+
+
+def differences(curve: Sequence[float], baseline: Sequence[float]) -> list[float]:
+    """Relative difference of the smoothed losses at each step after the warm-up."""
+    pairs = zip(smoothed(curve), smoothed(baseline), strict=True)
+    return [(ours - theirs) / theirs for ours, theirs in pairs][WARM_UP_STEPS:]
+
+
+def row(case: str, seed: int, curve: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
+    """One run against the baseline of its seed."""
+    found = differences(curve, baseline)
+    return {
+        "case": case,
+        "seed": seed,
+        "last_smoothed_loss": smoothed(curve)[-1],
+        "last_difference": found[-1],
+        "largest_difference": max((abs(d) for d in found), key=lambda d: (math.isnan(d), d)),
+        "mean_difference": sum(map(abs, found)) / len(found),
+        "losses": list(curve),
+    }
+
+
+def measure(
+    cases: Sequence[str], seeds: Sequence[int], steps: int, batch: int, keep: Path | None
+) -> list[dict[str, Any]]:
+    """A row for each run, the baseline's first."""
+    rows = []
+    for seed in seeds:
+        baseline = kept_losses(BASELINE, seed, steps, batch, keep)
+        rows.append(row(BASELINE, seed, baseline, baseline))
+        for case in cases:
+            rows.append(row(case, seed, kept_losses(case, seed, steps, batch, keep), baseline))
+    return rows
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The largest difference of each case over all seeds, and whether that of fp8_block is small enough."""
+    summary: dict[str, Any] = {}
+    for r in rows:
+        name = f"{r['case'].replace(', ', '_')}_largest_difference"
+        if r["case"] != BASELINE:
+            summary[name] = max(summary.get(name, 0.0), r["largest_difference"], key=lambda d: (math.isnan(d), d))
+    block = summary.get("fp8_block_largest_difference")
+    return {
+        "fp8_block_holds": None if block is None else block < LARGEST_DIFFERENCE,
+        "every_loss_finite": all(math.isfinite(loss) for r in rows for loss in r["losses"]),
+        **summary,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows for a person."""
+    shown = Table(title=f"Smoothed loss against {BASELINE}, from step {WARM_UP_STEPS + 1} on")
+    for column in ("case", "seed", "last loss", "last difference", "mean", "largest"):
+        shown.add_column(column, justify="left" if column == "case" else "right")
+    for r in rows:
+        found = [f"{100 * r[name]:.3f} %" for name in ("last_difference", "mean_difference", "largest_difference")]
+        shown.add_row(r["case"], str(r["seed"]), f"{r['last_smoothed_loss']:.4f}", *found)
+    return shown
+
+
+def draw(rows: Sequence[dict[str, Any]]) -> str:
+    """Two pictures in one SVG for the first seed: the smoothed losses, and their differences from the baseline."""
+    seed = rows[0]["seed"]
+    curves = {r["case"]: r["losses"] for r in rows if r["seed"] == seed}
+    steps = range(1, len(curves[BASELINE]) + 1)
+    losses_ = {case: list(zip(steps, smoothed(curve), strict=True)) for case, curve in curves.items()}
+    percent = {
+        case: list(zip(steps[WARM_UP_STEPS:], (100 * d for d in differences(curve, curves[BASELINE])), strict=True))
+        for case, curve in curves.items()
+        if case != BASELINE
+    }
+    limit = 100 * LARGEST_DIFFERENCE
+    return plot.svg(
+        [
+            plot.Panel("smoothed training loss, nats a token", "step", losses_),
+            plot.Panel(f"difference from {BASELINE}, %", "step", percent, marks=(-limit, limit)),
+        ]
+    )
+
+
+def main() -> None:
+    """Command line of `make bench-fp8`. Exits with 1 if fp8_block is too far from bf16 or a loss is no number."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300, help=f"more than the {WARM_UP_STEPS} of the warm-up")
+    parser.add_argument("--seed", type=int, action="append", help="repeat for more runs (default: 1234)")
+    parser.add_argument("--batch", type=int, default=BATCH, help="sequences of a step")
+    parser.add_argument("--case", action="append", choices=[c for c in CASES if c != BASELINE], help="repeat for more")
+    parser.add_argument("--keep", type=Path, help="directory of finished curves, which are not measured again")
+    options = parser.parse_args()
+    if options.steps <= WARM_UP_STEPS:
+        parser.error(f"--steps={options.steps} is all warm-up; use --steps={WARM_UP_STEPS + 1} or more")
+    seeds = options.seed or [1234]
+    forkserver.begin()
+    try:
+        cases = options.case or [case for case in CASES if case != BASELINE]
+        rows = measure(cases, seeds, options.steps, options.batch, options.keep)
+    finally:
+        forkserver.kill()
+    summary = summarise(rows)
+    Console().print(table(rows))
+    if (options.steps, options.batch, options.seed, options.case) == (300, BATCH, None, None):
+        facts = {
+            "steps": options.steps,
+            "batch_sequences": BATCH,
+            "seeds": seeds,
+            "smoothing": SMOOTHING,
+            "criterion": LARGEST_DIFFERENCE,
+        }
+        print(f"wrote {write('fp8_loss', {**summary, **facts}, rows)}")
+        PICTURE.write_text(draw(rows))
+        print(f"wrote {PICTURE}")
+    sys.exit(0 if summary["fp8_block_holds"] is not False and summary["every_loss_finite"] else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Rules of FP8 and FP4: what each recipe can do, where it runs, and which shapes its products take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moe_train.config.rules.facts import Facts, Rule
+from moe_train.config.schema import PrecisionConfig
+from parallel.suggest import Fix, Impossible, fixes_of, multiples, nearest
+
+_OPTIONS = ("first_last_layers_bf16", "fp8_param_gather", "fp8_dispatch")
+_TILE = 128  # of fp8_dispatch, elements
+# What rows and columns of an operand must be a multiple of: 16 bytes (TE's cublaslt_gemm.cu and pytorch/utils.py
+# `assert_dim_for_fp8_exec`), and whole blocks of 32 where scales are laid out by them (cast/mxfp8, cast/nvfp4).
+_ALIGNMENT = {"block": 16, "tensor": 16, "delayed": 16, "mxfp8": 32, "nvfp4": 32}
+
+
+def recipe(precision: PrecisionConfig) -> str | None:
+    """How linear layers are quantised: block, tensor, delayed, mxfp8, nvfp4, or not at all."""
+    return precision.fp8 or precision.fp4
+
+
+def _named(precision: PrecisionConfig) -> str:
+    return f"precision.fp8={precision.fp8}" if precision.fp8 else f"precision.fp4={precision.fp4}"
+
+
+def _off(precision: PrecisionConfig) -> Fix:
+    fix: Fix = {f"precision.{name}": None for name in ("fp8", "fp4") if getattr(precision, name)}
+    return fix | {f"precision.{name}": False for name in _OPTIONS if getattr(precision, name)}
+
+
+def low_precision(facts: Facts) -> None:
+    """Only linear layers are in FP8 or FP4; all else needs bf16, and their options need a recipe."""
+    precision = facts.cfg.precision
+    if precision.fp8 and precision.fp4:
+        raise Impossible(
+            f"precision.fp4={precision.fp4} and precision.fp8={precision.fp8} exclude each other",
+            [{"precision.fp8": None}, {"precision.fp4": None}],
+        )
+    if recipe(precision) is None:
+        for name in _OPTIONS:
+            if getattr(precision, name):
+                raise Impossible(f"precision.{name}=true needs FP8, but precision.fp8=null",
+                                 [{f"precision.{name}": False}])  # fmt: skip
+        return
+    off, named = _off(precision), _named(precision)
+    if precision.dtype != "bf16":
+        raise Impossible(
+            f"{named} is for linear layers and needs precision.dtype=bf16 for the rest, not {precision.dtype}",
+            [{"precision.dtype": "bf16"}, off],
+        )
+    if precision.fp4 and facts.backend != "te":
+        raise Impossible(
+            f"{named} needs backend.name=te, not {facts.backend}, which emulates FP8 but not FP4",
+            [{"precision.fp4": None, "precision.fp8": "block"}, off],
+        )
+    if facts.backend == "local" and facts.runtime == "cuda":
+        raise Impossible(
+            f"{named} on cuda needs backend.name=te: backend.name=local emulates FP8 on the CPU",
+            [{"backend.name": "te"}, off],
+        )
+
+
+def scales(facts: Facts) -> None:
+    """Which recipes let the user say whether scales are powers of two."""
+    precision = facts.cfg.precision
+    asked = precision.power_of_two_scales
+    if precision.fp8 == "mxfp8" and asked is False:
+        raise Impossible("precision.power_of_two_scales=false does not go with precision.fp8=mxfp8: E8M0 has no others",
+                         fixes_of("precision.power_of_two_scales", (None, True)))  # fmt: skip
+    if asked and (precision.fp8 == "delayed" or precision.fp4):
+        raise Impossible(
+            f"precision.power_of_two_scales=true does not go with {_named(precision)}: Transformer Engine has no "
+            "such option",
+            fixes_of("precision.power_of_two_scales", (None, False)),
+        )
+
+
+def layers_in_bf16(facts: Facts) -> None:
+    """Upstream's limits (transformer/transformer_config.py), and at least one layer that is in FP8."""
+    precision, layers, pp = facts.cfg.precision, facts.cfg.model.num_layers, facts.layout.pp
+    if recipe(precision) is None or not precision.first_last_layers_bf16:
+        return
+    off: Fix = {"precision.first_last_layers_bf16": False}
+    if precision.fp8 == "delayed":
+        raise Impossible(
+            "precision.first_last_layers_bf16=true does not go with precision.fp8=delayed: Megatron-Core enters its "
+            "FP8 region once for all layers",
+            [off, {"precision.fp8": "tensor"}],
+        )
+    start, end = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
+    for name, value in (("num_layers_at_start_in_bf16", start), ("num_layers_at_end_in_bf16", end)):
+        if value > layers // pp:
+            raise Impossible(
+                f"precision.{name}={value} exceeds the model.num_layers / parallel.pp = {layers} / {pp} = "
+                f"{layers // pp} layers of a pipeline stage",
+                [*fixes_of(f"precision.{name}", (layers // pp, 1, 0)), off],
+            )
+    if start + end >= layers:
+        raise Impossible(
+            f"precision.num_layers_at_start_in_bf16={start} and precision.num_layers_at_end_in_bf16={end} leave none "
+            f"of model.num_layers={layers} layers in FP8",
+            [{"precision.num_layers_at_start_in_bf16": 1, "precision.num_layers_at_end_in_bf16": 1}, off],
+        )
+
+
+def param_gather(facts: Facts) -> None:
+    """Weights in FP8 are Transformer Engine's, and the distributed optimizer writes them."""
+    cfg = facts.cfg
+    if not cfg.precision.fp8_param_gather:
+        return
+    off: Fix = {"precision.fp8_param_gather": False}
+    if cfg.precision.fp4:
+        raise Impossible("precision.fp8_param_gather=true keeps weights in FP8, not in that of "
+                         f"precision.fp4={cfg.precision.fp4}", [off])  # fmt: skip
+    if facts.backend != "te":
+        raise Impossible(
+            f"precision.fp8_param_gather=true needs backend.name=te, not {facts.backend}, which emulates FP8", [off]
+        )
+    if not cfg.parallel.distributed_optimizer:
+        raise Impossible("precision.fp8_param_gather=true needs parallel.distributed_optimizer=true",
+                         [{"parallel.distributed_optimizer": True}, off])  # fmt: skip
+
+
+def dispatch(facts: Facts) -> None:
+    """Tokens travel in FP8 between emulated experts only, through all-to-all messages, in tiles of 1 x 128."""
+    cfg, model = facts.cfg, facts.cfg.model
+    if not cfg.precision.fp8_dispatch:
+        return
+    off: Fix = {"precision.fp8_dispatch": False}
+    if not model.is_moe:
+        raise Impossible("precision.fp8_dispatch=true needs experts, but model.num_experts=0", [off])
+    if cfg.precision.fp8 != "block":
+        raise Impossible(
+            f"precision.fp8_dispatch=true sends the tiles of precision.fp8=block, not of {_named(cfg.precision)}",
+            [{"precision.fp8": "block", "precision.fp4": None}, off],
+        )
+    if facts.backend != "local":
+        raise Impossible(
+            f"precision.fp8_dispatch=true needs backend.name=local, not {facts.backend}: the dispatchers of "
+            "Megatron-Core send 16 bits",
+            [off],
+        )
+    if cfg.parallel.dispatcher != "alltoall":
+        raise Impossible(
+            f"precision.fp8_dispatch=true needs parallel.dispatcher=alltoall, not {cfg.parallel.dispatcher}",
+            [{"parallel.dispatcher": "alltoall"}, off],
+        )
+    if model.hidden_size % _TILE:
+        raise Impossible(
+            f"precision.fp8_dispatch=true sends tiles of {_TILE}, which do not divide model.hidden_size="
+            f"{model.hidden_size}",
+            [*fixes_of("model.hidden_size", nearest(multiples(_TILE, model.hidden_size), model.hidden_size)), off],
+        )
+
+
+def dimensions(facts: Facts) -> None:
+    """Transformer Engine multiplies aligned matrices only: widths of linear layers on a rank, and its tokens."""
+    cfg, layout = facts.cfg, facts.layout
+    name = recipe(cfg.precision)
+    if name is None or facts.backend != "te":
+        return
+    unit, named = _ALIGNMENT[name], _named(cfg.precision)
+    for field, text, width, step in _widths(facts):
+        if width % unit:
+            value: int = getattr(cfg.model, field)
+            raise Impossible(
+                f"model.{field}={value} gives linear layers a width of {text} = {width} on a rank, and {named} needs "
+                f"multiples of {unit} (backend.name=te)",
+                [*fixes_of(f"model.{field}", nearest(multiples(step * unit, value), value)), _off(cfg.precision)],
+            )
+    split = layout.cp * (layout.tp if facts.sequence_parallel else 1)
+    size, length = cfg.batch.micro_batch_size, cfg.train.seq_length
+    if size * length // split % unit:
+        raise Impossible(
+            f"train.seq_length={length} gives a rank micro-batches of {size} x {length} / {split} = "
+            f"{size * length // split} tokens, and {named} needs multiples of {unit} (backend.name=te)",
+            [
+                *fixes_of("train.seq_length", nearest(multiples(unit * split, length), length)),
+                {"batch.micro_batch_size": unit},
+                _off(cfg.precision),
+            ],
+        )
+
+
+def _widths(facts: Facts) -> Iterator[tuple[str, str, int, int]]:
+    """(field, arithmetic, width on a rank, what of the field is one of the width) of each side of a linear layer.
+
+    Experts get as many rows as Megatron-Core pads them to (transformer/moe/experts.py `TEGroupedMLP`).
+    """
+    model, tp, etp = facts.cfg.model, facts.layout.tp, facts.layout.etp
+    hidden, heads = model.hidden_size, model.num_attention_heads // tp
+    yield "hidden_size", f"{hidden}", hidden, 1
+    if model.mtp_num_layers:
+        yield "hidden_size", f"{hidden} / {tp}", hidden // tp, tp
+    if model.attention == "mla":
+        nope, rope, value = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
+        latent = model.kv_lora_rank
+        if model.q_lora_rank:
+            yield "q_lora_rank", f"{model.q_lora_rank}", model.q_lora_rank, 1
+        yield "kv_lora_rank", f"{latent}", latent, 1
+        yield "qk_rope_head_dim", f"{latent} + {rope}", latent + rope, 1
+        yield "qk_nope_head_dim", f"{heads} x ({nope} + {rope})", heads * (nope + rope), 1
+        yield "v_head_dim", f"{heads} x {value}", heads * value, 1
+        yield "qk_nope_head_dim", f"{heads} x ({nope} + {value})", heads * (nope + value), 1
+    else:
+        size, groups = model.attention_head_dim, max(1, model.kv_heads // tp)
+        yield "head_dim", f"{heads} x {size}", heads * size, 1
+        yield "head_dim", f"({heads} + 2 x {groups}) x {size}", (heads + 2 * groups) * size, 1
+    if 0 in model.moe_layer_pattern:
+        yield "ffn_hidden_size", f"{model.ffn_hidden_size} / {tp}", model.ffn_hidden_size // tp, tp
+    if model.is_moe:
+        inner = model.moe_ffn_hidden_size
+        yield "moe_ffn_hidden_size", f"{inner} / {etp}", inner // etp, etp
+        if model.num_shared_experts:
+            shared = model.shared_expert_width
+            field = "shared_expert_ffn_hidden_size" if model.shared_expert_ffn_hidden_size else "moe_ffn_hidden_size"
+            yield field, f"{shared} / {tp}", shared // tp, tp
+
+
+def kept_scales(facts: Facts) -> None:
+    """Transformer Engine's delayed scaling pickles its scales with its layers, and checkpoints keep nothing pickled."""
+    checkpoint = facts.cfg.checkpoint
+    if not facts.trains or facts.cfg.precision.fp8 != "delayed" or facts.backend != "te":
+        return
+    if checkpoint.save_at_end or checkpoint.interval_steps:
+        raise Impossible(
+            "precision.fp8=delayed on backend.name=te has scales that no checkpoint keeps (Transformer Engine pickles "
+            "them), so that a run could not go on as it was",
+            [
+                {"precision.fp8": "tensor"},
+                {"checkpoint.save_at_end": False, "checkpoint.interval_steps": 0},
+            ],
+        )
+
+
+def moments(facts: Facts) -> None:
+    """Adam moments in bf16 are those of Megatron-Core's precision-aware optimizer, which is Transformer Engine's."""
+    cfg = facts.cfg
+    if cfg.precision.moments_dtype == "fp32" or not facts.trains:
+        return
+    off: Fix = {"precision.moments_dtype": "fp32"}
+    if facts.backend != "te":
+        raise Impossible(
+            f"precision.moments_dtype=bf16 needs the optimizer of Transformer Engine, not backend.name={facts.backend}",
+            [off],
+        )
+    if not cfg.parallel.distributed_optimizer:
+        raise Impossible("precision.moments_dtype=bf16 needs parallel.distributed_optimizer=true",
+                         [{"parallel.distributed_optimizer": True}, off])  # fmt: skip
+
+
+RULES: tuple[Rule, ...] = (
+    low_precision, scales, layers_in_bf16, param_gather, dispatch, dimensions, kept_scales, moments,
+)  # fmt: skip
