@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.preflight import facts, measure, verdict
+from launch import slurm, snapshot
+from launch.preflight import facts, measure, rank, verdict
 from launch.preflight.facts import Facts
 from moe_train.config.launcher import LauncherConfig
+from moe_train.config.schema import Config
 from parallel.layout import ParallelLayout
 from tests.launch.commands import ROOT, environment, overrides
 
@@ -35,7 +37,7 @@ def test_healthy_ranks_pass(tmp_path: Path) -> None:
     assert len(lines) == 9
     result = json.loads((tmp_path / "preflight.json").read_text())
     assert result["exclude"] == []
-    assert all(rank["groups"]["dp"][1] > 0 and rank["link_gb_s"] > 0 for rank in result["ranks"])
+    assert all(found["groups"]["dp"][1] > 0 and found["link_gb_s"] > 0 for found in result["ranks"])
     assert not list((tmp_path / ".preflight").glob("rank_*"))
 
 
@@ -108,10 +110,10 @@ def test_a_slow_clock_is_that_of_the_node_not_of_a_rank_that_was_late() -> None:
 
 def test_a_slow_group_blames_a_node_only_where_it_lies_within_one() -> None:
     ranks = healthy()
-    for rank in (4, 5):
-        ranks[rank].groups["tp"] = (4, 100.0, 200.0)
-    for rank in (1, 3, 5, 7):
-        ranks[rank].groups["dp"] = (1, 20.0, 30.0)
+    for number in (4, 5):
+        ranks[number].groups["tp"] = (4, 100.0, 200.0)
+    for number in (1, 3, 5, 7):
+        ranks[number].groups["dp"] = (1, 20.0, 30.0)
     found = judged(ranks)
     assert [(f.node, f.text) for f in found] == [
         ("", "dp group of rank 1: all-reduce 20.00 GB/s, the median is 32.50"),
@@ -133,3 +135,44 @@ def test_what_nvidia_smi_says_of_a_gpu() -> None:
     links = "GPU 0: NVIDIA H800\n\t Link 0: 25.781 GB/s\n\t Link 1: <inactive>\n"
     assert facts.dead_links(links) == ["NVLink down: Link 1"]
     assert facts.dead_links("GPU 0: NVIDIA H800\n\t Link 0: <inactive>\n") == []  # a machine without NVLink
+
+
+@pytest.fixture
+def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """A run that moe-submit has started, seen from within its job; returns what is given to Slurm from now on."""
+    place = tmp_path / snapshot.FOLDER / "2026-01-01_00-00-00"
+    place.mkdir(parents=True)
+    command = ["sbatch", "--parsable", "--exclude=n7", "--nodes=2", "train.sbatch", "seed=1"]
+    snapshot.write(snapshot.Submission(command, {"MOE_START": "srun"}, ["70"]), place)
+    monkeypatch.setenv("SLURM_JOB_ID", "70")
+    given: list[list[str]] = []
+
+    def run(*words: str, environment: dict[str, str]) -> str:
+        given.append([*words, environment["MOE_PREFLIGHT_ROUND"], environment["MOE_START"]])
+        return "71\n"
+
+    monkeypatch.setattr(slurm, "run", run)
+    return given
+
+
+def _config(tmp_path: Path, preflight: str = "resubmit") -> Config:
+    cfg = Config(run_dir=str(tmp_path))
+    cfg.launcher.preflight, cfg.launcher.exclude = preflight, ["n7"]
+    return cfg
+
+
+def test_a_job_is_submitted_again_without_the_bad_nodes(tmp_path: Path, submitted: list[list[str]]) -> None:
+    assert rank._again(_config(tmp_path), ["n2", "n9"]) == "submitted again as 71 with --exclude=n2,n7,n9"
+    assert submitted == [
+        ["sbatch", "--parsable", "--exclude=n2,n7,n9", "--nodes=2", "train.sbatch", "seed=1", "1", "srun"]
+    ]
+    assert snapshot.newest(tmp_path).jobs == ["70", "71"]
+
+
+def test_it_is_not_submitted_for_ever_or_unasked(
+    tmp_path: Path, submitted: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "moe-submit ... 'launcher.exclude=[n2,n7]'" in rank._again(_config(tmp_path, "check"), ["n2"])
+    monkeypatch.setenv("MOE_PREFLIGHT_ROUND", "3")
+    assert rank._again(_config(tmp_path), ["n2"]) == "not submitted again: that was done 3 times already"
+    assert submitted == []

@@ -69,13 +69,13 @@ class Jobs:
         words = self.cluster.run("scontrol", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def finish(self, job: str, timeout_s: float = 240) -> dict[str, str]:
+    def finish(self, job: str, timeout_s: float = 600) -> dict[str, str]:
         """Wait for the end of a job. AssertionError with its logs where it is not a good one."""
         facts = self.end(job, timeout_s)
         assert facts["JobState"] == "COMPLETED", f"{facts}\n{self.logs(job)}"
         return facts
 
-    def end(self, job: str, timeout_s: float = 240) -> dict[str, str]:
+    def end(self, job: str, timeout_s: float = 600) -> dict[str, str]:
         """Wait for the end of a job, however it ends."""
         done = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
         try:

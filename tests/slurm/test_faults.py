@@ -106,3 +106,15 @@ def test_a_killed_rank_is_started_again_in_the_job(
     assert facts["Restarts"] == "0"
     assert "attempt 1" in (tmp_path / f"slurm-{job}.out").read_text()
     assert losses(run_dir) == quiet
+
+
+def test_fewer_nodes_continue_in_a_fallback_layout(jobs: Jobs, tmp_path: Path, undisturbed: list[float]) -> None:
+    """Half of the run on 2 nodes in two stages, the rest on 1 node in one stage: the same batches, the same losses."""
+    run_dir = tmp_path / "run"
+    more = ("parallel.dp=2", "launcher.fallbacks=['parallel.pp=1 parallel.dp=2']", "schedule.decay_steps=4")
+    jobs.finish(jobs.submit(run_dir, *more, steps=2))
+    job = jobs.submit(run_dir, *more, flags=("--nodes=1",), steps=4)
+    jobs.finish(job)
+    assert _resumed_at(run_dir) == [2]
+    assert losses(run_dir) == pytest.approx(undisturbed, abs=1e-4)
+    assert "saved by pp2 ep2 dp2, continued by ep2 dp2" in (run_dir / "logs/node1.log").read_text()
