@@ -132,12 +132,12 @@ def directory(cfg: Config) -> None:
 def notes(cfg: Config, layout: ParallelLayout, found: Estimate) -> list[str]:
     """What is allowed and most often not meant."""
     launcher, lines = cfg.launcher, []
-    hours = launcher.time_limit_min / 60
-    jobs = -(-found.hours // hours)
+    hours, whole = launcher.time_limit_min / 60, found.pace.hours if found.pace else 0.0
+    jobs = -(-whole // hours)
     allowed = launcher.chain if launcher.chain > 1 else launcher.requeues + 1
     if jobs > allowed:
         lines.append(f"the run needs about {jobs:,.0f} time limits, and {allowed:,} are allowed (launcher.requeues)")
-    if cfg.checkpoint.interval_steps == 0 and found.hours > 1:
+    if cfg.checkpoint.interval_steps == 0 and whole > 1:
         lines.append("a crash loses everything since the last time limit: set checkpoint.interval_steps")
     for one in placement.placements(layout, launcher.ranks_per_node):
         if one.name in ("tp", "etp") and one.nodes > 1:

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_train.config.schema import Config
 from moe_train.config.validate import total_steps
 from moe_train.model.arithmetic import flops_per_token
-from moe_train.model.memory import GPUS, predict
+from moe_train.model.memory import job_of, predict, weights_on
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
+from parallel.planner import software
+from parallel.planner.calibration import FITTED
+from parallel.planner.hardware import Hardware
+from parallel.planner.layers import Machine
+from parallel.planner.time import plan_step
 
 GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a run is on the GPUs of `cluster`, and what all of it takes. `mfu` counts causal attention as such."""
+
+    step_s: float
+    tokens_per_s_per_gpu: float
+    mfu: float
+    hours: float
+    dollars: float
 
 
 @dataclass(frozen=True)
@@ -19,42 +35,46 @@ class Estimate:
     """Args:
     stage, memory_gib, usable_gib: the fullest pipeline stage, and what a GPU has for it; None on CPU nodes.
     tokens: of the whole run.
-    tokens_per_s: of one GPU, from the assumed MFU.
-    hours, dollars: of the whole run.
+    pace: None on CPU nodes.
     """
 
     stage: int
     memory_gib: float
     usable_gib: float | None
     tokens: int
-    tokens_per_s: float
-    hours: float
-    dollars: float
+    pace: Pace | None
 
 
 def estimate(cfg: Config, layout: ParallelLayout) -> Estimate:
     """From a validated config."""
-    stages = predict(cfg, layout)
-    fullest = max(stages, key=lambda stage: stage.total)
+    fullest = max(predict(cfg, layout), key=lambda stage: stage.total)
     tokens = total_steps(cfg) * cfg.batch.global_batch_size * cfg.train.seq_length
-    hours, tokens_per_s = time_of(cfg, layout, tokens)
-    size = cfg.launcher.gpu_memory_gb
+    gpus = cfg.runtime != "cpu"
     return Estimate(
         stage=fullest.stage,
         memory_gib=fullest.total / GIB,
-        usable_gib=None if cfg.runtime == "cpu" else GPUS.get(round(size), 0.97 * size * 1e9 / GIB),
+        usable_gib=Hardware.of(cfg.cluster).usable_bytes / GIB if gpus else None,
         tokens=tokens,
-        tokens_per_s=tokens_per_s,
-        hours=hours,
-        dollars=hours * layout.world_size * cfg.launcher.price_per_gpu_hour,
+        pace=pace(cfg, layout, tokens) if gpus else None,
     )
 
 
-def time_of(cfg: Config, layout: ParallelLayout, tokens: int) -> tuple[float, float]:
-    """Hours for `tokens` and tokens/s of one rank, from launcher.assumed_mfu: no other place says how fast it is."""
+def pace(cfg: Config, layout: ParallelLayout, tokens: int) -> Pace:
+    """From the planner's model of a step of this layout, with the dispatcher that the config names."""
+    hardware, job = Hardware.of(cfg.cluster), job_of(cfg, layout)
+    dispatcher = "flex" if cfg.parallel.dispatcher == "flex" else "alltoall"
+    machine = Machine(hardware, replace(software.of_date(cfg.plan.software_date), dispatcher=dispatcher), FITTED)
+    weights = [weights_on(cfg, job, stage) for stage in range(layout.pp)]
+    step = plan_step(job, machine, "interleaved" if layout.vpp > 1 else "1f1b", weights)
+    hours = tokens / step.tokens_per_s_per_gpu / layout.world_size / 3600
     flops = flops_per_token(cfg.model, cfg.train.seq_length, causal=True, include_mtp=True)
-    tokens_per_s = cfg.launcher.gpu_tflops * 1e12 * cfg.launcher.assumed_mfu / flops
-    return tokens / tokens_per_s / layout.world_size / 3600, tokens_per_s
+    return Pace(
+        step_s=step.seconds,
+        tokens_per_s_per_gpu=step.tokens_per_s_per_gpu,
+        mfu=step.tokens_per_s_per_gpu * flops / (hardware.bf16_tflops * 1e12),
+        hours=hours,
+        dollars=hours * layout.world_size * hardware.dollars_per_gpu_hour,
+    )
 
 
 def check_memory(found: Estimate, layout: ParallelLayout) -> None:

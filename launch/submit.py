@@ -200,13 +200,14 @@ def _report(run: Checked) -> None:
         *(("groups" if not i else "", str(one)) for i, one in enumerate(_placements(run))),
         ("memory", memory),
     ]
-    if cfg.runtime == "cuda":
-        limit_h = launcher.time_limit_min / 60
-        assumed = f"{launcher.assumed_mfu:.0%} of {launcher.gpu_tflops:g} TFLOPS assumed"
+    if found.pace:
+        pace, cluster, limit_h = found.pace, cfg.cluster, launcher.time_limit_min / 60
+        rate = pace.tokens_per_s_per_gpu
         rows += [
-            ("time", f"{found.hours:,.1f} hours ({found.tokens_per_s:,.0f} tokens/s a GPU; {assumed})"),
-            ("", f"{max(1, -(-found.hours // limit_h)):,.0f} x the time limit of {limit_h:g} hours"),
-            ("cost", f"${found.dollars:,.0f} at ${launcher.price_per_gpu_hour:g} for a GPU and hour"),
+            ("time", f"{pace.hours:,.1f} hours: a step {pace.step_s:,.1f} s, {rate:,.0f} tokens/s a GPU"),
+            ("", f"predicted for cluster={cluster.name} at an MFU of {pace.mfu:.0%}; moe-plan shows how"),
+            ("", f"{max(1, -(-pace.hours // limit_h)):,.0f} x the time limit of {limit_h:g} hours"),
+            ("cost", f"${pace.dollars:,.0f} at ${cluster.dollars_per_gpu_hour:g} for a GPU and hour"),
         ]
     notes = [] if cfg.runtime == "cpu" else checks.notes(cfg, layout, found)
     rows += [("note", note) for note in notes]

@@ -9,7 +9,7 @@ from moe_train.config.fields import doc
 
 @dataclass
 class LauncherConfig:
-    """Ranks on their nodes, what the network and a batch job need to know, and what an estimate assumes."""
+    """Ranks on their nodes, and what the network and a batch job need to know."""
 
     threads_per_rank: int | None = doc(
         None, "Compute threads of one rank; null shares the cores evenly.", minimum=1, maximum=10_000
@@ -65,8 +65,3 @@ class LauncherConfig:
     )
     slow_ratio: float = doc(1.5, "preflight: a rank is slow when it takes this many times the median.", minimum=1)
     clock_skew_s: float = doc(2.0, "preflight: largest difference between the clocks of two nodes, seconds.", minimum=0)
-
-    gpu_memory_gb: float = doc(80, "Memory of a GPU as it is sold, GB: submissions are checked against it.", minimum=1)
-    gpu_tflops: float = doc(989, "BF16 peak of one GPU, TFLOPS: for the estimate of hours.", minimum=1e-6)
-    assumed_mfu: float = doc(0.35, "Share of gpu_tflops that training reaches: for the hours.", minimum=1e-6)
-    price_per_gpu_hour: float = doc(2.0, "Dollars for one GPU and hour: for the estimate of costs.", minimum=0)

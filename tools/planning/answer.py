@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from moe_train.config.schema import Config
-from moe_train.model.arithmetic import count_parameters, flops_per_token, parameters_on_rank
-from moe_train.model.memory import job_of
+from moe_train.model.arithmetic import count_parameters, flops_per_token
+from moe_train.model.memory import job_of, weights_on
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
 from parallel.planner import cost, software
@@ -110,17 +110,6 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
         result.bills.append(stage_bill(result, stage, machine, weights_of))
     result.what_if = what_if(result)
     return result
-
-
-def weights_on(cfg: Config, job: Job, rank: int) -> Weights:
-    """Parameters on one rank of a pipeline rank."""
-    one, model = job.layout, cfg.model
-    held = parameters_on_rank(model, job.stages, rank, pp=one.pp, tp=one.tp, ep=one.ep, etp=one.etp)
-    items = "".join("".join(job.stages[i]) for i in range(rank, len(job.stages), one.pp))
-    matrix = model.padded_vocab_size * model.hidden_size // one.tp
-    return Weights(
-        held.shared, held.experts, max(0, held.total - (("E" in items or "m" in items) + ("L" in items)) * matrix)
-    )
 
 
 def software_of(cfg: Config) -> software.Software:
