@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Tests must not depend on what else the machine's Python warns about.
 export PYTHONWARNINGS := ignore
 
-.PHONY: help setup train test test-slow test-latest lint format parity bench-memory bench-step bench-fp8 bench-convert dryrun clean
+.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity bench-memory bench-step bench-fp8 bench-convert dryrun clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -26,10 +26,16 @@ train: setup ## Train a small MoE on real text over 4 ranks (tp=2 pp=2 ep=2) and
 	$(BIN)/moe-train experiment=tiny_tp2_pp2_ep2 run_dir=runs/make-train resume=never
 
 test: setup ## Run the whole suite
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not slurm"
 
 test-slow: setup ## Run the tests that take minutes
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m "slow and not slurm"
+
+test-slurm: setup ## Train through a private real Slurm (as root; installs it with apt where it is missing)
+	MOE_SLURM_INSTALL=1 $(BIN)/python -m pytest -q tests/slurm -m "not slow"
+
+test-slurm-slow: setup ## The same with time limits, crashed nodes and requeues, which take minutes
+	MOE_SLURM_INSTALL=1 $(BIN)/python -m pytest -q tests/slurm -m slow
 
 test-latest: ## Run the parity smoke with python3.12 and the newest supported megatron-core
 	@py=$$(PYTHON_LATEST="$(PYTHON_LATEST)" bash tests/find_python312.sh) || { echo "no python3.12 found: skipped (set PYTHON_LATEST=/path/to/python3.12)"; exit 0; }; \
@@ -40,9 +46,10 @@ test-smoke: setup
 	$(BIN)/python -c 'from importlib.metadata import version; print("megatron-core", version("megatron-core"), "torch", version("torch"))'
 	$(BIN)/python -m pytest -q tests/distributed tests/parallel tests/model tests/checkpoint/test_reshard.py -m "not slow"
 
-lint: setup ## Check style (ruff) and types (mypy)
+lint: setup ## Check style (ruff, shellcheck) and types (mypy)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck launch/train.sbatch .ci/run tests/*.sh
 	$(BIN)/mypy
 
 format: setup ## Rewrite the code in its style

@@ -132,6 +132,8 @@ def variants(source: Path, work: Path) -> dict[str, tuple[list[str | Path], Path
     two: list[str | Path] = [BIN / "mpirun", "-n", "2"]
     return {
         "cp": (["cp", "-r", source, work / "cp"], work / "cp"),
+        # A conversion ends when its files are on disk, and cp when they are in memory.
+        "cp, on disk": (["sh", "-c", f"cp -r '{source}' '{work}/s' && sync"], work / "s"),
         "HF to Megatron": ([convert, source, work / "a"], work / "a"),
         "HF to Megatron, 1 thread": ([convert, source, work / "b", "convert.threads=1"], work / "b"),
         "HF to Megatron, 2 MPI ranks": ([*two, convert, source, work / "c", "convert.threads=1"], work / "c"),
@@ -176,6 +178,7 @@ def measure(size_gb: float, repeats: int, directory: Path) -> tuple[dict[str, An
         "bytes": size,
         "fraction_of_cp_to_megatron": by_name["HF to Megatron"]["of_cp"],
         "fraction_of_cp_to_hf": by_name["Megatron to HF"]["of_cp"],
+        "cp_on_disk_of_cp": by_name["cp, on disk"]["of_cp"],
         "peak_bytes": max(row["peak_bytes_of_a_process"] for row in rows if "HF" in row["what"]),
         **{
             f"two_ranks_over_one_{end}": round(

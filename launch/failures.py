@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_train.resilience import stop
 from parallel.errors import LaunchError, MoeTrainError
 
 # What gloo, NCCL and the store say in a healthy rank when another one is gone or late.
@@ -22,6 +23,9 @@ _LOST_PEER = re.compile(
     r"|operation timeout|ncclRemoteError|ncclSystemError|wait timeout|store.*(closed|gone)",
     re.IGNORECASE,
 )
+
+AGREED = (3, stop.EXIT_CODE)
+"""Exit codes with which all ranks end together and on purpose: preflight found something, a signal asked to stop."""
 
 _SIGNAL_CAUSES = {
     "SIGKILL": "most often it was out of memory: see `dmesg`, lower batch.micro_batch_size or train.seq_length, "
@@ -117,6 +121,8 @@ def read(rank: int, exit_status: int, error_file: str, log: str) -> Failure:
 
 def _without_record(rank: int, exit_status: int, log: str) -> Failure:
     now = time.time()
+    if exit_status in AGREED:  # of several ranks, any other failure explains more
+        return Failure(rank, f"rank {rank} ended with exit code {exit_status}", exit_status, "", (4, now))
     if exit_status >= 0:
         return Failure(rank, f"rank {rank} ended with exit code {exit_status} and no error; see {log}", 1, "", (1, now))
     try:

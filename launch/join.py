@@ -6,6 +6,7 @@ value for all ranks.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import failures, job, local, rank, rendezvous
+from launch import env, failures, job, local, rank, rendezvous
+from moe_train.config.fallback import fitting
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError, LaunchError, MoeTrainError
 from parallel.rank_info import RankInfo
@@ -28,8 +30,8 @@ _CONFIG, _FAILED, _LOST, _READ, _DONE = (f"moe_train/{key}" for key in ("config"
 _PREPARATION_S = 24 * 3600  # other ranks wait while rank 0 tokenises a corpus; if it dies they notice at once
 
 
-def run(info: RankInfo) -> int:
-    """Be rank `info` of a job. Returns the exit code of this process."""
+def run(info: RankInfo, entry: str | None = None) -> int:
+    """Be rank `info` of a job that trains, or that runs `entry` without data. Returns the exit code of this process."""
     # At once, also inside a collective; Python's own handler would wait for it. The launcher ends the other ranks.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -43,12 +45,11 @@ def run(info: RankInfo) -> int:
         if info.rank == 0 or isinstance(error, LaunchError):
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return _lead(info, store) if info.rank == 0 else _follow(info, store)
+    return _lead(info, store, entry) if info.rank == 0 else _follow(info, store, entry)
 
 
-def _lead(info: RankInfo, store: TCPStore) -> int:
+def _lead(info: RankInfo, store: TCPStore, entry: str | None) -> int:
     from moe_train.config import compose
-    from moe_train.config.validate import validate
 
     published = False
 
@@ -59,13 +60,14 @@ def _lead(info: RankInfo, store: TCPStore) -> int:
                 f"runtime=simulated is one process, and {info.launcher} started {info.world_size}",
                 "run moe-train runtime=simulated alone",
             )
-        validate(cfg, info.world_size)
+        cfg = fitting(cfg, info.world_size)
         job.resolve_runtime(cfg)
-        job.prepare_data(cfg)
+        if entry is None:
+            job.prepare_data(cfg)
         path = job.save_config(cfg)
         store.set(_CONFIG, json.dumps({"config": compose.to_yaml(cfg)}))
         published = True
-        _train(cfg, path, info, store)
+        _train(cfg, path, info, store, entry)
 
     code = compose.hydra_entry(work)
     if not published:  # a wrong config, or --cfg and --help: hydra_entry has said all there is to say
@@ -74,7 +76,7 @@ def _lead(info: RankInfo, store: TCPStore) -> int:
     return code
 
 
-def _follow(info: RankInfo, store: TCPStore) -> int:
+def _follow(info: RankInfo, store: TCPStore, entry: str | None) -> int:
     from datetime import timedelta
 
     from moe_train.config import compose
@@ -91,14 +93,23 @@ def _follow(info: RankInfo, store: TCPStore) -> int:
         path = Path(directory, "config.yaml")
         path.write_text(message["config"], encoding="utf-8")
         cfg = compose.from_yaml(path)
-        _train(cfg, path, info, store)
+        _train(cfg, path, info, store, entry)
     return 0
 
 
-def _train(cfg: Config, path: Path, info: RankInfo, store: TCPStore) -> None:
+def _train(cfg: Config, path: Path, info: RankInfo, store: TCPStore, entry: str | None) -> None:
     try:
+        env.apply(cfg.launcher, info)
         rank.use_threads(cfg.launcher.threads_per_rank or _threads(info))
-        rank.train(str(path), local.ENTRY, info)
+        rank.train(str(path), entry or local.ENTRY, info)
+    except SystemExit as ended:  # early, as asked
+        # Together: a launcher may kill the others at the first exit code that is not 0.
+        with contextlib.suppress(RuntimeError):  # the store ends with rank 0
+            store.add(_DONE, 1)
+            _await(store, _DONE, info.world_size)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended.code if isinstance(ended.code, int) else 1)
     except Exception as error:
         _tell(error, cfg, info, store)
         sys.stdout.flush()

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-from launch import job, rank
+from launch import env, job, rank
 from launch.processes import RankProcesses
-from moe_train.config.schema import Config
+from moe_train.config.schema import Config, LauncherConfig
 from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
 
@@ -39,7 +39,7 @@ def start(cfg: Config, layout: ParallelLayout, entry: str | None = None) -> None
     store = TCPStore(_HOST, 0, None, True, timedelta(seconds=cfg.launcher.timeout_s), wait_for_workers=False)
     threads = cfg.launcher.threads_per_rank or threads_for(world_size)
     infos = [RankInfo(i, world_size, i, world_size, _HOST, store.port, "local") for i in range(world_size)]
-    setups = [_setup(info, logs, threads) for info in infos]
+    setups = [_setup(info, cfg.launcher, logs, threads) for info in infos]
     args = [(str(config_path), entry or ENTRY, info) for info in infos]
     processes = RankProcesses(rank.train, args, setups, forked=cfg.runtime != "cuda")
     try:
@@ -48,8 +48,8 @@ def start(cfg: Config, layout: ParallelLayout, entry: str | None = None) -> None
         _restore_terminal()
 
 
-def _setup(info: RankInfo, logs: Path, threads: int) -> rank.Setup:
-    environment = dict(os.environ) | info.environment()
+def _setup(info: RankInfo, cfg: LauncherConfig, logs: Path, threads: int) -> rank.Setup:
+    environment = dict(os.environ) | info.environment() | env.variables(cfg, info)
     # torch then connects to the store that the launcher hosts, where rank 0 would start one of its own.
     environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     if Path("/sys/class/net/lo").exists():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 from launch import forkserver, quiet, rendezvous, signals
 from moe_train.config.schema import Config
+from moe_train.resilience import stop
 from parallel.errors import MoeTrainError
 
 
@@ -15,23 +18,25 @@ def main() -> None:
     sys.exit(run())
 
 
-def run() -> int:
-    """What `main` does, returning the exit code."""
+def run(entry: str | None = None) -> int:
+    """What `main` does, returning the exit code. Each rank runs `entry`, which reads no data, in place of training."""
     quiet.silence()
     try:
         info = rendezvous.detect()
     except MoeTrainError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if rendezvous.speaks():
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if info is not None:
+        stop.listen(signal.SIGUSR1)  # a warning may come while libraries are imported
         from launch import join
 
-        return join.run(info)
+        return join.run(info, entry)
     from moe_train.config import compose
 
     try:
         with signals.interruptible():
-            return compose.hydra_entry(train_here)
+            return compose.hydra_entry(partial(train_here, entry=entry))
     except signals.Interrupted as interrupt:
         print(f"\ninterrupted by {interrupt.signal.name}; every rank has ended", file=sys.stderr)
         return interrupt.exit_code
@@ -39,8 +44,8 @@ def run() -> int:
         forkserver.kill()  # at once, even if it still imports
 
 
-def train_here(cfg: Config) -> None:
-    """Run one job on this machine.
+def train_here(cfg: Config, entry: str | None = None) -> None:
+    """Run one job on this machine: training, or `entry` on each rank.
 
     Raises:
         MoeTrainError: the config is wrong, the data cannot be made, or a rank failed.
@@ -61,5 +66,10 @@ def train_here(cfg: Config) -> None:
     job.resolve_runtime(cfg)
     if cfg.runtime == "cuda":
         job.check_gpus(layout, job.visible_gpus())
-    job.prepare_data(cfg)
-    local.start(cfg, layout)
+    if entry is None:
+        job.prepare_data(cfg)
+    local.start(cfg, layout, entry)
+
+
+if __name__ == "__main__":
+    main()

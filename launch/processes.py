@@ -60,13 +60,14 @@ class RankProcesses(PContext):
 
         Raises:
             RankError: a rank failed.
+        SystemExit: all ranks ended early, as they had agreed, with one of `failures.AGREED`.
             TimeoutError: some still ran after `timeout_s` seconds; a negative number means no limit.
             Interrupted: a signal told this process to end.
         """
         for setup in self._setups:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(setup.error_file)  # of an earlier run in the same directory
-        with signals.interruptible():
+        with signals.interruptible(), signals.forwarded(signal.SIGUSR1, self.pids):
             if self._forked:
                 forkserver.wait()
             try:
@@ -79,7 +80,10 @@ class RankProcesses(PContext):
         if result is None:
             raise TimeoutError(f"{self.nprocs} processes took longer than {timeout_s:g} s")
         if self.failures:
-            raise failures.RankError(min(self.failures, key=lambda failure: failure.order))
+            first = min(self.failures, key=lambda failure: failure.order)
+            if first.exit_code in failures.AGREED:
+                raise SystemExit(first.exit_code)
+            raise failures.RankError(first)
 
     def start(self) -> None:
         """Start. Signals stay with `launch.signals`: torch's handlers raise what `except Exception` catches."""

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from launch import failures, quiet, signals
 from moe_train.config.schema import Config
+from moe_train.resilience import stop
 from parallel.errors import LaunchError
 from parallel.rank_info import RankInfo
 
@@ -46,6 +47,7 @@ def enter(setup: Setup, work: Callable[..., None], args: tuple[Any, ...]) -> Non
     # A terminal sends Ctrl-C to every process; only the parent acts on it, and ends its ranks by SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    stop.listen(signal.SIGUSR1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ENDING)
     os.environ.clear()
     os.environ.update(setup.environment)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 # Steps in which Slurm runs a script or a shell rather than the tasks of srun (slurm/slurm.h, SLURM_BATCH_SCRIPT etc).
 _STEPS_WITHOUT_TASKS = {"", "batch", "extern", "interactive", "4294967290", "4294967291", "4294967292"}
+MPI_ASKED = "MOE_RENDEZVOUS"
+"""With the value mpi, ranks of srun too meet through mpi4py (srun --mpi=pmi2, srun --mpi=pmix)."""
 # Set by mpirun alone: Open MPI; the hydra of MPICH and Intel MPI. srun --mpi sets PMI_RANK or PMIX_RANK without them.
 _MPIRUN_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "RANK", "SLURM_PROCID")
 _MPIRUN_MARKS = ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "HYDI_CONTROL_FD", "HYDI_CONTROL_SIZE_FD")
 
 
@@ -30,10 +33,13 @@ def detect(env: Mapping[str, str] = os.environ) -> RankInfo | None:
     """
     if "RANK" in env and "WORLD_SIZE" in env:
         return _from_torchrun(env)
+    in_step = "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "") not in _STEPS_WITHOUT_TASKS
+    if env.get(MPI_ASKED) == "mpi" and in_step and not any(mark in env for mark in _MPIRUN_MARKS):
+        return _from_mpi(env, "srun --mpi", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
     # Before Slurm: mpirun inside a Slurm job starts its daemons by srun, so the ranks inherit variables of those.
     if any(mark in env for mark in _MPIRUN_MARKS):
         return _from_mpi(env)
-    if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "") not in _STEPS_WITHOUT_TASKS:
+    if in_step:
         return _from_srun(env)
     if "PMI_RANK" in env and "PMI_SIZE" in env:  # another launcher that speaks PMI, such as aprun
         return _from_mpi(env)
@@ -105,31 +111,47 @@ def _tasks_on_this_node(env: Mapping[str, str], size: int) -> int:
     return counts[node] if node < len(counts) else size
 
 
-def _from_mpi(env: Mapping[str, str]) -> RankInfo:
+def speaks(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process prints an error that every rank has."""
+    return next((env[name] for name in _RANKS if name in env), "0") == "0"
+
+
+def _from_mpi(env: Mapping[str, str], launcher: str = "mpirun", sizes: Sequence[str] = _MPIRUN_SIZES) -> RankInfo:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
-            f"mpirun started this process, but mpi4py cannot be used: {str(error).splitlines()[0]}",
-            "pip install 'moe-train[mpi]' with the MPI that mpirun belongs to, or start with torchrun or srun",
+            f"{launcher} started this process, but mpi4py cannot be used: {str(error).splitlines()[0]}",
+            f"pip install 'moe-train[mpi]' with the MPI that {launcher} belongs to, or start with torchrun or srun",
         ) from error
-    return _from_communicator(env, MPI.COMM_WORLD, MPI.COMM_TYPE_SHARED)
+    return _from_communicator(env, MPI.COMM_WORLD, MPI.COMM_TYPE_SHARED, launcher, sizes)
 
 
-def _from_communicator(env: Mapping[str, str], world: Any, shared: int) -> RankInfo:
-    """From mpi4py's COMM_WORLD; `shared` is MPI.COMM_TYPE_SHARED. Every rank must call this."""
-    announced = next((_number(env, name) for name in _MPIRUN_SIZES if name in env), 1)
+def _from_communicator(
+    env: Mapping[str, str], world: Any, shared: int, launcher: str = "mpirun", sizes: Sequence[str] = _MPIRUN_SIZES
+) -> RankInfo:
+    """From mpi4py's COMM_WORLD; `shared` is MPI.COMM_TYPE_SHARED. Every rank must call this.
+
+    Raises:
+        LaunchError: the launcher started another number of ranks (`sizes` names its variables) than the MPI of mpi4py
+            sees; most often each rank would be alone in its world.
+    """
+    announced = next((_number(env, name) for name in sizes if name in env), 1)
     if announced != world.size:
+        remedy = (
+            "use srun --mpi=pmi2 with MPICH and Intel MPI, --mpi=pmix with Open MPI, or plain srun"
+            if launcher != "mpirun"
+            else "install mpi4py against the MPI that mpirun belongs to, or start with torchrun or srun"
+        )
         raise LaunchError(
-            f"mpirun started {announced} ranks, but mpi4py sees {world.size}: it is built for another MPI",
-            "install mpi4py against the MPI that mpirun belongs to, or start with torchrun or srun",
+            f"{launcher} started {announced} ranks, but mpi4py sees {world.size}: it is built for another MPI", remedy
         )
     node = world.Split_type(shared)
     # A job on one machine must not depend on how its host name resolves.
     host = env.get("MASTER_ADDR") or ("127.0.0.1" if node.size == world.size else socket.gethostname())
     meeting = (host, _number(env, "MASTER_PORT", 0) or _free_port()) if world.rank == 0 else None
     host, port = world.bcast(meeting, root=0)
-    return _checked(RankInfo(world.rank, world.size, node.rank, node.size, host, port, "mpirun"))
+    return _checked(RankInfo(world.rank, world.size, node.rank, node.size, host, port, launcher))
 
 
 def _free_port() -> int:

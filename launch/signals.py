@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -60,6 +60,25 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def forwarded(number: signal.Signals, pids: Callable[[], Mapping[int, int]]) -> Iterator[None]:
+    """Pass this signal on to the processes of `pids`, by position; in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        for pid in pids().values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signum)
+
+    before = signal.signal(number, forward)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 @contextmanager

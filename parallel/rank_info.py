@@ -16,7 +16,7 @@ class RankInfo:
     master_addr: str
     master_port: int
     launcher: str
-    """What started this process: local, torchrun, srun or mpirun."""
+    """What started this process: local, torchrun, srun, srun --mpi or mpirun."""
 
     def environment(self) -> dict[str, str]:
         """The variables that torch's `env://` and most libraries read."""

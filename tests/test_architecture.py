@@ -24,6 +24,8 @@ WITHOUT_TORCH = (
     *sorted((ROOT / "moe_train/config").rglob("*.py")),
     ROOT / "moe_train/model/arithmetic.py",
     ROOT / "moe_train/model/memory.py",
+    ROOT / "tools/planning/predict.py",
+    ROOT / "tools/planning/answer.py",
     *sorted((ROOT / "parallel/planner").glob("*.py")),
     *(ROOT / "parallel" / f"{name}.py" for name in ("layout", "pipeline", "errors", "suggest", "rank_info")),
 )

@@ -118,7 +118,8 @@ def make_plan(
 ) -> Plan:
     """What to write. The target's format is the other one unless the config says so.
 
-    A source whose files have checksums is compared with them first, by each process of `team` a share.
+    A Hugging Face source with a manifest is compared with it first, by each process of `team` a share. Items of a
+    Megatron source have checksums, with which they are compared while they are read.
 
     Raises:
         ConfigError, CheckpointError: the source cannot be read, or the target cannot hold it.
@@ -145,11 +146,7 @@ def make_plan(
         files = {extent.path for extent in tensors.extents.values()}
         kept = convert.small_files(source)
         return convert.to_hf(reader, mapped.pieces, model, target, options, source, files, tensors.config, kept)
-    checkpoint = _open_megatron(source)
-    plan, keys = _plan_of_megatron(cfg, checkpoint, target, words, options)
-    # The CRC-32 of each item that is read costs a quarter of the SHA-256 of its file, and every checkpoint has it.
-    checkpoint.check(keys, threads, *share)
-    return plan
+    return _plan_of_megatron(cfg, _open_megatron(source), target, words, options)
 
 
 def _open_megatron(source: Path) -> distcp.Checkpoint:
@@ -158,7 +155,7 @@ def _open_megatron(source: Path) -> distcp.Checkpoint:
 
     path = directory.resolve(source, "convert.source")[0]
     directory.check_files(path)
-    checkpoint = distcp.Checkpoint(path)
+    checkpoint = distcp.Checkpoint(path, distcp.Checks())
     if (path / writer.MANIFEST).is_file():
         writer.verify(path, 1, leave_out={file.name for file in checkpoint.files})
     return checkpoint
@@ -166,23 +163,20 @@ def _open_megatron(source: Path) -> distcp.Checkpoint:
 
 def _plan_of_megatron(
     cfg: Config, checkpoint: distcp.Checkpoint, target: Path, words: Sequence[str], options: convert.Options
-) -> tuple[Plan, list[str]]:
-    """What to write, and the tensors that are read for it."""
+) -> Plan:
     from moe_train.checkpoint import compat
     from moe_train.checkpoint.hf import config, convert, mapping
 
     path = checkpoint.directory
     if cfg.convert.to == "megatron":
-        plan = convert.copy_megatron(checkpoint, target, options)
-        return plan, [key for key in checkpoint.tensors if options.optimizer or convert.is_model_tensor(key)]
+        return convert.copy_megatron(checkpoint, target, options)
     model = _chosen(cfg, words, lambda: compat.model_of(path))
     all_pieces = mapping.pieces(model)
     reader = convert.MegatronReader(checkpoint, all_pieces, fp32=options.dtype == "fp32")
     kept = path / convert.KEPT
     original = config.read(kept) if (kept / config.FILE).is_file() else None
     small = convert.small_files(kept)
-    plan = convert.to_hf(reader, all_pieces, model, target, options, path, checkpoint.files, original, small)
-    return plan, sorted({reader.key(piece) for piece in all_pieces})
+    return convert.to_hf(reader, all_pieces, model, target, options, path, checkpoint.files, original, small)
 
 
 def _chosen(cfg: Config, words: Sequence[str], described: Callable[[], ModelConfig]) -> ModelConfig:

@@ -18,13 +18,11 @@ from rich.table import Table
 from moe_train.config.compose import hydra_entry
 from moe_train.config.schema import Config
 from moe_train.config.validate import validate
-from moe_train.model.memory import predict
+from moe_train.model.memory import GPUS, predict
 from parallel.layout import ParallelLayout
 from parallel.planner.memory import StageMemory
 
 GIB, MIB = 2**30, 2**20
-# Memory of a GPU as it is sold, GB, and what torch can allocate of it beside the CUDA context, GiB.
-GPUS = {24: 23.0, 40: 39.0, 80: 78.6, 96: 93.0, 141: 138.6, 192: 177.0, 288: 266.0}
 PARTS = {
     "parameters": "parameters",
     "gradients": "gradients",

@@ -183,7 +183,9 @@ def load_model(run: Run, loaded: StateDict) -> None:
 def load_optimizer(run: Run, loaded: StateDict, updates: int) -> None:
     """Put read moments and fp32 weights into the optimizers, which have done `updates` steps."""
     for i, optimizer in enumerate(optimizers(run)):
-        state = loaded[str(i)]
+        state = loaded.get(str(i))
+        if state is None:  # a pipeline stage without experts has an optimizer for them, and no tensor in it
+            continue
         if isinstance(optimizer, DistributedOptimizer):
             _drop_steps(optimizer.optimizer)  # upstream looks for each state of torch's AdamW among the read tensors
             optimizer.load_parameter_state_from_fully_reshardable(state)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moe_train.config.cluster import ClusterConfig
 from moe_train.config.fields import doc
+from moe_train.config.launcher import LauncherConfig
 from moe_train.config.model import ModelConfig
+from moe_train.config.plan import PlanConfig
 
 
 @dataclass
@@ -235,16 +238,6 @@ class TelemetryConfig:
 
 
 @dataclass
-class LauncherConfig:
-    """How ranks are started and how they meet."""
-
-    threads_per_rank: int | None = doc(
-        None, "Compute threads of one rank; null shares the cores evenly.", minimum=1, maximum=10_000
-    )
-    timeout_s: int = doc(600, "Longest wait of a collective operation, seconds.", minimum=1)
-
-
-@dataclass
 class Config:
     """Everything that defines a run."""
 
@@ -263,6 +256,8 @@ class Config:
     inspect: InspectConfig = field(default_factory=InspectConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     runtime: str = doc(
         "auto", "What device code runs on; auto means cuda where a GPU is visible.",
         choices=("auto", "cuda", "cpu", "simulated"),

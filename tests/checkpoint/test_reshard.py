@@ -72,3 +72,13 @@ def test_overlapped_gathering_of_weights_saves_current_weights(tmp_path: Path) -
     before = run_distributed(small_run.save_halfway, 2, tmp_path, {}, overlap)
     after = run_distributed(small_run.continue_halfway, 1, tmp_path, {}, {})
     assert_same_run(before[0], after[0])
+
+
+def test_a_pipeline_stage_without_experts_continues(tmp_path: Path) -> None:
+    """Its optimizer for experts has no tensor in the checkpoint."""
+    few_layers = {"model__num_layers": 2, "model__mtp_num_layers": 0}
+    before = run_distributed(small_run.save_halfway, 2, tmp_path, {"pp": 2}, few_layers)
+    after = run_distributed(small_run.continue_halfway, 2, tmp_path, {"pp": 2}, few_layers)
+    for rank in range(2):
+        assert after[rank]["losses"] == before[rank]["losses"]
+        assert after[rank]["bits"] == before[rank]["bits"]

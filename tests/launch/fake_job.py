@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from moe_train.config.schema import Config
+from moe_train.resilience import stop
 from parallel.errors import ConfigError, DataError
 from parallel.rank_info import RankInfo
 
@@ -110,3 +111,16 @@ def hang_alone(cfg: Config, rank: RankInfo) -> None:
     if rank.rank == 1:
         raise RuntimeError("rank 1 had enough")
     time.sleep(300)
+
+
+def until_told(cfg: Config, rank: RankInfo) -> None:
+    """Stop together once a signal has asked any rank to."""
+    _meet(rank)
+    stop.listen(signal.SIGUSR1)
+    _say(cfg, rank, "hanging")
+    wish = torch.zeros(1)
+    while not wish.item():
+        time.sleep(0.05)
+        wish = torch.tensor(float(bool(stop.asked())))
+        dist.all_reduce(wish, op=dist.ReduceOp.MAX)
+    raise stop.Stopped

@@ -42,6 +42,15 @@ def test_a_signal_ends_every_rank(tmp_path: Path, number: signal.Signals, whole_
         assert "Traceback" not in output
 
 
+def test_sigusr1_lets_ranks_stop_by_themselves(tmp_path: Path) -> None:
+    """The launcher passes it on; the exit code says that the run can continue."""
+    with commands.hanging("until_told", tmp_path, 2) as process:
+        os.kill(process.pid, signal.SIGUSR1)
+        _gone(tmp_path, process)
+        assert process.returncode == 75
+        assert process.communicate()[1] == ""
+
+
 def test_ranks_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
     with commands.hanging("hang", tmp_path, 2) as process:
         process.kill()

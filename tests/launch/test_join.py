@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -77,6 +80,20 @@ def test_srun_tells_an_error_once_with_its_rank(tmp_path: Path) -> None:
     assert errors1.strip() == "error: rank 1: the corpus is empty; set data.path"
     assert errors0.strip() == ""
     assert (code0, code1) == (1, 2)
+
+
+def test_a_rank_that_is_told_to_stop_takes_the_others_with_it(tmp_path: Path) -> None:
+    """A scheduler may reach one rank long before the others. All end with the code that says: continue later."""
+
+    def warn() -> None:
+        commands.wait_for(lambda: len(list(tmp_path.glob("hanging_*"))) == 2, 60)
+        os.kill(int((tmp_path / "hanging_1").read_text()), signal.SIGUSR1)
+
+    thread = threading.Thread(target=warn)
+    thread.start()
+    ends = _srun(commands.arguments("until_told", tmp_path, 2))
+    thread.join()
+    assert [(code, errors) for code, _, errors in ends] == [(75, ""), (75, "")]
 
 
 def test_srun_prints_the_config_once(tmp_path: Path) -> None:

@@ -164,3 +164,20 @@ def test_srun_with_pmi_is_srun() -> None:
     info = rendezvous.detect({**SRUN, "PMI_RANK": "5", "PMI_SIZE": "7", "PMI_FD": "9"})
     assert info is not None
     assert info.launcher == "srun"
+
+
+def test_ranks_of_srun_meet_through_mpi_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_from_mpi", lambda env, launcher, sizes: (launcher, [env[name] for name in sizes]))
+    assert rendezvous.detect({**SRUN, "MOE_RENDEZVOUS": "mpi"}) == ("srun --mpi", ["7", "7"])
+
+
+def test_an_srun_that_leaves_each_rank_alone_is_refused() -> None:
+    sizes = ("SLURM_STEP_NUM_TASKS",)
+    with pytest.raises(LaunchError, match=r"srun --mpi started 7 ranks, but mpi4py sees 1.*--mpi=pmi2"):
+        rendezvous._from_communicator(SRUN, Communicator(1, 1), 0, "srun --mpi", sizes)
+
+
+def test_one_rank_speaks() -> None:
+    assert rendezvous.speaks({})
+    assert rendezvous.speaks({"PMI_RANK": "0", "SLURM_PROCID": "3"})  # mpirun in a Slurm job
+    assert not rendezvous.speaks({"SLURM_PROCID": "3"})

@@ -51,6 +51,9 @@ class Reader(Protocol):
     def has(self, name: str) -> bool:
         """Whether the copy `name` is wanted."""
 
+    def settle(self) -> None:
+        """Check what this thread has read and could not check yet."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -100,6 +103,10 @@ class MegatronReader:
             row += last - first
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
+    def settle(self) -> None:
+        if self.checkpoint.checks:
+            self.checkpoint.checks.settle()
+
 
 def check_megatron(checkpoint: distcp.Checkpoint, all_pieces: Sequence[Piece]) -> None:
     """Raise CheckpointError where the checkpoint and the model differ in a name or a shape."""
@@ -140,6 +147,9 @@ class HuggingFaceReader:
 
     def part_rows(self, piece: Piece, part: Part, start: int, stop: int) -> Tensor:
         return self._source.part_rows(piece, part, start, stop)
+
+    def settle(self) -> None:
+        """Its files have no checksum but that of the whole."""
 
 
 def to_megatron(source: MappedSource, target: Path, cfg: Config, options: Options) -> Plan:
@@ -277,12 +287,14 @@ def copy_megatron(checkpoint: distcp.Checkpoint, target: Path, options: Options)
             if options.dtype and is_model_tensor(box.key) and not box.key.endswith("expert_bias"):
                 dtype = DTYPES[options.dtype]
             rows = (
-                narrowed(extent.row_range(first, last).read(), dtype, box.key)
+                narrowed(checkpoint.read_part(box.chunk, extent.row_range(first, last)), dtype, box.key)
                 for first, last in _blocks(box, box.bytes)
             )
             shape = (box.stop - box.start, *extent.shape[1:])
             offsets = [box.chunk.offsets[0] + box.start, *box.chunk.offsets[1:]]
             facts.append(_save(out, dtype, shape, rows, box.key, checkpoint.tensors[box.key].size, offsets))
+        if checkpoint.checks:
+            checkpoint.checks.settle()
         return facts
 
     jobs = [
@@ -355,7 +367,10 @@ def to_hf(
     packed = _pack(groups, lambda group: sum(output.bytes for output in group), options.file_bytes)
     names = [f"model-{i:05d}-of-{len(packed):05d}.safetensors" for i in range(1, len(packed) + 1)]
     outputs = {name: [o for group in file for o in group] for name, file in zip(names, packed, strict=True)}
-    jobs = [FileJob(name, sum(o.bytes for o in held), partial(_write_outputs, held)) for name, held in outputs.items()]
+    jobs = [
+        FileJob(name, sum(o.bytes for o in held), partial(_write_outputs, reader, held))
+        for name, held in outputs.items()
+    ]
     weights = {o.dtype for held in outputs.values() for o in held if len(o.shape) == 2 and o.dtype is not DTYPES["fp8"]}
     common = torch.bfloat16 if options.dtype == "fp8" else min(weights, key=lambda d: d.itemsize)
     written = config.to_hf(model, str(common).removeprefix("torch."), original)
@@ -417,11 +432,12 @@ def _rows(reader: Reader, piece: Piece, part: Part, dtype: torch.dtype | None) -
     return blocks
 
 
-def _write_outputs(outputs: list[_Output], out: HashingFile) -> None:
+def _write_outputs(reader: Reader, outputs: list[_Output], out: HashingFile) -> None:
     out.write(safetensors.header([(o.name, o.dtype, o.shape) for o in outputs]))
     for output in outputs:
         for block in output.blocks():
             out.write_tensor(block)
+    reader.settle()
 
 
 def _wanted(options: Options, piece: Piece, stored: torch.dtype) -> torch.dtype:

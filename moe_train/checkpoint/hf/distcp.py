@@ -12,11 +12,11 @@ import io
 import os
 import pickle
 import sys
+import threading
 import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
@@ -55,15 +55,23 @@ class Chunk:
         """Where its numbers are."""
         return self._located[0]
 
+    @property
+    def bytes(self) -> int:
+        """Of its numbers."""
+        return prod(self.extent.shape) * self.extent.dtype.itemsize
+
     def check(self) -> None:
         """Raise CheckpointError where its numbers are not those that were written, by the checksum beside them."""
-        (extent, expected), found = self._located, 0
-        flat = Extent(self.file, extent.offset, torch.uint8, (prod(extent.shape) * extent.dtype.itemsize,))
+        found, flat = 0, Extent(self.file, self.extent.offset, torch.uint8, (self.bytes,))
         block = torch.empty(min(BLOCK_BYTES, flat.shape[0]), dtype=torch.uint8)
         for start in range(0, flat.shape[0], BLOCK_BYTES):
             size = min(BLOCK_BYTES, flat.shape[0] - start)
             found = zlib.crc32(bytes_of(flat.row_range(start, start + size).read(block[:size])), found)
-        if found != expected:
+        self.compare(found)
+
+    def compare(self, found: int) -> None:
+        """Raise CheckpointError where the CRC-32 of all its numbers is another one than that beside them."""
+        if found != self._located[1]:
             raise damaged(self.file.parent, f"the bytes of an item of {self.file.name} are not those that were written")
 
     @cached_property
@@ -125,11 +133,58 @@ class _Window(io.RawIOBase):
         return count
 
 
-class Checkpoint:
-    """A Megatron checkpoint, for reading."""
+class Checks:
+    """Compares chunks with their checksums while they are read, in whatever order that is. Each thread calls `settle`
+    when it has read what it wanted.
+    """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self) -> None:
+        self._begun, self._checked = threading.local(), set[int]()
+
+    @property
+    def _of_thread(self) -> dict[int, tuple[Chunk, int, int]]:
+        """Chunks that have been read from their start to some byte, and the CRC-32 so far."""
+        begun: dict[int, tuple[Chunk, int, int]] = self._begun.__dict__.setdefault("chunks", {})
+        return begun
+
+    def read(self, chunk: Chunk, part: Extent, out: Tensor | None = None) -> Tensor:
+        """`part` of `chunk`.
+
+        Raises:
+            CheckpointError: the chunk is damaged.
+        """
+        rows = part.read(out)
+        if id(chunk) in self._checked:
+            return rows
+        _, position, found = self._of_thread.pop(id(chunk), (chunk, 0, 0))
+        if part.offset - chunk.extent.offset != position:  # its rows are taken in another order
+            self._check(chunk)
+            return rows
+        view = bytes_of(rows)
+        position, found = position + len(view), zlib.crc32(view, found)
+        if position == chunk.bytes:
+            chunk.compare(found)
+            self._checked.add(id(chunk))
+        else:
+            self._of_thread[id(chunk)] = chunk, position, found
+        return rows
+
+    def settle(self) -> None:
+        """Check also the chunks of which this thread has read the beginning only."""
+        for chunk, _, _ in self._of_thread.values():
+            self._check(chunk)
+        self._of_thread.clear()
+
+    def _check(self, chunk: Chunk) -> None:
+        chunk.check()
+        self._checked.add(id(chunk))
+
+
+class Checkpoint:
+    """A Megatron checkpoint, for reading. `checks` compare what is read with its checksums."""
+
+    def __init__(self, directory: Path, checks: Checks | None = None) -> None:
+        self.directory, self.checks = directory, checks
         self.contents = metadata.read(directory)
         self.tensors: dict[str, metadata.TensorStorageMetadata] = {
             key: entry
@@ -159,14 +214,9 @@ class Checkpoint:
         file, dtype = self.directory / place.relative_path, self.tensors[key].properties.dtype
         return Chunk(tuple(chunk.offsets), tuple(chunk.sizes), dtype, file, place.offset, place.length)
 
-    def check(self, keys: Iterable[str], threads: int, rank: int = 0, size: int = 1) -> None:
-        """Raise CheckpointError where numbers of these tensors are not those that were written. Of `size` processes
-        each looks at its share.
-        """
-        chunks = [chunk for key in keys for chunk in self.chunks(key)][rank::size]
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(Chunk.check, chunks):
-                pass
+    def read_part(self, chunk: Chunk, part: Extent, out: Tensor | None = None) -> Tensor:
+        """A part of a chunk, read into `out` where given."""
+        return self.checks.read(chunk, part, out) if self.checks else part.read(out)
 
     def read(self, key: str, index: int | None, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of a tensor, or of its `index`-th slice on the first axis.
@@ -193,9 +243,9 @@ class Checkpoint:
             for axis, (offset, size) in enumerate(zip(box[0][1:], box[1][1:], strict=True), 1):
                 target = target.narrow(axis, offset, size)
             if target.is_contiguous() and target.dtype == part.dtype:
-                part.read(target)
+                self.read_part(chunk, part, target)
             else:
-                target.copy_(part.read())
+                target.copy_(self.read_part(chunk, part))
             filled += target.numel()
         if filled != out.numel():
             raise damaged(self.directory, f"{out.numel() - filled:,} elements of {key} are in no file")
@@ -297,4 +347,4 @@ def table(items: Iterable[Item]) -> bytes:
     return pickle.dumps(of.Metadata(state_dict_metadata=dict(tensors), storage_data=storage))
 
 
-__all__ = ["METADATA", "Checkpoint", "Chunk", "Item", "table", "write_item"]
+__all__ = ["METADATA", "Checkpoint", "Checks", "Chunk", "Item", "table", "write_item"]

@@ -34,6 +34,9 @@ from parallel.errors import CheckpointError, MoeTrainError
 MANIFEST = "manifest.json"
 _PLAN, _DONE, _LOCK, _PART = "plan.json", "done", ".lock", ".part"
 
+_WAITING = 2
+"""Files beyond those that are being written which may wait for the disk."""
+
 Json = dict[str, Any]
 T = TypeVar("T")
 
@@ -284,20 +287,20 @@ def _share(jobs: list[FileJob], team: Team) -> list[FileJob]:
 def _write_all(plan: Plan, jobs: list[FileJob], threads: int, progress: Callable[[int], None]) -> None:
     partial = partial_of(plan.target)
     complete = set(_complete(plan, partial))
-    stop = threading.Event()
+    stop, busy = threading.Event(), threading.Semaphore(threads)
 
     def work(job: FileJob) -> None:
         if stop.is_set():
             return
         try:
             if job.name not in complete:
-                _write_file(job, partial)
+                _write_file(job, partial, busy)
             progress(job.bytes)
         except BaseException:
             stop.set()  # here, or this thread would begin another file before anyone looks
             raise
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads + _WAITING) as pool:
         futures = [pool.submit(work, job) for job in jobs]
         try:
             plan.meanwhile()
@@ -308,11 +311,12 @@ def _write_all(plan: Plan, jobs: list[FileJob], threads: int, progress: Callable
             future.result()
 
 
-def _write_file(job: FileJob, partial: Path) -> None:
+def _write_file(job: FileJob, partial: Path, busy: threading.Semaphore) -> None:
     part = partial / (job.name + _PART)
     file = HashingFile(part)
     try:
-        facts = job.write(file)
+        with busy:
+            facts = job.write(file)
         file.close()
         os.replace(part, partial / job.name)
         record = {"bytes": file.position, "sha256": file.sha256.hexdigest(), "facts": facts}

@@ -7,6 +7,7 @@ from moe_train.loop.callbacks.metrics_file import MetricsFile
 from moe_train.loop.callbacks.profiler import MemoryForecast, MemoryProfiler
 from moe_train.loop.callbacks.progress import Progress
 from moe_train.loop.callbacks.run_log import RunLog
+from moe_train.loop.callbacks.stop import StopOnSignal
 from moe_train.loop.callbacks.summary import Summary
 from moe_train.loop.callbacks.tensorboard import TensorBoard
 from moe_train.loop.run import Callback, Run
@@ -24,7 +25,9 @@ def from_config(run: Run) -> list[Callback]:
         callbacks.append(TensorBoard())
     if cfg.telemetry.progress:
         callbacks.append(Progress())
-    callbacks.append(CheckpointCallback())  # after the metrics: whatever step is saved, its line is in the file
+    checkpoints = CheckpointCallback()
+    callbacks.append(checkpoints)  # after the metrics: whatever step is saved, its line is in the file
     callbacks.append(Summary())
-    callbacks.append(RunLog(run))  # last, to log what the others do at the end
+    callbacks.append(RunLog(run))  # late, to log what the others do at the end
+    callbacks.append(StopOnSignal(checkpoints))  # last: it may end the run
     return callbacks

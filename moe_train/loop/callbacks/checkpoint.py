@@ -15,12 +15,22 @@ class CheckpointCallback(Callback):
     Saving raises CheckpointError where the disk is full or not writable.
     """
 
+    def __init__(self) -> None:
+        self._saved_step = -1
+
     def on_step_end(self, run: Run, metrics: Metrics) -> None:
         """Save if this step is due. Not in `on_end`, which also runs after errors, when ranks no longer agree."""
         settings, step = run.cfg.checkpoint, run.state.step
         last = step >= run.total_steps and settings.save_at_end
-        if not last and (not settings.interval_steps or step % settings.interval_steps):
+        if last or (settings.interval_steps and step % settings.interval_steps == 0):
+            self.save(run)
+
+    def save(self, run: Run) -> None:
+        """Save the state after the current step, unless that was done already. Every rank calls it."""
+        step = run.state.step
+        if step == self._saved_step:
             return
+        self._saved_step = step
         start = time.perf_counter()
         with run.clock.paused():  # no part of the time of a step
             path = checkpoint.save(run)

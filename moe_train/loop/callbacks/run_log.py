@@ -38,7 +38,8 @@ class RunLog(Callback):
     def on_end(self, run: Run) -> None:
         if self._handler is None:
             return
-        log.info("%s at step %d", "done" if run.completed else "stopped by an error", run.state.step)
+        end = "done" if run.completed else f"stopped by {run.stopped_by or 'an error'}"
+        log.info("%s at step %d", end, run.state.step)
         logging.captureWarnings(False)
         logging.getLogger().removeHandler(self._handler)
         self._handler.close()

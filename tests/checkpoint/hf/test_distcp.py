@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import zipfile
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 
 from moe_train.checkpoint.hf import distcp
+from parallel.errors import CheckpointError
 
 
 class Output(io.BytesIO):
@@ -37,3 +40,29 @@ def test_item_is_that_of_torch_save(dtype: torch.dtype, shape: tuple[int, ...]) 
     loaded = torch.load(out, weights_only=True)
     assert (loaded.dtype, loaded.shape) == (dtype, tensor.shape)
     assert torch.equal(loaded, tensor)
+
+
+ORDERS = {
+    "from start to end": [(0, 3), (3, 8)],
+    "backwards": [(4, 8), (0, 4)],
+    "the beginning only": [(0, 5)],
+    "the end only": [(5, 8)],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("damaged", [True, False])
+def test_what_is_read_is_checked_in_any_order(order: str, damaged: bool, tmp_path: Path) -> None:
+    """A byte that is wrong is found even where its row is not read: whoever wrote it wrote other rows beside."""
+    out = Output()
+    distcp.write_item(out, torch.float32, (8, 4), [torch.rand(8, 4)])
+    content = bytearray(out.getvalue())
+    if damaged:
+        content[content.index(b"archive/data/0") + 14 + 4 * 16] ^= 1  # in row 4
+    (tmp_path / "__0_0.distcp").write_bytes(content)
+    chunk = distcp.Chunk((0, 0), (8, 4), torch.float32, tmp_path / "__0_0.distcp", 0, len(content))
+    checks = distcp.Checks()
+    with pytest.raises(CheckpointError, match="not those that were written") if damaged else nullcontext():
+        for start, stop in ORDERS[order]:
+            checks.read(chunk, chunk.extent.row_range(start, stop))
+        checks.settle()

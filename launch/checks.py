@@ -1,0 +1,145 @@
+"""What can be known to be wrong with a submission before any node is asked for. No torch import."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+from launch import env, placement
+from launch.estimate import Estimate
+from moe_train.config.fallback import fitting, values_of
+from moe_train.config.schema import Config
+from parallel.errors import ConfigError
+from parallel.layout import ParallelLayout
+from parallel.rank_info import RankInfo
+
+_OF_ONE_MACHINE = ("/dev/shm", "/run", "/proc")
+
+
+def nodes_of(cfg: Config, layout: ParallelLayout) -> int:
+    """Nodes that the layout fills. Raises ConfigError where it fills them in part."""
+    each = cfg.launcher.ranks_per_node
+    if layout.world_size % each:
+        ranks = f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} x dp {layout.dp} = {layout.world_size} ranks"
+        fits = [n for n in range(each, 0, -1) if layout.world_size % n == 0]
+        raise ConfigError(
+            f"parallel.{ranks} do not fill nodes of launcher.ranks_per_node={each}",
+            f"use launcher.ranks_per_node={fits[0]}, or launcher.nodes=N with parallel.dp=null",
+        )
+    return layout.world_size // each
+
+
+def job(cfg: Config) -> None:
+    """Times, nodes and layouts of the batch job itself."""
+    launcher = cfg.launcher
+    if launcher.grace_s * 2 > launcher.time_limit_min * 60:
+        raise ConfigError(
+            f"launcher.grace_s={launcher.grace_s} leaves less than half of launcher.time_limit_min="
+            f"{launcher.time_limit_min} to train",
+            f"use launcher.grace_s={launcher.time_limit_min * 6} or a longer launcher.time_limit_min",
+        )
+    if launcher.start in ("mpirun", "pmi2", "pmix") and importlib.util.find_spec("mpi4py") is None:
+        raise ConfigError(
+            f"launcher.start={launcher.start} needs mpi4py, which is not installed",
+            "pip install 'moe-train[mpi]', or use launcher.start=srun",
+        )
+    if launcher.nics and len(launcher.nics) > launcher.ranks_per_node:
+        raise ConfigError(
+            f"launcher.nics has {len(launcher.nics)} adapters for launcher.ranks_per_node={launcher.ranks_per_node}",
+            "name one for each GPU",
+        )
+    env.variables(launcher, RankInfo(0, 1, 0, 1, "", 0, "srun"))  # its entries are NAME=VALUE
+    _container(cfg)
+
+
+def _container(cfg: Config) -> None:
+    launcher = cfg.launcher
+    image = launcher.container
+    local = image is not None and (image.startswith(("/", "./")) or image.endswith((".sif", ".sqsh")))
+    if image is not None and local and not Path(image).exists():
+        raise ConfigError(f"launcher.container={image} does not exist", "name an image file, or one of a registry")
+    if launcher.mounts and image is None:
+        raise ConfigError("launcher.mounts is for launcher.container, which is null", "use launcher.mounts=[]")
+    for mount in launcher.mounts:
+        if not Path(mount.partition(":")[0]).exists():
+            raise ConfigError(f"launcher.mounts has {mount}, which is not on this machine", "name a shared directory")
+
+
+def fallbacks(cfg: Config, nodes: int) -> None:
+    """Every number of nodes with which the job may come back has a layout, or Slurm could start one that cannot run."""
+    launcher = cfg.launcher
+    for text in launcher.fallbacks:
+        values_of(text)
+    fewest = launcher.min_nodes or nodes
+    if fewest > nodes:
+        raise ConfigError(
+            f"launcher.min_nodes={fewest} exceeds the {nodes} nodes of the job", f"use launcher.min_nodes={nodes}"
+        )
+    for count in range(fewest, nodes):
+        ranks = count * launcher.ranks_per_node
+        try:
+            fitting(cfg, ranks)
+        except ConfigError as error:
+            raise ConfigError(
+                f"launcher.min_nodes={fewest} lets the job start with {count} nodes, but {error.cause}",
+                f"add a layout of {ranks} ranks to launcher.fallbacks, such as 'parallel.dp=2 parallel.ep=2'",
+            ) from error
+
+
+def data(cfg: Config) -> None:
+    """The dataset, or the text that it is made from, can be read."""
+    source = cfg.data
+    if source.source == "files" and source.path and not any(c in source.path for c in "*?["):
+        _readable(Path(source.path), f"data.path={source.path}", "correct data.path")
+    if source.source != "none":
+        return
+    for entry in source.blend:
+        prefix = entry.split(maxsplit=1)[1]
+        for suffix in (".bin", ".idx"):
+            _readable(Path(prefix + suffix), f"data.blend: {prefix}{suffix}", "correct the prefix in data.blend")
+    if not source.blend:
+        manifest = Path(source.dir, "manifest.json")
+        what = f"data.dir={source.dir}: no dataset there ({manifest.name})"
+        _readable(manifest, what, "make it with moe-data, or correct data.dir")
+
+
+def _readable(path: Path, what: str, remedy: str) -> None:
+    if not path.exists():
+        raise ConfigError(f"{what} does not exist", remedy)
+    if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        raise ConfigError(f"{what} cannot be read by this user", remedy)
+    if path.name == "manifest.json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path} is damaged: {error}", "make the dataset again with moe-data") from error
+
+
+def directory(cfg: Config) -> None:
+    """Other nodes will see the run's directory."""
+    path = str(Path(cfg.run_dir).resolve())
+    own = (*_OF_ONE_MACHINE, *([cfg.launcher.scratch_dir] if cfg.launcher.scratch_dir else []))
+    for place in own:
+        if path == place or path.startswith(place.rstrip("/") + "/"):
+            raise ConfigError(
+                f"run_dir={cfg.run_dir} is under {place}, which each node has for itself",
+                "set run_dir to a directory on storage that all nodes share",
+            )
+
+
+def notes(cfg: Config, layout: ParallelLayout, found: Estimate) -> list[str]:
+    """What is allowed and most often not meant."""
+    launcher, lines = cfg.launcher, []
+    hours = launcher.time_limit_min / 60
+    jobs = -(-found.hours // hours)
+    allowed = launcher.chain if launcher.chain > 1 else launcher.requeues + 1
+    if jobs > allowed:
+        lines.append(f"the run needs about {jobs:,.0f} time limits, and {allowed:,} are allowed (launcher.requeues)")
+    if cfg.checkpoint.interval_steps == 0 and found.hours > 1:
+        lines.append("a crash loses everything since the last time limit: set checkpoint.interval_steps")
+    for one in placement.placements(layout, launcher.ranks_per_node):
+        if one.name in ("tp", "etp") and one.nodes > 1:
+            lines.append(f"parallel.{one.name}={one.size} spans {one.nodes} nodes, and talks in every layer")
+    return lines

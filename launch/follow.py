@@ -1,0 +1,99 @@
+"""What became of a submission: `moe-submit status|cancel|logs RUN_DIR`. No torch import."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+from launch import slurm, snapshot
+from moe_train.config import compose
+from moe_train.config.validate import total_steps
+from parallel.errors import ConfigError, LaunchError
+
+_ACTIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUE_HOLD")
+_LINES = 15
+
+
+def status(run_dir: str) -> None:
+    """Print each job of the newest submission with its state, and how far the run is."""
+    for job in snapshot.newest(run_dir).jobs:
+        for facts in _facts(job) or [{"JobState": "no longer known to Slurm"}]:
+            number = facts.get("ArrayTaskId", "")
+            name = f"{facts.get('ArrayJobId', job)}_{number}" if number else job
+            details = {"on": "NodeList", "for": "RunTime", "restarted": "Restarts", "because": "Reason"}
+            shown = [
+                f"{word} {facts[key]}"
+                for word, key in details.items()
+                if facts.get(key, "(null)") not in ("(null)", "0", "None", "00:00:00")
+            ]
+            print(f"job {name}: {', '.join([facts['JobState'].lower().replace('_', ' '), *shown])}")
+    for directory in sorted({path.parent for path in Path(run_dir).glob("**/metrics.jsonl")}):
+        if line := _last_step(directory):
+            print(f"{directory}: {line}")
+
+
+def cancel(run_dir: str) -> None:
+    """End every job of the newest submission."""
+    jobs = snapshot.newest(run_dir).jobs
+    active = [job for job in jobs if _active(job)]
+    if not active:
+        raise ConfigError(
+            f"no job of {run_dir} is waiting or running", f"moe-submit status {run_dir} shows how they ended"
+        )
+    slurm.run("scancel", *reversed(active))  # last first, or a chain would go on
+    print(f"cancelled {', '.join(active)}")
+
+
+def logs(run_dir: str) -> None:
+    """Print the end of what the jobs and their ranks wrote, oldest file first."""
+    snapshot.newest(run_dir)
+    files = [*Path(run_dir).glob("slurm-*.out"), *Path(run_dir).glob("**/logs/*.log")]
+    if not files:
+        raise ConfigError(f"{run_dir} has no logs yet", f"moe-submit status {run_dir} shows if it has started")
+    for path in sorted(files, key=lambda path: path.stat().st_mtime):
+        print(f"--- {path}")
+        print("\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES:]))
+
+
+def refuse_active(run_dir: str) -> None:
+    """Raise ConfigError where a job of this directory still waits or runs: two would write the same files."""
+    try:
+        jobs = snapshot.newest(run_dir).jobs
+    except ConfigError:
+        return
+    if active := [job for job in jobs if slurm.installed() and _active(job)]:
+        raise ConfigError(
+            f"run_dir={run_dir} belongs to job {active[0]}, which has not ended",
+            f"use another run_dir, or moe-submit cancel {run_dir}",
+        )
+
+
+def _active(job: str) -> bool:
+    return any(facts["JobState"] in _ACTIVE for facts in _facts(job))
+
+
+def _facts(job: str) -> list[dict[str, str]]:
+    """What Slurm knows of a job, one entry for each task of an array; nothing once it has forgotten the job."""
+    try:
+        text = slurm.run("scontrol", "show", "job", "--oneliner", job)
+    except LaunchError as error:
+        if "Invalid job id" in error.cause:
+            return []
+        raise
+    return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in text.splitlines() if line]
+
+
+def _last_step(directory: Path) -> str:
+    lines = []
+    for text in (directory / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):  # it may be half written
+            lines.append(json.loads(text))
+    steps = [line for line in lines if "lm_loss" in line]
+    if not steps:
+        return ""
+    last = steps[-1]
+    total = total_steps(compose.from_yaml(directory / "config.yaml"))
+    return (
+        f"step {last['step']:,} of {total:,}, loss {last['lm_loss']:.4f}, {last.get('tokens_per_s') or 0:,.0f} tokens/s"
+    )

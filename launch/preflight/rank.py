@@ -1,0 +1,124 @@
+"""One rank of `moe-preflight`: it looks at its node, measures with the others, and rank 0 reports."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from launch import snapshot
+from launch.preflight import facts, measure, verdict
+from launch.preflight.facts import Facts
+from moe_train.config.schema import Config
+from moe_train.config.validate import validate
+from parallel import runtime
+from parallel.errors import ConfigError, LaunchError
+from parallel.layout import ParallelLayout
+from parallel.rank_info import RankInfo
+
+EXIT_CODE = 3
+"""Something is wrong with a node or the network. One of `launch.failures.AGREED`."""
+_MOST_RESUBMISSIONS = 3
+_COUNT = "MOE_PREFLIGHT_ROUND"
+
+
+def run(cfg: Config, info: RankInfo) -> None:
+    """Check, and end with exit code 3 on every rank where something is wrong.
+
+    Raises:
+        SystemExit: with `EXIT_CODE`.
+    """
+    layout = validate(cfg, info.world_size)
+    device = _start(cfg, info)
+    mine = look(cfg, layout, info, device)
+    gathered: list[Facts] = [mine] * info.world_size
+    dist.all_gather_object(gathered, mine)
+    findings = verdict.judge(gathered, cfg.launcher, info.local_world_size)
+    if info.rank == 0:
+        _report(cfg, gathered, findings)
+    dist.barrier()
+    if findings:
+        raise SystemExit(EXIT_CODE)
+
+
+def look(cfg: Config, layout: ParallelLayout, info: RankInfo, device: torch.device) -> Facts:
+    """Everything that this rank can find out, alone and together with the others."""
+    cuda = device.type == "cuda"
+    found = Facts(facts.node_name(), info.rank, facts.versions())
+    if cuda:
+        free, total = torch.cuda.mem_get_info()
+        found.gpus, found.memory_free = torch.cuda.device_count(), free / total
+        found.gpu_problems = facts.gpu_problems(info.local_rank)
+        found.versions |= {"driver": facts.gpu_driver(), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    else:
+        found.memory_free = facts.memory_free()
+    found.clock_s = measure.clock()
+    size = 256 if cuda else 4
+    found.sees_run_dir, found.write_mb_s, found.read_mb_s = measure.storage(Path(cfg.run_dir), info, size)
+    dist.barrier()
+    found.matmul_s = measure.matmul(device)
+    nodes = [""] * info.world_size
+    dist.all_gather_object(nodes, found.node)
+    found.link_gb_s = measure.links(nodes, info, device, size)
+    found.groups = measure.bandwidth(layout, info, device, size, cfg.launcher.timeout_s)
+    return found
+
+
+def _start(cfg: Config, info: RankInfo) -> torch.device:
+    name = runtime.choose(cfg.runtime)
+    if name == "cuda":
+        return runtime.start(name, info, cfg.launcher.timeout_s)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")
+    dist.init_process_group(  # without Megatron-Core, which takes seconds to import and has no part in this
+        "gloo",
+        init_method=f"tcp://{info.master_addr}:{info.master_port}",
+        rank=info.rank,
+        world_size=info.world_size,
+        timeout=timedelta(seconds=cfg.launcher.timeout_s),
+    )
+    return torch.device("cpu")
+
+
+def _report(cfg: Config, gathered: list[Facts], findings: list[verdict.Finding]) -> None:
+    nodes = verdict.excluded(findings)
+    lines = verdict.table(gathered, findings)
+    if nodes:
+        lines.append(f"exclude: {','.join(nodes)}")
+        lines.append(_again(cfg, nodes))
+    elif findings:
+        lines.append("no single node is to blame: see the switches between them")
+    text = "\n".join(lines)
+    result = {"exclude": nodes, "findings": [asdict(f) for f in findings], "ranks": [asdict(f) for f in gathered]}
+    directory = Path(cfg.run_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "preflight.txt").write_text(text + "\n", encoding="utf-8")
+    (directory / "preflight.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(text, flush=True)
+
+
+def _again(cfg: Config, nodes: list[str]) -> str:
+    """Submit the job again without these nodes where the config says so; else the command that would."""
+    exclude = ",".join(sorted({*nodes, *cfg.launcher.exclude}))
+    try:
+        place = snapshot.newest_place(cfg.run_dir)
+    except ConfigError:
+        return f"submit again with: sbatch --exclude={exclude} ..."
+    round_ = int(os.environ.get(_COUNT, "0"))
+    if cfg.launcher.preflight != "resubmit" or "SLURM_JOB_ID" not in os.environ:
+        return f"submit again with: moe-submit ... 'launcher.exclude=[{exclude}]'"
+    if round_ >= _MOST_RESUBMISSIONS:
+        return f"not submitted again: that was done {round_} times already"
+    record = snapshot.read(place)
+    kept = [word for word in record.command if not word.startswith("--exclude=")]
+    record.command, record.environment = kept, record.environment | {_COUNT: str(round_ + 1)}
+    try:
+        job = record.submit(f"--exclude={exclude}")
+    except LaunchError as error:
+        return f"not submitted again: {error.cause}"
+    snapshot.write(record, place)
+    return f"submitted again as {job} with --exclude={exclude}"

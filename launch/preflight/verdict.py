@@ -1,0 +1,164 @@
+"""From what all ranks found to what is wrong, on which node. Pure functions; no torch import."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+
+from launch.preflight.facts import Facts
+from moe_train.config.launcher import LauncherConfig
+
+_LEAST_FREE = {"GPU": 0.9, "main memory": 0.1}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong. `node` is to be excluded; "" where no node can be blamed."""
+
+    check: str
+    node: str
+    text: str
+
+
+def judge(facts: list[Facts], launcher: LauncherConfig, ranks_per_node: int) -> list[Finding]:
+    """Everything wrong, in the order of the checks."""
+    return [
+        *_versions(facts),
+        *_clocks(facts, launcher.clock_skew_s),
+        *_devices(facts, ranks_per_node),
+        *_storage(facts),
+        *_slow("matmul", {f.rank: f.matmul_s for f in facts}, facts, launcher.slow_ratio),
+        *_links(facts, launcher.slow_ratio),
+        *_groups(facts, launcher),
+    ]
+
+
+def excluded(findings: Iterable[Finding]) -> list[str]:
+    """Nodes that Slurm should not use."""
+    return sorted({finding.node for finding in findings if finding.node})
+
+
+def _versions(facts: list[Facts]) -> list[Finding]:
+    found = []
+    for name in facts[0].versions:
+        usual = Counter(f.versions[name] for f in facts).most_common(1)[0][0]
+        nodes = {f.node: f.versions[name] for f in facts if f.versions[name] != usual}
+        found += [
+            Finding("versions", node, f"{name} is {other}, elsewhere {usual}") for node, other in sorted(nodes.items())
+        ]
+    return found
+
+
+def _clocks(facts: list[Facts], most_s: float) -> list[Finding]:
+    of_node: dict[str, float] = {}
+    for f in facts:  # the rank of a node that was disturbed least
+        if f.node not in of_node or abs(f.clock_s) < abs(of_node[f.node]):
+            of_node[f.node] = f.clock_s
+    usual = median(of_node.values())
+    return [
+        Finding("clock", node, f"{offset - usual:+.1f} s against the other nodes")
+        for node, offset in sorted(of_node.items())
+        if abs(offset - usual) > most_s
+    ]
+
+
+def _devices(facts: list[Facts], ranks_per_node: int) -> list[Finding]:
+    found = []
+    for f in facts:
+        found += [Finding("GPU", f.node, f"rank {f.rank}: {problem}") for problem in f.gpu_problems]
+        kind = "main memory" if f.gpus is None else "GPU"
+        if f.gpus is not None and f.gpus < ranks_per_node:
+            found.append(Finding("GPU", f.node, f"rank {f.rank} sees {f.gpus} of {ranks_per_node} GPUs"))
+        if f.memory_free < _LEAST_FREE[kind]:
+            found.append(Finding("memory", f.node, f"{f.memory_free:.0%} of {kind} of rank {f.rank} is free"))
+    return found
+
+
+def _storage(facts: list[Facts]) -> list[Finding]:
+    return [
+        Finding("storage", f.node, "run_dir there is not the directory that rank 0 sees")
+        for f in facts
+        if not f.sees_run_dir
+    ]
+
+
+def _slow(check: str, seconds: dict[int, float], facts: list[Facts], ratio: float) -> list[Finding]:
+    usual = median(seconds.values())
+    return [
+        Finding(
+            check, f.node, f"rank {f.rank} takes {seconds[f.rank] / usual:.1f} times the median {usual * 1e3:.3g} ms"
+        )
+        for f in facts
+        if usual > 0 and seconds[f.rank] > ratio * usual
+    ]
+
+
+def _links(facts: list[Facts], ratio: float) -> list[Finding]:
+    speeds = {f.node: f.link_gb_s for f in facts if f.link_gb_s is not None}
+    if len(speeds) < 3:  # of two nodes neither can be blamed
+        return []
+    usual = median(speeds.values())
+    return [
+        Finding("links", node, f"{speed:.2f} GB/s to its neighbours, the median is {usual:.2f}")
+        for node, speed in sorted(speeds.items())
+        if speed * ratio < usual
+    ]
+
+
+def _groups(facts: list[Facts], launcher: LauncherConfig) -> list[Finding]:
+    """Slow groups. A node is blamed only where the group lies within it."""
+    found = []
+    for name in sorted({name for f in facts for name in f.groups}):
+        of_group: dict[int, tuple[float, float]] = {
+            f.groups[name][0]: f.groups[name][1:] for f in facts if name in f.groups
+        }
+        nodes = {first: {f.node for f in facts if f.groups.get(name, (-1,))[0] == first} for first in of_group}
+        for place, what in enumerate(("all-reduce", "all-to-all")):
+            usual = median(speeds[place] for speeds in of_group.values())
+            for first, speeds in sorted(of_group.items()):
+                expected = launcher.expected_gbps if what == "all-reduce" else None
+                if speeds[place] * launcher.slow_ratio >= usual and (expected is None or speeds[place] >= expected):
+                    continue
+                node = next(iter(nodes[first])) if len(nodes[first]) == 1 else ""
+                wanted = f"the median is {usual:.2f}" + ("" if expected is None else f", expected {expected:g}")
+                text = f"{name} group of rank {first}: {what} {speeds[place]:.2f} GB/s, {wanted}"
+                found.append(Finding("bandwidth", node, text))
+    return found
+
+
+def table(facts: list[Facts], findings: list[Finding]) -> list[str]:
+    """A line for each check: what was measured, and what is wrong."""
+    nodes = {f.node for f in facts}
+    usual = Counter(tuple(sorted(f.versions.items())) for f in facts).most_common(1)[0][0]
+    writes = [f.write_mb_s for f in facts if f.write_mb_s is not None]
+    reads = [f.read_mb_s for f in facts if f.read_mb_s is not None]
+    clocks = [f.clock_s for f in facts]
+    times = sorted(f.matmul_s for f in facts)
+    speeds = [f.link_gb_s for f in facts if f.link_gb_s is not None]
+    rows = {
+        "versions": ", ".join(f"{name} {value}" for name, value in usual if value != "absent"),
+        "clock": f"{max(clocks) - min(clocks):.3f} s between the first and the last",
+        "GPU": f"{facts[0].gpus} on each node" if facts[0].gpus is not None else "none is used",
+        "memory": f"{min(f.memory_free for f in facts):.0%} is free where it is least",
+        "storage": f"slowest node writes {min(writes, default=0):,.0f} and reads {min(reads, default=0):,.0f} MB/s",
+        "matmul": f"median {median(times) * 1e3:.3g} ms, slowest {times[-1] * 1e3:.3g} ms",
+        "links": f"slowest node {min(speeds):.2f} GB/s" if speeds else "one node",
+        "bandwidth": _bandwidths(facts),
+    }
+    lines = [f"preflight of {len(facts)} ranks on {len(nodes)} nodes"]
+    for check, text in rows.items():
+        wrong = [finding for finding in findings if finding.check == check]
+        lines.append(f"  {'BAD' if wrong else 'ok':<4}{check:<10}{text}")
+        lines += [f"      {finding.node or 'some node'}: {finding.text}" for finding in wrong]
+    return lines
+
+
+def _bandwidths(facts: list[Facts]) -> str:
+    texts = []
+    for name in sorted({name for f in facts for name in f.groups}):
+        of_group = {f.groups[name][0]: f.groups[name][1:] for f in facts if name in f.groups}
+        reduce, exchange = (min(speeds[i] for speeds in of_group.values()) for i in (0, 1))
+        texts.append(f"{name} all-reduce {reduce:.2f} and all-to-all {exchange:.2f} GB/s")
+    return "; ".join(texts) or "one rank"

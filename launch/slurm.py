@@ -1,0 +1,175 @@
+"""Slurm's commands: what the cluster has, and the flags of a submission. No torch import."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_train.config.schema import Config
+from parallel.errors import ConfigError, LaunchError
+
+SCRIPT = Path(__file__).with_name("train.sbatch")
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What Slurm says of a partition.
+
+    Args:
+        name: as Slurm knows it.
+        nodes: how many it has.
+        minutes: its longest time limit; None where there is none.
+        gpus: GPUs of its largest node; None where Slurm does not manage them.
+        accounts: the only ones that may use it; empty where all may.
+    """
+
+    name: str
+    nodes: int
+    minutes: int | None
+    gpus: int | None
+    accounts: tuple[str, ...] = ()
+
+
+def installed() -> bool:
+    """Whether this machine has Slurm's commands."""
+    return shutil.which("sbatch") is not None
+
+
+def partitions() -> tuple[dict[str, Partition], str]:
+    """All partitions by name, and the name of the default one ("" where there is none).
+
+    Raises:
+        LaunchError: Slurm does not answer.
+    """
+    found: dict[str, Partition] = {}
+    default = ""
+    for line in run("sinfo", "--noheader", "--all", "--format=%P|%D|%l|%G|%c").splitlines():
+        name, nodes, limit, gres, _ = line.strip().split("|")
+        default = name.rstrip("*") if name.endswith("*") else default
+        name = name.rstrip("*")
+        gpus = re.search(r"gpu(?::[^:(,]+)?:(\d+)", gres)
+        before = found.get(name)  # a line for each kind of node
+        most = max(int(gpus.group(1)) if gpus else 0, (before.gpus or 0) if before else 0)
+        total = int(nodes) + (before.nodes if before else 0)
+        found[name] = Partition(name, total, minutes_of(limit), most or None)
+    for line in run("scontrol", "show", "partition", "--oneliner").splitlines():
+        facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        name, accounts = facts["PartitionName"], facts.get("AllowAccounts", "ALL")
+        if name in found and accounts != "ALL":
+            old = found[name]
+            found[name] = Partition(name, old.nodes, old.minutes, old.gpus, tuple(accounts.split(",")))
+    return found, default
+
+
+def minutes_of(limit: str) -> int | None:
+    """Slurm's D-HH:MM:SS, HH:MM:SS or MM:SS as minutes; None for infinite."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
+    if match is None:
+        return None
+    days, hours, minutes, _ = (int(part or 0) for part in match.groups())
+    return (days * 24 + hours) * 60 + minutes
+
+
+def check(cfg: Config, nodes: int, gpus: int) -> None:
+    """Raise ConfigError where the partition cannot run the job, with what it has."""
+    launcher = cfg.launcher
+    known, default = partitions()
+    name = launcher.partition or default
+    if name not in known:
+        what = f"launcher.partition={name}" if name else "launcher.partition=null, and there is no default partition"
+        raise ConfigError(
+            f"{what} is not a partition of this cluster" if name else what,
+            f"use launcher.partition={' or '.join(list(known)[:3])}",
+        )
+    has = known[name]
+    if nodes > has.nodes:
+        raise ConfigError(
+            f"the job needs {nodes} nodes, and partition {name} has {has.nodes}",
+            "use a smaller parallel.dp, pp, tp or cp, or another launcher.partition",
+        )
+    if has.minutes is not None and launcher.time_limit_min > has.minutes:
+        raise ConfigError(
+            f"launcher.time_limit_min={launcher.time_limit_min} exceeds the {has.minutes} minutes of partition {name}",
+            f"use launcher.time_limit_min={has.minutes}: a job that is not done goes back to the queue and continues",
+        )
+    if gpus and has.gpus is not None and gpus > has.gpus:
+        raise ConfigError(
+            f"launcher.gpus_per_node={gpus} exceeds the {has.gpus} GPUs of a node of partition {name}",
+            f"use launcher.ranks_per_node={has.gpus} launcher.gpus_per_node={has.gpus}",
+        )
+    if gpus and has.gpus is None:
+        raise ConfigError(
+            f"launcher.gpus_per_node={gpus}, and no node of partition {name} has a GPU",
+            "use another launcher.partition, or runtime=cpu",
+        )
+    if has.accounts and launcher.account not in has.accounts:
+        given = "null" if launcher.account is None else launcher.account
+        raise ConfigError(
+            f"launcher.account={given} may not use partition {name}",
+            f"use launcher.account={' or '.join(has.accounts[:3])}",
+        )
+
+
+def flags(cfg: Config, nodes: int, gpus: int, run_dir: Path) -> list[str]:
+    """Flags of sbatch for one job."""
+    launcher = cfg.launcher
+    fewest = launcher.min_nodes or nodes
+    chained = launcher.chain > 1
+    found = [
+        f"--job-name=moe-{cfg.model.name}",
+        f"--nodes={nodes}" if fewest == nodes else f"--nodes={fewest}-{nodes}",
+        f"--ntasks-per-node={launcher.ranks_per_node}",
+        f"--gpus-per-node={gpus}",
+        f"--time={launcher.time_limit_min}",
+        f"--signal=B:USR1@{launcher.grace_s}",
+        "--requeue" if launcher.requeues and not chained else "--no-requeue",
+        f"--output={run_dir}/slurm-%j.out",
+        "--exclusive" if launcher.exclusive else "--oversubscribe",
+    ]
+    for name in ("partition", "account", "qos", "reservation", "constraint"):
+        if (value := getattr(launcher, name)) is not None:
+            found.append(f"--{name}={value}")
+    if launcher.exclude:
+        found.append(f"--exclude={','.join(launcher.exclude)}")
+    return found
+
+
+def environment(cfg: Config, code: Path) -> dict[str, str]:
+    """Variables that `train.sbatch` reads, as far as they differ from what it assumes."""
+    launcher = cfg.launcher
+    found = {
+        "MOE_SUBMITTED": "1",
+        "MOE_CODE": str(code),
+        "MOE_PYTHON": sys.executable,
+        "MOE_START": launcher.start,
+        "MOE_PREFLIGHT": launcher.preflight,
+        "MOE_RESTARTS": str(launcher.restarts),
+        "MOE_REQUEUES": str(0 if launcher.chain > 1 else launcher.requeues),
+        "MOE_GRACE_S": str(launcher.grace_s),
+    }
+    if launcher.container is not None:
+        found |= {"MOE_CONTAINER": launcher.container, "MOE_CONTAINER_RUNTIME": launcher.container_runtime}
+        found |= {"MOE_MOUNTS": ",".join(launcher.mounts)} if launcher.mounts else {}
+    return found
+
+
+def run(*words: str, environment: dict[str, str] | None = None) -> str:
+    """Output of one of Slurm's commands.
+
+    Raises:
+        LaunchError: it is not installed, fails or does not answer.
+    """
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment, check=False)
+    except FileNotFoundError as error:
+        raise LaunchError(f"{words[0]} is not on this machine", "run on a login node of the cluster") from error
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError(f"{words[0]} does not answer", "see if slurmctld is up: scontrol ping") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise LaunchError(f"{words[0]}: {lines[0].removeprefix(words[0] + ': ').removeprefix('error: ')}")
+    return done.stdout

@@ -1,0 +1,86 @@
+"""The code and config of a submission, kept in the run's directory: what runs is what was submitted. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from launch import slurm
+from moe_train.config import compose
+from moe_train.config.schema import Config
+from parallel.errors import ConfigError, LaunchError
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("parallel", "moe_train", "launch", "tools", "conf")
+FOLDER, FACTS = "submissions", "submission.json"
+
+
+@dataclass
+class Submission:
+    """What `moe-submit` remembers of a submission, in run_dir/submissions/TIME/submission.json."""
+
+    command: list[str]
+    environment: dict[str, str]
+    jobs: list[str] = field(default_factory=list)
+
+    def submit(self, *more: str) -> str:
+        """Give the command to Slurm, with `more` flags. Returns the number of the job, which is also noted.
+
+        Raises:
+            LaunchError: Slurm refuses it.
+        """
+        name, first, *rest = self.command
+        answer = slurm.run(name, first, *more, *rest, environment=dict(os.environ) | self.environment)
+        self.jobs.append(answer.strip().partition(";")[0])
+        return self.jobs[-1]
+
+
+def take(cfg: Config, directory: Path) -> Path:
+    """Copy the project's code to `directory`/code, with the commit, what differs from it, and the resolved config.
+
+    Raises:
+        LaunchError: it cannot be written.
+    """
+    try:
+        for name in PACKAGES:
+            ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+            shutil.copytree(ROOT / name, directory / "code" / name, ignore=ignored)
+        (directory / "config.yaml").write_text(compose.to_yaml(cfg), encoding="utf-8")
+        for name, words in {"commit.txt": ["rev-parse", "HEAD"], "changes.diff": ["diff", "HEAD"]}.items():
+            git = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, check=False)
+            if git.returncode == 0:  # elsewhere the copy alone says what ran
+                (directory / name).write_bytes(git.stdout)
+    except OSError as error:
+        raise LaunchError(f"{directory} cannot be written: {error.strerror}", "set run_dir=PATH") from error
+    return directory / "code"
+
+
+def write(submission: Submission, directory: Path) -> None:
+    """Write the facts into the directory of the submission."""
+    (directory / FACTS).write_text(json.dumps(asdict(submission), indent=1) + "\n", encoding="utf-8")
+
+
+def newest_place(run_dir: str | Path) -> Path:
+    """Directory of the newest submission of a run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = sorted(Path(run_dir).glob(f"{FOLDER}/*/{FACTS}"))
+    if not found:
+        raise ConfigError(f"{run_dir} is no directory of a run that moe-submit has started", "name its run_dir")
+    return found[-1].parent
+
+
+def newest(run_dir: str | Path) -> Submission:
+    """The newest submission of a run. Raises ConfigError where there is none."""
+    return read(newest_place(run_dir))
+
+
+def read(directory: Path) -> Submission:
+    """The facts in the directory of a submission."""
+    return Submission(**json.loads((directory / FACTS).read_text(encoding="utf-8")))

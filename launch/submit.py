@@ -1,0 +1,241 @@
+"""`moe-submit`: checks a run on a login node, says what it will need, and gives it to Slurm.
+
+    moe-submit experiment=deepseek_v3/pretrain data=indexed data.dir=/shared/corpus run_dir=/shared/runs/v3
+    moe-submit --dry-run ...         the same without submitting: prints the command
+    moe-submit -m seed=1,2,3 ...     one array of jobs, one for each value
+    moe-submit status RUN_DIR        also cancel, logs
+
+It takes the overrides of moe-train; where they do not say runtime=cpu, the nodes have GPUs. No torch import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from launch import checks, follow, placement, slurm, snapshot
+from launch.estimate import Estimate, check_memory, estimate
+from moe_train.config.compose import hydra_entry
+from moe_train.config.schema import Config
+from moe_train.config.validate import validate
+from parallel.errors import ConfigError, LaunchError, MoeTrainError
+from parallel.layout import ParallelLayout
+
+_DRY = "--dry-run"
+_VERBS = {"status": follow.status, "cancel": follow.cancel, "logs": follow.logs}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run that nothing speaks against."""
+
+    cfg: Config
+    overrides: list[str]
+    layout: ParallelLayout
+    nodes: int
+    gpus: int
+    found: Estimate
+    unchecked: str
+    """Why the limits of the cluster could not be looked at; "" where they were."""
+
+
+def main() -> None:
+    """Console script. Exits with 0 when submitted, 2 where the submission is wrong, else 1."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(words: Sequence[str]) -> int:
+    """What `main` does with these words, returning the exit code."""
+    if words and words[0] in _VERBS:
+        return _follow(words)
+    if list(words) in (["--help"], ["-h"]):
+        print((__doc__ or "").partition("\n\n")[2].rstrip())
+        return 0
+    dry = _DRY in words
+    rest = [word for word in words if word != _DRY]
+    if not any(word.partition("=")[0].lstrip("+") == "runtime" for word in rest):
+        rest = [*rest, "runtime=cuda"]
+    sweep: list[Checked] = []
+
+    def job(cfg: Config) -> None:
+        checked = check(cfg)
+        _report(checked)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            sweep.append(checked)
+        else:
+            submit([checked], Path(cfg.run_dir).resolve(), dry)
+            _tidy(cfg, dry)
+
+    code = hydra_entry(job, argv=rest)
+    if code or not sweep:
+        return code
+    directory = Path(sweep[0].cfg.run_dir).resolve().parent
+    try:
+        submit(sweep, directory, dry)
+    except MoeTrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def check(cfg: Config) -> Checked:
+    """Everything that must hold before nodes are asked for.
+
+    Raises:
+        ConfigError: with a cause and values that would work.
+        LaunchError: Slurm does not answer.
+    """
+    launcher = cfg.launcher
+    world_size = None if launcher.nodes is None else launcher.nodes * launcher.ranks_per_node
+    if cfg.runtime not in ("cuda", "cpu"):
+        raise ConfigError(f"runtime={cfg.runtime} runs on one machine alone", "use runtime=cuda or runtime=cpu")
+    layout = validate(cfg, world_size)
+    checks.job(cfg)
+    nodes = launcher.nodes or checks.nodes_of(cfg, layout)
+    checks.fallbacks(cfg, nodes)
+    found = estimate(cfg, layout)
+    check_memory(found, layout)
+    checks.data(cfg)
+    checks.directory(cfg)
+    gpus = launcher.gpus_per_node
+    if gpus is None:
+        gpus = 0 if cfg.runtime == "cpu" else launcher.ranks_per_node
+    if cfg.runtime == "cuda" and gpus < launcher.ranks_per_node:
+        raise ConfigError(
+            f"launcher.ranks_per_node={launcher.ranks_per_node} exceeds launcher.gpus_per_node={gpus}",
+            f"use launcher.ranks_per_node={gpus or 1}",
+        )
+    unchecked = "" if slurm.installed() else "Slurm is not on this machine"
+    try:
+        if not unchecked:
+            slurm.check(cfg, nodes, gpus)
+            follow.refuse_active(cfg.run_dir)
+    except LaunchError as error:
+        unchecked = error.cause
+    return Checked(cfg, list(HydraConfig.get().overrides.task), layout, nodes, gpus, found, unchecked)
+
+
+def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
+    """Give one run, or the array of a sweep, to Slurm. With `dry` print the command instead.
+
+    Raises:
+        ConfigError: Slurm refuses the job.
+        LaunchError: sbatch is not here.
+    """
+    first = runs[0]
+    launcher = first.cfg.launcher
+    place = directory / snapshot.FOLDER / time.strftime("%Y-%m-%d_%H-%M-%S")
+    variables = slurm.environment(first.cfg, place / "code")
+    flags = slurm.flags(first.cfg, max(run.nodes for run in runs), first.gpus, directory)
+    words = _overrides(first)
+    if len(runs) > 1:
+        limit = f"%{launcher.array_limit}" if launcher.array_limit else ""
+        flags += [f"--array=0-{len(runs) - 1}{limit}", f"--output={directory}/slurm-%A_%a.out"]
+        variables["MOE_SWEEP"], words = str(place / "sweep"), []
+    script = str((place / "code/launch/train.sbatch") if not dry else slurm.SCRIPT)
+    command = ["sbatch", "--parsable", *flags, script, *words]
+    first_after = [f"--dependency={launcher.dependency}"] if launcher.dependency else []
+    if dry:
+        shown = [*(f"{name}={value}" for name, value in variables.items()), *command[:2], *first_after, *command[2:]]
+        print(shlex.join(["env", *shown]))
+        if launcher.chain > 1:
+            print(f"then {launcher.chain - 1} more, each with --dependency=afternotok: of the one before")
+        return
+    if not slurm.installed():
+        raise LaunchError("sbatch is not on this machine", f"run on a login node of the cluster, or with {_DRY}")
+    snapshot.take(first.cfg, place)
+    if len(runs) > 1:
+        (place / "sweep").mkdir()
+        for number, run in enumerate(runs):
+            (place / "sweep" / str(number)).write_text("".join(f"{word}\n" for word in _overrides(run)))
+    record = snapshot.Submission(command, variables)
+    _give(record, first_after, launcher.chain, place)
+    print(f"submitted {', '.join(record.jobs)}; follow with: moe-submit status {directory}")
+
+
+def _give(record: snapshot.Submission, first_after: list[str], count: int, place: Path) -> None:
+    """Submit `count` jobs, each after the one before, and write down their numbers."""
+    for _ in range(count):
+        after = first_after
+        if record.jobs:  # a run that is done needs no successor, and Slurm then drops the rest of the chain
+            after = [f"--dependency=afternotok:{record.jobs[-1]}", "--kill-on-invalid-dep=yes"]
+        try:
+            record.submit(*after)
+        except LaunchError as error:
+            if not record.jobs:
+                shutil.rmtree(place)
+            raise ConfigError(f"Slurm refuses the job: {error.cause}", "see the fields of launcher") from error
+        snapshot.write(record, place)
+
+
+def _overrides(run: Checked) -> list[str]:
+    """The words of the command line for `train.sbatch`, with the directory of this job."""
+    kept = [word for word in run.overrides if not word.startswith("run_dir=")]
+    return [*kept, f"run_dir={Path(run.cfg.run_dir).resolve()}"]
+
+
+def _report(run: Checked) -> None:
+    cfg, layout, found = run.cfg, run.layout, run.found
+    launcher = cfg.launcher
+    degrees = " ".join(f"{n}{getattr(layout, n)}" for n in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp", "edp"))
+    memory = f"{found.memory_gib:,.1f} GiB on the fullest rank (stage {found.stage} of {layout.pp})"
+    if found.usable_gib is not None:
+        memory += f", of {found.usable_gib:,.1f} that a GPU has"
+    rows = [
+        ("run", f"{cfg.model.name} in {cfg.precision.name}, {found.tokens:,} tokens, {cfg.run_dir}"),
+        (
+            "nodes",
+            f"{run.nodes:,} x {launcher.ranks_per_node} = {layout.world_size:,} ranks, started by {launcher.start}",
+        ),
+        ("layout", degrees),
+        *(("groups" if not i else "", str(one)) for i, one in enumerate(_placements(run))),
+        ("memory", memory),
+    ]
+    if cfg.runtime == "cuda":
+        limit_h = launcher.time_limit_min / 60
+        assumed = f"{launcher.assumed_mfu:.0%} of {launcher.gpu_tflops:g} TFLOPS assumed"
+        rows += [
+            ("time", f"{found.hours:,.1f} hours ({found.tokens_per_s:,.0f} tokens/s a GPU; {assumed})"),
+            ("", f"{max(1, -(-found.hours // limit_h)):,.0f} x the time limit of {limit_h:g} hours"),
+            ("cost", f"${found.dollars:,.0f} at ${launcher.price_per_gpu_hour:g} for a GPU and hour"),
+        ]
+    notes = [] if cfg.runtime == "cpu" else checks.notes(cfg, layout, found)
+    rows += [("note", note) for note in notes]
+    if run.unchecked:
+        rows.append(("note", f"partition, account and limits are not checked: {run.unchecked}"))
+    for name, text in rows:
+        print(f"{name:<8}{text}")
+
+
+def _placements(run: Checked) -> list[placement.Placement]:
+    return placement.placements(run.layout, run.cfg.launcher.ranks_per_node)
+
+
+def _tidy(cfg: Config, dry: bool) -> None:
+    if dry:
+        with contextlib.suppress(OSError):  # Hydra has made it
+            Path(cfg.run_dir).rmdir()
+
+
+def _follow(words: Sequence[str]) -> int:
+    try:
+        if len(words) != 2:
+            raise ConfigError(f"moe-submit {words[0]} takes one directory", f"moe-submit {words[0]} RUN_DIR")
+        _VERBS[words[0]](words[1])
+    except MoeTrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    main()

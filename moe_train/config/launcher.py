@@ -1,0 +1,72 @@
+"""How ranks are started, how they meet, and the batch job that they run in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_train.config.fields import doc
+
+
+@dataclass
+class LauncherConfig:
+    """Ranks on their nodes, what the network and a batch job need to know, and what an estimate assumes."""
+
+    threads_per_rank: int | None = doc(
+        None, "Compute threads of one rank; null shares the cores evenly.", minimum=1, maximum=10_000
+    )
+    timeout_s: int = doc(600, "Longest wait of a collective operation, seconds.", minimum=1)
+
+    ranks_per_node: int = doc(8, "Ranks of a batch job on one node, one for each GPU.", minimum=1, maximum=10_000)
+    bind: str = doc(
+        "none", "Keep each rank on the cores next to its GPU (numa), or on any (none).", choices=("none", "numa")
+    )
+    interface: str | None = doc(None, "Network interface on which ranks meet, such as eth0; null lets NCCL choose.")
+    nics: list[str] = doc([], "InfiniBand adapters for traffic between ranks, in the order of the GPUs.")
+    environment: list[str] = doc([], "Variables of every rank, as NAME=VALUE; they replace those of the shell.")
+    scratch_dir: str | None = doc(None, "Directory on each node's own disk for caches and temporary files.")
+    fallbacks: list[str] = doc(
+        [], "Layouts for another number of ranks, in order, each as overrides: 'parallel.dp=64 parallel.ep=32'."
+    )
+
+    start: str = doc(
+        "srun", "What starts the ranks of a batch job; pmi2 and pmix are srun with ranks that meet through MPI.",
+        choices=("srun", "torchrun", "mpirun", "pmi2", "pmix"),
+    )  # fmt: skip
+    nodes: int | None = doc(None, "Nodes of the job; null means as many as the layout fills.", minimum=1)
+    min_nodes: int | None = doc(
+        None, "Fewest nodes with which a job may come back, by a layout of `fallbacks`; null means `nodes`.", minimum=1
+    )
+    gpus_per_node: int | None = doc(
+        None, "GPUs asked of each node; null means ranks_per_node, or none with runtime=cpu.", minimum=0
+    )
+    partition: str | None = doc(None, "Slurm partition; null means the default one.")
+    account: str | None = doc(None, "Slurm account that pays; null means the user's default.")
+    qos: str | None = doc(None, "Slurm quality of service.")
+    reservation: str | None = doc(None, "Slurm reservation.")
+    constraint: str | None = doc(None, "Node features that Slurm must look for.")
+    exclude: list[str] = doc([], "Nodes that Slurm must not use.")
+    dependency: str | None = doc(None, "Slurm dependency of the job, such as afterok:1234.")
+    exclusive: bool = doc(True, "Whether no other job may use the nodes.")
+    time_limit_min: int = doc(1440, "Time limit of one job, minutes.", minimum=1, maximum=1_000_000)
+    grace_s: int = doc(300, "Time before the limit in which a checkpoint must be written, seconds.", minimum=10)
+    requeues: int = doc(100, "Most times that a job goes back to the queue to continue.", minimum=0)
+    restarts: int = doc(3, "Most times that ranks are started again in one job after one has failed.", minimum=0)
+    chain: int = doc(1, "Jobs submitted one after another; each runs only if the one before did not finish.", minimum=1)
+    array_limit: int | None = doc(None, "Jobs of a sweep (-m) that run at a time; null means all.", minimum=1)
+    container: str | None = doc(None, "Container image that ranks run in; null means none.")
+    container_runtime: str = doc("pyxis", "What runs the image.", choices=("pyxis", "apptainer"))
+    mounts: list[str] = doc([], "Directories that the container sees, as HOST or HOST:CONTAINER.")
+    preflight: str = doc(
+        "none", "Check nodes and network first: stop where one is bad (check), or submit again without it (resubmit).",
+        choices=("none", "check", "resubmit"),
+    )  # fmt: skip
+    expected_gbps: float | None = doc(
+        None, "All-reduce bandwidth of a rank (bytes of the tensor per second) that preflight expects, GB/s.", minimum=0
+    )
+    slow_ratio: float = doc(1.5, "preflight: a rank is slow when it takes this many times the median.", minimum=1)
+    clock_skew_s: float = doc(2.0, "preflight: largest difference between the clocks of two nodes, seconds.", minimum=0)
+
+    gpu_memory_gb: float = doc(80, "Memory of a GPU as it is sold, GB: submissions are checked against it.", minimum=1)
+    gpu_tflops: float = doc(989, "BF16 peak of one GPU, TFLOPS: for the estimate of hours.", minimum=1e-6)
+    assumed_mfu: float = doc(0.35, "Share of gpu_tflops that training reaches: for the hours.", minimum=1e-6)
+    price_per_gpu_hour: float = doc(2.0, "Dollars for one GPU and hour: for the estimate of costs.", minimum=0)

@@ -1,0 +1,47 @@
+"""What `moe-plan` is asked. YAML files under `conf/plan/` fill it. No torch import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_train.config.fields import doc
+
+
+@dataclass
+class PlanConfig:
+    """The question to the planner: how many GPUs, which choices, which stages of a recipe, where the answer goes."""
+
+    gpus: int | None = doc(None, "GPUs to plan for; null takes those of parallel.*.", minimum=1, maximum=10_000_000)
+    search: bool = doc(True, "Search all layouts; false times the one of parallel.* alone.")
+    top: int = doc(10, "Plans that are shown.", minimum=1, maximum=1_000)
+    schedules: list[str] = doc(
+        ["1f1b", "interleaved"], "Pipeline schedules to try; Megatron-Core runs 1f1b and interleaved.",
+        choices=("1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"),
+    )  # fmt: skip
+    precisions: list[str] = doc(
+        [], "FP8 recipes to try beside precision.fp8 (none means BF16); empty means only that.",
+        choices=("none", "block", "tensor", "mxfp8"),
+    )  # fmt: skip
+    micro_batch_sizes: list[int] = doc([1, 2, 4], "Micro-batch sizes to try, sequences.")
+    cp: list[int] = doc([], "Context-parallel degrees to try; empty means 1, and up to 16 for long sequences.")
+    software: str = doc(
+        "megatron", "Software that is timed: Megatron-Core as usual in `software_date`, or DeepSeek's own of 2024.",
+        choices=("megatron", "deepseek"),
+    )  # fmt: skip
+    software_date: int = doc(202604, "Month of the software, year x 100 + month.", minimum=202000, maximum=210012)
+    overlap_all_to_all: bool | None = doc(None, "Expert dispatch overlaps with compute; null means as in the software.")
+    imbalance: float = doc(1.0, "Tokens of the fullest expert rank over the mean.", minimum=1)
+    recipe: list[str] = doc(
+        [], "Stages of the whole training: 'NAME tokens=14.8T', 'NAME seq=32768 batch=1920 steps=1000 cp=8' or "
+        "'NAME gpu_hours=5000'; empty means one stage of train.tokens.",
+    )  # fmt: skip
+    checkpoint_interval_s: float | None = doc(
+        None, "Time between checkpoints, seconds; null takes the best one for the failures expected.", minimum=1
+    )
+    output: str | None = doc(
+        None, "Directory for report.html, pipeline.svg, trace.json and plan.json; null writes none."
+    )
+    write: str | None = doc(None, "File to which the best plan is written as a parallel/ YAML; null writes none.")
+    runs: str | None = doc(None, "validate: table of published runs, with the columns of published_runs.csv.")
+    models: str | None = doc(None, "validate: directory of model YAML files, beside those of this project.")
+    results: str | None = doc(None, "validate: JSON file to write; null means bench/results/plan_validate.json.")

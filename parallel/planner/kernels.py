@@ -1,0 +1,58 @@
+"""Time of one kernel on one accelerator, from its shape. Pure functions; no torch import."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from parallel.planner.calibration import Calibration
+from parallel.planner.hardware import Hardware
+
+TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 64))  # rows and columns of an output tile
+TILE_SPEED = {128 * 256: 1.0, 128 * 128: 0.92, 128 * 64: 0.75, 64 * 64: 0.5}  # of its main loop, by area
+
+
+def gemm(
+    hardware: Hardware,
+    constants: Calibration,
+    precision: str,
+    rows: float,
+    columns: float,
+    inner: float,
+    copies: int = 1,
+) -> float:
+    """Seconds of `copies` products [rows, inner] x [inner, columns] that run as one grouped kernel.
+
+    Three things slow a small product down: tiles that stick out over its edges, a last wave of tiles that does not fill
+    the multiprocessors, and the start and end of each tile's loop over the inner size. A product that moves more bytes
+    than it has work for is bound by memory.
+    """
+    if min(rows, columns, inner) <= 0:
+        return 0.0
+    peak = hardware.matmul_flops(precision) * constants.gemm_speed
+    best = max(_tile_efficiency(hardware.multiprocessors, rows, columns, copies, *tile) for tile in TILES)
+    ramp = inner / (inner + constants.gemm_half_k)
+    compute = 2 * rows * columns * inner * copies / (peak * best * ramp)
+    element = {"fp8": 1, "bf16": 2, "fp32": 4}[precision]
+    moved = copies * (element * (rows * inner + inner * columns) + 2 * rows * columns)
+    return max(compute, moved / hardware.memory_bytes_per_s)
+
+
+def _tile_efficiency(units: int, rows: float, columns: float, copies: int, height: int, width: int) -> float:
+    """Useful work over what full waves of full tiles could do. Kernels split the last wave's inner loop: half of it
+    counts."""
+    tiles = copies * ceil(rows / height) * ceil(columns / width)
+    covered = copies * rows * columns / (tiles * height * width)
+    waves = tiles / units
+    filled = waves / ((ceil(waves) + waves) / 2)
+    return covered * filled * TILE_SPEED[height * width]
+
+
+def memory(hardware: Hardware, moved: float) -> float:
+    """Seconds to move `moved` bytes through memory."""
+    return moved / hardware.memory_bytes_per_s
+
+
+def attention(hardware: Hardware, constants: Calibration, flops: float, keys: float) -> float:
+    """Seconds of fused attention with `flops` of work, when a query sees up to `keys` keys."""
+    fraction = hardware.attention_fraction * constants.attention_speed * keys / (keys + constants.attention_half)
+    return flops / (hardware.bf16_tflops * 1e12 * fraction)

@@ -1,0 +1,321 @@
+"""Time of one transformer layer on one rank, forward and backward, part by part. No torch import.
+
+Every layer is a list of `Part`s: matrix products by shape, attention, bytes through memory, messages. Recomputation
+adds the forward time of what it recomputes to the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from parallel.planner import kernels, network
+from parallel.planner.calibration import Calibration
+from parallel.planner.hardware import MICRO, Hardware
+from parallel.planner.job import Job
+from parallel.planner.network import Group, Routing
+from parallel.planner.software import Software
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a layer runs on: accelerator, software, constants."""
+
+    hardware: Hardware
+    software: Software
+    constants: Calibration
+
+
+@dataclass
+class Times:
+    """Seconds by part, of a forward pass, and of a backward pass to inputs and to weights; kernels that are started.
+
+    `hidden` is the part of the expert dispatch that runs beside compute; it is not in the other figures.
+    """
+
+    forward: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    recompute: dict[str, float] = field(default_factory=dict)
+    kernels_forward: float = 0.0
+    kernels_backward: float = 0.0
+
+    def add(
+        self, name: str, forward: float, inputs: float = 0.0, weights: float = 0.0, recompute: bool = False
+    ) -> None:
+        """Count a part; with `recompute` its forward time comes again in the backward pass."""
+        for table, value in ((self.forward, forward), (self.inputs, inputs), (self.weights, weights)):
+            if value:
+                table[name] = table.get(name, 0.0) + value
+        if recompute and forward:
+            self.recompute[name] = self.recompute.get(name, 0.0) + forward
+
+    def plus(self, other: Times, count: float = 1) -> None:
+        """Add `count` times another one."""
+        for own, its in (
+            (self.forward, other.forward), (self.inputs, other.inputs), (self.weights, other.weights),
+            (self.recompute, other.recompute),
+        ):  # fmt: skip
+            for name, value in its.items():
+                own[name] = own.get(name, 0.0) + count * value
+        self.kernels_forward += count * other.kernels_forward
+        self.kernels_backward += count * other.kernels_backward
+
+
+def total(parts: dict[str, float], *, without: Iterable[str] = ()) -> float:
+    """Seconds of all parts but some."""
+    left = set(without)
+    return sum(value for name, value in parts.items() if name not in left)
+
+
+class _Layer:
+    """Adds up one layer."""
+
+    def __init__(self, job: Job, machine: Machine) -> None:
+        self.job, self.machine = job, machine
+        self.hardware, self.software, self.constants = machine.hardware, machine.software, machine.constants
+        self.times = Times()
+        self.precision = "fp8" if job.fp8 else "fp32" if job.dtype == "fp32" else "bf16"
+        self.full = job.recompute == "full"
+        self.modules = job.recompute_modules if job.recompute == "selective" else frozenset()
+
+    def again(self, *modules: str) -> bool:
+        """Whether any of these is recomputed."""
+        return self.full or bool(self.modules.intersection(modules))
+
+    def linear(
+        self, rows: float, outputs: float, inputs: float, *modules: str, copies: int = 1, precision: str = ""
+    ) -> None:
+        """A linear layer [rows, inputs] -> [rows, outputs], `copies` times, and its casts to FP8."""
+        kind, hardware, constants = precision or self.precision, self.hardware, self.constants
+        forward = kernels.gemm(hardware, constants, kind, rows, outputs, inputs, copies)
+        back = kernels.gemm(hardware, constants, kind, rows, inputs, outputs, copies)
+        weights = kernels.gemm(hardware, constants, kind, outputs, inputs, rows, copies) / constants.weights_speed
+        # gradients are added up in fp32: read and written
+        weights += kernels.memory(hardware, 2 * 4 * copies * outputs * inputs)
+        if kind == "fp8" and self.job.fp8 in ("block", "mxfp8"):
+            forward, back, weights = (one / constants.block_speed for one in (forward, back, weights))
+        again = self.again(*modules)
+        self.times.add("gemm", forward, back, 0.0 if self.software.frozen else weights, again)
+        started = 1
+        if kind == "fp8":  # 2 bytes read and one written, once along rows and once, for weight gradients, along columns
+            cast = 2 * constants.quantize_passes * self.software.fusion
+            inward = kernels.memory(hardware, cast * copies * rows * inputs)
+            outward = kernels.memory(hardware, cast * copies * rows * outputs)
+            self.times.add("quantize", inward, outward, 0.0 if self.software.frozen else inward + outward, again)
+            started += 1
+        self.times.kernels_forward += started
+        self.times.kernels_backward += started + 1 + (started if again else 0)
+
+    def moved(self, forward: float, backward: float, *modules: str, count: int = 1, name: str = "memory") -> None:
+        """Small kernels that move so many bytes."""
+        factor = self.constants.memory_passes * self.software.fusion
+        hardware, again = self.hardware, self.again(*modules)
+        self.times.add(
+            name, kernels.memory(hardware, factor * forward), kernels.memory(hardware, factor * backward), 0.0, again
+        )
+        self.times.kernels_forward += count
+        self.times.kernels_backward += count * (2 if again else 1)
+
+    def tp(self, gathered: float, scattered: float, *modules: str) -> None:
+        """Gather so many elements before a module and scatter so many behind it; the backward pass gathers once
+        more."""
+        job, layout = self.job, self.job.layout
+        if layout.tp <= 1:
+            return
+        before = network.ring(self.hardware, Group(layout.tp), job.element * gathered)
+        behind = network.ring(self.hardware, Group(layout.tp), job.element * scattered)
+        if job.sequence_parallel:
+            forward, backward = before + behind, 2 * before + behind
+        else:  # an all-reduce is a scatter and a gather, behind the module forward and before it backward
+            forward, backward = 2 * behind, 2 * before
+        exposed = self.constants.tp_exposed if self.software.overlap_tp else 1.0
+        self.times.add("tp", exposed * forward, exposed * backward, 0.0, self.again(*modules))
+
+    def attention(self, heads: float, key: float, value: float, groups: float) -> None:
+        """Core attention of this rank's heads over the whole sequence."""
+        job, hardware = self.job, self.hardware
+        cp = job.layout.cp
+        keys = job.seq_length
+        flops = job.tokens * heads * keys * (key + value)  # causal: 2 flops, half of the keys
+        back = self.constants.attention_backward
+        if self.software.flash_attention:
+            seconds = kernels.attention(hardware, self.constants, flops, keys) / self.software.attention_speed
+            parts = ("attention", seconds, seconds * back, 0.0, self.again("core_attn"))
+            self.times.add(*parts)
+            self.times.kernels_forward += 2
+            self.times.kernels_backward += 3
+        else:
+            self._materialised(heads, key, value, keys)
+        if cp > 1:
+            width = groups * (key + value)
+            if self.software.latent_exchange and job.model.attention == "mla":
+                width = job.model.kv_lora_rank + job.model.qk_rope_head_dim
+            size = job.element * job.tokens * cp * width
+            ring = network.relay(hardware, Group(cp, job.layout.tp), size)
+            hidden = self.times.forward.get("attention", 0.0)
+            exposed = max(ring - hidden, self.constants.cp_exposed * ring)
+            self.times.add("cp", exposed, 2 * exposed, 0.0, self.again("core_attn"))
+
+    def _materialised(self, heads: float, key: float, value: float, keys: float) -> None:
+        """Scores written to memory: two products over the whole square, mask, softmax and dropout between them."""
+        job, hardware = self.job, self.hardware
+        copies = max(1, round(heads * job.micro_batch_size))
+        rows = job.seq_length / job.layout.cp
+        products = sum(
+            kernels.gemm(hardware, self.constants, "bf16", rows, n, k, copies) for n, k in ((keys, key), (value, keys))
+        )
+        again = self.again("core_attn")
+        self.times.add("attention", products, 2 * products, 0.0, again)
+        scores = job.element * copies * rows * keys
+        self.moved(5 * scores, 6 * scores, "core_attn", count=4)
+
+
+def layer_times(job: Job, machine: Machine, moe: bool) -> Times:
+    """Seconds of one layer for one micro-batch on one rank, with routed experts or with a dense feed-forward."""
+    layer = _Layer(job, machine)
+    (_mla if job.model.attention == "mla" else _gqa)(layer)
+    (_moe if moe else _dense)(layer)
+    _norms(layer)
+    return layer.times
+
+
+def _norms(layer: _Layer) -> None:
+    """Two norms and two residual sums of the hidden state."""
+    job = layer.job
+    size = job.element * job.split_tokens * job.model.hidden_size
+    layer.moved(2 * 2 * size, 2 * 3 * size, "layernorm", count=2)
+    layer.moved(2 * 3 * size, 2 * 2 * size, count=2)
+
+
+def _mla(layer: _Layer) -> None:
+    job, model = layer.job, layer.job.model
+    n, r, hidden, tp = job.tokens, job.split_tokens, job.model.hidden_size, job.layout.tp
+    heads = model.num_attention_heads / tp
+    rope, nope, value, latent = model.qk_rope_head_dim, model.qk_nope_head_dim, model.v_head_dim, model.kv_lora_rank
+    layer.tp(n * (model.q_lora_rank + latent + rope), n * hidden)
+    if model.q_lora_rank:
+        layer.linear(r, model.q_lora_rank, hidden)
+        layer.linear(n, heads * (nope + rope), model.q_lora_rank, "mla_up_proj")
+    else:
+        layer.linear(n, heads * (nope + rope), hidden)
+    layer.linear(r, latent + rope, hidden)
+    layer.linear(n, heads * (nope + value), latent, "mla_up_proj")
+    latents = job.element * r * (model.q_lora_rank + latent)
+    layer.moved(2 * latents, 3 * latents, "layernorm", "mla_up_proj", count=2)
+    queries = job.element * n * heads * (2 * (nope + rope))
+    layer.moved(2 * queries, 2 * queries, "mla_up_proj", count=3)  # rotary embedding, keys put together
+    layer.attention(heads, nope + rope, value, heads)
+    layer.linear(n, hidden, heads * value)
+
+
+def _gqa(layer: _Layer) -> None:
+    job, model = layer.job, layer.job.model
+    n, hidden, tp, size = job.tokens, job.model.hidden_size, job.layout.tp, job.model.attention_head_dim
+    heads, groups = model.num_attention_heads / tp, max(1.0, model.kv_heads / tp)
+    layer.tp(n * hidden, n * hidden)
+    layer.linear(n, (heads + 2 * groups) * size, hidden)
+    mixed = job.element * n * (heads + groups) * size
+    layer.moved(2 * mixed, 2 * mixed, count=1)  # rotary embedding
+    if model.qk_norm != "none":
+        layer.moved(2 * mixed, 3 * mixed, count=2)
+    layer.attention(heads, size, size, groups)
+    layer.linear(n, hidden, heads * size)
+
+
+def _swiglu(layer: _Layer, rows: float, inner: float, *modules: str) -> None:
+    size = layer.job.element * rows * inner
+    layer.moved(3 * size, 5 * size, *modules, count=1)
+
+
+def _dense(layer: _Layer) -> None:
+    job, model = layer.job, layer.job.model
+    inner = model.ffn_hidden_size / job.layout.tp
+    layer.tp(job.tokens * model.hidden_size, job.tokens * model.hidden_size, "mlp")
+    layer.linear(job.tokens, 2 * inner, model.hidden_size, "mlp")
+    _swiglu(layer, job.tokens, inner, "mlp")
+    layer.linear(job.tokens, model.hidden_size, inner, "mlp")
+
+
+def _moe(layer: _Layer) -> None:
+    job, model, software, layout = layer.job, layer.job.model, layer.software, layer.job.layout
+    r, hidden = job.split_tokens, model.hidden_size
+    layer.linear(r, model.num_experts, hidden, "moe", precision="bf16")
+    scores = 4 * r * model.num_experts
+    layer.moved(8 * scores, 6 * scores, "moe", count=round(8 * software.fusion) + 2, name="router")
+    visits = job.expert_tokens * software.imbalance
+    _dispatch(layer, visits)
+    local = max(1, model.num_experts // layout.ep)
+    inner = model.moe_ffn_hidden_size / layout.etp
+    layer.linear(visits / local, 2 * inner, hidden, "moe", copies=local)
+    _swiglu(layer, visits, inner, "moe", "moe_act")
+    layer.linear(visits / local, hidden, inner, "moe", copies=local)
+    if model.num_shared_experts:
+        shared = model.shared_expert_width / layout.tp
+        layer.tp(job.tokens * hidden, job.tokens * hidden, "shared_experts", "moe")
+        layer.linear(job.tokens, 2 * shared, hidden, "shared_experts", "moe")
+        _swiglu(layer, job.tokens, shared, "shared_experts", "moe")
+        layer.linear(job.tokens, hidden, shared, "shared_experts", "moe")
+
+
+def _dispatch(layer: _Layer, visits: float) -> None:
+    """Permutation, the way to the experts and back, un-permutation."""
+    job, model, software, layout = layer.job, layer.job.model, layer.software, layer.job.layout
+    r, hidden, e = job.split_tokens, model.hidden_size, job.element
+    copied = e * hidden * (r + visits / layout.etp)
+    layer.moved(2 * copied, 2 * copied, "moe", count=round(12 * software.fusion) + 2)
+    group = Group(layout.ep * layout.etp)
+    routing = routing_of(job)
+    flex = software.dispatcher == "flex"
+
+    def one(width: float) -> float:
+        return network.all_to_all(layer.hardware, group, r * software.imbalance, width, routing, flex)
+
+    there = one(hidden * (1 + 4 / 128 if software.fp8_dispatch else e))
+    back = one(hidden * e)
+    if layout.etp > 1:  # tokens are gathered over the ranks that share an expert
+        there += network.ring(layer.hardware, Group(layout.etp), e * hidden * visits)
+        back += network.ring(layer.hardware, Group(layout.etp), e * hidden * visits)
+    if not model.pad_to_capacity:
+        lost = (layer.constants.flex_sync_us if flex else layer.constants.sync_us) * MICRO * software.kernels
+        layer.times.add("sync", lost, lost)
+    layer.times.add("all_to_all", there + back, there + back, 0.0, layer.again("moe"))
+
+
+def routing_of(job: Job) -> Routing:
+    """How the model's router chooses."""
+    model = job.model
+    return Routing(model.topk, model.router_num_groups, model.router_topk_groups)
+
+
+def embedding_times(job: Job, machine: Machine) -> Times:
+    """Look-up of the embedding."""
+    layer = _Layer(job, machine)
+    size = job.element * job.tokens * job.model.hidden_size
+    layer.moved(2 * size, 3 * size)
+    return layer.times
+
+
+def loss_times(job: Job, machine: Machine) -> Times:
+    """Final norm, output head in 16 bits, cross entropy over this rank's part of the vocabulary."""
+    layer = _Layer(job, machine)
+    model = job.model
+    vocabulary = model.padded_vocab_size / job.layout.tp
+    precision = "fp32" if job.dtype == "fp32" else "bf16"
+    layer.tp(job.tokens * model.hidden_size, 0.0)
+    layer.linear(job.tokens, vocabulary, model.hidden_size, precision=precision)
+    scores = job.tokens * vocabulary
+    layer.moved(12 * scores, 8 * scores, count=4)
+    layer.times.recompute.clear()
+    return layer.times
+
+
+def mtp_times(job: Job, machine: Machine) -> Times:
+    """One multi-token-prediction depth: projection, a layer like the last, and its own pass through head and loss."""
+    layer = _Layer(job, machine)
+    model = job.model
+    layer.linear(job.tokens, model.hidden_size / job.layout.tp, 2 * model.hidden_size)
+    layer.times.plus(layer_times(job, machine, bool(model.moe_layer_pattern[-1])))
+    layer.times.plus(embedding_times(job, machine))
+    layer.times.plus(loss_times(job, machine))
+    return layer.times

@@ -1,0 +1,108 @@
+"""Where groups of ranks stand on the network, and what they send over it. Pure functions; no torch import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parallel.layout import ParallelLayout
+from parallel.planner import network
+from parallel.planner.hardware import Hardware
+from parallel.planner.job import Job
+from parallel.planner.layers import routing_of
+from parallel.planner.memory import Weights
+from parallel.planner.network import Group
+from parallel.planner.software import Software
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One kind of group.
+
+    Args:
+        kind: tp, cp, dp, pp, ep, etp or edp.
+        size: ranks in a group.
+        groups: groups of that kind in the job.
+        domains: NVLink domains that one spans.
+        crosses_pods: whether some group leaves a non-blocking part of the network.
+        network_bytes: that one rank sends to other domains in a step.
+    """
+
+    kind: str
+    size: int
+    groups: int
+    domains: int
+    crosses_pods: bool
+    network_bytes: float
+
+
+def groups_of(layout: ParallelLayout) -> dict[str, Group]:
+    """Every kind of group: its size and the distance between its members, as Megatron-Core numbers ranks."""
+    per_stage = layout.world_size // layout.pp
+    return {
+        "tp": Group(layout.tp),
+        "cp": Group(layout.cp, layout.tp),
+        "dp": Group(layout.dp, layout.tp * layout.cp),
+        "pp": Group(layout.pp, per_stage),
+        "etp": Group(layout.etp),
+        "ep": Group(layout.ep, layout.etp),
+        "edp": Group(layout.edp, layout.ep * layout.etp),
+    }
+
+
+def members(layout: ParallelLayout, kind: str, rank: int) -> tuple[int, ...]:
+    """The ranks of the group of a kind that `rank` belongs to, in order."""
+    group = groups_of(layout)[kind]
+    place = rank // group.stride % group.size
+    first = rank - place * group.stride
+    return tuple(first + number * group.stride for number in range(group.size))
+
+
+def placements(job: Job, hardware: Hardware, software: Software, weights: Weights) -> list[Placement]:
+    """All kinds of groups of a job, with what a rank of the heaviest stage sends over the network in a step."""
+    layout, model, e = job.layout, job.model, job.element
+    layers = max(stage.count("t") + stage.count("m") for stage in job.stages) * layout.vpp
+    width = model.hidden_size * e
+    passes = job.micro_batches * layers
+    found = []
+    for kind, group in groups_of(layout).items():
+        sent = 0.0
+        if group.domains(hardware) > 1:
+            share = (group.size - 1) / group.size / group.in_domain(hardware)
+            if kind in ("tp", "etp"):
+                sent = passes * 10 * job.tokens * width * share
+            elif kind == "cp":
+                sent = (
+                    passes
+                    * 6
+                    * job.tokens
+                    * (group.size - 1)
+                    * e
+                    * 2
+                    * model.kv_heads
+                    * model.attention_head_dim
+                    / layout.tp
+                )
+                sent /= group.in_domain(hardware)
+            elif kind == "dp":
+                sent = (job.grad_bytes + e) * weights.shared * share
+            elif kind == "edp":
+                sent = (job.grad_bytes + e) * weights.experts * share
+            elif kind == "pp":
+                sent = 2 * job.micro_batches * layout.vpp * job.split_tokens * width
+            elif model.num_experts:
+                there = network.network_bytes(
+                    hardware, group, job.split_tokens, width, routing_of(job), software.dispatcher == "flex"
+                )
+                there_width = (1 + 4 / 128) / e if software.fp8_dispatch else 1.0
+                sent = 2 * passes * there * (1 + there_width)
+        found.append(
+            Placement(
+                kind,
+                group.size,
+                layout.world_size // group.size,
+                group.domains(hardware),
+                group.crosses_pods(hardware),
+                sent,
+            )
+        )
+    return found

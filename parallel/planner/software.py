@@ -1,0 +1,81 @@
+"""What the software of a run does beside the mathematics: which kernels are fused, what overlaps, what the host costs.
+
+The same layout runs at different speeds from one release to the next. What a run used is often published (a dispatcher,
+CUDA graphs, whether expert dispatch overlaps); where only a date is known, `of_date` gives what was usual then. No
+torch import.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from parallel.planner import calibration
+
+
+@dataclass(frozen=True)
+class Software:
+    """How a training system runs a layer.
+
+    Args:
+        flash_attention: attention never writes its scores to memory.
+        attention_speed: factor on the speed of fused attention, where its kernel is an older one.
+        fusion: part of the memory traffic of the small kernels that fusion leaves.
+        kernels: part of the kernels that the host still starts one by one (CUDA graphs start the others).
+        dispatcher: alltoall (NCCL, one message for each expert), or flex (DeepEP, HybridEP: one for each node).
+        fp8_dispatch: tokens travel to their experts in FP8; they come back in 16 bits.
+        overlap_all_to_all: dispatch runs beside another micro-batch's compute.
+        overlap_tp: tensor-parallel collectives run in pieces beside their GEMM.
+        overlap_dp: gradients are reduced during the backward pass, parameters gathered during the forward pass.
+        fsdp: weights are sharded over data-parallel ranks and gathered layer by layer.
+        frozen: weights need no gradient (LoRA).
+        latent_exchange: context parallelism passes the latents of multi-head latent attention, not keys and values.
+        imbalance: tokens of the fullest expert rank over the mean.
+        communication_sms: part of the multiprocessors that dispatch takes from compute while both run.
+    """
+
+    flash_attention: bool = True
+    attention_speed: float = 1.0
+    fusion: float = 1.0
+    kernels: float = 1.0
+    dispatcher: str = "flex"
+    fp8_dispatch: bool = False
+    overlap_all_to_all: bool = False
+    overlap_tp: bool = True
+    overlap_dp: bool = True
+    fsdp: bool = False
+    frozen: bool = False
+    latent_exchange: bool = False
+    imbalance: float = 1.0
+    communication_sms: float = 0.0
+
+
+# First month (year x 100 + month) -> what a well-tuned Megatron run had from then on; the figures are fitted.
+GENERATIONS = {
+    month: replace(one, fusion=calibration.FUSION[month], kernels=calibration.KERNELS[month])
+    for month, one in {
+        202000: Software(flash_attention=False, dispatcher="alltoall", overlap_tp=False, overlap_dp=False),
+        202301: Software(dispatcher="alltoall", overlap_tp=False),
+        202406: Software(dispatcher="alltoall"),
+        202506: Software(),
+        202601: Software(),
+        202606: Software(overlap_all_to_all=True),
+    }.items()
+}
+
+
+def of_date(month: int) -> Software:
+    """What was usual in a month, given as year x 100 + month."""
+    known = [first for first in sorted(GENERATIONS) if first <= month]
+    return GENERATIONS[known[-1] if known else min(GENERATIONS)]
+
+
+def deepseek_v3() -> Software:
+    """DeepSeek's own system (arXiv 2412.19437, section 3.2): FP8 dispatch, 20 of 132 multiprocessors for it, DualPipe.
+
+    The schedule ends with weight gradients on every rank, so that nothing hides their reduction.
+    """
+    return replace(
+        GENERATIONS[202506], fp8_dispatch=True, overlap_all_to_all=True, overlap_dp=False, communication_sms=20 / 132,
+        latent_exchange=True,
+        kernels=0.5,
+    )  # fmt: skip

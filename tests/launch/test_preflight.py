@@ -1,0 +1,135 @@
+"""`moe-preflight` on four ranks, with a fault on one of them; and its judgement of what ranks report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.preflight import facts, measure, verdict
+from launch.preflight.facts import Facts
+from moe_train.config.launcher import LauncherConfig
+from parallel.layout import ParallelLayout
+from tests.launch.commands import ROOT, environment, overrides
+
+
+def preflight(fault: str, run_dir: Path) -> tuple[int, str]:
+    """Exit code and output. Cores are shared here, so only what is hundreds of times slower is slow."""
+    command = [sys.executable, "-m", "tests.launch.preflight_faults", fault, *overrides(run_dir, 4)]
+    done = subprocess.run(
+        [*command, "launcher.slow_ratio=100"], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_healthy_ranks_pass(tmp_path: Path) -> None:
+    code, text = preflight("none", tmp_path)
+    assert code == 0, text
+    lines = text.splitlines()
+    assert lines[0] == "preflight of 4 ranks on 4 nodes"
+    assert all(line.startswith("  ok  ") for line in lines[1:]), text
+    assert len(lines) == 9
+    result = json.loads((tmp_path / "preflight.json").read_text())
+    assert result["exclude"] == []
+    assert all(rank["groups"]["dp"][1] > 0 and rank["link_gb_s"] > 0 for rank in result["ranks"])
+    assert not list((tmp_path / ".preflight").glob("rank_*"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("version", "broken: code is 0123456789ab, elsewhere "),
+        ("clock", "broken: +60.0 s against the other nodes"),
+        ("slow", "broken: rank 2 takes "),
+        ("storage", "broken: run_dir there is not the directory that rank 0 sees"),
+    ],
+)
+def test_a_fault_names_its_node(fault: str, told: str, tmp_path: Path) -> None:
+    code, text = preflight(fault, tmp_path / "run")
+    assert code == 3, text
+    assert told in text
+    assert text.count("BAD") == 1, text
+    assert "exclude: broken\nsubmit again with: sbatch --exclude=broken" in text
+    assert (tmp_path / "run/preflight.txt").read_text() in text
+
+
+def healthy(count: int = 8, per_node: int = 2) -> list[Facts]:
+    """Ranks in tp pairs within nodes and dp groups across them."""
+    return [
+        Facts(
+            f"n{i // per_node}", i, {"torch": "2.9"}, 0.001 * i, gpus=per_node, memory_free=0.99, write_mb_s=900.0,
+            read_mb_s=900.0, matmul_s=0.010, link_gb_s=40.0 if i % per_node == 0 else None,
+            groups={"tp": (i // 2 * 2, 300.0, 200.0), "dp": (i % 2, 45.0, 30.0)},
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def judged(ranks: list[Facts], **launcher: float) -> list[verdict.Finding]:
+    return verdict.judge(ranks, LauncherConfig(**launcher), 2)  # type: ignore[arg-type]
+
+
+def test_nothing_is_wrong_with_healthy_ranks() -> None:
+    assert judged(healthy(), expected_gbps=40) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "told"),
+    [
+        ({"versions": {"torch": "2.8"}}, "versions", "torch is 2.8, elsewhere 2.9"),
+        ({"gpus": 1}, "GPU", "rank 4 sees 1 of 2 GPUs"),
+        ({"gpu_problems": ["NVLink down: Link 3"]}, "GPU", "NVLink down: Link 3"),
+        ({"memory_free": 0.5}, "memory", "50% of GPU of rank 4 is free"),
+        ({"sees_run_dir": False}, "storage", "is not the directory"),
+        ({"matmul_s": 0.030}, "matmul", "rank 4 takes 3.0 times the median 10 ms"),
+        ({"link_gb_s": 12.0}, "links", "12.00 GB/s to its neighbours, the median is 40.00"),
+    ],
+)
+def test_what_is_wrong_with_one_rank_excludes_its_node(change: dict[str, object], check: str, told: str) -> None:
+    ranks = healthy()
+    ranks[4] = replace(ranks[4], **change)  # type: ignore[arg-type]
+    findings = judged(ranks)
+    assert [(f.check, f.node) for f in findings] == [(check, "n2")]
+    assert told in findings[0].text
+    assert verdict.excluded(findings) == ["n2"]
+
+
+def test_a_slow_clock_is_that_of_the_node_not_of_a_rank_that_was_late() -> None:
+    ranks = healthy()
+    ranks[5].clock_s = 9.0
+    assert judged(ranks) == []
+    ranks[4].clock_s = 8.0
+    assert [(f.check, f.node, f.text) for f in judged(ranks)] == [("clock", "n2", "+8.0 s against the other nodes")]
+
+
+def test_a_slow_group_blames_a_node_only_where_it_lies_within_one() -> None:
+    ranks = healthy()
+    for rank in (4, 5):
+        ranks[rank].groups["tp"] = (4, 100.0, 200.0)
+    for rank in (1, 3, 5, 7):
+        ranks[rank].groups["dp"] = (1, 20.0, 30.0)
+    found = judged(ranks)
+    assert [(f.node, f.text) for f in found] == [
+        ("", "dp group of rank 1: all-reduce 20.00 GB/s, the median is 32.50"),
+        ("n2", "tp group of rank 4: all-reduce 100.00 GB/s, the median is 300.00"),
+    ]
+    assert len(judged(healthy(), expected_gbps=100)) == 2  # both dp groups, with what was expected of them
+
+
+def test_all_groups_of_a_rank_are_those_of_the_layout() -> None:
+    layout = ParallelLayout.resolve(tp=2, pp=2, vpp=1, cp=1, ep=2, etp=1, dp=2)
+    assert measure.groups_of(layout, 3) == {"tp": [2, 3], "dp": [1, 3], "pp": [3, 7], "ep": [2, 3]}
+
+
+def test_what_nvidia_smi_says_of_a_gpu() -> None:
+    assert facts.unhealthy("0, No, 0, Not Active, Not Active\n") == []
+    assert facts.unhealthy("3, No, [N/A], Active, Not Active\n") == [
+        "uncorrected ECC errors: 3", "clocks slowed by hardware (power or heat): Active",
+    ]  # fmt: skip
+    links = "GPU 0: NVIDIA H800\n\t Link 0: 25.781 GB/s\n\t Link 1: <inactive>\n"
+    assert facts.dead_links(links) == ["NVLink down: Link 1"]
+    assert facts.dead_links("GPU 0: NVIDIA H800\n\t Link 0: <inactive>\n") == []  # a machine without NVLink

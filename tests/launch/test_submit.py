@@ -1,0 +1,249 @@
+"""`moe-submit` on a login node: what it says, what it refuses, and what it gives to Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import placement, slurm, submit
+from parallel.layout import ParallelLayout
+from tests.launch.commands import ROOT, environment
+
+V3 = ("experiment=deepseek_v3/pretrain", "launcher.scratch_dir=null")
+TINY = (
+    "model=tiny", "parallel.pp=2", "parallel.ep=2", "launcher.ranks_per_node=2", "train.steps=10",
+    "schedule.warmup_steps=2",
+)  # fmt: skip
+
+# A cluster of 300 nodes of 8 GPUs, and a small one for two accounts without GPUs.
+_COMMANDS = {
+    "sinfo": "echo 'h800*|300|2-00:00:00|gpu:h800:8(S:0-1)|192'; echo 'small|4|1:00:00|(null)|64'",
+    "scontrol": """case "$*" in
+  *partition*) echo 'PartitionName=h800 AllowGroups=ALL AllowAccounts=ALL MaxTime=2-00:00:00'
+               echo 'PartitionName=small AllowAccounts=physics,chemistry' ;;
+  *) [ -f "$LOG.state" ] || { echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1; }
+     echo "JobId=71 JobState=$(cat "$LOG.state") NodeList=node[1-2] RunTime=00:01:00 Restarts=0 Reason=None" ;;
+esac""",
+    "sbatch": """printf '%s\\n' "$MOE_CODE" "$@" >>"$LOG"
+n=$(($(cat "$LOG.number" 2>/dev/null || echo 70) + 1)); echo $n >"$LOG.number"; echo $n
+case "$*" in *--qos=bad*) echo 'sbatch: error: Invalid qos specification' >&2; exit 1 ;; esac""",
+    "scancel": 'echo "scancel $*" >>"$LOG"',
+}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The commands of that cluster; returns the file to which sbatch writes its arguments."""
+    (tmp_path / "bin").mkdir()
+    for name, text in _COMMANDS.items():
+        program = tmp_path / "bin" / name
+        program.write_text(f"#!/bin/sh\n{text}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("LOG", str(tmp_path / "log"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "log"
+
+
+def _prepared(directory: Path) -> str:
+    directory.mkdir(exist_ok=True)
+    (directory / "manifest.json").write_text("{}")
+    return str(directory)
+
+
+# What is wrong, the overrides beside V3, and a part of the one line that says so.
+WRONG = {
+    "unknown field": (["launcher.partitions=x"], "launcher.partitions is not a field"),
+    "unknown experiment": (["experiment=deepseek_v3/pretrian"], "experiment=deepseek_v3/pretrain"),
+    "no number": (["launcher.time_limit_min=long"], "launcher.time_limit_min=long is not an integer"),
+    "too few nodes for the layout": (["launcher.nodes=10"], "there are 80 ranks"),
+    "a degree that does not divide": (["parallel.ep=24"], "parallel.ep=24"),
+    "pipeline that does not fit": (["launcher.nodes=256", "parallel.dp=null", "parallel.pp=3"], "3 does not divide"),
+    "layout that fills nodes in part": (["parallel.pp=2", "parallel.dp=66", "parallel.ep=22", "model.num_experts=22",
+                                         "model.router_num_groups=0", "model.router_topk_groups=0",
+                                         "batch.global_batch_size=660"], "do not fill nodes of"),
+    "too few nodes for the memory": (["parallel.dp=64", "recompute=none"], "and a GPU has 78.6"),
+    "more nodes than there are": (["parallel.dp=192", "batch.global_batch_size=1920"], "partition h800 has 300"),
+    "over the time limit": (["launcher.time_limit_min=4000"], "exceeds the 2880 minutes of partition h800"),
+    "warning longer than the job": (["launcher.time_limit_min=8"], "less than half of launcher.time_limit_min=8"),
+    "unknown partition": (["launcher.partition=h900"], "launcher.partition=h900 is not a partition"),
+    "more GPUs than a node has": (["launcher.ranks_per_node=16"], "exceeds the 8 GPUs of a node"),
+    "fewer GPUs than ranks": (["launcher.gpus_per_node=4"], "exceeds launcher.gpus_per_node=4"),
+    "simulated": (["runtime=simulated"], "runtime=simulated runs on one machine"),
+    "no dataset": (["data=indexed", "data.dir=nowhere"], "no dataset there"),
+    "damaged dataset": (["data=indexed", "data.dir=damaged"], "is damaged"),
+    "no text": (["data=text", "data.path=nowhere"], "data.path=nowhere does not exist"),
+    "no blend": (["data=indexed", "data.blend=['1.0 missing']"], "missing.bin does not exist"),
+    "no weights to start from": (["init_from=nowhere"], "init_from=nowhere does not exist"),
+    "no checkpoint to resume": (["resume=nowhere"], "resume=nowhere is neither auto"),
+    "run directory of one node": (["run_dir=/dev/shm/moe-submit-test"], "which each node has for itself"),
+    "more nodes than asked for": (["launcher.min_nodes=300"], "launcher.min_nodes=300 exceeds the 256 nodes"),
+    "no layout for fewer nodes": (["launcher.min_nodes=255"], "lets the job start with 255 nodes"),
+    "fallback of another batch": (["launcher.fallbacks=['batch.global_batch_size=8']"], "no field of the layout"),
+    "no image": (["launcher.container=/nowhere.sqsh"], "launcher.container=/nowhere.sqsh does not exist"),
+    "mount without image": (["launcher.mounts=[/data]"], "launcher.mounts is for launcher.container"),
+    "variable without value": (["launcher.environment=[NCCL_DEBUG]"], "which is not NAME=VALUE"),
+    "more adapters than GPUs": (["launcher.nics=[a,b,c,d,e,f,g,h,i]"], "launcher.nics has 9 adapters"),
+    "refused by Slurm": (["launcher.qos=bad"], "Slurm refuses the job: sbatch: Invalid qos"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "told"), WRONG.values(), ids=WRONG)
+def test_a_wrong_submission_is_refused_with_a_reason(
+    words: list[str], told: str, cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/manifest.json").write_text("{")
+    base = [word for word in V3 if word.partition("=")[0] not in {w.partition("=")[0] for w in words}]
+    assert submit.run([*base, f"run_dir={tmp_path}/run", *words]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: "), errors
+    assert errors.count("\n") == 1, errors
+    assert told in errors
+    assert not cluster.exists() or "--qos=bad" in cluster.read_text()
+
+
+def test_an_account_that_the_partition_does_not_take(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*TINY, "runtime=cpu", "launcher.partition=small", "launcher.time_limit_min=30"]
+    assert submit.run(words) == 2
+    assert "use launcher.account=physics or chemistry" in capsys.readouterr().err
+
+
+def test_gpus_where_there_are_none(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        submit.run([*TINY, "launcher.partition=small", "launcher.account=physics", "launcher.time_limit_min=30"]) == 2
+    )
+    assert "no node of partition small has a GPU; use another launcher.partition" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_2048_gpus_says_what_they_are_for(
+    cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = _prepared(tmp_path / "corpus")
+    words = ["--dry-run", *V3, "data=indexed", f"data.dir={data}", f"run_dir={tmp_path}/v3"]
+    assert submit.run(words) == 0
+    text = capsys.readouterr().out
+    for expected in (
+        "256 x 8 = 2,048 ranks",
+        "ep: 32 of 64 ranks, each over 8 nodes, 1 on a node",
+        "pp: 128 of 16 ranks, each over 16 nodes, 8 on a node",
+        "75.1 GiB on the fullest rank (stage 1 of 16), of 78.6",
+        "1,511.5 hours",
+        "63 x the time limit of 24 hours",
+        "$6,191,121 at $2",
+        "sbatch --parsable --job-name=moe-deepseek_v3 --nodes=256 --ntasks-per-node=8 --gpus-per-node=8 --time=1440",
+        "--signal=B:USR1@300 --requeue",
+        "experiment=deepseek_v3/pretrain",
+    ):
+        assert expected in text
+    assert not cluster.exists()
+    assert not (tmp_path / "v3").exists()
+
+
+def test_what_is_submitted_is_kept(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    words = [*TINY, f"run_dir={run_dir}", "launcher.exclude=[node3,node4]", "launcher.exclusive=false"]
+    assert submit.run(words) == 0
+    assert "submitted 71; follow with" in capsys.readouterr().out
+    code, *arguments = cluster.read_text().splitlines()
+    kept = next((run_dir / "submissions").iterdir())
+    assert Path(code) == kept / "code"
+    assert (kept / "code/moe_train/train.py").read_bytes() == (ROOT / "moe_train/train.py").read_bytes()
+    assert (kept / "code/conf/train.yaml").exists()
+    assert "num_layers" in (kept / "config.yaml").read_text()
+    assert {"--nodes=2", "--ntasks-per-node=2", "--exclude=node3,node4", "--oversubscribe"} <= set(arguments)
+    overrides = arguments[arguments.index(f"{code}/launch/train.sbatch") + 1 :]
+    assert overrides == [*TINY, *words[-2:], "runtime=cuda", f"run_dir={run_dir}"]
+    assert json.loads((kept / "submission.json").read_text())["jobs"] == ["71"]
+
+
+def test_a_chain_waits_for_the_job_before(cluster: Path, tmp_path: Path) -> None:
+    assert submit.run([*TINY, f"run_dir={tmp_path}/run", "launcher.chain=3", "launcher.dependency=afterok:9"]) == 0
+    lines = [line for line in cluster.read_text().splitlines() if "--dependency" in line or "requeue" in line]
+    assert lines == ["--dependency=afterok:9", "--no-requeue"] + [
+        text for job in (71, 72) for text in (f"--dependency=afternotok:{job}", "--no-requeue")
+    ]
+
+
+def test_a_sweep_is_one_array(cluster: Path, tmp_path: Path) -> None:
+    words = ["-m", *TINY, "seed=1,2,3", f"run_dir={tmp_path}/sweep", "launcher.array_limit=2"]
+    assert submit.run(words) == 0
+    arguments = cluster.read_text().splitlines()
+    assert "--array=0-2%2" in arguments
+    kept = next((tmp_path / "sweep/submissions").iterdir())
+    for number in range(3):
+        overrides = (kept / "sweep" / str(number)).read_text().splitlines()
+        assert f"seed={number + 1}" in overrides
+        assert f"run_dir={tmp_path}/sweep/{number}" in overrides
+
+
+def test_a_job_of_a_sweep_that_is_wrong_stops_all_of_them(
+    cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit.run(["-m", *TINY, "parallel.tp=1,3", f"run_dir={tmp_path}/sweep"]) == 2
+    assert "error: job 1: parallel.tp=3" in capsys.readouterr().err
+    assert not cluster.exists()
+
+
+def test_status_cancel_and_logs(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    for verb in ("status", "cancel", "logs"):
+        assert submit.run([verb, str(run_dir)]) == 2
+        assert "is no directory of a run that moe-submit has started" in capsys.readouterr().err
+    submit.run([*TINY, f"run_dir={run_dir}"])
+    Path(f"{cluster}.state").write_text("RUNNING")
+    (run_dir / "logs").mkdir()
+    (run_dir / "logs/node1.log").write_text("step 7/10\n")
+    (run_dir / "metrics.jsonl").write_text('{"step": 7, "lm_loss": 3.5, "tokens_per_s": 1234.5}\n{"st')
+    (run_dir / "config.yaml").write_text((next((run_dir / "submissions").iterdir()) / "config.yaml").read_text())
+    capsys.readouterr()
+    assert submit.run(["status", str(run_dir)]) == 0
+    shown = capsys.readouterr().out
+    assert "job 71: running, on node[1-2], for 00:01:00" in shown
+    assert "step 7 of 10, loss 3.5000, 1,234 tokens/s" in shown
+    assert submit.run(["logs", str(run_dir)]) == 0
+    assert "step 7/10" in capsys.readouterr().out
+    assert submit.run([*TINY, f"run_dir={run_dir}"]) == 2
+    assert "belongs to job 71, which has not ended" in capsys.readouterr().err
+    assert submit.run(["cancel", str(run_dir)]) == 0
+    assert cluster.read_text().splitlines()[-1] == "scancel 71"
+    Path(f"{cluster}.state").write_text("CANCELLED")
+    assert submit.run(["cancel", str(run_dir)]) == 2
+
+
+def test_it_starts_quickly_and_without_torch(tmp_path: Path) -> None:
+    """CPU seconds, the best of three, as login nodes are busy; the 2,048 GPUs are what takes longest."""
+    code = (
+        "import sys, time\nfrom launch import submit\n"
+        f"code = submit.run(['--dry-run', *{list(V3)!r}, 'run_dir={tmp_path}/run'])\n"
+        "heavy = [m for m in sys.modules if m.split('.')[0] in ('torch', 'megatron', 'numpy')]\n"
+        "print(f'#{code} {heavy} {time.process_time()}')"
+    )
+    seconds = []
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60
+        )
+        result = done.stdout.strip().splitlines()[-1]
+        assert result.startswith("#0 [] "), done
+        seconds.append(float(result.split()[-1]))
+    assert min(seconds) < 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "minutes"), [("2-00:00:00", 2880), ("1:30:00", 90), ("45:00", 45), ("infinite", None)]
+)
+def test_time_limits_of_slurm(limit: str, minutes: int | None) -> None:
+    assert slurm.minutes_of(limit) == minutes
+
+
+def test_groups_on_their_nodes() -> None:
+    layout = ParallelLayout.resolve(tp=2, pp=2, vpp=1, cp=1, ep=4, etp=1, dp=4)
+    found = {one.name: (one.size, one.groups, one.nodes, one.per_node) for one in placement.placements(layout, 4)}
+    # Ranks 0-3, 4-7 | 8-11, 12-15 are nodes; a stage is eight ranks; tp pairs neighbours.
+    assert found == {"tp": (2, 8, 1, 2), "ep": (4, 4, 1, 1), "dp": (4, 4, 2, 2), "pp": (2, 8, 2, 4)}

@@ -1,0 +1,86 @@
+"""Kernels and messages: what the model of time must do whatever its constants are."""
+
+from __future__ import annotations
+
+import pytest
+
+from parallel.planner import kernels, network
+from parallel.planner.calibration import FITTED
+from parallel.planner.network import Group, Routing
+from tools.planning.rows import cluster
+
+H800, H100, GB200 = cluster("h800"), cluster("h100"), cluster("gb200")
+
+
+def rate(rows: float, columns: float, inner: float, precision: str = "bf16", copies: int = 1) -> float:
+    """FLOP/s of a product."""
+    return 2 * rows * columns * inner * copies / kernels.gemm(H800, FITTED, precision, rows, columns, inner, copies)
+
+
+def test_a_large_gemm_reaches_what_the_cluster_says() -> None:
+    best = H800.matmul_flops("bf16") * FITTED.gemm_speed
+    assert 0.9 * best < rate(16384, 16384, 16384) <= best
+
+
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [
+        ((128, 4096, 4096), (4096, 4096, 4096)),
+        ((4096, 4096, 64), (4096, 4096, 4096)),
+        ((4096, 4097, 4096), (4096, 4096, 4096)),
+    ],
+)
+def test_shape_decides_how_fast_a_gemm_is(small: tuple[int, int, int], large: tuple[int, int, int]) -> None:
+    """Few rows, a short inner size and an edge that sticks out of a tile are slower."""
+    assert rate(*small) < rate(*large)
+
+
+def test_many_small_experts_are_one_grouped_product() -> None:
+    assert rate(512, 4096, 7168, copies=32) > 2 * rate(512, 512, 7168)
+
+
+def test_a_thin_product_is_bound_by_memory() -> None:
+    moved = 2 * (16384 * 16384 + 16384 + 16384)
+    assert kernels.gemm(H800, FITTED, "bf16", 1, 16384, 16384) >= moved / H800.memory_bytes_per_s
+
+
+def test_fp8_is_faster_where_there_is_fp8() -> None:
+    assert rate(8192, 8192, 8192, "fp8") > 1.5 * rate(8192, 8192, 8192)
+    a100 = cluster("a100")
+    assert a100.matmul_flops("fp8") == a100.matmul_flops("bf16")
+
+
+def test_attention_is_faster_for_long_sequences() -> None:
+    short, long = (kernels.attention(H800, FITTED, 1e12, keys) for keys in (512, 65536))
+    assert short > 1.3 * long
+
+
+def test_a_ring_leaves_a_node_through_all_its_network_cards() -> None:
+    """8 members a node share the way out; one member a node has one card."""
+    size = 1e9
+    inside, spread, alone = (network.ring(H800, group, size) for group in (Group(8), Group(64), Group(8, 8)))
+    assert inside == pytest.approx(size * 7 / 8 / H800.domain_bytes_per_s, rel=0.01)
+    assert spread == pytest.approx(
+        size * 63 / 64 / min(H800.domain_bytes_per_s, 8 * H800.network_bytes_per_s), rel=0.01
+    )
+    assert alone == pytest.approx(size * 7 / 8 / H800.network_bytes_per_s, rel=0.01)
+    assert network.ring(H800, Group(1), size) == 0
+
+
+def test_tokens_visit_a_limited_number_of_nodes() -> None:
+    """DeepSeek-V3: at most 4 of 8 nodes; without the limit more (arXiv 2412.19437, section 3.2.2)."""
+    limited, free = network.places_visited(8, Routing(8, 8, 4)), network.places_visited(8, Routing(8))
+    assert 3 < limited <= 4
+    assert 4 < free < 8
+
+
+def test_dispatch_by_node_sends_less_over_the_network() -> None:
+    args = (H800, Group(64), 4096, 14336, Routing(8, 8, 4))
+    assert network.all_to_all(*args, deduplicated=True) < 0.6 * network.all_to_all(*args, deduplicated=False)
+    assert network.network_bytes(*args, True) < 0.6 * network.network_bytes(*args, False)
+    assert network.all_to_all(GB200, Group(64), 4096, 14336, Routing(8), True) < 1e-3  # one NVLink domain
+    assert network.network_bytes(GB200, Group(64), 4096, 14336, Routing(8), True) == 0
+
+
+def test_an_exchange_around_a_ring_waits_for_its_slowest_link() -> None:
+    assert network.relay(H800, Group(16), 1e9) > 3 * network.relay(H800, Group(8), 1e9)

@@ -1,0 +1,72 @@
+"""The search: deterministic, quick, within memory, with reasons."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import pytest
+
+from moe_train.config.compose import compose
+from moe_train.config.validate import validate
+from tools.planning.answer import Answer, answer, parallel_yaml
+
+V3 = (
+    "model=deepseek_v3", "cluster=h800", "runtime=cuda", "batch=large", "train.seq_length=4096", "precision=bf16",
+    "plan.precisions=[none,block]", "plan.gpus=2048", "train.tokens=14800000000000",
+)  # fmt: skip
+
+
+def plan(*overrides: str) -> Answer:
+    cfg = compose([*V3, *overrides])
+    return answer(cfg, validate(cfg))
+
+
+@cache
+def found() -> tuple[Answer, float]:
+    before = time.process_time()
+    result = plan()
+    return result, time.process_time() - before
+
+
+def test_all_layouts_of_deepseek_v3_take_seconds() -> None:
+    result, seconds = found()
+    assert seconds < 10
+    assert result.found.tried > 300
+    assert len(result.found.plans) == 10
+
+
+def test_what_is_offered_fits_memory_and_the_gpus() -> None:
+    result, _ = found()
+    for one in result.found.plans:
+        assert one.memory_bytes <= result.hardware.usable_bytes < 80 * 2**30
+        assert one.job.layout.world_size == 2048
+        assert one.job.micro_batches * one.job.micro_batch_size * one.job.layout.dp == 15360
+    speeds = [one.step.tokens_per_s_per_gpu for one in result.found.plans]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+def test_the_same_question_has_the_same_answer() -> None:
+    first, second = found()[0], plan()
+    assert [one.label for one in first.found.plans] == [one.label for one in second.found.plans]
+    assert parallel_yaml(first.best) == parallel_yaml(second.best)
+
+
+def test_reasons_are_given_for_what_does_not_fit() -> None:
+    reasons = found()[0].found.reasons
+    assert any("memory" in reason for reason in reasons)
+    assert all(times > 0 for times in reasons.values())
+    assert set(found()[0].found.examples) == set(reasons)
+
+
+def test_nothing_fits_too_few_gpus() -> None:
+    with pytest.raises(Exception, match=r"no layout of deepseek_v3 fits 8 GPUs of h800: .*memory"):
+        plan("plan.gpus=8", "batch.global_batch_size=64")
+
+
+def test_failures_and_intervals_change_the_bill() -> None:
+    rows = {name: fraction for name, fraction, _, _ in found()[0].what_if}
+    assert len(rows) >= 10
+    assert rows["as planned, with failures and checkpoints"] == max(
+        fraction for name, fraction in rows.items() if "checkpoint every" in name or "as planned" in name
+    )

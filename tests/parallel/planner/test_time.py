@@ -1,0 +1,99 @@
+"""Time of a step: DeepSeek-V3 as published, and what must hold of any job."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from moe_train.config.compose import compose
+from moe_train.config.validate import validate
+from moe_train.model.memory import job_of, weights_on
+from parallel.planner import software
+from parallel.planner.calibration import FITTED
+from parallel.planner.job import Job
+from parallel.planner.layers import Machine, layer_times, total
+from parallel.planner.software import Software
+from parallel.planner.time import StepTime, plan_step
+from tools.planning.rows import cluster
+
+V3 = [
+    "model=deepseek_v3", "parallel=deepseek_v3_h800", "runtime=cuda", "batch=large", "train.seq_length=4096",
+    "precision=fp8_block", "recompute=deepseek_v3",
+]  # fmt: skip
+# arXiv 2505.09343, table 4, seconds.
+STEP = 19.926
+COMPONENTS = {"1F": 1.13, "bubble": 2.06, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "optimizer": 0.29}
+
+
+def planned(*overrides: str, schedule: str = "1f1b", soft: Software | None = None, **changes: object) -> StepTime:
+    cfg = compose([*V3, *overrides])
+    job = replace(job_of(cfg, validate(cfg)), **changes)
+    machine = Machine(cluster("h800"), soft or software.of_date(202604), FITTED)
+    return plan_step(job, machine, schedule, [weights_on(cfg, job, rank) for rank in range(job.layout.pp)])
+
+
+@pytest.fixture(scope="module")
+def published() -> StepTime:
+    return planned(schedule="dualpipe", soft=software.deepseek_v3())
+
+
+def test_a_step_of_deepseek_v3_takes_as_long_as_published(published: StepTime) -> None:
+    assert published.seconds == pytest.approx(STEP, rel=0.05)
+    assert published.tokens_per_s_per_gpu == pytest.approx(1541.7, rel=0.05)
+    assert sum(published.components.values()) == pytest.approx(published.seconds)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_components_of_that_step(published: StepTime, name: str) -> None:
+    assert published.components[name] == pytest.approx(COMPONENTS[name], rel=0.15)
+
+
+def moe_layer(*overrides: str, soft: Software | None = None) -> tuple[float, float]:
+    cfg = compose([*V3, *overrides])
+    machine = Machine(cluster("h800"), soft or software.of_date(202604), FITTED)
+    times = layer_times(job_of(cfg, validate(cfg)), machine, moe=True)
+    return total(times.forward), total(times.inputs) + total(times.weights) + total(times.recompute)
+
+
+def test_recomputation_adds_forward_work_to_the_backward_pass() -> None:
+    none, full = moe_layer("recompute=none"), moe_layer("recompute=full")
+    some = moe_layer()
+    assert none[0] == some[0] == full[0]
+    assert none[1] < some[1] < full[1]
+    waits = 1e-6 * FITTED.flex_sync_us * software.of_date(202604).kernels  # token counts are known the second time
+    assert full[1] - none[1] == pytest.approx(none[0] - waits)
+
+
+def test_fp8_dispatch_and_nodes_make_dispatch_shorter() -> None:
+    fast = software.of_date(202604)
+    base = moe_layer(soft=fast)[0]
+    assert moe_layer(soft=replace(fast, fp8_dispatch=True))[0] < base
+    assert moe_layer(soft=replace(fast, dispatcher="alltoall"))[0] > base
+    assert moe_layer(soft=replace(fast, imbalance=1.3))[0] > base
+
+
+def test_experts_in_one_node_need_no_network() -> None:
+    assert moe_layer("parallel.ep=8")[0] < moe_layer("parallel.ep=64")[0]
+
+
+def test_an_estimate_is_close_to_the_simulation() -> None:
+    cfg = compose(V3)
+    job: Job = job_of(cfg, validate(cfg))
+    machine = Machine(cluster("h800"), software.of_date(202604), FITTED)
+    weights = [weights_on(cfg, job, rank) for rank in range(job.layout.pp)]
+    for schedule in ("1f1b", "zb1p", "dualpipe"):
+        simulated, estimated = (plan_step(job, machine, schedule, weights, simulated=s).seconds for s in (True, False))
+        assert estimated == pytest.approx(simulated, rel=0.1), schedule
+
+
+def test_larger_micro_batches_have_more_tokens() -> None:
+    one, two = planned(), planned("batch.micro_batch_size=2")
+    assert one.tokens == two.tokens == 15360 * 4096
+    assert two.pipeline.bubble_fraction > one.pipeline.bubble_fraction
+
+
+def test_every_generation_of_software_is_known() -> None:
+    assert software.of_date(202104).flash_attention is False
+    assert software.of_date(202606).overlap_all_to_all is True
+    assert software.of_date(190001) == software.of_date(202000)

@@ -1,0 +1,31 @@
+"""`moe-train` with steps of a second, so that there is time to disturb it: python -m tests.slurm.slowly OVERRIDE..."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from launch import main
+from moe_train.config.schema import Config
+from parallel.rank_info import RankInfo
+
+STEP_S = 1.0
+
+
+def run(cfg: Config, info: RankInfo) -> None:
+    from moe_train import train
+    from moe_train.loop import step
+
+    before = step.train_step
+
+    def train_step(*args: Any) -> Any:
+        time.sleep(STEP_S)
+        return before(*args)
+
+    step.train_step = train_step
+    train.run(cfg, info)
+
+
+if __name__ == "__main__":
+    sys.exit(main.run("tests.slurm.slowly:run"))

@@ -1,0 +1,108 @@
+"""Time limits, signals, crashes on a real Slurm: the job comes back, and its losses are those of a quiet run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm import cluster as slurm
+from tests.slurm.conftest import Jobs, losses
+
+pytestmark = pytest.mark.slow
+STEPS = 60
+
+
+@pytest.fixture
+def slow_python(tmp_path: Path) -> str:
+    """In place of Python for `train.sbatch`: `launch.main` takes a second for each step."""
+    script = tmp_path / "python"
+    script.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -P -m tests.slurm.slowly "${{@:4}}"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.fixture(scope="session")
+def quiet(cluster: slurm.Cluster, tmp_path_factory: pytest.TempPathFactory, small_data: tuple[str, ...]) -> list[float]:
+    """Losses of a run that nothing disturbs."""
+    directory = tmp_path_factory.mktemp("quiet")
+    jobs = Jobs(cluster, directory, small_data)
+    jobs.finish(jobs.submit(directory / "run", steps=STEPS))
+    return losses(directory / "run")
+
+
+def _resumed_at(run_dir: Path) -> list[int]:
+    """Steps at which rank 0 continued, wherever it ran."""
+    lines = [line for log in (run_dir / "logs").glob("*.log") for line in log.read_text().splitlines()]
+    return sorted(int(line.split()[3]) for line in lines if line.startswith("resumed at step "))
+
+
+def test_the_time_limit(jobs: Jobs, tmp_path: Path, slow_python: str, quiet: list[float]) -> None:
+    """Two minutes are too short; the warning comes a minute before."""
+    flags = ("--time=2", "--signal=B:USR1@60")
+    job = jobs.submit(tmp_path / "run", flags=flags, steps=STEPS, MOE_PYTHON=slow_python, MOE_GRACE_S="60")
+    facts = jobs.finish(job, 900)
+    output = (tmp_path / f"slurm-{job}.out").read_text()
+    assert int(facts["Restarts"]) >= 1, output
+    assert "the time limit is near: telling the ranks to save" in output
+    assert "saved before the time limit: back to the queue" in output
+    assert len(_resumed_at(tmp_path / "run")) == int(facts["Restarts"])
+    assert losses(tmp_path / "run") == quiet
+
+
+@pytest.mark.parametrize("start", ["torchrun", "mpirun"])
+def test_a_warning_reaches_ranks_of_every_launcher(start: str, jobs: Jobs, tmp_path: Path) -> None:
+    """Enough steps that none finishes before it is warned; then the job is cancelled as it waits to run again."""
+    run_dir = tmp_path / "run"
+    job = jobs.submit(run_dir, steps=100_000, MOE_START=start)
+    jobs.wait_for_step(run_dir, 3)
+    jobs.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    try:
+        slurm.wait_for(lambda: jobs.facts(job).get("Restarts") == "1", 120)
+    finally:
+        jobs.cluster.run("scancel", job)
+    assert "saved before the time limit" in (tmp_path / f"slurm-{job}.out").read_text(), jobs.logs(job)
+    step = int(sorted((run_dir / "checkpoints").glob("step_*"))[-1].name.removeprefix("step_"))
+    assert step == len(losses(run_dir))
+
+
+@pytest.mark.parametrize("role", ["other", "first"])
+def test_a_crashed_node(role: str, jobs: Jobs, tmp_path: Path, slow_python: str, quiet: list[float]) -> None:
+    """The first node also runs the batch script."""
+    run_dir = tmp_path / "run"
+    job = jobs.submit(run_dir, "checkpoint.interval_steps=5", steps=STEPS, MOE_PYTHON=slow_python)
+    jobs.wait_for_step(run_dir, 12)
+    nodes = jobs.cluster.run("scontrol", "show", "hostnames", jobs.facts(job)["NodeList"]).split()
+    node = nodes[0 if role == "first" else 1]
+    done = len(losses(run_dir))
+    jobs.cluster.crash(node)
+    try:
+        facts = jobs.finish(job, 900)
+    finally:
+        jobs.cluster.restart(node)
+    assert int(facts["Restarts"]) >= 1, jobs.logs(job)
+    assert node not in jobs.cluster.run("scontrol", "show", "hostnames", facts["NodeList"]).split()
+    assert done - _resumed_at(run_dir)[0] <= 5 + 1  # a step may have ended between the count and the crash
+    assert losses(run_dir) == quiet
+    slurm.wait_for(lambda: jobs.cluster._idle() == 4, 60)
+
+
+def _words(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_a_killed_rank_is_started_again_in_the_job(
+    jobs: Jobs, tmp_path: Path, slow_python: str, quiet: list[float]
+) -> None:
+    run_dir = tmp_path / "run"
+    job = jobs.submit(run_dir, "checkpoint.interval_steps=5", steps=STEPS, MOE_PYTHON=slow_python)
+    jobs.wait_for_step(run_dir, 7)
+    ranks = [pid for pid in jobs.cluster.processes("node2") if b"tests.slurm.slowly" in _words(pid)]
+    os.kill(ranks[-1], signal.SIGKILL)
+    facts = jobs.finish(job, 600)
+    assert facts["Restarts"] == "0"
+    assert "attempt 1" in (tmp_path / f"slurm-{job}.out").read_text()
+    assert losses(run_dir) == quiet

@@ -1,0 +1,205 @@
+"""`moe-plan`: a question on the command line, an answer in tables and files, on a login node."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from moe_train.config.compose import compose
+from moe_train.config.validate import validate
+from tools import plan
+from tools.planning.recipe import count, parse
+
+ROOT = Path(__file__).parents[2]
+V3 = ("model=deepseek_v3", "cluster=h800", "gpus=2048", "tokens=14.8T")
+
+
+def run(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    return subprocess.run(
+        [sys.executable, "-m", "tools.plan", *words], cwd=directory, env=environment, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The files and the text of one plan."""
+    folder = tmp_path_factory.mktemp("plan")
+    done = run(folder, *V3, "top=3", "output=out", "write=best.yaml", "plan.precisions=[block]")
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_the_answer_says_what_was_asked(answered: tuple[Path, str]) -> None:
+    folder, text = answered
+    for words in ("tokens/s/GPU", "MFU", "bubble", "GiB", "dollars", "kWh", "t CO2", "failures a day", "layouts:"):
+        assert words in text
+    found = json.loads((folder / "out/plan.json").read_text())
+    assert found["gpus_used"] == 2048
+    assert len(found["plans"]) == 3
+    first = found["plans"][0]
+    assert max(first["memory_bytes_by_stage"]) == first["memory_bytes"] < 80 * 2**30
+    assert sum(first["components_s"].values()) == pytest.approx(first["step_s"])
+    assert found["total"]["dollars"] == pytest.approx(found["total"]["gpu_hours"] * 2)
+    assert found["bills"][0]["tokens"] == 14.8e12
+    assert sorted(path.name for path in folder.iterdir()) == ["best.yaml", "out", "runs"]
+
+
+def test_the_winner_is_a_layout_that_a_run_accepts(answered: tuple[Path, str]) -> None:
+    """Its values, as overrides of a run on GPUs, pass validation over 2,048 ranks."""
+    folder, _ = answered
+    values = yaml.safe_load((folder / "best.yaml").read_text())
+    best = json.loads((folder / "out/plan.json").read_text())["plans"][0]
+    words = [f"parallel.{name}={value}" for name, value in values.items()]
+    cfg = compose(
+        ["model=deepseek_v3", "runtime=cuda", "batch=large", "train.seq_length=4096", "precision=bf16", *words,
+         f"batch.micro_batch_size={best['micro_batch_size']}"]
+    )  # fmt: skip
+    layout = validate(cfg, world_size=2048)
+    assert [getattr(layout, name) for name in ("tp", "pp", "vpp", "ep")] == [best[n] for n in ("tp", "pp", "vpp", "ep")]
+
+
+def test_the_pictures_show_every_rank(answered: tuple[Path, str]) -> None:
+    folder, _ = answered
+    pp = json.loads((folder / "out/plan.json").read_text())["plans"][0]["pp"]
+    root = ElementTree.fromstring((folder / "out/pipeline.svg").read_text())
+    boxes = [item for item in root if item.tag.endswith("rect")]
+    assert len({box.get("y") for box in boxes}) == pp + 1  # and the legend
+    trace = json.loads((folder / "out/trace.json").read_text())["traceEvents"]
+    assert {event["tid"] for event in trace if event["ph"] == "X"} == set(range(pp))
+    page = (folder / "out/report.html").read_text()
+    assert "<svg" in page
+    assert "conf/parallel file" in page
+    assert "&lt;svg" not in page
+
+
+def test_a_given_layout_is_timed_as_it_is(tmp_path: Path) -> None:
+    """DeepSeek-V3's whole recipe costs what was published: 2.788M GPU-hours, $5.576M (arXiv 2412.19437, table 1)."""
+    done = run(
+        tmp_path, *V3, "parallel=deepseek_v3_h800", "precision=fp8_block", "recompute=deepseek_v3", "plan=deepseek_v3",
+        "output=out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out/plan.json").read_text())
+    assert found["plans"][0]["schedule"] == "dualpipe"
+    assert found["bills"][0]["gpu_hours"] == pytest.approx(2.664e6, rel=0.05)
+    assert found["total"]["gpu_hours"] == pytest.approx(2.788e6, rel=0.05)
+    assert found["total"]["dollars"] == pytest.approx(5.576e6, rel=0.05)
+
+
+def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:
+    """CPU seconds of one timed layout, the best of three."""
+    code = (
+        "import sys, time\nfrom tools import plan\n"
+        "sys.argv = ['moe-plan', 'model=tiny', 'cluster=h100', 'search=false', 'gpus=1', 'batch.global_batch_size=8']\n"
+        "try:\n    plan.main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print(time.process_time(), [m for m in sys.modules if m.split('.')[0] in ('torch', 'megatron', 'numpy')])\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    times = []
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        seconds, _, modules = done.stdout.splitlines()[-1].partition(" ")
+        assert modules == "[]"
+        times.append(float(seconds))
+    assert min(times) < 1.2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gpus=many"], "error: 'many' is no number"),
+        (["model=deepseek_v3", "gpus=8", "batch.global_batch_size=8"], "error: no layout of deepseek_v3 fits 8 GPUs"),
+        (["cluster=h801"], "error: cluster=h801"),
+        (["validate"], "error: moe-plan validate has no table of runs"),
+        (["plan.recipe=[pretraining]", "model=tiny", "gpus=1"], "error: plan.recipe: 'pretraining' has no tokens"),
+    ],
+)
+def test_a_wrong_question_is_one_line_and_exit_code_2(tmp_path: Path, words: list[str], message: str) -> None:
+    done = run(tmp_path, *(["validate"] if "validate" in words else []), *[w for w in words if w != "validate"])
+    assert done.returncode == 2
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_short_names_are_written_out() -> None:
+    words = plan.translated(["model=tiny", "gpus=2k", "tokens=1.5B", "precision=fp8_block"])
+    assert set(words) >= {"plan.gpus=2000", "train.tokens=1500000000", "precision=fp8_block", "runtime=cuda"}
+    assert "precision=bf16" in plan.translated(["model=tiny"])
+
+
+def test_numbers_and_recipes_are_read() -> None:
+    assert [count(text) for text in ("14.8T", "4e9", "1_000", "2k")] == [14_800_000_000_000, 4 * 10**9, 1000, 2000]
+    one, two = parse(["main part tokens=1T", "longer seq=32768 batch=480 steps=10 cp=8"], None)
+    assert (one.name, one.tokens, one.as_planned) == ("main part", 1e12, True)
+    assert (two.seq, two.batch, two.steps, two.cp, two.as_planned) == (32768, 480, 10, 8, False)
+    assert parse([], 5)[0].tokens == 5
+    assert parse([], None) == []
+
+
+ROW = {
+    "source": "release 26.02 NeMo Container", "model": "Qwen3_30B_a3B", "hardware": "DGX-H100", "n_gpus": "16",
+    "precision": "BF16", "seq_len": "4096", "gbs": "1024", "mbs": "1", "tp": "1", "pp": "1", "ep": "16",
+    "tokens_per_s_per_gpu": "9000",
+}  # fmt: skip
+
+
+def validated(directory: Path, rows: list[dict[str, str]], *words: str) -> dict:  # type: ignore[type-arg]
+    names = sorted({name for row in rows for name in row})
+    with (directory / "runs.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    done = run(directory, "validate", "runs=runs.csv", "results=out.json", *words)
+    assert done.returncode == 0, done.stderr
+    found: dict = json.loads((directory / "out.json").read_text())  # type: ignore[type-arg]
+    return found
+
+
+def test_published_runs_are_compared_row_by_row(tmp_path: Path) -> None:
+    """Blanks, unknown models, and models of one's own."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/wonder_7b.yaml").write_text((ROOT / "conf/validation_models/llama2_7b.yaml").read_text())
+    rows = [
+        ROW,
+        ROW | {"tokens_per_s_per_gpu": "", "tflops_per_gpu": "200"},
+        ROW | {"model": "Wonder-7B", "ep": "", "step_time_s": "10", "peak_mem_gb": "50"},
+        ROW | {"model": "Mystery-9B"},
+        ROW | {"n_gpus": ""},
+        ROW | {"hardware": "a toaster"},
+        ROW | {"gbs": "x"},
+        ROW | {"precision": "NVFP4"},
+        ROW | {"ep": "7"},
+    ]
+    found = validated(tmp_path, rows, "models=own")
+    by = found["rows"]
+    assert found["rows_read"] == 9
+    assert by[0]["error_tokens_per_s_per_gpu"] == pytest.approx(by[0]["predicted_tokens_per_s_per_gpu"] / 9000 - 1)
+    assert by[1]["published_tokens_per_s_per_gpu"] == pytest.approx(200e12 / 0.0231e12, rel=0.01)
+    assert by[2]["architecture"] == "llama2_7b"
+    assert by[2]["error_step_time_s"] is not None
+    assert by[2]["error_peak_mem_gb"] is not None
+    for number in (3, 4, 5, 6, 8):
+        assert by[number]["not_modelled"]
+    assert by[7]["left_out"] == "NVFP4"
+    assert found["rows_counted"] == 3
+    assert set(found["by_hardware"]) == {"h100"}
+
+
+def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
+    done = run(tmp_path, "validate", "runs=runs.csv")
+    assert done.returncode == 2
+    assert "has no column hardware, model" in done.stderr

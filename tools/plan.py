@@ -1,0 +1,122 @@
+"""`moe-plan`: what a run needs before it is rented: layout, memory, step time, days, dollars, energy. No torch.
+
+It takes the overrides of `moe-train`: `moe-plan model=deepseek_v3 cluster=h800 gpus=2048 tokens=14.8T` searches all
+layouts;
+`moe-plan validate runs=FILE.csv` compares predictions with published runs. Where the command line says nothing else it
+looks at GPUs with Transformer Engine (runtime=cuda), BF16, and without an experiment at sequences of 4,096 tokens in
+DeepSeek-V3's global batch (train.seq_length=4096 batch=large).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from moe_train.config.compose import hydra_entry
+from moe_train.config.schema import Config
+from moe_train.config.validate import validate
+from parallel.errors import ConfigError, MoeTrainError
+from tools.memory import with_defaults
+from tools.planning.recipe import count
+
+SHORT = {
+    "gpus": "plan.gpus", "top": "plan.top", "output": "plan.output", "write": "plan.write", "runs": "plan.runs",
+    "models": "plan.models", "results": "plan.results", "tokens": "train.tokens", "search": "plan.search",
+}  # fmt: skip
+COUNTED = ("plan.gpus", "train.tokens")
+
+
+def main() -> None:
+    """Console script. Exits with 0, or with 2 where the configuration is wrong or nothing fits."""
+    words = sys.argv[1:]
+    validates = bool(words) and words[0] == "validate"
+    try:
+        overrides = translated(words[1:] if validates else words)
+    except MoeTrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.exit(hydra_entry(run_validation if validates else run, argv=overrides))
+
+
+def translated(words: Sequence[str]) -> list[str]:
+    """The command line with short names written out, numbers such as 14.8T too, and what is assumed where it is silent.
+
+    Raises:
+        ConfigError: a number is none.
+    """
+    found = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = SHORT.get(name, name)
+        if equals and name in COUNTED and value.lower() != "null":
+            value = str(count(value))
+        found.append(f"{name}{equals}{value}")
+    given = {word.partition("=")[0].lstrip("+") for word in found}
+    if not given & {"precision", "experiment", "precision.dtype"}:
+        found.insert(0, "precision=bf16")
+    if "train.tokens" in given and "train.steps" not in given:
+        found.append("train.steps=null")
+    return with_defaults(found)
+
+
+def run(cfg: Config) -> None:
+    """Answer, and write what was asked for.
+
+    Raises:
+        ConfigError: nothing fits, or a file cannot be written.
+    """
+    from tools.planning import pictures, show
+    from tools.planning.answer import answer, parallel_yaml
+
+    _drop_directory(cfg)
+    result = answer(cfg, validate(cfg))
+    show.show(result, Console())
+    if cfg.plan.write:
+        _write(Path(cfg.plan.write), parallel_yaml(result.best))
+    if cfg.plan.output:
+        from tools.planning import report
+
+        folder = Path(cfg.plan.output)
+        events = pictures.events(result.best)
+        _write(folder / "pipeline.svg", pictures.svg(events, result.best.job.layout.pp))
+        _write(folder / "trace.json", pictures.trace(events))
+        _write(folder / "plan.json", report.as_json(result))
+        _write(folder / "report.html", report.html(result, (folder / "pipeline.svg").read_text(encoding="utf-8")))
+        Console().print(f"wrote report.html, pipeline.svg, trace.json and plan.json to {folder}", soft_wrap=True)
+
+
+def run_validation(cfg: Config) -> None:
+    """Compare with published runs.
+
+    Raises:
+        ConfigError: the table cannot be read.
+    """
+    from tools.planning import validation
+
+    _drop_directory(cfg)
+    if not cfg.plan.runs:
+        raise ConfigError("moe-plan validate has no table of runs", "name one with runs=FILE.csv")
+    validation.run(Path(cfg.plan.runs), cfg.plan.models, Path(cfg.plan.results) if cfg.plan.results else None)
+
+
+def _drop_directory(cfg: Config) -> None:
+    with contextlib.suppress(OSError):
+        Path(cfg.run_dir).rmdir()  # Hydra has made it; nothing is written to it
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}", "name another plan.output or plan.write"
+        ) from error
+
+
+if __name__ == "__main__":
+    main()

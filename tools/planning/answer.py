@@ -1,0 +1,313 @@
+"""The answer of `moe-plan`: plans, the bill of the whole recipe, what if."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from moe_train.config.schema import Config
+from moe_train.model.arithmetic import count_parameters, flops_per_token, parameters_on_rank
+from moe_train.model.memory import job_of
+from parallel.errors import ConfigError
+from parallel.layout import ParallelLayout
+from parallel.planner import cost, software
+from parallel.planner.calibration import FITTED
+from parallel.planner.hardware import Hardware
+from parallel.planner.job import Job
+from parallel.planner.layers import Machine
+from parallel.planner.memory import Weights
+from parallel.planner.orders import impossible
+from parallel.planner.placement import Placement, placements
+from parallel.planner.search import Found, Plan, Recompute, Space, evaluate, search
+from parallel.suggest import Impossible
+from tools.planning.recipe import Stage, parse
+
+MODULES = (
+    (), ("moe_act",), ("mla_up_proj",), ("layernorm",), ("layernorm", "moe_act"), ("layernorm", "mla_up_proj"),
+    ("layernorm", "moe_act", "mla_up_proj"), ("layernorm", "moe_act", "mla_up_proj", "mlp"),
+)  # fmt: skip
+SPARES = (1, 8, 64, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+@dataclass
+class Answer:
+    """Everything that is shown, written and drawn.
+
+    Args:
+        gpus: GPUs that were asked for; the plans may leave some of them as spares.
+        bills: one for each stage of the recipe.
+        plans_of_stages: the plan of each stage that was timed, by its name.
+        what_if: (change, useful part of the time, days, dollars) of the whole recipe.
+    """
+
+    cfg: Config
+    hardware: Hardware
+    gpus: int
+    found: Found
+    best: Plan
+    flops_causal: float
+    flops_whole: float
+    goodput: cost.Goodput
+    placements: list[Placement]
+    bills: list[cost.Bill] = field(default_factory=list)
+    plans_of_stages: dict[str, Plan] = field(default_factory=dict)
+    what_if: list[tuple[str, float, float, float]] = field(default_factory=list)
+
+    @property
+    def used(self) -> int:
+        """GPUs that the best plan uses."""
+        return self.best.job.layout.world_size
+
+    def mfu(self, plan: Plan) -> tuple[float, float]:
+        """Parts of the BF16 peak that model FLOPs take: causal attention counted as such, and as if it were not."""
+        rate = plan.step.tokens_per_s_per_gpu / (self.hardware.bf16_tflops * 1e12)
+        return rate * self.flops_causal, rate * self.flops_whole
+
+    def total(self) -> cost.Bill:
+        """The sum of all stages."""
+        bills = self.bills
+        days = sum(one.days for one in bills if one.days is not None)
+        return cost.Bill(
+            "total", sum(b.tokens for b in bills), sum(b.gpu_hours for b in bills), days,
+            sum(b.dollars for b in bills), sum(b.kwh for b in bills), sum(b.kg_co2 for b in bills),
+        )  # fmt: skip
+
+
+def answer(cfg: Config, layout: ParallelLayout) -> Answer:
+    """Plan `cfg` (validated, with `layout`).
+
+    Raises:
+        ConfigError: nothing fits, with the commonest reason.
+    """
+    hardware = Hardware.of(cfg.cluster)
+    machine = Machine(hardware, software_of(cfg), FITTED)
+    gpus = cfg.plan.gpus or layout.world_size
+    base = job_of(cfg, layout)
+    if cfg.plan.software == "deepseek":  # its weights exist in FP8 alone, beside the optimizer's main weights
+        base = replace(base, fp8_weights_only=base.fp8 is not None)
+
+    def weights_of(job: Job, rank: int) -> Weights:
+        return weights_on(cfg, job, rank)
+
+    if cfg.plan.search:
+        found = searched(cfg, base, machine, gpus, weights_of)
+    else:
+        found = given(cfg, base, machine, gpus, weights_of)
+    best = found.plans[0]
+    heaviest = max(
+        (weights_of(best.job, rank) for rank in range(best.job.layout.pp)), key=lambda w: w.shared + w.experts
+    )
+    result = Answer(
+        cfg=cfg, hardware=hardware, gpus=gpus, found=found, best=best,
+        flops_causal=flops_per_token(cfg.model, cfg.train.seq_length),
+        flops_whole=flops_per_token(cfg.model, cfg.train.seq_length, causal=False),
+        goodput=cost.goodput(
+            hardware, checkpoint_bytes(cfg, best.job), best.job.layout.world_size, cfg.plan.checkpoint_interval_s
+        ),
+        placements=placements(best.job, hardware, best.software, heaviest),
+    )  # fmt: skip
+    for stage in parse(cfg.plan.recipe, cfg.train.tokens):
+        result.bills.append(stage_bill(result, stage, machine, weights_of))
+    result.what_if = what_if(result)
+    return result
+
+
+def weights_on(cfg: Config, job: Job, rank: int) -> Weights:
+    """Parameters on one rank of a pipeline rank."""
+    one, model = job.layout, cfg.model
+    held = parameters_on_rank(model, job.stages, rank, pp=one.pp, tp=one.tp, ep=one.ep, etp=one.etp)
+    items = "".join("".join(job.stages[i]) for i in range(rank, len(job.stages), one.pp))
+    matrix = model.padded_vocab_size * model.hidden_size // one.tp
+    return Weights(
+        held.shared, held.experts, max(0, held.total - (("E" in items or "m" in items) + ("L" in items)) * matrix)
+    )
+
+
+def software_of(cfg: Config) -> software.Software:
+    """The software that is timed."""
+    plan = cfg.plan
+    found = software.deepseek_v3() if plan.software == "deepseek" else software.of_date(plan.software_date)
+    if plan.overlap_all_to_all is not None:
+        found = replace(found, overlap_all_to_all=plan.overlap_all_to_all)
+    return replace(found, imbalance=plan.imbalance, dispatcher="flex")
+
+
+def space_of(cfg: Config) -> Space:
+    """What is searched."""
+    model, plan = cfg.model, cfg.plan
+    sets: list[Recompute] = []
+    for modules in MODULES:
+        kept = frozenset(
+            m for m in modules
+            if not (m == "mla_up_proj" and model.attention != "mla") and not (m == "moe_act" and not model.is_moe)
+            and not (m == "mlp" and 0 not in model.moe_layer_pattern)
+        )  # fmt: skip
+        one: Recompute = ("selective" if kept else "none", kept)
+        if one not in sets:
+            sets.append(one)
+    fp8 = tuple(None if name == "none" else name for name in plan.precisions) or (cfg.precision.fp8,)
+    cp = tuple(plan.cp) or ((1, 2, 4, 8, 16) if cfg.train.seq_length >= 16384 else (1,))
+    return Space(
+        cp=cp, ep=tuple(e for e in (2**n for n in range(11)) if e <= max(1, model.num_experts)),
+        micro_batch_size=tuple(plan.micro_batch_sizes), recompute=(*sets, ("full", frozenset())),
+        schedules=tuple(plan.schedules), dispatchers=("flex", "alltoall"), fp8=fp8,
+    )  # fmt: skip
+
+
+def searched(cfg: Config, base: Job, machine: Machine, gpus: int, weights_of: object) -> Found:
+    """The best of all layouts. Where the GPUs do not divide, some are left as spares."""
+    best: Found | None = None
+    counts = sorted({gpus - gpus % unit for unit in SPARES if unit <= gpus}, reverse=True)
+    last = Found()
+    for count in counts:
+        found = search(base, machine, count, cfg.batch.global_batch_size, space_of(cfg), weights_of, cfg.plan.top)  # type: ignore[arg-type]
+        last = found if found.tried >= last.tried else last
+        if found.plans and (best is None or _rate(found) > _rate(best)):
+            best = found
+    if best is None:
+        reason, times = (last.reasons.most_common(1) or [("no layout fills the GPUs", 1)])[0]
+        raise ConfigError(
+            f"no layout of {cfg.model.name} fits {gpus:,} GPUs of {cfg.cluster.name}: {reason} "
+            f"({times} of {last.tried} layouts)",
+            "use more GPUs, a larger batch.global_batch_size, or shorter sequences",
+        )
+    return best
+
+
+def _rate(found: Found) -> float:
+    step = found.plans[0].step
+    return step.tokens / step.seconds
+
+
+def given(cfg: Config, base: Job, machine: Machine, gpus: int, weights_of: object) -> Found:
+    """The layout of `parallel.*`, over `gpus` GPUs, under the first schedule that fits it."""
+    one = base.layout
+    each = one.tp * one.pp * one.cp
+    if gpus % each:
+        raise Impossible(
+            f"parallel.tp x pp x cp = {each} does not divide plan.gpus={gpus}", [{"plan.gpus": gpus - gpus % each}]
+        )
+    layout = replace(one, dp=gpus // each)
+    batch, size = cfg.batch.global_batch_size, cfg.batch.micro_batch_size
+    job = replace(base, layout=layout, micro_batches=max(1, batch // (size * layout.dp)))
+    found, reason = Found(tried=1), "no schedule"
+    for schedule in cfg.plan.schedules:
+        if (schedule == "interleaved") != (one.vpp > 1):
+            continue
+        if reason := impossible(schedule, one.pp, one.vpp, job.micro_batches):
+            continue
+        found.plans.append(evaluate(job, schedule, machine, weights_of))  # type: ignore[arg-type]
+    if not found.plans:
+        raise ConfigError(
+            f"plan.schedules={cfg.plan.schedules} cannot run this layout: {reason}", "use plan.search=true"
+        )
+    found.plans.sort(key=lambda plan: plan.step.seconds)
+    return found
+
+
+def checkpoint_bytes(cfg: Config, job: Job) -> float:
+    """A whole checkpoint: weights, main weights and moments, once each."""
+    each = job.element + (0 if job.dtype == "fp32" else 4) + 2 * job.moment_bytes
+    return each * count_parameters(cfg.model).total_with_mtp
+
+
+def stage_bill(result: Answer, stage: Stage, machine: Machine, weights_of: object) -> cost.Bill:
+    """What one stage of the recipe takes under the best plan, adapted to its sequences and batch."""
+    hardware = result.hardware
+    if stage.gpu_hours is not None:
+        return cost.bill(hardware, stage.name, stage.gpu_hours, None)
+    plan = result.best if stage.as_planned else adapted(result, stage, machine, weights_of)
+    result.plans_of_stages[stage.name] = plan
+    tokens = stage.tokens if stage.tokens is not None else float(plan.step.tokens * (stage.steps or 1))
+    useful = result.goodput.fraction if stage.with_failures else 1.0
+    hours = cost.gpu_hours(tokens, plan.step.tokens_per_s_per_gpu * useful)
+    return cost.bill(hardware, stage.name, hours, plan.job.layout.world_size, tokens)
+
+
+def adapted(result: Answer, stage: Stage, machine: Machine, weights_of: object) -> Plan:
+    """The best plan with other sequences: same stages and experts, the least recomputation that fits.
+
+    Raises:
+        ConfigError: the stage cannot run on the same ranks.
+    """
+    job = result.best.job
+    cp = stage.cp or job.layout.cp
+    ranks = job.layout.tp * job.layout.cp * job.layout.dp
+    if ranks % (job.layout.tp * cp):
+        raise ConfigError(f"plan.recipe: cp={cp} of '{stage.name}' does not divide {ranks} ranks", "use another cp")
+    layout = replace(job.layout, cp=cp, dp=ranks // (job.layout.tp * cp))
+    seq, batch = stage.seq or job.seq_length, stage.batch or result.cfg.batch.global_batch_size
+    size = job.micro_batch_size if stage.seq is None else 1
+    micro_batches = max(1, batch // (size * layout.dp))
+    if reason := impossible(result.best.schedule, layout.pp, layout.vpp, micro_batches):
+        raise ConfigError(
+            f"plan.recipe: '{stage.name}' cannot run under the plan's schedule: {reason}", "use a larger cp"
+        )
+    sets = [(job.recompute, job.recompute_modules), *space_of(result.cfg).recompute]
+    plan: Plan | None = None
+    for mode, modules in sets[sets.index(sets[0]) :]:
+        if len(modules) < len(job.recompute_modules) and mode != "full":
+            continue
+        tried = replace(
+            job, layout=layout, seq_length=seq, micro_batch_size=size, micro_batches=micro_batches, recompute=mode,
+            recompute_modules=modules,
+        )  # fmt: skip
+        plan = evaluate(tried, result.best.schedule, replace(machine, software=result.best.software), weights_of)  # type: ignore[arg-type]
+        if plan.memory_bytes <= machine.hardware.usable_bytes:
+            return plan
+    raise ConfigError(f"plan.recipe: '{stage.name}' does not fit memory on these ranks", "use a larger cp")
+
+
+def what_if(result: Answer) -> list[tuple[str, float, float, float]]:
+    """The whole bill under other prices, speeds, failures and checkpoint intervals."""
+    hardware, size = result.hardware, checkpoint_bytes(result.cfg, result.best.job)
+    total, gpus, now = result.total(), result.used, result.goodput
+    rows = []
+
+    def row(name: str, changed: Hardware, speed: float = 1.0, interval: float | None = None) -> None:
+        fraction = cost.goodput(changed, size, gpus, interval).fraction
+        hours = total.gpu_hours / speed / fraction
+        rows.append((name, fraction, hours / gpus / 24, hours * changed.dollars_per_gpu_hour))
+
+    row("as planned, with failures and checkpoints", hardware, interval=now.interval_s)
+    for factor in (0.75, 1.25):
+        price = hardware.dollars_per_gpu_hour * factor
+        row(f"price ${price:.2f} an hour", replace(hardware, dollars_per_gpu_hour=price))
+    for factor in (0.9, 1.1):
+        row(f"MFU {factor - 1:+.0%}", hardware, speed=factor)
+    for factor in (0.5, 2, 4):
+        changed = replace(hardware, gpu_days_between_failures=hardware.gpu_days_between_failures / factor)
+        row(f"{cost.failures_per_day(changed, gpus):.2f} failures a day", changed)
+    for factor in (0.25, 4, 16):
+        row(f"a checkpoint every {now.interval_s * factor / 60:.0f} min", hardware, interval=now.interval_s * factor)
+    return rows
+
+
+def parallel_yaml(plan: Plan) -> str:
+    """The plan as a file for `conf/parallel/`, with what does not belong to that group in comments."""
+    job, one = plan.job, plan.job.layout
+    modules = ",".join(sorted(job.recompute_modules))
+    again = f"recompute.mode={job.recompute}" + (f" 'recompute.modules=[{modules}]'" if modules else "")
+    lines = [
+        f"# Planned for {one.world_size:,} GPUs by moe-plan: {plan.step.tokens_per_s_per_gpu:,.0f} tokens/s/GPU,",
+        f"# {plan.memory_bytes / 2**30:.1f} GiB on the fullest. It goes with",
+        f"#   batch.micro_batch_size={job.micro_batch_size} {again} precision.fp8={job.fp8 or 'null'}",
+        *(f"{name}: {getattr(one, name)}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")),
+        f"dispatcher: {plan.software.dispatcher if job.model.num_experts else 'alltoall'}",
+        "distributed_optimizer: true",
+        "overlap_grad_reduce: true",
+        "overlap_param_gather: true",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def layers_of(plan: Plan) -> Sequence[str]:
+    """What each pipeline rank holds."""
+    stages = plan.job.stages
+    return [
+        " ".join("".join(stages[i]) for i in range(r, len(stages), plan.job.layout.pp))
+        for r in range(plan.job.layout.pp)
+    ]
+
+
+__all__ = ["Answer", "answer", "layers_of", "parallel_yaml"]

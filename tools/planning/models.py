@@ -1,0 +1,82 @@
+"""From the name of a model in a table to its architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_train.config.explain import CONF_DIR
+from moe_train.config.model import ModelConfig
+from parallel.errors import ConfigError
+
+OWN = (Path(CONF_DIR) / "model", Path(CONF_DIR) / "validation_models")
+# Names for the same architecture, after `_key`.
+SAME = {"llama31": "llama3"}
+GATED = (
+    8 / 3
+)  # inner width over hidden size of a gated feed-forward with the FLOPs of GPT's, which is 4 wide without gate
+
+
+def find(name: str, directory: str | None = None) -> ModelConfig | None:
+    """The architecture of a name, from YAML files of the directory or of this project, or from the shape in the name.
+
+    A file fits where its name begins the other one, whatever the punctuation; the longest wins. None where nothing
+    fits.
+
+    Raises:
+        ConfigError: a file does not fit the schema of a model.
+    """
+    if shaped := _shape(name):
+        return shaped
+    key = _key(name)
+    folders = [Path(directory)] if directory else []
+    for folder in (*folders, *OWN):
+        files = sorted(folder.glob("*.yaml"), key=lambda path: (-len(path.stem), path.stem))
+        for path in files:
+            if key.startswith(_key(path.stem)):
+                return _adapted(load(path), name)
+    return None
+
+
+@cache
+def load(path: Path) -> ModelConfig:
+    """The architecture in a YAML file with the fields of `model`."""
+    try:
+        values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values.pop("defaults", None)
+        return ModelConfig(**values)
+    except (OSError, TypeError, yaml.YAMLError) as error:
+        known = ", ".join(field.name for field in dataclasses.fields(ModelConfig)[:6])
+        raise ConfigError(
+            f"{path}: {error}", f"use the fields of model: {known}, ... (docs/configuration.md)"
+        ) from error
+
+
+def _key(name: str) -> str:
+    """Letters and digits of a name, without what stands in brackets."""
+    key = re.sub(r"[^a-z0-9]", "", re.sub(r"\(.*?\)", "", name.lower()))
+    for other, own in SAME.items():
+        key = key.replace(other, own)
+    return key
+
+
+def _adapted(model: ModelConfig, name: str) -> ModelConfig:
+    """Without what the name in brackets says was left out."""
+    return dataclasses.replace(model, mtp_num_layers=0) if re.search(r"\(w/o MTP", name) else model
+
+
+def _shape(name: str) -> ModelConfig | None:
+    """A GPT whose name tells its shape: "GPT 175B (96L h12288 a96 V51200)"."""
+    found = re.search(r"\((\d+)L h(\d+) (?:a(\d+)|(\d+) heads) V(\d+)\)", name)
+    if not found:
+        return None
+    layers, hidden, one, other, vocabulary = found.groups()
+    return ModelConfig(
+        name=name, family="llama", num_layers=int(layers), hidden_size=int(hidden), attention="gqa", num_experts=0,
+        ffn_hidden_size=round(int(hidden) * GATED), num_attention_heads=int(one or other), vocab_size=int(vocabulary),
+    )  # fmt: skip

@@ -1,0 +1,80 @@
+"""Stages of a whole training, from `plan.recipe`: pre-training, context extension, post-training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from parallel.errors import ConfigError
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+FIELDS = ("tokens", "seq", "batch", "steps", "cp", "gpu_hours", "failures")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: so many tokens or steps, with other sequences and batch where given, or GPU-hours that are known."""
+
+    name: str
+    tokens: float | None = None
+    seq: int | None = None
+    batch: int | None = None
+    steps: int | None = None
+    cp: int | None = None
+    gpu_hours: float | None = None
+    with_failures: bool = False
+
+    @property
+    def as_planned(self) -> bool:
+        """Whether it runs exactly as the plan."""
+        return self.seq is None and self.batch is None and self.cp is None
+
+
+def count(text: str) -> int:
+    """A number such as 14.8T, 1_000 or 4e9.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    found = re.fullmatch(r"([0-9_.]+(?:e[+-]?\d+)?)([kmbt]?)", text.strip().lower())
+    try:
+        if not found:
+            raise ValueError
+        return round(float(found[1].replace("_", "")) * UNITS[found[2]])
+    except ValueError:
+        raise ConfigError(
+            f"{text!r} is no number of tokens, GPUs or steps", "write it as 14.8T, 500B, 2048 or 4e9"
+        ) from None
+
+
+def parse(recipe: Sequence[str], tokens: int | None) -> list[Stage]:
+    """The stages; without a recipe one of `tokens`, and none without those.
+
+    Raises:
+        ConfigError: an entry has an unknown field, or neither tokens, steps nor GPU-hours.
+    """
+    if not recipe:
+        return [Stage("training", tokens=float(tokens))] if tokens else []
+    return [_stage(entry) for entry in recipe]
+
+
+def _stage(entry: str) -> Stage:
+    words, values = [], {}
+    for word in entry.split():
+        name, equals, value = word.partition("=")
+        if not equals:
+            words.append(word)
+        elif name not in FIELDS:
+            raise ConfigError(
+                f"plan.recipe: {word} of '{entry}' is not one of {', '.join(FIELDS)}", "write NAME tokens=14.8T"
+            )
+        else:
+            values[name] = count(value)
+    if not values.keys() & {"tokens", "steps", "gpu_hours"}:
+        raise ConfigError(f"plan.recipe: '{entry}' has no tokens, steps or gpu_hours", "write NAME tokens=14.8T")
+    return Stage(
+        " ".join(words) or "training", tokens=values.get("tokens"), seq=values.get("seq"), batch=values.get("batch"),
+        steps=values.get("steps"), cp=values.get("cp"), gpu_hours=values.get("gpu_hours"),
+        with_failures=bool(values.get("failures", 0)),
+    )  # fmt: skip

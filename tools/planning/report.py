@@ -1,0 +1,93 @@
+"""The answer of `moe-plan` as one HTML page and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from parallel.planner.search import Plan
+from tools.planning import show
+from tools.planning.answer import Answer, parallel_yaml
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<style>
+body { font: 14px sans-serif; margin: 2em auto; max-width: 1420px; color: #222 }
+table { border-collapse: collapse; margin: 1em 0 } caption { text-align: left; font-weight: bold; padding: .3em 0 }
+td, th { border: 1px solid #ccc; padding: .25em .6em; text-align: right }
+td:first-child, th:first-child { text-align: left }
+pre { background: #f5f5f5; padding: 1em } .picture { overflow-x: auto }
+</style></head><body>
+<h1>{{ title }}</h1>
+{% for line in headline %}<p>{{ line }}</p>{% endfor %}
+{% for table in tables %}<table><caption>{{ table.title }}</caption>
+<tr>{% for cell in table.columns %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{% endfor %}
+<h2>Why other layouts do not fit</h2><ul>{% for text in refusals %}<li>{{ text }}</li>{% endfor %}</ul>
+<h2>The pipeline, first micro-batches</h2><div class="picture">{{ picture | safe }}</div>
+<h2>conf/parallel file</h2><pre>{{ yaml }}</pre>
+</body></html>
+"""
+
+
+def html(result: Answer, picture: str) -> str:
+    """One page that needs no other file."""
+    from jinja2 import Environment
+
+    tables = [show.plans(result), show.where(result, result.best), show.groups(result)]
+    if result.bills:
+        tables += [show.bills(result), show.changes(result)]
+    template = Environment(autoescape=True).from_string(PAGE)
+    return template.render(
+        title=f"Plan: {result.cfg.model.name} on {result.used:,} x {result.hardware.gpu}",
+        headline=show.headline(result).splitlines(), tables=[_plain(table) for table in tables],
+        refusals=show.refusals(result), picture=picture, yaml=parallel_yaml(result.best),
+    )  # fmt: skip
+
+
+def _plain(table: Table) -> dict[str, Any]:
+    columns: Sequence[Any] = table.columns
+    cells = [[str(cell) for cell in column.cells] for column in columns]
+    return {
+        "title": str(table.title), "columns": [str(column.header) for column in columns],
+        "rows": list(zip(*cells, strict=True)),
+    }  # fmt: skip
+
+
+def as_json(result: Answer) -> str:
+    """Every figure."""
+    found = {
+        "model": result.cfg.model.name,
+        "cluster": result.hardware.name,
+        "gpus": result.gpus,
+        "gpus_used": result.used,
+        "layouts_tried": result.found.tried,
+        "reasons": dict(result.found.reasons),
+        "plans": [_plan(result, plan) for plan in result.found.plans],
+        "goodput": dataclasses.asdict(result.goodput),
+        "bills": [dataclasses.asdict(bill) for bill in result.bills],
+        "total": dataclasses.asdict(result.total()),
+        "what_if": [dict(zip(("change", "goodput", "days", "dollars"), row, strict=True)) for row in result.what_if],
+        "groups": [dataclasses.asdict(one) for one in result.placements],
+    }
+    return json.dumps(found, indent=1) + "\n"
+
+
+def _plan(result: Answer, plan: Plan) -> dict[str, Any]:
+    job, step = plan.job, plan.step
+    causal, whole = result.mfu(plan)
+    return {
+        **{name: getattr(job.layout, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")},
+        "micro_batch_size": job.micro_batch_size, "micro_batches": job.micro_batches, "schedule": plan.schedule,
+        "dispatcher": plan.software.dispatcher, "fp8": job.fp8, "recompute": job.recompute,
+        "recompute_modules": sorted(job.recompute_modules), "step_s": step.seconds,
+        "tokens_per_s_per_gpu": step.tokens_per_s_per_gpu, "mfu_causal": causal, "mfu_not_causal": whole,
+        "bubble_fraction": step.pipeline.bubble_fraction, "components_s": step.components, "parts_s": step.parts,
+        "memory_bytes": plan.memory_bytes, "memory_bytes_by_stage": [one.total for one in plan.memory],
+    }  # fmt: skip

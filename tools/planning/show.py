@@ -1,0 +1,150 @@
+"""The answer of `moe-plan` as tables for a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from parallel.planner.memory import StageMemory
+from parallel.planner.search import Plan
+from tools.memory import table as memory_table
+from tools.planning.answer import Answer
+
+GIB = 2**30
+PART_NAMES = {
+    "gemm": "matrix products", "attention": "attention", "memory": "norms, activations, residuals, permutation",
+    "quantize": "casts to FP8", "router": "router", "sync": "waiting for token counts",
+    "all_to_all": "expert dispatch and combine",
+    "tp": "tensor-parallel collectives, exposed", "cp": "context-parallel exchange, exposed",
+    "fsdp": "weight gathering, exposed",
+    "recompute": "recomputation",
+}  # fmt: skip
+
+
+def show(result: Answer, console: Console) -> None:
+    """Everything, best plan first."""
+    best = result.best
+    console.print(headline(result), soft_wrap=True)
+    console.print(plans(result))
+    for text in refusals(result):
+        console.print(text, soft_wrap=True)
+    console.print(where(result, best))
+    title, held = memory_table(result.cfg, best.job.layout, _shown(best))
+    console.print(title.replace(result.cfg.precision.name, best.job.fp8 or best.job.dtype), soft_wrap=True)
+    console.print(held)
+    console.print(groups(result))
+    if result.bills:
+        console.print(bills(result))
+        console.print(changes(result))
+
+
+def _shown(plan: Plan) -> list[StageMemory]:
+    stages = list(plan.memory)
+    return stages if len(stages) <= 4 else [stages[0], max(stages[1:-1], key=lambda one: one.total), stages[-1]]
+
+
+def headline(result: Answer) -> str:
+    """The best plan in two lines."""
+    best, (causal, whole) = result.best, result.mfu(result.best)
+    spares = f" ({result.gpus - result.used:,} spare)" if result.used < result.gpus else ""
+    rate = best.step.tokens_per_s_per_gpu
+    used, room = best.memory_bytes / GIB, result.hardware.usable_bytes / GIB
+    tflops = [rate * flops / 1e12 for flops in (result.flops_causal, result.flops_whole)]
+    return (
+        f"{result.cfg.model.name} on {result.used:,} x {result.hardware.gpu}{spares}: {best.label}\n"
+        f"step {best.step.seconds:.3f} s, {rate:,.1f} tokens/s/GPU; {tflops[0]:.0f} TFLOPS with causal attention "
+        f"counted as such, {tflops[1]:.0f} as if it were not: MFU {causal:.1%} or {whole:.1%} of BF16; bubble "
+        f"{best.step.pipeline.bubble_fraction:.1%}; {used:.1f} of {room:.1f} GiB on the fullest GPU"
+        + (": IT DOES NOT FIT" if used > room else "")
+    )
+
+
+def plans(result: Answer) -> Table:
+    """The plans that fit, fastest (and so cheapest) first."""
+    shown = Table(title=f"Plans that fit, of {result.found.tried:,} layouts, cheapest first")
+    for column in ("plan", "precision", "step s", "tokens/s/GPU", "MFU", "bubble", "GiB"):
+        shown.add_column(column, justify="left" if column in ("plan", "precision") else "right", overflow="fold")
+    for plan in result.found.plans:
+        shown.add_row(
+            plan.label, plan.job.fp8 or plan.job.dtype, f"{plan.step.seconds:.2f}",
+            f"{plan.step.tokens_per_s_per_gpu:,.0f}", f"{result.mfu(plan)[0]:.1%}",
+            f"{plan.step.pipeline.bubble_fraction:.1%}", f"{plan.memory_bytes / GIB:.1f}",
+        )  # fmt: skip
+    return shown
+
+
+def refusals(result: Answer) -> list[str]:
+    """Why other layouts do not fit, commonest reason first."""
+    found = result.found
+    return [
+        f"{times:,} layouts: {reason}, such as {found.examples[reason]}"
+        for reason, times in found.reasons.most_common()
+    ]
+
+
+def where(result: Answer, plan: Plan) -> Table:
+    """Where a step's time goes: by passes, and by what the passes do."""
+    shown = Table(title="Where a step goes, mean pipeline rank")
+    for column in ("what", "s", "of the step"):
+        shown.add_column(column, justify="left" if column == "what" else "right")
+    step = plan.step
+    named = {
+        "1F": "forward passes", "1B": "backward passes", "1W": "weight gradients alone",
+        "1F1B": "forward and backward at once", "bubble": "bubble",
+        "optimizer": "optimizer, gradients, parameters, end of step",
+    }  # fmt: skip
+    for key, value in step.components.items():
+        shown.add_row(named[key], f"{value:.3f}", f"{value / step.seconds:.1%}")
+    shown.add_section()
+    for key, value in sorted(step.parts.items(), key=lambda item: -item[1]):
+        shown.add_row(f"{PART_NAMES[key]}", f"{value:.3f}", f"{value / step.seconds:.1%}")
+    shown.caption = "The lower half counts each part as if nothing ran beside it."
+    return shown
+
+
+def groups(result: Answer) -> Table:
+    """Groups of ranks on the network."""
+    shown = Table(title="Groups on the network")
+    for column in (
+        "group",
+        "ranks",
+        "groups",
+        "NVLink domains",
+        "leaves its pod",
+        "GB a rank sends to other domains in a step",
+    ):
+        shown.add_column(column, justify="left" if column == "group" else "right")
+    for one in result.placements:
+        shown.add_row(
+            one.kind, f"{one.size:,}", f"{one.groups:,}", f"{one.domains:,}", "yes" if one.crosses_pods else "no",
+            f"{one.network_bytes / 1e9:,.2f}",
+        )  # fmt: skip
+    return shown
+
+
+def bills(result: Answer) -> Table:
+    """What each stage of the recipe takes, without failures."""
+    shown = Table(title="Bill, without failures")
+    for column in ("stage", "tokens", "days", "GPU-hours", "dollars", "kWh", "t CO2"):
+        shown.add_column(column, justify="left" if column == "stage" else "right")
+    for bill in [*result.bills, *([result.total()] if len(result.bills) > 1 else [])]:
+        shown.add_row(
+            bill.name, f"{bill.tokens / 1e9:,.1f}B" if bill.tokens else "",
+            "" if bill.days is None else f"{bill.days:,.1f}",
+            f"{bill.gpu_hours:,.0f}", f"{bill.dollars:,.0f}", f"{bill.kwh:,.0f}", f"{bill.kg_co2 / 1000:,.1f}",
+        )  # fmt: skip
+    return shown
+
+
+def changes(result: Answer) -> Table:
+    """What if."""
+    now = result.goodput
+    shown = Table(
+        title=f"What if ({now.failures_per_day:.2f} failures a day; a checkpoint takes {now.save_s:.0f} s, "
+        f"best every {now.interval_s / 60:.0f} min)"
+    )
+    for column in ("change", "goodput", "days", "dollars"):
+        shown.add_column(column, justify="left" if column == "change" else "right")
+    for name, fraction, days, dollars in result.what_if:
+        shown.add_row(name, f"{fraction:.1%}", f"{days:,.1f}", f"{dollars:,.0f}")
+    return shown

@@ -1,0 +1,261 @@
+"""`moe-plan validate`: predictions against a table of published runs, row by row and in sum."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from parallel.errors import ConfigError
+from parallel.planner.calibration import FITTED
+from tools.planning.predict import predict, published, published_tokens_per_s
+from tools.planning.rows import FILLED, Row, understand
+from tools.planning.split import is_test
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results" / "plan_validate.json"
+COLUMNS = ("source", "model", "hardware", "n_gpus", "precision", "seq_len", "gbs", "mbs", "tp", "pp", "vpp", "cp", "ep",
+           "etp", "recompute", "other_flags", "tflops_per_gpu", "mfu_pct", "tokens_per_s_per_gpu", "step_time_s",
+           "peak_mem_gb", "flops_convention_note")  # fmt: skip
+WORST, FEWEST_LAYOUTS = 10, 3
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of the table; columns that it lacks are blank.
+
+    Raises:
+        ConfigError: it is no table with at least a model and its hardware.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = {"model", "hardware"} - set(reader.fieldnames or ())
+            if missing:
+                raise ConfigError(
+                    f"{path} has no column {', '.join(sorted(missing))}", "give it the columns of published_runs.csv"
+                )
+            return [{name: (row.get(name) or "").strip() for name in COLUMNS} for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"runs={path} cannot be read: {error}", "name a CSV file") from error
+
+
+def run(path: Path, models: str | None, results: Path | None) -> None:
+    """Print every row and the summaries, and write them as JSON."""
+    rows = [compare(index, values, models) for index, values in enumerate(read(path))]
+    found = {**summary(rows), "rules": " ".join(FILLED.split()), "rows": rows}
+    console = Console()
+    console.print(table(rows))
+    for name in ("by_source", "by_hardware", "by_model"):
+        console.print(grouped(name, found[name]))
+    for line in lines(found):
+        console.print(line, soft_wrap=True)
+    target = results or RESULTS
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written: {error.strerror}", "set results=FILE.json") from error
+    console.print(f"wrote {target}", soft_wrap=True)
+
+
+def compare(index: int, values: dict[str, str], models: str | None) -> dict[str, Any]:
+    """One row: what was published, what is predicted, and the relative errors; or why there is no prediction."""
+    kept = {name: values[name] for name in COLUMNS[:15]}
+    result: dict[str, Any] = {"row": index, **kept}
+    try:
+        row = understand(index, values, FITTED, models)
+    except ValueError as error:
+        row = f"a number cannot be read: {error}"
+    if isinstance(row, str):
+        return {**result, "not_modelled": row}
+    return {**result, **_predicted(row)}
+
+
+def _predicted(row: Row) -> dict[str, Any]:
+    made = predict(row, FITTED)
+    step, layout = made.step, made.job.layout
+    figures = {
+        "tokens_per_s_per_gpu": (published_tokens_per_s(row), step.tokens_per_s_per_gpu),
+        "step_time_s": (published(row.values)["step_time_s"], step.seconds),
+        "peak_mem_gb": (published(row.values)["peak_mem_gb"], made.memory_bytes / 1e9),
+    }
+    result: dict[str, Any] = {
+        "architecture": row.model.name, "cluster": row.hardware.name, "configuration": row.configuration,
+        "part": "test" if is_test(row) else "fit",
+        "layout": " ".join(f"{field.name}{getattr(layout, field.name)}" for field in fields(layout)),
+        "recompute_taken": made.recompute, "schedule": row.schedule or ("interleaved" if layout.vpp > 1 else "1f1b"),
+        "bubble_fraction": round(step.pipeline.bubble_fraction, 4),
+    }  # fmt: skip
+    if row.left_out:
+        result["left_out"] = row.left_out
+    if not made.fits:
+        result["does_not_fit"] = True
+    for name, (known, predicted) in figures.items():
+        result[f"published_{name}"], result[f"predicted_{name}"] = known, predicted
+        result[f"error_{name}"] = None if known is None else predicted / known - 1
+    return result
+
+
+def counts(row: dict[str, Any]) -> bool:
+    """Whether a row counts towards the accuracy of throughput."""
+    return "left_out" not in row and row.get("error_tokens_per_s_per_gpu") is not None
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of the absolute errors by part, source, hardware and model; rank correlation of layouts."""
+    counted = [row for row in rows if counts(row)]
+    ranks = correlations(counted)
+    memory = [abs(row["error_peak_mem_gb"]) for row in rows if row.get("error_peak_mem_gb") is not None]
+    return {
+        "rows_read": len(rows),
+        "rows_counted": len(counted),
+        "rows_not_modelled": sum("not_modelled" in row for row in rows),
+        "rows_left_out": sum("left_out" in row for row in rows),
+        "median_error_fit": _median(row for row in counted if row["part"] == "fit"),
+        "median_error_test": _median(row for row in counted if row["part"] == "test"),
+        "median_error": _median(counted),
+        "rank_correlation_mean": mean(r["correlation"] for r in ranks) if ranks else None,
+        "rank_correlation_median": median(r["correlation"] for r in ranks) if ranks else None,
+        "rank_correlation_groups_at_least_0.9": sum(r["correlation"] >= 0.9 for r in ranks),
+        "rank_correlation_groups": ranks,
+        "median_error_memory": median(memory) if memory else None,
+        "by_source": _by(counted, lambda row: row["source"]),
+        "by_hardware": _by(counted, lambda row: row["cluster"]),
+        "by_model": _by(counted, lambda row: row["architecture"]),
+        "worst": [row["row"] for row in sorted(counted, key=_size, reverse=True)[:WORST]],
+    }
+
+
+def _size(row: dict[str, Any]) -> float:
+    return abs(row["error_tokens_per_s_per_gpu"])
+
+
+def _median(rows: Iterable[dict[str, Any]]) -> float | None:
+    sizes = [_size(row) for row in rows]
+    return median(sizes) if sizes else None
+
+
+def _by(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], str]) -> dict[str, dict[str, Any]]:
+    groups = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return {
+        name: {
+            "rows": len(own), "median_error": _median(own),
+            "bias": median(r["error_tokens_per_s_per_gpu"] for r in own),
+        }
+        for name, own in sorted(groups.items())
+    }  # fmt: skip
+
+
+def correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Spearman's correlation of layouts within each (model, hardware); a layout's releases count once, by their
+    median."""
+    groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        groups[row["architecture"], row["cluster"]][row["configuration"]].append(row)
+    found = []
+    for (model, hardware), layouts in sorted(groups.items()):
+        if len(layouts) < FEWEST_LAYOUTS:
+            continue
+        known, predicted = (
+            [median(row[f"{kind}_tokens_per_s_per_gpu"] for row in own) for own in layouts.values()]
+            for kind in ("published", "predicted")
+        )
+        value = spearman(known, predicted)
+        found.append({"model": model, "hardware": hardware, "layouts": len(layouts), "correlation": value})
+    return found
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Rank correlation; equal values share their mean rank. 0 where either is constant."""
+    a, b = ranks(first), ranks(second)
+    middle = (len(a) - 1) / 2
+    product = sum((x - middle) * (y - middle) for x, y in zip(a, b, strict=True))
+    size = (sum((x - middle) ** 2 for x in a) * sum((y - middle) ** 2 for y in b)) ** 0.5
+    return product / size if size else 0.0
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Places in ascending order, from 0."""
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """A line for each row."""
+    shown = Table(title="Published and predicted tokens/s/GPU")
+    for column in (
+        "row",
+        "model",
+        "hardware",
+        "layout",
+        "recompute",
+        "published",
+        "predicted",
+        "error",
+        "memory error",
+        "part",
+    ):
+        shown.add_column(column, overflow="fold")
+    for row in rows:
+        if "not_modelled" in row:
+            shown.add_row(str(row["row"]), row["model"], row["hardware"], row["not_modelled"])
+            continue
+        known = row["published_tokens_per_s_per_gpu"]
+        shown.add_row(
+            str(row["row"]), row["architecture"], row["cluster"], row["layout"], row["recompute_taken"],
+            "" if known is None else f"{known:,.1f}", f"{row['predicted_tokens_per_s_per_gpu']:,.1f}",
+            _percent(row["error_tokens_per_s_per_gpu"]), _percent(row["error_peak_mem_gb"]),
+            row["left_out"] if "left_out" in row else row["part"],
+        )  # fmt: skip
+    return shown
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:+.1%}"
+
+
+def grouped(name: str, groups: dict[str, dict[str, Any]]) -> Table:
+    """Medians of one grouping."""
+    shown = Table(title=name.replace("_", " "))
+    for column in (name.split("_")[1], "rows", "median absolute error", "median error"):
+        shown.add_column(column, overflow="fold")
+    for key, one in groups.items():
+        shown.add_row(key, str(one["rows"]), f"{one['median_error']:.1%}", f"{one['bias']:+.1%}")
+    return shown
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The result in words."""
+
+    def percent(name: str) -> str:
+        return "none" if found[name] is None else f"{found[name]:.1%}"
+
+    groups = found["rank_correlation_groups"]
+    result = [
+        (
+            f"{found['rows_read']} rows: {found['rows_counted']} counted, {found['rows_left_out']} predicted but left "
+            f"out, {found['rows_not_modelled']} not modelled"
+        ),
+        (
+            f"median absolute error of tokens/s/GPU: {percent('median_error_fit')} fit, "
+            f"{percent('median_error_test')} test, {percent('median_error')} all; of memory: "
+            f"{percent('median_error_memory')}"
+        ),
+    ]
+    if groups:
+        result.append(
+            f"rank correlation of layouts within (model, hardware): mean {found['rank_correlation_mean']:.2f}, median "
+            f"{found['rank_correlation_median']:.2f} over {len(groups)} groups, "
+            f"{found['rank_correlation_groups_at_least_0.9']} of them at least 0.9"
+        )
+    result.append(f"worst rows: {', '.join(map(str, found['worst']))}")
+    return result
