@@ -39,7 +39,7 @@ def main() -> None:
     except MoeTrainError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    sys.exit(hydra_entry(run_validation if validates else run, argv=overrides))
+    sys.exit(hydra_entry(run_validation if validates else run, argv=overrides, trains=False))
 
 
 def translated(words: Sequence[str]) -> list[str]:
@@ -73,7 +73,7 @@ def run(cfg: Config) -> None:
     from tools.planning.answer import answer, parallel_yaml
 
     _drop_directory(cfg)
-    result = answer(cfg, validate(cfg))
+    result = answer(cfg, validate(cfg, trains=False))
     show.show(result, Console())
     if cfg.plan.write:
         _write(Path(cfg.plan.write), parallel_yaml(result.best))
