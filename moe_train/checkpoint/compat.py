@@ -31,7 +31,8 @@ _TRAINING = {
     "batch": ("global_batch_size",),
     "precision": (
         "dtype", "grad_reduce_fp32", "fp8", "fp8_format", "power_of_two_scales", "amax_history_len",
-        "first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
+        "first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "moments_dtype",
+        "stochastic_rounding",
     ),
     "optimizer": None,
     "schedule": None,

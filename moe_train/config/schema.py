@@ -71,6 +71,9 @@ class PrecisionConfig:
         None, "FP4 recipe of linear layers, in the place of FP8 (te only); null means none.", choices=("nvfp4",)
     )
     moments_dtype: str = doc("fp32", "Format of the two Adam moments.", choices=("fp32", "bf16"))
+    stochastic_rounding: bool = doc(
+        False, "Round bf16 moments up or down at random, so that small steps add up (local only)."
+    )
     fp8_format: str = doc(
         "e4m3", "FP8 format: e4m3 everywhere, or hybrid with e5m2 for gradients.", choices=("e4m3", "hybrid")
     )

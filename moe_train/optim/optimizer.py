@@ -14,6 +14,8 @@ from torch import nn
 
 from moe_train.config.schema import Config
 from moe_train.model.build import DTYPES, FP8_RECIPES
+from moe_train.optim.moments import AdamWithBf16Moments
+from parallel import runtime
 
 
 def data_parallel(chunks: list[nn.Module], config: TransformerConfig, cfg: Config) -> list[DistributedDataParallel]:
@@ -47,10 +49,13 @@ def _distributed(cfg: Config) -> bool:
     """Whether to shard optimizer state. Over one rank there is nothing to shard, only copies of all weights and
     gradients to save; checkpoints are the same."""
     shards = max(ps.get_data_parallel_world_size(with_context_parallel=True), ps.get_expert_data_parallel_world_size())
-    needed = (
-        cfg.parallel.overlap_param_gather or cfg.precision.fp8_param_gather or cfg.precision.moments_dtype != "fp32"
-    )
+    needed = cfg.parallel.overlap_param_gather or cfg.precision.fp8_param_gather or _moments_of_te(cfg)
     return cfg.parallel.distributed_optimizer and (shards > 1 or needed)
+
+
+def _moments_of_te(cfg: Config) -> bool:
+    """Whether Transformer Engine's optimizer is to keep moments in bf16; on a CPU our own does."""
+    return cfg.precision.moments_dtype == "bf16" and runtime.choose(cfg.runtime) == "cuda"
 
 
 def build_optimizer(cfg: Config, config: TransformerConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -76,13 +81,22 @@ def build_optimizer(cfg: Config, config: TransformerConfig, chunks: list[Distrib
     if cfg.precision.fp8_param_gather:  # the optimizer then writes weights in FP8
         options["fp8_recipe"] = FP8_RECIPES[cfg.precision.fp8 or ""]
         options["reuse_grad_buf_for_mxfp8_param_ag"] = _mxfp8_parameters(cfg)
-    if cfg.precision.moments_dtype == "bf16":  # Transformer Engine's optimizer keeps them so (optimizer_config.py)
+    if _moments_of_te(cfg):  # upstream's optimizer_config.py
         options["use_precision_aware_optimizer"] = True
         options["exp_avg_dtype"] = options["exp_avg_sq_dtype"] = DTYPES["bf16"]
     built = get_megatron_optimizer(OptimizerConfig(**options), chunks, use_gloo_process_groups=False)
     config.grad_scale_func = built.scale_loss
+    if cfg.precision.moments_dtype == "bf16" and not _moments_of_te(cfg):
+        _store_moments_in_bf16(built, cfg.seed if cfg.precision.stochastic_rounding else None)
     _fuse(built)
     return built
+
+
+def _store_moments_in_bf16(optimizer: MegatronOptimizer, seed: int | None) -> None:
+    """Our AdamW over the parameter groups of torch's, which has no such option."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer is not None:
+            part.optimizer = AdamWithBf16Moments(part.optimizer.param_groups, seed)
 
 
 def _fuse(optimizer: MegatronOptimizer) -> None:

@@ -275,8 +275,13 @@ TABLE = [
     Wrong("precision.fp8=delayed", "precision.fp8", "no checkpoint keeps (Transformer Engine pickles them), so that a "
           "run could not go on as it was; use precision.fp8=tensor or checkpoint.save_at_end=false "
           "checkpoint.interval_steps=0", "precision=bf16 runtime=cuda"),
-    Wrong("precision.moments_dtype=bf16", "precision.moments_dtype", "use precision.moments_dtype=fp32",
-          "precision=bf16 runtime=cpu"),
+    Wrong("precision.moments_dtype=bf16", "precision.moments_dtype",
+          "use backend.name=te or precision.moments_dtype=fp32", "precision=bf16 runtime=cuda backend.name=local"),
+    Wrong("precision.stochastic_rounding=true", "precision.stochastic_rounding",
+          "but precision.moments_dtype=fp32; use precision.moments_dtype=bf16", "precision=bf16 runtime=cpu"),
+    Wrong("precision.stochastic_rounding=true", "precision.stochastic_rounding",
+          "rounds moments to the nearest; use precision.stochastic_rounding=false",
+          "precision=bf16 precision.moments_dtype=bf16 runtime=cuda"),
     Wrong("precision.moments_dtype=bf16", "precision.moments_dtype", "parallel.distributed_optimizer=true",
           "precision=bf16 runtime=cuda parallel.distributed_optimizer=false"),
     Wrong("precision.fp8_param_gather=true", "precision.fp8_param_gather", "needs backend.name=te, not local",

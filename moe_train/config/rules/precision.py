@@ -235,21 +235,41 @@ def kept_scales(facts: Facts) -> None:
 
 
 def moments(facts: Facts) -> None:
-    """Adam moments in bf16 are those of Megatron-Core's precision-aware optimizer, which is Transformer Engine's."""
+    """Adam moments in bf16: on te by Megatron-Core's precision-aware optimizer, on local by our own, on the CPU."""
     cfg = facts.cfg
     if cfg.precision.moments_dtype == "fp32" or not facts.trains:
         return
     off: Fix = {"precision.moments_dtype": "fp32"}
-    if facts.backend != "te":
-        raise Impossible(
-            f"precision.moments_dtype=bf16 needs the optimizer of Transformer Engine, not backend.name={facts.backend}",
-            [off],
-        )
-    if not cfg.parallel.distributed_optimizer:
+    if facts.backend == "te" and not cfg.parallel.distributed_optimizer:
         raise Impossible("precision.moments_dtype=bf16 needs parallel.distributed_optimizer=true",
                          [{"parallel.distributed_optimizer": True}, off])  # fmt: skip
+    if facts.backend == "local" and facts.runtime == "cuda":
+        raise Impossible(
+            "precision.moments_dtype=bf16 on cuda needs the optimizer of Transformer Engine (backend.name=te): that of "
+            "backend.name=local works on the CPU",
+            [{"backend.name": "te"}, off],
+        )
+
+
+def stochastic_rounding(facts: Facts) -> None:
+    """Only what is stored in bf16 by our own optimizer is rounded at random."""
+    precision, off = facts.cfg.precision, [{"precision.stochastic_rounding": False}]
+    if not precision.stochastic_rounding:
+        return
+    if precision.moments_dtype == "fp32":
+        raise Impossible(
+            "precision.stochastic_rounding=true rounds moments in bf16, but precision.moments_dtype=fp32",
+            [{"precision.moments_dtype": "bf16"}, *off],
+        )
+    if facts.backend != "local":
+        raise Impossible(
+            f"precision.stochastic_rounding=true needs backend.name=local, not {facts.backend}: the optimizer of "
+            "Transformer Engine rounds moments to the nearest",
+            off,
+        )
 
 
 RULES: tuple[Rule, ...] = (
     low_precision, scales, layers_in_bf16, param_gather, dispatch, dimensions, kept_scales, moments,
+    stochastic_rounding,
 )  # fmt: skip
