@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from bench import plot
 from bench.results import write
 from launch import forkserver, job, local
 from moe_train.config.compose import compose
@@ -152,24 +153,24 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
-def draw(rows: Sequence[dict[str, Any]]) -> str:
-    """Two pictures in one SVG for the first seed: the smoothed losses, and their differences from the baseline."""
-    seed = rows[0]["seed"]
-    curves = {r["case"]: r["losses"] for r in rows if r["seed"] == seed}
-    steps = range(1, len(curves[BASELINE]) + 1)
-    losses_ = {case: list(zip(steps, smoothed(curve), strict=True)) for case, curve in curves.items()}
-    percent = {
-        case: list(zip(steps[WARM_UP_STEPS:], (100 * d for d in differences(curve, curves[BASELINE])), strict=True))
-        for case, curve in curves.items()
-        if case != BASELINE
-    }
-    limit = 100 * LARGEST_DIFFERENCE
-    return plot.svg(
-        [
-            plot.Panel("smoothed training loss, nats a token", "step", losses_),
-            plot.Panel(f"difference from {BASELINE}, %", "step", percent, marks=(-limit, limit)),
-        ]
-    )
+def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Two charts in one SVG for the first seed: the smoothed losses, and their differences from the baseline."""
+    # Text stays text, and the same numbers make the same file.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 9}):
+        figure, (losses_, differences_) = plt.subplots(2, figsize=(8, 7), layout="constrained")
+        curves = {r["case"]: r["losses"] for r in rows if r["seed"] == rows[0]["seed"]}
+        steps = range(1, len(curves[BASELINE]) + 1)
+        for case, curve in curves.items():
+            losses_.plot(steps, smoothed(curve), label=case)
+            percent = [100 * d for d in differences(curve, curves[BASELINE])]
+            differences_.plot(steps[WARM_UP_STEPS:], percent, label=case)
+        for limit in (-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE):
+            differences_.axhline(100 * limit, color="grey", linestyle="--")
+        losses_.set(ylabel="smoothed training loss, nats a token", xlabel="step")
+        differences_.set(ylabel=f"difference from {BASELINE}, %", xlabel="step")
+        losses_.legend()
+        figure.savefig(file, metadata={"Date": None})
+        plt.close(figure)
 
 
 def main() -> None:
@@ -201,7 +202,7 @@ def main() -> None:
             "criterion": LARGEST_DIFFERENCE,
         }
         print(f"wrote {write('fp8_loss', {**summary, **facts}, rows)}")
-        PICTURE.write_text(draw(rows))
+        draw(rows, PICTURE)
         print(f"wrote {PICTURE}")
     sys.exit(0 if summary["fp8_block_holds"] is not False and summary["every_loss_finite"] else 1)
 
