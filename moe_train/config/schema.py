@@ -111,6 +111,15 @@ class RecomputeConfig:
         [], "selective: the parts of a layer to recompute.",
         choices=("core_attn", "mla_up_proj", "layernorm", "moe_act", "mlp", "moe", "shared_experts"),
     )  # fmt: skip
+    offload: str = doc(
+        "none", "Move kept activations out until the backward pass: to memory (on cuda that of the host), or, on the "
+        "CPU only, to a file without a name in run_dir.", choices=("none", "memory", "file"),
+    )  # fmt: skip
+    offload_modules: list[str] = doc(
+        [], "te: modules whose inputs are moved out. On the CPU everything is.",
+        choices=("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"),
+    )  # fmt: skip
+    offload_min_bytes: int = doc(1048576, "Smaller tensors stay, bytes.", minimum=1)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config, PrecisionConfig, RecomputeConfig
-from moe_train.model import dispatch, fp8_products, gemm, loss
+from moe_train.model import dispatch, fp8_products, gemm, loss, offload
 from moe_train.model.router import scores_groups_by_best
 from moe_train.model.specs import LocalBackend, local_specs, te_specs
 from parallel import pipeline
@@ -35,6 +36,7 @@ def transformer_config(cfg: Config, layout: ParallelLayout, backend: str, runtim
         **_parallel(cfg, layout, runtime),
         **_numbers(cfg),
         **_recompute(cfg.recompute),
+        **_offload(cfg.recompute, backend),
         **(_low_precision(cfg.precision) if backend == "te" else {}),
         **_fusions(cfg, backend, runtime),
     }
@@ -189,6 +191,17 @@ def _recompute(recompute: RecomputeConfig) -> dict[str, Any]:
     return {}
 
 
+def _offload(recompute: RecomputeConfig, backend: str) -> dict[str, Any]:
+    """Activations that Megatron-Core moves to the host's memory; those of the `local` backend are offload.py's."""
+    if recompute.offload == "none" or backend != "te":
+        return {}
+    return {
+        "fine_grained_activation_offloading": True,
+        "offload_modules": list(recompute.offload_modules),
+        "min_offloaded_tensor_size": recompute.offload_min_bytes,
+    }
+
+
 def _low_precision(precision: PrecisionConfig) -> dict[str, Any]:
     """Options of Transformer Engine's FP8 and FP4. The `local` backend emulates FP8 without Megatron-Core knowing: with
     `fp8` set, upstream recomputes through Transformer Engine (transformer/transformer_block.py).
@@ -310,6 +323,8 @@ def build(cfg: Config, config: TransformerConfig, backend: str, vpp: int) -> lis
         if post and backend == "local":
             gemm.use_in(chunks[-1].output_layer)
             loss.use_in(chunks[-1])
+        if cfg.recompute.offload != "none" and backend == "local":
+            offload.use_in(chunks[-1], cfg.recompute.offload, Path(cfg.run_dir), cfg.recompute.offload_min_bytes)
     return chunks
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from moe_train.config.rules.facts import Facts, gather_facts
 from moe_train.config.rules.precision import recipe
 from moe_train.config.rules.recompute import grouped_experts
@@ -29,6 +31,7 @@ def job_of(cfg: Config, layout: ParallelLayout) -> Job:
     stages = pipeline.stage_items(
         cfg.parallel.pipeline_layout, layout.pp, layout.vpp, model.num_layers, model.mtp_num_layers
     )
+    offloads = recompute.offload != "none"
     fused = facts.runtime == "cuda" if cfg.backend.fusions is None else cfg.backend.fusions
     return Job(
         model=model,
@@ -51,6 +54,8 @@ def job_of(cfg: Config, layout: ParallelLayout) -> Job:
         recompute_method=recompute.method,
         recompute_num_layers=recompute.num_layers,
         recompute_modules=frozenset(recompute.modules),
+        offload_modules=frozenset(recompute.offload_modules),
+        offload_min_bytes=recompute.offload_min_bytes if offloads and facts.backend == "local" else math.inf,
         frees_outputs=facts.runtime == "cuda",
         on_cpu=facts.runtime == "cpu",
     )

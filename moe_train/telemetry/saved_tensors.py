@@ -12,8 +12,9 @@ from torch import Tensor, nn
 class SavedTensors:
     """Counts the storages that autograd keeps of the first forward pass of each module, each storage once.
 
-    Parameters and buffers are left out. A storage that recomputation has emptied by the end of the forward pass counts
-    as what is left of it. Forward passes without gradients are not counted.
+    Parameters and buffers are left out, and so is what `moe_train.model.offload` moves out. A storage that
+    recomputation has emptied by the end of the forward pass counts as what is left of it. Forward passes without
+    gradients are not counted.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -41,8 +42,14 @@ class SavedTensors:
         if number in self._bytes or not torch.is_grad_enabled():
             return
         self._kept = {}
+        for offload in self._offloads(number):  # whose hooks take the place of these
+            offload.observe = self._keep
         self._open = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
         self._open.__enter__()
+
+    def _offloads(self, number: int) -> list[Any]:
+        found = (getattr(module, "activation_offload", None) for module in self.modules[number].modules())
+        return [offload for offload in found if offload is not None]
 
     def _keep(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()  # an output that its own node keeps would keep the node, too
@@ -55,6 +62,8 @@ class SavedTensors:
             return
         self._open.__exit__(None, None, None)
         self._open = None
+        for offload in self._offloads(number):
+            offload.observe = lambda tensor: None
         module = self.modules[number]
         own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
         self._bytes[number] = sum(storage.nbytes() for key, storage in self._kept.items() if key not in own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,6 +90,8 @@ class Job:
         grad_bytes, moment_bytes: of one gradient, and of one of the two Adam moments.
         distributed_optimizer: optimizer state is divided over data-parallel ranks.
         recompute: none, full or selective, with what it applies to.
+        offload_modules: on te, modules whose inputs wait for the backward pass outside.
+        offload_min_bytes: on local, tensors of so many bytes and more wait outside.
         frees_outputs: a pipeline stage frees what it has sent.
         on_cpu: the `local` backend takes its own attention for short sequences, and its own loss.
     """
@@ -113,6 +116,8 @@ class Job:
     recompute_method: str = "uniform"
     recompute_num_layers: int = 1
     recompute_modules: frozenset[str] = frozenset()
+    offload_modules: frozenset[str] = frozenset()
+    offload_min_bytes: float = math.inf
     frees_outputs: bool = True
     on_cpu: bool = False
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from parallel.planner.job import Job
-from parallel.planner.saved import EXPERT_TENSORS, FP8_BYTES, FP32, INDEX, Saved, layer, linear_input, norm
+from parallel.planner.saved import EXPERT_TENSORS, FP8_BYTES, FP32, INDEX, Saved, layer, linear_input, norm, resident
 
 LONGEST_SIMULATION = 8  # rounds of pp micro-batches after which the interleaved schedule only repeats itself
 
@@ -118,12 +118,12 @@ def chunk_activations(job: Job, index: int) -> Saved:
     if "L" in items:
         outputs = 1 + depths  # one tensor for all of them
         kept["output head input"] = job.element * r * hidden * outputs
-    return kept
+    return resident(job, kept)
 
 
 def _embedding(job: Job, name: str) -> Saved:
-    mask = 1 if job.layout.tp > 1 else 0
-    return {f"{name}: token ids": (INDEX + mask) * job.tokens}
+    mask = {f"{name}: mask": job.tokens} if job.layout.tp > 1 else {}
+    return {f"{name}: token ids": INDEX * job.tokens, **mask}
 
 
 def _layers(job: Job, moe: Sequence[bool]) -> Saved:
@@ -170,11 +170,13 @@ def saved_logits(job: Job, items: str) -> float:
     the gradient of the scores instead."""
     if "L" not in items:
         return 0
-    each = FP32 * job.model.padded_vocab_size / job.layout.tp + INDEX + 1
-    if job.own_loss:
-        each = job.element * job.model.padded_vocab_size
-    depths = items.count("m")
-    return job.tokens * (each * (1 + depths) + 2 * FP32 * depths)
+    own, vocabulary, depths = job.own_loss, job.model.padded_vocab_size, items.count("m")
+    kept: Saved = {}
+    for i in range(1 + depths):
+        kept[f"scores {i}"] = job.element * vocabulary if own else FP32 * vocabulary / job.layout.tp
+        kept |= {} if own else {f"labels {i}": INDEX, f"mask {i}": 1}
+        kept |= {f"sum {i}": FP32, f"weights {i}": FP32} if i else {}
+    return sum(resident(job, {name: job.tokens * size for name, size in kept.items()}).values())
 
 
 def logits_bytes(job: Job, items: str) -> float:

@@ -15,6 +15,16 @@ Saved = dict[str, float]
 INDEX = 8  # bytes of an int64 index
 FP32 = 4
 EXPERT_TENSORS = "routed "  # in the name of each tensor that grows with the tokens of a rank's experts
+# Inputs of the modules that Megatron-Core can move to the host. The output of core attention is the projection's input.
+OFFLOADED = {
+    "attn_norm": ("input",),
+    "qkv_linear": ("input norm output",),
+    "core_attn": ("queries", "keys", "values"),
+    "attn_proj": ("attention output",),
+    "mlp_norm": ("middle",),
+    "expert_fc1": ("routed expert input",),
+    "moe_act": ("routed experts: gate and up",),
+}
 # An element in FP8 or FP4 with its share of the scales (1x128 tiles, one for the tensor, 1x32 or 1x16 blocks), bytes.
 FP8_BYTES = {"block": 1 + 4 / 128, "tensor": 1.0, "delayed": 1.0, "mxfp8": 1 + 1 / 32, "nvfp4": 1 / 2 + 1 / 16}
 
@@ -93,7 +103,14 @@ def layer(job: Job, moe: bool, recompute: bool = True) -> Saved:
     """One transformer layer; with `recompute` without what the job's selective recomputation throws away."""
     modules = job.recompute_modules if recompute and job.recompute == "selective" else frozenset()
     attention = _mla(job, modules) if job.model.attention == "mla" else _gqa(job, modules)
-    return attention | (_moe(job, modules) if moe else _dense(job, modules))
+    kept = attention | (_moe(job, modules) if moe else _dense(job, modules))
+    outside = {name for module in job.offload_modules for name in OFFLOADED[module]}
+    return {name: size for name, size in kept.items() if name.removesuffix(" in fp8") not in outside}
+
+
+def resident(job: Job, kept: Saved) -> Saved:
+    """What stays in memory until the backward pass where large tensors are moved out (moe_train.model.offload)."""
+    return {name: size for name, size in kept.items() if size < job.offload_min_bytes}
 
 
 def _layer_norm(job: Job, name: str, source: str, modules: frozenset[str]) -> tuple[Saved, bool]:
@@ -129,8 +146,13 @@ def _mla(job: Job, modules: frozenset[str]) -> Saved:
         name, size = ("rotary key", n * rope) if gathered else ("key/value latent", r * (latent + rope))
         kept[name] = e * size
     else:
-        kept["rotary cosines and sines"] = 4 * e * sequence * rope
+        kept |= _rotary(e * sequence * rope)
     return kept | _mla_core(job, modules)
+
+
+def _rotary(size: float) -> Saved:
+    """What rotary embedding of queries and of keys keeps, of `size` bytes each."""
+    return {f"rotary {function} of {what}": size for function in ("cosine", "sine") for what in ("queries", "keys")}
 
 
 def _mla_core(job: Job, modules: frozenset[str]) -> Saved:
@@ -192,7 +214,7 @@ def _gqa(job: Job, modules: frozenset[str]) -> Saved:
     mixed = {"queries, keys and values": e * n * (heads + 2 * groups) * size}
     kept |= _qk_norms(job, heads, groups, mixed)
     if backend.separate_rope:
-        kept["rotary cosines and sines"] = 4 * e * (job.seq_length // job.layout.cp) * model.rotary_dim
+        kept |= _rotary(e * (job.seq_length // job.layout.cp) * model.rotary_dim)
     unit = e * n * size
     if backend.gathers_sequence and job.layout.cp > 1 and "core_attn" not in modules:
         return kept | _gathered(job, heads, size, size, queries=True)
@@ -226,7 +248,8 @@ def _qk_norms(job: Job, heads: float, groups: float, mixed: Saved) -> Saved:
             kept[f"{name} norm"] = FP32 * n + (FP32 * copies + (e if copies == 2 else 0)) * n * wide
         else:
             kept[f"{name} norm"] = FP32 * n * wide / size
-            kept[f"{name} norm"] += FP32 * copies * n * wide if BACKENDS[job.backend].norm_keeps_fp32 else 0
+            tables = copies if BACKENDS[job.backend].norm_keeps_fp32 else 0
+            kept |= {f"{name} norm {table}": FP32 * n * wide for table in range(tables)}
     return kept
 
 
@@ -279,15 +302,17 @@ def _router(job: Job) -> Saved:
     model, r = job.model, job.split_tokens
     experts, topk = model.num_experts, model.topk
     scores = FP32 * experts
-    kept: Saved = {"chosen experts": INDEX * topk, "token map": experts + scores, "token order": INDEX * topk}
+    kept: Saved = {"chosen experts": INDEX * topk, "token map": experts, "token weights": scores,
+                   "token order": INDEX * topk}  # fmt: skip
     if model.router_score == "sigmoid":
-        kept |= {"scores": scores, "chosen scores": FP32 * (topk + 1)}
+        kept |= {"scores": scores, "chosen scores": FP32 * topk, "sum of scores": FP32}
     else:
         kept["scores"] = scores if model.router_pre_softmax else FP32 * topk
     if model.router_num_groups:
         kept |= _expert_groups(job)
     if model.balance_losses:
-        kept["balance loss"] = scores + INDEX * topk + (FP32 if model.router_score == "sigmoid" else 0)
+        kept |= {"balance loss: scores": scores, "balance loss: chosen experts": INDEX * topk}
+        kept |= {"balance loss: sum of scores": FP32} if model.router_score == "sigmoid" else {}
     return {f"router: {name}": r * size for name, size in kept.items()}
 
 
@@ -296,8 +321,9 @@ def _expert_groups(job: Job) -> Saved:
     model = job.model
     groups, chosen = model.router_num_groups, model.router_topk_groups
     if model.router_group_score == "sum":
-        return {"groups": INDEX * (groups * (model.topk // chosen) + chosen) + model.num_experts}
-    kept: Saved = {"groups": (FP32 + 1) * groups + INDEX * chosen}
+        best = INDEX * groups * (model.topk // chosen)
+        return {"best of groups": best, "chosen groups": INDEX * chosen, "map of groups": model.num_experts}
+    kept: Saved = {"best of groups": FP32 * groups, "ties of groups": groups, "chosen groups": INDEX * chosen}
     if model.router_bias or (model.router_score == "softmax" and not model.router_pre_softmax):
         kept["scores of groups"] = FP32 * model.num_experts  # else they are the scores that are kept anyway
     return kept

@@ -55,9 +55,9 @@ def cuda_options(*overrides: str, name: str = "te") -> dict[str, Any]:
     return {f.name: v for f in dataclasses.fields(config) if isinstance(v := getattr(config, f.name, None), keep)}
 
 
-def emulated_options() -> dict[str, Any]:
+def emulated_options(*overrides: str) -> dict[str, Any]:
     """The same for a run that emulates FP8."""
-    return cuda_options("precision=fp8_block", "runtime=cpu", name="local")
+    return cuda_options("precision=fp8_block", "runtime=cpu", *overrides, name="local")
 
 
 def every_model() -> dict[str, dict[str, Any]]:
@@ -90,6 +90,17 @@ def test_deepep_overlap_and_apex_reach_megatron_core() -> None:
         cuda_options, 1, "model=tiny", "backend.apex=true", "backend.name=local", "backend.fusions=true"
     )
     assert apex["gradient_accumulation_fusion"]
+
+
+def test_activation_offload_reaches_megatron_core() -> None:
+    """Every module that its config class knows, past its own checks; on the CPU it is told of none."""
+    modules = ["attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
+    asked = ("recompute.offload=memory", f"recompute.offload_modules=[{','.join(modules)}]")
+    (found,) = run_distributed(cuda_options, 1, "model=deepseek_v3", *asked, "recompute.offload_min_bytes=4096")
+    assert found["fine_grained_activation_offloading"]
+    assert (found["offload_modules"], found["min_offloaded_tensor_size"]) == (modules, 4096)
+    (emulated,) = run_distributed(emulated_options, 1, "recompute.offload=file")
+    assert not emulated["fine_grained_activation_offloading"]
 
 
 FP8_OPTIONS = {

@@ -101,4 +101,62 @@ def full_layers(facts: Facts) -> None:
             )
 
 
-RULES: tuple[Rule, ...] = (modules, full_layers)
+def offload(facts: Facts) -> None:
+    """On te Megatron-Core moves inputs of named modules to the host; on local everything that is kept moves."""
+    recompute = facts.cfg.recompute
+    named, where = list(recompute.offload_modules), recompute.offload
+    off: Fix = {"recompute.offload": "none", "recompute.offload_modules": []}
+    if where == "none" or facts.backend == "local":
+        if named:
+            used = f"recompute.offload={where} on backend.name={facts.backend}"
+            raise Impossible(f"recompute.offload_modules=[{','.join(named)}] is not used with {used}",
+                             [{"recompute.offload_modules": []}])  # fmt: skip
+        if where != "none" and facts.runtime != "cpu":
+            raise Impossible(
+                f"recompute.offload={where} on runtime={facts.runtime} needs backend.name=te: backend.name=local moves "
+                "activations on runtime=cpu only",
+                [{"runtime": "cpu"}, off],
+            )
+        return
+    if where == "file":
+        raise Impossible(
+            "recompute.offload=file needs backend.name=local: Megatron-Core moves activations to the host's memory",
+            [{"recompute.offload": "memory"}, off],
+        )
+    if recompute.mode == "full":
+        raise Impossible(
+            f"recompute.offload={where} moves inputs of modules, which recompute.mode=full does not keep",
+            [off, {"recompute.mode": "none"}],
+        )
+    _check_modules(facts, named, off)
+
+
+def _check_modules(facts: Facts, named: list[str], off: Fix) -> None:
+    """Upstream's conditions (transformer/transformer_config.py), and that the model has such modules."""
+    cfg = facts.cfg
+    if not named:
+        raise Impossible(
+            f"recompute.offload={cfg.recompute.offload} on backend.name=te needs recompute.offload_modules",
+            [{"recompute.offload_modules": ["core_attn", "attn_proj"]}, off],
+        )
+    if "attn_proj" in named and "core_attn" not in named:
+        raise Impossible(
+            "recompute.offload_modules has attn_proj without core_attn, whose backward pass needs the same tensor",
+            [{"recompute.offload_modules": ["core_attn", *named]}, off],
+        )
+    experts = [name for name in named if name in ("expert_fc1", "moe_act")]
+    if not experts:
+        return
+    rest: Fix = {"recompute.offload_modules": [name for name in named if name not in experts]}
+    without = rest if rest["recompute.offload_modules"] else off
+    if not (cfg.model.is_moe and grouped_experts(facts)):
+        why = "model.num_experts=0 is a dense model" if not cfg.model.is_moe else "only grouped experts can move theirs"
+        raise Impossible(f"recompute.offload_modules has {experts[0]}, but {why}", [without])
+    if "moe" in cfg.recompute.modules:
+        raise Impossible(
+            f"recompute.offload_modules has {experts[0]}, but recompute.modules has moe, which does not keep its input",
+            [without],
+        )
+
+
+RULES: tuple[Rule, ...] = (modules, full_layers, offload)

@@ -118,6 +118,27 @@ def test_the_loss_keeps_a_gradient_on_the_cpu_and_fp32_scores_elsewhere() -> Non
     assert size["runtime=cuda"] == pytest.approx(4 * scores, rel=0.01)
 
 
+def test_inputs_of_modules_that_move_to_the_host_do_not_count() -> None:
+    """On te each named module takes the input that it alone keeps; FP8 copies of it, too."""
+    for precision in ("bf16", "fp8_block"):
+        some = job("runtime=cuda", f"precision={precision}")
+        whole, moved = kept(some), ["recompute.offload=memory", "recompute.offload_modules=[core_attn,expert_fc1]"]
+        left = kept(job("runtime=cuda", f"precision={precision}", *moved))
+        names = ["queries", "keys", "values", *(name for name in layer(some, True) if "routed expert input" in name)]
+        assert len(names) == 4
+        assert whole - left == pytest.approx(sum(layer(some, True)[name] for name in names))
+
+
+def test_on_the_cpu_large_tensors_move_and_small_ones_stay() -> None:
+    some = job("runtime=cpu", "precision=bf16")
+    moves = job("runtime=cpu", "precision=bf16", "recompute.offload=file", "recompute.offload_min_bytes=65536")
+    stays = chunk_activations(moves, 0)
+    assert stays == {name: size for name, size in chunk_activations(some, 0).items() if size < 65536}
+    assert 0 < sum(stays.values()) < sum(chunk_activations(some, 0).values()) / 2
+    assert saved_logits(moves, "ttL") == 0
+    assert saved_logits(some, "ttL") > 0
+
+
 @pytest.mark.parametrize(("recipe", "element"), [("block", 1 + 4 / 128), ("tensor", 1), ("mxfp8", 1 + 1 / 32)])
 def test_fp8_keeps_linear_inputs_in_a_byte_and_caches_two_copies_of_weights(recipe: str, element: float) -> None:
     bf16 = job("runtime=cuda", "precision=bf16")
