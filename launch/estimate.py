@@ -67,7 +67,7 @@ def pace(cfg: Config, layout: ParallelLayout, tokens: int) -> Pace:
     weights = [weights_on(cfg, job, stage) for stage in range(layout.pp)]
     step = plan_step(job, machine, "interleaved" if layout.vpp > 1 else "1f1b", weights)
     hours = tokens / step.tokens_per_s_per_gpu / layout.world_size / 3600
-    flops = flops_per_token(cfg.model, cfg.train.seq_length, causal=True, include_mtp=True)
+    flops = flops_per_token(cfg.model, cfg.train.seq_length)
     return Pace(
         step_s=step.seconds,
         tokens_per_s_per_gpu=step.tokens_per_s_per_gpu,

@@ -133,9 +133,14 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
     """
     first = runs[0]
     launcher = first.cfg.launcher
+    if any((run.nodes, run.cfg.launcher) != (first.nodes, launcher) for run in runs):
+        raise ConfigError(
+            "the jobs of this sweep need other nodes or other fields of launcher, and an array has one request for all",
+            "sweep over what leaves nodes and launcher as they are, or submit the others by themselves",
+        )
     place = directory / snapshot.FOLDER / time.strftime("%Y-%m-%d_%H-%M-%S")
     variables = slurm.environment(first.cfg, place / "code")
-    flags = slurm.flags(first.cfg, max(run.nodes for run in runs), first.gpus, directory)
+    flags = slurm.flags(first.cfg, first.nodes, first.gpus, directory)
     words = _overrides(first)
     if len(runs) > 1:
         limit = f"%{launcher.array_limit}" if launcher.array_limit else ""

@@ -53,7 +53,12 @@ def values_of(text: str) -> dict[str, Any]:
                 f"launcher.fallbacks changes {name}, which is no field of the layout",
                 "change fields of parallel and recompute, and batch.micro_batch_size",
             )
-        values[name] = yaml.safe_load(value)
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(
+                f"launcher.fallbacks has {word!r}, whose value cannot be read", f"correct {name}"
+            ) from None
         if reason := misfit(name, values[name]):
             raise ConfigError(f"launcher.fallbacks has {word}, which is {reason}", f"correct {name}")
     return values

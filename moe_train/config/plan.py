@@ -22,8 +22,10 @@ class PlanConfig:
         [], "FP8 recipes to try beside precision.fp8 (none means BF16); empty means only that.",
         choices=("none", "block", "tensor", "mxfp8"),
     )  # fmt: skip
-    micro_batch_sizes: list[int] = doc([1, 2, 4], "Micro-batch sizes to try, sequences.")
-    cp: list[int] = doc([], "Context-parallel degrees to try; empty means 1, and up to 16 for long sequences.")
+    micro_batch_sizes: list[int] = doc([1, 2, 4], "Micro-batch sizes to try, sequences.", minimum=1)
+    cp: list[int] = doc(
+        [], "Context-parallel degrees to try; empty means 1, and up to 16 for long sequences.", minimum=1
+    )
     software: str = doc(
         "megatron", "Software that is timed: Megatron-Core as usual in `software_date`, or DeepSeek's own of 2024.",
         choices=("megatron", "deepseek"),

@@ -57,7 +57,10 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         """Rows of `x` in FP8 to other ranks: [t, h] -> [t', h]."""
         assert self.recipe is not None
         dtype = fp8.E5M2 if gradient and self.recipe.hybrid else fp8.E4M3
-        data = fp8.quantise(x, TILE, dtype=dtype, power_of_two=self.recipe.power_of_two)
+        # E4M3 has no infinity, and a saturated one would hide that the run diverges.
+        data = fp8.quantise(
+            x.masked_fill(x.isinf(), torch.nan), TILE, dtype=dtype, power_of_two=self.recipe.power_of_two
+        )
         if not gradient:
             self._count(data.data, data.scale_inv)
         codes = _all_to_all(data.data.view(torch.uint8), self.ep_group, received, sent)

@@ -47,6 +47,7 @@ def job_of(cfg: Config, layout: ParallelLayout) -> Job:
         dtype=precision.dtype,
         # Emulation keeps 16 bits of everything.
         fp8=recipe(precision) if facts.backend == "te" else None,
+        fp8_weights_only=precision.fp8_param_gather and facts.backend == "te",
         grad_bytes=4 if precision.grad_reduce_fp32 or precision.dtype == "fp32" else 2,
         moment_bytes=4 if precision.moments_dtype == "fp32" else 2,
         distributed_optimizer=cfg.parallel.distributed_optimizer,

@@ -133,7 +133,7 @@ def test_a_dry_run_of_2048_gpus_says_what_they_are_for(
         "ep: 32 of 64 ranks, each over 8 nodes, 1 on a node",
         "pp: 128 of 16 ranks, each over 16 nodes, 8 on a node",
         "71.1 GiB on the fullest rank (stage 0 of 16), of 78.6",
-        "predicted for cluster=h800 at an MFU of 33%",
+        "predicted for cluster=h800 at an MFU of 32%",
         "68 x the time limit of 24 hours",
         "at $2 for a GPU and hour",
         "sbatch --parsable --job-name=moe-deepseek_v3 --nodes=256 --ntasks-per-node=8 --gpus-per-node=8 --time=1440",
@@ -187,6 +187,16 @@ def test_a_job_of_a_sweep_that_is_wrong_stops_all_of_them(
 ) -> None:
     assert submit.run(["-m", *TINY, "parallel.tp=1,3", f"run_dir={tmp_path}/sweep"]) == 2
     assert "error: job 1: parallel.tp=3" in capsys.readouterr().err
+    assert not cluster.exists()
+
+
+def test_jobs_that_ask_for_different_things_are_no_array(
+    cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One request would give the others too few nodes, or another time."""
+    for sweep in ("launcher.time_limit_min=60,600", "parallel.dp=2,4"):
+        assert submit.run(["-m", *TINY, sweep, f"run_dir={tmp_path}/sweep"]) == 2
+        assert "an array has one request for all" in capsys.readouterr().err
     assert not cluster.exists()
 
 

@@ -76,3 +76,18 @@ def test_one_rank_rounds_what_it_does_not_send(tmp_path: Path) -> None:
     assert alone["metrics"][0]["dispatch_bytes"] == 0
     for here, there in zip(alone["metrics"], two[0]["metrics"], strict=True):
         assert abs(here["lm_loss"] / there["lm_loss"] - 1) < 1e-4
+
+
+def test_an_infinity_is_not_hidden_on_its_way() -> None:
+    from moe_train.model.fp8_products import Recipe
+    from moe_train.model.dispatch import Dispatcher
+
+    class Alone:
+        recipe, ep_group, ep_size = Recipe("block"), mock.Mock(size=lambda: 1), 1
+        send, _count, input_splits = Dispatcher.send, Dispatcher._count, None
+
+    tokens = torch.ones(2, 128)
+    tokens[1, 5] = torch.inf
+    arrived = Alone().send(tokens, None, None, gradient=False)  # type: ignore[arg-type]
+    assert torch.equal(arrived[0], tokens[0])
+    assert not arrived[1, 5].isfinite()

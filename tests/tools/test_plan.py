@@ -16,6 +16,7 @@ import yaml
 from moe_train.config.compose import compose
 from moe_train.config.validate import validate
 from tools import plan
+from tools.planning.answer import answer
 from tools.planning.recipe import count, parse
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +122,7 @@ def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["gpus=many"], "error: 'many' is no number"),
+        (["tokens=1e400"], "error: '1e400' is no number"),
         (["model=deepseek_v3", "gpus=8", "batch.global_batch_size=8"], "error: no layout of deepseek_v3 fits 8 GPUs"),
         (["cluster=h801"], "error: cluster=h801"),
         (["validate"], "error: moe-plan validate has no table of runs"),
@@ -132,6 +134,15 @@ def test_a_wrong_question_is_one_line_and_exit_code_2(tmp_path: Path, words: lis
     assert done.returncode == 2
     assert done.stderr.startswith(message)
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_dispatcher_of_a_given_layout_is_timed() -> None:
+    given = ["model=deepseek_v3", "parallel=deepseek_v3_h800", "runtime=cuda", "precision=bf16", "batch=large"]
+    seconds = []
+    for dispatcher in ("flex", "alltoall"):
+        cfg = compose([*given, "plan.search=false", f"parallel.dispatcher={dispatcher}"])
+        seconds.append(answer(cfg, validate(cfg)).best.step.seconds)
+    assert seconds[1] > 1.2 * seconds[0]
 
 
 def test_short_names_are_written_out() -> None:

@@ -118,7 +118,9 @@ def software_of(cfg: Config) -> software.Software:
     found = software.deepseek_v3() if plan.software == "deepseek" else software.of_date(plan.software_date)
     if plan.overlap_all_to_all is not None:
         found = replace(found, overlap_all_to_all=plan.overlap_all_to_all)
-    return replace(found, imbalance=plan.imbalance, dispatcher="flex")
+    # A search tries dispatchers itself; DeepSeek's software has one, of which DeepEP is a part.
+    own = plan.search or plan.software == "deepseek" or cfg.parallel.dispatcher == "flex"
+    return replace(found, imbalance=plan.imbalance, dispatcher="flex" if own else "alltoall")
 
 
 def space_of(cfg: Config) -> Space:

@@ -48,6 +48,8 @@ def load(path: Path) -> ModelConfig:
     """The architecture in a YAML file with the fields of `model`."""
     try:
         values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(values, dict):
+            raise TypeError("it is no mapping")
         values.pop("defaults", None)
         return ModelConfig(**values)
     except (OSError, TypeError, yaml.YAMLError) as error:

@@ -42,7 +42,7 @@ def count(text: str) -> int:
         if not found:
             raise ValueError
         return round(float(found[1].replace("_", "")) * UNITS[found[2]])
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(
             f"{text!r} is no number of tokens, GPUs or steps", "write it as 14.8T, 500B, 2048 or 4e9"
         ) from None
@@ -71,6 +71,8 @@ def _stage(entry: str) -> Stage:
             )
         else:
             values[name] = count(value)
+    if zero := [name for name in ("seq", "batch", "cp", "steps") if values.get(name) == 0]:
+        raise ConfigError(f"plan.recipe: {zero[0]}=0 of '{entry}'", "leave it out, or make it at least 1")
     if not values.keys() & {"tokens", "steps", "gpu_hours"}:
         raise ConfigError(f"plan.recipe: '{entry}' has no tokens, steps or gpu_hours", "write NAME tokens=14.8T")
     return Stage(

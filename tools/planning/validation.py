@@ -71,7 +71,7 @@ def compare(index: int, values: dict[str, str], models: str | None) -> dict[str,
     result: dict[str, Any] = {"row": index, **kept}
     try:
         row = understand(index, values, FITTED, models)
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         row = f"a number cannot be read: {error}"
     if isinstance(row, str):
         return {**result, "not_modelled": row}

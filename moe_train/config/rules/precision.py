@@ -135,6 +135,11 @@ def dispatch(facts: Facts) -> None:
             f"precision.fp8_dispatch=true sends the tiles of precision.fp8=block, not of {_named(cfg.precision)}",
             [{"precision.fp8": "block", "precision.fp4": None}, off],
         )
+    if cfg.precision.power_of_two_scales is False:
+        raise Impossible(
+            "precision.fp8_dispatch=true needs scales that are powers of two: what arrives is rounded once more",
+            [{"precision.power_of_two_scales": True}, off],
+        )
     if facts.backend != "local":
         raise Impossible(
             f"precision.fp8_dispatch=true needs backend.name=local, not {facts.backend}: the dispatchers of "

@@ -152,6 +152,14 @@ def test_fp8_keeps_linear_inputs_in_a_byte_and_caches_two_copies_of_weights(reci
     assert cached == pytest.approx(2 * element * weights.in_fp8, abs=1)
 
 
+def test_weights_in_fp8_alone_save_memory() -> None:
+    common = [*V3, "precision=fp8_block", "recompute=deepseek_v3"]
+    both, alone = (
+        predict(cfg, validate(cfg)) for cfg in (compose(common), compose([*common, "precision.fp8_param_gather=true"]))
+    )
+    assert alone[0].parameters < both[0].parameters
+
+
 def test_optimizer_state_is_divided_over_the_ranks_that_hold_the_same_weights() -> None:
     """12 bytes a 16-bit weight; experts have ep times fewer replicas; bf16 moments take 4 bytes off."""
     cfg = compose(["precision=bf16", "parallel.ep=2", "parallel.dp=4"])
