@@ -79,8 +79,8 @@ def test_one_rank_rounds_what_it_does_not_send(tmp_path: Path) -> None:
 
 
 def test_an_infinity_is_not_hidden_on_its_way() -> None:
-    from moe_train.model.fp8_products import Recipe
     from moe_train.model.dispatch import Dispatcher
+    from moe_train.model.fp8_products import Recipe
 
     class Alone:
         recipe, ep_group, ep_size = Recipe("block"), mock.Mock(size=lambda: 1), 1

@@ -218,3 +218,21 @@ def test_patch_is_needed_and_enough(name: str) -> None:
     assert set(run_distributed(run_scenario, ranks, name, ())) == {""}
     if name not in (ONLY_NEW if OLD else ONLY_OLD):
         assert "" not in run_distributed(run_scenario, ranks, name, (name,))
+
+
+def test_groups_are_scored_by_their_best_expert_only_within_its_patch() -> None:
+    """The one patch that a model asks for and leaves again: upstream adds up the experts of a group."""
+    from megatron.core.transformer.moe import moe_utils
+
+    from parallel.runtime.expert_groups import groups_scored_by_their_best_expert
+
+    def chosen() -> list[int]:
+        scores = torch.tensor([[0.9, 0.0, 0.5, 0.5]])
+        _, experts = moe_utils.group_limited_topk(
+            scores, topk=2, num_tokens=1, num_experts=4, num_groups=2, group_topk=1
+        )
+        return sorted(experts[0].tolist())
+
+    with groups_scored_by_their_best_expert():
+        assert chosen() == [0, 1]
+    assert chosen() == [2, 3]
