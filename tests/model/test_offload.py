@@ -142,8 +142,10 @@ def test_prediction_is_what_stays(layout: str, tmp_path: Path) -> None:
         sizes = [kept for _, kept, _ in rank]
         assert sizes == sorted(sizes[:4]) + sorted(sizes[4:])
         assert sizes[0] == sizes[4] == 0
-        for name, kept, predicted in rank:
-            assert predicted == pytest.approx(kept, rel=0.03), name
+        for i, (name, kept, predicted) in enumerate(rank):
+            # Where just the smallest tensors stay, versions of Megatron-Core differ in some of them.
+            everything = sizes[3 if i < 4 else 7]
+            assert predicted == pytest.approx(kept, rel=0.03, abs=0.02 * everything), name
 
 
 def full_disk(directory: Path) -> str:
