@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from moe_train.config.model import ModelConfig
 from moe_train.config.rules.facts import Facts, gather_facts
 from moe_train.config.rules.precision import recipe
 from moe_train.config.rules.recompute import grouped_experts
@@ -63,8 +64,13 @@ def job_of(cfg: Config, layout: ParallelLayout) -> Job:
 
 
 def weights_on(cfg: Config, job: Job, stage: int) -> Weights:
+    """Parameters on one rank of pipeline stage `stage` of a run."""
+    return weights_of_stage(cfg.model, job, stage)
+
+
+def weights_of_stage(model: ModelConfig, job: Job, stage: int) -> Weights:
     """Parameters on one rank of pipeline stage `stage`. Linear layers of the transformer layers multiply in FP8."""
-    layout, model = job.layout, cfg.model
+    layout = job.layout
     held = parameters_on_rank(model, job.stages, stage, pp=layout.pp, tp=layout.tp, ep=layout.ep, etp=layout.etp)
     items = "".join("".join(job.stages[i]) for i in range(stage, len(job.stages), layout.pp))
     matrix = model.padded_vocab_size * model.hidden_size // layout.tp

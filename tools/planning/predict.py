@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from moe_train.config.model import ModelConfig
-from moe_train.model.arithmetic import flops_per_token, parameters_on_rank
+from moe_train.model.arithmetic import flops_per_token
+from moe_train.model.memory import weights_of_stage
 from parallel import pipeline
 from parallel.layout import ParallelLayout
 from parallel.planner.calibration import Calibration
@@ -139,19 +140,7 @@ def _job(
 
 def weights_of(model: ModelConfig, job: Job) -> list[Weights]:
     """Parameters on one rank of each pipeline rank."""
-    layout, found = job.layout, []
-    for rank in range(layout.pp):
-        held = parameters_on_rank(model, job.stages, rank, pp=layout.pp, tp=layout.tp, ep=layout.ep, etp=layout.etp)
-        items = "".join("".join(job.stages[i]) for i in range(rank, len(job.stages), layout.pp))
-        matrix = model.padded_vocab_size * model.hidden_size // layout.tp
-        found.append(
-            Weights(
-                held.shared,
-                held.experts,
-                max(0, held.total - (("E" in items or "m" in items) + ("L" in items)) * matrix),
-            )
-        )
-    return found
+    return [weights_of_stage(model, job, rank) for rank in range(job.layout.pp)]
 
 
 def memory_of(row: Row, job: Job, weights: list[Weights]) -> float:
