@@ -20,6 +20,7 @@ import threading
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +49,7 @@ class HashingFile:
         self._file = path.open("wb", buffering=0)
         self.sha256, self.position = hashlib.sha256(), 0
         self.error: OSError | None = None
-        """What the disk said. torch.save makes a RuntimeError about something else of it."""
+        """What the disk said first. `zipfile` closes its archive after it and may raise another error from that."""
 
     def write(self, data: Any) -> int:
         """Append bytes."""
@@ -67,9 +68,6 @@ class HashingFile:
     def write_tensor(self, tensor: Tensor) -> None:
         """Append the bytes of a tensor."""
         self.write(bytes_of(tensor.contiguous()))
-
-    def flush(self) -> None:
-        """Nothing is held back."""
 
     def close(self, wait: bool = True) -> None:
         """Unless told not to `wait`, what was written is on disk when this returns."""
@@ -287,21 +285,26 @@ def _share(jobs: list[FileJob], team: Team) -> list[FileJob]:
 def _write_all(plan: Plan, jobs: list[FileJob], threads: int, progress: Callable[[int], None]) -> None:
     partial = partial_of(plan.target)
     complete = set(_complete(plan, partial))
+    progress(sum(job.bytes for job in jobs if job.name in complete))
+    missing = iter([job for job in jobs if job.name not in complete])
     stop, busy = threading.Event(), threading.Semaphore(threads)
 
-    def work(job: FileJob) -> None:
-        if stop.is_set():
-            return
-        try:
-            if job.name not in complete:
-                _write_file(job, partial, busy)
+    def work() -> None:
+        while True:
+            with ExitStack() as turn:
+                turn.enter_context(busy)
+                job = None if stop.is_set() else next(missing, None)
+                if job is None:
+                    return
+                try:
+                    _write_file(job, partial, turn.close)
+                except BaseException:
+                    stop.set()  # before the turn ends, or another file would begin
+                    raise
             progress(job.bytes)
-        except BaseException:
-            stop.set()  # here, or this thread would begin another file before anyone looks
-            raise
 
     with ThreadPoolExecutor(threads + _WAITING) as pool:
-        futures = [pool.submit(work, job) for job in jobs]
+        futures = [pool.submit(work) for _ in range(threads + _WAITING)]
         try:
             plan.meanwhile()
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -311,12 +314,13 @@ def _write_all(plan: Plan, jobs: list[FileJob], threads: int, progress: Callable
             future.result()
 
 
-def _write_file(job: FileJob, partial: Path, busy: threading.Semaphore) -> None:
+def _write_file(job: FileJob, partial: Path, written: Callable[[], None]) -> None:
+    """Writes a file; `written` is called when it only has to wait for the disk."""
     part = partial / (job.name + _PART)
     file = HashingFile(part)
     try:
-        with busy:
-            facts = job.write(file)
+        facts = job.write(file)
+        written()
         file.close()
         os.replace(part, partial / job.name)
         record = {"bytes": file.position, "sha256": file.sha256.hexdigest(), "facts": facts}

@@ -255,6 +255,23 @@ def test_a_bug_shows_where_it_is(tmp_path: Path) -> None:
     assert write(toy(tmp_path / "target")).reused == 3  # and the lock is free again
 
 
+def test_files_begin_in_their_order_and_none_after_one_has_failed(tmp_path: Path) -> None:
+    begun: list[int] = []
+
+    def begins(number: int) -> Write:
+        def write(out: HashingFile) -> None:
+            begun.append(number)
+            time.sleep(0.001)  # time for others to push forward
+            if number == 30:
+                raise OSError(errno.EIO, "Input/output error")
+
+        return write
+
+    with pytest.raises(CheckpointError, match="the 30 complete files"):
+        write(toy(tmp_path / "target", files=60, **{f"file_{i}": begins(i) for i in range(60)}))
+    assert begun == list(range(31))
+
+
 def test_a_target_that_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:
     target = tmp_path / "target"
 
