@@ -69,6 +69,9 @@ class HashingFile:
         """Append the bytes of a tensor."""
         self.write(bytes_of(tensor.contiguous()))
 
+    def flush(self) -> None:
+        """Nothing is held back. torch.save asks for it."""
+
     def close(self, wait: bool = True) -> None:
         """Unless told not to `wait`, what was written is on disk when this returns."""
         if wait:
