@@ -5,6 +5,8 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Most of a test is waiting for something to start; many tests start several ranks themselves.
+TEST_WORKERS ?= 2
 # Tests must not depend on what else the machine's Python warns about.
 export PYTHONWARNINGS := ignore
 
@@ -26,7 +28,7 @@ train: setup ## Train a small MoE on real text over 4 ranks (tp=2 pp=2 ep=2) and
 	$(BIN)/moe-train experiment=tiny_tp2_pp2_ep2 run_dir=runs/make-train resume=never
 
 test: setup ## Run the whole suite
-	$(BIN)/python -m pytest -q -m "not slow and not slurm"
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m "not slow and not slurm"
 
 test-slow: setup ## Run the tests that take minutes
 	$(BIN)/python -m pytest -q -m "slow and not slurm"

@@ -15,9 +15,17 @@ from tests.launch import commands
 LIMIT_S = 5
 
 
+def _runs(pid: int) -> bool:
+    """Whether a process does anything. One that has ended may wait long for a parent that asks how."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _gone(run_dir: Path, process: subprocess.Popen[str]) -> None:
     ranks = [int(file.read_text()) for file in run_dir.glob("hanging_*")]
-    commands.wait_for(lambda: not any(psutil.pid_exists(pid) for pid in ranks), LIMIT_S)
+    commands.wait_for(lambda: not any(map(_runs, ranks)), LIMIT_S)
     # The launcher itself may need longer where many tests share few cores.
     commands.wait_for(lambda: process.poll() is not None and not commands.alive(process.pid), 30)
 
