@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.results import write
+from moe_train.checkpoint.dtypes import DTYPES, Dtype
 
 BIN = Path(sys.executable).parent
 _POLL_S = 0.02
@@ -59,6 +60,7 @@ def synthesise(directory: Path, size_gb: float) -> int:
 
     from moe_train.checkpoint.hf import config, safetensors
     from moe_train.checkpoint.hf.mapping import pieces
+    from moe_train.checkpoint.hf.rows import Rows
     from moe_train.checkpoint.hf.source import names_of
     from moe_train.checkpoint.hf.writer import HashingFile
     from moe_train.model.arithmetic import count_parameters
@@ -82,7 +84,7 @@ def synthesise(directory: Path, size_gb: float) -> int:
         for name in held:
             # Random bytes would be as good as any to copy, but not to load: NaN takes other paths.
             values = torch.empty(shapes[name]).normal_(0, 0.02, generator=generator)
-            out.write_tensor(values.to(_dtype(name)))
+            out.write(Rows.of(values.to(_dtype(name).torch)).data)
             weight_map[name] = file
         out.close()
         total += out.position
@@ -90,10 +92,8 @@ def synthesise(directory: Path, size_gb: float) -> int:
     return total
 
 
-def _dtype(name: str) -> Any:
-    import torch
-
-    return torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
+def _dtype(name: str) -> Dtype:
+    return DTYPES["float32" if name.endswith("e_score_correction_bias") else "bfloat16"]
 
 
 def timed(command: Sequence[str | Path], target: Path) -> tuple[float, int]:

@@ -19,9 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
 from launch import quiet
 from moe_train.config.compose import hydra_entry
 from moe_train.config.model import ModelConfig
@@ -56,7 +53,7 @@ def main() -> None:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-convert-"))
         line = parse(words, [_VERIFY])
         argv = [*line.argv("convert.source", "convert.target"), f"run_dir={scratch}/run"]
-        sys.exit(hydra_entry(partial(run, line=line, team=team), argv=argv))
+        sys.exit(hydra_entry(partial(run, line=line, team=team), argv=argv, runs=False))
 
 
 def run(cfg: Config, line: CommandLine, team: Team) -> None:
@@ -66,13 +63,9 @@ def run(cfg: Config, line: CommandLine, team: Team) -> None:
         ConfigError, CheckpointError: with a cause and a remedy; nothing was written, or only what a rerun continues.
     """
     quiet.silence()
-    import torch
-
     from moe_train.checkpoint.hf import workers, writer
-    from parallel.runtime import cpu
 
-    torch.set_num_threads(1)  # files are written side by side
-    cpu.keep_freed_memory()
+    os.environ["OMP_NUM_THREADS"] = "1"  # for torch where numbers change: files are written side by side
     threads = cfg.convert.threads or workers.cores(team)
     source = writer.together(team, lambda: _source(cfg))
     if line.command == _VERIFY:
@@ -87,7 +80,7 @@ def run(cfg: Config, line: CommandLine, team: Team) -> None:
         outcome = writer.run(plan, team, threads, advance)
     if team.rank == 0:
         kept = f", {outcome.reused} of them from an earlier try" if outcome.reused else ""
-        _say(f"{plan.target}: {outcome.files} files{kept}, {outcome.bytes / 1e9:,.2f} GB")
+        print(f"{plan.target}: {outcome.files} files{kept}, {outcome.bytes / 1e9:,.2f} GB")
 
 
 def _verify(source: Path, threads: int, team: Team) -> None:
@@ -101,7 +94,7 @@ def _verify(source: Path, threads: int, team: Team) -> None:
     checked = team.gather(writer.together(team, check))
     if team.rank == 0:
         files, size = (sum(column) for column in zip(*checked, strict=True))
-        _say(f"{source}: {files} files, {size / 1e9:,.2f} GB, as they were written")
+        print(f"{source}: {files} files, {size / 1e9:,.2f} GB, as they were written")
 
 
 def _source(cfg: Config) -> Path:
@@ -190,16 +183,16 @@ def _chosen(cfg: Config, words: Sequence[str], described: Callable[[], ModelConf
 @contextlib.contextmanager
 def _bar(what: str, total: int, team: Team) -> Iterator[Callable[[int], None]]:
     """A progress bar of this rank's bytes, on the first rank's terminal."""
+    if team.rank > 0 or not sys.stderr.isatty():  # elsewhere it would leave an empty line
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    hidden = team.rank > 0 or not console.is_terminal  # elsewhere it would leave an empty line
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda size: progress.advance(task, size)
-
-
-def _say(line: str) -> None:
-    Console(soft_wrap=True, highlight=False).print(line, markup=False)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from moe_train.checkpoint import compat, directory
+from moe_train.checkpoint.dtypes import Dtype
 from moe_train.checkpoint.hf import config, distcp, safetensors
 from moe_train.checkpoint.hf.convert import MegatronReader
 from moe_train.checkpoint.hf.mapping import Part, Piece, pieces
-from moe_train.checkpoint.hf.rows import Extent
+from moe_train.checkpoint.hf.rows import Extent, Rows
 from moe_train.checkpoint.hf.source import HuggingFace
 from moe_train.checkpoint.inventory import is_hugging_face
 from moe_train.config.model import ModelConfig
@@ -34,9 +35,9 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Stored:
     """A tensor that can be read by rows."""
 
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
-    read: Callable[[int | None, int, int], Tensor]
+    read: Callable[[int | None, int, int], Rows]
     """(i, start, stop) -> rows of the i-th slice of the first axis; i is None where there are at most two axes."""
 
     def blocks(self) -> Iterator[tuple[int | None, int, int]]:
@@ -51,7 +52,7 @@ class Stored:
     @property
     def text(self) -> str:
         """dtype and shape."""
-        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+        return f"{self.dtype} {list(self.shape)}"
 
 
 Tensors = dict[str, Stored]
@@ -148,7 +149,7 @@ def _raw(path: Path) -> Tensors:
 
 
 def _of_extent(extent: Extent) -> Stored:
-    def read(index: int | None, start: int, stop: int) -> Tensor:
+    def read(index: int | None, start: int, stop: int) -> Rows:
         if not extent.shape:
             return extent.read()
         return (extent if index is None else extent.index(index)).row_range(start, stop).read()
@@ -156,7 +157,7 @@ def _of_extent(extent: Extent) -> Stored:
     return Stored(extent.dtype, extent.shape, read)
 
 
-def _megatron_rows(checkpoint: distcp.Checkpoint, key: str, index: int | None, start: int, stop: int) -> Tensor:
+def _megatron_rows(checkpoint: distcp.Checkpoint, key: str, index: int | None, start: int, stop: int) -> Rows:
     if not checkpoint.tensors[key].size:
         return checkpoint.chunks(key)[0].extent.read()
     return checkpoint.read(key, index, start, stop)
@@ -185,7 +186,7 @@ def _mapped(path: Path, model: ModelConfig | None) -> Tensors:
 
 
 def _of_piece(reader: MegatronReader, piece: Piece, part: Part) -> Stored:
-    def read(_: int | None, start: int, stop: int) -> Tensor:
+    def read(_: int | None, start: int, stop: int) -> Rows:
         return reader.part_rows(piece, part, start, stop)
 
     return Stored(reader.dtype(piece), piece.part_shape(part), read)
@@ -224,7 +225,7 @@ def _compare(name: str, a: Stored | None, b: Stored | None) -> Difference | None
         return Difference(name, "shape", texts)
     numbers, absolute, relative = 0, 0.0, 0.0
     for block in a.blocks():
-        x, y = a.read(*block), b.read(*block)
+        x, y = a.read(*block).tensor(), b.read(*block).tensor()
         if a.dtype != b.dtype or not torch.equal(_bytes(x), _bytes(y)):
             found = _measure(x, y)
             numbers, absolute, relative = numbers + found[0], max(absolute, found[1]), max(relative, found[2])

@@ -10,6 +10,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from moe_train.checkpoint import state, storage
+from moe_train.checkpoint.dtypes import of_torch
 from moe_train.checkpoint.hf import config, convert, distcp
 from moe_train.checkpoint.hf.mapping import Piece, pieces
 from moe_train.checkpoint.hf.source import HuggingFace, MappedSource
@@ -53,7 +54,7 @@ def _shard(
     for number in range(box[0][1] if stacked else 1):
         piece = by_place[shard.key, box[0][0] + number if stacked else None]
         (start, rows), *others = box[1:] if stacked else box
-        whole = source.read(piece, start, start + rows, data.dtype)
+        whole = source.read(piece, start, start + rows, of_torch(data.dtype)).tensor()
         for axis, (offset, size) in enumerate(others, 1):
             whole = whole.narrow(axis, offset, size)
         (view[number] if stacked else view).copy_(whole)

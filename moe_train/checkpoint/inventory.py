@@ -10,9 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moe_train.checkpoint import compat, directory
+from moe_train.checkpoint.dtypes import Dtype
 from moe_train.checkpoint.hf import block_fp8, config, distcp, safetensors, writer
 from moe_train.checkpoint.hf.mapping import pieces
 from moe_train.checkpoint.hf.tensors import EMBEDDING, EXPERTS, HEAD
@@ -66,13 +65,12 @@ class Inventory:
     dtypes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """dtype -> (tensors, bytes)."""
 
-    def add(self, part: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def add(self, part: str, shape: tuple[int, ...], dtype: Dtype) -> None:
         """Count a tensor."""
         numel = prod(shape)
         self.elements[part] += numel
-        label = str(dtype).removeprefix("torch.")
-        tensors, size = self.dtypes.get(label, (0, 0))
-        self.dtypes[label] = (tensors + 1, size + numel * dtype.itemsize)
+        tensors, size = self.dtypes.get(dtype.name, (0, 0))
+        self.dtypes[dtype.name] = (tensors + 1, size + numel * dtype.itemsize)
 
     @property
     def parameters(self) -> dict[str, int]:

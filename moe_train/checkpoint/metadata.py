@@ -2,25 +2,47 @@
 
 torch.distributed.checkpoint pickles that table (filesystem.py `FileSystemReader.read_metadata`), and a pickle can call
 any function. It is therefore loaded here first, with nothing but the table's own types allowed, and into the classes
-below, which have the fields of torch's (metadata.py, filesystem.py) and spare a tool the second that those take to
-import.
+below, which have the fields of torch's (metadata.py, filesystem.py) and spare a tool the second and more that those
+take to import. `dump` writes a table from them. No torch import.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from moe_train.checkpoint.directory import METADATA, damaged
+from moe_train.checkpoint.dtypes import DTYPES, Dtype
 from parallel.errors import CheckpointError
 
 if TYPE_CHECKING:  # tools read checkpoints without the seconds that Megatron-Core takes to import
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+
+class Other:
+    """An entry that is not a tensor, or a fact about the writing: what a class or function made of its arguments."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments
+
+
+class _Layout(Other): ...
+
+
+class _MemoryFormat(Other): ...
+
+
+class Size(tuple[int, ...]):
+    """A shape."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Size, (tuple(self),)
 
 
 @dataclass
@@ -35,7 +57,10 @@ class ChunkStorageMetadata:
 class TensorProperties:
     """Of a tensor, only what is not deprecated."""
 
-    dtype: torch.dtype
+    dtype: Dtype
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.dtype, _Layout("torch.strided"), False, _MemoryFormat(0), False
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.dtype = state[0]
@@ -72,31 +97,28 @@ class StorageInfo:
 class Metadata:
     """A table of contents: entries by name, and the place of each part."""
 
-    state_dict_metadata: dict[str, TensorStorageMetadata | _Unused]
+    state_dict_metadata: dict[str, TensorStorageMetadata | Other]
     storage_data: dict[MetadataIndex, StorageInfo]
 
 
-class _Unused:
-    """An entry that is not a tensor, and facts about the writing."""
-
-    def __init__(self, *_: Any) -> None: ...
-
-
-_CLASSES: dict[tuple[str, str], type] = {
+_WRITTEN: dict[tuple[str, str], Any] = {
     ("torch.distributed.checkpoint.metadata", "Metadata"): Metadata,
     ("torch.distributed.checkpoint.metadata", "MetadataIndex"): MetadataIndex,
     ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"): TensorStorageMetadata,
     ("torch.distributed.checkpoint.metadata", "TensorProperties"): TensorProperties,
     ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"): ChunkStorageMetadata,
-    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"): _Unused,
-    ("torch.distributed.checkpoint.metadata", "StorageMeta"): _Unused,
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): _Unused,
-    ("torch.distributed.checkpoint.filesystem", "StorageMeta"): _Unused,
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): _MemoryFormat,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): StorageInfo,
+    ("torch.serialization", "_get_layout"): _Layout,
+    ("torch", "Size"): Size,
+    **{("torch", name): dtype for name, dtype in DTYPES.items()},
 }
-_TABLE = {
-    "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
-    "torch.serialization": {"_get_layout"},  # name -> torch.layout
+_READ = _WRITTEN | {
+    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"): Other,
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"): Other,
+    ("torch.distributed.checkpoint.filesystem", "StorageMeta"): Other,
+}
+_BUILTIN = {
     "builtins": {"set", "list", "dict", "tuple"},
     "collections": {"OrderedDict", "defaultdict"},
     "pathlib": {"Path", "PosixPath"},  # where the writer stood
@@ -105,11 +127,27 @@ _TABLE = {
 
 class _TableUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _CLASSES:
-            return _CLASSES[module, name]
-        if name in _TABLE.get(module, ()):
+        if (module, name) in _READ:
+            return _READ[module, name]
+        if name in _BUILTIN.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint")
+
+
+def dump(contents: Metadata) -> bytes:
+    """The file that torch.distributed.checkpoint would write."""
+    return renamed(pickle.dumps(contents, protocol=2), _WRITTEN)
+
+
+def renamed(pickled: bytes, stand_ins: Mapping[tuple[str, str], Any]) -> bytes:
+    """A pickle of protocol 2 in which stand-ins of this project have the (module, name) of what they stand for.
+
+    In that protocol a name is a line of text by itself, and nothing depends on its length.
+    """
+    for (module, name), ours in stand_ins.items():
+        own_name = ours.name if isinstance(ours, Dtype) else ours.__qualname__
+        pickled = pickled.replace(f"c{ours.__module__}\n{own_name}\n".encode(), f"c{module}\n{name}\n".encode())
+    return pickled
 
 
 def read(directory: Path) -> Metadata:
@@ -140,7 +178,7 @@ def read(directory: Path) -> Metadata:
 def _check_parts(directory: Path, contents: Metadata) -> None:
     for name, entry in contents.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
-            if not isinstance(entry.properties.dtype, torch.dtype) or not all(_is_size(n) for n in entry.size):
+            if not isinstance(entry.properties.dtype, Dtype) or not all(_is_size(n) for n in entry.size):
                 raise ValueError(f"{name} has no shape")
             for chunk in entry.chunks:
                 if not len(chunk.offsets) == len(chunk.sizes) == len(entry.size) or not all(

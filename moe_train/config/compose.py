@@ -148,6 +148,7 @@ def hydra_entry(
     argv: Sequence[str] | None = None,
     *,
     trains: bool = True,
+    runs: bool = True,
 ) -> int:
     """Run `fn` on the config of the command line, once, or once for each job of a sweep (-m). Returns the exit code.
 
@@ -158,15 +159,17 @@ def hydra_entry(
 
     Args:
         trains: whether the command is to train, so that rules about training apply.
+        runs: whether it has a use for the output directory. Else, where the command line has none of Hydra's options,
+            the config is composed once and Hydra makes no job of it, which saves a fifth of a second.
     """
     before = _TRAINS.set(trains)
     try:
-        return _run(fn, config_name, argv)
+        return _run(fn, config_name, argv, runs)
     finally:
         _TRAINS.reset(before)
 
 
-def _run(fn: Callable[[Config], None], config_name: str, argv: Sequence[str] | None) -> int:
+def _run(fn: Callable[[Config], None], config_name: str, argv: Sequence[str] | None, runs: bool) -> int:
     options = [
         "verbose=true" if word in ("-v", "--verbose") else word for word in (sys.argv[1:] if argv is None else argv)
     ]
@@ -175,6 +178,9 @@ def _run(fn: Callable[[Config], None], config_name: str, argv: Sequence[str] | N
         with _one_line_usage():
             get_args_parser().parse_args(options)
         refuse_lost_groups(entry.overrides)
+        if not runs and options == entry.overrides:
+            entry.work(lambda: compose(options, config_name))
+            return entry.exit_code
         with _replaced_argv(options), _environment(_FULL_ERROR, "1"):
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(entry.job)()
     except _Stop as stop:
@@ -203,14 +209,23 @@ class _Entry:
         hydra_config = HydraConfig.get()
         output = Path(hydra_config.runtime.output_dir)
         self.prefix = "" if OmegaConf.is_missing(hydra_config.job, "num") else f"job {hydra_config.job.num}: "
-        try:
+
+        def config() -> Config:
             cfg = to_config(composed)
             cfg.run_dir = str(output)
+            return cfg
+
+        self.work(config)
+        _remove_empty(output)  # not every command writes there
+
+    def work(self, config: Callable[[], Config]) -> None:
+        """What is to be done with a config, which may turn out to be wrong."""
+        try:
+            cfg = config()
             self.verbose = self.verbose or cfg.verbose
             validate(cfg, trains=_TRAINS.get())
         except Exception as error:
             self.report(error)
-            _remove_empty(output)
             return
         try:
             with _environment(_FULL_ERROR, self.user_environment):
@@ -219,7 +234,6 @@ class _Entry:
             self.report(error)
         except Exception as error:
             self.report_bug(error)
-        _remove_empty(output)  # not every command writes there
 
     def report(self, error: Exception) -> None:
         """One line for an error of composition, or a typed one."""

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_train.checkpoint.dtypes import of_torch
 from moe_train.checkpoint.hf import block_fp8, config, convert, distcp, safetensors, writer
 from moe_train.checkpoint.hf.mapping import pieces
+from moe_train.checkpoint.hf.rows import Rows
 from moe_train.checkpoint.hf.source import names_of
 from moe_train.checkpoint.hf.workers import Alone
 from moe_train.config.compose import compose
@@ -50,9 +52,9 @@ def write_hf(directory: Path, tensors: dict[str, Tensor], settings: config.Json 
     """A Hugging Face checkpoint in one file, without a manifest."""
     directory.mkdir(parents=True)
     out = writer.HashingFile(directory / safetensors.SINGLE)
-    out.write(safetensors.header([(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]))
+    out.write(safetensors.header([(name, of_torch(t.dtype), tuple(t.shape)) for name, t in tensors.items()]))
     for tensor in tensors.values():
-        out.write_tensor(tensor)
+        out.write(Rows.of(tensor).data)
     out.close()
     settings = config.to_hf(MODEL, "bfloat16") if settings is None else settings
     (directory / config.FILE).write_text(json.dumps(settings))
@@ -73,7 +75,7 @@ def add_optimizer(weights_only: Path, directory: Path, scale: float = 1.0) -> Pa
     items: dict[str, list[list[object]]] = {"__0_0.distcp": []}
     out = writer.HashingFile(directory / "__0_0.distcp")
     for key, entry in source.tensors.items():
-        tensor = torch.cat([chunk.extent.read() for chunk in source.chunks(key)])
+        tensor = torch.cat([chunk.extent.read().tensor() for chunk in source.chunks(key)])
         states = ("exp_avg", "exp_avg_sq", "fp32_param") if not key.endswith("expert_bias") else ()
         for name in ("", *(f"optimizer.state.{state}." for state in states)):
             data = (tensor.float() * scale if name else tensor).contiguous()

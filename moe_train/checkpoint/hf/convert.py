@@ -6,7 +6,6 @@ memory is bounded by the number of files that are written at once.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,21 +14,20 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
 from moe_train.checkpoint import compat
 from moe_train.checkpoint.directory import CONFIG, FORMAT, METADATA, STATE, read_state
+from moe_train.checkpoint.dtypes import DTYPES, Dtype
 from moe_train.checkpoint.hf import block_fp8, config, distcp, safetensors
 from moe_train.checkpoint.hf.mapping import Part, Piece
-from moe_train.checkpoint.hf.rows import BLOCK_BYTES
+from moe_train.checkpoint.hf.rows import BLOCK_BYTES, Rows
 from moe_train.checkpoint.hf.source import HuggingFace, MappedSource, narrowed
 from moe_train.checkpoint.hf.writer import MANIFEST, FileJob, HashingFile, Plan
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config, ConvertConfig
 from parallel.errors import CheckpointError, ConfigError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
+FP32, BF16 = DTYPES["float32"], DTYPES["bfloat16"]
+_CHOICES = {"fp32": FP32, "bf16": BF16, "fp16": DTYPES["float16"], "fp8": block_fp8.DTYPE}
 KEPT = "hf"
 """Folder of a Megatron checkpoint with the small files of the Hugging Face one that it came from."""
 
@@ -42,11 +40,11 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "
 class Reader(Protocol):
     """Where the numbers of Hugging Face tensors come from."""
 
-    def dtype(self, piece: Piece) -> torch.dtype:
+    def dtype(self, piece: Piece) -> Dtype:
         """Of the piece as it is stored."""
 
-    def part_rows(self, piece: Piece, part: Part, start: int, stop: int) -> Tensor:
-        """Rows of the Hugging Face tensor `part`."""
+    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> Rows:
+        """Rows of the Hugging Face tensor `part`, in `out` where it is given and they are stored as they are read."""
 
     def has(self, name: str) -> bool:
         """Whether the copy `name` is wanted."""
@@ -83,8 +81,8 @@ class MegatronReader:
         self._masters = fp32
         check_megatron(checkpoint, all_pieces)
 
-    def dtype(self, piece: Piece) -> torch.dtype:
-        dtype: torch.dtype = self.checkpoint.tensors[self.key(piece)].properties.dtype
+    def dtype(self, piece: Piece) -> Dtype:
+        dtype: Dtype = self.checkpoint.tensors[self.key(piece)].properties.dtype
         return dtype
 
     def key(self, piece: Piece) -> str:
@@ -94,14 +92,15 @@ class MegatronReader:
     def has(self, name: str) -> bool:
         return name != "lm_head.weight"  # a tied head: transformers leaves it out
 
-    def part_rows(self, piece: Piece, part: Part, start: int, stop: int) -> Tensor:
-        rows, row = [], 0
+    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> Rows:
+        rows, row = Rows.empty(self.dtype(piece), (stop - start, *piece.shape[1:]), out), 0
         for first, last in part.blocks:
             begin, end = max(row, start), min(row + last - first, stop)
             if begin < end:
-                rows.append(self.checkpoint.read(self.key(piece), piece.index, first + begin - row, first + end - row))
+                target = rows.range(begin - start, end - start).data
+                self.checkpoint.read(self.key(piece), piece.index, first + begin - row, first + end - row, target)
             row += last - first
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        return rows
 
     def settle(self) -> None:
         if self.checkpoint.checks:
@@ -139,14 +138,14 @@ class HuggingFaceReader:
     def __init__(self, source: MappedSource) -> None:
         self._source = source
 
-    def dtype(self, piece: Piece) -> torch.dtype:
+    def dtype(self, piece: Piece) -> Dtype:
         return self._source.dtype(piece)
 
     def has(self, name: str) -> bool:
         return name in self._source.source.extents
 
-    def part_rows(self, piece: Piece, part: Part, start: int, stop: int) -> Tensor:
-        return self._source.part_rows(piece, part, start, stop)
+    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> Rows:
+        return self._source.part_rows(piece, part, start, stop, out)
 
     def settle(self) -> None:
         """Its files have no checksum but that of the whole."""
@@ -191,7 +190,7 @@ def to_megatron(source: MappedSource, target: Path, cfg: Config, options: Option
     kept = {f"{KEPT}/{path.name}": path for path in small_files(directory)}
     used = {extent.path for extent in source.source.extents.values()}
     identity = {"format": "megatron", **_identity(directory, used, options, source.model, jobs)}
-    return Plan(target, identity, jobs, finish, kept, distcp.import_table)
+    return Plan(target, identity, jobs, finish, kept)
 
 
 @dataclass(frozen=True)
@@ -201,14 +200,14 @@ class _Chunk:
     piece: Piece
     start: int
     stop: int
-    dtype: torch.dtype
+    dtype: Dtype
 
     @property
     def bytes(self) -> int:
         return (self.stop - self.start) * prod(self.piece.shape[1:]) * self.dtype.itemsize
 
 
-def _chunks(piece: Piece, dtype: torch.dtype) -> Iterator[_Chunk]:
+def _chunks(piece: Piece, dtype: Dtype) -> Iterator[_Chunk]:
     step = max(1, _CHUNK_BYTES // (prod(piece.shape[1:]) * dtype.itemsize))
     for start in range(0, piece.rows, step):
         yield _Chunk(piece, start, min(start + step, piece.rows), dtype)
@@ -222,7 +221,11 @@ def _write_chunks(source: MappedSource, chunks: list[_Chunk], out: HashingFile) 
         lead, tail = ((), ()) if piece.index is None else ((piece.index,), (1,))
         offsets = (*lead, chunk.start, *[0] * (len(piece.shape) - 1))
         shape = (*tail, chunk.stop - chunk.start, *piece.shape[1:])
-        rows = (source.read(piece, first, last, chunk.dtype) for first, last in _blocks(chunk, chunk.bytes))
+        row_bytes = prod(piece.shape[1:]) * chunk.dtype.itemsize
+        rows = (
+            source.read(piece, first, last, chunk.dtype, out.scratch((last - first) * row_bytes))
+            for first, last in _blocks(chunk, chunk.bytes)
+        )
         facts.append(_save(out, chunk.dtype, shape, rows, piece.key, piece.global_shape, offsets))
     return facts
 
@@ -235,20 +238,19 @@ def _blocks(rows: _Chunk | _Box, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _save(
-    out: HashingFile, dtype: torch.dtype, shape: Sequence[int], blocks: Iterator[Tensor], key: str,
+    out: HashingFile, dtype: Dtype, shape: Sequence[int], blocks: Iterator[Rows], key: str,
     global_shape: Sequence[int], offsets: Sequence[int],
 ) -> list[Any]:  # fmt: skip
     start = out.position
     distcp.write_item(out, dtype, tuple(shape), blocks)
-    name = str(dtype).removeprefix("torch.")
-    return [key, list(global_shape), name, list(offsets), list(shape), start, out.position - start]
+    return [key, list(global_shape), dtype.name, list(offsets), list(shape), start, out.position - start]
 
 
 def _items(facts: dict[str, Any]) -> Iterator[distcp.Item]:
     for file, items in facts.items():
         for key, global_shape, dtype, offsets, sizes, start, length in items:
             yield distcp.Item(
-                key, tuple(global_shape), getattr(torch, dtype), tuple(offsets), tuple(sizes), file, start, length
+                key, tuple(global_shape), DTYPES[dtype], tuple(offsets), tuple(sizes), file, start, length
             )
 
 
@@ -260,9 +262,7 @@ def upstream_files() -> dict[str, bytes]:
         "common_backend": "torch",
         "common_backend_version": 1,
     }
-    empty = io.BytesIO()
-    torch.save({}, empty)
-    return {"metadata.json": json.dumps(kinds).encode(), "common.pt": empty.getvalue()}
+    return {"metadata.json": json.dumps(kinds).encode(), "common.pt": distcp.EMPTY}
 
 
 def copy_megatron(checkpoint: distcp.Checkpoint, target: Path, options: Options) -> Plan:
@@ -285,10 +285,11 @@ def copy_megatron(checkpoint: distcp.Checkpoint, target: Path, options: Options)
         for box in file:
             extent, dtype = box.chunk.extent, box.chunk.extent.dtype
             if options.dtype and is_model_tensor(box.key) and not box.key.endswith("expert_bias"):
-                dtype = DTYPES[options.dtype]
+                dtype = _CHOICES[options.dtype]
+            parts = (extent.row_range(first, last) for first, last in _blocks(box, box.bytes))
             rows = (
-                narrowed(checkpoint.read_part(box.chunk, extent.row_range(first, last)), dtype, box.key)
-                for first, last in _blocks(box, box.bytes)
+                narrowed(checkpoint.read_part(box.chunk, part, out.scratch(part.bytes)), dtype, box.key)
+                for part in parts
             )
             shape = (box.stop - box.start, *extent.shape[1:])
             offsets = [box.chunk.offsets[0] + box.start, *box.chunk.offsets[1:]]
@@ -323,7 +324,7 @@ class _Box:
 
     @property
     def bytes(self) -> int:
-        return self.chunk.extent.row_range(self.start, self.stop).row_bytes * (self.stop - self.start)
+        return self.chunk.extent.row_range(self.start, self.stop).bytes
 
 
 def _boxes(key: str, chunk: distcp.Chunk) -> Iterator[_Box]:
@@ -338,9 +339,9 @@ class _Output:
     """One tensor of a safetensors file and its rows, a block at a time."""
 
     name: str
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
-    blocks: Callable[[], Iterator[Tensor]]
+    blocks: Callable[[HashingFile], Iterator[Rows]]
 
     @property
     def bytes(self) -> int:
@@ -371,9 +372,9 @@ def to_hf(
         FileJob(name, sum(o.bytes for o in held), partial(_write_outputs, reader, held))
         for name, held in outputs.items()
     ]
-    weights = {o.dtype for held in outputs.values() for o in held if len(o.shape) == 2 and o.dtype is not DTYPES["fp8"]}
-    common = torch.bfloat16 if options.dtype == "fp8" else min(weights, key=lambda d: d.itemsize)
-    written = config.to_hf(model, str(common).removeprefix("torch."), original)
+    weights = {o.dtype for held in outputs.values() for o in held if len(o.shape) == 2 and o.dtype != block_fp8.DTYPE}
+    common = BF16 if options.dtype == "fp8" else min(weights, key=lambda d: d.itemsize)
+    written = config.to_hf(model, common.name, original)
     if options.dtype == "fp8":
         written["quantization_config"] = {
             "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
@@ -392,41 +393,43 @@ def to_hf(
     return Plan(target, identity, jobs, finish, {path.name: path for path in kept})
 
 
-def _outputs(reader: Reader, piece: Piece, part: Part, dtype: torch.dtype, options: Options) -> list[_Output]:
+def _outputs(reader: Reader, piece: Piece, part: Part, dtype: Dtype, options: Options) -> list[_Output]:
     shape = piece.part_shape(part)
     copies = [name for name in part.copies if reader.has(name)]
-    if dtype is not DTYPES["fp8"]:
+    if dtype != block_fp8.DTYPE:
         return [_Output(n, dtype, shape, _rows(reader, piece, part, dtype)) for n in (part.name, *copies)]
-    scales: list[Tensor] = []
+    scales: list[Rows] = []
 
-    def weight() -> Iterator[Tensor]:
+    def weight(out: HashingFile) -> Iterator[Rows]:
         scales.clear()
-        for rows in _rows(reader, piece, part, None)():
-            if rows.isinf().any():  # by the rule of training it would become 448
+        for rows in _rows(reader, piece, part, None)(out):
+            values = rows.tensor()
+            if values.isinf().any():  # by the rule of training it would become 448
                 raise CheckpointError(f"{part.name} has infinities, and FP8 (E4M3) has none", "set convert.dtype=bf16")
-            quantised, scale = block_fp8.quantise(rows, options.power_of_two_scales)
-            scales.append(scale)
-            yield quantised
+            quantised, scale = block_fp8.quantise(values, options.power_of_two_scales)
+            scales.append(Rows.of(scale))
+            yield Rows.of(quantised)
 
-    def scale() -> Iterator[Tensor]:  # written after the weight, in the same file
-        yield torch.cat(scales)
+    def scale(_: HashingFile) -> Iterator[Rows]:  # written after the weight, in the same file
+        yield from scales
 
     scale_shape = block_fp8.scale_shape(shape)
     return [
         _Output(part.name, dtype, shape, weight),
-        _Output(part.name + block_fp8.SUFFIX, torch.float32, scale_shape, scale),
+        _Output(part.name + block_fp8.SUFFIX, FP32, scale_shape, scale),
     ]
 
 
-def _rows(reader: Reader, piece: Piece, part: Part, dtype: torch.dtype | None) -> Callable[[], Iterator[Tensor]]:
+def _rows(reader: Reader, piece: Piece, part: Part, dtype: Dtype | None) -> Callable[[HashingFile], Iterator[Rows]]:
     """The rows of a part, a few at a time; as they are stored and in whole FP8 blocks where no `dtype` is given."""
     row_bytes = prod(piece.shape[1:]) * reader.dtype(piece).itemsize
     whole = block_fp8.BLOCK if dtype is None else 1
     step = max(1, BLOCK_BYTES // row_bytes // whole) * whole
 
-    def blocks() -> Iterator[Tensor]:
+    def blocks(out: HashingFile) -> Iterator[Rows]:
         for start in range(0, part.rows, step):
-            rows = reader.part_rows(piece, part, start, min(start + step, part.rows))
+            stop = min(start + step, part.rows)
+            rows = reader.part_rows(piece, part, start, stop, out.scratch((stop - start) * row_bytes))
             yield rows if dtype is None else narrowed(rows, dtype, part.name)
 
     return blocks
@@ -435,20 +438,20 @@ def _rows(reader: Reader, piece: Piece, part: Part, dtype: torch.dtype | None) -
 def _write_outputs(reader: Reader, outputs: list[_Output], out: HashingFile) -> None:
     out.write(safetensors.header([(o.name, o.dtype, o.shape) for o in outputs]))
     for output in outputs:
-        for block in output.blocks():
-            out.write_tensor(block)
+        for block in output.blocks(out):
+            out.write(block.data)
     reader.settle()
 
 
-def _wanted(options: Options, piece: Piece, stored: torch.dtype) -> torch.dtype:
+def _wanted(options: Options, piece: Piece, stored: Dtype) -> Dtype:
     """The precision in which a piece is written."""
     if piece.keeps_fp32:
-        return torch.float32
+        return FP32
     if options.dtype is None:
         return stored
     if options.dtype == "fp8" and not piece.quantised:
-        return torch.bfloat16
-    return DTYPES[options.dtype]
+        return BF16
+    return _CHOICES[options.dtype]
 
 
 def _pack(things: Sequence[Any], size_of: Callable[[Any], int], wanted: int | None) -> list[list[Any]]:

@@ -7,7 +7,6 @@ so items are written here, with `zipfile`, a few rows at a time.
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 import pickle
@@ -15,7 +14,7 @@ import sys
 import threading
 import zipfile
 import zlib
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -23,19 +22,16 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
-import torch
-from torch import Tensor
-
 from moe_train.checkpoint import metadata
 from moe_train.checkpoint.directory import METADATA, damaged
-from moe_train.checkpoint.hf.rows import BLOCK_BYTES, Extent, bytes_of
+from moe_train.checkpoint.dtypes import DTYPES, Dtype, of_torch
+from moe_train.checkpoint.hf.rows import BLOCK_BYTES, Extent, Rows
 
 _LOCAL_HEADER = 30  # bytes of a zip entry's own header before its name (APPNOTE.TXT, 4.3.7)
 _STORAGES = {
-    torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage, torch.float16: torch.HalfStorage,
-    torch.float64: torch.DoubleStorage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
+    "float32": "FloatStorage", "bfloat16": "BFloat16Storage", "float16": "HalfStorage", "float64": "DoubleStorage",
+    "int64": "LongStorage", "int32": "IntStorage", "int16": "ShortStorage", "int8": "CharStorage",
+    "uint8": "ByteStorage", "bool": "BoolStorage",
 }  # fmt: skip
 
 
@@ -45,7 +41,7 @@ class Chunk:
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Dtype
     file: Path
     start: int
     length: int
@@ -58,15 +54,15 @@ class Chunk:
     @property
     def bytes(self) -> int:
         """Of its numbers."""
-        return prod(self.extent.shape) * self.extent.dtype.itemsize
+        return self.extent.bytes
 
     def check(self) -> None:
         """Raise CheckpointError where its numbers are not those that were written, by the checksum beside them."""
-        found, flat = 0, Extent(self.file, self.extent.offset, torch.uint8, (self.bytes,))
-        block = torch.empty(min(BLOCK_BYTES, flat.shape[0]), dtype=torch.uint8)
-        for start in range(0, flat.shape[0], BLOCK_BYTES):
-            size = min(BLOCK_BYTES, flat.shape[0] - start)
-            found = zlib.crc32(bytes_of(flat.row_range(start, start + size).read(block[:size])), found)
+        found, flat = 0, Extent(self.file, self.extent.offset, DTYPES["uint8"], (self.bytes,))
+        block = memoryview(bytearray(min(BLOCK_BYTES, self.bytes)))
+        for start in range(0, self.bytes, BLOCK_BYTES):
+            part = flat.row_range(start, min(start + BLOCK_BYTES, self.bytes))
+            found = zlib.crc32(part.read(block).data, found)
         self.compare(found)
 
     def compare(self, found: int) -> None:
@@ -98,12 +94,15 @@ class Chunk:
             raise damaged(self.file.parent, f"an item of {self.file.name} is cut off")
         return Extent(self.file, data, dtype, self.sizes), entry.CRC
 
-    def _described(self, window: _Window, size: int) -> torch.dtype | None:
+    def _described(self, window: _Window, size: int) -> Dtype | None:
         """Format of the numbers as torch reads the item; None if it is not these rows in one piece of `size` bytes."""
+        import torch
+
         window.seek(0)
         tensor = torch.load(cast(IO[bytes], window), map_location="meta", weights_only=True)
         whole = tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == tensor.nbytes == size
-        return tensor.dtype if whole and tensor.is_contiguous() and tuple(tensor.shape) == self.sizes else None
+        fits = whole and tensor.is_contiguous() and tuple(tensor.shape) == self.sizes
+        return of_torch(tensor.dtype) if fits else None
 
 
 class _Window(io.RawIOBase):
@@ -147,7 +146,7 @@ class Checks:
         begun: dict[int, tuple[Chunk, int, int]] = self._begun.__dict__.setdefault("chunks", {})
         return begun
 
-    def read(self, chunk: Chunk, part: Extent, out: Tensor | None = None) -> Tensor:
+    def read(self, chunk: Chunk, part: Extent, out: memoryview | None = None) -> Rows:
         """`part` of `chunk`.
 
         Raises:
@@ -160,8 +159,7 @@ class Checks:
         if part.offset - chunk.extent.offset != position:  # its rows are taken in another order
             self._check(chunk)
             return rows
-        view = bytes_of(rows)
-        position, found = position + len(view), zlib.crc32(view, found)
+        position, found = position + len(rows.data), zlib.crc32(rows.data, found)
         if position == chunk.bytes:
             chunk.compare(found)
             self._checked.add(id(chunk))
@@ -214,19 +212,19 @@ class Checkpoint:
         file, dtype = self.directory / place.relative_path, self.tensors[key].properties.dtype
         return Chunk(tuple(chunk.offsets), tuple(chunk.sizes), dtype, file, place.offset, place.length)
 
-    def read_part(self, chunk: Chunk, part: Extent, out: Tensor | None = None) -> Tensor:
+    def read_part(self, chunk: Chunk, part: Extent, out: memoryview | None = None) -> Rows:
         """A part of a chunk, read into `out` where given."""
         return self.checks.read(chunk, part, out) if self.checks else part.read(out)
 
-    def read(self, key: str, index: int | None, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of a tensor, or of its `index`-th slice on the first axis.
+    def read(self, key: str, index: int | None, start: int, stop: int, out: memoryview | None = None) -> Rows:
+        """Rows `start` to `stop` of a tensor, or of its `index`-th slice on the first axis; in `out` where given.
 
         Raises:
             CheckpointError: an item is damaged, or a part of the rows is in no chunk.
         """
         shape = tuple(self.tensors[key].size)
         rows = shape if index is None else shape[1:]
-        out = torch.empty((stop - start, *rows[1:]), dtype=self.tensors[key].properties.dtype)
+        whole = Rows.empty(self.tensors[key].properties.dtype, (stop - start, *rows[1:]), out)
         filled = 0
         for chunk in self.chunks(key):
             box = chunk.offsets, chunk.sizes
@@ -239,17 +237,23 @@ class Checkpoint:
                 continue
             extent = chunk.extent if index is None else chunk.extent.index(index - chunk.offsets[0])
             part = extent.row_range(first - box[0][0], last - box[0][0])
-            target = out[first - start : last - start]
-            for axis, (offset, size) in enumerate(zip(box[0][1:], box[1][1:], strict=True), 1):
-                target = target.narrow(axis, offset, size)
-            if target.is_contiguous() and target.dtype == part.dtype:
-                self.read_part(chunk, part, target)
+            target = whole.range(first - start, last - start)
+            if part.shape == target.shape and part.dtype == target.dtype:
+                self.read_part(chunk, part, target.data)
             else:
-                target.copy_(self.read_part(chunk, part))
-            filled += target.numel()
-        if filled != out.numel():
-            raise damaged(self.directory, f"{out.numel() - filled:,} elements of {key} are in no file")
-        return out
+                _put(self.read_part(chunk, part), target, box[0][1:])
+            filled += prod(part.shape)
+        if filled != prod(whole.shape):
+            raise damaged(self.directory, f"{prod(whole.shape) - filled:,} elements of {key} are in no file")
+        return whole
+
+
+def _put(rows: Rows, target: Rows, offsets: tuple[int, ...]) -> None:
+    """Copy a box into `target`, where it begins at `offsets` on the axes after the first."""
+    place = target.tensor()
+    for axis, (offset, size) in enumerate(zip(offsets, rows.shape[1:], strict=True), 1):
+        place = place.narrow(axis, offset, size)
+    place.copy_(rows.tensor())
 
 
 class _Output(Protocol):
@@ -258,7 +262,20 @@ class _Output(Protocol):
     def write(self, data: Any, /) -> int: ...
 
 
-def write_item(out: _Output, dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterable[Tensor]) -> None:
+def _empty() -> bytes:
+    """torch.save({})."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), pickle.dumps({}, protocol=2))
+        archive.writestr(zipfile.ZipInfo("archive/byteorder"), sys.byteorder)
+        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
+    return buffer.getvalue()
+
+
+EMPTY = _empty()
+
+
+def write_item(out: _Output, dtype: Dtype, shape: tuple[int, ...], blocks: Iterable[Rows]) -> None:
     """Append a tensor of `shape` as torch.save writes it, from `blocks` of its rows."""
     with zipfile.ZipFile(cast(IO[bytes], _Stream(out)), "w") as archive:
         archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickled(dtype, shape))
@@ -266,7 +283,7 @@ def write_item(out: _Output, dtype: torch.dtype, shape: tuple[int, ...], blocks:
         numbers = zipfile.ZipInfo("archive/data/0")
         with archive.open(numbers, "w", force_zip64=prod(shape) * dtype.itemsize >= zipfile.ZIP64_LIMIT) as data:
             for block in blocks:
-                data.write(bytes_of(block.contiguous()))
+                data.write(block.data)
         archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
 
 
@@ -280,22 +297,26 @@ class _Stream:
 
 
 class _Storage:
-    """Stands for the numbers of a tensor in a pickle."""
+    """Stands for the numbers of a tensor in a pickle, and for their class in torch."""
 
-    def __init__(self, dtype: torch.dtype, count: int) -> None:
-        self.reference = ("storage", _STORAGES[dtype], "0", "cpu", count)
+    def __init__(self, count: int) -> None:
+        self.reference = ("storage", _Storage, "0", "cpu", count)
+
+
+def _rebuild_tensor_v2() -> None:
+    """Stands for the function of torch._utils."""
 
 
 class _Described:
     """Pickles as a contiguous tensor does (torch/_tensor.py, `_reduce_ex_internal`), without one."""
 
-    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
         strides = tuple(prod(max(1, n) for n in shape[axis + 1 :]) for axis in range(len(shape)))
         hooks: OrderedDict[str, Any] = OrderedDict()
-        self._arguments = (_Storage(dtype, prod(shape)), 0, shape, strides, False, hooks)
+        self._arguments = (_Storage(prod(shape)), 0, shape, strides, False, hooks)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return torch._utils._rebuild_tensor_v2, self._arguments
+        return _rebuild_tensor_v2, self._arguments
 
 
 class _Pickler(pickle.Pickler):
@@ -304,11 +325,12 @@ class _Pickler(pickle.Pickler):
 
 
 @lru_cache(maxsize=1024)
-def _pickled(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
+def _pickled(dtype: Dtype, shape: tuple[int, ...]) -> bytes:
     """`data.pkl` of a contiguous tensor, as torch.save writes it."""
     buffer = io.BytesIO()
-    _Pickler(buffer, protocol=2).dump(_Described(dtype, shape))
-    return buffer.getvalue()
+    _Pickler(buffer, protocol=2).dump(_Described(shape))
+    names = {("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2, ("torch", _STORAGES[dtype.name]): _Storage}
+    return metadata.renamed(buffer.getvalue(), names)
 
 
 @dataclass(frozen=True)
@@ -317,7 +339,7 @@ class Item:
 
     key: str
     global_shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Dtype
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     file: str
@@ -325,26 +347,19 @@ class Item:
     length: int
 
 
-def import_table() -> None:
-    """Have ready what `table` needs, which takes most of a second to import."""
-    importlib.import_module("torch.distributed.checkpoint")
-
-
 def table(items: Iterable[Item]) -> bytes:
-    """`.metadata` of a checkpoint that holds `items`, of torch's own classes."""
-    from torch.distributed.checkpoint import metadata as of
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-    tensors: dict[str, of.TensorStorageMetadata] = {}
-    storage: dict[of.MetadataIndex, _StorageInfo] = {}
+    """`.metadata` of a checkpoint that holds `items`."""
+    tensors: dict[str, metadata.TensorStorageMetadata | metadata.Other] = {}
+    storage: dict[metadata.MetadataIndex, metadata.StorageInfo] = {}
+    chunks = defaultdict[str, list[metadata.ChunkStorageMetadata]](list)
     for item in items:
-        if item.key not in tensors:
-            properties = of.TensorProperties(dtype=item.dtype)
-            tensors[item.key] = of.TensorStorageMetadata(properties, torch.Size(item.global_shape), [])
-        offsets = torch.Size(item.offsets)
-        tensors[item.key].chunks.append(of.ChunkStorageMetadata(offsets, torch.Size(item.sizes)))
-        storage[of.MetadataIndex(item.key, offsets)] = _StorageInfo(item.file, item.start, item.length)
-    return pickle.dumps(of.Metadata(state_dict_metadata=dict(tensors), storage_data=storage))
+        offsets, held = metadata.Size(item.offsets), chunks[item.key]
+        if not held:
+            properties = metadata.TensorProperties(item.dtype)
+            tensors[item.key] = metadata.TensorStorageMetadata(properties, metadata.Size(item.global_shape), held)
+        held.append(metadata.ChunkStorageMetadata(offsets, metadata.Size(item.sizes)))
+        storage[metadata.MetadataIndex(item.key, offsets)] = metadata.StorageInfo(item.file, item.start, item.length)
+    return metadata.dump(metadata.Metadata(tensors, storage))
 
 
 __all__ = ["METADATA", "Checkpoint", "Checks", "Chunk", "Item", "table", "write_item"]

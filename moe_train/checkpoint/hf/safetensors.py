@@ -13,31 +13,29 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from moe_train.checkpoint.dtypes import DTYPES, Dtype
 from moe_train.checkpoint.hf.rows import Extent, truncated
 from parallel.errors import CheckpointError
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
-    "U8": torch.uint8, "BOOL": torch.bool, "F8_E8M0": torch.float8_e8m0fnu,
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LARGEST_HEADER_BYTES = 100_000_000  # as the library
 _ALIGNMENT = 8
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def header(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+def header(tensors: Sequence[tuple[str, Dtype, tuple[int, ...]]]) -> bytes:
     """The start of a file that holds `tensors`, (name, dtype, shape) each, one after the other."""
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in tensors:
         start, end = end, end + prod(shape) * dtype.itemsize
-        table[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        table[name] = {"dtype": _NAMES[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
@@ -77,11 +75,12 @@ def contents(path: Path) -> dict[str, Extent]:
 
 
 def _extent(path: Path, base: int, entry: dict[str, Any]) -> Extent:
-    if entry["dtype"] not in DTYPES:
+    if entry["dtype"] not in _DTYPES:
         raise CheckpointError(
-            f"{path} has numbers of format {entry['dtype']}, which cannot be read", f"supported are {', '.join(DTYPES)}"
+            f"{path} has numbers of format {entry['dtype']}, which cannot be read",
+            f"supported are {', '.join(_DTYPES)}",
         )
-    dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+    dtype, shape = DTYPES[_DTYPES[entry["dtype"]]], tuple(int(n) for n in entry["shape"])
     start, stop = entry["data_offsets"]
     if any(n < 0 for n in shape) or stop - start != prod(shape) * dtype.itemsize:
         raise ValueError(f"{entry['dtype']} {list(shape)} does not take {stop - start} bytes")

@@ -6,17 +6,15 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from moe_train.checkpoint.dtypes import DTYPES, Dtype
 from moe_train.checkpoint.hf import block_fp8, config, safetensors
 from moe_train.checkpoint.hf.families import FAMILIES
 from moe_train.checkpoint.hf.mapping import Fused, Part, Piece, pieces
-from moe_train.checkpoint.hf.rows import Extent
+from moe_train.checkpoint.hf.rows import Extent, Rows
 from moe_train.config.model import ModelConfig
 from parallel.errors import CheckpointError
 
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_FP8 = (DTYPES["float8_e4m3fn"], DTYPES["float8_e5m2"])
 
 
 class HuggingFace:
@@ -26,7 +24,7 @@ class HuggingFace:
         self.directory = directory
         self.config = config.read(directory)
         self.extents = safetensors.open_directory(directory)
-        self._scales: dict[str, Tensor] = {}
+        self._scales: dict[str, Rows] = {}
         self._check_blocks()
         for name, extent in self.extents.items():
             if extent.dtype in _FP8:
@@ -47,7 +45,7 @@ class HuggingFace:
         if (
             scale is None
             or scale.shape != expected
-            or extent.dtype is not torch.float8_e4m3fn
+            or extent.dtype != block_fp8.DTYPE
             or not scale.dtype.is_floating_point
         ):
             raise CheckpointError(
@@ -65,23 +63,23 @@ class HuggingFace:
         weight = self.extents.get(name.removesuffix(block_fp8.SUFFIX))
         return name.endswith(block_fp8.SUFFIX) and weight is not None and weight.dtype in _FP8
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> Dtype:
         """What `read` returns of the tensor."""
         stored = self.extents[name].dtype
-        return torch.bfloat16 if stored in _FP8 else stored
+        return DTYPES["bfloat16"] if stored in _FP8 else stored
 
-    def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Rows `start` to `stop`, read into `out` where that has their precision and is contiguous."""
+    def read(self, name: str, start: int, stop: int, out: memoryview | None = None) -> Rows:
+        """Rows `start` to `stop`, in `out` where it is given and they are stored as they are read."""
         extent = self.extents[name]
         part = extent.row_range(start, stop)
         if extent.dtype not in _FP8:
-            return part.read(out if out is not None and out.dtype == extent.dtype else None)
+            return part.read(out)
         rows = part.read()
         scale = self._scales.get(name)
         if scale is None:
             scale = self.extents[name + block_fp8.SUFFIX].read()
             self._scales = {name: scale}  # rows of one tensor are read one after the other
-        return block_fp8.dequantise(rows, scale, start)
+        return Rows.of(block_fp8.dequantise(rows.tensor(), scale.tensor(), start))
 
 
 class MappedSource:
@@ -144,39 +142,43 @@ class MappedSource:
                     return name
         return part.name
 
-    def dtype(self, piece: Piece) -> torch.dtype:
+    def dtype(self, piece: Piece) -> Dtype:
         """Of the piece as it is stored; the widest where its parts differ."""
         found = {self.source.dtype(self._stored(part)) for part in piece.parts}
         return max(found, key=lambda dtype: dtype.itemsize)
 
-    def read(self, piece: Piece, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows `start` to `stop` of the piece in `dtype`. Rows that only pad are zero.
+    def read(self, piece: Piece, start: int, stop: int, dtype: Dtype, out: memoryview | None = None) -> Rows:
+        """Rows `start` to `stop` of the piece in `dtype`; in `out` where given. Rows that only pad are zero.
 
         Raises:
             CheckpointError: what must be copies of one tensor are not equal.
         """
-        out = torch.empty((stop - start, *piece.shape[1:]), dtype=dtype)
+        whole = Rows.empty(dtype, (stop - start, *piece.shape[1:]), out)
         filled = 0
         for part in piece.parts:
             row = 0  # of the part, where the block begins
             for first, last in part.blocks:
                 begin, end = max(first, start), min(last, stop)
                 if begin < end:
-                    target = out[begin - start : end - start]
-                    rows = self.part_rows(piece, part, row + begin - first, row + end - first, target)
-                    if rows is not target:
-                        target.copy_(narrowed(rows, dtype, part.name))
+                    target = whole.range(begin - start, end - start).data
+                    as_stored = self.source.dtype(self._stored(part)) == dtype
+                    rows = self.part_rows(
+                        piece, part, row + begin - first, row + end - first, target if as_stored else None
+                    )
+                    if rows.data is not target:
+                        target[:] = narrowed(rows, dtype, part.name).data
                     filled += end - begin
                 row += last - first
         if filled < stop - start:  # only the vocabulary has padding, at its end
-            out[filled:] = 0
-        return out
+            padding = whole.range(filled, stop - start).data
+            padding[:] = bytes(len(padding))
+        return whole
 
-    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Rows of the Hugging Face tensor `part`, read into `out` where that has their precision."""
+    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> Rows:
+        """Rows of the Hugging Face tensor `part`, in `out` where it is given and they are stored as they are read."""
         name = self._stored(part)
         if name != part.name and part.fused is not None:
-            return self._fused_rows(name, part.fused, part.rows, start, stop)
+            return self._fused_rows(name, part.fused, part.rows, start, stop, out)
         rows = self.source.read(name, start, stop, out)
         for copy in part.copies:
             if copy in self.source.extents and not _same_bits(rows, self.source.read(copy, start, stop)):
@@ -186,26 +188,29 @@ class MappedSource:
                 )
         return rows
 
-    def _fused_rows(self, name: str, fused: Fused, rows: int, start: int, stop: int) -> Tensor:
+    def _fused_rows(self, name: str, fused: Fused, rows: int, start: int, stop: int, out: memoryview | None) -> Rows:
         expert = self.source.extents[name].index(fused.expert)
         first = fused.part * rows
-        return expert.row_range(first + start, first + stop).read()
+        return expert.row_range(first + start, first + stop).read(out)
 
 
-def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """The tensor in another precision.
+def narrowed(rows: Rows, dtype: Dtype, name: str) -> Rows:
+    """The rows of the tensor `name` in another precision.
 
     Raises:
         CheckpointError: it has numbers that fp16 cannot hold; they would become infinite.
     """
-    result = tensor.to(dtype)
-    if dtype is torch.float16 and tensor.dtype is not dtype:
+    if rows.dtype == dtype:
+        return rows
+    tensor = rows.tensor()
+    result = tensor.to(dtype.torch)
+    if dtype.name == "float16":
         lost = result.isinf() & tensor.isfinite()
         if lost.any():
             raise CheckpointError(
                 f"{name} has {tensor[lost].abs().max().item():.3g}, and fp16 ends at 65504", "set convert.dtype=bf16"
             )
-    return result
+    return Rows.of(result)
 
 
 def _fused_shape(piece: Piece, part: Part) -> tuple[int, ...]:
@@ -218,8 +223,8 @@ def _layer(name: str) -> int:
     return int(found.group(1)) if found else -1
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+def _same_bits(a: Rows, b: Rows) -> bool:
+    return a.dtype == b.dtype and bytes(a.data) == bytes(b.data)  # views would be compared item by item
 
 
 def names_of(all_pieces: Iterable[Piece]) -> dict[str, tuple[int, ...]]:

@@ -25,10 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from moe_train.checkpoint.directory import sync
-from moe_train.checkpoint.hf.rows import BLOCK_BYTES, bytes_of
+from moe_train.checkpoint.hf.rows import BLOCK_BYTES
 from moe_train.checkpoint.hf.workers import Team
 from parallel.errors import CheckpointError, MoeTrainError
 
@@ -48,8 +46,15 @@ class HashingFile:
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
         self.sha256, self.position = hashlib.sha256(), 0
+        self._scratch = memoryview(b"")
         self.error: OSError | None = None
         """What the disk said first. `zipfile` closes its archive after it and may raise another error from that."""
+
+    def scratch(self, size: int) -> memoryview:
+        """Memory for what is to be written next. Each call gives the same."""
+        if len(self._scratch) < size:
+            self._scratch = memoryview(bytearray(size))
+        return self._scratch[:size]
 
     def write(self, data: Any) -> int:
         """Append bytes."""
@@ -64,10 +69,6 @@ class HashingFile:
             raise
         self.position += len(view)
         return len(view)
-
-    def write_tensor(self, tensor: Tensor) -> None:
-        """Append the bytes of a tensor."""
-        self.write(bytes_of(tensor.contiguous()))
 
     def flush(self) -> None:
         """Nothing is held back. torch.save asks for it."""

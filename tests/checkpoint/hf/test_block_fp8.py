@@ -190,7 +190,7 @@ def meaning(tensors: Tensors) -> Tensors:
 
 def megatron_tensor(checkpoint: distcp.Checkpoint, key: str, index: int | None = None) -> Tensor:
     size = checkpoint.tensors[key].size
-    return checkpoint.read(key, index, 0, size[0 if index is None else 1])
+    return checkpoint.read(key, index, 0, size[0 if index is None else 1]).tensor()
 
 
 @pytest.mark.parametrize("power_of_two", [True, False])

@@ -29,7 +29,8 @@ def megatron(directory: Path) -> Tensors:
     for key, entry in stored.tensors.items():
         size = tuple(entry.size)
         for index in range(size[0]) if len(size) == 3 else (None,):
-            found[key if index is None else f"{key}[{index}]"] = stored.read(key, index, 0, size[index is not None])
+            rows = stored.read(key, index, 0, size[index is not None])
+            found[key if index is None else f"{key}[{index}]"] = rows.tensor()
     return found
 
 

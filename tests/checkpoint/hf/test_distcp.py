@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_train.checkpoint.dtypes import DTYPES
 from moe_train.checkpoint.hf import distcp
+from moe_train.checkpoint.hf.rows import Rows
 from parallel.errors import CheckpointError
 
 
@@ -29,16 +31,16 @@ def records(file: io.BytesIO) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("dtype", distcp._STORAGES)
 @pytest.mark.parametrize("shape", [(5, 3), (1, 4, 2), (7,), (0, 3)])
-def test_item_is_that_of_torch_save(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    tensor = torch.randint(2, shape).to(dtype)
+def test_item_is_that_of_torch_save(dtype: str, shape: tuple[int, ...]) -> None:
+    tensor = torch.randint(2, shape).to(DTYPES[dtype].torch)
     rows, saved, out = tensor.flatten(0, -2) if len(shape) == 3 else tensor, io.BytesIO(), Output()
     torch.save(tensor, saved)
-    distcp.write_item(out, dtype, shape, iter([rows[:2], rows[2:]]))
+    distcp.write_item(out, DTYPES[dtype], shape, iter([Rows.of(rows[:2]), Rows.of(rows[2:])]))
     ours, theirs = records(out), records(saved)
     assert ours == {name: theirs[name] for name in ours}  # torch has notes of its own beside
     out.seek(0)
     loaded = torch.load(out, weights_only=True)
-    assert (loaded.dtype, loaded.shape) == (dtype, tensor.shape)
+    assert (loaded.dtype, loaded.shape) == (tensor.dtype, tensor.shape)
     assert torch.equal(loaded, tensor)
 
 
@@ -55,12 +57,12 @@ ORDERS = {
 def test_what_is_read_is_checked_in_any_order(order: str, damaged: bool, tmp_path: Path) -> None:
     """A byte that is wrong is found even where its row is not read: whoever wrote it wrote other rows beside."""
     out = Output()
-    distcp.write_item(out, torch.float32, (8, 4), [torch.rand(8, 4)])
+    distcp.write_item(out, DTYPES["float32"], (8, 4), [Rows.of(torch.rand(8, 4))])
     content = bytearray(out.getvalue())
     if damaged:
         content[content.index(b"archive/data/0") + 14 + 4 * 16] ^= 1  # in row 4
     (tmp_path / "__0_0.distcp").write_bytes(content)
-    chunk = distcp.Chunk((0, 0), (8, 4), torch.float32, tmp_path / "__0_0.distcp", 0, len(content))
+    chunk = distcp.Chunk((0, 0), (8, 4), DTYPES["float32"], tmp_path / "__0_0.distcp", 0, len(content))
     checks = distcp.Checks()
     with pytest.raises(CheckpointError, match="not those that were written") if damaged else nullcontext():
         for start, stop in ORDERS[order]:
