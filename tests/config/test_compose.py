@@ -56,6 +56,24 @@ def test_a_command_that_writes_nothing_leaves_no_directory() -> None:
     assert not list(Path().iterdir())
 
 
+def test_a_command_that_is_no_run_gets_the_same_config_and_the_same_refusals(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen: list[Config] = []
+    for runs in (True, False):
+        assert hydra_entry(seen.append, argv=["parallel.tp=2", "run_dir=here", "schedule=constant"], runs=runs) == 0
+    assert seen[1] == dataclasses.replace(seen[0], run_dir="here")
+    assert not list(Path().iterdir())
+    for wrong in ("parallel.tp=3", "parallel.tpp=3", "parallel.tp=1,2", "verbose=perhaps"):
+        codes = [hydra_entry(seen.append, argv=[wrong], runs=runs) for runs in (True, False)]
+        lines = capsys.readouterr().err.splitlines()
+        assert codes == [2, 2]
+        assert lines[0] == lines[1]
+    assert hydra_entry(seen.append, argv=["--cfg", "job"], runs=False) == 0
+    assert "parallel:" in capsys.readouterr().out
+    assert len(seen) == 2
+
+
 def test_defaults_then_yaml_then_command_line() -> None:
     assert Config().schedule.min_lr_ratio == compose().schedule.min_lr_ratio == 0.1
     assert compose(["schedule=constant"]).schedule.min_lr_ratio == 1.0

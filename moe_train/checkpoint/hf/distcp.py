@@ -190,6 +190,7 @@ class Checkpoint:
             if isinstance(entry, metadata.TensorStorageMetadata)
         }
         self._chunks: dict[str, list[Chunk]] = {}
+        self._slices: dict[str, dict[int, list[Chunk]]] = {}
 
     @property
     def files(self) -> set[Path]:
@@ -203,9 +204,20 @@ class Checkpoint:
 
     def chunks(self, key: str) -> list[Chunk]:
         """Every chunk of a tensor."""
-        if key not in self._chunks:
-            self._chunks[key] = [self._chunk(key, chunk) for chunk in self.tensors[key].chunks]
-        return self._chunks[key]
+        found = self._chunks.get(key)
+        if found is None:  # a chunk is known to be checked by its identity, so all threads must have the same
+            found = self._chunks.setdefault(key, [self._chunk(key, chunk) for chunk in self.tensors[key].chunks])
+        return found
+
+    def _holding(self, key: str, index: int) -> list[Chunk]:
+        """Chunks with a part of the `index`-th slice on the first axis."""
+        if key not in self._slices:
+            slices: dict[int, list[Chunk]] = defaultdict(list)
+            for chunk in self.chunks(key):
+                for number in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
+                    slices[number].append(chunk)
+            self._slices[key] = slices
+        return self._slices[key].get(index, [])
 
     def _chunk(self, key: str, chunk: metadata.ChunkStorageMetadata) -> Chunk:
         place = self.contents.storage_data[metadata.MetadataIndex(key, chunk.offsets)]
@@ -226,11 +238,9 @@ class Checkpoint:
         rows = shape if index is None else shape[1:]
         whole = Rows.empty(self.tensors[key].properties.dtype, (stop - start, *rows[1:]), out)
         filled = 0
-        for chunk in self.chunks(key):
+        for chunk in self.chunks(key) if index is None else self._holding(key, index):
             box = chunk.offsets, chunk.sizes
             if index is not None:
-                if not box[0][0] <= index < box[0][0] + box[1][0]:
-                    continue
                 box = box[0][1:], box[1][1:]
             first, last = max(start, box[0][0]), min(stop, box[0][0] + box[1][0])
             if first >= last:

@@ -60,6 +60,24 @@ def test_fused_experts_are_the_same_checkpoint(suffix: str, tmp_path: Path, conv
     assert_same(tiny_v3.read(tmp_path / "back"), weights)
 
 
+def test_moving_bytes_imports_no_torch(tmp_path: Path) -> None:
+    """Both ways and with the check of a manifest: importing takes as long as converting two gigabytes."""
+    source = tiny_v3.write(tmp_path / "hf", tiny_v3.weights(1))
+    code = (
+        "import sys; from tools.convert import main\n"
+        "try: main()\n"
+        "except SystemExit as end: code = end.code\n"
+        "sys.exit(code or [m for m in sys.modules if m.split('.')[0] in ('torch', 'megatron', 'numpy')] or 0)"
+    )
+    steps = [(source, "megatron"), (tmp_path / "megatron", "back"), (tmp_path / "back", "again")]
+    steps += [(tmp_path / "megatron", "copy", "convert.to=megatron")]
+    for step_source, target, *words in steps:
+        command = [sys.executable, "-c", code, str(step_source), str(tmp_path / target), *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert_same(megatron(tmp_path / "again"), megatron(tmp_path / "copy"))
+
+
 def test_one_file_and_several_are_the_same_checkpoint(tmp_path: Path, convert: Command) -> None:
     weights = tiny_v3.weights(2)
     convert.well(tiny_v3.write(tmp_path / "one", weights), tmp_path / "a")

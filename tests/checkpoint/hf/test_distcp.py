@@ -1,14 +1,17 @@
-"""Items of a Megatron checkpoint that are written a few rows at a time are those of torch.save."""
+"""What is written of a Megatron checkpoint without torch is what torch would have written."""
 
 from __future__ import annotations
 
 import io
+import pickle
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as dcp
 
 from moe_train.checkpoint.dtypes import DTYPES
 from moe_train.checkpoint.hf import distcp
@@ -42,6 +45,41 @@ def test_item_is_that_of_torch_save(dtype: str, shape: tuple[int, ...]) -> None:
     loaded = torch.load(out, weights_only=True)
     assert (loaded.dtype, loaded.shape) == (tensor.dtype, tensor.shape)
     assert torch.equal(loaded, tensor)
+
+
+def test_the_table_of_contents_is_made_of_the_classes_of_torch() -> None:
+    """Equal entry by entry and type by type to what torch's planner would have collected."""
+    items = [
+        distcp.Item("a", (4, 3), DTYPES["bfloat16"], (row, 0), (2, 3), f"__{row}_0.distcp", 7 * row, 70_000)
+        for row in (0, 2)
+    ]
+    written = distcp.table([*items, distcp.Item("b", (), DTYPES["float32"], (), (), "__0_0.distcp", 1 << 33, 9)])
+    index, place = dcp.MetadataIndex, filesystem._StorageInfo
+    half = torch.Size((2, 3))
+    chunks = [dcp.ChunkStorageMetadata(torch.Size((row, 0)), half) for row in (0, 2)]
+    scalar = [dcp.ChunkStorageMetadata(torch.Size(()), torch.Size(()))]
+    expected = dcp.Metadata(
+        {
+            "a": dcp.TensorStorageMetadata(dcp.TensorProperties(torch.bfloat16), torch.Size((4, 3)), chunks),
+            "b": dcp.TensorStorageMetadata(dcp.TensorProperties(torch.float32), torch.Size(()), scalar),
+        },
+        storage_data={
+            index("a", (0, 0)): place("__0_0.distcp", 0, 70_000),
+            index("a", (2, 0)): place("__2_0.distcp", 14, 70_000),
+            index("b", ()): place("__0_0.distcp", 1 << 33, 9),
+        },
+    )
+    found = pickle.loads(written)
+    assert found == expected
+    assert repr(found) == repr(expected)  # plain tuples would be equal to sizes
+
+
+def test_what_stands_for_no_objects_is_that_of_torch_save() -> None:
+    saved = io.BytesIO()
+    torch.save({}, saved)
+    ours, theirs = records(io.BytesIO(distcp.EMPTY)), records(saved)
+    assert ours == {name: theirs[name] for name in ours}
+    assert torch.load(io.BytesIO(distcp.EMPTY), weights_only=True) == {}
 
 
 ORDERS = {
