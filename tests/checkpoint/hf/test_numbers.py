@@ -35,7 +35,7 @@ def test_an_infinity_is_no_fp8_number(source: Path, tmp_path: Path) -> None:
 
 def test_integers_are_no_weights(source: Path, tmp_path: Path) -> None:
     models.edit(source, lambda held: held.update({"lm_head.weight": held["lm_head.weight"].to(torch.int8)}))
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight is torch\.int8"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is int8"):
         convert(source, tmp_path / "out")
 
 
