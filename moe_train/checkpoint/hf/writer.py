@@ -106,8 +106,6 @@ class Plan:
     """Small files (name -> content) from what the jobs returned, by name."""
     copies: dict[str, Path] = field(default_factory=dict)
     """Small files that are taken over: name -> source."""
-    meanwhile: Callable[[], object] = lambda: None
-    """What `finish` can have done for it while the files are written."""
 
 
 @dataclass(frozen=True)
@@ -310,7 +308,6 @@ def _write_all(plan: Plan, jobs: list[FileJob], threads: int, progress: Callable
     with ThreadPoolExecutor(threads + _WAITING) as pool:
         futures = [pool.submit(work) for _ in range(threads + _WAITING)]
         try:
-            plan.meanwhile()
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()  # also for Ctrl-C
