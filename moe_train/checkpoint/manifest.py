@@ -1,8 +1,8 @@
 """What each file of a checkpoint must be: `manifest.json`, in the format of moe-convert's. No torch import.
 
-    {"format": 1, "files": {NAME: {"bytes": ..., "sha256": ...}}}
+    {"format": 1, "files": {NAME: {"bytes": ..., "sha256": ...}}, "sha256": of the part before}
 
-The manifest is the only file without a digest; that it is written in one way only tells damage to it.
+The last entry tells damage to the manifest itself; moe-convert writes none.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ Files = dict[str, Entry]
 
 def write(directory: Path, files: Files) -> None:
     """Write the manifest of `files` and wait until it is on disk."""
-    replace_file(directory / MANIFEST, _text(files))
+    replace_file(directory / MANIFEST, _texts(files)[0])
 
 
-def _text(files: Files) -> str:
-    return json.dumps({"format": 1, "files": {name: asdict(files[name]) for name in sorted(files)}}, indent=1)
+def _texts(files: Files) -> tuple[str, str]:
+    """The manifest of `files`, and the same as moe-convert writes it."""
+    content = {"format": 1, "files": {name: asdict(files[name]) for name in sorted(files)}}
+    bare = json.dumps(content, indent=1)
+    return json.dumps({**content, "sha256": hashlib.sha256(bare.encode()).hexdigest()}, indent=1), bare
 
 
 def read(directory: Path) -> Files | None:
@@ -51,7 +54,7 @@ def read(directory: Path) -> Files | None:
         files = {str(name): Entry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
             raise ValueError("it names files elsewhere")
-        if _text(files) != text.rstrip("\n"):
+        if text not in _texts(files):  # any other byte is damage
             raise ValueError("it is not as it was written")
     except FileNotFoundError:
         return None
