@@ -128,17 +128,19 @@ def find(run: Run, shared: Path) -> list[Found]:
     if root is None:
         return []
     listings: list[Any] = [None] * run.layout.world_size
-    dist.all_gather_object(listings, {path.name: _listing(path) for path in _steps(root)})
+    first = run.rank.local_rank == 0
+    dist.all_gather_object(listings, {path.name: _listing(path, first) for path in _steps(root)})
     names = {name for listing in listings for name in listing}
     found = [_joined(name, [listing.get(name, ({}, None)) for listing in listings]) for name in names]
     complete = [entry for entry in found if entry is not None]
     return sorted(complete, key=lambda entry: directory.step_of(entry.name), reverse=True)
 
 
-def _listing(path: Path) -> tuple[dict[str, int], manifest.Files | None]:
+def _listing(path: Path, with_manifest: bool) -> tuple[dict[str, int], manifest.Files | None]:
     """Sizes of the files of a node's part, and the manifest where it is there."""
     try:
-        return {entry.name: entry.stat().st_size for entry in os.scandir(path)}, manifest.read(path)
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(path)}
+        return sizes, manifest.read(path) if with_manifest else None
     except (OSError, CheckpointError):
         return {}, None
 
