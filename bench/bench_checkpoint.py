@@ -1,8 +1,8 @@
 """How long training waits for a checkpoint that is written beside it, against one that it waits for.
 
 `make bench-checkpoint` trains a model of about a hundred megabytes of weights and state on one rank and on two. In the
-same run it saves in turn while training waits, and beside training; it measures what the main thread of the first rank
-is held, steps meanwhile included in neither. It also says how much slower steps are while a checkpoint is written:
+same run it saves in turn while training waits, and beside training, and measures how long the main thread of the first rank
+is held, which no step is part of. It also says how much slower steps are while a checkpoint is written:
 here the writer takes its time from the cores that train. It writes bench/results/checkpoint.json.
 """
 
@@ -29,8 +29,8 @@ from moe_train.config.compose import compose
 from parallel.rank_info import RankInfo
 
 LAYOUTS: dict[str, list[str]] = {"1 rank": [], "ep2": ["parallel.ep=2"]}
-ROUNDS = 5
-STEPS_BETWEEN = 6
+ROUNDS = 4
+STEPS_BETWEEN = 4
 WANTED_RATIO = 0.5
 RUN = [
     *COMMON, *MODELS["mid-size mla"], "checkpoint.save_at_end=false", "train.steps=1000", "train.eval_batches=0",
@@ -80,7 +80,7 @@ def _rank(overrides: list[str], rank: int, ranks: int, port: int, directory: str
             step.train_step(run, batches)
             times[name].append(time.perf_counter() - began)
 
-    steps(3, "quiet_step")
+    steps(2, "quiet_step")
     del times["quiet_step"][:]
     for _ in range(ROUNDS):
         steps(STEPS_BETWEEN, "quiet_step")

@@ -161,7 +161,7 @@ def damages(content: bytes) -> list[tuple[bytes | None, str]]:
 
 def resume_over_damage(run_dir: Path) -> dict[str, list[list[str]]]:
     """For each file of the newest checkpoint and each damage to it, [cause, remedy, what is expected of it] of resuming
-    by name. After the first damage to each file the run also resumes automatically, at step 1.
+    by name. After the first damage to some files the run also resumes automatically, at step 1.
     """
     run = small_run.prepare(small_run.config(run_dir, {}))
     newest = run_dir / "checkpoints" / "step_00000002"
@@ -177,7 +177,7 @@ def resume_over_damage(run_dir: Path) -> dict[str, list[list[str]]]:
             with pytest.raises(CheckpointError) as error:
                 checkpoint.resume(run)
             found.setdefault(name, []).append([error.value.cause, error.value.remedy, message])
-            if i == 0:
+            if i == 0 and name in ("__1_0.distcp", "manifest.json"):
                 run.cfg.resume, run.state.step = "auto", 99
                 checkpoint.resume(run)
                 assert run.state.step == 1
@@ -185,6 +185,7 @@ def resume_over_damage(run_dir: Path) -> dict[str, list[list[str]]]:
         if run.is_main:
             (newest / name).write_bytes(content)
     dist.barrier()
+    run.cfg.resume = "auto"
     checkpoint.resume(run)
     assert run.state.step == 2
     return found
