@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Callable
+import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import megatron.core
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
-from moe_train.checkpoint import compat, directory, exchange, metadata, state, storage
+from moe_train.checkpoint import compat, directory, exchange, local, manifest, metadata, state, storage
+from moe_train.checkpoint.collective import free_bytes, on_main, say, together, warn
 from moe_train.checkpoint.hf import config as hf_config
+from moe_train.checkpoint.saving import Job, Saving
 from moe_train.loop.run import Run, TrainState
 from parallel.errors import CheckpointError
-
-T = TypeVar("T")
 
 
 def root_of(run: Run) -> Path:
     """Directory of the run's checkpoints."""
     return Path(run.cfg.checkpoint.dir or run.run_dir / "checkpoints")
+
+
+def path_of(run: Run) -> Path:
+    """Directory of the checkpoint of the current step, whether it exists or not."""
+    return root_of(run) / directory.name_of(run.state.step)
 
 
 def save(run: Run) -> Path:
@@ -35,73 +37,145 @@ def save(run: Run) -> Path:
     `latest` as they were.
 
     Raises:
-        CheckpointError: it cannot be written (disk full, no permission).
+        CheckpointError: it cannot be written (disk full, no permission). The earlier ones are as they were.
     """
-    root, name = root_of(run), directory.name_of(run.state.step)
-    partial = _on_main(run, lambda: directory.prepare(root, name), f"write to {root}")
+    return begin(run, copy=False).wait()
+
+
+def begin(run: Run, *, copy: bool = True) -> Saving:
+    """Begin to write the state after the current step. With `copy` training may go on: a copy of it is written.
+
+    Only one can be on its way at a time.
+
+    Raises:
+        CheckpointError: there is not enough space, or no permission. The earlier checkpoints are as they were.
+    """
+    root, path = root_of(run), path_of(run)
+    hidden = on_main(run, lambda: directory.prepare(root, path.name), f"write to {root}")
+    try:
+        share, unshared = _share(run)
+        _check_space(run, path, share.bytes)
+        near = local.prepare(run, root, run.state.step, share.bytes)
+        small = {directory.CONFIG: compat.dump(run.cfg), directory.STATE: json.dumps(_facts(run), indent=1) + "\n"}
+    except CheckpointError:
+        if run.is_main:
+            shutil.rmtree(hidden, ignore_errors=True)
+        raise
+    return Saving(Job(run, root, run.state.step, share.copied(unshared) if copy else share, small, near))
+
+
+def _share(run: Run) -> tuple[storage.Share, set[int]]:
+    """What this rank writes, and the memory that only this checkpoint uses."""
     if run.cfg.parallel.overlap_param_gather:
         for chunk in run.chunks:  # weights are otherwise gathered only when the next forward pass needs them
             chunk.start_param_sync(force_sync=True)
     model = state.model_state(run)
     optimizer = state.optimizer_state(run, model, loading=False)
+    unshared = state.unshared_memory(run, optimizer)
     if run.cfg.precision.dtype == "fp32":
         optimizer = state.without_masters(optimizer)
     tensors = {**model, "optimizer": optimizer, "rng": state.random_state(run)}
     if scales := state.delayed_scales(run, model):
         tensors["fp8_scales"] = scales
-    _together(run, lambda: storage.write(tensors, partial), f"write {root / name}")
-    facts = _facts(run)
+    return together(run, lambda: storage.share_of(tensors), "plan a checkpoint"), unshared
 
-    def finish() -> Path:
-        metadata.read(partial)  # nothing is published that could not be read
-        (partial / directory.CONFIG).write_text(compat.dump(run.cfg))
-        (partial / directory.STATE).write_text(json.dumps(facts, indent=1) + "\n")
-        return directory.publish(root, name)
 
-    return _on_main(run, finish, f"write {root / name}")
+def _check_space(run: Run, path: Path, own_bytes: int) -> None:
+    """Raise CheckpointError where the shares of all ranks do not fit on the disk."""
+    total = torch.tensor(float(own_bytes), dtype=torch.float64, device=run.device)
+    dist.all_reduce(total)
+
+    def look() -> None:
+        free = free_bytes(path.parent)
+        if total.item() > free:
+            raise CheckpointError(
+                f"{path} needs {total.item() / 1e9:,.3f} GB, and {path.parent} has {free / 1e9:,.3f} GB free",
+                "free space, keep fewer with checkpoint.keep_last, or set checkpoint.dir",
+            )
+
+    on_main(run, look, f"write to {path.parent}")
 
 
 def resume(run: Run) -> None:
     """Continue from the checkpoint that `resume` names, or start with the weights of `init_from`, or start afresh.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged, or of another model. The run was not changed on disk.
+        CheckpointError: the checkpoint is missing, damaged, or of another model. No checkpoint was changed.
     """
-    chosen = _on_main(run, lambda: _choose(run), "read checkpoints")
-    if chosen is not None:
-        _load(run, chosen)
-    elif run.cfg.init_from:
+    if run.cfg.resume not in ("auto", "never"):
+        _load(run, on_main(run, lambda: directory.resolve(Path(run.cfg.resume), "resume")[0], "read checkpoints"))
+    elif (run.cfg.resume == "never" or not _continue_newest(run)) and run.cfg.init_from:
         _load_weights(run, Path(run.cfg.init_from))
 
 
-def _choose(run: Run) -> Path | None:
-    """The checkpoint to continue from, looked at by the main rank only. Damaged ones are passed over only by `auto`."""
-    if run.cfg.resume == "never":
-        return None
-    if run.cfg.resume != "auto":
-        return directory.resolve(Path(run.cfg.resume), "resume")[0]
-    directory.recover(root_of(run))
-    found = directory.candidates(root_of(run))
+def _continue_newest(run: Run) -> bool:
+    """Load the newest checkpoint of the run that is whole; False if it has none. Damaged ones are passed over.
+
+    Raises:
+        CheckpointError: all are damaged, or the newest is of another model.
+    """
+    root = root_of(run)
+
+    def names() -> list[str]:
+        directory.recover(root)
+        return [path.name for path in directory.candidates(root)]
+
+    shared = on_main(run, names, "read checkpoints")
+    near = {found.name: found for found in local.find(run, root)}
+    newer = [name for name in near if not shared or directory.step_of(name) > directory.step_of(shared[0])]
     first_error: CheckpointError | None = None
-    for path in found:
-        try:
-            directory.check_files(path)
-            metadata.read(path)
-            return path
-        except CheckpointError as error:
-            first_error = first_error or error
-            _warn(f"{error.cause}; looking for an earlier one")
+    for name in [*newer, *(name for name in shared if name not in newer)]:
+        for source in ("shared", "near"):  # what is damaged in one place may be whole in the other
+            if name not in (shared if source == "shared" else near):
+                continue
+            try:
+                if source == "near":
+                    _restore(run, near[name])
+                _load(run, root / name)
+                return True
+            except directory.DamagedCheckpoint as error:
+                first_error = first_error or error
+                if run.is_main:
+                    warn(f"{error.cause}; looking for another")
     if first_error is not None:
         raise CheckpointError(
-            f"no checkpoint in {root_of(run)} can be read ({first_error.cause})",
+            f"no checkpoint in {root} can be read ({first_error.cause})",
             "restore one from a copy, or start afresh with resume=never",
         )
-    return None
+    return False
+
+
+def _restore(run: Run, found: local.Found) -> None:
+    root = root_of(run)
+    try:
+        local.restore(run, root, found)
+    except CheckpointError as error:
+        raise directory.DamagedCheckpoint(f"cannot copy {found.name} from the nodes: {error.cause}") from error
+    if run.is_main:
+        say(f"copied {found.name} from the nodes' disks to {root}")
+
+
+def _open(run: Run, path: Path) -> metadata.Metadata:
+    """Table of contents of a checkpoint, after its bytes were compared with its manifest: each rank reads a share."""
+
+    def look() -> manifest.Files | None:
+        directory.check_files(path)
+        files = manifest.read(path)
+        if files is None and directory.read_state(path).get("manifest"):
+            raise directory.damaged(path, f"{directory.MANIFEST} is missing")
+        if files is None:
+            warn(f"checkpoint {path} has no {directory.MANIFEST}: its bytes cannot be verified")
+        return files
+
+    files = on_main(run, look, f"read {path}")
+    if files is not None and run.cfg.checkpoint.verify:
+        together(run, lambda: manifest.check(path, files, run.rank.rank, run.layout.world_size), f"read {path}")
+    return together(run, lambda: metadata.read(path), f"read {path}")
 
 
 def _load(run: Run, path: Path) -> None:
-    contents = _together(run, lambda: metadata.read(path), f"read {path}")
-    facts, warnings = _on_main(run, lambda: _check(run, path), f"read {path}")
+    contents = _open(run, path)
+    facts, warnings = on_main(run, lambda: _check(run, path), f"read {path}")
     model = state.model_state(run)
     optimizer = state.optimizer_state(run, model, loading=True)
     scales = _saved_scales(state.delayed_scales(run, model), contents, warnings)
@@ -117,12 +191,12 @@ def _load(run: Run, path: Path) -> None:
     ):  # another layout has other streams, which keep their seeds: no weight is drawn and no dropout used
         state.load_random(run, _read(run, state.random_state(run), contents, path))
     state.load_scalers(run, facts["loss_scale"])
-    run.schedule.step(increment=updates)
+    run.schedule.step(increment=updates - run.schedule.num_steps)  # a run that goes back has done some
     run.state = TrainState(**facts["progress"])
     if run.is_main:
         for warning in warnings:
-            _warn(warning)
-        _say(f"resumed at step {run.state.step} from {path}" + ("" if same_layout else f" ({_resharding(run, facts)})"))
+            warn(warning)
+        say(f"resumed at step {run.state.step} from {path}" + ("" if same_layout else f" ({_resharding(run, facts)})"))
 
 
 def _saved_scales(wanted: storage.StateDict, contents: metadata.Metadata, warnings: list[str]) -> storage.StateDict:
@@ -136,25 +210,25 @@ def _saved_scales(wanted: storage.StateDict, contents: metadata.Metadata, warnin
 def _load_weights(run: Run, path: Path) -> None:
     """Only the model of a checkpoint; the run starts at step 0."""
     if (path / hf_config.FILE).is_file():
-        state.load_model(run, _together(run, lambda: exchange.read_weights(run, path), f"read {path}"))
+        state.load_model(run, together(run, lambda: exchange.read_weights(run, path), f"read {path}"))
         run.optimizer.reload_model_params()
         if run.is_main:
-            _say(f"weights from {path}")
+            say(f"weights from {path}")
         return
-    path = _on_main(run, lambda: directory.resolve(path, "init_from")[0], f"read {path}")
-    contents = _together(run, lambda: metadata.read(path), f"read {path}")
+    path = on_main(run, lambda: directory.resolve(path, "init_from")[0], f"read {path}")
+    contents = _open(run, path)
     state.load_model(run, _read(run, state.model_state(run), contents, path))
     run.optimizer.reload_model_params()
     if run.is_main:
-        _say(f"weights from {path}")
+        say(f"weights from {path}")
 
 
 def _read(run: Run, wanted: storage.StateDict, contents: metadata.Metadata, path: Path) -> storage.StateDict:
     request = storage.Request(wanted)
     state.find_masters(request, contents, fp32=run.cfg.precision.dtype == "fp32")
-    _together(run, lambda: metadata.check_tensors(contents, request.tensors, path), f"read {path}")
+    together(run, lambda: metadata.check_tensors(contents, request.tensors, path), f"read {path}")
     try:
-        return _together(run, lambda: request.read(path), f"read {path}")
+        return together(run, lambda: request.read(path), f"read {path}")
     except CheckpointError as error:
         raise directory.damaged(path, error.cause) from error
 
@@ -168,6 +242,7 @@ def _facts(run: Run) -> dict[str, Any]:
         loss_scale = {**scalers, **loss_scale}
     return {
         "format": directory.FORMAT,
+        "manifest": True,
         "progress": asdict(run.state),
         "schedule": run.schedule.state_dict(),
         "loss_scale": loss_scale,
@@ -209,56 +284,3 @@ def _resharding(run: Run, facts: dict[str, Any]) -> str:
         return " ".join(f"{name}{degree}" for name, degree in layout.items() if degree > 1) or "one rank"
 
     return f"saved by {text(facts['layout'])}, continued by {text(asdict(run.layout))}"
-
-
-def _on_main(run: Run, action: Callable[[], T], what: str) -> T:
-    """Result of `action` on the first rank, or its error, on every rank."""
-    outcome: list[Any] = [None, None]
-    if run.is_main:
-        outcome = _attempt(action, what)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: T = outcome[0]
-    return result
-
-
-def _together(run: Run, action: Callable[[], T], what: str) -> T:
-    """Result of `action`, which every rank does. If it fails on any rank, every rank raises the first one's error."""
-    result, error = _attempt(action, what)
-    errors: list[Any] = [None] * run.layout.world_size
-    dist.all_gather_object(errors, error)
-    for first in errors:
-        if first is not None:
-            raise first
-    return result
-
-
-def _attempt(action: Callable[[], Any], what: str) -> list[Any]:
-    """[result, None] or [None, CheckpointError]. Other errors than those of storage are bugs and pass through."""
-    try:
-        return [action(), None]
-    except CheckpointError as error:
-        return [None, CheckpointError(error.cause, error.remedy)]
-    except OSError as error:
-        return [None, CheckpointError(f"cannot {what}: {error.strerror or error}", _REMEDY)]
-    except CheckpointException as error:  # torch gathers the errors of all ranks in one, with their tracebacks
-        rank, (cause, _) = next(iter(sorted(error.failures.items())))
-        first_line = str(cause).strip().partition("\n")[0]
-        return [None, CheckpointError(f"cannot {what}: rank {rank}: {type(cause).__name__}: {first_line}", _REMEDY)]
-
-
-_REMEDY = "check free space and permissions, or set checkpoint.dir"
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)
-
-
-def size_bytes(path: Path) -> int:
-    """Size of a checkpoint on disk."""
-    return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())

@@ -7,8 +7,10 @@
             *.distcp      tensors
             state.json    progress, schedule, loss scale, layout
             config.yaml   the resolved config of the run
+            manifest.json size and SHA-256 of every other file
 
 A checkpoint is written under a hidden name and renamed when everything is on disk, so a name without a dot is complete.
+It gets another hidden name before it is removed.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ LATEST = "latest"
 STATE = "state.json"
 CONFIG = "config.yaml"
 METADATA = ".metadata"
+MANIFEST = "manifest.json"
 FORMAT = 2
 """Version of the layout of a checkpoint directory. Raise it when an older reader could not read the new one.
 
@@ -34,19 +37,34 @@ FORMAT = 2
 _NAME = re.compile(r"step_\d{8,}")
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint is not what was written. An earlier one may be whole."""
+
+
 def name_of(step: int) -> str:
     """Directory name of the checkpoint of `step`."""
     return f"step_{step:08d}"
 
 
+def step_of(name: str) -> int:
+    """Step of the checkpoint with the directory name `name`; -1 where that is no name of a checkpoint."""
+    return int(name.removeprefix("step_")) if _NAME.fullmatch(name) else -1
+
+
 def prepare(root: Path, name: str) -> Path:
-    """An empty hidden directory to write the checkpoint `name` into. Leftovers of writes that were cut short go."""
+    """An empty hidden directory to write the checkpoint `name` into. Leftovers of what was cut short go."""
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".step_*.partial"):
-        shutil.rmtree(leftover)
-    directory = _partial(root, name)
+    sweep(root)
+    directory = partial_of(root, name)
     directory.mkdir()
     return directory
+
+
+def sweep(root: Path) -> None:
+    """Remove what writing and removing left when they were cut short. Only for the run that owns the directory."""
+    for pattern in (".step_*.partial", ".step_*.removed"):
+        for leftover in root.glob(pattern):
+            shutil.rmtree(leftover)
 
 
 def publish(root: Path, name: str) -> Path:
@@ -54,9 +72,10 @@ def publish(root: Path, name: str) -> Path:
 
     A checkpoint of the same name (from an earlier run with the same run_dir) stays until the new one has its place.
     """
-    partial, final, old = _partial(root, name), root / name, _replaced(root, name)
+    partial, final, old = partial_of(root, name), root / name, _replaced(root, name)
     for file in partial.iterdir():
-        sync(file)
+        if file.suffix != ".distcp":  # those, the large and many ones, were waited for by the ranks that wrote them
+            sync(file)
     sync(partial)
     if final.exists():
         os.rename(final, old)
@@ -69,11 +88,16 @@ def publish(root: Path, name: str) -> Path:
 
 def write_latest(root: Path, name: str) -> None:
     """Point `latest` to the checkpoint `name`, atomically."""
-    marker = root / f".{LATEST}.partial"
-    marker.write_text(name + "\n")
-    sync(marker)
-    os.replace(marker, root / LATEST)
+    replace_file(root / LATEST, name + "\n")
     sync(root)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file that appears whole."""
+    part = path.with_name(f".{path.name}.partial")
+    part.write_text(text)
+    sync(part)
+    os.replace(part, path)
 
 
 def candidates(root: Path) -> list[Path]:
@@ -81,9 +105,9 @@ def candidates(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    found.sort(key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+    found.sort(key=lambda path: step_of(path.name), reverse=True)
     marker = root / LATEST
-    latest = marker.read_text().strip() if marker.is_file() else ""
+    latest = marker.read_text(errors="replace").strip() if marker.is_file() else ""
     return sorted(found, key=lambda path: path.name != latest)  # stable: the rest keeps its order
 
 
@@ -130,7 +154,7 @@ def read_state(directory: Path) -> dict[str, Any]:
     return state
 
 
-def damaged(directory: Path, what: str) -> CheckpointError:
+def damaged(directory: Path, what: str) -> DamagedCheckpoint:
     """The error for a checkpoint that cannot be read, with the other checkpoints next to it as the remedy."""
     others = [p.name for p in candidates(directory.parent) if p.name != directory.name]
     remedy = (
@@ -138,7 +162,7 @@ def damaged(directory: Path, what: str) -> CheckpointError:
         if others
         else "restore the directory from a copy, or set resume=never"
     )
-    return CheckpointError(f"checkpoint {directory} is damaged: {what}", remedy)
+    return DamagedCheckpoint(f"checkpoint {directory} is damaged: {what}", remedy)
 
 
 def _checkpoints_near(path: Path) -> str:
@@ -149,8 +173,14 @@ def _checkpoints_near(path: Path) -> str:
     return f"name a directory like runs/NAME/checkpoints/{name_of(100)}"
 
 
-def _partial(root: Path, name: str) -> Path:
+def partial_of(root: Path, name: str) -> Path:
+    """Where the checkpoint `name` grows."""
     return root / f".{name}.partial"
+
+
+def removed_name(root: Path, name: str) -> Path:
+    """Where the checkpoint `name` stands while it is being removed."""
+    return root / f".{name}.removed"
 
 
 def _replaced(root: Path, name: str) -> Path:

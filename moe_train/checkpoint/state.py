@@ -120,6 +120,12 @@ def _distributed_state(optimizer: DistributedOptimizer, model: StateDict, loadin
     return state
 
 
+def unshared_memory(run: Run, state: StateDict) -> set[int]:
+    """Addresses of the memory that `optimizer_state` has made for `state`: distributed optimizers gather copies."""
+    gathered = [state[str(i)] for i, opt in enumerate(optimizers(run)) if isinstance(opt, DistributedOptimizer)]
+    return {shard.data.untyped_storage().data_ptr() for part in gathered for shard in nested_values(part)}
+
+
 def _places_without_padding(buffer: Any) -> dict[Tensor, slice]:
     """Where each parameter stands in the buckets of a buffer, laid end to end without their padding."""
     starts, total = [], 0

@@ -3,66 +3,183 @@
 Where this differs from `megatron.core.dist_checkpointing.save` and `load`:
 
 * Its writer starts processes for every rank, which costs seconds of imports and leaves them behind when a run is killed
-  (strategies/filesystem_async.py `_get_write_results_queue`). Here the rank itself writes.
+  (strategies/filesystem_async.py `_get_write_results_queue`). Here ranks agree on a plan, and each writes its share
+  itself: in a thread, for which `Share` needs no other rank.
+* It puts what is not a tensor on disk before ranks agree on anything: with a full disk the first rank leaves, and the
+  others wait for it.
 * Its `load` unpickles the non-tensor part without restriction (0.19: serialization.py `load_common_state_dict`, through
   torch's `DefaultLoadPlanner.load_bytes`). Here that part is empty and never read.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
-from megatron.core import dist_checkpointing
+import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as ps
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, merge, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistLoadShardedStrategy,
-    TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch import Tensor
-from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _DistWrapper
+
+from moe_train.checkpoint.hf.writer import HashingFile
+from moe_train.checkpoint.manifest import Entry
+from parallel.errors import CheckpointError
 
 StateDict = dict[str, Any]
 
+_COMMON = "common.pt"
+_ITEM_BYTES = 2048
+"""More than torch.save adds to the numbers of a tensor."""
 
-class InProcessSave(TorchDistSaveShardedStrategy):
-    """Megatron-Core's `torch_dist` format, written by the rank itself instead of by new processes."""
+
+class _Plan:
+    """A save strategy for Megatron-Core that only decides which rank writes what."""
+
+    backend, version = "torch_dist", 1
 
     def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
+        self.items: list[tuple[MetadataIndex, Tensor]] = []
+        self.table: Metadata | None = None
 
     def save(self, sharded_state_dict: StateDict, checkpoint_dir: str | Path) -> None:
-        """Write this rank's share. Every rank calls it; the first also writes the table of contents."""
+        """Note this rank's share, and on the first rank also the table of contents. Every rank calls it."""
         shards, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(shards),
-            # With more threads torch loses the errors of all but the first: a full disk would go unnoticed.
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+
+        def local() -> Any:
+            planner.set_up_planner(mcore_to_pyt_state_dict(shards), is_coordinator=dist.get_rank() == 0)
+            return planner.create_local_plan()
+
+        def together(plans: list[Any]) -> list[Any]:
+            plans, self.table = planner.create_global_plan(plans)
+            return plans
+
+        plan = planner.finish_plan(_DistWrapper(None, True, 0).reduce_scatter("plan", local, together))
+        self.items = [(item.index, planner.resolve_data(item)) for item in plan.items]
 
 
-def write(state: StateDict, directory: Path) -> None:
-    """Write the sharded tensors of `state` to the empty `directory`. Every rank calls it with its own shards.
+@dataclass(frozen=True)
+class Written:
+    """What a rank has put on disk."""
+
+    items: list[WriteResult]
+    files: dict[str, Entry]
+
+
+class _File(HashingFile):
+    """Where `torch.save` writes until it is told to stop."""
+
+    def __init__(self, path: Path, stop: threading.Event) -> None:
+        super().__init__(path)
+        self._stop = stop
+
+    def write(self, data: Any) -> int:
+        if self._stop.is_set():
+            raise CheckpointError("the run ended before the checkpoint was written")
+        return super().write(data)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The parts of tensors that this rank writes, all in one file, and on the first rank the table of contents."""
+
+    file: str
+    items: list[tuple[MetadataIndex, Tensor]]
+    table: Metadata | None
+
+    @property
+    def bytes(self) -> int:
+        """At most what `write` needs on disk."""
+        return sum(tensor.nbytes + _ITEM_BYTES for _, tensor in self.items)
+
+    def copied(self, unshared: Collection[int]) -> Share:
+        """The same numbers in host memory that training does not touch.
+
+        `unshared` are addresses of memory that nobody else uses: tensors there stay where they fill most of it.
+        """
+        used: Counter[int] = Counter()
+        for _, tensor in self.items:
+            used[tensor.untyped_storage().data_ptr()] += tensor.nbytes
+
+        def copy(tensor: Tensor) -> Tensor:
+            memory = tensor.untyped_storage()
+            if not tensor.is_cpu:
+                return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            if memory.data_ptr() in unshared and 2 * used[memory.data_ptr()] >= memory.nbytes():
+                return tensor
+            return tensor.clone(memory_format=torch.contiguous_format)
+
+        items = [(index, copy(tensor)) for index, tensor in self.items]
+        if any(not tensor.is_cpu for _, tensor in self.items):
+            torch.cuda.synchronize()
+        return replace(self, items=items)
+
+    def write(self, directory: Path, stop: threading.Event) -> Written:
+        """Write the file; it is on disk on return. Needs no other rank, and ends early when `stop` is set.
+
+        Raises:
+            OSError: the disk is full or not writable.
+        """
+        if not self.items:
+            return Written([], {})
+        file, results = _File(directory / self.file, stop), []
+        try:
+            for index, tensor in self.items:
+                start, numbers = file.position, tensor.detach().cpu()
+                if numbers.untyped_storage().nbytes() != numbers.nbytes:
+                    numbers = numbers.clone()  # torch.save writes all of the memory that a view looks at
+                torch.save(numbers, cast(IO[bytes], file))
+                size = file.position - start
+                results.append(WriteResult(index, size, _StorageInfo(self.file, start, size)))
+            file.close()
+        except BaseException as error:
+            file.abandon()
+            raise (file.error or error) from None
+        return Written(results, {self.file: Entry(file.position, file.sha256.hexdigest())})
+
+    def write_table(self, directory: Path, written: Sequence[Written]) -> None:
+        """Write the table of contents, on the first rank, from what every rank has `written`."""
+        if self.table is None:
+            raise RuntimeError("only the first rank has the table of contents")
+        FileSystemWriter(directory).finish(self.table, [part.items for part in written])
+        torch.save({}, directory / _COMMON)  # Megatron-Core takes a directory without it for no checkpoint
+        save_config(CheckpointingConfig(_Plan.backend, _Plan.version), str(directory))
+
+
+def share_of(state: StateDict) -> Share:
+    """What this rank is to write of the tensors of all ranks, of which `state` has its own. Every rank calls it.
 
     Data-parallel ranks hold the same tensors; each of them writes a part.
     """
     tensors, _ = extract_sharded_tensors_and_factories(state)
-    strategy = InProcessSave()
+    tensors, _ = save_preprocess(tensors)
+    plan = _Plan()
     group = ps.get_data_parallel_group(with_context_parallel=True)
-    if group.size() > 1:
-        strategy = FullyParallelSaveStrategyWrapper(strategy, group)
-    dist_checkpointing.save(tensors, str(directory), strategy)
+    strategy = FullyParallelSaveStrategyWrapper(plan, group) if group.size() > 1 else plan
+    strategy.save(tensors, "")
+    return Share(f"__{dist.get_rank()}_0.distcp", plan.items, plan.table)
 
 
 class Request:

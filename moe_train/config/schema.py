@@ -199,6 +199,21 @@ class CheckpointConfig:
     dir: str | None = doc(None, "Directory of checkpoints; null means run_dir/checkpoints.")
     interval_steps: int = doc(0, "Steps between checkpoints; 0 means none between.", minimum=0)
     save_at_end: bool = doc(True, "Write a checkpoint after the last step.")
+    asynchronous: bool = doc(
+        False, "Write while training goes on, which waits only until the state is copied to host memory."
+    )
+    local_dir: str | None = doc(
+        None, "Directory on each node's own disk that is written first and then copied to dir; null means none."
+    )
+    local_keep: int = doc(1, "Newest checkpoints that stay in local_dir.", minimum=1)
+    keep_last: int | None = doc(None, "Newest checkpoints that stay; null means all.", minimum=1)
+    keep_every: int | None = doc(
+        None, "Checkpoints of multiples of this many steps stay for ever; null means none.", minimum=1
+    )
+    tries: int = doc(
+        3, "Checkpoints in a row, between the first and last step, that fail before the run does.", minimum=1
+    )
+    verify: bool = doc(True, "Compare the bytes of a checkpoint with its manifest before it is loaded.")
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from moe_train.config.rules import checkpoint as checkpoint_rules
 from moe_train.config.rules import model as model_rules
 from moe_train.config.rules import parallel as parallel_rules
 from moe_train.config.rules import precision as precision_rules
@@ -23,6 +24,7 @@ from parallel.suggest import Fix, Impossible, fixes_of
 
 _RULES = (
     *model_rules.RULES, *parallel_rules.RULES, *precision_rules.RULES, *recompute_rules.RULES, *run_rules.RULES,
+    *checkpoint_rules.RULES,
 )  # fmt: skip
 _MOST_TRIALS = 64
 

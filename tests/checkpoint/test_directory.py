@@ -37,7 +37,16 @@ def test_what_latest_names_comes_first_then_by_step(tmp_path: Path) -> None:
     assert names == ["step_00000020", "step_100000000", "step_00000010", "step_00000009"]
     (tmp_path / "latest").unlink()
     assert directory.candidates(tmp_path)[0].name == "step_100000000"
-    (tmp_path / "latest").write_text("step_00000099")  # was deleted by hand
+    for text in (
+        b"step_00000099",
+        b"",
+        b"\xff\xfe/../..",
+        b"step_00000010\nstep_00000020",
+    ):  # deleted by hand, or garbage
+        (tmp_path / "latest").write_bytes(text)
+        assert directory.candidates(tmp_path)[0].name == "step_100000000"
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()
     assert directory.candidates(tmp_path)[0].name == "step_100000000"
 
 
@@ -71,6 +80,22 @@ def test_replacing_a_checkpoint_never_leaves_none(tmp_path: Path, monkeypatch: p
     assert (found / directory.STATE).read_text() == "step_00000010"
     new = make(tmp_path, "step_00000010")
     assert sorted(os.listdir(tmp_path)) == ["latest", new.name]
+
+
+def test_looking_changes_nothing_while_a_run_writes(tmp_path: Path) -> None:
+    make(tmp_path / "checkpoints", "step_00000010")
+    (directory.prepare(tmp_path / "checkpoints", "step_00000020") / "half").write_text("x")
+    (tmp_path / "checkpoints" / ".step_00000005.removed").mkdir()
+    (tmp_path / "checkpoints" / ".step_00000004.replaced").mkdir()
+
+    def everything() -> list[tuple[str, int]]:
+        return sorted((str(path), path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+
+    before = everything()
+    (found,) = directory.resolve(tmp_path, "resume")
+    directory.check_files(found)
+    directory.damaged(found, "for a test")
+    assert everything() == before
 
 
 def test_a_path_may_be_a_checkpoint_its_directory_or_its_run(tmp_path: Path) -> None:

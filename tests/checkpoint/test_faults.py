@@ -3,18 +3,19 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
-from collections.abc import Callable
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from moe_train.checkpoint import checkpoint, metadata
+from moe_train.checkpoint import checkpoint, metadata, storage
 from parallel.errors import CheckpointError
 from tests.checkpoint import small_run
 from tests.distributed.helper import run_distributed
@@ -125,27 +126,22 @@ def test_another_model_names_fields_or_tensors(saved: Path, tmp_path: Path) -> N
     assert "has no tensor decoder.layers.4." in missing[1]
 
 
-def test_a_different_seed_is_warned_about(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_distributed(warnings_of, 1, saved) == [
-        ["warning: seed was 1234 when step_00000002 was saved and is 7 now"]
+def test_a_different_seed_is_warned_about(saved: Path) -> None:
+    assert run_distributed(resumed_with_warnings, 1, saved, {"seed": 7}) == [
+        [2, ["warning: seed was 1234 when step_00000002 was saved and is 7 now"]]
     ]
 
 
-def warnings_of(run_dir: Path) -> list[str]:
-    """Lines that resuming with another seed writes to stderr."""
+def resumed_with_warnings(run_dir: Path, changes: dict[str, Any]) -> list[Any]:
+    """The step that a run resumes at, and the lines that this writes to stderr."""
     import contextlib
     import io
 
     text = io.StringIO()
-    run = small_run.prepare(small_run.config(run_dir, {}, seed=7))
+    run = small_run.prepare(small_run.config(run_dir, {}, **changes))
     with contextlib.redirect_stderr(text):
         checkpoint.resume(run)
-    return text.getvalue().splitlines()
-
-
-def shorten(path: Path) -> None:
-    """Cut the end of a file."""
-    path.write_bytes(path.read_bytes()[:-1000])
+    return [run.state.step, text.getvalue().splitlines()]
 
 
 def scribble(path: Path) -> None:
@@ -156,28 +152,96 @@ def scribble(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize(
-    ("file", "damage", "message"),
-    [
-        ("__0_0.distcp", shorten, "__0_0.distcp has"),
-        ("__0_0.distcp", os.unlink, "__0_0.distcp is missing"),
-        (".metadata", os.unlink, ".metadata is missing"),
-        (".metadata", shorten, ".metadata cannot be read"),
-        ("state.json", os.unlink, "state.json is missing"),
-        ("config.yaml", os.unlink, "config.yaml is missing"),
-    ],
-)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    copy: Path, file: str, damage: Callable[[Path], None], message: str
-) -> None:
-    damaged, older = (copy / "checkpoints" / f"step_{i:08d}" for i in (2, 1))
-    damage(damaged / file)
-    automatic, explicit = resume(copy, {}, {"resume": str(damaged)})
-    assert automatic == 1
-    assert explicit[0] == 2
-    assert f"checkpoint {damaged} is damaged: {message}" in explicit[1]
-    assert explicit[1].endswith(f"; set resume={older}")
-    assert "\n" not in explicit[1]
+def damages(content: bytes) -> list[tuple[bytes | None, str]]:
+    """What may become of a file, and what is said of it."""
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    return [(bytes(flipped), ""), (content[:-1], ""), (None, "is missing")]
+
+
+def resume_over_damage(run_dir: Path) -> dict[str, list[list[str]]]:
+    """For each file of the newest checkpoint and each damage to it, [cause, remedy, what is expected of it] of resuming
+    by name. After the first damage to some files the run also resumes automatically, at step 1.
+    """
+    run = small_run.prepare(small_run.config(run_dir, {}))
+    newest = run_dir / "checkpoints" / "step_00000002"
+    contents = {path.name: path.read_bytes() for path in newest.iterdir()}
+    found: dict[str, list[list[str]]] = {}
+    for name, content in contents.items():
+        for i, (damage, message) in enumerate(damages(content)):
+            dist.barrier()
+            if run.is_main:
+                (newest / name).write_bytes(damage) if damage is not None else (newest / name).unlink()
+            dist.barrier()
+            run.cfg.resume = str(newest)
+            with pytest.raises(CheckpointError) as error:
+                checkpoint.resume(run)
+            found.setdefault(name, []).append([error.value.cause, error.value.remedy, message])
+            if i == 0 and name in ("__1_0.distcp", "manifest.json"):
+                run.cfg.resume, run.state.step = "auto", 99
+                checkpoint.resume(run)
+                assert run.state.step == 1
+        dist.barrier()
+        if run.is_main:
+            (newest / name).write_bytes(content)
+    dist.barrier()
+    run.cfg.resume = "auto"
+    checkpoint.resume(run)
+    assert run.state.step == 2
+    return found
+
+
+def test_damage_to_any_file_is_named_and_the_checkpoint_before_is_used(tmp_path: Path) -> None:
+    run_distributed(save_two, 2, tmp_path)
+    damaged, older = (tmp_path / "checkpoints" / f"step_{i:08d}" for i in (2, 1))
+    first, second = run_distributed(resume_over_damage, 2, tmp_path)
+    assert first == second  # every rank says the same
+    assert sorted(first) == sorted(
+        [".metadata", "__0_0.distcp", "__1_0.distcp", "common.pt", "config.yaml", "manifest.json", "metadata.json",
+         "state.json"]
+    )  # fmt: skip
+    for name, cases in first.items():
+        assert len(cases) == 3
+        for cause, remedy, message in cases:
+            assert cause.startswith(f"checkpoint {damaged} is damaged: {name} {message}")
+            assert "\n" not in cause
+            assert remedy == f"set resume={older}"
+
+
+def scribble_where_one_rank_reads(run_dir: Path) -> list[Any]:
+    """The step that a rank resumes at when only rank 1 reads what is damaged, without comparing bytes before."""
+    run = small_run.prepare(small_run.config(run_dir, {"ep": 2}, checkpoint__verify=False))
+    for _ in range(2):
+        small_run.train(run, 1)
+        checkpoint.save(run)
+    newest = run_dir / "checkpoints" / "step_00000002"
+    if run.is_main:
+        for index, info in metadata.read(newest).storage_data.items():
+            if ".experts." in index.fqn and index.offset is not None and 4 in index.offset:  # the first of rank 1
+                with (newest / info.relative_path).open("r+b") as file:
+                    file.seek(info.offset)
+                    file.write(bytes(info.length))
+    dist.barrier()
+    losses = small_run.train(run, 1)
+    checkpoint.resume(run)
+    step = run.state.step
+    small_run.train(run, 1)
+    return [step, losses == small_run.train(run, 1)]
+
+
+def test_damage_that_one_rank_notices_while_it_reads_sends_all_to_the_one_before(tmp_path: Path) -> None:
+    assert run_distributed(scribble_where_one_rank_reads, 2, tmp_path) == [[1, True]] * 2
+
+
+def test_a_checkpoint_of_a_version_without_manifests_is_loaded_with_a_warning(copy: Path) -> None:
+    newest = copy / "checkpoints" / "step_00000002"
+    state = json.loads((newest / "state.json").read_text())
+    del state["manifest"]
+    (newest / "state.json").write_text(json.dumps(state))
+    (newest / "manifest.json").unlink()
+    ((step, warnings),) = run_distributed(resumed_with_warnings, 1, copy, {})
+    assert step == 2
+    assert warnings == [f"warning: checkpoint {newest} has no manifest.json: its bytes cannot be verified"]
 
 
 def test_unreadable_contents_end_in_one_line_on_every_rank(copy: Path) -> None:
@@ -186,7 +250,7 @@ def test_unreadable_contents_end_in_one_line_on_every_rank(copy: Path) -> None:
     for results in run_distributed(steps_of, 2, copy, [{}]):
         (result,) = results
         assert result[0] == 2
-        assert "step_00000002 is damaged: cannot read" in result[1]
+        assert "step_00000002 is damaged: __0_0.distcp has other bytes than were written" in result[1]
         assert "\n" not in result[1]
 
 
@@ -204,7 +268,7 @@ def test_auto_does_not_start_afresh_over_damaged_checkpoints(copy: Path) -> None
 def test_a_state_of_another_format_is_refused(version: int, copy: Path) -> None:
     path = copy / "checkpoints" / "step_00000002" / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": version}))
-    (result,) = resume(copy, {})
+    (result,) = resume(copy, {"checkpoint__verify": False})
     assert f"has format {version}, and" in result[1]
 
 
@@ -230,32 +294,35 @@ def test_loading_runs_no_code_from_a_checkpoint(copy: Path, tmp_path: Path) -> N
     with (directory / part.relative_path).open("r+b") as file:
         file.seek(part.offset)
         file.write(pickle.dumps(Trap(witness)).ljust(part.length, b"\0"))
-    (result,) = resume(copy, {})
+    unverified = {"checkpoint__verify": False}
+    (result,) = resume(copy, unverified | {"resume": str(directory)})
     assert "step_00000002 is damaged" in result[1]
 
     (directory / ".metadata").write_bytes(pickle.dumps(Trap(witness)))
     with pytest.raises(CheckpointError, match=r"it names (posix|nt)\.system, which is no part of a checkpoint"):
         metadata.read(directory)
-    assert resume(copy, {}) == [1]
+    assert resume(copy, unverified) == [1]
     assert not witness.exists()
 
 
-def die_while_saving(run_dir: Path) -> None:
+def die_while_saving(run_dir: Path, beside: bool) -> None:
     """Train a step more than the newest checkpoint, and lose rank 1 when it has written half of its part."""
     run = small_run.prepare(small_run.config(run_dir, {}))
     checkpoint.resume(run)
     small_run.train(run, 1)
-    write = FileSystemWriter.write_data
+    write = storage.Share.write
 
-    def write_half(self: FileSystemWriter, plan: Any, planner: Any) -> Any:
+    def write_half(self: storage.Share, where: Path, stop: threading.Event) -> storage.Written:
         if dist.get_rank() == 1:
-            plan.items[len(plan.items) // 2 :] = []
-            write(self, plan, planner)
+            write(replace(self, items=self.items[: len(self.items) // 2]), where, stop)
             os.kill(os.getpid(), signal.SIGKILL)
-        return write(self, plan, planner)
+        return write(self, where, stop)
 
-    FileSystemWriter.write_data = write_half  # type: ignore[method-assign]
-    checkpoint.save(run)
+    storage.Share.write = write_half  # type: ignore[method-assign]
+    saving = checkpoint.begin(run, copy=beside)
+    if beside:
+        small_run.train(run, 100)
+    saving.wait()
 
 
 def save_next(run_dir: Path) -> list[Any]:
@@ -267,9 +334,10 @@ def save_next(run_dir: Path) -> list[Any]:
     return [step, checkpoint.save(run).name]
 
 
-def test_a_rank_killed_while_saving_costs_only_that_checkpoint(copy: Path) -> None:
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_rank_killed_while_saving_costs_only_that_checkpoint(copy: Path, beside: bool) -> None:
     with pytest.raises(AssertionError, match="rank 1"):
-        run_distributed(die_while_saving, 2, copy)
+        run_distributed(die_while_saving, 2, copy, beside)
     root = copy / "checkpoints"
     assert (root / "latest").read_text().strip() == "step_00000002"
     assert list((root / ".step_00000003.partial").glob("__1_*.distcp"))  # it did die in the middle
@@ -278,15 +346,11 @@ def test_a_rank_killed_while_saving_costs_only_that_checkpoint(copy: Path) -> No
     assert sorted(os.listdir(root)) == ["latest", "step_00000001", "step_00000002", "step_00000003"]
 
 
-def fail_to_save(run_dir: Path, where: Path, full_disk: bool) -> list[Any]:
-    """[exit code, line] of the error of saving, on each rank."""
+def fail_to_save(run_dir: Path, where: Path, limit_bytes: int) -> list[Any]:
+    """[exit code, line] of the error of saving, on each rank. Files of rank 1 may not be larger than `limit_bytes`."""
     run = small_run.prepare(small_run.config(run_dir, {}, checkpoint__dir=str(where)))
-    if full_disk and dist.get_rank() == 1:
-
-        def no_space(self: FileSystemWriter, plan: Any, planner: Any) -> Any:
-            raise OSError(28, "No space left on device")
-
-        FileSystemWriter.write_data = no_space  # type: ignore[method-assign]
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
     try:
         checkpoint.save(run)
     except CheckpointError as error:
@@ -295,17 +359,41 @@ def fail_to_save(run_dir: Path, where: Path, full_disk: bool) -> list[Any]:
 
 
 def test_a_full_disk_on_one_rank_is_one_line_on_every_rank(tmp_path: Path) -> None:
-    for code, line in run_distributed(fail_to_save, 2, tmp_path, tmp_path / "checkpoints", True):
+    root = tmp_path / "checkpoints"
+    for code, line in run_distributed(fail_to_save, 2, tmp_path, root, 100_000):
         assert code == 2
-        assert "No space left on device" in line
-        assert line.endswith("; check free space and permissions, or set checkpoint.dir")
+        assert line.startswith(
+            f"cannot write {root}/.step_00000000.partial/__1_0.distcp: File too large: this rank needs "
+        )
+        assert " GB are free; check free space" in line
         assert "\n" not in line
-    assert not (tmp_path / "checkpoints" / "latest").exists()
+    assert os.listdir(root) == []
+
+
+def too_large(run_dir: Path) -> list[str]:
+    """The error of a checkpoint that is larger than what is free."""
+    run = small_run.prepare(small_run.config(run_dir, {}))
+    free = checkpoint.free_bytes
+    try:
+        checkpoint.free_bytes = lambda path: 1_000_000  # type: ignore[attr-defined]
+        checkpoint.save(run)
+    except CheckpointError as error:
+        return [str(error), *os.listdir(checkpoint.root_of(run))]
+    finally:
+        checkpoint.free_bytes = free  # type: ignore[attr-defined]
+    return []
+
+
+def test_what_does_not_fit_is_not_begun(tmp_path: Path) -> None:
+    for line, *left in run_distributed(too_large, 2, tmp_path):
+        assert "step_00000000 needs 0.00" in line
+        assert "has 0.001 GB free; free space" in line
+        assert left == []
 
 
 def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    ((code, line),) = run_distributed(fail_to_save, 1, tmp_path, tmp_path / "file" / "checkpoints", False)
+    ((code, line),) = run_distributed(fail_to_save, 1, tmp_path, tmp_path / "file" / "checkpoints", 0)
     assert code == 2
     assert line.startswith(f"cannot write to {tmp_path}/file/checkpoints: Not a directory")
 

@@ -18,6 +18,7 @@ from moe_train.loop.callbacks.stop import StopOnSignal
 from moe_train.loop.run import Run
 from moe_train.resilience import stop
 from tests.loop.fake_run import fake_run, take_step
+from tests.loop.fake_saving import FakeSaving
 
 
 @pytest.fixture
@@ -38,15 +39,15 @@ def others(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 
 @pytest.fixture
-def saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+def saved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Steps that were saved."""
     steps: list[int] = []
 
-    def save(run: Run) -> Path:
+    def begin(run: Run, *, copy: bool) -> FakeSaving:
         steps.append(run.state.step)
-        return tmp_path
+        return FakeSaving(run, copy, 1, False)
 
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(checkpoint, "begin", begin)
     return steps
 
 

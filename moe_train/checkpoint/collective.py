@@ -1,0 +1,115 @@
+"""What all ranks do together with storage: an error of one is raised by every one, so that none waits for another."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from moe_train.loop.run import Run
+from parallel.errors import CheckpointError, MoeTrainError
+
+T = TypeVar("T")
+
+REMEDY = "check free space and permissions, or set checkpoint.dir"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an action returned, or the error it ended with."""
+
+    value: Any = None
+    error: MoeTrainError | None = None
+
+
+def on_main(run: Run, action: Callable[[], T], what: str) -> T:
+    """Result of `action` on the first rank, or its error, on every rank."""
+    shared = [attempt(action, what) if run.is_main else Outcome()]
+    dist.broadcast_object_list(shared, src=0)
+    return _value(shared[0])
+
+
+def together(run: Run, action: Callable[[], T], what: str) -> T:
+    """Result of `action`, which every rank does. If it fails on any rank, every rank raises the first one's error."""
+    outcome = attempt(action, what)
+    errors: list[MoeTrainError | None] = [None] * run.layout.world_size
+    dist.all_gather_object(errors, outcome.error)
+    _raise_first(errors)
+    return _value(outcome)
+
+
+def gathered(run: Run, outcome: Outcome) -> list[Any]:
+    """The values of the outcomes of all ranks, on the first rank; elsewhere none. Every rank raises the first error."""
+    outcomes: list[Outcome] = [Outcome()] * run.layout.world_size
+    dist.gather_object(outcome, outcomes if run.is_main else None)
+    shared = [[found.error for found in outcomes if found.error is not None][:1]]
+    dist.broadcast_object_list(shared, src=0)
+    _raise_first(shared[0])
+    return [found.value for found in outcomes] if run.is_main else []
+
+
+def attempt(action: Callable[[], Any], what: str) -> Outcome:
+    """Do `action` and keep its error, if it is one of storage. Other errors are bugs and pass through."""
+    try:
+        return Outcome(action())
+    except CheckpointError as error:
+        return Outcome(error=type(error)(error.cause, error.remedy))
+    except OSError as error:
+        return Outcome(error=CheckpointError(f"cannot {what}: {error.strerror or error}", REMEDY))
+    except CheckpointException as error:  # torch gathers the errors of all ranks in one, with their tracebacks
+        rank, (cause, _) = next(iter(sorted(error.failures.items())))
+        first_line = str(cause).strip().partition("\n")[0]
+        return Outcome(
+            error=CheckpointError(f"cannot {what}: rank {rank}: {type(cause).__name__}: {first_line}", REMEDY)
+        )
+
+
+def attempt_aside(action: Callable[[], Any], what: str) -> Outcome:
+    """`attempt` for a thread beside training, where a bug would otherwise go unnoticed and leave ranks waiting."""
+    try:
+        return attempt(action, what)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"cannot {what}: {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+        return Outcome(error=MoeTrainError(text, "this is a bug"))
+
+
+def full_disk(error: OSError) -> bool:
+    """Whether it says that there is no space left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def free_bytes(path: Path) -> int:
+    """What can still be written to the disk of a directory."""
+    usage = os.statvfs(path)
+    return usage.f_bavail * usage.f_frsize
+
+
+def say(line: str) -> None:
+    """One line of the run."""
+    print(line, flush=True)
+
+
+def warn(line: str) -> None:
+    """One line of warning."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def _raise_first(errors: list[Any]) -> None:
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _value(outcome: Outcome) -> Any:
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.value

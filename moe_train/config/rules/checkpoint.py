@@ -1,0 +1,36 @@
+"""Rules of checkpoints: which are kept and where they go."""
+
+from __future__ import annotations
+
+import os
+
+from moe_train.config.rules.facts import Facts, Rule
+from parallel.suggest import Impossible, fixes_of, multiples, override_value
+
+
+def retention(facts: Facts) -> None:
+    """What stays for ever is saved, and says something only where others go."""
+    settings = facts.cfg.checkpoint
+    every, interval = settings.keep_every, settings.interval_steps
+    if every is None:
+        return
+    if settings.keep_last is None:
+        raise Impossible(f"checkpoint.keep_every={every} says which stay, but checkpoint.keep_last=null keeps all",
+                         [{"checkpoint.keep_last": 3}, {"checkpoint.keep_every": None}])  # fmt: skip
+    if interval and every % interval:
+        raise Impossible(
+            f"checkpoint.keep_every={every} is no multiple of checkpoint.interval_steps={interval}, at which is saved",
+            fixes_of("checkpoint.keep_every", multiples(interval, every)),
+        )
+
+
+def places(facts: Facts) -> None:
+    """The nodes' disks are another place than that of all checkpoints."""
+    cfg = facts.cfg
+    near, shared = cfg.checkpoint.local_dir, cfg.checkpoint.dir or os.path.join(cfg.run_dir, "checkpoints")
+    if near is not None and os.path.abspath(near) == os.path.abspath(shared):
+        raise Impossible(f"checkpoint.local_dir={override_value(near)} is where all checkpoints go, no node's own disk",
+                         [{"checkpoint.local_dir": None}])  # fmt: skip
+
+
+RULES: tuple[Rule, ...] = (retention, places)
