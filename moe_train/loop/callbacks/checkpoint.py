@@ -25,6 +25,11 @@ class CheckpointCallback(Callback):
         if last or (settings.interval_steps and step % settings.interval_steps == 0):
             self.save(run)
 
+    def on_rollback(self, run: Run) -> None:
+        """Save where the run went on, with its new place in the data: a crash must not undo what was decided."""
+        self._saved_step = -1
+        self.save(run)
+
     def save(self, run: Run) -> None:
         """Save the state after the current step, unless that was done already. Every rank calls it."""
         step = run.state.step
