@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.resilience import stop, watch
-from parallel.errors import LaunchError, MoeTrainError
+from moe_train.resilience.bad_steps import DivergedError
+from parallel.errors import ConfigError, LaunchError, MoeTrainError
 
 # What gloo, NCCL and the store say in a healthy rank when another one is gone or late.
 _LOST_PEER = re.compile(
@@ -26,6 +27,9 @@ _LOST_PEER = re.compile(
 
 AGREED = (3, stop.EXIT_CODE)
 """Exit codes with which all ranks end together and on purpose: a node is bad or slow, a signal asked to stop."""
+
+LASTING = (ConfigError.exit_code, DivergedError.exit_code)
+"""Exit codes of what starting again would not change."""
 
 _SIGNAL_CAUSES = {
     "SIGKILL": "most often it was out of memory: see `dmesg`, lower batch.micro_batch_size or train.seq_length, "

@@ -7,6 +7,7 @@ value for all ranks.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +29,9 @@ from parallel.rank_info import RankInfo
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-_CONFIG, _FAILED, _LOST, _READ, _DONE = (f"moe_train/{key}" for key in ("config", "failed", "lost", "read", "done"))
+_CONFIG, _FAILED, _LOST, _READ, _DONE, _CODE, _VERDICT = (
+    f"moe_train/{key}" for key in ("config", "failed", "lost", "read", "done", "code", "verdict")
+)
 _PREPARATION_S = 24 * 3600  # other ranks wait while rank 0 tokenises a corpus; if it dies they notice at once
 
 
@@ -101,6 +106,8 @@ def _train(cfg: Config, path: Path, info: RankInfo, store: TCPStore, entry: str 
     try:
         env.apply(cfg.launcher, info)
         rank.use_threads(cfg.launcher.threads_per_rank or _threads(info))
+        if entry is None:
+            _same_everywhere(cfg, info, store)
         rank.train(str(path), entry or local.ENTRY, info)
     except SystemExit as ended:  # early, as asked
         # Together: a launcher may kill the others at the first exit code that is not 0.
@@ -118,6 +125,43 @@ def _train(cfg: Config, path: Path, info: RankInfo, store: TCPStore, entry: str 
     store.add(_DONE, 1)
     if info.rank == 0:
         _await(store, _DONE, info.world_size)  # the store ends with this process
+
+
+def _same_everywhere(cfg: Config, info: RankInfo, store: TCPStore) -> None:
+    """Compare code, config and versions of all ranks before a model is built.
+
+    Raises:
+        LaunchError: on rank 0, with the ranks that differ from most.
+        SystemExit: on the others.
+    """
+    from launch.preflight import facts
+    from moe_train.config import compose
+
+    mine = facts.versions() | {"config": hashlib.sha256(compose.to_yaml(cfg).encode()).hexdigest()[:12]}
+    store.set(f"{_CODE}/{info.rank}", json.dumps({"node": facts.node_name(), "versions": mine}))
+    if info.rank:
+        store.wait([_VERDICT])
+        if store.get(_VERDICT) != b"same":
+            raise SystemExit(LaunchError.exit_code)
+        return
+    store.wait([f"{_CODE}/{i}" for i in range(info.world_size)])
+    problem = odd_ranks([json.loads(store.get(f"{_CODE}/{i}")) for i in range(info.world_size)])
+    store.set(_VERDICT, problem or "same")
+    if problem:
+        raise LaunchError(problem, "give every node the same code and environment (launcher.start, MOE_CODE)")
+
+
+def odd_ranks(found: Sequence[Mapping[str, Any]]) -> str:
+    """What differs on which ranks, each of `found` with its `node` and `versions`; "" where nothing does."""
+    problems = []
+    for name in found[0]["versions"]:
+        values = [one["versions"].get(name) for one in found]
+        usual = Counter(values).most_common(1)[0][0]
+        odd = [f"rank {i} ({found[i]['node']}) has {value}" for i, value in enumerate(values) if value != usual]
+        if odd:
+            more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+            problems.append(f"{name}: {', '.join(odd[:3])}{more}, the others {usual}")
+    return "; ".join(problems)
 
 
 def _threads(info: RankInfo) -> int:

@@ -12,15 +12,15 @@ class ResilienceConfig:
     """Watchdog, bad steps, slow ranks, and faults that a drill injects."""
 
     hang_timeout_s: float | None = doc(
-        None, "Longest time of a rank without progress in a step, after which it ends itself, seconds; 0 means no limit, "
-        "null 0.8 of launcher.timeout_s: the stacks are written before a collective gives up.", minimum=0,
+        None, "Longest time of a rank without progress in a step, after which it ends itself, seconds; 0 means no limit; "
+        "null means 0.8 of launcher.timeout_s, so that stacks are written before a collective gives up.", minimum=0,
     )  # fmt: skip
     first_step_timeout_s: float = doc(
         3600, "The same in the first step, which compiles, in an evaluation and while saving, seconds.", minimum=1
     )
     on_bad_step: str = doc(
-        "skip", "What follows a loss or gradient that is NaN, infinite or a spike: leave the update out, go back to the "
-        "last good checkpoint and pass over the data since, or end the run.", choices=("skip", "rollback", "stop"),
+        "skip", "After a loss or gradient that is NaN, infinite or a spike: leave the update out, go back to the last "
+        "checkpoint and pass over the data since, or end the run.", choices=("skip", "rollback", "stop"),
     )  # fmt: skip
     max_bad_steps: int = doc(3, "skip: bad steps in a row after which the run goes back to a checkpoint.", minimum=1)
     max_rollbacks: int = doc(2, "Most times that one start of a run goes back before it ends.", minimum=0)

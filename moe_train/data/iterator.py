@@ -76,7 +76,7 @@ class BatchIterator:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _indices(self) -> Iterator[list[int]]:
-        size, first, length = self.micro_batch_size, self._start, len(self.dataset)  # type: ignore[arg-type]
+        size, first, length = self.micro_batch_size, self._start, len(self.dataset)
         while self.wrap or first + self.global_batch_size <= length:
             for sample in range(self.dp_rank * size, self.global_batch_size, self.dp_size * size):
                 yield [index % length for index in range(first + sample, first + sample + size)]

@@ -1,4 +1,4 @@
-"""What follows a bad step: nothing but its being left out, a way back to an earlier checkpoint, or the end of the run."""
+"""What follows bad steps, which the step itself leaves out: a way back to a checkpoint, or the end of the run."""
 
 from __future__ import annotations
 
