@@ -12,8 +12,8 @@ class ResilienceConfig:
     """Watchdog, bad steps, slow ranks, and faults that a drill injects."""
 
     hang_timeout_s: float | None = doc(
-        None, "Longest time of a rank without progress in a step, after which it ends itself, seconds; 0 means no limit; "
-        "null means 0.8 of launcher.timeout_s, so that stacks are written before a collective gives up.", minimum=0,
+        None, "Longest time of a rank without progress in a step, after which it ends itself, seconds; 0: no limit; "
+        "null: 0.8 of launcher.timeout_s, so that stacks are written before a collective gives up.", minimum=0,
     )  # fmt: skip
     first_step_timeout_s: float = doc(
         3600, "The same in the first step, which compiles, in an evaluation and while saving, seconds.", minimum=1

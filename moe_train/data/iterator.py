@@ -76,7 +76,8 @@ class BatchIterator:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _indices(self) -> Iterator[list[int]]:
-        size, first, length = self.micro_batch_size, self._start, len(self.dataset)
+        size, first = self.micro_batch_size, self._start
+        length = len(self.dataset)  # type: ignore[arg-type]
         while self.wrap or first + self.global_batch_size <= length:
             for sample in range(self.dp_rank * size, self.global_batch_size, self.dp_size * size):
                 yield [index % length for index in range(first + sample, first + sample + size)]
@@ -90,7 +91,7 @@ class BatchIterator:
     def _read_ahead(self) -> Iterator[Batch]:
         loader = DataLoader(
             self.dataset,
-            batch_sampler=self._indices(),  # type: ignore[arg-type]
+            batch_sampler=self._indices(),
             num_workers=self.workers,
             # A rank's own default is how it was started itself: a worker would import torch and Megatron-Core anew.
             # It only reads mapped files and never touches a device, so a fork is safe.
