@@ -102,7 +102,13 @@ def go_back(run_dir: Path) -> dict[str, Any]:
     later = [line["lm_loss"] for line in go_on(run, 2)]
     resumed = small_run.prepare(small_run.config(run_dir, {"ep": 2}, resume=str(run_dir / "checkpoints/step_00000004")))
     checkpoint.resume(resumed)
-    return {"saved": saved, "back": back, "later": later, "again": small_run.train(resumed, 2), "end": asdict(run.state)}
+    return {
+        "saved": saved,
+        "back": back,
+        "later": later,
+        "again": small_run.train(resumed, 2),
+        "end": asdict(run.state),
+    }
 
 
 def test_too_many_bad_steps_lead_back_and_past_their_data(tmp_path: Path) -> None:
