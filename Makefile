@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Tests must not depend on what else the machine's Python warns about.
 export PYTHONWARNINGS := ignore
 
-.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity bench-memory bench-plan bench-step bench-fp8 bench-convert dryrun clean
+.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity bench-memory bench-plan bench-step bench-fp8 bench-convert bench-faults dryrun clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -73,6 +73,9 @@ bench-step: setup ## Compare our training step with that of transformers on this
 
 bench-fp8: setup ## Compare losses of emulated FP8 with bf16 over 300 steps; writes bench/results/fp8_loss.json
 	$(BIN)/python -m bench.bench_fp8_loss
+
+bench-faults: setup ## Inject faults into small runs here and see them recover; writes bench/results/faults.json
+	$(BIN)/python -m bench.bench_faults
 
 dryrun: setup ## Build all 1,024 distinct ranks of DeepSeek-V3 on 2,048 GPUs and add up their parameters
 	$(BIN)/moe-dryrun model=deepseek_v3 parallel=deepseek_v3_h800
