@@ -18,7 +18,7 @@ import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch import env, failures, job, local, rank, rendezvous
 from moe_train.config.fallback import fitting
@@ -29,8 +29,8 @@ from parallel.rank_info import RankInfo
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-_CONFIG, _FAILED, _LOST, _READ, _DONE, _CODE, _VERDICT = (
-    f"moe_train/{key}" for key in ("config", "failed", "lost", "read", "done", "code", "verdict")
+_CONFIG, _FAILED, _LOST, _READ, _DONE, _CODE, _VERDICT, _LEFT = (
+    f"moe_train/{key}" for key in ("config", "failed", "lost", "read", "done", "code", "verdict", "left")
 )
 _PREPARATION_S = 24 * 3600  # other ranks wait while rank 0 tokenises a corpus; if it dies they notice at once
 
@@ -114,26 +114,18 @@ def _train(cfg: Config, path: Path, info: RankInfo, store: TCPStore, entry: str 
         with contextlib.suppress(RuntimeError):  # the store ends with rank 0
             store.add(_DONE, 1)
             _await(store, _DONE, info.world_size)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(ended.code if isinstance(ended.code, int) else 1)
+        _leave(ended.code if isinstance(ended.code, int) else 1)
     except Exception as error:
         _tell(error, cfg, info, store)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(failures.exit_code_of(error))  # a broken communicator can keep a process, and the launcher waits
+        _leave(failures.exit_code_of(error))  # a broken communicator can keep a process, and the launcher waits
     store.add(_DONE, 1)
     if info.rank == 0:
         _await(store, _DONE, info.world_size)  # the store ends with this process
 
 
 def _same_everywhere(cfg: Config, info: RankInfo, store: TCPStore) -> None:
-    """Compare code, config and versions of all ranks before a model is built.
-
-    Raises:
-        LaunchError: on rank 0, with the ranks that differ from most.
-        SystemExit: on the others.
-    """
+    """Compare code, config and versions of all ranks before a model is built. Where they differ rank 0 says which
+    ranks differ from most, and all processes end."""
     from launch.preflight import facts
     from moe_train.config import compose
 
@@ -142,13 +134,23 @@ def _same_everywhere(cfg: Config, info: RankInfo, store: TCPStore) -> None:
     if info.rank:
         store.wait([_VERDICT])
         if store.get(_VERDICT) != b"same":
-            raise SystemExit(LaunchError.exit_code)
+            store.add(_LEFT, 1)
+            _leave(LaunchError.exit_code)
         return
     store.wait([f"{_CODE}/{i}" for i in range(info.world_size)])
     problem = odd_ranks([json.loads(store.get(f"{_CODE}/{i}")) for i in range(info.world_size)])
-    store.set(_VERDICT, problem or "same")
+    if problem:  # told before anyone ends, because a launcher may kill the others at the first that does
+        _tell(LaunchError(problem, "give every node the same code and environment"), cfg, info, store)
+    store.set(_VERDICT, "different" if problem else "same")
     if problem:
-        raise LaunchError(problem, "give every node the same code and environment (launcher.start, MOE_CODE)")
+        _await(store, _LEFT, info.world_size - 1)
+        _leave(LaunchError.exit_code)
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def odd_ranks(found: Sequence[Mapping[str, Any]]) -> str:
