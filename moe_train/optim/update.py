@@ -18,7 +18,11 @@ def gradient_norm(optimizer: Any) -> float | None:
 
 @torch.no_grad()
 def apply(optimizer: Any, norm: float) -> bool:
-    """Clip by `norm` and update the weights: the rest of `step()` of Megatron-Core's optimizers (optimizer.py)."""
+    """Clip by `norm` and update the weights: the rest of `step()` of Megatron-Core's optimizers (optimizer.py).
+
+    From 0.19 on upstream can clip parameters with a `grad_norm_group` by themselves, which only the heads that
+    `mtp_detach_heads` detaches have; that is not used here.
+    """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
         if parameters and part.config.clip_grad > 0:
