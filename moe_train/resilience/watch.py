@@ -68,15 +68,18 @@ class Watch(threading.Thread):
     """Watches the main thread of this process.
 
     Args:
+        world_size: ranks of the run; files of others are of an earlier start with more.
         limit_s: longest time without progress, asked at every look; 0 means none.
         counts: whether time now belongs to steps, for `own_share`.
     """
 
     def __init__(
-        self, pulse: Pulse, run_dir: Path, rank: int, limit_s: Callable[[], float], counts: Callable[[], bool]
-    ) -> None:
+        self, pulse: Pulse, run_dir: Path, rank: int, world_size: int,
+        limit_s: Callable[[], float], counts: Callable[[], bool],
+    ) -> None:  # fmt: skip
         super().__init__(name="watchdog", daemon=True)
         self.pulse, self.run_dir, self.rank, self._limit_s, self._counts = pulse, run_dir, rank, limit_s, counts
+        self._world_size = world_size
         self._end = threading.Event()
         self._looks = self._waiting = 0
         self._main = threading.main_thread().ident or 0
@@ -103,14 +106,17 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Look until `stop`."""
-        seen, since = self.pulse.count, time.monotonic()
+        seen, silent_s, before = self.pulse.count, 0.0, time.monotonic()
         written, armed = 0, 0.0
         with self._stacks.open("a", encoding="utf-8") as stacks:
             while not self._end.wait(_POLL_S):
                 now, limit = time.monotonic(), self._limit_s()
                 self._look()
+                # A process that was suspended as a whole, this thread included, has not been silent for so long.
+                silent_s += min(now - before, max(limit / 4, 2 * _POLL_S))
+                before = now
                 if self.pulse.count != seen:
-                    seen, since = self.pulse.count, now
+                    seen, silent_s = self.pulse.count, 0.0
                 if not limit:
                     continue
                 if now - armed > limit / 4:
@@ -120,8 +126,8 @@ class Watch(threading.Thread):
                     if self.pulse.step != written:
                         written = self.pulse.step
                         self._write(self._state(stuck=False))
-                if now - since > limit:
-                    self._give_up(now - since, min(limit / 4, 30.0), stacks.fileno())
+                if silent_s > limit:
+                    self._give_up(silent_s, min(limit / 4, 30.0), stacks.fileno())
         self._remove_empty()
 
     def _look(self) -> None:
@@ -136,8 +142,8 @@ class Watch(threading.Thread):
         faulthandler.dump_traceback(stacks, all_threads=True)
         self._write(mine)
         time.sleep(grace_s)  # the others notice too
-        found = verdict(read(self.run_dir))
-        text = f"{head}; stacks in {self._stacks}\n" + "\n".join(found)
+        found = verdict([heartbeat for heartbeat in read(self.run_dir) if heartbeat.rank < self._world_size])
+        text = f"{head}; {'; '.join(found)}; stacks in {self._stacks}"
         part = self.run_dir / f"{VERDICT}.{self.rank}.part"
         part.write_text("\n".join(found) + "\n", encoding="utf-8")
         os.replace(part, self.run_dir / VERDICT)

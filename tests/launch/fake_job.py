@@ -152,7 +152,7 @@ def killed_twice(cfg: Config, rank: RankInfo) -> None:
 def stopped_once(cfg: Config, rank: RankInfo) -> None:
     """Rank 1 is stopped (SIGSTOP) in the first start, while the others wait for it."""
     pulse = Pulse()
-    watched = Watch(pulse, Path(cfg.run_dir), rank.rank, lambda: 1.0, lambda: False)
+    watched = Watch(pulse, Path(cfg.run_dir), rank.rank, rank.world_size, lambda: 1.0, lambda: False)
     watched.start()
     _meet(rank)
     pulse.beat(4, "update")

@@ -21,7 +21,7 @@ def start(program: str, run_dir: Path) -> subprocess.CompletedProcess[str]:
         from pathlib import Path
         from moe_train.resilience.watch import Pulse, Watch
         pulse, counts = Pulse(), True
-        watched = Watch(pulse, Path(sys.argv[1]), 3, lambda: 0.5, lambda: counts)
+        watched = Watch(pulse, Path(sys.argv[1]), 3, 4, lambda: 0.5, lambda: counts)
         watched.start()
     """
     text = textwrap.dedent(head) + textwrap.dedent(program)
@@ -69,9 +69,27 @@ def test_progress_and_jumps_of_the_clock_leave_it_alone(tmp_path: Path) -> None:
     assert list((tmp_path / "logs").iterdir()) == []
 
 
+def test_a_process_that_was_suspended_is_not_taken_for_hung(tmp_path: Path) -> None:
+    done = start(
+        """
+        import os, subprocess
+        resume = f"sleep 1.5; kill -CONT {os.getpid()}"
+        for i in range(3):
+            pulse.beat(i, "forward")
+            if i == 1:
+                subprocess.Popen(["sh", "-c", resume])
+                os.kill(os.getpid(), 19)
+            time.sleep(0.15)
+        watched.stop()
+        """,
+        tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_share_of_time_that_is_its_own(tmp_path: Path) -> None:
     pulse = watch.Pulse()
-    watched = watch.Watch(pulse, tmp_path, 0, lambda: 0.0, lambda: True)
+    watched = watch.Watch(pulse, tmp_path, 0, 1, lambda: 0.0, lambda: True)
     waiting: dict[str, Any] = {"sleep": time.sleep}
     source = compile("def all_reduce():\n    sleep(0.6)\n", "/lib/torch/distributed/c10d.py", "exec")
     exec(source, waiting)

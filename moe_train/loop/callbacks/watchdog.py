@@ -14,7 +14,7 @@ from moe_train.resilience.watch import Watch
 
 _SHARE_OF_TIMEOUT = 0.8
 """Default of resilience.hang_timeout_s, in launcher.timeout_s."""
-_PRODUCT = {"cpu": 256, "cuda": 8192}
+_PRODUCT = {"cpu": 256, "cuda": 4096}
 """Rows and columns of the matrices of the fixed product: milliseconds."""
 
 
@@ -37,7 +37,9 @@ class Watchdog(Callback):
             return max(settings.first_step_timeout_s, within_step) if slow and within_step else within_step
 
         if within_step or settings.straggler_interval_steps:
-            self.watch = Watch(run.pulse, run.run_dir, run.rank.rank, limit_s, lambda: not run.clock.is_paused)
+            self.watch = Watch(
+                run.pulse, run.run_dir, run.rank.rank, run.layout.world_size, limit_s, lambda: not run.clock.is_paused
+            )
             self.watch.start()
 
     def on_step_end(self, run: Run, metrics: Metrics) -> None:
