@@ -50,8 +50,9 @@ class StepClock:
             yield
         finally:
             self.is_paused = False
-            self._paused_s += self._now() - began
-            self.total_paused_s += self._now() - began
+            pause_s = self._now() - began
+            self._paused_s += pause_s
+            self.total_paused_s += pause_s
 
     @property
     def mean_s(self) -> float | None:
