@@ -70,7 +70,7 @@ class Stragglers(Callback):
         self._judge = stragglers.Judge(stages, settings.straggler_ratio, settings.straggler_intervals)
 
     def on_step_end(self, run: Run, metrics: Metrics) -> None:
-        if self._steps == 0:  # the first step after a start or a comparison begins the interval
+        if self._steps == 0:  # the first step after a start, which compiles, is in no interval
             self._begin(run)
             return
         self._steps += 1
@@ -83,9 +83,9 @@ class Stragglers(Callback):
         mine = [(1.0 if share is None else share) * step_s, product_s(run.device), step_s]
         times[run.rank.rank] = torch.tensor(mine, dtype=torch.float64)
         dist.all_reduce(times)  # the sum of tables that are zero in all other rows
-        self._steps = 0
         if self._judge and (found := self._judge.slow(times.tolist())):
             self._tell(run, found)
+        self._begin(run)
 
     def _begin(self, run: Run) -> None:
         if self._watchdog.watch is not None:
