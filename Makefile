@@ -10,7 +10,7 @@ TEST_WORKERS ?= 2
 # Tests must not depend on what else the machine's Python warns about.
 export PYTHONWARNINGS := ignore
 
-.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity bench-memory bench-plan bench-step bench-fp8 bench-convert bench-checkpoint dryrun clean
+.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity bench-memory bench-plan bench-step bench-fp8 bench-convert bench-checkpoint bench-faults dryrun clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -78,6 +78,9 @@ bench-fp8: setup ## Compare losses of emulated FP8 with bf16 over 300 steps; wri
 
 bench-checkpoint: setup ## Measure how long training waits for a checkpoint; writes bench/results/checkpoint.json
 	$(BIN)/python -m bench.bench_checkpoint
+
+bench-faults: setup ## Inject faults into small runs here and see them recover; writes bench/results/faults.json
+	$(BIN)/python -m bench.bench_faults
 
 dryrun: setup ## Build all 1,024 distinct ranks of DeepSeek-V3 on 2,048 GPUs and add up their parameters
 	$(BIN)/moe-dryrun model=deepseek_v3 parallel=deepseek_v3_h800

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_train.resilience import stop
-from parallel.errors import LaunchError, MoeTrainError
+from moe_train.resilience import stop, watch
+from moe_train.resilience.bad_steps import DivergedError
+from parallel.errors import ConfigError, LaunchError, MoeTrainError
 
 # What gloo, NCCL and the store say in a healthy rank when another one is gone or late.
 _LOST_PEER = re.compile(
@@ -25,7 +26,10 @@ _LOST_PEER = re.compile(
 )
 
 AGREED = (3, stop.EXIT_CODE)
-"""Exit codes with which all ranks end together and on purpose: preflight found something, a signal asked to stop."""
+"""Exit codes with which all ranks end together and on purpose: a node is bad or slow, a signal asked to stop."""
+
+LASTING = (ConfigError.exit_code, DivergedError.exit_code)
+"""Exit codes of what starting again would not change."""
 
 _SIGNAL_CAUSES = {
     "SIGKILL": "most often it was out of memory: see `dmesg`, lower batch.micro_batch_size or train.seq_length, "
@@ -43,7 +47,7 @@ class Failure:
     message: str
     """One line."""
     exit_code: int
-    """Of the process as a whole: 2 for wrong input, else 1."""
+    """Of the process as a whole: 2 for wrong input, 4 and 5 where ranks hung or diverged, else 1."""
     traceback: str
     order: tuple[int, float]
     """The smallest is the cause of the others."""
@@ -96,7 +100,7 @@ def record(error: BaseException, error_file: str) -> None:
     extra = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()))}
     data = {
         "message": {"message": one_line(error), "extraInfo": extra},
-        "time_s": time.time(),
+        "time_s": time.monotonic(),  # one clock for all processes of a machine, and nobody sets it
         "exit_code": exit_code_of(error),
         "explained": isinstance(error, MoeTrainError),
         "lost_peer": lost_peer(error),
@@ -120,9 +124,11 @@ def read(rank: int, exit_status: int, error_file: str, log: str) -> Failure:
 
 
 def _without_record(rank: int, exit_status: int, log: str) -> Failure:
-    now = time.time()
+    now = time.monotonic()
     if exit_status in AGREED:  # of several ranks, any other failure explains more
         return Failure(rank, f"rank {rank} ended with exit code {exit_status}", exit_status, "", (4, now))
+    if exit_status == watch.HUNG:
+        return Failure(rank, _hung(rank, Path(log)), exit_status, "", (1, now))
     if exit_status >= 0:
         return Failure(rank, f"rank {rank} ended with exit code {exit_status} and no error; see {log}", 1, "", (1, now))
     try:
@@ -134,3 +140,12 @@ def _without_record(rank: int, exit_status: int, log: str) -> Failure:
     # but not one that only says that it lost a peer.
     order = (2 if name == "SIGABRT" else 1, now)
     return Failure(rank, f"rank {rank} was killed by {name}; {why}", 1, "", order)
+
+
+def _hung(rank: int, log: Path) -> str:
+    """Which rank made no progress, as the one that ended itself found out."""
+    try:
+        found = "; ".join((log.parent.parent / watch.VERDICT).read_text(encoding="utf-8").splitlines())
+    except OSError:
+        found = f"rank {rank} made no progress"
+    return f"{found} (stacks in {log.parent}/hang_rank_N.txt)"

@@ -7,6 +7,7 @@ value for all ranks.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -14,8 +15,10 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch import env, failures, job, local, rank, rendezvous
 from moe_train.config.fallback import fitting
@@ -26,7 +29,9 @@ from parallel.rank_info import RankInfo
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-_CONFIG, _FAILED, _LOST, _READ, _DONE = (f"moe_train/{key}" for key in ("config", "failed", "lost", "read", "done"))
+_CONFIG, _FAILED, _LOST, _READ, _DONE, _CODE, _VERDICT, _LEFT = (
+    f"moe_train/{key}" for key in ("config", "failed", "lost", "read", "done", "code", "verdict", "left")
+)
 _PREPARATION_S = 24 * 3600  # other ranks wait while rank 0 tokenises a corpus; if it dies they notice at once
 
 
@@ -101,23 +106,64 @@ def _train(cfg: Config, path: Path, info: RankInfo, store: TCPStore, entry: str 
     try:
         env.apply(cfg.launcher, info)
         rank.use_threads(cfg.launcher.threads_per_rank or _threads(info))
+        if entry is None:
+            _same_everywhere(cfg, info, store)
         rank.train(str(path), entry or local.ENTRY, info)
     except SystemExit as ended:  # early, as asked
         # Together: a launcher may kill the others at the first exit code that is not 0.
         with contextlib.suppress(RuntimeError):  # the store ends with rank 0
             store.add(_DONE, 1)
             _await(store, _DONE, info.world_size)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(ended.code if isinstance(ended.code, int) else 1)
+        _leave(ended.code if isinstance(ended.code, int) else 1)
     except Exception as error:
         _tell(error, cfg, info, store)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(failures.exit_code_of(error))  # a broken communicator can keep a process, and the launcher waits
+        _leave(failures.exit_code_of(error))  # a broken communicator can keep a process, and the launcher waits
     store.add(_DONE, 1)
     if info.rank == 0:
         _await(store, _DONE, info.world_size)  # the store ends with this process
+
+
+def _same_everywhere(cfg: Config, info: RankInfo, store: TCPStore) -> None:
+    """Compare code, config and versions of all ranks before a model is built. Where they differ rank 0 says which
+    ranks differ from most, and all processes end."""
+    from launch.preflight import facts
+    from moe_train.config import compose
+
+    mine = facts.versions() | {"config": hashlib.sha256(compose.to_yaml(cfg).encode()).hexdigest()[:12]}
+    store.set(f"{_CODE}/{info.rank}", json.dumps({"node": facts.node_name(), "versions": mine}))
+    if info.rank:
+        store.wait([_VERDICT])
+        if store.get(_VERDICT) != b"same":
+            store.add(_LEFT, 1)
+            _leave(LaunchError.exit_code)
+        return
+    store.wait([f"{_CODE}/{i}" for i in range(info.world_size)])
+    problem = odd_ranks([json.loads(store.get(f"{_CODE}/{i}")) for i in range(info.world_size)])
+    if problem:  # told before anyone ends, because a launcher may kill the others at the first that does
+        _tell(LaunchError(problem, "give every node the same code and environment"), cfg, info, store)
+    store.set(_VERDICT, "different" if problem else "same")
+    if problem:
+        _await(store, _LEFT, info.world_size - 1)
+        _leave(LaunchError.exit_code)
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def odd_ranks(found: Sequence[Mapping[str, Any]]) -> str:
+    """What differs on which ranks, each of `found` with its `node` and `versions`; "" where nothing does."""
+    problems = []
+    for name in found[0]["versions"]:
+        values = [one["versions"].get(name) for one in found]
+        usual = Counter(values).most_common(1)[0][0]
+        odd = [f"rank {i} ({found[i]['node']}) has {value}" for i, value in enumerate(values) if value != usual]
+        if odd:
+            more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+            problems.append(f"{name}: {', '.join(odd[:3])}{more}, the others {usual}")
+    return "; ".join(problems)
 
 
 def _threads(info: RankInfo) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from datetime import timedelta
@@ -9,8 +10,9 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-from launch import env, job, rank
+from launch import env, failures, job, rank
 from launch.processes import RankProcesses
+from moe_train.checkpoint import directory
 from moe_train.config.schema import Config, LauncherConfig
 from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
@@ -24,13 +26,37 @@ _HOST = "127.0.0.1"
 def start(cfg: Config, layout: ParallelLayout, entry: str | None = None) -> None:
     """Run `entry` (null: `ENTRY`) on every rank of `layout` and return when all are done; `cfg.runtime` is cuda or cpu.
 
-    Rank 0 owns the terminal; the output of rank N goes to run_dir/logs/rank_N.log.
+    Rank 0 owns the terminal; the output of rank N goes to run_dir/logs/rank_N.log. When a rank fails the others are
+    stopped, and all start again from the newest checkpoint, at most `launcher.restarts` times in all, and never where
+    that would not help (`failures.LASTING`).
 
     Raises:
-        RankError: a rank failed; the others were stopped.
+        RankError: a rank failed, and was not or not again started.
         LaunchError: run_dir cannot be written.
         Interrupted: a signal told this process to end; the ranks were stopped.
     """
+    restarts = cfg.launcher.restarts or 0
+    before = _checkpoints(cfg)
+    for attempt in range(restarts + 1):
+        try:
+            _run(cfg, layout, entry)
+            return
+        except failures.RankError as error:
+            if error.exit_code in failures.LASTING or attempt == restarts:
+                raise
+            if _checkpoints(cfg) != before:  # what was asked of the first start must not make a later one begin anew
+                cfg = dataclasses.replace(cfg, resume="auto")
+            print(f"warning: {error}; starting again, {attempt + 1} of {restarts} times", file=sys.stderr, flush=True)
+
+
+def _checkpoints(cfg: Config) -> dict[str, int]:
+    """When each checkpoint of the run was written."""
+    root = Path(cfg.checkpoint.dir or Path(cfg.run_dir) / "checkpoints")
+    files = (path / directory.STATE for path in directory.candidates(root))
+    return {file.parent.name: file.stat().st_mtime_ns for file in files if file.exists()}
+
+
+def _run(cfg: Config, layout: ParallelLayout, entry: str | None) -> None:
     config_path = job.save_config(cfg)
     logs = config_path.parent / "logs"
     logs.mkdir(exist_ok=True)

@@ -147,7 +147,7 @@ def environment(cfg: Config, code: Path) -> dict[str, str]:
         "MOE_PYTHON": sys.executable,
         "MOE_START": launcher.start,
         "MOE_PREFLIGHT": launcher.preflight,
-        "MOE_RESTARTS": str(launcher.restarts),
+        "MOE_RESTARTS": str(3 if launcher.restarts is None else launcher.restarts),
         "MOE_REQUEUES": str(0 if launcher.chain > 1 else launcher.requeues),
         "MOE_GRACE_S": str(launcher.grace_s),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +72,18 @@ def to_precision(chunk: nn.Module, run: Run) -> nn.Module:
 
 def train(run: Run) -> None:
     """Step until the end of the run. All that is not the step is a callback."""
-    cfg, state = run.cfg, run.state
+    cfg = run.cfg
     eval_count = cfg.train.eval_batches
     batch = cfg.batch.global_batch_size
     train_data, run.valid_data, _ = build_datasets(cfg, run.total_steps * batch, eval_count * batch, 0)
-    batches = iterators(run, train_data, state.consumed_samples)
+    # A run that passed over data needs more than its steps take, and uses its first samples again.
+    batches = iterators(run, train_data, run.state.consumed_samples, wrap=True)
 
     def evaluate() -> None:
         if eval_count and run.valid_data is not None:
             with run.clock.paused():
                 loss = step.evaluate(run, iterators(run, run.valid_data, 0), eval_count)
+            state = run.state
             run.evaluations.append({"step": state.step, "tokens": state.consumed_tokens, "valid_loss": loss})
             for callback in run.callbacks:
                 callback.on_evaluation_end(run, run.evaluations[-1])
@@ -92,12 +93,17 @@ def train(run: Run) -> None:
             callback.on_start(run)
         evaluate()
         run.clock.start()
-        while state.step < run.total_steps:
+        while run.state.step < run.total_steps:
+            for callback in run.callbacks:
+                callback.on_step_begin(run)
             run.last_metrics = step.train_step(run, batches)
             for callback in run.callbacks:
                 callback.on_step_end(run, run.last_metrics)
+            for iterator in batches:
+                if iterator.consumed_samples != run.state.consumed_samples:  # the run went back, and passes over data
+                    iterator.load_state_dict({"consumed_samples": run.state.consumed_samples})
             interval = cfg.train.eval_interval_steps
-            if state.step == run.total_steps or (interval and state.step % interval == 0):
+            if run.state.step == run.total_steps or (interval and run.state.step % interval == 0):
                 evaluate()
         run.completed = True
     finally:
@@ -105,20 +111,19 @@ def train(run: Run) -> None:
             callback.on_end(run)
 
 
-def iterators(run: Run, dataset: Any, start_sample: int) -> list[Iterator[dict[str, torch.Tensor]]]:
+def iterators(run: Run, dataset: Any, start_sample: int, wrap: bool = False) -> list[BatchIterator]:
     """One iterator over the same batches for each model chunk of this rank."""
     return [
-        iter(
-            BatchIterator(
-                dataset,
-                dp_rank=ps.get_data_parallel_rank(),
-                dp_size=run.layout.dp,
-                micro_batch_size=run.cfg.batch.micro_batch_size,
-                global_batch_size=run.cfg.batch.global_batch_size,
-                start_sample=start_sample,
-                device=run.device,
-                workers=run.cfg.data.loader_workers,
-            )
+        BatchIterator(
+            dataset,
+            dp_rank=ps.get_data_parallel_rank(),
+            dp_size=run.layout.dp,
+            micro_batch_size=run.cfg.batch.micro_batch_size,
+            global_batch_size=run.cfg.batch.global_batch_size,
+            start_sample=start_sample,
+            device=run.device,
+            workers=run.cfg.data.loader_workers,
+            wrap=wrap,
         )
         for _ in range(run.layout.vpp)
     ]

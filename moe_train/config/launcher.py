@@ -50,7 +50,10 @@ class LauncherConfig:
     time_limit_min: int = doc(1440, "Time limit of one job, minutes.", minimum=1, maximum=1_000_000)
     grace_s: int = doc(300, "Time before the limit in which a checkpoint must be written, seconds.", minimum=10)
     requeues: int = doc(100, "Most times that a job goes back to the queue to continue.", minimum=0)
-    restarts: int = doc(3, "Most times that ranks are started again in one job after one has failed.", minimum=0)
+    restarts: int | None = doc(
+        None, "Most times that ranks are started again in one job after one has failed; null means 3 in a batch job, "
+        "and 0 where moe-train starts the ranks itself.", minimum=0,
+    )  # fmt: skip
     chain: int = doc(1, "Jobs submitted one after another; each runs only if the one before did not finish.", minimum=1)
     array_limit: int | None = doc(None, "Jobs of a sweep (-m) that run at a time; null means all.", minimum=1)
     container: str | None = doc(None, "Container image that ranks run in; null means none.")

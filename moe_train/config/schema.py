@@ -12,6 +12,7 @@ from moe_train.config.fields import doc
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.plan import PlanConfig
+from moe_train.config.resilience import ResilienceConfig
 
 
 @dataclass
@@ -282,6 +283,7 @@ class Config:
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)

@@ -22,6 +22,7 @@ class BatchIterator:
         start_sample: samples that all ranks together have used before.
         device: where batches go; None leaves them on the CPU.
         workers: processes that read ahead; 0 reads in this one. `close` ends them.
+        wrap: whether to begin again with the first sample behind the last one, instead of ending.
 
     Raises:
         ValueError: the global batch is not whole micro-batches on every rank.
@@ -30,12 +31,13 @@ class BatchIterator:
     def __init__(
         self, dataset: Dataset[Any], *, dp_rank: int, dp_size: int, micro_batch_size: int, global_batch_size: int,
         start_sample: int = 0, device: torch.device | None = None, workers: int = 0,
+        wrap: bool = False,
     ) -> None:  # fmt: skip
         if global_batch_size % (micro_batch_size * dp_size):
             raise ValueError(
                 f"{global_batch_size} samples are not micro-batches of {micro_batch_size} on {dp_size} ranks"
             )
-        self.dataset, self.device, self.workers = dataset, device, workers
+        self.dataset, self.device, self.workers, self.wrap = dataset, device, workers, wrap
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self._start, self._taken = start_sample, 0
@@ -73,11 +75,12 @@ class BatchIterator:
             return batch
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
-    def _indices(self) -> Iterator[range]:
+    def _indices(self) -> Iterator[list[int]]:
         size, first = self.micro_batch_size, self._start
-        while first + self.global_batch_size <= len(self.dataset):  # type: ignore[arg-type]
+        length = len(self.dataset)  # type: ignore[arg-type]
+        while self.wrap or first + self.global_batch_size <= length:
             for sample in range(self.dp_rank * size, self.global_batch_size, self.dp_size * size):
-                yield range(first + sample, first + sample + size)
+                yield [index % length for index in range(first + sample, first + sample + size)]
             first += self.global_batch_size
 
     def _read(self) -> Iterator[Batch]:
@@ -88,7 +91,7 @@ class BatchIterator:
     def _read_ahead(self) -> Iterator[Batch]:
         loader = DataLoader(
             self.dataset,
-            batch_sampler=self._indices(),  # type: ignore[arg-type]
+            batch_sampler=self._indices(),
             num_workers=self.workers,
             # A rank's own default is how it was started itself: a worker would import torch and Megatron-Core anew.
             # It only reads mapped files and never touches a device, so a fork is safe.

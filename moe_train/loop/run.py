@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from moe_train.config.schema import Config
+from moe_train.resilience.bad_steps import BadSteps
+from moe_train.resilience.watch import Pulse
 from moe_train.telemetry.clock import StepClock
 from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
@@ -31,11 +33,20 @@ class Callback:
     def on_start(self, run: Run) -> None:
         """Before the first step, after a checkpoint was loaded."""
 
+    def on_step_begin(self, run: Run) -> None:
+        """Before each optimizer step."""
+
     def on_step_end(self, run: Run, metrics: Metrics) -> None:
         """After each optimizer step. `metrics` has the same global values on every rank."""
 
     def on_evaluation_end(self, run: Run, metrics: Metrics) -> None:
         """After each evaluation."""
+
+    def on_event(self, run: Run, event: Metrics) -> None:
+        """Something out of the ordinary: `event` has `step`, `event` (its name) and what is known of it."""
+
+    def on_rollback(self, run: Run) -> None:
+        """The run went back to `run.state.step`, and continues with data that it has not seen."""
 
     def on_end(self, run: Run) -> None:
         """After the last step, also when a step raised an error."""
@@ -68,6 +79,16 @@ class Run:
     peak_tflops: float | None = None  # of one rank; None where it is not known
     stopped_by: str = ""  # signal that asked the run to end before its last step
     completed: bool = False  # all steps and evaluations are done; stays False when one raised an error
+    pulse: Pulse = field(default_factory=Pulse)  # beat it where a step makes progress
+    bad_steps: BadSteps = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bad_steps = BadSteps(self.cfg.resilience)
+
+    def announce(self, event: str, **facts: Any) -> None:
+        """Tell the callbacks that something happened. Every rank calls it."""
+        for callback in self.callbacks:
+            callback.on_event(self, {"step": self.state.step, "event": event, **facts})
 
     @property
     def micro_batches(self) -> int:

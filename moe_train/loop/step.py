@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,35 +15,52 @@ from torch import Tensor
 
 from moe_train.loop.run import Metrics, Run
 from moe_train.model import delayed_scaling
+from moe_train.optim import update
 from moe_train.telemetry import model_metrics
 from parallel import sequence
 
 Batch = dict[str, Tensor]
 
 
-def train_step(run: Run, batches: list[Iterator[Batch]]) -> Metrics:
-    """One optimizer step. `batches` has an iterator for each model chunk. Returns global values, equal on all ranks."""
+def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
+    """One optimizer step. `batches` has an iterator for each model chunk. Returns global values, equal on all ranks.
+
+    A bad step (`bad_step` in the metrics says why) leaves weights, router biases and optimizer as they were; its data
+    counts as used, and the step as done.
+    """
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
+    biases = run.expert_load.biases() if run.expert_load is not None else []
+    biases_before = [bias.clone() for bias in biases]
     losses = _forward_backward(run, batches, forward_only=False)
-    if run.cfg.precision.fp8 == "delayed":
+    run.pulse.beat(run.state.step, "update")
+    norm = update.gradient_norm(run.optimizer)
+    loss, doubted = _mean(losses, run.device, doubt=bool(run.bad_steps.doubt(norm)))
+    bad = run.bad_steps.judge(loss, norm, doubted)
+    if bad:
+        for bias, before in zip(biases, biases_before, strict=True):
+            bias.copy_(before)
+        delayed_scaling.discard(run.chunks)
+    elif run.cfg.precision.fp8 == "delayed":
         delayed_scaling.update(run.chunks)
-    updated, grad_norm, _ = run.optimizer.step()
     learning_rate = run.schedule.optimizer.param_groups[0]["lr"] if run.optimizer.param_groups else 0.0
+    updated = norm is not None and not bad and update.apply(run.optimizer, norm)
     if updated:  # fp16 skips the update when the gradients overflow
         run.schedule.step(increment=1)
     run.state.step += 1
     run.state.consumed_samples += run.cfg.batch.global_batch_size
     run.state.consumed_tokens += run.cfg.batch.global_batch_size * run.cfg.train.seq_length
-    metrics = {"lm_loss": _mean(losses, run.device), "grad_norm": float(grad_norm or 0.0), "lr": learning_rate}
+    metrics = {"lm_loss": loss, "grad_norm": norm or 0.0, "lr": learning_rate}
     if not updated:
         metrics["skipped"] = True
+    if bad:
+        metrics["bad_step"] = bad
     return {**metrics, **model_metrics.collect(run)}
 
 
 @torch.no_grad()
-def evaluate(run: Run, batches: list[Iterator[Batch]], count: int) -> float:
+def evaluate(run: Run, batches: Sequence[Iterator[Batch]], count: int) -> float:
     """Mean loss over `count` global batches of held-out text, nats a token."""
     for chunk in run.chunks:
         chunk.eval()
@@ -51,14 +69,14 @@ def evaluate(run: Run, batches: list[Iterator[Batch]], count: int) -> float:
         losses += _forward_backward(run, batches, forward_only=True)
     for chunk in run.chunks:
         chunk.train()
-    return _mean(losses, run.device)
+    return _mean(losses, run.device)[0]
 
 
-def _forward_backward(run: Run, batches: list[Iterator[Batch]], forward_only: bool) -> list[Tensor]:
+def _forward_backward(run: Run, batches: Sequence[Iterator[Batch]], forward_only: bool) -> list[Tensor]:
     """[loss sum, tokens] of each micro-batch, on the last pipeline stage; empty elsewhere."""
     outputs = get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=batches if len(batches) > 1 else batches[0],
+        forward_step_func=partial(_forward_step, run),
+        data_iterator=list(batches) if len(batches) > 1 else batches[0],
         model=run.chunks,
         num_microbatches=run.micro_batches,
         seq_length=run.cfg.train.seq_length,
@@ -68,7 +86,8 @@ def _forward_backward(run: Run, batches: list[Iterator[Batch]], forward_only: bo
     return [output["loss"] for output in outputs]
 
 
-def _forward_step(batches: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
+def _forward_step(run: Run, batches: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
+    run.pulse.beat(run.state.step, "forward and backward")
     batch = sequence.on_this_rank(next(batches), ps.get_context_parallel_rank(), ps.get_context_parallel_world_size())
     losses = chunk(
         batch["tokens"],
@@ -88,10 +107,13 @@ def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tenso
     return total, tokens, {"loss": torch.stack([total.detach().clone(), tokens.float()])}
 
 
-def _mean(losses: list[Tensor], device: torch.device) -> float:
-    """Mean over all tokens of all ranks. Only tensor rank 0 of the last stage adds its losses: others hold copies."""
-    total = torch.zeros(2, dtype=torch.float64, device=device)
+def _mean(losses: list[Tensor], device: torch.device, doubt: bool = False) -> tuple[float, bool]:
+    """Mean over all tokens of all ranks, and whether any rank has a doubt. Only tensor rank 0 of the last stage adds
+    its losses: others hold copies."""
+    total = torch.zeros(3, dtype=torch.float64, device=device)
     if losses and ps.get_tensor_model_parallel_rank() == 0:
-        total += torch.stack(losses).sum(dim=0)
+        total[:2] += torch.stack(losses).sum(dim=0)
+    total[2] = float(doubt)
     dist.all_reduce(total)
-    return float(total[0] / total[1])
+    loss, tokens, doubts = total.tolist()
+    return loss / tokens if tokens else math.nan, doubts > 0

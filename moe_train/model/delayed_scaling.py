@@ -84,6 +84,13 @@ def update(chunks: list[Any]) -> None:
             scale.step()
 
 
+def discard(chunks: list[Any]) -> None:
+    """End a step that is not to count."""
+    for _, scales in layers_of(chunks):
+        for scale in scales:
+            scale.latest = torch.zeros_like(scale.latest)
+
+
 def _groups(is_expert: bool) -> list[Any]:
     """Ranks that hold parts or copies of the same tensors."""
     if is_expert:

@@ -14,6 +14,8 @@ class StepClock:
         self._now = now
         self._began: float | None = None
         self._paused_s = 0.0
+        self.is_paused = False
+        self.total_paused_s = 0.0
         self._laps: list[float] = []  # [first, sum of the others]; the first includes warm-up
         self._later = 0
 
@@ -43,10 +45,14 @@ class StepClock:
     def paused(self) -> Iterator[None]:
         """Leave the time of the `with` block out of the current lap. Not to be nested."""
         began = self._now()
+        self.is_paused = True
         try:
             yield
         finally:
-            self._paused_s += self._now() - began
+            self.is_paused = False
+            pause_s = self._now() - began
+            self._paused_s += pause_s
+            self.total_paused_s += pause_s
 
     @property
     def mean_s(self) -> float | None:

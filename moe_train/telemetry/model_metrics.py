@@ -23,6 +23,7 @@ class ExpertLoad:
 
     def __init__(self, chunks: list[Any], layers: int, experts: int, device: torch.device) -> None:
         self.counts = torch.zeros(layers, experts, dtype=torch.float64, device=device)
+        self._routers: list[Any] = []
         for chunk in chunks:
             for name, module in chunk.named_modules():
                 if isinstance(module, TopKRouter):
@@ -30,6 +31,7 @@ class ExpertLoad:
                     if ".mtp." in f".{name}" and number <= chunk.config.num_layers:
                         number += chunk.config.num_layers  # some versions number these layers from 1 again
                     module.register_forward_hook(self._hook(number - 1))
+                    self._routers.append(module)
 
     def _hook(self, layer: int) -> Any:
         def count(module: nn.Module, _: Any, output: tuple[Tensor, Tensor]) -> None:
@@ -37,6 +39,10 @@ class ExpertLoad:
                 self.counts[layer] += output[1].sum(dim=0)
 
         return count
+
+    def biases(self) -> list[Tensor]:
+        """Of the routers of this rank that balance by a bias, which Megatron-Core moves with the gradients."""
+        return [router.expert_bias for router in self._routers if router.expert_bias is not None]
 
     def take(self) -> Tensor:
         """Tokens of each expert over all ranks [layers, experts], and start again at zero."""

@@ -10,18 +10,24 @@ from parallel.errors import ConfigError
     [
         (
             "checkpoint.keep_every=100",
-            "checkpoint.keep_every=100 says which stay, but checkpoint.keep_last=null keeps all; use "
-            "checkpoint.keep_last=3 or checkpoint.keep_every=null",
+            (
+                "checkpoint.keep_every=100 says which stay, but checkpoint.keep_last=null keeps all; use "
+                "checkpoint.keep_last=3 or checkpoint.keep_every=null"
+            ),
         ),
         (
             "checkpoint.keep_last=2 checkpoint.keep_every=100 checkpoint.interval_steps=30",
-            "checkpoint.keep_every=100 is no multiple of checkpoint.interval_steps=30, at which is saved; use "
-            "checkpoint.keep_every=60 or checkpoint.keep_every=90",
+            (
+                "checkpoint.keep_every=100 is no multiple of checkpoint.interval_steps=30, at which is saved; use "
+                "checkpoint.keep_every=60 or checkpoint.keep_every=90"
+            ),
         ),
         (
             "run_dir=runs/x checkpoint.local_dir=runs/x/checkpoints",
-            "checkpoint.local_dir=runs/x/checkpoints is where all checkpoints go, no node's own disk; use "
-            "checkpoint.local_dir=null",
+            (
+                "checkpoint.local_dir=runs/x/checkpoints is where all checkpoints go, no node's own disk; use "
+                "checkpoint.local_dir=null"
+            ),
         ),
         ("checkpoint.keep_last=0", "checkpoint.keep_last=0 is less than 1"),
         ("checkpoint.tries=0", "checkpoint.tries=0 is less than 1"),

@@ -109,3 +109,13 @@ def test_reading_takes_no_number_from_the_generator_that_training_uses() -> None
 def test_batches_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="8 samples are not micro-batches of 3 on 2 ranks"):
         iterator(0, 2, 3)
+
+
+def test_behind_the_last_sample_comes_the_first_again_where_that_is_asked_for() -> None:
+    """On every rank, with the position counted on, and without a part of a global batch left out."""
+    ranks = [iterator(r, 2, micro=2, size=4, count=10, start_sample=4, wrap=True) for r in range(2)]
+    batches = [[int(row[0]) for rank in ranks for row in next(rank)["tokens"]] for _ in range(4)]
+    assert batches == [[4, 5, 6, 7], [8, 9, 0, 1], [2, 3, 4, 5], [6, 7, 8, 9]]
+    assert ranks[1].consumed_samples == 20
+    ranks[0].load_state_dict({"consumed_samples": 9})
+    assert [int(row[0]) for row in next(ranks[0])["tokens"]] == [9, 0]

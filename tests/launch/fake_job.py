@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from moe_train.config.schema import Config
 from moe_train.resilience import stop
+from moe_train.resilience.bad_steps import DivergedError
+from moe_train.resilience.watch import Pulse, Watch
 from parallel.errors import ConfigError, DataError
 from parallel.rank_info import RankInfo
 
@@ -124,3 +126,44 @@ def until_told(cfg: Config, rank: RankInfo) -> None:
         wish = torch.tensor(float(bool(stop.asked())))
         dist.all_reduce(wish, op=dist.ReduceOp.MAX)
     raise stop.Stopped
+
+
+def _attempt(cfg: Config, rank: RankInfo) -> int:
+    """How often this rank was started before in this run directory. Leaves what it was told about resuming."""
+    attempt = len(list(Path(cfg.run_dir).glob(f"attempt_*_{rank.rank}")))
+    Path(cfg.run_dir, f"attempt_{attempt}_{rank.rank}").write_text(cfg.resume)
+    return attempt
+
+
+def killed_twice(cfg: Config, rank: RankInfo) -> None:
+    """Rank 1 is killed in the first two starts, in the second after a checkpoint was written."""
+    attempt = _attempt(cfg, rank)
+    _meet(rank)
+    if attempt == 1 and rank.rank == 0:
+        checkpoint = Path(cfg.run_dir, "checkpoints", "step_00000001")
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text("{}")
+    dist.barrier()
+    if attempt < 2 and rank.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.ones(1))
+
+
+def stopped_once(cfg: Config, rank: RankInfo) -> None:
+    """Rank 1 is stopped (SIGSTOP) in the first start, while the others wait for it."""
+    pulse = Pulse()
+    watched = Watch(pulse, Path(cfg.run_dir), rank.rank, rank.world_size, lambda: 1.0, lambda: False)
+    watched.start()
+    _meet(rank)
+    pulse.beat(4, "update")
+    if _attempt(cfg, rank) == 0 and rank.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.all_reduce(torch.ones(1))
+    watched.stop()
+
+
+def diverge(cfg: Config, rank: RankInfo) -> None:
+    """Every rank finds that training is at an end."""
+    _attempt(cfg, rank)
+    _meet(rank)
+    raise DivergedError("step 3 is bad", "see its data")

@@ -50,6 +50,17 @@ def test_a_signal_ends_every_rank(tmp_path: Path, number: signal.Signals, whole_
         assert "Traceback" not in output
 
 
+def test_a_storm_of_signals_ends_every_rank_like_one(tmp_path: Path) -> None:
+    with commands.hanging("hang", tmp_path, 2) as process:
+        for i in range(60):
+            os.killpg(process.pid, signal.SIGINT if i % 2 else signal.SIGTERM)
+        _gone(tmp_path, process)
+        errors = process.communicate()[1]
+        assert process.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        assert "Traceback" not in errors
+        assert errors.strip().endswith("every rank has ended")
+
+
 def test_sigusr1_lets_ranks_stop_by_themselves(tmp_path: Path) -> None:
     """The launcher passes it on; the exit code says that the run can continue."""
     with commands.hanging("until_told", tmp_path, 2) as process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import join
 from tests.launch import commands
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
@@ -24,7 +26,7 @@ def _run(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=commands.ROOT, env=env, capture_output=True, text=True, timeout=90)
 
 
-def _srun(command: list[str]) -> list[tuple[int, str, str]]:
+def _srun(command: list[str], **more: str) -> list[tuple[int, str, str]]:
     """What two tasks of a real srun see. Returns exit code, output and errors of each."""
     with socket.socket() as listener:
         listener.bind(("", 0))
@@ -34,7 +36,7 @@ def _srun(command: list[str]) -> list[tuple[int, str, str]]:
         env = commands.environment(
             SLURM_JOB_ID="9", SLURM_STEP_ID="0", SLURM_PROCID=str(i), SLURM_LOCALID=str(i), SLURM_NTASKS="2",
             SLURM_STEP_NUM_TASKS="2", SLURM_NODEID="0", SLURM_STEP_TASKS_PER_NODE="2", SLURM_JOB_NODELIST="localhost",
-            MASTER_PORT=str(port),
+            MASTER_PORT=str(port), **more,
         )  # fmt: skip
         pipe = subprocess.PIPE
         tasks.append(subprocess.Popen(command, cwd=commands.ROOT, env=env, stdout=pipe, stderr=pipe, text=True))
@@ -94,6 +96,26 @@ def test_a_rank_that_is_told_to_stop_takes_the_others_with_it(tmp_path: Path) ->
     ends = _srun(commands.arguments("until_told", tmp_path, 2))
     thread.join()
     assert [(code, errors) for code, _, errors in ends] == [(75, ""), (75, "")]
+
+
+def test_a_rank_with_other_code_is_named_and_nothing_is_built(tmp_path: Path) -> None:
+    (code0, _, errors0), (code1, _, errors1) = _srun(commands.arguments("report", tmp_path, 2), TEST_ODD_RANKS="1")
+    assert (code0, code1) == (1, 1)
+    assert re.match(r"error: rank 0: code: rank 1 \(\S+\) has 0123456789ab, the others \w{12}; give every", errors0)
+    assert errors1 == ""
+    assert not list(tmp_path.glob("rank_*.json"))
+
+
+def test_which_ranks_differ_from_most() -> None:
+    same = {"node": "a", "versions": {"code": "1", "torch": "2.9"}}
+    assert join.odd_ranks([same, same]) == ""
+    ranks = [*[same] * 6, *[{"node": f"b{i}", "versions": {"code": "2", "torch": "2.9"}} for i in range(5)]]
+    assert join.odd_ranks(ranks) == (
+        "code: rank 6 (b0) has 2, rank 7 (b1) has 2, rank 8 (b2) has 2 and 2 more, the others 1"
+    )
+    assert join.odd_ranks([{"node": "b", "versions": {"code": "1", "torch": "2.8"}}, same, same]) == (
+        "torch: rank 0 (b) has 2.8, the others 2.9"
+    )
 
 
 def test_srun_prints_the_config_once(tmp_path: Path) -> None:

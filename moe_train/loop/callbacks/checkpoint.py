@@ -40,6 +40,11 @@ class CheckpointCallback(Callback):
         if last or not settings.asynchronous:
             self.finish(run)
 
+    def on_rollback(self, run: Run) -> None:
+        """Save where the run went on, with its new place in the data: a crash must not undo what was decided."""
+        self._saved_step = -1
+        self.save(run)
+
     def save(self, run: Run) -> None:
         """Have the state after the current step on disk when this returns. Every rank calls it.
 

@@ -24,11 +24,13 @@ class MetricsFile(Callback):
     losses and `mtp_loss` where the model has them, `skipped` where fp16 left a step out, `expert_load` (tokens of each
     expert in this step, one list for each MoE layer, multi-token-prediction layers last).
     Evaluation lines: `step`, `tokens`, `valid_loss`.
+    Lines of events: `step`, `event` and what is known of it.
 
     JSON has no infinities and no NaN: such a value is null, and `non_finite` says what it was, as in
     `{"grad_norm": null, "non_finite": {"grad_norm": "inf"}}`.
 
-    A run that continues at step N drops the lines after step N; one that starts at step 0 starts the file anew.
+    A run that continues at step N, or goes back to it, drops the lines after step N; one that starts at step 0 starts
+    the file anew.
     """
 
     def __init__(self) -> None:
@@ -39,8 +41,11 @@ class MetricsFile(Callback):
         if not run.is_main:
             return
         run.run_dir.mkdir(parents=True, exist_ok=True)
+        self._open(run, keep=run.state.step > 0)
+
+    def _open(self, run: Run, keep: bool) -> None:
         path = run.run_dir / NAME
-        kept = [line for line in read(path) if run.state.step > 0 and line["step"] <= run.state.step]
+        kept = [line for line in read(path) if keep and line["step"] <= run.state.step]
         self._last_evaluation = max((line["step"] for line in kept if "valid_loss" in line), default=-1)
         part = path.with_name(NAME + ".part")
         part.write_text("".join(encode(line) for line in kept), encoding="utf-8")
@@ -55,6 +60,15 @@ class MetricsFile(Callback):
         if self._file is not None and metrics["step"] > self._last_evaluation:
             self._last_evaluation = metrics["step"]
             self._file.write(encode(metrics))
+
+    def on_event(self, run: Run, event: Metrics) -> None:
+        if self._file is not None:
+            self._file.write(encode(event))
+
+    def on_rollback(self, run: Run) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._open(run, keep=True)
 
     def on_end(self, run: Run) -> None:
         if self._file is not None:

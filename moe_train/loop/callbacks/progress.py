@@ -47,6 +47,9 @@ class Progress(Callback):
         if run.is_main and self._live is None:
             print(f"step {metrics['step']}/{run.total_steps} | validation loss {metrics['valid_loss']:.4f}", flush=True)
 
+    def on_rollback(self, run: Run) -> None:
+        self._first_step, self._began = run.state.step, time.monotonic()
+
     def on_end(self, run: Run) -> None:
         if self._live is not None:
             self._live.stop()
@@ -73,6 +76,6 @@ class Progress(Callback):
             parts.append(f"{self._speed['tokens_per_s']:,.0f} tokens/s")
             if self._speed["mfu"] is not None:
                 parts.append(f"MFU {self._speed['mfu']:.1%}")
-        done = run.state.step - self._first_step
+        done = max(1, run.state.step - self._first_step)
         left = (time.monotonic() - self._began) / done * (run.total_steps - run.state.step)
         return [*parts, f"ETA {timedelta(seconds=round(left))}"]

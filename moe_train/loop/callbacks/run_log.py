@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 from moe_train.loop.run import Callback, Metrics, Run
 
@@ -34,6 +35,14 @@ class RunLog(Callback):
     def on_evaluation_end(self, run: Run, metrics: Metrics) -> None:
         if run.is_main:
             log.info("step %d: validation loss %.4f", metrics["step"], metrics["valid_loss"])
+
+    def on_event(self, run: Run, event: Metrics) -> None:
+        """What is out of the ordinary is on the terminal too."""
+        if run.is_main:
+            facts = " ".join(f"{name}={value}" for name, value in event.items() if name not in ("step", "event"))
+            line = f"step {event['step']}: {event['event']} {facts}"
+            log.warning("%s", line)
+            print(f"warning: {line}", file=sys.stderr, flush=True)
 
     def on_end(self, run: Run) -> None:
         if self._handler is None:

@@ -18,10 +18,13 @@ class TensorBoard(Callback):
 
     def on_start(self, run: Run) -> None:
         if run.is_main:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+            self._open(run)
 
-            # TensorBoard hides events of the steps that are about to be repeated.
-            self._writer = SummaryWriter(str(run.run_dir), purge_step=run.state.step + 1 if run.state.step else 0)
+    def _open(self, run: Run) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        # TensorBoard hides events of the steps that are about to be repeated.
+        self._writer = SummaryWriter(str(run.run_dir), purge_step=run.state.step + 1 if run.state.step else 0)
 
     def on_step_end(self, run: Run, metrics: Metrics) -> None:
         if self._writer is not None and is_logged(run):
@@ -32,6 +35,11 @@ class TensorBoard(Callback):
     def on_evaluation_end(self, run: Run, metrics: Metrics) -> None:
         if self._writer is not None:
             self._write({"valid_loss": metrics["valid_loss"]}, metrics["step"])
+
+    def on_rollback(self, run: Run) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._open(run)
 
     def on_end(self, run: Run) -> None:
         if self._writer is not None:

@@ -1,0 +1,52 @@
+"""Rules of the resilience group."""
+
+from __future__ import annotations
+
+from moe_train.config.rules.facts import Facts, Rule
+from moe_train.resilience.inject import parse
+from parallel.suggest import Impossible
+
+
+def factors(facts: Facts) -> None:
+    """A spike and a straggler lie above the median."""
+    resilience = facts.cfg.resilience
+    for name, usual in {"spike_factor": 1.5, "grad_spike_factor": 20.0, "straggler_ratio": 2.0}.items():
+        value = getattr(resilience, name)
+        if value is not None and not value > 1:
+            raise Impossible(f"resilience.{name}={value} is not above 1", [{f"resilience.{name}": usual}])
+
+
+def way_back(facts: Facts) -> None:
+    """Going back needs checkpoints between."""
+    cfg = facts.cfg
+    if facts.trains and cfg.resilience.on_bad_step == "rollback" and not cfg.checkpoint.interval_steps:
+        raise Impossible(
+            "resilience.on_bad_step=rollback needs checkpoints to go back to, but checkpoint.interval_steps=0",
+            [{"checkpoint.interval_steps": 50}, {"resilience.on_bad_step": "skip"}],
+        )
+
+
+def nvrx(facts: Facts) -> None:
+    """NVIDIA's resiliency extension watches GPU ranks, which its launcher starts."""
+    if facts.cfg.resilience.nvrx and facts.trains and facts.runtime != "cuda":
+        raise Impossible(
+            f"resilience.nvrx=true needs runtime=cuda, not runtime={facts.runtime}", [{"resilience.nvrx": False}]
+        )
+
+
+def faults(facts: Facts) -> None:
+    """What a drill injects can be read, and is on a rank that there is."""
+    entries, ranks = facts.cfg.resilience.inject, facts.layout.world_size
+    for text in entries:
+        kept = [entry for entry in entries if entry != text]
+        try:
+            fault = parse(text)
+        except ValueError as error:
+            raise Impossible(f"resilience.inject has {text!r}: {error}", [{"resilience.inject": kept}]) from None
+        if fault.rank >= ranks:
+            raise Impossible(
+                f"resilience.inject has {text!r}, and there are {ranks} ranks", [{"resilience.inject": kept}]
+            )
+
+
+RULES: tuple[Rule, ...] = (factors, way_back, nvrx, faults)

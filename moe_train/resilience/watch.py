@@ -1,0 +1,221 @@
+"""A thread that notices when its rank makes no progress, says where every rank is, and ends the process.
+
+It needs no collective: ranks tell each other through small files in run_dir/heartbeats. All times are monotonic, so a
+jump of the wall clock has no effect.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+log = logging.getLogger(__name__)
+
+HUNG = 4
+"""Exit code of a rank that made no progress. Starting again may help."""
+
+VERDICT = "hung.txt"
+"""File in run_dir that says which ranks made no progress, written by every rank that ends itself."""
+
+_POLL_S = 0.1
+_WAITS = ("/torch/distributed/", "/megatron/core/distributed/", "/p2p_communication.py")
+"""Where Python code waits for other ranks."""
+_OURS = ("/moe_train/", "/parallel/", "/launch/", "/tests/")
+
+
+class Pulse:
+    """Where a rank is. Code that makes progress calls `beat`, which costs next to nothing."""
+
+    def __init__(self) -> None:
+        self.step, self.count, self.place = 0, 0, "start"
+
+    def beat(self, step: int, place: str) -> None:
+        """Progress: the rank begins with `place` of the step after `step`."""
+        self.step, self.place = step, place
+        self.count += 1
+
+
+@dataclass
+class Heartbeat:
+    """What one rank last said of itself."""
+
+    rank: int
+    host: str
+    pid: int
+    step: int
+    """Steps done."""
+    count: int
+    """Progress since the start."""
+    place: str
+    stuck: bool
+    waits: bool
+    """Whether its main thread waits for another rank."""
+    at: str
+    """Function and line of its main thread, where it is stuck."""
+
+
+class Watch(threading.Thread):
+    """Watches the main thread of this process.
+
+    Args:
+        world_size: ranks of the run; files of others are of an earlier start with more.
+        limit_s: longest time without progress, asked at every look; 0 means none.
+        counts: whether time now belongs to steps, for `own_share`.
+    """
+
+    def __init__(
+        self, pulse: Pulse, run_dir: Path, rank: int, world_size: int,
+        limit_s: Callable[[], float], counts: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        super().__init__(name="watchdog", daemon=True)
+        self.pulse, self.run_dir, self.rank, self._limit_s, self._counts = pulse, run_dir, rank, limit_s, counts
+        self._world_size = world_size
+        self._end = threading.Event()
+        self._looks = self._waiting = 0
+        self._main = threading.main_thread().ident or 0
+        self._stacks = run_dir / "logs" / f"hang_rank_{rank}.txt"
+
+    def start(self) -> None:
+        """Say that this rank lives, and begin."""
+        (self.run_dir / "heartbeats").mkdir(parents=True, exist_ok=True)
+        self._stacks.parent.mkdir(parents=True, exist_ok=True)
+        self._write(self._state(stuck=False))
+        super().start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._end.set()
+        self.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def own_share(self) -> float | None:
+        """Share of the looks since the last call at which the rank did not wait for others; None without a look."""
+        looks, waiting = self._looks, self._waiting
+        self._looks = self._waiting = 0
+        return 1 - waiting / looks if looks else None
+
+    def run(self) -> None:
+        """Look until `stop`."""
+        seen, silent_s, before = self.pulse.count, 0.0, time.monotonic()
+        written, armed = 0, 0.0
+        with self._stacks.open("a", encoding="utf-8") as stacks:
+            while not self._end.wait(_POLL_S):
+                now, limit = time.monotonic(), self._limit_s()
+                self._look()
+                # A process that was suspended as a whole, this thread included, has not been silent for so long.
+                silent_s += min(now - before, max(limit / 4, 2 * _POLL_S))
+                before = now
+                if self.pulse.count != seen:
+                    seen, silent_s = self.pulse.count, 0.0
+                if not limit:
+                    continue
+                if now - armed > limit / 4:
+                    # This thread needs Python's lock. If native code keeps it, a thread of faulthandler's does without.
+                    faulthandler.dump_traceback_later(2 * limit + 60, exit=True, file=stacks)
+                    armed = now
+                    if self.pulse.step != written:
+                        written = self.pulse.step
+                        self._write(self._state(stuck=False))
+                if silent_s > limit:
+                    self._give_up(silent_s, min(limit / 4, 30.0), stacks.fileno())
+        self._remove_empty()
+
+    def _look(self) -> None:
+        if self._counts():
+            self._looks += 1
+            self._waiting += waits(sys._current_frames().get(self._main))
+
+    def _give_up(self, silent_s: float, grace_s: float, stacks: int) -> None:
+        mine = self._state(stuck=True)
+        head = f"rank {self.rank} made no progress for {silent_s:.1f} s in step {mine.step + 1}, {mine.place}"
+        os.write(stacks, f"--- {head}\n".encode())
+        faulthandler.dump_traceback(stacks, all_threads=True)
+        self._write(mine)
+        time.sleep(grace_s)  # the others notice too
+        found = verdict([heartbeat for heartbeat in read(self.run_dir) if heartbeat.rank < self._world_size])
+        text = f"{head}; {'; '.join(found)}; stacks in {self._stacks}"
+        part = self.run_dir / f"{VERDICT}.{self.rank}.part"
+        part.write_text("\n".join(found) + "\n", encoding="utf-8")
+        os.replace(part, self.run_dir / VERDICT)
+        log.error("%s", text)
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(HUNG)
+
+    def _state(self, stuck: bool) -> Heartbeat:
+        frame, pulse = sys._current_frames().get(self._main), self.pulse
+        return Heartbeat(
+            rank=self.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            step=pulse.step,
+            count=pulse.count,
+            place=pulse.place,
+            stuck=stuck,
+            waits=waits(frame),
+            at=where(frame),
+        )
+
+    def _write(self, heartbeat: Heartbeat) -> None:
+        path = self.run_dir / "heartbeats" / f"rank_{self.rank}.json"
+        try:
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(asdict(heartbeat)), encoding="utf-8")
+            os.replace(part, path)
+        except OSError as error:  # a full disk must not end a run
+            log.warning("heartbeat: %s", error)
+
+    def _remove_empty(self) -> None:
+        if self._stacks.stat().st_size == 0:
+            self._stacks.unlink()
+
+
+def waits(frame: FrameType | None) -> bool:
+    """Whether the innermost function of a stack waits for another rank."""
+    return frame is not None and any(part in frame.f_code.co_filename for part in _WAITS)
+
+
+def where(frame: FrameType | None) -> str:
+    """Innermost function of a stack, and innermost of this project's code."""
+    if frame is None:
+        return "ended"
+    inner = f"{frame.f_code.co_name} ({_short(frame)})"
+    while frame is not None and not any(part in frame.f_code.co_filename for part in _OURS):
+        frame = frame.f_back
+    ours = "" if frame is None else f"{frame.f_code.co_name} ({_short(frame)})"
+    return inner if ours in ("", inner) else f"{inner} from {ours}"
+
+
+def _short(frame: FrameType) -> str:
+    return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno}"
+
+
+def read(run_dir: Path) -> list[Heartbeat]:
+    """Heartbeats of a run, by rank. Files that cannot be read are left out."""
+    found = []
+    for path in (run_dir / "heartbeats").glob("rank_*.json"):
+        try:
+            found.append(Heartbeat(**json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError):
+            continue
+    return sorted(found, key=lambda heartbeat: heartbeat.rank)
+
+
+def verdict(ranks: list[Heartbeat]) -> list[str]:
+    """Which of the ranks of a hung run keep the others waiting, a line each: the silent ones, else those that do not
+    wait for another, else those that came least far; all of them where none stands out."""
+    if silent := [r for r in ranks if not r.stuck]:
+        return [f"rank {r.rank} ({r.host}) gives no sign of life, last seen after step {r.step}" for r in silent]
+    least = min(((r.step, r.count) for r in ranks), default=(0, 0))
+    found = [r for r in ranks if not r.waits] or [r for r in ranks if (r.step, r.count) == least]
+    return [f"rank {r.rank} ({r.host}) hangs in step {r.step + 1}, {r.place}, in {r.at}" for r in found]

@@ -1,0 +1,129 @@
+"""The watchdog: when it fires, what it leaves behind, and which rank it blames."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+from moe_train.resilience import watch
+from moe_train.resilience.watch import Heartbeat, verdict
+from tests.launch import commands
+
+
+def start(program: str, run_dir: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program whose rank 3 is watched with a limit of half a second."""
+    head = """
+        import sys, time
+        from pathlib import Path
+        from moe_train.resilience.watch import Pulse, Watch
+        pulse, counts = Pulse(), True
+        watched = Watch(pulse, Path(sys.argv[1]), 3, 4, lambda: 0.5, lambda: counts)
+        watched.start()
+    """
+    text = textwrap.dedent(head) + textwrap.dedent(program)
+    return subprocess.run(
+        [sys.executable, "-c", text, str(run_dir)], cwd=commands.ROOT, env=commands.environment(), text=True,
+        capture_output=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_a_rank_without_progress_leaves_its_stacks_and_ends_itself(tmp_path: Path) -> None:
+    done = start(
+        """
+        def deep_inside():
+            time.sleep(60)
+        pulse.beat(7, "update")
+        deep_inside()
+        """,
+        tmp_path,
+    )
+    assert done.returncode == watch.HUNG == 4
+    assert "rank 3 made no progress for 0." in done.stderr
+    assert "in step 8, update" in done.stderr
+    stacks = (tmp_path / "logs/hang_rank_3.txt").read_text()
+    assert "in deep_inside" in stacks
+    assert stacks.count("hread 0x") >= 2  # every thread, the watchdog's too
+    assert "hangs in step 8, update, in deep_inside (" in (tmp_path / watch.VERDICT).read_text()
+
+
+def test_progress_and_jumps_of_the_clock_leave_it_alone(tmp_path: Path) -> None:
+    done = start(
+        """
+        wall = time.time
+        jump = 0.0
+        time.time = lambda: wall() + jump
+        for i in range(12):
+            jump = 1e6 * (-1) ** i
+            pulse.beat(i, "forward")
+            time.sleep(0.1)
+        watched.stop()
+        """,
+        tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [h.rank for h in watch.read(tmp_path)] == [3]
+    assert list((tmp_path / "logs").iterdir()) == []
+
+
+def test_a_process_that_was_suspended_is_not_taken_for_hung(tmp_path: Path) -> None:
+    done = start(
+        """
+        import os, subprocess
+        resume = f"sleep 1.5; kill -CONT {os.getpid()}"
+        for i in range(3):
+            pulse.beat(i, "forward")
+            if i == 1:
+                subprocess.Popen(["sh", "-c", resume])
+                os.kill(os.getpid(), 19)
+            time.sleep(0.15)
+        watched.stop()
+        """,
+        tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_share_of_time_that_is_its_own(tmp_path: Path) -> None:
+    pulse = watch.Pulse()
+    watched = watch.Watch(pulse, tmp_path, 0, 1, lambda: 0.0, lambda: True)
+    waiting: dict[str, Any] = {"sleep": time.sleep}
+    source = compile("def all_reduce():\n    sleep(0.6)\n", "/lib/torch/distributed/c10d.py", "exec")
+    exec(source, waiting)
+    watched.start()
+    time.sleep(0.6)
+    own = watched.own_share()
+    waiting["all_reduce"]()
+    others = watched.own_share()
+    watched.stop()
+    assert own == 1.0
+    assert others is not None
+    assert others <= 0.35  # one look may fall between
+    assert watched.own_share() is None
+
+
+def beat(rank: int, **changes: Any) -> Heartbeat:
+    """Of a rank that waits for others."""
+    facts: dict[str, Any] = {
+        "rank": rank, "host": f"gpu{rank}", "pid": 1, "step": 4, "count": 9, "place": "update", "stuck": True,
+        "waits": True, "at": "all_reduce (distributed/c10d.py:1)",
+    }  # fmt: skip
+    return Heartbeat(**facts | changes)
+
+
+def test_a_silent_rank_is_blamed_first() -> None:
+    ranks = [beat(0), beat(1, stuck=False, step=3), beat(2, waits=False)]
+    assert verdict(ranks) == ["rank 1 (gpu1) gives no sign of life, last seen after step 3"]
+
+
+def test_then_the_one_that_does_not_wait_for_others() -> None:
+    ranks = [beat(0), beat(1), beat(2, waits=False, at="read (data.py:3)")]
+    assert verdict(ranks) == ["rank 2 (gpu2) hangs in step 5, update, in read (data.py:3)"]
+
+
+def test_then_those_that_came_least_far() -> None:
+    assert [line.split()[1] for line in verdict([beat(0), beat(1, count=8), beat(2)])] == ["1"]
+    assert len(verdict([beat(0), beat(1)])) == 2
