@@ -36,35 +36,45 @@ class Calibration:
         sync_us: host time that a layer loses where it must know how many tokens came before it goes on (alltoall
             without fixed shapes), microseconds.
         flex_sync_us: the same of DeepEP and HybridEP.
+        host_blend: how sharply a stage goes over from being bound by the accelerator to being bound by its host (1: the
+            two add up); set, not fitted.
+        sync_blend: the same where layers wait for token counts.
         real_imbalance: tokens of the fullest expert rank over the mean where routing is learned, not forced to be even.
-        graph_kernels: part of the kernels that the host still starts where CUDA graphs start the others.
+        graph_kernels: host time of a kernel within the scope of CUDA graphs over that of one outside.
+        grouped_kernel: host time of one expert's kernel in a grouped product over that of a kernel of its own.
+        overlap_host: factor on the host's time where dispatch overlaps with another micro-batch, whose layers it then
+            starts piece by piece, without CUDA graphs.
         step_s: fixed time of a step (gradient norm, logging, synchronisation), seconds.
         straggler: how much longer every pass takes for each doubling of the GPUs.
     """
 
-    gemm_half_k: float = 54.66
+    gemm_half_k: float = 83.34
     gemm_speed: float = 1.1
-    weights_speed: float = 0.5566
-    block_speed: float = 1
-    flash2_speed: float = 0.3868
-    quantize_passes: float = 1.53
-    memory_passes: float = 1.763
-    attention_speed: float = 1.2
-    attention_half: float = 576.9
-    attention_backward: float = 2.8
-    tp_exposed: float = 0.2699
+    weights_speed: float = 0.6112
+    block_speed: float = 0.9571
+    flash2_speed: float = 0.4749
+    quantize_passes: float = 0.7975
+    memory_passes: float = 1.306
+    attention_speed: float = 0.9652
+    attention_half: float = 985.7
+    attention_backward: float = 3.033
+    tp_exposed: float = 0.214
     cp_exposed: float = 1
-    dp_exposed: float = 0.05989
-    fsdp_exposed: float = 0.692
-    all_to_all_exposed: float = 0.8
-    pp_exposed: float = 0.8825
-    host_us: float = 22.06
-    sync_us: float = 1569
-    flex_sync_us: float = 389.4
+    dp_exposed: float = 0.02313
+    fsdp_exposed: float = 0.6113
+    all_to_all_exposed: float = 0.495
+    pp_exposed: float = 0.09286
+    host_us: float = 24.95
+    sync_us: float = 1100
+    flex_sync_us: float = 44.34
+    host_blend: float = 4
+    sync_blend: float = 2.969
     real_imbalance: float = 1.6
-    graph_kernels: float = 0.1
-    step_s: float = 0.04638
-    straggler: float = 0.004312
+    graph_kernels: float = 0.05514
+    grouped_kernel: float = 0.7766
+    overlap_host: float = 1.641
+    step_s: float = 0.04958
+    straggler: float = 0.009297
 
 
 FITTED = Calibration()
@@ -73,5 +83,5 @@ FITTED = Calibration()
 # that
 # fusion leaves, and part of the counted kernels that the host starts one by one (both may be above 1: the counts are
 # of a lean implementation).
-FUSION = {202000: 0.4, 202301: 2.5, 202406: 1.19, 202506: 1.54, 202601: 1.04, 202606: 1.04}
-KERNELS = {202000: 0.67, 202301: 1, 202406: 0.268, 202506: 1.5, 202601: 1.2, 202606: 0.709}
+FUSION = {202000: 0.4, 202301: 2.1, 202406: 1.11, 202506: 1.38, 202601: 0.799, 202606: 0.799}
+KERNELS = {202000: 0.703, 202301: 0.466, 202406: 0.433, 202506: 1.74, 202601: 1.74, 202606: 1.74}
