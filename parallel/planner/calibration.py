@@ -1,9 +1,8 @@
 """The constants of the time model that no data sheet gives, fitted by `python -m bench.fit_planner`. No torch import.
 
 They were fitted on the fitting part of the published runs (`tools.planning.split`): about two thirds of the
-configurations,
-chosen by a hash of the configuration; the rest tests them. They hold for every row: none belongs to a model, a source
-or a row.
+configurations, chosen by a hash of the configuration; the rest tests them. They hold for every row: none belongs to a
+model, a source or a row.
 """
 
 from __future__ import annotations
@@ -48,40 +47,39 @@ class Calibration:
         straggler: how much longer every pass takes for each doubling of the GPUs.
     """
 
-    gemm_half_k: float = 83.34
+    gemm_half_k: float = 72.84
     gemm_speed: float = 1.1
-    weights_speed: float = 0.6112
-    block_speed: float = 0.9571
-    flash2_speed: float = 0.4749
-    quantize_passes: float = 0.7975
-    memory_passes: float = 1.306
-    attention_speed: float = 0.9652
-    attention_half: float = 985.7
-    attention_backward: float = 3.033
-    tp_exposed: float = 0.214
+    weights_speed: float = 0.6161
+    block_speed: float = 0.9494
+    flash2_speed: float = 0.4861
+    quantize_passes: float = 0.8359
+    memory_passes: float = 1.286
+    attention_speed: float = 0.9392
+    attention_half: float = 988.7
+    attention_backward: float = 2.971
+    tp_exposed: float = 0.2433
     cp_exposed: float = 1
-    dp_exposed: float = 0.02313
-    fsdp_exposed: float = 0.6113
-    all_to_all_exposed: float = 0.495
-    pp_exposed: float = 0.09286
-    host_us: float = 24.95
-    sync_us: float = 1100
-    flex_sync_us: float = 44.34
+    dp_exposed: float = 0.03391
+    fsdp_exposed: float = 0.6463
+    all_to_all_exposed: float = 0.4682
+    pp_exposed: float = 0.1007
+    host_us: float = 25
+    sync_us: float = 1110
+    flex_sync_us: float = 44.63
     host_blend: float = 4
-    sync_blend: float = 2.969
-    real_imbalance: float = 1.6
-    graph_kernels: float = 0.05514
-    grouped_kernel: float = 0.7766
-    overlap_host: float = 1.641
-    step_s: float = 0.04958
-    straggler: float = 0.009297
+    sync_blend: float = 3.172
+    real_imbalance: float = 1.57
+    graph_kernels: float = 0.05318
+    grouped_kernel: float = 0.7844
+    overlap_host: float = 1.645
+    step_s: float = 0.04676
+    straggler: float = 0.009662
 
 
 FITTED = Calibration()
 
 # First month of a generation of software (year x 100 + month) -> part of the counted memory traffic of small kernels
-# that
-# fusion leaves, and part of the counted kernels that the host starts one by one (both may be above 1: the counts are
-# of a lean implementation).
-FUSION = {202000: 0.4, 202301: 2.1, 202406: 1.11, 202506: 1.38, 202601: 0.799, 202606: 0.799}
-KERNELS = {202000: 0.703, 202301: 0.466, 202406: 0.433, 202506: 1.74, 202601: 1.74, 202606: 1.74}
+# that fusion leaves, and part of the counted kernels that the host starts one by one (both may be above 1: the counts
+# are of a lean implementation).
+FUSION = {202000: 0.404, 202301: 2.17, 202406: 1.07, 202506: 1.33, 202601: 0.724, 202606: 0.724}
+KERNELS = {202000: 0.64, 202301: 0.468, 202406: 0.398, 202506: 1.82, 202601: 1.82, 202606: 1.82}

@@ -181,8 +181,11 @@ def stage_time(job: Job, machine: Machine, schedule: str, times: Times) -> Stage
         both = max(slowed, sent + returned)  # dispatch has multiprocessors of its own
         alone = forward + sent + backward + returned
         return StageTime(forward + sent, backward + returned, weights, both / alone if alone else 1.0)
-    exposed = constants.all_to_all_exposed if software.overlap_all_to_all else 1.0
-    return StageTime(forward + exposed * sent, backward + exposed * returned, weights)
+    # Dispatch hides only where passes of two micro-batches lie side by side (Megatron-Core asks for vpp > 1).
+    if software.overlap_all_to_all and (schedule == "interleaved" or job.layout.pp == 1):
+        exposed, rest = constants.all_to_all_exposed, 1 - software.communication_sms
+        return StageTime(forward / rest + exposed * sent, backward / rest + exposed * returned, weights / rest)
+    return StageTime(forward + sent, backward + returned, weights)
 
 
 def _host(machine: Machine, kernels: float, graphed: float) -> float:
