@@ -1,8 +1,9 @@
 """Predicted against measured step time of a small model over layouts of 1 to 4 ranks on this machine's CPU.
 
-`make bench-plan` first measures what a cluster file would say: the speed of a matrix product and of a copy on one core,
-latency and bandwidth of gloo, and how long the host takes for one kernel of a layer, from one run of one rank. Then it
-times each layout and compares. It writes bench/results/plan.json.
+`make bench-plan` measures what a cluster file would say: the speed of a matrix product and of a copy on one core, and
+latency and bandwidth of gloo between ranks that compute between their messages, as those of a run do. How long the host
+takes for one kernel of a layer comes from one run of one rank. It times each layout beside, in rounds, so that what
+else the machine does falls on both alike, and takes medians. It writes bench/results/plan.json.
 
 Ranks share the cores of the machine: with more ranks than cores, a rank that waits in the pipeline leaves its core to
 another. The prediction is therefore the longer of the simulated step and of all ranks' work over all cores.
@@ -17,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ from tools.planning.rows import cluster
 from tools.planning.validation import spearman
 
 TOLERANCE, RANK_CORRELATION = 0.20, 0.9
-STEPS = 8
+STEPS, WARM_UP, ROUNDS = 8, 2, 2
+TOKENS, HIDDEN, INNER = 128, 256, 768  # of the model: products and copies are measured at its own sizes
 LINKS = "links.json"
 LAYOUTS: dict[str, list[str]] = {
     "1 rank": [],
@@ -56,105 +58,136 @@ LAYOUTS: dict[str, list[str]] = {
     "pp2 ep2": ["parallel.pp=2", "parallel.ep=2"],
     "tp2 pp2": ["parallel.tp=2", "parallel.pp=2"],
 }
-RUN = [*COMMON, f"train.steps={STEPS}", "train.seq_length=128", "launcher.threads_per_rank=1"]
+RUN = [*COMMON, f"train.steps={STEPS}", f"train.seq_length={TOKENS}", "launcher.threads_per_rank=1"]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one core does, and gloo between ranks."""
+    """What one core does, and gloo between so many ranks, seconds and bytes/s."""
 
     flops: float
     bytes_per_s: float
-    latency_s: float
-    link_bytes_per_s: float
+    latency_s: dict[int, float]
+    link_bytes_per_s: dict[int, float]
 
 
 def kernels() -> tuple[float, float]:
-    """FLOP/s of a matrix product and bytes/s of a copy, one thread, the best of a few windows."""
+    """FLOP/s of a matrix product and bytes/s of a copy that fits the cache, one thread, medians."""
     import torch
 
     torch.set_num_threads(1)
-    a, b, c = torch.rand(512, 256), torch.rand(256, 768), torch.rand(2**22)
-    product, copied = [], []
-    for _ in range(20):
+    a, b = torch.rand(TOKENS, HIDDEN), torch.rand(HIDDEN, INNER)
+    out = torch.empty(TOKENS, INNER)
+    product = median_s(lambda: torch.mm(a, b, out=out))
+    copied = median_s(out.clone)
+    return 2 * TOKENS * HIDDEN * INNER / product, 2 * 4 * TOKENS * INNER / copied
+
+
+def median_s(work: Callable[[], object], windows: int = 40, repeats: int = 10) -> float:
+    """Seconds of one call: the median of a few windows."""
+    taken = []
+    for _ in range(windows):
         start = time.perf_counter()
-        for _ in range(4):
-            a @ b
-        product.append((time.perf_counter() - start) / 4)
-        start = time.perf_counter()
-        c.clone()
-        copied.append(time.perf_counter() - start)
-    return 2 * 512 * 256 * 768 / min(product), 2 * 4 * 2**22 / min(copied)
+        for _ in range(repeats):
+            work()
+        taken.append((time.perf_counter() - start) / repeats)
+    return statistics.median(taken)
 
 
 def messages(cfg: Config, info: RankInfo) -> None:
-    """Entry of a rank: seconds of a small all-gather and bytes/s of a large one, written to run_dir by rank 0."""
+    """Entry of a rank: seconds of a small all-gather and bytes/s of a large one, written to run_dir by rank 0.
+
+    Between two messages each rank computes about as long as a layer's module does, so that it has to be woken.
+    """
     import torch
     import torch.distributed as dist
 
     from parallel import runtime
 
     runtime.start("cpu", info, cfg.launcher.timeout_s)
+    ranks = dist.get_world_size()
+    a, b = torch.rand(TOKENS, HIDDEN), torch.rand(HIDDEN, INNER)
 
-    def best(size: int) -> float:
-        own = torch.zeros(size)
-        every = [torch.zeros(size) for _ in range(dist.get_world_size())]
+    def median_gather(size: int) -> float:
+        own, every = torch.zeros(size), torch.zeros(size * ranks)
         taken = []
-        for _ in range(12):
-            dist.barrier()
+        for _ in range(60):
+            torch.mm(a, b)
             start = time.perf_counter()
-            dist.all_gather(every, own)
+            dist.all_gather_into_tensor(every, own)
             taken.append(time.perf_counter() - start)
-        return min(taken)
+        return statistics.median(taken)
 
-    small, large = best(2), best(2**19)
+    small, large = median_gather(2), median_gather(2**18)
     if info.rank == 0:
-        Path(cfg.run_dir, LINKS).write_text(json.dumps([small, 4 * 2**19 / max(1e-9, large - small)]))
+        gathered = 4 * 2**18 * (ranks - 1)
+        Path(cfg.run_dir, LINKS).write_text(json.dumps([small, gathered / max(1e-9, large - small)]))
     dist.barrier()
 
 
-def calibrate() -> Measured:
-    """Measure this machine."""
-    flops, moved = kernels()
+def links(ranks: int) -> tuple[float, float]:
+    """Latency and bandwidth of gloo between so many ranks."""
     with tempfile.TemporaryDirectory(prefix="plan-") as directory:
-        cfg = compose([*RUN, "parallel.dp=2", f"run_dir={directory}/run"])
+        cfg = compose([*RUN, f"parallel.dp={ranks}", f"run_dir={directory}/run"])
         local.start(cfg, validate(cfg), "bench.bench_plan:messages")
-        latency, link = json.loads(Path(directory, "run", LINKS).read_text())
-    return Measured(flops, moved, latency, link)
+        latency, rate = json.loads(Path(directory, "run", LINKS).read_text())
+    return latency, rate
 
 
-def hardware_of(measured: Measured) -> Hardware:
+def hardware_of(measured: Measured, ranks: int) -> Hardware:
     """`conf/cluster/local_cpu.yaml` with what was measured."""
-    latency = measured.latency_s / MICRO
+    latency, rate = measured.latency_s[max(2, ranks)] / MICRO, measured.link_bytes_per_s[max(2, ranks)] / 1e9
     return replace(
         cluster("local_cpu"), fp32_tflops=measured.flops / 1e12, bf16_tflops=measured.flops / 1e12,
-        fp8_tflops=measured.flops / 1e12, memory_tb_per_s=measured.bytes_per_s / 1e12,
-        domain_gb_per_s=measured.link_bytes_per_s / 1e9, network_gb_per_s=measured.link_bytes_per_s / 1e9,
-        domain_latency_us=latency, network_latency_us=latency,
+        fp8_tflops=measured.flops / 1e12, memory_tb_per_s=measured.bytes_per_s / 1e12, domain_gb_per_s=rate,
+        network_gb_per_s=rate, domain_latency_us=latency, network_latency_us=latency,
     )  # fmt: skip
 
 
-def timed(overrides: Sequence[str]) -> float:
-    """Seconds of a step, median without the first two."""
+def timed(overrides: Sequence[str]) -> list[float]:
+    """Seconds of each step, without the first ones."""
     with tempfile.TemporaryDirectory(prefix="plan-") as directory:
         cfg = compose([*RUN, *overrides, f"run_dir={directory}/run"])
         layout = validate(cfg)
         job.prepare_data(cfg)
         local.start(cfg, layout)
         lines = [json.loads(line) for line in Path(directory, "run", "metrics.jsonl").read_text().splitlines()]
-    return statistics.median([line["step_time_s"] for line in lines if "step_time_s" in line][2:])
+    return [line["step_time_s"] for line in lines if "step_time_s" in line][WARM_UP:]
 
 
-def predicted(overrides: Sequence[str], hardware: Hardware, host_us: float) -> float:
+def measure(names: Sequence[str]) -> tuple[Measured, dict[str, float]]:
+    """The machine, and seconds of a step of each layout: medians over all rounds."""
+    speeds: list[tuple[float, float]] = []
+    gloo: dict[int, list[tuple[float, float]]] = {2: [], 4: []}
+    steps: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(ROUNDS):
+        for ranks, found in gloo.items():
+            found.append(links(ranks))
+        for name in names:
+            speeds.append(kernels())
+            steps[name] += timed(LAYOUTS[name])
+
+    def middle(pairs: Sequence[tuple[float, float]], which: int) -> float:
+        return statistics.median(pair[which] for pair in pairs)
+
+    measured = Measured(
+        middle(speeds, 0), middle(speeds, 1), {ranks: middle(found, 0) for ranks, found in gloo.items()},
+        {ranks: middle(found, 1) for ranks, found in gloo.items()},
+    )  # fmt: skip
+    return measured, {name: statistics.median(found) for name, found in steps.items()}
+
+
+def predicted(overrides: Sequence[str], measured: Measured, host_us: float) -> float:
     """Seconds of a step."""
     cfg = compose([*RUN, *overrides])
     layout = validate(cfg)
-    planned = job_of(cfg, layout)
+    planned, hardware = job_of(cfg, layout), hardware_of(measured, layout.world_size)
     # Nothing overlaps on a CPU, and nothing is fused away: the constants of GPUs do not hold.
     constants = Calibration(
         gemm_half_k=1, gemm_speed=1, weights_speed=1, quantize_passes=1, memory_passes=1, attention_speed=1,
         attention_half=1, attention_backward=2, tp_exposed=1, cp_exposed=1, dp_exposed=1, fsdp_exposed=1,
-        all_to_all_exposed=1, pp_exposed=1, host_us=host_us, sync_us=0, flex_sync_us=0, step_s=0, straggler=0,
+        all_to_all_exposed=1, pp_exposed=1, host_us=host_us, sync_us=0, flex_sync_us=0, host_blend=1, sync_blend=1,
+        grouped_kernel=1, step_s=0, straggler=0,
     )  # fmt: skip
     software = Software(dispatcher="alltoall", overlap_tp=False, overlap_dp=False, flash_attention=False)
     weights = [weights_on(cfg, planned, rank) for rank in range(layout.pp)]
@@ -165,12 +198,12 @@ def predicted(overrides: Sequence[str], hardware: Hardware, host_us: float) -> f
     return max(step.pipeline.seconds, busy) + step.optimizer + step.data_parallel
 
 
-def host_time(seconds: float, hardware: Hardware) -> float:
+def host_time(seconds: float, measured: Measured) -> float:
     """The host time of a kernel, microseconds, with which the first layout takes as long as it was measured to take."""
     low, high = 0.0, 10_000.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if predicted([], hardware, middle) < seconds else (low, middle)
+        low, high = (middle, high) if predicted([], measured, middle) < seconds else (low, middle)
     return (low + high) / 2
 
 
@@ -181,18 +214,16 @@ def main() -> None:
     arguments = parser.parse_args()
     forkserver.begin()
     try:
-        measured = calibrate()
-        hardware = hardware_of(measured)
-        seconds = {name: timed(LAYOUTS[name]) for name in ("1 rank", *(arguments.layout or list(LAYOUTS)[1:]))}
+        measured, seconds = measure(("1 rank", *(arguments.layout or list(LAYOUTS)[1:])))
     finally:
         forkserver.kill()
-    host = host_time(seconds["1 rank"], hardware)
+    host = host_time(seconds["1 rank"], measured)
     rows: list[dict[str, Any]] = []
     shown = Table(title=f"Step time, s; one kernel costs the host {host:.1f} us")
     for column in ("layout", "measured", "predicted", "error"):
         shown.add_column(column)
     for name, known in seconds.items():
-        expected = predicted(LAYOUTS[name], hardware, host)
+        expected = predicted(LAYOUTS[name], measured, host)
         rows.append({"layout": name, "measured_s": known, "predicted_s": expected, "error": expected / known - 1})
         shown.add_row(name, f"{known:.3f}", f"{expected:.3f}", f"{expected / known - 1:+.1%}")
     Console().print(shown)

@@ -1,9 +1,8 @@
 """The constants of the time model that no data sheet gives, fitted by `python -m bench.fit_planner`. No torch import.
 
 They were fitted on the fitting part of the published runs (`tools.planning.split`): about two thirds of the
-configurations,
-chosen by a hash of the configuration; the rest tests them. They hold for every row: none belongs to a model, a source
-or a row.
+configurations, chosen by a hash of the configuration; the rest tests them. They hold for every row: none belongs to a
+model, a source or a row.
 """
 
 from __future__ import annotations
@@ -36,42 +35,51 @@ class Calibration:
         sync_us: host time that a layer loses where it must know how many tokens came before it goes on (alltoall
             without fixed shapes), microseconds.
         flex_sync_us: the same of DeepEP and HybridEP.
+        host_blend: how sharply a stage goes over from being bound by the accelerator to being bound by its host (1: the
+            two add up); set, not fitted.
+        sync_blend: the same where layers wait for token counts.
         real_imbalance: tokens of the fullest expert rank over the mean where routing is learned, not forced to be even.
-        graph_kernels: part of the kernels that the host still starts where CUDA graphs start the others.
+        graph_kernels: host time of a kernel within the scope of CUDA graphs over that of one outside.
+        grouped_kernel: host time of one expert's kernel in a grouped product over that of a kernel of its own.
+        overlap_host: factor on the host's time where dispatch overlaps with another micro-batch, whose layers it then
+            starts piece by piece, without CUDA graphs.
         step_s: fixed time of a step (gradient norm, logging, synchronisation), seconds.
         straggler: how much longer every pass takes for each doubling of the GPUs.
     """
 
-    gemm_half_k: float = 54.66
+    gemm_half_k: float = 72.84
     gemm_speed: float = 1.1
-    weights_speed: float = 0.5566
-    block_speed: float = 1
-    flash2_speed: float = 0.3868
-    quantize_passes: float = 1.53
-    memory_passes: float = 1.763
-    attention_speed: float = 1.2
-    attention_half: float = 576.9
-    attention_backward: float = 2.8
-    tp_exposed: float = 0.2699
+    weights_speed: float = 0.6161
+    block_speed: float = 0.9494
+    flash2_speed: float = 0.4861
+    quantize_passes: float = 0.8359
+    memory_passes: float = 1.286
+    attention_speed: float = 0.9392
+    attention_half: float = 988.7
+    attention_backward: float = 2.971
+    tp_exposed: float = 0.2433
     cp_exposed: float = 1
-    dp_exposed: float = 0.05989
-    fsdp_exposed: float = 0.692
-    all_to_all_exposed: float = 0.8
-    pp_exposed: float = 0.8825
-    host_us: float = 22.06
-    sync_us: float = 1569
-    flex_sync_us: float = 389.4
-    real_imbalance: float = 1.6
-    graph_kernels: float = 0.1
-    step_s: float = 0.04638
-    straggler: float = 0.004312
+    dp_exposed: float = 0.03391
+    fsdp_exposed: float = 0.6463
+    all_to_all_exposed: float = 0.4682
+    pp_exposed: float = 0.1007
+    host_us: float = 25
+    sync_us: float = 1110
+    flex_sync_us: float = 44.63
+    host_blend: float = 4
+    sync_blend: float = 3.172
+    real_imbalance: float = 1.57
+    graph_kernels: float = 0.05318
+    grouped_kernel: float = 0.7844
+    overlap_host: float = 1.645
+    step_s: float = 0.04676
+    straggler: float = 0.009662
 
 
 FITTED = Calibration()
 
 # First month of a generation of software (year x 100 + month) -> part of the counted memory traffic of small kernels
-# that
-# fusion leaves, and part of the counted kernels that the host starts one by one (both may be above 1: the counts are
-# of a lean implementation).
-FUSION = {202000: 0.4, 202301: 2.5, 202406: 1.19, 202506: 1.54, 202601: 1.04, 202606: 1.04}
-KERNELS = {202000: 0.67, 202301: 1, 202406: 0.268, 202506: 1.5, 202601: 1.2, 202606: 0.709}
+# that fusion leaves, and part of the counted kernels that the host starts one by one (both may be above 1: the counts
+# are of a lean implementation).
+FUSION = {202000: 0.404, 202301: 2.17, 202406: 1.07, 202506: 1.33, 202601: 0.724, 202606: 0.724}
+KERNELS = {202000: 0.64, 202301: 0.468, 202406: 0.398, 202506: 1.82, 202601: 1.82, 202606: 1.82}

@@ -87,6 +87,7 @@ class Job:
         fp8: block, tensor, delayed, mxfp8 or nvfp4, where linear layers compute and keep their inputs in FP8 or FP4;
             else None.
         fp8_weights_only: weights of linear layers exist in FP8 alone, beside the optimizer's fp32 main weights.
+        compact: activations are kept as in DeepSeek-V3 (`parallel.planner.compact`).
         grad_bytes, moment_bytes: of one gradient, and of one of the two Adam moments.
         distributed_optimizer: optimizer state is divided over data-parallel ranks.
         recompute: none, full or selective, with what it applies to.
@@ -109,6 +110,7 @@ class Job:
     dtype: str
     fp8: str | None = None
     fp8_weights_only: bool = False
+    compact: bool = False
     grad_bytes: int = 4
     moment_bytes: int = 4
     distributed_optimizer: bool = True

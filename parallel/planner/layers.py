@@ -16,6 +16,11 @@ from parallel.planner.job import Job
 from parallel.planner.network import Group, Routing
 from parallel.planner.software import Software
 
+# Of an element that is cast to FP8: bytes moved, and kernels. One scale for a tensor takes its maximum first; smaller
+# blocks are cast in one pass, but along rows and along columns.
+CAST_BYTES = {"tensor": 2 + 2 + 1, "delayed": 2 + 1, "block": 2 + 1 + 1, "mxfp8": 2 + 1 + 1}
+CAST_KERNELS = {"tensor": 2, "delayed": 1, "block": 1, "mxfp8": 1}
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -30,7 +35,7 @@ class Machine:
 class Times:
     """Seconds by part, of a forward pass, and of a backward pass to inputs and to weights; kernels that are started.
 
-    `hidden` is the part of the expert dispatch that runs beside compute; it is not in the other figures.
+    `graphed_forward` and `graphed_backward` are the kernels among them that CUDA graphs of attention and router start.
     """
 
     forward: dict[str, float] = field(default_factory=dict)
@@ -39,6 +44,8 @@ class Times:
     recompute: dict[str, float] = field(default_factory=dict)
     kernels_forward: float = 0.0
     kernels_backward: float = 0.0
+    graphed_forward: float = 0.0
+    graphed_backward: float = 0.0
 
     def add(
         self, name: str, forward: float, inputs: float = 0.0, weights: float = 0.0, recompute: bool = False
@@ -60,6 +67,8 @@ class Times:
                 own[name] = own.get(name, 0.0) + count * value
         self.kernels_forward += count * other.kernels_forward
         self.kernels_backward += count * other.kernels_backward
+        self.graphed_forward += count * other.graphed_forward
+        self.graphed_backward += count * other.graphed_backward
 
 
 def total(parts: dict[str, float], *, without: Iterable[str] = ()) -> float:
@@ -78,15 +87,25 @@ class _Layer:
         self.precision = "fp8" if job.fp8 else "fp32" if job.dtype == "fp32" else "bf16"
         self.full = job.recompute == "full"
         self.modules = job.recompute_modules if job.recompute == "selective" else frozenset()
+        self.graphed = False  # whether what comes next lies within the scope of partial CUDA graphs
+
+    def started(self, forward: float, backward: float) -> None:
+        """Count kernels that the host starts."""
+        self.times.kernels_forward += forward
+        self.times.kernels_backward += backward
+        if self.graphed:
+            self.times.graphed_forward += forward
+            self.times.graphed_backward += backward
 
     def again(self, *modules: str) -> bool:
         """Whether any of these is recomputed."""
         return self.full or bool(self.modules.intersection(modules))
 
     def linear(
-        self, rows: float, outputs: float, inputs: float, *modules: str, copies: int = 1, precision: str = ""
-    ) -> None:
-        """A linear layer [rows, inputs] -> [rows, outputs], `copies` times, and its casts to FP8."""
+        self, rows: float, outputs: float, inputs: float, *modules: str, copies: int = 1, precision: str = "",
+        cast: bool = True,
+    ) -> None:  # fmt: skip
+        """A linear layer [rows, inputs] -> [rows, outputs], `copies` times; with `cast` what casts to FP8 move."""
         kind, hardware, constants = precision or self.precision, self.hardware, self.constants
         forward = kernels.gemm(hardware, constants, kind, rows, outputs, inputs, copies)
         back = kernels.gemm(hardware, constants, kind, rows, inputs, outputs, copies)
@@ -97,15 +116,16 @@ class _Layer:
             forward, back, weights = (one / constants.block_speed for one in (forward, back, weights))
         again = self.again(*modules)
         self.times.add("gemm", forward, back, 0.0 if self.software.frozen else weights, again)
-        started = 1
-        if kind == "fp8":  # 2 bytes read and one written, once along rows and once, for weight gradients, along columns
-            cast = 2 * constants.quantize_passes * self.software.fusion
-            inward = kernels.memory(hardware, cast * copies * rows * inputs)
-            outward = kernels.memory(hardware, cast * copies * rows * outputs)
+        # Each expert's product and casts are kernels of their own, which a loop in C++ starts.
+        each = 1 if copies == 1 else copies * constants.grouped_kernel
+        started = each
+        if kind == "fp8" and cast:
+            moved = CAST_BYTES[self.job.fp8 or ""] * constants.quantize_passes * self.software.fusion
+            inward = kernels.memory(hardware, moved * copies * rows * inputs)
+            outward = kernels.memory(hardware, moved * copies * rows * outputs)
             self.times.add("quantize", inward, outward, 0.0 if self.software.frozen else inward + outward, again)
-            started += 1
-        self.times.kernels_forward += started
-        self.times.kernels_backward += started + 1 + (started if again else 0)
+            started += each * CAST_KERNELS[self.job.fp8 or ""]
+        self.started(started, started + each + (started if again else 0))
 
     def moved(self, forward: float, backward: float, *modules: str, count: int = 1, name: str = "memory") -> None:
         """Small kernels that move so many bytes."""
@@ -114,8 +134,7 @@ class _Layer:
         self.times.add(
             name, kernels.memory(hardware, factor * forward), kernels.memory(hardware, factor * backward), 0.0, again
         )
-        self.times.kernels_forward += count
-        self.times.kernels_backward += count * (2 if again else 1)
+        self.started(count, count * (2 if again else 1))
 
     def tp(self, gathered: float, scattered: float, *modules: str) -> None:
         """Gather so many elements before a module and scatter so many behind it; the backward pass gathers once
@@ -143,8 +162,7 @@ class _Layer:
             seconds = kernels.attention(hardware, self.constants, flops, keys) / self.software.attention_speed
             parts = ("attention", seconds, seconds * back, 0.0, self.again("core_attn"))
             self.times.add(*parts)
-            self.times.kernels_forward += 2
-            self.times.kernels_backward += 3
+            self.started(2, 3)
         else:
             self._materialised(heads, key, value, keys)
         if cp > 1:
@@ -174,9 +192,10 @@ class _Layer:
 def layer_times(job: Job, machine: Machine, moe: bool) -> Times:
     """Seconds of one layer for one micro-batch on one rank, with routed experts or with a dense feed-forward."""
     layer = _Layer(job, machine)
+    layer.graphed = True
     (_mla if job.model.attention == "mla" else _gqa)(layer)
-    (_moe if moe else _dense)(layer)
     _norms(layer)
+    (_moe if moe else _dense)(layer)
     return layer.times
 
 
@@ -243,13 +262,15 @@ def _moe(layer: _Layer) -> None:
     layer.linear(r, model.num_experts, hidden, "moe", precision="bf16")
     scores = 4 * r * model.num_experts
     layer.moved(8 * scores, 6 * scores, "moe", count=round(8 * software.fusion) + 2, name="router")
+    layer.graphed = False
     visits = job.expert_tokens * software.imbalance
     _dispatch(layer, visits)
     local = max(1, model.num_experts // layout.ep)
     inner = model.moe_ffn_hidden_size / layout.etp
     layer.linear(visits / local, 2 * inner, hidden, "moe", copies=local)
-    _swiglu(layer, visits, inner, "moe", "moe_act")
-    layer.linear(visits / local, hidden, inner, "moe", copies=local)
+    if not software.fused_experts:
+        _swiglu(layer, visits, inner, "moe", "moe_act")
+    layer.linear(visits / local, hidden, inner, "moe", copies=local, cast=not software.fused_experts)
     if model.num_shared_experts:
         shared = model.shared_expert_width / layout.tp
         layer.tp(job.tokens * hidden, job.tokens * hidden, "shared_experts", "moe")
@@ -276,7 +297,7 @@ def _dispatch(layer: _Layer, visits: float) -> None:
     if layout.etp > 1:  # tokens are gathered over the ranks that share an expert
         there += network.ring(layer.hardware, Group(layout.etp), e * hidden * visits)
         back += network.ring(layer.hardware, Group(layout.etp), e * hidden * visits)
-    if not model.pad_to_capacity:
+    if not model.pad_to_capacity and software.graphs != "full":
         lost = (layer.constants.flex_sync_us if flex else layer.constants.sync_us) * MICRO * software.kernels
         layer.times.add("sync", lost, lost)
     layer.times.add("all_to_all", there + back, there + back, 0.0, layer.again("moe"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from parallel.planner.compact import compacted
 from parallel.planner.job import Job
 
 Saved = dict[str, float]
@@ -104,6 +105,8 @@ def layer(job: Job, moe: bool, recompute: bool = True) -> Saved:
     modules = job.recompute_modules if recompute and job.recompute == "selective" else frozenset()
     attention = _mla(job, modules) if job.model.attention == "mla" else _gqa(job, modules)
     kept = attention | (_moe(job, modules) if moe else _dense(job, modules))
+    if job.compact:
+        kept = compacted(job, kept)
     outside = {name for module in job.offload_modules for name in OFFLOADED[module]}
     return {name: size for name, size in kept.items() if name.removesuffix(" in fp8") not in outside}
 

@@ -15,6 +15,7 @@ from itertools import product
 
 from parallel import pipeline
 from parallel.layout import ParallelLayout
+from parallel.planner.compact import shared_embedding_bytes
 from parallel.planner.job import Job
 from parallel.planner.layers import Machine, Times
 from parallel.planner.memory import StageMemory, Weights, optimizer_bytes, parameter_bytes, stage_memory
@@ -150,6 +151,12 @@ def held_bytes(job: Job, schedule: str, memory: Sequence[StageMemory]) -> list[f
     A rank of DualPipe holds two stages, `rank` and its mirror image, the optimizer state of each shared with the rank
     that holds the same two, and PP + 1 activations in all.
     """
+    if schedule == "dualpipev":  # 2 PP + 1 activations of its half stages
+        alive = job.layout.pp + 0.5
+        return [
+            one.total - one.activations + min(alive, job.micro_batches) * one.activations_per_micro_batch
+            for one in memory
+        ]
     if schedule != DUAL:
         return [float(one.total) for one in memory]
     found: list[float] = []
@@ -157,6 +164,8 @@ def held_bytes(job: Job, schedule: str, memory: Sequence[StageMemory]) -> list[f
         other, pp = memory[job.layout.pp - 1 - rank], job.layout.pp
         static = float(one.parameters + one.gradients + other.parameters + other.gradients)
         static += (one.optimizer + other.optimizer) / 2
+        if rank in (0, pp - 1):
+            static -= shared_embedding_bytes(job)
         alive = (pp - rank) * one.activations_per_micro_batch + (rank + 1) * other.activations_per_micro_batch
         passing = max(one.recompute, other.recompute) + max(one.communication, other.communication)
         found.append(static + alive + passing + one.logits + other.logits)
@@ -208,7 +217,7 @@ class _Timer:
     def weights(self, job: Job) -> list[Weights]:
         """Parameters of each pipeline rank."""
         one = job.layout
-        key = (one.tp, one.pp, one.vpp, one.ep, one.etp)
+        key = (one.tp, one.pp, len(job.stages), one.ep, one.etp)
         if key not in self.held:
             self.held[key] = [self.weights_of(job, rank) for rank in range(one.pp)]
         return self.held[key]
@@ -254,6 +263,8 @@ class _Timer:
                 alive = min(job.micro_batches * one.vpp, 2 * (one.pp - rank - 1) + (one.vpp - 1) * one.pp + 1) / one.vpp
             if schedule == DUAL:
                 alive = one.pp + 1
+            elif schedule == "dualpipev":
+                alive = one.pp + 0.5
             most = max(most, static + optimizer_bytes(job, weights[rank]) + alive * layers * kept + brought)
         return most
 
@@ -277,7 +288,7 @@ def _drafts(
             )
             continue
         try:
-            stages = _stages(layout.pp, vpp, len(base.model.moe_layer_pattern), _depths(base))
+            stages = stages_under(schedule, layout.pp, vpp, len(base.model.moe_layer_pattern), _depths(base))
         except Impossible:
             last = "more pipeline stages than layers"
             continue
@@ -303,8 +314,12 @@ def _depths(base: Job) -> int:
 
 
 @cache
-def _stages(pp: int, vpp: int, layers: int, depths: int) -> list[list[str]]:
-    return pipeline.stage_items(None, pp, vpp, layers, depths)
+def stages_under(schedule: str, pp: int, vpp: int, layers: int, depths: int) -> list[list[str]]:
+    """Items of each chunk, where chunk i stands on rank i % pp. DualPipeV folds the second half of the model back."""
+    if schedule != "dualpipev":
+        return pipeline.stage_items(None, pp, vpp, layers, depths)
+    chunks = pipeline.stage_items(None, pp, 2, layers, depths)
+    return [*chunks[:pp], *reversed(chunks[pp:])]
 
 
 def _least_recomputed(job: Job, schedule: str, space: Space, timer: _Timer) -> Job | str:

@@ -20,7 +20,10 @@ class Software:
         flash_attention: attention never writes its scores to memory.
         attention_speed: factor on the speed of fused attention, where its kernel is an older one.
         fusion: part of the memory traffic of the small kernels that fusion leaves.
-        kernels: part of the kernels that the host still starts one by one (CUDA graphs start the others).
+        kernels: part of the counted kernels that the host starts one by one.
+        graphs: CUDA graphs: none, scoped (attention, norms, router), or full (the whole step, which then waits for
+            no token counts).
+        fused_experts: the experts' activation function and its casts to FP8 are part of the products around it.
         dispatcher: alltoall (NCCL, one message for each expert), or flex (DeepEP, HybridEP: one for each node).
         fp8_dispatch: tokens travel to their experts in FP8; they come back in 16 bits.
         overlap_all_to_all: dispatch runs beside another micro-batch's compute.
@@ -37,6 +40,8 @@ class Software:
     attention_speed: float = 1.0
     fusion: float = 1.0
     kernels: float = 1.0
+    graphs: str = "none"
+    fused_experts: bool = False
     dispatcher: str = "flex"
     fp8_dispatch: bool = False
     overlap_all_to_all: bool = False
@@ -58,15 +63,39 @@ GENERATIONS = {
         202406: Software(dispatcher="alltoall"),
         202506: Software(),
         202601: Software(),
-        202606: Software(overlap_all_to_all=True),
+        202606: Software(),
     }.items()
 }
+
+
+# CUDA graphs and overlap as the performance recipes of Megatron-Bridge set them (scripts/performance, releases 0.2 to
+# 0.6), where most of them agree. On racks: graphs of attention and router, later of the whole step for MXFP8, with
+# overlap and a fused feed-forward of the experts. On nodes of 8: overlap where chunks interleave, first of experts over
+# several nodes; graphs of attention and router on Blackwell (MXFP8).
+GRAPHS_FROM, NODE_GRAPHS_FROM, FULL_GRAPHS_FROM = 202511, 202604, 202606
+OVERLAP_FROM, NODE_OVERLAP_FROM = 202506, 202511
 
 
 def of_date(month: int) -> Software:
     """What was usual in a month, given as year x 100 + month."""
     known = [first for first in sorted(GENERATIONS) if first <= month]
     return GENERATIONS[known[-1] if known else min(GENERATIONS)]
+
+
+def usual(month: int, domain_gpus: int, expert_gpus: int, vpp: int, fp8: str | None) -> Software:
+    """The same where experts are spread over so many GPUs (1: none are), on NVLink domains of a size."""
+    found = of_date(month)
+    if expert_gpus == 1:
+        return found
+    if domain_gpus > 8:
+        if month >= FULL_GRAPHS_FROM and fp8 == "mxfp8":
+            return replace(found, graphs="full", fused_experts=True, overlap_all_to_all=True)
+        return replace(found, graphs="scoped" if month >= GRAPHS_FROM else "none")
+    overlap_from = OVERLAP_FROM if expert_gpus > domain_gpus else NODE_OVERLAP_FROM
+    scoped = month >= NODE_GRAPHS_FROM and fp8 == "mxfp8"
+    return replace(
+        found, graphs="scoped" if scoped else "none", overlap_all_to_all=vpp > 1 and month >= overlap_from
+    )  # fmt: skip
 
 
 def deepseek_v3() -> Software:

@@ -26,8 +26,6 @@ from parallel.planner.memory import Weights
 from parallel.planner.network import Group
 from parallel.planner.schedule import StageTime, Timeline, estimated, step_time
 
-HOST_BLEND = 4  # how sharply a stage goes over from being bound by the accelerator to being bound by its host
-
 
 @dataclass(frozen=True)
 class StepTime:
@@ -95,6 +93,8 @@ def plan_step(
     layout = job.layout
     counted = stage_parts(job, machine, weights, {} if kinds is None else kinds)
     stages = tuple(stage_time(job, machine, schedule, times) for times in counted)
+    if schedule == "dualpipev":  # chunks in the order of ranks -> stages in the order of the model
+        stages = (*stages[: layout.pp], *reversed(stages[layout.pp :]))
     message = job.element * job.split_tokens * job.model.hidden_size
     hop = network.send(machine.hardware, Group(layout.pp, layout.world_size // layout.pp), message)
     hidden = machine.constants.pp_exposed if schedule != "1f1b" else 1.0
@@ -171,22 +171,38 @@ def stage_time(job: Job, machine: Machine, schedule: str, times: Times) -> Stage
     # Every collective waits for the slowest of its ranks, of which there are more in a larger job.
     slower = 1 + constants.straggler * log2(max(1, job.layout.world_size))
     forward, inputs, weights, sent, returned = (slower * t for t in (forward, inputs, weights, sent, returned))
-    host = constants.host_us * MICRO * software.kernels
-    forward = _blend(forward, host * times.kernels_forward)
-    backward = _blend(inputs + weights, host * times.kernels_backward)
+    # Where a layer waits for token counts, its host cannot run ahead, and the two add up in part.
+    blend = constants.sync_blend if "sync" in times.forward else constants.host_blend
+    forward = _blend(forward, _host(machine, times.kernels_forward, times.graphed_forward), blend)
+    backward = _blend(inputs + weights, _host(machine, times.kernels_backward, times.graphed_backward), blend)
     weights *= backward / (inputs + weights) if inputs + weights else 1.0
     if schedule in ("dualpipe", "dualpipev") and software.overlap_all_to_all:
         slowed = (forward + backward) / (1 - software.communication_sms)
         both = max(slowed, sent + returned)  # dispatch has multiprocessors of its own
         alone = forward + sent + backward + returned
         return StageTime(forward + sent, backward + returned, weights, both / alone if alone else 1.0)
-    exposed = constants.all_to_all_exposed if software.overlap_all_to_all else 1.0
-    return StageTime(forward + exposed * sent, backward + exposed * returned, weights)
+    # Dispatch hides only where passes of two micro-batches lie side by side (Megatron-Core asks for vpp > 1).
+    if software.overlap_all_to_all and (schedule == "interleaved" or job.layout.pp == 1):
+        exposed, rest = constants.all_to_all_exposed, 1 - software.communication_sms
+        return StageTime(forward / rest + exposed * sent, backward / rest + exposed * returned, weights / rest)
+    return StageTime(forward + sent, backward + returned, weights)
 
 
-def _blend(device: float, host: float) -> float:
+def _host(machine: Machine, kernels: float, graphed: float) -> float:
+    """Seconds in which the host starts so many kernels, some of them within the scope of partial CUDA graphs."""
+    software, constants = machine.software, machine.constants
+    if software.graphs == "full":
+        return 0.0
+    if software.graphs == "scoped":
+        kernels -= (1 - constants.graph_kernels) * graphed
+    splits = software.overlap_all_to_all and software.graphs == "none"
+    slower = constants.overlap_host if splits else 1.0
+    return constants.host_us * MICRO * software.kernels * slower * kernels
+
+
+def _blend(device: float, host: float, power: float) -> float:
     """The longer of the two, smoothly: what the host starts late is late on the accelerator only in part."""
-    return (device**HOST_BLEND + host**HOST_BLEND) ** (1 / HOST_BLEND)
+    return (device**power + host**power) ** (1 / power)
 
 
 def optimizer_seconds(job: Job, machine: Machine, weights: Weights) -> float:
@@ -215,7 +231,8 @@ def data_parallel_seconds(job: Job, machine: Machine, weights: Weights, backward
         one = network.ring(machine.hardware, dense, element * weights.shared)
         return one + network.ring(machine.hardware, expert, element * weights.experts)
 
-    reduce, gather = both(job.grad_bytes), both(1.0 if job.fp8_weights_only else job.element)
+    # Weights in MXFP8 are gathered in 16 bits, and cast along rows and columns behind it.
+    reduce, gather = both(job.grad_bytes), both(1.0 if job.fp8_weights_only and job.fp8 != "mxfp8" else job.element)
     if not job.distributed_optimizer:
         reduce, gather = 2 * reduce, 0.0
     if not software.overlap_dp:

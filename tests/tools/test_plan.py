@@ -17,6 +17,7 @@ from moe_train.config.compose import compose
 from moe_train.config.validate import validate
 from tools import plan
 from tools.planning.answer import answer
+from tools.planning.pictures import COLOURS
 from tools.planning.recipe import count, parse
 
 ROOT = Path(__file__).parents[2]
@@ -72,11 +73,14 @@ def test_the_winner_is_a_layout_that_a_run_accepts(answered: tuple[Path, str]) -
 def test_the_pictures_show_every_rank(answered: tuple[Path, str]) -> None:
     folder, _ = answered
     pp = json.loads((folder / "out/plan.json").read_text())["plans"][0]["pp"]
-    root = ElementTree.fromstring((folder / "out/pipeline.svg").read_text())
-    boxes = [item for item in root if item.tag.endswith("rect")]
-    assert len({box.get("y") for box in boxes}) == pp + 1  # and the legend
     trace = json.loads((folder / "out/trace.json").read_text())["traceEvents"]
-    assert {event["tid"] for event in trace if event["ph"] == "X"} == set(range(pp))
+    passes = [event for event in trace if event["ph"] == "X"]
+    assert {event["tid"] for event in passes} == set(range(pp))
+    root = ElementTree.fromstring((folder / "out/pipeline.svg").read_text())
+    boxes = [item for item in root.iter() if item.tag.endswith("path") and "fill: #" in item.get("style", "")]
+    colours = {kind: [box for box in boxes if colour in box.get("style", "")] for kind, colour in COLOURS.items()}
+    assert len(colours["F"]) == sum(event["cat"] == "F" for event in passes) + 1  # and the legend
+    assert len(colours["B"]) == sum(event["cat"] == "B" for event in passes) + 1
     page = (folder / "out/report.html").read_text()
     assert "<svg" in page
     assert "conf/parallel file" in page
@@ -206,6 +210,7 @@ def test_published_runs_are_compared_row_by_row(tmp_path: Path) -> None:
         assert by[number]["not_modelled"]
     assert by[7]["left_out"] == "NVFP4"
     assert found["rows_counted"] == 3
+    assert sum('"row": ' in line for line in (tmp_path / "out.json").read_text().splitlines()) == 9  # one line each
     assert set(found["by_hardware"]) == {"h100"}
 
 

@@ -18,7 +18,7 @@ from parallel.planner.layers import Machine
 from parallel.planner.memory import Weights
 from parallel.planner.orders import impossible
 from parallel.planner.placement import Placement, placements
-from parallel.planner.search import Found, Plan, Recompute, Space, evaluate, search
+from parallel.planner.search import Found, Plan, Recompute, Space, evaluate, search, stages_under
 from parallel.suggest import Impossible
 from tools.planning.recipe import Stage, parse
 
@@ -83,8 +83,8 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
     machine = Machine(hardware, software_of(cfg), FITTED)
     gpus = cfg.plan.gpus or layout.world_size
     base = job_of(cfg, layout)
-    if cfg.plan.software == "deepseek":  # its weights exist in FP8 alone, beside the optimizer's main weights
-        base = replace(base, fp8_weights_only=base.fp8 is not None)
+    if cfg.plan.software == "deepseek":  # weights in FP8 alone, moments in 16 bits (arXiv 2412.19437, section 3.3.3)
+        base = replace(base, fp8_weights_only=base.fp8 is not None, compact=base.fp8 is not None, moment_bytes=2)
 
     def weights_of(job: Job, rank: int) -> Weights:
         return weights_on(cfg, job, rank)
@@ -115,7 +115,11 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
 def software_of(cfg: Config) -> software.Software:
     """The software that is timed."""
     plan = cfg.plan
-    found = software.deepseek_v3() if plan.software == "deepseek" else software.of_date(plan.software_date)
+    if plan.software == "deepseek":
+        found = software.deepseek_v3()
+    else:  # overlap depends on the layout, and is only as `plan` says
+        experts = 2 if cfg.model.num_experts else 1
+        found = software.usual(plan.software_date, cfg.cluster.domain_gpus, experts, 1, cfg.precision.fp8)
     if plan.overlap_all_to_all is not None:
         found = replace(found, overlap_all_to_all=plan.overlap_all_to_all)
     # A search tries dispatchers itself; DeepSeek's software has one, of which DeepEP is a part.
@@ -187,7 +191,10 @@ def given(cfg: Config, base: Job, machine: Machine, gpus: int, weights_of: objec
             continue
         if reason := impossible(schedule, one.pp, one.vpp, job.micro_batches):
             continue
-        found.plans.append(evaluate(job, schedule, machine, weights_of))  # type: ignore[arg-type]
+        stages = job.stages
+        if schedule == "dualpipev":
+            stages = stages_under(schedule, one.pp, 1, cfg.model.num_layers, cfg.model.mtp_num_layers)
+        found.plans.append(evaluate(replace(job, stages=stages), schedule, machine, weights_of))  # type: ignore[arg-type]
     if not found.plans:
         raise ConfigError(
             f"plan.schedules={cfg.plan.schedules} cannot run this layout: {reason}", "use plan.search=true"

@@ -132,6 +132,7 @@ def _job(
         model=model, layout=layout, stages=stages, micro_batch_size=size, seq_length=row.seq_length,
         micro_batches=micro_batches, sequence_parallel=row.sequence_parallel, backend="te", fused=True, grouped=True,
         dtype="bf16", fp8=fp8, fp8_weights_only=fp8 is not None, grad_bytes=4 if row.schedule or not recent else 2,
+        compact=row.schedule == "dualpipe",
         moment_bytes=2 if row.schedule == "dualpipe" or "bf16 moments" in words else 4,
         distributed_optimizer=recent or row.software.fsdp, recompute=mode, recompute_method=method,
         recompute_num_layers=layers, recompute_modules=modules,

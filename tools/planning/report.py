@@ -47,7 +47,7 @@ def html(result: Answer, picture: str) -> str:
     return template.render(
         title=f"Plan: {result.cfg.model.name} on {result.used:,} x {result.hardware.gpu}",
         headline=show.headline(result).splitlines(), tables=[_plain(table) for table in tables],
-        refusals=show.refusals(result), picture=picture, yaml=parallel_yaml(result.best),
+        refusals=show.refusals(result), picture=picture[picture.index("<svg") :], yaml=parallel_yaml(result.best),
     )  # fmt: skip
 
 

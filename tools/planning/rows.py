@@ -31,6 +31,7 @@ usual at the date of the source (`parallel.planner.software`), where the row doe
 NCCL within a node of 8, overlapped where it leaves the NVLink domain and vpp > 1. TFLOPS and MFU become tokens/s by the
 source's own convention: causal where it says so, and from 2025.04 on."""
 
+BLACKWELL_TFLOPS = 4000  # of FP8; Hopper has less
 DEFAULT_DATE = 202509  # of sources without a date
 HARDWARE = (
     ("500w", "h100_500w"), ("gb300", "gb300"), ("gb200", "gb200"), ("b300", "b300"), ("b200", "b200"),
@@ -120,7 +121,7 @@ def understand(
     micro_batch, micro_batches = batch
     return Row(
         index=index, values=values, model=model, hardware=hardware,
-        software=_software(words, constants, hardware, layout), layout=layout,
+        software=_software(words, constants, hardware, layout, _precision(values["precision"])), layout=layout,
         schedule=_schedule(words), precision=_precision(values["precision"]), micro_batch_size=micro_batch,
         micro_batches=micro_batches, seq_length=_sequence(values, words),
         sequence_parallel=layout.tp > 1 and "no sequence parallel" not in words,
@@ -170,9 +171,13 @@ def date_of(text: str) -> int:
 def _as_trained(model: ModelConfig, words: str) -> ModelConfig:
     if "no mtp" in words:
         model.mtp_num_layers = 0
-    if "token-drop" in words or "drop cf=1" in words:  # padded to one shape
+    if _drops_tokens(words):  # padded to one shape
         model.capacity_factor, model.pad_to_capacity = 1.0, True
     return model
+
+
+def _drops_tokens(words: str) -> bool:
+    return "token-drop" in words or "drop cf=1" in words
 
 
 def _degrees(values: Mapping[str, str], model: ModelConfig, words: str) -> dict[str, int]:
@@ -246,13 +251,18 @@ def _recompute(text: str, model: ModelConfig, words: str) -> tuple[str, str, int
     return "selective", "uniform", 1, frozenset(modules)
 
 
-def _software(words: str, constants: Calibration, hardware: Hardware, layout: ParallelLayout) -> Software:
+def _software(
+    words: str, constants: Calibration, hardware: Hardware, layout: ParallelLayout, precision: str
+) -> Software:
     """What was usual at the date of the source, changed by what the row says."""
-    found = software_of.of_date(date_of(words))
-    if layout.ep * layout.etp <= hardware.domain_gpus <= 8:  # in one node, NCCL's all-to-all was usual
+    month = date_of(words)
+    experts = layout.ep * layout.etp
+    found = software_of.usual(month, hardware.domain_gpus, experts, layout.vpp, precision)
+    # Within a node NCCL's all-to-all was usual at first, and for tokens padded to capacity there was nothing else.
+    if month < software_of.GRAPHS_FROM and (experts <= hardware.domain_gpus <= 8 or _drops_tokens(words)):
         found = replace(found, dispatcher="alltoall")
-    elif layout.ep * layout.etp > hardware.domain_gpus and layout.vpp > 1 and date_of(words) >= 202506:
-        found = replace(found, overlap_all_to_all=True)  # Megatron-Core's advice where experts span nodes
+    if _drops_tokens(words) and hardware.fp8_tflops > BLACKWELL_TFLOPS:  # one shape: layers run from CUDA graphs
+        found = replace(found, graphs="full")
     if "dualpipe" in words:
         found = software_of.deepseek_v3()
     if re.search(r"a2a overlap(?! off)|overlap on\b|pp1 \+ overlap", words):
@@ -264,9 +274,9 @@ def _software(words: str, constants: Calibration, hardware: Hardware, layout: Pa
     elif "alltoall" in words or "dispatcher=a2a" in words:
         found = replace(found, dispatcher="alltoall")
     if "cuda graphs" in words:
-        found = replace(found, kernels=min(found.kernels, constants.graph_kernels))
+        found = replace(found, graphs="full" if found.graphs == "full" else "scoped")
     if "fsdp" in words or "torchtitan" in words:
-        found = replace(found, fsdp=True)
+        found = replace(found, fsdp=True, overlap_all_to_all=False)
     if "torchtitan" in words:  # PyTorch's own attention: FlashAttention-2
         found = replace(found, attention_speed=constants.flash2_speed)
     if "vanilla tp" in words or ("torchtitan" in words and "asynctp" not in words and "async tp" not in words):

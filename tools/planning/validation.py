@@ -59,10 +59,17 @@ def run(path: Path, models: str | None, results: Path | None) -> None:
     target = results or RESULTS
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        target.write_text(as_json(found), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror}", "set results=FILE.json") from error
     console.print(f"wrote {target}", soft_wrap=True)
+
+
+def as_json(found: dict[str, Any]) -> str:
+    """The result, with one line for each row."""
+    head = json.dumps({name: value for name, value in found.items() if name != "rows"}, indent=1)
+    rows = ",\n  ".join(json.dumps(row) for row in found["rows"])
+    return f'{head.removesuffix("}").rstrip()},\n "rows": [\n  {rows}\n ]\n}}\n'
 
 
 def compare(index: int, values: dict[str, str], models: str | None) -> dict[str, Any]:
@@ -112,7 +119,11 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Medians of the absolute errors by part, source, hardware and model; rank correlation of layouts."""
     counted = [row for row in rows if counts(row)]
     ranks = correlations(counted)
-    memory = [abs(row["error_peak_mem_gb"]) for row in rows if row.get("error_peak_mem_gb") is not None]
+
+    def median_of(name: str) -> float | None:
+        sizes = [abs(row[name]) for row in rows if row.get(name) is not None]
+        return median(sizes) if sizes else None
+
     return {
         "rows_read": len(rows),
         "rows_counted": len(counted),
@@ -125,7 +136,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "rank_correlation_median": median(r["correlation"] for r in ranks) if ranks else None,
         "rank_correlation_groups_at_least_0.9": sum(r["correlation"] >= 0.9 for r in ranks),
         "rank_correlation_groups": ranks,
-        "median_error_memory": median(memory) if memory else None,
+        "median_error_memory": median_of("error_peak_mem_gb"),
+        "median_error_step_time": median_of("error_step_time_s"),
         "by_source": _by(counted, lambda row: row["source"]),
         "by_hardware": _by(counted, lambda row: row["cluster"]),
         "by_model": _by(counted, lambda row: row["architecture"]),
@@ -201,6 +213,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         "published",
         "predicted",
         "error",
+        "step time error",
         "memory error",
         "part",
     ):
@@ -213,7 +226,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         shown.add_row(
             str(row["row"]), row["architecture"], row["cluster"], row["layout"], row["recompute_taken"],
             "" if known is None else f"{known:,.1f}", f"{row['predicted_tokens_per_s_per_gpu']:,.1f}",
-            _percent(row["error_tokens_per_s_per_gpu"]), _percent(row["error_peak_mem_gb"]),
+            _percent(row["error_tokens_per_s_per_gpu"]), _percent(row["error_step_time_s"]),
+            _percent(row["error_peak_mem_gb"]),
             row["left_out"] if "left_out" in row else row["part"],
         )  # fmt: skip
     return shown
@@ -247,8 +261,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         ),
         (
             f"median absolute error of tokens/s/GPU: {percent('median_error_fit')} fit, "
-            f"{percent('median_error_test')} test, {percent('median_error')} all; of memory: "
-            f"{percent('median_error_memory')}"
+            f"{percent('median_error_test')} test, {percent('median_error')} all; of step "
+            f"time: {percent('median_error_step_time')}; of memory: {percent('median_error_memory')}"
         ),
     ]
     if groups:

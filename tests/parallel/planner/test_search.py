@@ -70,3 +70,26 @@ def test_failures_and_intervals_change_the_bill() -> None:
     assert rows["as planned, with failures and checkpoints"] == max(
         fraction for name, fraction in rows.items() if "checkpoint every" in name or "as planned" in name
     )
+
+
+def test_a_schedule_that_folds_the_model_is_searched() -> None:
+    """DualPipeV: the first rank holds the embedding and the loss."""
+    result = plan("plan.schedules=[dualpipev]", "plan.micro_batch_sizes=[1]", "plan.precisions=[block]", "plan.top=2")
+    best = result.best
+    assert best.schedule == "dualpipev"
+    assert best.memory_bytes <= result.hardware.usable_bytes
+    assert "E" in best.memory[0].items[0]
+    assert "L" in best.memory[0].items[1]
+    assert len(best.step.stages) == 2 * best.job.layout.pp
+
+
+def test_the_published_layout_is_close_to_the_best_under_the_same_software() -> None:
+    """tp=2 halves the stages and their bubble, and needs no recomputation (docs/planning.md).
+
+    It fits the memory it ran in, with what DeepSeek's software keeps (arXiv 2412.19437, section 3.3.3).
+    """
+    same = ("precision=fp8_block", "plan.precisions=[]", "plan=deepseek_v3", "plan.recipe=[]")
+    published = plan(*same, "parallel=deepseek_v3_h800", "recompute=deepseek_v3")
+    found = plan(*same, "plan.search=true", "plan.schedules=[1f1b,interleaved,zb1p,dualpipe]", "plan.top=3")
+    assert published.best.memory_bytes <= published.hardware.usable_bytes
+    assert found.best.step.seconds <= published.best.step.seconds <= 1.08 * found.best.step.seconds

@@ -105,5 +105,5 @@ def test_larger_micro_batches_have_more_tokens() -> None:
 
 def test_every_generation_of_software_is_known() -> None:
     assert software.of_date(202104).flash_attention is False
-    assert software.of_date(202606).overlap_all_to_all is True
+    assert software.of_date(202301).overlap_tp is False
     assert software.of_date(190001) == software.of_date(202000)
