@@ -24,6 +24,13 @@ SETS: dict[str, dict[str, Any]] = {
         "mode": "selective",
         "modules": ["core_attn", "mla_up_proj", "layernorm", "moe_act", "mlp", "shared_experts"],
     },
+    **{
+        name: {"stages": stages}
+        for name, stages in (
+            ("full on the first stage", ["full", "none"]),
+            ("other modules on each stage", ["layernorm+mla_up_proj+moe_act", "mlp+core_attn"]),
+        )
+    },
     "nested": {"mode": "selective", "modules": ["moe", "moe_act", "shared_experts", "layernorm"]},
 }
 
