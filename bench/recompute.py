@@ -1,10 +1,10 @@
 """Recomputation changes no bit: gradients and metrics of every layout with each recomputation set, against none.
 
 `make parity-recompute` takes the layouts of `make parity` and the sets of `make bench-memory`, further sets within each
-other and, on pipelines, sets that differ between stages. Every rank trains `STEPS` steps with each set from the same
-weights and data, and compares every gradient after the last one, and what every step logs (losses, balance losses,
-tokens of each expert, gradient norm), with what came out when everything was kept. It writes
-bench/results/recompute.json.
+other and, on pipelines, sets that differ between stages. Every rank trains one step of two micro-batches with each set
+from the same weights and data, and compares every gradient, and what the step logs (losses, balance losses, tokens of
+each expert, gradient norm), with what came out when everything was kept. It writes bench/results/recompute.json; with
+`--layout` only the rows of those layouts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from bench.bench_memory import SETS as SINGLE
 from bench.parity import COMMON, LAYOUTS
-from bench.results import write
+from bench.results import DIRECTORY, write
 from launch import forkserver, job, local
 from moe_train.config.compose import compose
 from moe_train.config.schema import Config
@@ -32,8 +32,8 @@ from moe_train.config.validate import validate
 from parallel.errors import ConfigError
 from parallel.rank_info import RankInfo
 
-STEPS = 2
-SHORT = [f"train.steps={STEPS}", "schedule.warmup_steps=1", "batch.global_batch_size=4"]
+MICRO_BATCHES = 2
+SHORT = ["train.steps=1", "schedule.warmup_steps=1"]
 SETS: dict[str, list[str]] = {
     **{name: words for name, words in SINGLE.items() if name != "none"},
     "moe,moe_act,shared_experts,layernorm": [
@@ -81,8 +81,8 @@ def compare_sets(cfg: Config, rank: RankInfo) -> None:
     Path(cfg.run_dir, f"rank_{rank.rank}.json").write_text(json.dumps({"kept": logged, "sets": found}))
 
 
-def _train(cfg: Config, rank: RankInfo) -> tuple[list[Any], list[dict[str, Any]]]:
-    """Every gradient in fp32 after the last step, and the metrics of all steps."""
+def _train(cfg: Config, rank: RankInfo) -> tuple[list[Any], dict[str, Any]]:
+    """Every gradient of a step in fp32, and its metrics."""
     from moe_train import train
     from moe_train.data.datasets import build_datasets
     from moe_train.loop.step import train_step
@@ -90,9 +90,8 @@ def _train(cfg: Config, rank: RankInfo) -> tuple[list[Any], list[dict[str, Any]]
 
     groups.destroy()
     run = train.prepare(cfg, rank)
-    data, _, _ = build_datasets(cfg, STEPS * cfg.batch.global_batch_size, 0, 0)
-    batches = train.iterators(run, data, 0)
-    metrics = [train_step(run, batches) for _ in range(STEPS)]
+    data, _, _ = build_datasets(cfg, cfg.batch.global_batch_size, 0, 0)
+    metrics = train_step(run, train.iterators(run, data, 0))
     return [p.main_grad.float().clone() for chunk in run.chunks for p in chunk.parameters()], metrics
 
 
@@ -100,6 +99,7 @@ def measure(words: Sequence[str]) -> list[dict[str, Any]]:
     """A row for each set of one layout: the worst rank's gradients, and the balance loss that was logged."""
     with tempfile.TemporaryDirectory(prefix="recompute-") as directory:
         cfg = compose([*COMMON, *words, *SHORT, f"run_dir={directory}/run"])
+        cfg.batch.global_batch_size = MICRO_BATCHES * validate(cfg).dp
         layout = validate(cfg)
         job.prepare_data(cfg)
         local.start(cfg, layout, "bench.recompute:compare_sets")
@@ -113,7 +113,7 @@ def measure(words: Sequence[str]) -> list[dict[str, Any]]:
         of_ranks = [rank["sets"][name] for rank in ranks]
         row["max_abs_gradient_difference"] = max(one["max_abs_gradient_difference"] for one in of_ranks)
         row |= {key: all(one[key] for one in of_ranks) for key in ("gradients_bit_identical", "metrics_identical")}
-        rows.append({**row, "balance_loss": ranks[0]["kept"][0]["seq_load_balancing_loss"], "ranks": len(ranks)})
+        rows.append({**row, "balance_loss": ranks[0]["kept"]["seq_load_balancing_loss"], "ranks": len(ranks)})
     return rows
 
 
@@ -137,7 +137,7 @@ def run(layouts: Sequence[str], common: Sequence[str]) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows for a person: one line for each layout."""
-    shown = Table(title=f"Gradients and metrics after {STEPS} steps against those without recomputation")
+    shown = Table(title="Gradients and metrics against those without recomputation")
     for column in ("layout", "sets", "refused", "largest difference", "bit-identical", "metrics"):
         shown.add_column(column)
     for layout in dict.fromkeys(row["layout"] for row in rows):
@@ -166,15 +166,25 @@ def main() -> None:
     finally:
         forkserver.kill()
     Console().print(table(rows))
+    if not arguments.overrides:
+        print(f"wrote {save(rows)}")
+    sys.exit(0 if all(map(holds, rows)) else 1)
+
+
+def save(rows: Sequence[dict[str, Any]]) -> Path:
+    """Write the rows, with those of other layouts that stood there before."""
+    before = DIRECTORY / "recompute.json"
+    others = json.loads(before.read_text())["rows"] if before.exists() else []
+    new = {row["layout"] for row in rows}
+    rows = [*(row for row in others if row["layout"] not in new), *rows]
+    rows = sorted(rows, key=lambda row: ["single", *LAYOUTS].index(row["layout"]))
     ran = [row for row in rows if "refused" not in row]
-    ok = all(map(holds, rows))
-    if not (arguments.layout or arguments.overrides):
-        summary = {
-            "all_bit_identical": ok, "layouts": len(LAYOUTS) + 1, "compared": len(ran), "steps": STEPS,
-            "max_abs_gradient_difference": max(row["max_abs_gradient_difference"] for row in ran),
-        }  # fmt: skip
-        print(f"wrote {write('recompute', summary, rows)}")
-    sys.exit(0 if ok else 1)
+    summary = {
+        "all_bit_identical": all(map(holds, rows)), "layouts": len({row["layout"] for row in rows}),
+        "compared": len(ran),
+        "max_abs_gradient_difference": max(row["max_abs_gradient_difference"] for row in ran),
+    }  # fmt: skip
+    return write("recompute", summary, rows)
 
 
 if __name__ == "__main__":

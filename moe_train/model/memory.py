@@ -16,9 +16,6 @@ from parallel.layout import ParallelLayout
 from parallel.planner.job import Job
 from parallel.planner.memory import StageMemory, Weights, stage_memory
 
-# Memory of a GPU as it is sold, GB, and what torch can allocate of it beside the CUDA context, GiB.
-GPUS = {24: 23.0, 40: 39.0, 80: 78.6, 96: 93.0, 141: 138.6, 192: 177.0, 288: 266.0}
-
 
 def predict(cfg: Config, layout: ParallelLayout) -> list[StageMemory]:
     """Memory of one rank of each pipeline stage, first to last. `cfg` is validated."""
