@@ -123,12 +123,14 @@ def holds(row: dict[str, Any]) -> bool:
 
 
 def run(layouts: Sequence[str], common: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each layout and set."""
+    """A row for each layout and set. Without `common` overrides each layout is written as soon as it is done."""
     rows = []
     for name in layouts:
         start = time.monotonic()
         found = [{"layout": name, **row} for row in measure([*common, *LAYOUTS.get(name, [])])]
         rows += found
+        if not common:
+            save(found)
         different = [row["recompute"] for row in found if not holds(row)]
         shown = f"DIFFER: {'; '.join(different)}" if different else "no bit differs"
         Console(stderr=True).print(f"{name}: {len(found)} sets, {shown} ({time.monotonic() - start:.0f} s)")
@@ -166,8 +168,6 @@ def main() -> None:
     finally:
         forkserver.kill()
     Console().print(table(rows))
-    if not arguments.overrides:
-        print(f"wrote {save(rows)}")
     sys.exit(0 if all(map(holds, rows)) else 1)
 
 
