@@ -52,7 +52,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "recompute.method": ("uniform", "block"),
     "recompute.num_layers": (1, 1, 2),
     "recompute.modules": ([], [], [], [], [], ["layernorm"], ["mla_up_proj", "mlp"], ["moe", "core_attn"], ["moe_act"]),
-    "recompute.stages": (*[[]] * 9, ["full", "layernorm+mla_up_proj"], ["none", "moe", "full", "mlp+core_attn"]),
+    "recompute.stages": (*[[]] * 12, ["full", "layernorm+mla_up_proj"], ["none", "moe", "full", "mlp+core_attn"]),
     "batch.global_batch_size": (8, 16, 24),
     "precision.dtype": (*["bf16"] * 9, "fp32"),
     "precision.fp8": (*[None] * 4, "block", "tensor", "delayed", "mxfp8"),
@@ -72,7 +72,7 @@ def test_megatron_core_accepts_whatever_passes() -> None:
     from moe_train.model.build import transformer_config
 
     passed = 0
-    for cfg in _random_configs(5000):
+    for cfg in _random_configs(6000):
         try:
             layout = validate(cfg)
         except ConfigError:
