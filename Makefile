@@ -10,10 +10,10 @@ TEST_WORKERS ?= 2
 # Tests must not depend on what else the machine's Python warns about.
 export PYTHONWARNINGS := ignore
 
-.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity bench-memory bench-plan bench-step bench-fp8 bench-convert bench-checkpoint bench-faults dryrun clean
+.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity parity-recompute bench-memory bench-plan bench-step bench-fp8 bench-convert bench-checkpoint bench-faults dryrun clean
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready ## Make .venv with everything (quick when nothing changed)
 
@@ -63,6 +63,9 @@ bench-convert: setup ## Measure conversion against cp and transformers (needs mp
 
 parity: setup ## Compare losses and gradients of every layout with one rank; writes bench/results/parity.json
 	$(BIN)/python -m bench.parity
+
+parity-recompute: setup ## Compare gradients of every layout and recomputation set, bit by bit; writes bench/results/recompute.json
+	$(BIN)/python -m bench.recompute
 
 bench-memory: setup ## Compare predicted memory with what runs here keep; writes bench/results/memory.json
 	$(BIN)/python -m bench.bench_memory

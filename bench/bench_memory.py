@@ -1,6 +1,7 @@
 """Predicted memory of a rank against what a run on this machine really keeps, and against published peaks on GPUs.
 
-`make bench-memory` trains one step of every model, layout and recomputation set below, as `moe-train` would. What a
+`make bench-memory` trains one step of every model, layout and recomputation set below, as `moe-train` would, in bf16;
+further steps in emulated FP8, with activations moved to a file, and with stages that recompute differently. What a
 micro-batch keeps for its backward pass, logits included, must be predicted within 3 %, and what parameters, gradients
 and the optimizer hold to the byte. Each figure is the mean over the ranks of a pipeline stage: routing gives some
 expert-parallel ranks more tokens than others, but their total is fixed, and the prediction takes them to get equally
@@ -70,13 +71,24 @@ SETS: dict[str, list[str]] = {
     },
 }  # fmt: skip
 
+# Beside the sets of recomputation, which bench.recompute takes too.
+MORE: dict[str, list[str]] = {
+    "full on the first stage": ["recompute.stages=[full,none]"],
+    "fp8_block": ["precision=fp8_block"],
+    "fp8_block; layernorm,moe_act": [
+        "precision=fp8_block", "recompute=selective", "recompute.modules=[layernorm,moe_act]",
+    ],
+    "fp8_block, dispatch too": ["precision=fp8_block", "precision.fp8_dispatch=true"],
+    "offload to a file": ["recompute.offload=file", "recompute.offload_min_bytes=65536"],
+}  # fmt: skip
+
 
 def cases(models: Sequence[str], layouts: Sequence[str]) -> Iterator[tuple[str, str, str, list[str]]]:
-    """(model, layout, set, overrides) of every case that is a valid configuration: gqa has no up-projection, say."""
+    """(model, layout, variant, overrides) of each case that is a valid configuration: gqa has no up-projection, say."""
     for model in models:
         for layout in layouts:
-            for name, recompute in SETS.items():
-                overrides = [*COMMON, "precision=bf16", *MODELS[model], *LAYOUTS[layout], *recompute, *ONE_STEP]
+            for name, words in {**SETS, **MORE}.items():
+                overrides = [*COMMON, "precision=bf16", *MODELS[model], *LAYOUTS[layout], *words, *ONE_STEP]
                 try:
                     validate(compose(overrides))
                 except ConfigError:
@@ -115,7 +127,7 @@ def run(models: Sequence[str], layouts: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for model, layout, name, overrides in cases(models, layouts):
         for row in measure(overrides):
-            rows.append({"model": model, "layout": layout, "recompute": name, **row})
+            rows.append({"model": model, "layout": layout, "variant": name, **row})
             Console(stderr=True).print(f"{model}, {layout}, {name}, stage {row['stage']}: {row['relative_error']:+.3%}")
     return rows
 
@@ -123,11 +135,11 @@ def run(models: Sequence[str], layouts: Sequence[str]) -> list[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows for a person: MiB kept by a micro-batch."""
     shown = Table(title=f"Kept by one micro-batch, MiB; tolerance {TOLERANCE:.0%}")
-    for column in ("model", "layout", "recompute", "stage", "measured", "predicted", "error", "weights exact"):
+    for column in ("model", "layout", "variant", "stage", "measured", "predicted", "error", "weights exact"):
         shown.add_column(column)
     for row in rows:
         shown.add_row(
-            row["model"], row["layout"], row["recompute"], str(row["stage"]),
+            row["model"], row["layout"], row["variant"], str(row["stage"]),
             *(f"{row[key] / 2**20:.2f}" for key in (PARTS[0], f"predicted_{PARTS[0]}")),
             f"{row['relative_error']:+.3%}", "yes" if row["static_exact"] else "NO",
         )  # fmt: skip

@@ -34,8 +34,11 @@ WARM_UP_STEPS, TURN_STEPS = 3, 2
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 
 
-def measure(task: Task, rounds: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """One row for each side, and the profile of ours."""
+Profile = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+
+
+def measure(task: Task, rounds: int) -> tuple[list[dict[str, Any]], Profile]:
+    """One row for each side, and the profile of ours: parts of the model, and operations."""
     with tempfile.TemporaryDirectory(prefix="bench-step-") as directory:
         weights = Path(directory, "weights.pt")
         workers: dict[str, Worker] = {}
@@ -115,15 +118,26 @@ def table(rows: Sequence[dict[str, Any]], task: Task) -> Table:
     return shown
 
 
-def profile_table(profiles: dict[str, list[dict[str, Any]]], count: int = 15) -> Table:
-    """The operations of our step that take most time in themselves."""
+def profile_table(profiles: dict[str, Profile]) -> Table:
+    """Time of our step by part of the model."""
     shown = Table(title="Where the time of our step goes (the profiler slows it down)")
-    for column in ("precision", "operation", "calls", "ms", "share"):
+    for column in ("precision", "part", "ms", "share"):
+        shown.add_column(column, justify="left" if column in ("precision", "part") else "right")
+    for dtype, (parts, _) in profiles.items():
+        for one in parts:
+            shown.add_row(dtype, one["part"], f"{one['ms']:.1f}", f"{one['share']:.0%}")
+        shown.add_section()
+    return shown
+
+
+def operations_table(profiles: dict[str, Profile], count: int = 10) -> Table:
+    """The operations that take most time in themselves."""
+    shown = Table(title="Its operations, time in themselves")
+    for column in ("precision", "operation", "calls", "ms"):
         shown.add_column(column, justify="left" if column in ("precision", "operation") else "right")
-    for dtype, events in profiles.items():
-        total = sum(e["ms"] for e in events)
-        for e in events[:count]:
-            shown.add_row(dtype, e["operation"], f"{e['calls']:.0f}", f"{e['ms']:.1f}", f"{e['ms'] / total:.0%}")
+    for dtype, (_, operations) in profiles.items():
+        for one in operations[:count]:
+            shown.add_row(dtype, one["operation"], f"{one['calls']:.0f}", f"{one['ms']:.1f}")
         shown.add_section()
     return shown
 
@@ -143,7 +157,7 @@ def main() -> None:
     except MoeTrainError as error:
         sys.exit(f"error: {error}")
     rows: list[dict[str, Any]] = []
-    profiles: dict[str, list[dict[str, Any]]] = {}
+    profiles: dict[str, Profile] = {}
     for dtype in options.precision or ["fp32", "bf16"]:
         task = Task(dtype, options.sequences, options.seq_length, options.threads, tuple(options.overrides))
         found, profiles[dtype] = measure(task, options.rounds)
@@ -152,10 +166,13 @@ def main() -> None:
     console = Console()
     console.print(table(rows, task))
     console.print(profile_table(profiles))
+    console.print(operations_table(profiles))
     for name, value in summary.items():
         print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
     if sys.argv[1:] == []:
-        print(f"wrote {write('step', {**summary, 'loss_tolerance': LOSS_TOLERANCE, 'transformers': version}, rows)}")
+        shares = {dtype: parts for dtype, (parts, _) in profiles.items()}
+        about = {"loss_tolerance": LOSS_TOLERANCE, "transformers": version, "profile": shares}
+        print(f"wrote {write('step', {**summary, **about}, rows)}")
     sys.exit(0 if summary["losses_agree"] else 1)
 
 

@@ -5,12 +5,16 @@ What a row leaves out is as in NVIDIA's performance recipes, from which these ro
 scripts/performance and training/mixed_precision.py): gradients in bf16 (grad_reduce_in_fp32=False), weights of linear
 layers only in FP8 where they compute in it (fp8_param_gather=True), fp32 moments. Further: sequences of 4,096 tokens,
 micro-batches of one, the smallest data-parallel degree that fits, layers spread evenly over stages.
+
+torchtitan's rows (FSDP2) are predicted by the rules of `moe-plan validate` (tools/planning), with two things that only
+memory needs. Their source states GiB that torch has reserved, which is a little more than what is in use. And torch's
+own loss holds more than Megatron-Core's (`TORCH_LOSS`): with 128,256 words and no pipeline that is what peaks.
+
 Every other row is listed with the reason why it is not modelled.
 """
 
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -23,10 +27,18 @@ from moe_train.config.compose import compose
 from moe_train.config.schema import Config
 from moe_train.config.validate import validate
 from moe_train.model.memory import job_of, weights_on
-from parallel.planner.memory import StageMemory, stage_memory
+from parallel.planner.calibration import FITTED
+from parallel.planner.memory import StageMemory, logits_bytes, stage_memory
+from tools.planning.predict import predict
+from tools.planning.rows import text_of, understand
+from tools.planning.validation import read as read_table
 
 DATA = Path(__file__).parent / "data" / "published_memory.csv"
-GB = 1e9
+GB, GIB = 1e9, 2**30
+# Bytes that torch's cross entropy holds of one score in its backward pass. Eager: log-probabilities, their gradient and
+# that of the scores, each fp32 (aten's nll_loss_backward and log_softmax_backward). Compiled into one kernel: scores
+# and their gradient in fp32, and the latter in 16 bits.
+TORCH_LOSS = {"eager": 12, "compiled": 10}
 
 # Beginning of the model's name in the table -> overrides.
 LLAMA_70B = [
@@ -47,8 +59,6 @@ PRECISIONS = {
 
 def overrides(row: dict[str, str]) -> list[str] | str:
     """The row as overrides of the configuration, or why it is not modelled."""
-    if "torchtitan" in row["source"]:
-        return "FSDP: not a layout of Megatron-Core's distributed optimizer"
     if "offload" in row["other_flags"] and "baseline" not in row["other_flags"]:
         return "activations are moved to the host"
     names = [name for name in MODELS if row["model"].startswith(name)]
@@ -77,7 +87,9 @@ def compare(row: dict[str, str]) -> dict[str, Any]:
     """Published and predicted peak in GB, or why there is no prediction."""
     result: dict[str, Any] = {name: row[name] for name in ("source", "model", "recompute")}
     result |= {"layout": " ".join(f"{n}{row[n]}" for n in ("tp", "pp", "vpp", "ep") if row[n])}
-    result["published_gb"] = float(row["peak_mem_gb"])
+    result["published_gb"] = float(row["peak_mem_gb"]) * (GIB / GB if "memory GiB" in row["other_flags"] else 1)
+    if "torchtitan" in row["source"]:
+        return {**result, **_against(result, fully_sharded(row) / GB)}
     words = overrides(row)
     if isinstance(words, str):
         return {**result, "not_modelled": words}
@@ -88,16 +100,34 @@ def compare(row: dict[str, str]) -> dict[str, Any]:
     batch = int(row["gbs"] or 0) or 16 * dp * cfg.parallel.pp * cfg.batch.micro_batch_size
     cfg = compose([*words, f"batch.global_batch_size={batch}", f"parallel.dp={dp}"])
     fullest = fullest_stage(cfg)
-    result["predicted_gb"] = fullest.total / GB
-    result["relative_error"] = result["predicted_gb"] / result["published_gb"] - 1
+    result |= _against(result, fullest.total / GB)
     parts = ("parameters", "gradients", "optimizer", "activations", "recompute", "communication", "logits")
     return {**result, "stage": fullest.stage, **{f"{name}_gb": round(getattr(fullest, name) / GB, 2) for name in parts}}
 
 
+def _against(result: dict[str, Any], predicted_gb: float) -> dict[str, Any]:
+    return {"predicted_gb": predicted_gb, "relative_error": predicted_gb / result["published_gb"] - 1}
+
+
+def fully_sharded(row: dict[str, str]) -> float:
+    """Bytes of the fullest rank of a run with FSDP2.
+
+    Raises:
+        ValueError: the row does not say how it was laid out.
+    """
+    understood = understand(0, row, FITTED)
+    if isinstance(understood, str):
+        raise ValueError(f"{row['source']}, {row['model']}: {understood}")
+    made = predict(understood, FITTED)
+    job = made.job
+    score = TORCH_LOSS["compiled" if "compile" in text_of(row) else "eager"]
+    scores = job.tokens * job.model.padded_vocab_size / job.layout.tp
+    return made.memory_bytes + score * scores - logits_bytes(job, "L")
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """`compare` for each row of the table that has a peak."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [compare(row) for row in csv.DictReader(file) if row["peak_mem_gb"].strip()]
+    return [compare(row) for row in read_table(path) if row["peak_mem_gb"]]
 
 
 def summary(path: Path) -> dict[str, Any]:
@@ -121,7 +151,7 @@ def show(path: Path) -> None:
         shown = (
             [row["not_modelled"], ""]
             if "not_modelled" in row
-            else [f"{row['predicted_gb']:.1f} (stage {row['stage']})", f"{row['relative_error']:+.1%}"]
+            else [f"{row['predicted_gb']:.1f}", f"{row['relative_error']:+.1%}"]
         )
         table.add_row(row["model"], row["layout"], row["recompute"], f"{row['published_gb']:.1f}", *shown)
     Console().print(table)

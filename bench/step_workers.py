@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench import step_profile
 from bench.step_data import Task
 
 Step = Callable[[], float]
@@ -47,10 +49,10 @@ def _serve(pipe: Any, side: str, task: Task, weights: Path) -> None:
     import torch
 
     torch.set_num_threads(task.threads)
-    step = _ours(task, weights) if side == OURS else _transformers(side, task, weights)
+    step: Any = _ours(task, weights) if side == OURS else _transformers(side, task, weights)
     requests: dict[str, Callable[..., Any]] = {
         "steps": lambda count: [_timed(step) for _ in range(count)],
-        "profile": lambda count: _profile(step, count),
+        "profile": lambda count: step_profile.profile(step.args[0], step, count),
         "gemm": lambda: _gemm_tflops(task.dtype),
     }
     while True:
@@ -67,14 +69,13 @@ def _timed(step: Step) -> tuple[float, float]:
     return loss, time.perf_counter() - began
 
 
-def _ours(task: Task, weights: Path) -> Step:
+def _ours(task: Task, weights: Path) -> partial[float]:
     """The training step of this project, after its initial weights were written to `weights`."""
     import torch
 
     from bench import step_data
     from bench.step_transformers import from_megatron
     from moe_train.checkpoint.state import models
-    from moe_train.loop import step
     from moe_train.train import prepare
     from parallel.rank_info import RankInfo
 
@@ -84,7 +85,13 @@ def _ours(task: Task, weights: Path) -> Step:
     state = {name: value.detach().clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
     torch.save(from_megatron(state, cfg.model), weights)
     data = [step_data.batches(task, cfg.model.vocab_size)]
-    return lambda: float(step.train_step(run, data)["lm_loss"])
+    return partial(_step, run, data)
+
+
+def _step(run: Any, data: list[Any]) -> float:
+    from moe_train.loop import step
+
+    return float(step.train_step(run, data)["lm_loss"])
 
 
 def _transformers(experts: str, task: Task, weights: Path) -> Step:
@@ -104,18 +111,3 @@ def _gemm_tflops(dtype: str) -> float:
     from moe_train.telemetry import peak
 
     return peak.measure_cpu(DTYPES[dtype])
-
-
-def _profile(step: Step, count: int) -> list[dict[str, Any]]:
-    """Operations by the time spent in themselves, most first: name, calls and milliseconds of one step."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
-        for _ in range(count):
-            step()
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    return [
-        {"operation": e.key, "calls": e.count / count, "ms": e.self_cpu_time_total / count / 1e3}
-        for e in events
-        if e.self_cpu_time_total
-    ]

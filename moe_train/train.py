@@ -46,7 +46,7 @@ def prepare(cfg: Config, rank: RankInfo) -> Run:
     torch.manual_seed(cfg.seed)
 
     run = Run(cfg, layout, rank, device, name, implementation, total_steps(cfg), Path(cfg.run_dir))
-    run.config = transformer_config(cfg, layout, implementation, name)
+    run.config = transformer_config(cfg, layout, implementation, name, layout.coordinates(rank.rank).pp)
     model: list[nn.Module] = [to_precision(chunk, run) for chunk in build(cfg, run.config, implementation, layout.vpp)]
     initialise(model, cfg.model, cfg.seed)
     if cfg.model.is_moe:

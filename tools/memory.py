@@ -12,13 +12,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
+from moe_train.config.cluster import ClusterConfig
 from moe_train.config.compose import hydra_entry
+from moe_train.config.explain import CONF_DIR
 from moe_train.config.schema import Config
 from moe_train.config.validate import validate
-from moe_train.model.memory import GPUS, predict
+from moe_train.model.memory import predict
 from parallel.layout import ParallelLayout
 from parallel.planner.memory import StageMemory
 
@@ -113,12 +116,23 @@ def _short(items: str) -> str:
     return text
 
 
+def gpus() -> dict[str, ClusterConfig]:
+    """The GPU clusters of conf/cluster, by name."""
+    files = sorted((CONF_DIR / "cluster").glob("*.yaml"))
+    found = {file.stem: ClusterConfig(**yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files}
+    return {name: cluster for name, cluster in found.items() if cluster.gpu != "CPU core"}
+
+
 def verdict(stages: Sequence[StageMemory]) -> str:
     """The fullest stage, and the smallest GPU that holds it."""
     fullest = max(stages, key=lambda stage: stage.total)
     size = fullest.total / GIB
-    fits = [memory for memory, usable in GPUS.items() if size <= usable]
-    which = f"every stage fits a GPU of {fits[0]} GB" if fits else "more than any GPU has: split it further"
+    fits = {name: gpu.memory_gib for name, gpu in gpus().items() if size <= gpu.memory_gib - gpu.reserved_gib}
+    which = "more than any GPU in conf/cluster has: split it further"
+    if fits:
+        least = min(fits.values())
+        names = ", ".join(name for name, memory in fits.items() if memory == least)
+        which = f"every stage fits a GPU of {least:g} GiB (cluster={names})"
     return f"fullest: stage {fullest.stage} of {len(stages)} with {size:,.2f} GiB; {which}"
 
 

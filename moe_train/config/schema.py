@@ -112,6 +112,10 @@ class RecomputeConfig:
         [], "selective: the parts of a layer to recompute.",
         choices=("core_attn", "mla_up_proj", "layernorm", "moe_act", "mlp", "moe", "shared_experts"),
     )  # fmt: skip
+    stages: list[str] = doc(
+        [], "What each of the pp stages (or pp x vpp chunks, as tokens pass them) recomputes, in the place of mode and "
+        "modules: none, full, or modules joined by +; empty means all alike."
+    )  # fmt: skip
     offload: str = doc(
         "none", "Move kept activations out until the backward pass: to memory (on cuda that of the host), or, on the "
         "CPU only, to a file without a name in run_dir.", choices=("none", "memory", "file"),

@@ -6,7 +6,7 @@ counts as it is stored, and the vocabulary with its padding to 128 rows, which n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -30,6 +30,11 @@ class Weight:
     def numel(self) -> int:
         """Elements of all copies."""
         return prod(self.shape) * self.copies
+
+    @property
+    def multiplies_in_fp8(self) -> bool:
+        """Whether a layer's matrix does so where a recipe is on; a router and the gate of shared experts do not."""
+        return len(self.shape) == 2 and self.part != "router" and self.shape[0] > 1
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,16 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class RankParameters:
-    """What one rank holds: weights outside experts, weights of its routed experts, selection-bias entries."""
+    """What one rank holds: weights outside experts, weights of its routed experts, selection-bias entries.
+
+    `linear` are those weights of both kinds that multiply in FP8 where a recipe says so: matrices of layers, without
+    router and gates.
+    """
 
     shared: int
     experts: int
     expert_bias: int
+    linear: int
 
     @property
     def total(self) -> int:
@@ -258,17 +268,19 @@ def parameters_on_rank(
     tp: int = 1,
     ep: int = 1,
     etp: int = 1,
+    bf16_layers: Collection[int] = (),
 ) -> RankParameters:
     """Parameters that Megatron-Core puts on one rank of pipeline stage `pp_rank`; ranks of one stage hold equally many.
 
     Args:
         stages: letters of each stage in the order that tokens pass them, pp x vpp lists of "E" (embedding), "t"
             (layer), "m" (MTP depth), "L" (loss, with the output head). Chunk v of rank p is stages[v * pp + p].
+        bf16_layers: layers (from 0) whose weights are not among the `linear` ones.
 
     Raises:
         ValueError: a weight does not divide over the ranks. Validation of the layout catches it first.
     """
-    shared = experts = expert_bias = 0
+    shared = experts = expert_bias = linear = 0
     passed = 0  # layers of earlier stages
     for index, items in enumerate(stages):
         if index % pp == pp_rank:
@@ -277,8 +289,12 @@ def parameters_on_rank(
             experts += sum(_local_numel(w, tp, ep, etp) for w in weights if w.split == "expert")
             if model.router_bias:  # every rank keeps the bias of all experts
                 expert_bias += sum(w.shape[0] * w.copies for w in weights if w.part == "router")
+            layers = range(passed, passed + list(items).count("t"))
+            fp8 = [layer_weights(model, bool(model.moe_layer_pattern[i])) for i in layers if i not in bf16_layers]
+            fp8 += [mtp_weights(model)] * list(items).count("m")
+            linear += sum(_local_numel(w, tp, ep, etp) for one in fp8 for w in one if w.multiplies_in_fp8)
         passed += list(items).count("t")
-    return RankParameters(shared, experts, expert_bias)
+    return RankParameters(shared, experts, expert_bias, linear)
 
 
 def _chunk_weights(model: ModelConfig, items: Sequence[str], first_layer: int) -> list[Weight]:

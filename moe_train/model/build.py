@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from packaging.version import Version
 from torch import nn
 
 from moe_train.config.model import ModelConfig
+from moe_train.config.recompute import of_chunk
+from moe_train.config.rules.precision import high_precision_layers
 from moe_train.config.schema import Config, PrecisionConfig, RecomputeConfig
 from moe_train.model import dispatch, fp8_products, gemm, loss, offload
 from moe_train.model.router import scores_groups_by_best
@@ -27,15 +30,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP8_RECIPES = {"block": "blockwise", "tensor": "tensorwise", "delayed": "delayed", "mxfp8": "mxfp8"}
 
 
-def transformer_config(cfg: Config, layout: ParallelLayout, backend: str, runtime: str) -> TransformerConfig:
-    """Everything Megatron-Core wants to know. `backend` is te or local; `runtime` is cuda, cpu or simulated."""
+def transformer_config(
+    cfg: Config, layout: ParallelLayout, backend: str, runtime: str, stage: int = 0
+) -> TransformerConfig:
+    """Everything Megatron-Core wants to know, for pipeline stage `stage`. `backend` is te or local; `runtime` is cuda,
+    cpu or simulated."""
     options = {
         **_backbone(cfg.model),
         **_attention(cfg.model),
         **(_experts(cfg, layout, backend) if cfg.model.is_moe else {}),
         **_parallel(cfg, layout, runtime),
         **_numbers(cfg),
-        **_recompute(cfg.recompute),
+        **_recompute(of_chunk(cfg.recompute, stage)),
         **_offload(cfg.recompute, backend),
         **(_low_precision(cfg.precision) if backend == "te" else {}),
         **_fusions(cfg, backend, runtime),
@@ -241,15 +247,6 @@ def emulated_recipe(precision: PrecisionConfig) -> fp8_products.Recipe | None:
     )  # fmt: skip
 
 
-def _high_precision_layers(cfg: Config) -> list[int]:
-    """Decoder layers (from 0) that stay in bf16 under FP8 (upstream's rule: fp8_utils.py)."""
-    precision, layers = cfg.precision, range(cfg.model.num_layers)
-    if not precision.first_last_layers_bf16:
-        return []
-    end = cfg.model.num_layers - precision.num_layers_at_end_in_bf16
-    return [i for i in layers if i < precision.num_layers_at_start_in_bf16 or i >= end]
-
-
 def _fusions(cfg: Config, backend: str, runtime: str) -> dict[str, Any]:
     """Fused paths that Megatron-Core's guide recommends (core/transformer/moe/README.md), on cuda by default."""
     fused = runtime == "cuda" if cfg.backend.fusions is None else cfg.backend.fusions
@@ -287,7 +284,8 @@ def build_chunk(
         block, mtp = te_specs(config, model, vp_stage)
     else:
         provider = LocalBackend(cfg.backend.apex, emulated_recipe(cfg.precision))
-        block, mtp = local_specs(config, model, provider, vp_stage, _high_precision_layers(cfg))
+        kept = high_precision_layers(cfg.precision, model.num_layers)
+        block, mtp = local_specs(config, model, provider, vp_stage, kept)
     yarn_gqa = model.attention == "gqa" and model.rope_type == "yarn"
     return GPTModel(
         config=config,
@@ -314,7 +312,7 @@ def build(cfg: Config, config: TransformerConfig, backend: str, vpp: int) -> lis
         stage = i if vpp > 1 else None
         pre = ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage)
         post = ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
-        chunks.append(build_chunk(cfg, config, backend, pre=pre, post=post, vp_stage=stage))
+        chunks.append(build_chunk(cfg, _config_of(cfg, config, i), backend, pre=pre, post=post, vp_stage=stage))
         _mark_expert_parameters(chunks[-1], config)
         _set_latent_norm_epsilon(chunks[-1], cfg.model)
         _place_shared_expert_gates(chunks[-1], config)
@@ -326,6 +324,19 @@ def build(cfg: Config, config: TransformerConfig, backend: str, vpp: int) -> lis
         if cfg.recompute.offload != "none" and backend == "local":
             offload.use_in(chunks[-1], cfg.recompute.offload, Path(cfg.run_dir), cfg.recompute.offload_min_bytes)
     return chunks
+
+
+def _config_of(cfg: Config, config: TransformerConfig, chunk: int) -> TransformerConfig:
+    """`config` with what the `chunk`-th chunk of this rank recomputes. The first keeps the object itself: there the
+    pipeline schedule looks for what the optimizer and DDP add later (pipeline_parallel/schedules.py upstream)."""
+    if chunk == 0 or not cfg.recompute.stages:
+        return config
+    own = of_chunk(cfg.recompute, chunk * config.pipeline_model_parallel_size + ps.get_pipeline_model_parallel_rank())
+    cleared: dict[str, Any] = {"recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None}
+    config = copy(config)
+    for name, value in {**cleared, "recompute_modules": ["core_attn"], **_recompute(own)}.items():
+        setattr(config, name, value)
+    return config
 
 
 def _set_latent_norm_epsilon(chunk: GPTModel, model: ModelConfig) -> None:

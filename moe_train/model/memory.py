@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from moe_train.config.model import ModelConfig
+from moe_train.config.recompute import of_chunk
 from moe_train.config.rules.facts import Facts, gather_facts
-from moe_train.config.rules.precision import recipe
+from moe_train.config.rules.precision import high_precision_layers, recipe
 from moe_train.config.rules.recompute import grouped_experts
 from moe_train.config.schema import Config
 from moe_train.model.arithmetic import parameters_on_rank
@@ -14,9 +15,6 @@ from parallel import pipeline
 from parallel.layout import ParallelLayout
 from parallel.planner.job import Job
 from parallel.planner.memory import StageMemory, Weights, stage_memory
-
-# Memory of a GPU as it is sold, GB, and what torch can allocate of it beside the CUDA context, GiB.
-GPUS = {24: 23.0, 40: 39.0, 80: 78.6, 96: 93.0, 141: 138.6, 192: 177.0, 288: 266.0}
 
 
 def predict(cfg: Config, layout: ParallelLayout) -> list[StageMemory]:
@@ -33,6 +31,7 @@ def job_of(cfg: Config, layout: ParallelLayout) -> Job:
         cfg.parallel.pipeline_layout, layout.pp, layout.vpp, model.num_layers, model.mtp_num_layers
     )
     offloads = recompute.offload != "none"
+    each = [of_chunk(recompute, chunk) for chunk in range(len(recompute.stages))]
     fused = facts.runtime == "cuda" if cfg.backend.fusions is None else cfg.backend.fusions
     return Job(
         model=model,
@@ -48,6 +47,7 @@ def job_of(cfg: Config, layout: ParallelLayout) -> Job:
         dtype=precision.dtype,
         # Emulation keeps 16 bits of everything.
         fp8=recipe(precision) if facts.backend == "te" else None,
+        bf16_layers=high_precision_layers(precision, model.num_layers),
         fp8_weights_only=precision.fp8_param_gather and facts.backend == "te",
         grad_bytes=4 if precision.grad_reduce_fp32 or precision.dtype == "fp32" else 2,
         moment_bytes=4 if precision.moments_dtype == "fp32" else 2,
@@ -56,6 +56,7 @@ def job_of(cfg: Config, layout: ParallelLayout) -> Job:
         recompute_method=recompute.method,
         recompute_num_layers=recompute.num_layers,
         recompute_modules=frozenset(recompute.modules),
+        recompute_of_chunks=tuple((one.mode, frozenset(one.modules)) for one in each),
         offload_modules=frozenset(recompute.offload_modules),
         offload_min_bytes=recompute.offload_min_bytes if offloads and facts.backend == "local" else math.inf,
         frees_outputs=facts.runtime == "cuda",
@@ -69,10 +70,9 @@ def weights_on(cfg: Config, job: Job, stage: int) -> Weights:
 
 
 def weights_of_stage(model: ModelConfig, job: Job, stage: int) -> Weights:
-    """Parameters on one rank of pipeline stage `stage`. Linear layers of the transformer layers multiply in FP8."""
+    """Parameters on one rank of pipeline stage `stage`."""
     layout = job.layout
-    held = parameters_on_rank(model, job.stages, stage, pp=layout.pp, tp=layout.tp, ep=layout.ep, etp=layout.etp)
-    items = "".join("".join(job.stages[i]) for i in range(stage, len(job.stages), layout.pp))
-    matrix = model.padded_vocab_size * model.hidden_size // layout.tp
-    embeddings = ("E" in items or "m" in items) + ("L" in items)
-    return Weights(held.shared, held.experts, max(0, held.total - embeddings * matrix))
+    held = parameters_on_rank(
+        model, job.stages, stage, pp=layout.pp, tp=layout.tp, ep=layout.ep, etp=layout.etp, bf16_layers=job.bf16_layers
+    )
+    return Weights(held.shared, held.experts, held.linear)

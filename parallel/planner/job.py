@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from parallel.layout import ParallelLayout
@@ -12,6 +12,8 @@ from parallel.layout import ParallelLayout
 # square of the length.
 SHORT_TOKENS = 512
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# none, full or selective, and the modules of the last.
+Recompute = tuple[str, frozenset[str]]
 
 
 class Model(Protocol):
@@ -86,11 +88,13 @@ class Job:
         dtype: fp32, bf16 or fp16, of weights and activations.
         fp8: block, tensor, delayed, mxfp8 or nvfp4, where linear layers compute and keep their inputs in FP8 or FP4;
             else None.
+        bf16_layers: decoder layers (from 0) that compute in 16 bits all the same.
         fp8_weights_only: weights of linear layers exist in FP8 alone, beside the optimizer's fp32 main weights.
         compact: activations are kept as in DeepSeek-V3 (`parallel.planner.compact`).
         grad_bytes, moment_bytes: of one gradient, and of one of the two Adam moments.
         distributed_optimizer: optimizer state is divided over data-parallel ranks.
         recompute: none, full or selective, with what it applies to.
+        recompute_of_chunks: mode and modules of each of the pp stages, or pp x vpp chunks, in the place of the former.
         offload_modules: on te, modules whose inputs wait for the backward pass outside.
         offload_min_bytes: on local, tensors of so many bytes and more wait outside.
         frees_outputs: a pipeline stage frees what it has sent.
@@ -109,6 +113,7 @@ class Job:
     grouped: bool
     dtype: str
     fp8: str | None = None
+    bf16_layers: frozenset[int] = frozenset()
     fp8_weights_only: bool = False
     compact: bool = False
     grad_bytes: int = 4
@@ -118,10 +123,28 @@ class Job:
     recompute_method: str = "uniform"
     recompute_num_layers: int = 1
     recompute_modules: frozenset[str] = frozenset()
+    recompute_of_chunks: tuple[Recompute, ...] = ()
     offload_modules: frozenset[str] = frozenset()
     offload_min_bytes: float = math.inf
     frees_outputs: bool = True
     on_cpu: bool = False
+
+    def of_chunk(self, index: int) -> Job:
+        """This job as chunk `index` of the pp x vpp sees it: with what that one recomputes."""
+        if not self.recompute_of_chunks:
+            return self
+        mode, modules = self.recompute_of_chunks[index % len(self.recompute_of_chunks)]
+        return replace(self, recompute=mode, recompute_modules=modules, recompute_of_chunks=())
+
+    def of_layer(self, number: int) -> Job:
+        """This job as decoder layer `number` sees it: without FP8 where it stays in bf16."""
+        return replace(self, fp8=None) if self.fp8 and number in self.bf16_layers else self
+
+    @property
+    def recomputes(self) -> str:
+        """What is recomputed, in one word; different chunks are divided by bars."""
+        each = self.recompute_of_chunks or ((self.recompute, self.recompute_modules),)
+        return "|".join("+".join(sorted(modules)) or mode for mode, modules in each)
 
     @property
     def own_loss(self) -> bool:

@@ -77,7 +77,7 @@ def stage_memory(job: Job, stage: int, weights: Weights) -> StageMemory:
         activations_per_micro_batch=round(sum(sum(chunk.values()) for chunk in chunks)),
         expert_share=round(sum(routed)),
         activations=round(activations),
-        recompute=round(_recomputed(job, items)),
+        recompute=round(max(_recomputed(job, i) for i in range(stage, len(job.stages), pp))),
         communication=round(_communication(job, stage, items, sum(in_flight))),
         logits=round(logits_bytes(job, "".join(items))),
     )
@@ -103,12 +103,12 @@ def optimizer_bytes(job: Job, weights: Weights) -> float:
 
 def chunk_activations(job: Job, index: int) -> Saved:
     """What the forward pass of one micro-batch through chunk `index` keeps, without what its loss keeps."""
-    items = job.stages[index]
+    job, items = job.of_chunk(index), job.stages[index]
     first = sum(stage.count("t") for stage in job.stages[:index])
     pattern = job.model.moe_layer_pattern[first : first + items.count("t")]
     r, hidden, last = job.split_tokens, job.model.hidden_size, first + len(pattern)
     kept = _embedding(job, "embedding") if "E" in items else {}
-    kept |= _layers(job, [bool(moe) for moe in pattern])
+    kept |= _layers(job, first, [bool(moe) for moe in pattern])
     depths = items.count("m")
     has_mtp = any("m" in stage for stage in job.stages)
     if (first < last == len(job.model.moe_layer_pattern)) if has_mtp else "L" in items:
@@ -126,8 +126,8 @@ def _embedding(job: Job, name: str) -> Saved:
     return {f"{name}: token ids": INDEX * job.tokens, **mask}
 
 
-def _layers(job: Job, moe: Sequence[bool]) -> Saved:
-    """All layers of a chunk, with whole layers or groups of layers recomputed in `full` mode."""
+def _layers(job: Job, first: int, moe: Sequence[bool]) -> Saved:
+    """All layers of a chunk from number `first` on, with whole ones or groups of them recomputed in `full` mode."""
     r, hidden, size = job.split_tokens, job.model.hidden_size, job.recompute_num_layers
     kept: Saved = {}
     if moe and job.recompute == "full" and job.model.attention == "gqa":  # one tensor that every checkpoint keeps
@@ -137,7 +137,7 @@ def _layers(job: Job, moe: Sequence[bool]) -> Saved:
             if job.recompute_method == "block" or number % size == 0:
                 kept[f"layer {number} input"] = job.element * r * hidden
             continue
-        kept |= {f"layer {number} {name}": value for name, value in layer(job, is_moe).items()}
+        kept |= {f"layer {number} {name}": value for name, value in layer(job.of_layer(first + number), is_moe).items()}
     return kept
 
 
@@ -186,18 +186,21 @@ def logits_bytes(job: Job, items: str) -> float:
     return saved_logits(job, items) + job.element * job.tokens * job.model.padded_vocab_size / job.layout.tp
 
 
-def _recomputed(job: Job, items: Sequence[str]) -> float:
-    """The most that recomputation brings back at once: the largest group of layers, less what was kept of it."""
-    if job.recompute == "none":
+def _recomputed(job: Job, index: int) -> float:
+    """The most that chunk `index` brings back at once: its largest group of layers, less what was kept of it."""
+    job = job.of_chunk(index)
+    if job.recompute == "none" or not {"t", "m"} & set(job.stages[index]):
         return 0
-    counts = "".join(items)
-    if not counts.count("t") + counts.count("m"):
-        return 0
-    kinds = {bool(moe) for moe in job.model.moe_layer_pattern}
+    first = sum(stage.count("t") for stage in job.stages[:index])
+    jobs = [
+        job,
+        *(job.of_layer(first + i) for i in range(job.stages[index].count("t")) if first + i in job.bf16_layers),
+    ]
+    kinds = [(one, bool(moe)) for one in jobs for moe in set(job.model.moe_layer_pattern)]
     if job.recompute == "full":
         layers = job.recompute_num_layers if job.recompute_method == "uniform" else 1
-        return layers * max(sum(layer(job, moe).values()) for moe in kinds)
-    return max(sum(layer(job, moe, recompute=False).values()) - sum(layer(job, moe).values()) for moe in kinds)
+        return layers * max(sum(layer(one, moe).values()) for one, moe in kinds)
+    return max(sum(layer(one, moe, recompute=False).values()) - sum(layer(one, moe).values()) for one, moe in kinds)
 
 
 def _communication(job: Job, stage: int, items: Sequence[str], in_flight: int) -> float:

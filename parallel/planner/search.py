@@ -16,7 +16,7 @@ from itertools import product
 from parallel import pipeline
 from parallel.layout import ParallelLayout
 from parallel.planner.compact import shared_embedding_bytes
-from parallel.planner.job import Job
+from parallel.planner.job import Job, Recompute
 from parallel.planner.layers import Machine, Times
 from parallel.planner.memory import StageMemory, Weights, optimizer_bytes, parameter_bytes, stage_memory
 from parallel.planner.orders import impossible
@@ -26,7 +26,6 @@ from parallel.planner.time import StepTime, plan_step
 from parallel.suggest import Impossible
 
 WeightsOf = Callable[[Job, int], Weights]
-Recompute = tuple[str, frozenset[str]]
 DUAL = "dualpipe"
 
 
@@ -72,8 +71,8 @@ class Plan:
         """Degrees and choices in one line."""
         one = self.job.layout
         degrees = " ".join(f"{name}{getattr(one, name)}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp"))
-        again = "+".join(sorted(self.job.recompute_modules)) or self.job.recompute
-        return f"{degrees} mbs{self.job.micro_batch_size} recompute:{again} {self.schedule} {self.software.dispatcher}"
+        size, again = self.job.micro_batch_size, self.job.recomputes
+        return f"{degrees} mbs{size} recompute:{again} {self.schedule} {self.software.dispatcher}"
 
 
 @dataclass
@@ -332,7 +331,7 @@ def _least_recomputed(job: Job, schedule: str, space: Space, timer: _Timer) -> J
     if static > usable:
         return "weights, gradients and optimizer alone need more memory than there is"
     for mode, modules in space.recompute:
-        tried = replace(job, recompute=mode, recompute_modules=modules)
+        tried = replace(job, recompute=mode, recompute_modules=modules, recompute_of_chunks=())
         if timer.memory(tried, schedule) <= usable:
             return tried
     return "activations need more memory than there is, even with full recomputation"

@@ -116,29 +116,32 @@ def plan_step(
 
 def stage_parts(job: Job, machine: Machine, weights: Sequence[Weights], kinds: dict[object, Times]) -> list[Times]:
     """The parts of each of the pp x vpp stages for one micro-batch."""
-    kept = replace(job, recompute="none")
     found = []
     passed = 0
     pattern = job.model.moe_layer_pattern
     for index, items in enumerate(job.stages):
-        times, count = Times(), items.count("t")
+        own, times, count = job.of_chunk(index), Times(), items.count("t")
+        again = (own.recompute, own.recompute_modules)
         held = [
             (
                 bool(moe),
-                job.recompute != "full" or job.recompute_method == "uniform" or place < job.recompute_num_layers,
+                own.recompute != "full" or own.recompute_method == "uniform" or place < own.recompute_num_layers,
+                own.of_layer(passed + place).fp8,
+                again,
             )
             for place, moe in enumerate(pattern[passed : passed + count])
         ]
         for kind in dict.fromkeys(held):
             if kind not in kinds:
-                kinds[kind] = layer_times(job if kind[1] else kept, machine, kind[0])
+                as_it_is = replace(own, fp8=kind[2])
+                kinds[kind] = layer_times(as_it_is if kind[1] else replace(own, recompute="none"), machine, kind[0])
             times.plus(kinds[kind], held.count(kind))
         passed += count
         for item, function in (("E", embedding_times), ("m", mtp_times), ("L", loss_times)):
             if item in items:
-                if item not in kinds:
-                    kinds[item] = function(job, machine)
-                times.plus(kinds[item], items.count(item))
+                if (item, again) not in kinds:
+                    kinds[item, again] = function(own, machine)
+                times.plus(kinds[item, again], items.count(item))
         if machine.software.fsdp:
             _gather_weights(job, machine, times, weights[index % job.layout.pp])
         found.append(times)

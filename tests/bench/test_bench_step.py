@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from bench import bench_step, step_transformers
+from bench import bench_step, step_profile, step_transformers
 from bench.step_data import Task
 from bench.step_workers import OURS, Worker
 from parallel.errors import HardwareError
@@ -48,3 +50,29 @@ def test_both_sides_start_from_the_same_weights_and_stay_together(tmp_path: Path
     for other in losses[1:]:
         assert other == pytest.approx(losses[0], rel=1e-5)
     assert losses[0][0] != losses[0][1]
+
+
+def test_the_profile_finds_every_part_of_a_step_and_leaves_nothing_out(tmp_path: Path) -> None:
+    worker = Worker(OURS, Task("bf16", 2, 32, 1), tmp_path / "weights.pt")
+    parts, operations = worker.ask("profile", 1)
+    after = worker.ask("steps", 1)
+    worker.stop()
+    shares = {one["part"]: one["share"] for one in parts}
+    assert set(shares) == set(step_profile.PARTS)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares[step_profile.OTHER] < 0.5
+    assert {"aten::mm", "aten::_fused_adamw_"} <= {one["operation"] for one in operations}
+    assert after[0][0] > 0  # nothing of the profiler stays in the step
+
+
+def test_a_backward_operation_belongs_where_its_forward_one_does() -> None:
+    def event(name: str, parent: Any = None, number: int = -1) -> Any:
+        return SimpleNamespace(name=name, cpu_parent=parent, sequence_nr=number)
+
+    norm = event("part: norm", event("part: router and dispatch"))
+    node = event("autograd::engine::evaluate_function: MulBackward0", None, 7)
+    assert step_profile.part_of(event("aten::mul", norm, 7), {}) == step_profile.NORM
+    assert step_profile.part_of(event("aten::mul", event("MulBackward0", node, 7)), {7: "norm"}) == step_profile.NORM
+    assert step_profile.part_of(event("aten::mm", norm), {}) == step_profile.GEMM
+    assert step_profile.part_of(event("aten::mm", event("GroupedLinearBackward", node)), {}) == step_profile.GROUPED
+    assert step_profile.part_of(event("aten::fill_"), {}) == step_profile.OTHER

@@ -62,7 +62,7 @@ def prepare(cfg: Config) -> Run:
     groups.create(layout, cfg.seed)
     torch.manual_seed(cfg.seed)
     run = Run(cfg, layout, rank, device, "cpu", "local", STEPS, Path(cfg.run_dir))
-    run.config = transformer_config(cfg, layout, "local", "cpu")
+    run.config = transformer_config(cfg, layout, "local", "cpu", layout.coordinates(rank.rank).pp)
     chunks = build(cfg, run.config, "local", layout.vpp)
     if cfg.precision.dtype != "fp32":
         from megatron.core.transformer.module import Float16Module

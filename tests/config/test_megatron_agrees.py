@@ -52,6 +52,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "recompute.method": ("uniform", "block"),
     "recompute.num_layers": (1, 1, 2),
     "recompute.modules": ([], [], [], [], [], ["layernorm"], ["mla_up_proj", "mlp"], ["moe", "core_attn"], ["moe_act"]),
+    "recompute.stages": (*[[]] * 12, ["full", "layernorm+mla_up_proj"], ["none", "moe", "full", "mlp+core_attn"]),
     "batch.global_batch_size": (8, 16, 24),
     "precision.dtype": (*["bf16"] * 9, "fp32"),
     "precision.fp8": (*[None] * 4, "block", "tensor", "delayed", "mxfp8"),
@@ -71,13 +72,14 @@ def test_megatron_core_accepts_whatever_passes() -> None:
     from moe_train.model.build import transformer_config
 
     passed = 0
-    for cfg in _random_configs(5000):
+    for cfg in _random_configs(6000):
         try:
             layout = validate(cfg)
         except ConfigError:
             continue
         passed += 1
-        transformer_config(cfg, layout, "local", "cpu")
+        for stage in range(max(1, len(cfg.recompute.stages))):
+            transformer_config(cfg, layout, "local", "cpu", stage)
         # Upstream checks these only while it builds modules or runs the schedule.
         model, micro_batches = cfg.model, cfg.batch.global_batch_size // (cfg.batch.micro_batch_size * layout.dp)
         assert model.padded_vocab_size % layout.tp == 0

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from moe_train.model.memory import job_of
+from moe_train.telemetry.saved_tensors import SavedTensors
+from parallel.planner.memory import saved_per_micro_batch
 from tests.checkpoint.small_run import BATCH, SEQUENCE, batches, config, prepare
 from tests.distributed.helper import run_distributed
 
@@ -23,6 +26,13 @@ SETS: dict[str, dict[str, Any]] = {
     "all but whole layers": {
         "mode": "selective",
         "modules": ["core_attn", "mla_up_proj", "layernorm", "moe_act", "mlp", "shared_experts"],
+    },
+    **{
+        name: {"stages": stages}
+        for name, stages in (
+            ("full on the first stage", ["full", "none"]),
+            ("other modules on each stage", ["layernorm+mla_up_proj+moe_act", "mlp+core_attn"]),
+        )
     },
     "nested": {"mode": "selective", "modules": ["moe", "moe_act", "shared_experts", "layernorm"]},
 }
@@ -99,3 +109,34 @@ def step_of_seed(directory: Path, seed: int) -> str:
     for parameter in run.chunks[0].parameters():
         digest.update(parameter.main_grad.numpy().tobytes())
     return digest.hexdigest()
+
+
+STAGES = ["full", "layernorm+moe_act", "none", "moe"]  # chunks 0 and 2 on rank 0, 1 and 3 on rank 1
+
+
+def kept_by_stages(directory: Path) -> dict[str, Any]:
+    """What each chunk of this rank is told to recompute, and the bytes that a micro-batch keeps, against the model."""
+    from moe_train.loop.step import train_step
+
+    degrees = {"pp": 2, "vpp": 2}
+    cfg = config(directory, degrees, recompute__stages=STAGES, model__num_layers=4, model__mtp_num_layers=0)
+    run = prepare(cfg)
+    saved = SavedTensors(chunk.module for chunk in run.chunks)
+    saved.start()
+    train_step(run, batches(run))
+    configs = [chunk.module.config for chunk in run.chunks]
+    stage = run.layout.coordinates(run.rank.rank).pp
+    return {
+        "told": [(one.recompute_granularity, one.recompute_modules) for one in configs],
+        "first_is_shared": configs[0] is run.config,
+        "predicted_over_measured": saved_per_micro_batch(job_of(cfg, run.layout), stage) / saved.stop(),
+    }
+
+
+def test_each_chunk_recomputes_what_its_entry_says(tmp_path: Path) -> None:
+    first, last = run_distributed(kept_by_stages, 2, tmp_path)
+    assert first["told"] == [("full", ["core_attn"]), (None, ["core_attn"])]  # core_attn is upstream's default
+    assert last["told"] == [("selective", ["layernorm", "moe_act"]), ("selective", ["moe"])]
+    for rank in (first, last):
+        assert rank["first_is_shared"]
+        assert rank["predicted_over_measured"] == pytest.approx(1, abs=0.03)

@@ -243,12 +243,12 @@ def adapted(result: Answer, stage: Stage, machine: Machine, weights_of: object) 
         )
     sets = [(job.recompute, job.recompute_modules), *space_of(result.cfg).recompute]
     plan: Plan | None = None
-    for mode, modules in sets[sets.index(sets[0]) :]:
+    for number, (mode, modules) in enumerate(sets):
         if len(modules) < len(job.recompute_modules) and mode != "full":
             continue
         tried = replace(
             job, layout=layout, seq_length=seq, micro_batch_size=size, micro_batches=micro_batches, recompute=mode,
-            recompute_modules=modules,
+            recompute_modules=modules, recompute_of_chunks=() if number else job.recompute_of_chunks,
         )  # fmt: skip
         plan = evaluate(tried, result.best.schedule, replace(machine, software=result.best.software), weights_of)  # type: ignore[arg-type]
         if plan.memory_bytes <= machine.hardware.usable_bytes:
@@ -286,6 +286,8 @@ def parallel_yaml(plan: Plan) -> str:
     job, one = plan.job, plan.job.layout
     modules = ",".join(sorted(job.recompute_modules))
     again = f"recompute.mode={job.recompute}" + (f" 'recompute.modules=[{modules}]'" if modules else "")
+    if job.recompute_of_chunks:
+        again = f"'recompute.stages=[{job.recomputes.replace('|', ',')}]'"
     lines = [
         f"# Planned for {one.world_size:,} GPUs by moe-plan: {plan.step.tokens_per_s_per_gpu:,.0f} tokens/s/GPU,",
         f"# {plan.memory_bytes / 2**30:.1f} GiB on the fullest. It goes with",

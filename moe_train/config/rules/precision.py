@@ -20,6 +20,14 @@ def recipe(precision: PrecisionConfig) -> str | None:
     return precision.fp8 or precision.fp4
 
 
+def high_precision_layers(precision: PrecisionConfig, num_layers: int) -> frozenset[int]:
+    """Decoder layers (from 0) that stay in bf16 under FP8 (upstream's rule: fp8_utils.py)."""
+    if not precision.first_last_layers_bf16:
+        return frozenset()
+    start, end = precision.num_layers_at_start_in_bf16, num_layers - precision.num_layers_at_end_in_bf16
+    return frozenset(i for i in range(num_layers) if i < start or i >= end)
+
+
 def _named(precision: PrecisionConfig) -> str:
     return f"precision.fp8={precision.fp8}" if precision.fp8 else f"precision.fp4={precision.fp4}"
 

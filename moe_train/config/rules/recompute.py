@@ -4,11 +4,50 @@ from __future__ import annotations
 
 from typing import Any
 
+from moe_train.config.recompute import WHOLE, of_chunk, settings
 from moe_train.config.rules.facts import Facts, Rule
+from moe_train.config.walk import all_fields
 from parallel import pipeline
 from parallel.suggest import Fix, Impossible, divisors, fixes_of, nearest
 
 _OFF: Fix = {"recompute.mode": "none", "recompute.modules": []}
+
+
+def stages(facts: Facts) -> None:
+    """An entry for each pipeline stage or chunk, each with names of modules that this model has."""
+    recompute, layout = facts.cfg.recompute, facts.layout
+    named = list(recompute.stages)
+    if not named:
+        return
+    if recompute.mode != "none":
+        raise Impossible(
+            f"recompute.stages takes the place of recompute.mode={recompute.mode}",
+            [_OFF, {"recompute.stages": []}],
+        )
+    chunks = layout.pp * layout.vpp
+    if len(named) not in (layout.pp, chunks):
+        either = f"the {layout.pp} stages" + (f" or {chunks} chunks" if layout.vpp > 1 else "")
+        wanted = [named[i] if i < len(named) else named[-1] for i in range(layout.pp)]
+        raise Impossible(
+            f"recompute.stages has {len(named)} entries, but not one for each of {either} of parallel.pp={layout.pp}",
+            [{"recompute.stages": wanted}, {"recompute.stages": []}],
+        )
+    choices = (*WHOLE, *all_fields()["recompute.modules"].choices)
+    for place, entry in enumerate(named):
+        fix: Fix = {"recompute.stages": [*named[:place], "none", *named[place + 1 :]]}
+        parts = entry.split("+")
+        for part in parts:
+            if part not in choices or (part in WHOLE and len(parts) > 1):
+                raise Impossible(
+                    f"recompute.stages[{place}]={entry}: {part} is not one of none, full, or modules joined by + "
+                    f"({', '.join(choices[len(WHOLE) :])})",
+                    [fix],
+                )
+        if len(set(parts)) != len(parts):
+            raise Impossible(f"recompute.stages[{place}]={entry} names a module twice", [fix])
+        for part in parts:
+            if part not in WHOLE and (reason := _missing(facts, part)):
+                raise Impossible(f"recompute.stages[{place}] has {part}, but {reason[0]}", [*reason[1], fix])
 
 
 def modules(facts: Facts) -> None:
@@ -72,12 +111,13 @@ def _without(named: list[str], module: str) -> list[Fix]:
 def full_layers(facts: Facts) -> None:
     """`full` recomputes whole groups of layers. Upstream runs past the end of a chunk that groups do not fill."""
     cfg, recompute = facts.cfg, facts.cfg.recompute
-    if recompute.mode != "full":
-        return
     size = recompute.num_layers
     text, model = cfg.parallel.pipeline_layout, cfg.model
-    stages = pipeline.stage_items(text, facts.layout.pp, facts.layout.vpp, model.num_layers, model.mtp_num_layers)
-    counts = [items.count("t") for items in stages]
+    chunks = pipeline.stage_items(text, facts.layout.pp, facts.layout.vpp, model.num_layers, model.mtp_num_layers)
+    whole = [items for number, items in enumerate(chunks) if of_chunk(recompute, number).mode == "full"]
+    if not whole:
+        return
+    counts = [items.count("t") for items in whole]
     if recompute.method == "block":
         if size > max(counts):
             raise Impossible(
@@ -85,7 +125,7 @@ def full_layers(facts: Facts) -> None:
                 fixes_of("recompute.num_layers", (max(counts),)),
             )
         return
-    if cfg.model.mtp_num_layers and size > 1:
+    if any("m" in items for items in whole) and size > 1:
         raise Impossible(
             f"recompute.num_layers={size} groups layers, but each multi-token-prediction layer "
             f"(model.mtp_num_layers={cfg.model.mtp_num_layers}) is a group of its own",
@@ -123,9 +163,9 @@ def offload(facts: Facts) -> None:
             "recompute.offload=file needs backend.name=local: Megatron-Core moves activations to the host's memory",
             [{"recompute.offload": "memory"}, off],
         )
-    if recompute.mode == "full":
+    if any(one.mode == "full" for one in settings(recompute)):
         raise Impossible(
-            f"recompute.offload={where} moves inputs of modules, which recompute.mode=full does not keep",
+            f"recompute.offload={where} moves inputs of modules, which full recomputation does not keep",
             [off, {"recompute.mode": "none"}],
         )
     _check_modules(facts, named, off)
@@ -152,11 +192,11 @@ def _check_modules(facts: Facts, named: list[str], off: Fix) -> None:
     if not (cfg.model.is_moe and grouped_experts(facts)):
         why = "model.num_experts=0 is a dense model" if not cfg.model.is_moe else "only grouped experts can move theirs"
         raise Impossible(f"recompute.offload_modules has {experts[0]}, but {why}", [without])
-    if "moe" in cfg.recompute.modules:
+    if any("moe" in one.modules for one in settings(cfg.recompute)):
         raise Impossible(
-            f"recompute.offload_modules has {experts[0]}, but recompute.modules has moe, which does not keep its input",
+            f"recompute.offload_modules has {experts[0]}, but recomputing moe does not keep its input",
             [without],
         )
 
 
-RULES: tuple[Rule, ...] = (modules, full_layers, offload)
+RULES: tuple[Rule, ...] = (stages, modules, full_layers, offload)

@@ -8,10 +8,12 @@ from itertools import accumulate
 import pytest
 
 from moe_train.config.compose import compose
+from moe_train.config.schema import Config
 from moe_train.config.validate import validate
 from moe_train.model.memory import job_of, predict, weights_on
 from parallel.planner.job import Job
 from parallel.planner.memory import (
+    StageMemory,
     chunk_activations,
     interleaved,
     peak_in_flight,
@@ -147,7 +149,9 @@ def test_fp8_keeps_linear_inputs_in_a_byte_and_caches_two_copies_of_weights(reci
     assert layer(fp8, True)[f"{name} in fp8"] == pytest.approx(layer(bf16, True)[name] / 2 * element)
     cfg = compose(["runtime=cuda", "precision=bf16"])
     weights = weights_on(cfg, bf16, 0)
-    assert weights.shared + weights.experts - weights.in_fp8 == 2 * 4096 * 256  # embedding and head stay bf16
+    embeddings, routers = 2 * 4096 * 256, 4 * 16 * 256
+    norms = 5 * (2 * 256 + 96 + 64) + 3 * 256 + 256  # of 5 layers and their latents, of the prediction, the final one
+    assert weights.shared + weights.experts - weights.in_fp8 == embeddings + routers + norms
     cached = stage_memory(fp8, 0, weights).parameters - stage_memory(bf16, 0, weights).parameters
     assert cached == pytest.approx(2 * element * weights.in_fp8, abs=1)
 
@@ -216,3 +220,51 @@ def test_a_pipeline_keeps_what_one_rank_keeps() -> None:
         stages = job("runtime=cpu", "precision=bf16", *layout)
         parts = sum(saved_per_micro_batch(stages, stage) for stage in range(stages.layout.pp))
         assert parts == pytest.approx(saved_per_micro_batch(whole, 0))
+
+
+def test_each_stage_and_each_chunk_counts_what_it_recomputes() -> None:
+    """As if the whole pipeline recomputed it; an entry for each of pp stages holds for all of their chunks."""
+    pipeline = ["runtime=cuda", "precision=bf16", "parallel.pp=2", "parallel.vpp=2"]
+
+    def stages(*overrides: str) -> list[StageMemory]:
+        cfg = compose(["batch.global_batch_size=64", *pipeline, *overrides])
+        return predict(cfg, validate(cfg))
+
+    none, full = stages(), stages("recompute=full")
+    some = stages("recompute=selective", "recompute.modules=[layernorm,moe_act]")
+    assert stages("recompute.stages=[full,none]") == [full[0], none[1]]
+    assert stages("recompute.stages=[layernorm+moe_act,full]") == [some[0], full[1]]
+    first, last = stages("recompute.stages=[full,none,none,none]")
+    assert last == none[1]
+    assert full[0].activations < first.activations < none[0].activations
+
+
+def test_layers_kept_in_bf16_have_no_fp8_copies_and_keep_wider_inputs() -> None:
+    base = [*V3, "precision=fp8_block", "recompute=deepseek_v3", "model.mtp_num_layers=0"]
+    mixed = compose([*base, "precision.first_last_layers_bf16=true", "precision.num_layers_at_start_in_bf16=1",
+                     "precision.num_layers_at_end_in_bf16=2"])  # fmt: skip
+    plain, layout = compose(base), validate(mixed)
+    bf16 = compose([*V3, "precision=bf16", "recompute=deepseek_v3", "model.mtp_num_layers=0"])
+    before, after = predict(plain, layout), predict(mixed, layout)
+    assert job_of(mixed, layout).bf16_layers == {0, 59, 60}
+    assert [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b] == [0, len(after) - 1]
+    for stage in (0, len(after) - 1):
+        assert before[stage].activations_per_micro_batch < after[stage].activations_per_micro_batch
+        # Of each weight of a linear layer in FP8 there are two copies with the scales of 128 x 128 blocks.
+        gone = before[stage].parameters - after[stage].parameters
+        assert gone == pytest.approx(2 * (1 + 4 / 128) * in_layers(plain, stage), rel=1e-6)
+    assert all(a.parameters < b.parameters for a, b in zip(predict(bf16, layout), before, strict=True))
+
+
+def in_layers(cfg: Config, stage: int) -> int:
+    """Weights of linear layers of the first layer, or of the last two, on one rank, counted from the model's shape."""
+    model = cfg.model
+    heads, nope, rope = model.num_attention_heads, model.qk_nope_head_dim, model.qk_rope_head_dim
+    hidden, query, latent, value = model.hidden_size, model.q_lora_rank, model.kv_lora_rank, model.v_head_dim
+    attention = hidden * (query + latent + rope + heads * value) + heads * (
+        query * (nope + rope) + latent * (nope + value)
+    )
+    if stage == 0:
+        return attention + 3 * hidden * model.ffn_hidden_size
+    experts = model.num_experts // cfg.parallel.ep + model.num_shared_experts
+    return 2 * (attention + 3 * hidden * model.moe_ffn_hidden_size * experts)

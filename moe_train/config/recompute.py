@@ -1,0 +1,26 @@
+"""What each pipeline chunk recomputes. No torch import."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moe_train.config.schema import RecomputeConfig
+
+WHOLE = ("none", "full")
+"""Entries of `recompute.stages` that are no list of modules."""
+
+
+def of_chunk(recompute: RecomputeConfig, chunk: int) -> RecomputeConfig:
+    """The settings of chunk `chunk` of the pp x vpp, in the order that tokens pass them; all alike without `stages`."""
+    if not recompute.stages:
+        return recompute
+    entry = recompute.stages[chunk % len(recompute.stages)]
+    if entry in WHOLE:
+        return replace(recompute, mode=entry, modules=[], stages=[])
+    return replace(recompute, mode="selective", modules=entry.split("+"), stages=[])
+
+
+def settings(recompute: RecomputeConfig) -> list[RecomputeConfig]:
+    """Those of all chunks, each kind once."""
+    found = [of_chunk(recompute, chunk) for chunk in range(max(1, len(recompute.stages)))]
+    return [one for number, one in enumerate(found) if one not in found[:number]]
