@@ -29,8 +29,8 @@ from parallel.errors import ConfigError
                 "checkpoint.local_dir=null"
             ),
         ),
-        ("checkpoint.keep_last=0", "checkpoint.keep_last=0 is less than 1"),
-        ("checkpoint.tries=0", "checkpoint.tries=0 is less than 1"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last=0 is below the smallest value 1; use checkpoint.keep_last=1"),
+        ("checkpoint.tries=0", "checkpoint.tries=0 is below the smallest value 1; use checkpoint.tries=1"),
     ],
 )
 def test_what_cannot_be_kept_or_placed_is_refused(overrides: str, message: str) -> None:
