@@ -23,6 +23,8 @@ FUNCTIONS = {
     "_AllToAll": ROUTER,
 }
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise"}
+_UPDATE = ("prepare_grads", "get_grad_norm", "step_with_ready_grads")
+"""Methods of Megatron-Core's optimizers that a step calls (`moe_train/optim/update.py`)."""
 _MARK, _NODE = "part: ", "autograd::engine::evaluate_function: "
 
 
@@ -93,20 +95,24 @@ class _Marked:
                 if part := _part(name.rpartition(".")[2], module):
                     self._handles.append(module.register_forward_pre_hook(lambda *_, part=part: self._begin(part)))
                     self._handles.append(module.register_forward_hook(lambda *_: self._end()))
-        self._step = self._run.optimizer.step
-        self._run.optimizer.step = self._optimizer_step
+        for name in _UPDATE:
+            setattr(self._run.optimizer, name, self._as_optimizer(getattr(self._run.optimizer, name)))
 
     def __exit__(self, *_: object) -> None:
-        del self._run.optimizer.step  # the class's own again
+        for name in _UPDATE:
+            delattr(self._run.optimizer, name)  # the class's own again
         for handle in self._handles:
             handle.remove()
 
-    def _optimizer_step(self) -> Any:
-        self._begin(OPTIMIZER)
-        try:
-            return self._step()
-        finally:
-            self._end()
+    def _as_optimizer(self, method: Callable[[], Any]) -> Callable[[], Any]:
+        def marked() -> Any:
+            self._begin(OPTIMIZER)
+            try:
+                return method()
+            finally:
+                self._end()
+
+        return marked
 
     def _begin(self, part: str) -> None:
         from torch.profiler import record_function
