@@ -6,9 +6,8 @@ scripts/performance and training/mixed_precision.py): gradients in bf16 (grad_re
 layers only in FP8 where they compute in it (fp8_param_gather=True), fp32 moments. Further: sequences of 4,096 tokens,
 micro-batches of one, the smallest data-parallel degree that fits, layers spread evenly over stages.
 
-torchtitan's rows (FSDP2) are predicted by the rules of `moe-plan validate` (tools/planning), with two things that only
-memory needs. Their source states GiB that torch has reserved, which is a little more than what is in use. And torch's
-own loss holds more than Megatron-Core's (`TORCH_LOSS`): with 128,256 words and no pipeline that is what peaks.
+torchtitan's rows (FSDP2) are predicted by the rules of `moe-plan validate` (tools/planning). Their source states GiB
+that torch has reserved, which is a little more than what is in use.
 
 Every other row is listed with the reason why it is not modelled.
 """
@@ -28,18 +27,13 @@ from moe_train.config.schema import Config
 from moe_train.config.validate import validate
 from moe_train.model.memory import job_of, weights_on
 from parallel.planner.calibration import FITTED
-from parallel.planner.memory import StageMemory, logits_bytes, stage_memory
+from parallel.planner.memory import StageMemory, stage_memory
 from tools.planning.predict import predict
-from tools.planning.rows import text_of, understand
+from tools.planning.rows import understand
 from tools.planning.validation import read as read_table
 
 DATA = Path(__file__).parent / "data" / "published_memory.csv"
 GB, GIB = 1e9, 2**30
-# Bytes that torch's cross entropy holds of one score in its backward pass. Eager: log-probabilities, their gradient and
-# that of the scores, each fp32 (aten's nll_loss_backward and log_softmax_backward). Compiled into one kernel: scores
-# and their gradient in fp32, and the latter in 16 bits.
-TORCH_LOSS = {"eager": 12, "compiled": 10}
-
 # Beginning of the model's name in the table -> overrides.
 LLAMA_70B = [
     "model=llama3_8b", "model.name=llama3_70b", "model.num_layers=80", "model.hidden_size=8192",
@@ -118,11 +112,7 @@ def fully_sharded(row: dict[str, str]) -> float:
     understood = understand(0, row, FITTED)
     if isinstance(understood, str):
         raise ValueError(f"{row['source']}, {row['model']}: {understood}")
-    made = predict(understood, FITTED)
-    job = made.job
-    score = TORCH_LOSS["compiled" if "compile" in text_of(row) else "eager"]
-    scores = job.tokens * job.model.padded_vocab_size / job.layout.tp
-    return made.memory_bytes + score * scores - logits_bytes(job, "L")
+    return predict(understood, FITTED).memory_bytes
 
 
 def read(path: Path) -> list[dict[str, Any]]:

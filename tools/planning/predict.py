@@ -13,7 +13,7 @@ from parallel.layout import ParallelLayout
 from parallel.planner.calibration import Calibration
 from parallel.planner.job import Job
 from parallel.planner.layers import Machine
-from parallel.planner.memory import Weights, stage_memory
+from parallel.planner.memory import Weights, logits_bytes, stage_memory
 from parallel.planner.orders import impossible
 from parallel.planner.search import held_bytes
 from parallel.planner.time import StepTime, plan_step
@@ -31,6 +31,11 @@ RECOMPUTE: tuple[tuple[str, str, int, frozenset[str]], ...] = (
     ("selective", "uniform", 1, frozenset({"mlp"})),
     ("full", "uniform", 1, frozenset()),
 )
+
+# Bytes that torch's own cross entropy, with which torchtitan trains, holds of one score in its backward pass. Eager:
+# log-probabilities, their gradient and that of the scores, each fp32 (aten's nll_loss_backward and
+# log_softmax_backward). Compiled into one kernel: scores and their gradient in fp32, and the latter in 16 bits.
+TORCH_LOSS = {"eager": 12, "compiled": 10}
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,8 @@ def memory_of(row: Row, job: Job, weights: list[Weights]) -> float:
         size = float(one.total)
         if row.software.fsdp:
             size += _fully_sharded(job, weights[stage]) - one.parameters - one.gradients
+            if stage == layout.pp - 1 and "torchtitan" in row.values["source"]:
+                size += _torch_loss(row, job) - logits_bytes(job, "L")
         if row.software.frozen:
             size -= one.gradients + one.optimizer
         sizes.append(size)
@@ -169,6 +176,12 @@ def _fully_sharded(job: Job, weights: Weights) -> float:
     shards = 8 * (weights.shared / (layout.dp * layout.cp) + weights.experts / layout.edp)
     layers = max(1, len(job.model.moe_layer_pattern) // layout.pp)
     return shards + (job.element + 4) * held * (1.0 if layout.pp > 1 else min(1.0, 2 / layers))
+
+
+def _torch_loss(row: Row, job: Job) -> float:
+    """What torch's own loss holds in its backward pass, bytes, where Megatron-Core's would not have split it."""
+    score = TORCH_LOSS["compiled" if "compile" in text_of(row.values) else "eager"]
+    return score * job.tokens * job.model.padded_vocab_size / job.layout.tp
 
 
 def published_tokens_per_s(row: Row) -> float | None:
@@ -201,5 +214,8 @@ def re_causal(words: str) -> bool:
 
 
 def published(values: Mapping[str, str]) -> dict[str, float | None]:
-    """Step time and memory as published."""
-    return {"step_time_s": number(values["step_time_s"]), "peak_mem_gb": number(values["peak_mem_gb"])}
+    """Step time, and memory in GB: some sources state GiB."""
+    peak = number(values["peak_mem_gb"])
+    if peak is not None and "memory GiB" in values["other_flags"]:
+        peak *= 2**30 / 1e9
+    return {"step_time_s": number(values["step_time_s"]), "peak_mem_gb": peak}
