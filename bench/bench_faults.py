@@ -24,6 +24,7 @@ from bench.fault_runs import Seen, data_overrides, events, injected_at, losses, 
 STEPS, INTERVAL = 16, 4
 LAYOUT = ("parallel.tp=2", "parallel.pp=2", "parallel.ep=2", "launcher.threads_per_rank=1")
 _GUARDED = ("launcher.restarts=2", f"checkpoint.interval_steps={INTERVAL}", f"train.steps={STEPS}")
+_FILES = (".metadata", "__0_*.distcp", "__3_*.distcp", "state.json", "config.yaml", "manifest.json")
 _HANG = ("resilience.hang_timeout_s=5",)
 
 
@@ -60,6 +61,16 @@ def _truncate(name: str) -> Callable[[Path], None]:
     def act(run_dir: Path) -> None:
         for file in _newest(run_dir).glob(name):
             os.truncate(file, file.stat().st_size // 2)
+
+    return act
+
+
+def _flip(name: str) -> Callable[[Path], None]:
+    def act(run_dir: Path) -> None:
+        for file in _newest(run_dir).glob(name):
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 0x10
+            file.write_bytes(content)
 
     return act
 
@@ -126,8 +137,9 @@ def cases(draw: random.Random, directory: Path) -> list[Case]:
         Case("latest deleted", between=_remove_latest),
         *(
             Case(f"{name} of the newest checkpoint truncated", between=_truncate(name))
-            for name in (".metadata", "*_0.distcp", "state.json", "config.yaml")
+            for name in _FILES
         ),
+        *(Case(f"{name} of the newest checkpoint with a flipped bit", between=_flip(name)) for name in _FILES),
     ]  # fmt: skip
     return rows
 
