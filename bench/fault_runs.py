@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,8 +46,9 @@ class Seen:
 
 def data_overrides(directory: Path) -> tuple[str, ...]:
     """A small dataset of this project's own documentation, made by the first command that uses it."""
+    shutil.copytree(ROOT / "docs", directory.parent / "text", dirs_exist_ok=True)  # nobody changes the copy
     return (
-        "data=text", f"data.path={ROOT / 'docs'}", f"data.dir={directory}", "data.tokenizer_vocab_size=512",
+        "data=text", f"data.path={directory.parent / 'text'}", f"data.dir={directory}", "data.tokenizer_vocab_size=512",
         "data.prepare_workers=1",
     )  # fmt: skip
 

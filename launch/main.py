@@ -14,7 +14,7 @@ from parallel.errors import MoeTrainError
 
 
 def main() -> None:
-    """Console script. Exits with 0 when done, 2 where the user's input is wrong, 128 + N on signal N, else 1."""
+    """Console script. Exits with the codes of docs/slurm.md: 0 when done, 2 where the user's input is wrong, ..."""
     sys.exit(run())
 
 

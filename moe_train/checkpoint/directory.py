@@ -78,6 +78,7 @@ def publish(root: Path, name: str) -> Path:
             sync(file)
     sync(partial)
     if final.exists():
+        shutil.rmtree(old, ignore_errors=True)  # of an earlier time that was cut short after `final` had appeared
         os.rename(final, old)
     os.rename(partial, final)
     sync(root)

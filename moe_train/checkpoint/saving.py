@@ -190,7 +190,8 @@ class Saving:
         return self.job.final
 
     def abandon(self) -> None:
-        """Have this rank's thread end soon, where ranks do not agree any more. The checkpoint never appears."""
+        """Have this rank's thread end soon, where ranks do not agree any more. The checkpoint appears only if
+        all that was left was to give it its name."""
         self.job.stop.set()
         self._thread.join(_POLL_S)
 

@@ -107,7 +107,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         """Look until `stop`."""
         seen, silent_s, before = self.pulse.count, 0.0, time.monotonic()
-        written, armed = 0, 0.0
+        written, armed, limit_before = 0, 0.0, 0.0
         with self._stacks.open("a", encoding="utf-8") as stacks:
             while not self._end.wait(_POLL_S):
                 now, limit = time.monotonic(), self._limit_s()
@@ -115,11 +115,12 @@ class Watch(threading.Thread):
                 # A process that was suspended as a whole, this thread included, has not been silent for so long.
                 silent_s += min(now - before, max(limit / 4, 2 * _POLL_S))
                 before = now
-                if self.pulse.count != seen:
+                if self.pulse.count != seen or limit < limit_before:  # what may take longer has ended: a new start
                     seen, silent_s = self.pulse.count, 0.0
+                changed, limit_before = limit != limit_before, limit
                 if not limit:
                     continue
-                if now - armed > limit / 4:
+                if changed or now - armed > limit / 4:
                     # This thread needs Python's lock. If native code keeps it, a thread of faulthandler's does without.
                     faulthandler.dump_traceback_later(2 * limit + 60, exit=True, file=stacks)
                     armed = now

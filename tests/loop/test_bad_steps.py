@@ -94,11 +94,14 @@ def test_a_bad_step_leaves_no_trace(
 
 
 def go_back(run_dir: Path) -> dict[str, Any]:
-    """Data that is bad in steps 5 to 7 of a run with checkpoints after 2, 4, 6."""
-    run = begin(run_dir, {"ep": 2}, [f"nan:sample={4 * BATCH}:samples={3 * BATCH}"])
+    """Data that is bad in steps 6 to 8 of a run with checkpoints after 2 and 4, in a directory with another run's."""
+    other = small_run.prepare(small_run.config(run_dir, {"ep": 2}, seed=7))
+    small_run.train(other, 5)
+    checkpoint.save(other)
+    run = begin(run_dir, {"ep": 2}, [f"nan:sample={5 * BATCH}:samples={3 * BATCH}"])
     go_on(run, 4)
     saved = small_run.bits(run)
-    go_on(run, 3)
+    go_on(run, 4)
     back = small_run.bits(run), asdict(run.state), run.schedule.num_steps
     later = [line["lm_loss"] for line in go_on(run, 2)]
     resumed = small_run.prepare(small_run.config(run_dir, {"ep": 2}, resume=str(run_dir / "checkpoints/step_00000004")))
@@ -117,16 +120,22 @@ def test_too_many_bad_steps_lead_back_and_past_their_data(tmp_path: Path) -> Non
     for found in run_distributed(go_back, 2, tmp_path):
         bits, state, updates = found["back"]
         assert bits == found["saved"]
-        assert (state["step"], state["consumed_samples"], updates) == (4, 7 * BATCH, 4)
-        assert found["end"]["consumed_samples"] == 9 * BATCH
+        assert (state["step"], state["consumed_samples"], updates) == (4, 8 * BATCH, 4)
+        assert found["end"]["consumed_samples"] == 10 * BATCH
         assert all(math.isfinite(loss) for loss in found["later"])
         assert found["again"] == found["later"]
     lines = read(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines if "lm_loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [(line["step"], line["event"]) for line in lines if line.get("event") == "skipped"] == [
+        (step, "skipped") for step in (6, 7, 8)
+    ]
     assert [line for line in lines if line.get("event") == "rolled_back"] == [
-        {"step": 4, "event": "rolled_back", "reason": "lm_loss is nan", "from_step": 7,
-         "samples_passed_over": 3 * BATCH}
+        {"step": 4, "event": "rolled_back", "reason": "lm_loss is nan", "from_step": 8,
+         "samples_passed_over": 4 * BATCH}
     ]  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == [
+        f"step_{step:08d}" for step in (2, 4, 5, 6)
+    ]  # 5 is the other run's, and 6 was good when it was reached again
 
 
 def end_of(run_dir: Path, settings: dict[str, Any], interval: int) -> list[Any]:

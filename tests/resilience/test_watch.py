@@ -20,8 +20,8 @@ def start(program: str, run_dir: Path) -> subprocess.CompletedProcess[str]:
         import sys, time
         from pathlib import Path
         from moe_train.resilience.watch import Pulse, Watch
-        pulse, counts = Pulse(), True
-        watched = Watch(pulse, Path(sys.argv[1]), 3, 4, lambda: 0.5, lambda: counts)
+        pulse, counts, limit = Pulse(), True, 0.5
+        watched = Watch(pulse, Path(sys.argv[1]), 3, 4, lambda: limit, lambda: counts)
         watched.start()
     """
     text = textwrap.dedent(head) + textwrap.dedent(program)
@@ -67,6 +67,22 @@ def test_progress_and_jumps_of_the_clock_leave_it_alone(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert [h.rank for h in watch.read(tmp_path)] == [3]
     assert list((tmp_path / "logs").iterdir()) == []
+
+
+def test_the_end_of_what_may_take_longer_is_a_new_start(tmp_path: Path) -> None:
+    done = start(
+        """
+        limit = 30.0
+        time.sleep(1.5)
+        limit = 0.5
+        for i in range(5):
+            time.sleep(0.25)
+            pulse.beat(i, "forward")
+        watched.stop()
+        """,
+        tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_process_that_was_suspended_is_not_taken_for_hung(tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ class Rows:
     def empty(dtype: Dtype, shape: tuple[int, ...], out: memoryview | None = None) -> Rows:
         """Memory for rows: the beginning of `out` where that is given."""
         size = prod(shape) * dtype.itemsize
-        return Rows(dtype, shape, memoryview(bytearray(size)) if out is None else out[:size])
+        if out is None:
+            out = memoryview(bytearray(size))
+        return Rows(dtype, shape, out if len(out) == size else out[:size])
 
     @staticmethod
     def of(tensor: torch.Tensor) -> Rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from moe_train.checkpoint import checkpoint, exchange
 from moe_train.checkpoint.collective import say, warn
@@ -14,8 +15,8 @@ from parallel.errors import CheckpointError
 
 
 class CheckpointCallback(Callback):
-    """Saves every `checkpoint.interval_steps` steps and, with `checkpoint.save_at_end`, after the last one; each once.
-    With `export_hf` the last one is also written in Hugging Face format.
+    """Saves every `checkpoint.interval_steps` steps, unless that step was bad, and, with `checkpoint.save_at_end`,
+    after the last one; each once. With `export_hf` the last one is also written in Hugging Face format.
 
     With `checkpoint.asynchronous` those between are written while training goes on. One that cannot be written (a full
     disk) is a warning, and `checkpoint.tries` of them in a row are a CheckpointError on every rank in the same step.
@@ -25,6 +26,14 @@ class CheckpointCallback(Callback):
         self._saved_step = -1
         self._saving: Saving | None = None
         self._failed, self._held_s = 0, 0.0
+        self.own_steps: set[int] = set()
+        """Steps of the checkpoints that this run wrote or continues. A used directory may hold others."""
+
+    def on_start(self, run: Run) -> None:
+        """The run continues a checkpoint, unless it begins."""
+        root, resume = checkpoint.root_of(run).resolve(), run.cfg.resume
+        if resume == "auto" or Path(resume).resolve().is_relative_to(root):
+            self.own_steps.add(run.state.step)
 
     def on_step_end(self, run: Run, metrics: Metrics) -> None:
         """Save if this step is due. Not in `on_end`, which also runs after errors, when ranks no longer agree."""
@@ -34,7 +43,8 @@ class CheckpointCallback(Callback):
             self.save(run)
             return
         self._tolerate(run, lambda: self._go_on(run))
-        if settings.interval_steps and step % settings.interval_steps == 0:
+        due = settings.interval_steps and step % settings.interval_steps == 0 and step != self._saved_step
+        if due and not metrics.get("bad_step"):  # going back needs those from before the bad steps
             self.finish(run)
             self._tolerate(run, lambda: self._begin(run, copy=settings.asynchronous))
         if last or not settings.asynchronous:
@@ -43,6 +53,7 @@ class CheckpointCallback(Callback):
     def on_rollback(self, run: Run) -> None:
         """Save where the run went on, with its new place in the data: a crash must not undo what was decided."""
         self._saved_step = -1
+        self.own_steps = {step for step in self.own_steps if step <= run.state.step}
         self.save(run)
 
     def save(self, run: Run) -> None:
@@ -56,7 +67,8 @@ class CheckpointCallback(Callback):
             self._begin(run, copy=False)
         self._wait(run)
         if run.cfg.export_hf and run.state.step >= run.total_steps:
-            exported = exchange.export(run, checkpoint.path_of(run))
+            with self._holding(run):
+                exported = exchange.export(run, checkpoint.path_of(run))
             if run.is_main:
                 say(f"Hugging Face weights in {exported}")
 
@@ -96,6 +108,7 @@ class CheckpointCallback(Callback):
 
     def _report(self, run: Run, saved: Saving) -> None:
         self._saving, self._failed = None, 0
+        self.own_steps.add(saved.job.step)
         if run.is_main:
             job, waited = (
                 saved.job,

@@ -21,16 +21,17 @@ class MetricsFile(Callback):
     Training lines: `step`, `tokens` (consumed so far), `lm_loss` (nats a token, before any auxiliary loss), `grad_norm`
     (before clipping), `lr`, `global_batch_size` (sequences), `step_time_s`, `tokens_per_s` (all ranks),
     `tflops_per_rank`, `mfu` (0 to 1, null where the peak is not known), `memory_peak_bytes` (fullest rank), balance
-    losses and `mtp_loss` where the model has them, `skipped` where fp16 left a step out, `expert_load` (tokens of each
-    expert in this step, one list for each MoE layer, multi-token-prediction layers last).
+    losses and `mtp_loss` where the model has them, `skipped` where an update was left out (`bad_step` says why, or
+    fp16 overflowed), `expert_load` (tokens of each expert in this step, one list for each MoE layer,
+    multi-token-prediction layers last).
     Evaluation lines: `step`, `tokens`, `valid_loss`.
     Lines of events: `step`, `event` and what is known of it.
 
     JSON has no infinities and no NaN: such a value is null, and `non_finite` says what it was, as in
     `{"grad_norm": null, "non_finite": {"grad_norm": "inf"}}`.
 
-    A run that continues at step N, or goes back to it, drops the lines after step N; one that starts at step 0 starts
-    the file anew.
+    A run that continues at step N, or goes back to it, drops the lines after step N (going back keeps those of events);
+    one that starts at step 0 starts the file anew.
     """
 
     def __init__(self) -> None:
@@ -43,9 +44,10 @@ class MetricsFile(Callback):
         run.run_dir.mkdir(parents=True, exist_ok=True)
         self._open(run, keep=run.state.step > 0)
 
-    def _open(self, run: Run, keep: bool) -> None:
+    def _open(self, run: Run, keep: bool, events: bool = False) -> None:
         path = run.run_dir / NAME
-        kept = [line for line in read(path) if keep and line["step"] <= run.state.step]
+        lines = read(path) if keep else []
+        kept = [line for line in lines if line["step"] <= run.state.step or (events and "event" in line)]
         self._last_evaluation = max((line["step"] for line in kept if "valid_loss" in line), default=-1)
         part = path.with_name(NAME + ".part")
         part.write_text("".join(encode(line) for line in kept), encoding="utf-8")
@@ -68,7 +70,7 @@ class MetricsFile(Callback):
     def on_rollback(self, run: Run) -> None:
         if self._file is not None:
             self._file.close()
-            self._open(run, keep=True)
+            self._open(run, keep=True, events=True)
 
     def on_end(self, run: Run) -> None:
         if self._file is not None:

@@ -42,18 +42,19 @@ class Recovery(Callback):
         run.announce("skipped", reason=reason, in_a_row=self._in_a_row)
         settings = run.cfg.resilience
         if settings.on_bad_step == "stop":
+            self._checkpoints.finish(run)
             raise DivergedError(f"step {run.state.step} is bad: {reason}", "see its data, or set on_bad_step=skip")
         if settings.on_bad_step == "rollback" or self._in_a_row >= settings.max_bad_steps:
             self._go_back(run, reason)
 
     def _go_back(self, run: Run, reason: str) -> None:
+        self._checkpoints.finish(run)  # one that is still being written may be the one to go back to
         what = f"steps {self._first_bad} to {run.state.step} are bad ({reason})"
         if self._rollbacks >= run.cfg.resilience.max_rollbacks:
             raise DivergedError(f"{what} after {self._rollbacks} times back to a checkpoint", _REMEDY)
-        self._checkpoints.finish(run)  # one that is still being written may be the one to go back to
         bad_step, position = run.state.step, run.state.consumed_samples
         with run.clock.paused():
-            if not _load_before(run, self._first_bad):
+            if not _load_before(run, self._first_bad, self._checkpoints.own_steps):
                 raise DivergedError(f"{what}, and there is no checkpoint before them", _REMEDY)
             passed_over = position - run.state.consumed_samples
             run.state.consumed_samples = position
@@ -64,12 +65,12 @@ class Recovery(Callback):
         run.announce("rolled_back", reason=reason, from_step=bad_step, samples_passed_over=passed_over)
 
 
-def _load_before(run: Run, step: int) -> bool:
+def _load_before(run: Run, step: int, own_steps: set[int]) -> bool:
     """Load the newest checkpoint of this run from before `step` that can be read; whether there is one."""
     found: list[list[Path]] = [[]]
     if run.is_main:
-        older = [path for path in directory.candidates(checkpoint.root_of(run)) if path.name < directory.name_of(step)]
-        found[0] = sorted(older, key=lambda path: path.name, reverse=True)
+        there = {directory.step_of(path.name): path for path in directory.candidates(checkpoint.root_of(run))}
+        found[0] = [there[own] for own in sorted(own_steps & there.keys(), reverse=True) if own < step]
     dist.broadcast_object_list(found, src=0)
     before = run.cfg.resume
     for path in found[0]:
