@@ -132,3 +132,26 @@ def test_after_an_error_nothing_is_saved_and_what_is_on_its_way_is_given_up(
     callback.on_end(run)
     assert begun[0].abandoned
     assert capsys.readouterr().err == "warning: the checkpoint of step 4 was not completed\n"
+
+
+def test_a_bad_step_is_saved_only_where_it_is_the_last(tmp_path: Path, begun: list[FakeSaving]) -> None:
+    """Those from before it are what a run can go back to, and only so many are kept."""
+    run = fake_run(tmp_path, total_steps=4)
+    run.cfg.checkpoint.interval_steps = 1
+    callback = CheckpointCallback()
+    callback.on_start(run)
+    for step, metrics in enumerate([{}, {"bad_step": "lm_loss is nan"}, {}, {"bad_step": "lm_loss is nan"}], 1):
+        run.state.step = step
+        callback.on_step_end(run, dict(metrics))
+    assert [saving.job.step for saving in begun] == [1, 3, 4]
+    assert callback.own_steps == {0, 1, 3, 4}
+
+
+def test_what_was_saved_after_going_back_is_not_saved_again(tmp_path: Path, begun: list[FakeSaving]) -> None:
+    run = fake_run(tmp_path, total_steps=10)
+    callback = train(run, 5, interval_steps=2)
+    run.state.step = 4
+    callback.on_rollback(run)
+    callback.on_step_end(run, {})
+    assert [saving.job.step for saving in begun] == [2, 4, 4]
+    assert callback.own_steps == {0, 2, 4}
