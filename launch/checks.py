@@ -101,7 +101,7 @@ def data(cfg: Config) -> None:
             _readable(Path(prefix + suffix), f"data.blend: {prefix}{suffix}", "correct the prefix in data.blend")
     if not source.blend:
         manifest = Path(source.dir, "manifest.json")
-        what = f"data.dir={source.dir}: no dataset there ({manifest.name})"
+        what = f"data.dir={source.dir}: no dataset there"
         _readable(manifest, what, "make it with moe-data, or correct data.dir")
 
 

@@ -33,6 +33,10 @@ def run(cfg: Config, rank: RankInfo) -> None:
     """
     run = prepare(cfg, rank)
     checkpoint.resume(run)
+    checkpoint.check_places(run)
+    if run.is_main and run.state.step >= run.total_steps:
+        print(f"nothing to do: the run is at step {run.state.step} of {run.total_steps}; more train.steps continue it, "
+              "and resume=never begins anew", flush=True)  # fmt: skip
     train(run)
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from moe_train.checkpoint import compat, directory, exchange, local, manifest, metadata, state, storage
 from moe_train.checkpoint.collective import free_bytes, on_main, say, together, warn
 from moe_train.checkpoint.hf import config as hf_config
+from moe_train.checkpoint.hf import writer
 from moe_train.checkpoint.saving import Job, Saving
 from moe_train.loop.run import Run, TrainState
 from parallel.errors import CheckpointError
@@ -94,6 +95,20 @@ def _check_space(run: Run, path: Path, own_bytes: int) -> None:
             )
 
     on_main(run, look, f"write to {path.parent}")
+
+
+def check_places(run: Run) -> None:
+    """See before the first step that checkpoints can be written where they are to go.
+
+    Raises:
+        CheckpointError: the directory cannot be made or written.
+    """
+    settings, root = run.cfg.checkpoint, root_of(run)
+    if not (settings.interval_steps or settings.save_at_end):
+        return
+    on_main(run, lambda: directory.try_writing(root, "checkpoint.dir"), f"write to {root}")
+    if near := local.root_of(run, root):
+        together(run, lambda: directory.try_writing(near, "checkpoint.local_dir"), f"write to {near}")
 
 
 def resume(run: Run) -> None:
@@ -210,6 +225,9 @@ def _saved_scales(wanted: storage.StateDict, contents: metadata.Metadata, warnin
 def _load_weights(run: Run, path: Path) -> None:
     """Only the model of a checkpoint; the run starts at step 0."""
     if (path / hf_config.FILE).is_file():
+        if (path / directory.MANIFEST).is_file() and run.cfg.checkpoint.verify:
+            rank, size = run.rank.rank, run.layout.world_size
+            together(run, lambda: writer.verify(path, threads=1, rank=rank, size=size), f"read {path}")
         state.load_model(run, together(run, lambda: exchange.read_weights(run, path), f"read {path}"))
         run.optimizer.reload_model_params()
         if run.is_main:

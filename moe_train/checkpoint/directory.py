@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def prepare(root: Path, name: str) -> Path:
     directory = partial_of(root, name)
     directory.mkdir()
     return directory
+
+
+def try_writing(root: Path, field: str) -> None:
+    """Raise CheckpointError where no file can be written to `root`, which `field` sets."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        remedy = f"check free space and permissions, or set {field}"
+        raise CheckpointError(f"cannot write to {root}: {error.strerror or error}", remedy) from error
 
 
 def sweep(root: Path) -> None:

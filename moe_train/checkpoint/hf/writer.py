@@ -400,7 +400,8 @@ def manifest_of(directory: Path) -> dict[str, Json]:
             int(entry["bytes"]), str(entry["sha256"])
     except FileNotFoundError:
         raise CheckpointError(
-            f"{directory} has no {MANIFEST}", "only directories that moe-convert has written can be verified"
+            f"{directory} has no {MANIFEST}",
+            "name a checkpoint (runs/NAME/checkpoints/step_N), or a directory that moe-convert has written",
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", "restore the file from a copy") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,26 @@ def test_another_model_is_refused_with_the_settings_to_use(
     with pytest.raises(RankError, match=r"is of another model: .*set model\.topk=4") as caught:
         train(tmp_path, *small_data, "model.topk=2", f"init_from={directory}")
     assert caught.value.exit_code == 2
+
+
+def test_damaged_weights_are_not_trained_on(
+    trained: tuple[Path, float], small_data: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The export has a manifest, which one flipped bit of a weight contradicts."""
+    damaged = shutil.copytree(trained[0], tmp_path / "damaged")
+    file = next(damaged.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 0x40
+    file.write_bytes(content)
+    with pytest.raises(RankError, match=rf"{file.name} is damaged: .*restore the file from a copy") as caught:
+        train(tmp_path / "run", *small_data, f"init_from={damaged}")
+    assert caught.value.exit_code == 2
+
+
+def test_where_checkpoints_cannot_go_is_said_before_the_first_step(small_data: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for field in ("checkpoint.dir", "checkpoint.local_dir"):
+        with pytest.raises(RankError, match=rf"cannot write to {tmp_path}/file/.* set {field}$") as caught:
+            train(tmp_path / "run", *small_data, f"{field}={tmp_path}/file/there")
+        assert caught.value.exit_code == 2
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
