@@ -59,6 +59,10 @@ def tokenize(
             waiting.popleft().result()
     except BrokenProcessPool as error:
         raise DataError("a process that tokenises was killed", "free memory or set data.prepare_workers=1") from error
+    except BaseException:
+        for child in multiprocessing.active_children():  # nothing that one of them waits for may hold the others up
+            child.kill()
+        raise
     finally:
         writer.close()  # the workers end now: what they still do is not wanted after an error, and nothing otherwise
         pool.shutdown(cancel_futures=True)

@@ -145,10 +145,15 @@ def test_interrupted_from_the_terminal_it_ends_soon_and_says_nothing_but_where(
     data = replace(made, dir=str(tmp_path), prepare_workers=2)
     command = [sys.executable, "-c", KILLED, json.dumps(vars(data))]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_for(lambda: finished(tmp_path))
-    helpers = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    try:
+        wait_for(lambda: finished(tmp_path))
+        helpers = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     assert process.returncode != 0
     assert re.findall("^KeyboardInterrupt", errors, re.MULTILINE) == ["KeyboardInterrupt"], f"the parent's:\n{errors}"
     assert "Process " not in errors, f"a worker has complained:\n{errors}"

@@ -43,8 +43,9 @@ def _hang() -> None:
 
 def _ranks_alive() -> list[int]:
     """Processes below this one, other than multiprocessing's own two: the fork server and its resource tracker."""
-    own = [p for p in psutil.Process().children() if "multiprocessing" in " ".join(p.cmdline())]
-    everything = psutil.Process().children(recursive=True)
+    everything = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    children = [p for p in everything if p.ppid() == os.getpid()]
+    own = [p for p in children if "multiprocessing" in " ".join(p.cmdline())]
     return [p.pid for p in everything if p not in own]
 
 
