@@ -25,12 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe_train.checkpoint.directory import sync
-from moe_train.checkpoint.hf.rows import BLOCK_BYTES
+from moe_train.checkpoint.directory import MANIFEST, sync
 from moe_train.checkpoint.hf.workers import Team
+from moe_train.checkpoint.manifest import entry_of
 from parallel.errors import CheckpointError, MoeTrainError
 
-MANIFEST = "manifest.json"
 _PLAN, _DONE, _LOCK, _PART = "plan.json", "done", ".lock", ".part"
 
 _WAITING = 2
@@ -414,13 +413,9 @@ def _check_file(path: Path, entry: Json) -> int:
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise CheckpointError(f"{path} has {size:,} bytes, and the manifest says {entry['bytes']:,}", restore)
-        digest = hashlib.sha256()
-        with path.open("rb", buffering=0) as file:
-            block = memoryview(bytearray(BLOCK_BYTES))
-            while count := file.readinto(block):
-                digest.update(block[:count])
+        found = entry_of(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", restore) from error
-    if digest.hexdigest() != entry["sha256"]:
+    if found.sha256 != entry["sha256"]:
         raise CheckpointError(f"{path} is damaged: its bytes are not those that were written", restore)
     return size

@@ -74,7 +74,6 @@ def _load_before(run: Run, step: int, own_steps: set[int]) -> bool:
     dist.broadcast_object_list(found, src=0)
     before = run.cfg.resume
     for path in found[0]:
-        run.schedule.num_steps = 0  # loading counts on from there
         try:
             run.cfg.resume = str(path)
             checkpoint.resume(run)
