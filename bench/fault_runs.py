@@ -33,6 +33,8 @@ class Seen:
     code: int = -1
     began: float = 0.0
     seconds: float = 0.0
+    injected: float = 0.0
+    """When a fault from outside happened, as time.monotonic."""
     lines: list[tuple[float, str]] = field(default_factory=list)
     """(time, line) of both streams; times are of time.monotonic."""
 
@@ -54,18 +56,22 @@ def data_overrides(directory: Path) -> tuple[str, ...]:
 
 
 def train(
-    run_dir: Path, overrides: Sequence[str], during: Callable[[subprocess.Popen[str], Seen], None] | None = None,
-    environment: dict[str, str] | None = None, timeout_s: float = 900,
+    run_dir: Path, overrides: Sequence[str],
+    during: Callable[[subprocess.Popen[str], Seen, Path], None] | None = None,
+    environment: dict[str, str] | None = None, starter: Sequence[str] | None = None, timeout_s: float = 900,
 ) -> Seen:  # fmt: skip
-    """Run moe-train to its end; `during` may act on the process meanwhile, in a thread."""
+    """Run moe-train to its end; `during` may act on the process meanwhile, in a thread. `starter`: words for Python
+    that start the ranks."""
     words = [sys.executable, "-m", "launch.main", *SMALL, *overrides, f"run_dir={run_dir}"]
+    if starter:
+        words = [sys.executable, *starter, *words]
     seen = Seen(began=time.monotonic())
     process = subprocess.Popen(
         words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         env=dict(os.environ) | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"} | (environment or {}),
     )  # fmt: skip
     if during:
-        threading.Thread(target=during, args=(process, seen), daemon=True).start()
+        threading.Thread(target=during, args=(process, seen, run_dir), daemon=True).start()
     limit = threading.Timer(timeout_s, os.killpg, (process.pid, signal.SIGKILL))
     limit.start()
     for line in process.stdout or ():
@@ -78,14 +84,18 @@ def train(
 
 def losses(run_dir: Path) -> dict[int, float | None]:
     """Loss by step."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["lm_loss"] for line in lines if "lm_loss" in line}
+    return {line["step"]: line["lm_loss"] for line in _metrics(run_dir) if "lm_loss" in line}
 
 
 def events(run_dir: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl about events."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "event" in line]
+    return [line for line in _metrics(run_dir) if "event" in line]
+
+
+def _metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl; none where nothing was trained."""
+    file = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def injected_at(run_dir: Path) -> float | None:

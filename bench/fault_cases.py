@@ -1,0 +1,230 @@
+"""The faults of `make bench-faults`, one `Case` each. To add a row add a case.
+
+The layout is tp=2 pp=2 ep=2 on four ranks: 0 and 1 hold the first pipeline stage, 2 and 3 the last.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.fault_runs import ROOT, Seen
+
+STEPS, INTERVAL = 16, 4
+LAYOUT = ("parallel.tp=2", "parallel.pp=2", "parallel.ep=2", "launcher.threads_per_rank=1")
+GUARDED = ("launcher.restarts=2", f"checkpoint.interval_steps={INTERVAL}", f"train.steps={STEPS}")
+_FILES = (".metadata", "__0_*.distcp", "__3_*.distcp", "state.json", "config.yaml", "manifest.json")
+_HANG = ("resilience.hang_timeout_s=5",)
+
+_FOUND = r"starting again|warning: (step \d+: |checkpoint|rank|.*not saved)|interrupted by|stopped at step|^error: "
+
+Meanwhile = Callable[["subprocess.Popen[str]", Seen, Path], None]
+"""Acts on a command that runs, on what it has shown, and on its run directory."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row.
+
+    Args:
+        inject: entries of resilience.inject.
+        settings: further overrides. `{run_dir}` is filled in.
+        meanwhile: acts on the running command.
+        between: changes the run directory after a first command that stopped on the way; a second one continues.
+        around: what holds while the commands of this case run.
+        mend: puts right what the fault broke, before the command is run again.
+        starter: what starts the command, instead of its own launcher.
+        found: pattern of the first line that says that something is wrong.
+        code: exit code of the command that meets the fault; where it is not 0 the same command is run again, if
+            `again`.
+        changes_losses: whether the fault is meant to change later losses, as a step that is left out does.
+    """
+
+    name: str
+    inject: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    meanwhile: Meanwhile | None = None
+    between: Callable[[Path], None] | None = None
+    around: Callable[[Path], AbstractContextManager[object]] = nullcontext
+    mend: Callable[[Path], None] | None = None
+    starter: Callable[[Path], list[str]] | None = None
+    environment: dict[str, str] | None = None
+    found: str = _FOUND
+    code: int = 0
+    again: bool = True
+    changes_losses: bool = False
+
+
+def cases(draw: random.Random, directory: Path) -> list[Case]:
+    """The rows, with random steps."""
+
+    def step() -> int:
+        return draw.randint(2, STEPS - 2)
+
+    jumping = directory / "jumping"
+    jumping.mkdir(exist_ok=True)
+    (jumping / "sitecustomize.py").write_text(_JUMPING_CLOCK)
+    rows = [Case(f"kill -9 of rank {rank}", (f"kill:rank={rank}:step={step()}",)) for rank in range(4)]
+    rows += [
+        Case(
+            f"kill -9 of rank {rank} while saving",
+            (f"kill:rank={rank}:step={2 * INTERVAL}:at=end:after={draw.uniform(0.005, 0.05):.3f}",),
+        )
+        for rank in range(4)
+    ]
+    rows += [Case(f"hang of rank {rank}", (f"hang:rank={rank}:step={step()}",), _HANG) for rank in (0, 3)]
+    rows += [Case(f"rank {rank} stopped", (f"stop:rank={rank}:step={step()}",), _HANG) for rank in (0, 2)]
+    rows += [
+        Case("error in the code of a rank", (f"raise:rank=2:step={step()}",)),
+        Case("other code on one rank", starter=_other_code_on_rank_3, code=1),
+        Case("NaN batch", (f"nan:step={step()}",), changes_losses=True),
+        Case("NaN in the data of three steps", ("nan:sample=48:samples=24",), changes_losses=True),
+        Case(
+            "loss spike", (f"spike:step={INTERVAL + 6}:factor=50",),
+            ("resilience.spike_factor=3", "resilience.spike_window=4"), changes_losses=True,
+        ),
+        Case(
+            "slow rank", ("slow:rank=1:step=3:steps=100:seconds=0.3",),
+            ("resilience.straggler_interval_steps=2", "resilience.straggler_intervals=2"),
+        ),
+        Case("storm of SIGTERM", meanwhile=_at_step(INTERVAL, _storm(signal.SIGTERM)), code=143),
+        Case("Ctrl-C", meanwhile=_at_step(INTERVAL, _storm(signal.SIGINT, 1)), code=130),
+        Case("storm of SIGUSR1", (f"term:rank=1:step={step()}:factor=50",), code=75),
+        Case("clock that jumps by days", environment={"PYTHONPATH": f"{jumping}:{ROOT}"}),
+        Case("disk full while saving", meanwhile=_fill_disk, around=_small_disk, mend=_free_disk, code=2),
+        Case(
+            "data file lost before a restart", (f"kill:rank=1:step={INTERVAL + 3}",), ("data.dir={run_dir}/data",),
+            meanwhile=_at_step(INTERVAL, _remove_data), found=r"\.bin is missing", code=2,
+            mend=lambda run_dir: shutil.rmtree(run_dir / "data"),  # as the error says
+        ),
+        Case("latest deleted", between=lambda run_dir: (run_dir / "checkpoints" / "latest").unlink()),
+        *(Case(f"{name} of the newest checkpoint truncated", between=_truncate(name)) for name in _FILES),
+        *(Case(f"{name} of the newest checkpoint with a flipped bit", between=_flip(name)) for name in _FILES),
+        *(Case(f"{name} of the newest checkpoint deleted", between=_delete(name)) for name in ("__1_*.distcp",)),
+    ]  # fmt: skip
+    return rows
+
+
+_JUMPING_CLOCK = """
+import time
+_wall, _calls = time.time, [0]
+def _jumping():
+    _calls[0] += 1
+    return _wall() + (1e6 if _calls[0] // 50 % 2 else 0)
+time.time = _jumping
+"""
+
+
+def _newest(run_dir: Path, name: str) -> list[Path]:
+    """Files of the newest checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none, so that nothing would be damaged.
+    """
+    checkpoint = max((run_dir / "checkpoints").glob("step_*"))
+    files = list(checkpoint.glob(name))
+    if not files:
+        raise FileNotFoundError(f"{checkpoint / name}")
+    return files
+
+
+def _truncate(name: str) -> Callable[[Path], None]:
+    def act(run_dir: Path) -> None:
+        for file in _newest(run_dir, name):
+            os.truncate(file, file.stat().st_size // 2)
+
+    return act
+
+
+def _flip(name: str) -> Callable[[Path], None]:
+    def act(run_dir: Path) -> None:
+        for file in _newest(run_dir, name):
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 0x10
+            file.write_bytes(content)
+
+    return act
+
+
+def _delete(name: str) -> Callable[[Path], None]:
+    def act(run_dir: Path) -> None:
+        for file in _newest(run_dir, name):
+            file.unlink()
+
+    return act
+
+
+def _at_step(step: int, act: Meanwhile) -> Meanwhile:
+    """Act when the checkpoint of `step` is reported."""
+
+    def wait(process: subprocess.Popen[str], seen: Seen, run_dir: Path) -> None:
+        while process.poll() is None and not seen.first(rf"checkpoint of step {step} "):
+            time.sleep(0.01)
+        act(process, seen, run_dir)
+
+    return wait
+
+
+def _storm(number: int, times: int = 50) -> Meanwhile:
+    def send(process: subprocess.Popen[str], seen: Seen, run_dir: Path) -> None:
+        seen.injected = time.monotonic()
+        for _ in range(times):
+            if process.poll() is None:
+                os.killpg(process.pid, number)
+
+    return send
+
+
+def _remove_data(process: subprocess.Popen[str], seen: Seen, run_dir: Path) -> None:
+    (file,) = (run_dir / "data").glob("*.bin")
+    file.unlink()
+
+
+@contextmanager
+def _small_disk(run_dir: Path) -> Iterator[None]:
+    """A file system of 16 MB for the checkpoints. Needs root."""
+    place = run_dir / "checkpoints"
+    place.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def _fill_disk(process: subprocess.Popen[str], seen: Seen, run_dir: Path) -> None:
+    """After the first checkpoint leave just enough space for a second one, and take it as soon as that is begun."""
+    place = run_dir / "checkpoints"
+    first, second = place / f"step_{INTERVAL:08d}", place / f".step_{2 * INTERVAL:08d}.partial"
+    while not first.exists() and process.poll() is None:
+        time.sleep(0.005)
+    size = sum(file.stat().st_size for file in first.iterdir())
+    with (place / "filler").open("wb") as filler:
+        os.posix_fallocate(filler.fileno(), 0, shutil.disk_usage(place).free - 3 * size // 2)
+        while not (second.exists() and any(second.iterdir())) and process.poll() is None:
+            pass
+        seen.injected = time.monotonic()
+        os.posix_fallocate(filler.fileno(), filler.seek(0, os.SEEK_END), shutil.disk_usage(place).free)
+
+
+def _free_disk(run_dir: Path) -> None:
+    (run_dir / "checkpoints" / "filler").unlink()
+
+
+def _other_code_on_rank_3(run_dir: Path) -> list[str]:
+    """torchrun, with a copy of this project for rank 3 in which one comment differs."""
+    copy = run_dir.parent / "other_code"
+    for package in ("conf", "launch", "moe_train", "parallel"):
+        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / "moe_train" / "__init__.py").open("a") as file:
+        file.write("# edited on one node\n")
+    script = f'[ "$RANK" = 3 ] && export PYTHONPATH={copy} && cd {copy}; exec "$0" "$@"'
+    return ["-m", "torch.distributed.run", "--nproc-per-node=4", "--no-python", "sh", "-c", script]
