@@ -43,12 +43,15 @@ def run_case(case: Case, directory: Path, data: tuple[str, ...], reference: dict
             r"resumed at step (\d+)|^step \d+/", after=found[0] if found and continued is seen else 0.0
         )
         ours = losses(run_dir)
+    restarted = continued is not seen or case.between or (found and "starting again" in found[1].string)
     return {
         "injected": case.name,
         "detected_in_s": round(found[0] - began, 2) if found else None,
         "detected_by": found[1].string[:160] if found else "",
         "recovered_in_s": round(goes_on[0] - found[0], 2) if found and goes_on else None,
-        "steps_lost": _lost(case, done, int(goes_on[1].group(1) or 0)) if goes_on else _rolled_back(run_dir),
+        "steps_lost": _lost(case, done, int(goes_on[1].group(1) or 0))
+        if goes_on and restarted
+        else _rolled_back(run_dir),
         "exit_code": seen.code,
         "as_expected": seen.code == case.code and continued.code == 0,
         "events": [event["event"] for event in events(run_dir)],
