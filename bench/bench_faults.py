@@ -1,6 +1,7 @@
 """Faults, each injected into a small training run on this machine: found after how long, recovered, steps lost.
 
-`make bench-faults` writes bench/results/faults.json. The rows are in fault_cases.py.
+`make bench-faults` writes bench/results/faults.json. The rows are in fault_cases.py. What was damaged before a command
+began is found so long after its start.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def run_case(case: Case, directory: Path, data: tuple[str, ...], reference: dict
             r"resumed at step (\d+)|^step \d+/", after=found[0] if found and continued is seen else 0.0
         )
         ours = losses(run_dir)
-    restarted = continued is not seen or case.between or (found and "starting again" in found[1].string)
+    restarted = continued is not seen or case.between or seen.first("starting again")
     return {
         "injected": case.name,
         "detected_in_s": round(found[0] - began, 2) if found else None,
