@@ -35,6 +35,7 @@ BOUNDS = {
     "attention_half": (50, 1000), "attention_backward": (2.8, 3.5), "tp_exposed": (0.05, 1), "cp_exposed": (0.05, 1),
     "dp_exposed": (0.02, 1), "fsdp_exposed": (0.02, 1), "all_to_all_exposed": (0.02, 0.5), "pp_exposed": (0.02, 1),
     "host_us": (1.5, 25), "sync_us": (10, 3000), "flex_sync_us": (10, 3000), "sync_blend": (1, 4),
+    "capacity_us": (20, 3000),
     "real_imbalance": (1.0, 1.6), "graph_kernels": (0.05, 1.0), "grouped_kernel": (0.02, 1.0), "overlap_host": (1, 3),
     "step_s": (0.03, 0.3), "straggler": (0.0005, 0.03),
 }  # fmt: skip

@@ -38,6 +38,8 @@ class Calibration:
         host_blend: how sharply a stage goes over from being bound by the accelerator to being bound by its host (1: the
             two add up); set, not fitted.
         sync_blend: the same where layers wait for token counts.
+        capacity_us: device time in which a layer chooses the tokens that fit into the capacity of its experts (top-k
+            and sort over all tokens, which nothing fuses), microseconds.
         real_imbalance: tokens of the fullest expert rank over the mean where routing is learned, not forced to be even.
         graph_kernels: host time of a kernel within the scope of CUDA graphs over that of one outside.
         grouped_kernel: host time of one expert's kernel in a grouped product over that of a kernel of its own.
@@ -68,6 +70,7 @@ class Calibration:
     flex_sync_us: float = 44.63
     host_blend: float = 4
     sync_blend: float = 3.172
+    capacity_us: float = 500
     real_imbalance: float = 1.57
     graph_kernels: float = 0.05318
     grouped_kernel: float = 0.7844
@@ -77,6 +80,10 @@ class Calibration:
 
 
 FITTED = Calibration()
+
+# Speed of DeepSeek's own attention kernels of 2024 over FlashAttention-3: with it the hours of their context extension
+# come out. FlashAttention-2 has 0.5 on Hopper.
+DEEPSEEK_ATTENTION = 0.76
 
 # First month of a generation of software (year x 100 + month) -> part of the counted memory traffic of small kernels
 # that fusion leaves, and part of the counted kernels that the host starts one by one (both may be above 1: the counts
