@@ -49,44 +49,44 @@ class Calibration:
         straggler: how much longer every pass takes for each doubling of the GPUs.
     """
 
-    gemm_half_k: float = 72.84
+    gemm_half_k: float = 78.18
     gemm_speed: float = 1.1
-    weights_speed: float = 0.6161
-    block_speed: float = 0.9494
-    flash2_speed: float = 0.4861
-    quantize_passes: float = 0.8359
-    memory_passes: float = 1.286
-    attention_speed: float = 0.9392
-    attention_half: float = 988.7
-    attention_backward: float = 2.971
-    tp_exposed: float = 0.2433
+    weights_speed: float = 0.6125
+    block_speed: float = 0.9523
+    flash2_speed: float = 0.4635
+    quantize_passes: float = 0.923
+    memory_passes: float = 1.033
+    attention_speed: float = 0.9559
+    attention_half: float = 784.1
+    attention_backward: float = 2.879
+    tp_exposed: float = 0.1956
     cp_exposed: float = 1
-    dp_exposed: float = 0.03391
-    fsdp_exposed: float = 0.6463
-    all_to_all_exposed: float = 0.4682
-    pp_exposed: float = 0.1007
+    dp_exposed: float = 0.0342
+    fsdp_exposed: float = 0.6664
+    all_to_all_exposed: float = 0.4949
+    pp_exposed: float = 0.08785
     host_us: float = 25
-    sync_us: float = 1110
-    flex_sync_us: float = 44.63
+    sync_us: float = 949.7
+    flex_sync_us: float = 80.16
     host_blend: float = 4
-    sync_blend: float = 3.172
-    capacity_us: float = 500
-    real_imbalance: float = 1.57
-    graph_kernels: float = 0.05318
-    grouped_kernel: float = 0.7844
-    overlap_host: float = 1.645
-    step_s: float = 0.04676
-    straggler: float = 0.009662
+    sync_blend: float = 1.875
+    capacity_us: float = 1321
+    real_imbalance: float = 1.6
+    graph_kernels: float = 0.06228
+    grouped_kernel: float = 0.4743
+    overlap_host: float = 1.683
+    step_s: float = 0.06187
+    straggler: float = 0.009511
 
 
 FITTED = Calibration()
 
 # Speed of DeepSeek's own attention kernels of 2024 over FlashAttention-3: with it the hours of their context extension
 # come out. FlashAttention-2 has 0.5 on Hopper.
-DEEPSEEK_ATTENTION = 0.76
+DEEPSEEK_ATTENTION = 0.7
 
 # First month of a generation of software (year x 100 + month) -> part of the counted memory traffic of small kernels
 # that fusion leaves, and part of the counted kernels that the host starts one by one (both may be above 1: the counts
 # are of a lean implementation).
-FUSION = {202000: 0.404, 202301: 2.17, 202406: 1.07, 202506: 1.33, 202601: 0.724, 202606: 0.724}
-KERNELS = {202000: 0.64, 202301: 0.468, 202406: 0.398, 202506: 1.82, 202601: 1.82, 202606: 1.82}
+FUSION = {202000: 0.4, 202301: 2.5, 202406: 1.11, 202506: 1.14, 202601: 0.888, 202606: 0.885}
+KERNELS = {202000: 0.472, 202301: 0.445, 202406: 0.396, 202506: 2.09, 202601: 1.89, 202606: 1.89}

@@ -261,8 +261,7 @@ def _software(
     # Within a node NCCL's all-to-all was usual at first, and for tokens padded to capacity there was nothing else.
     if month < software_of.GRAPHS_FROM and (experts <= hardware.domain_gpus <= 8 or _drops_tokens(words)):
         found = replace(found, dispatcher="alltoall")
-    # One shape: on Blackwell layers ran from CUDA graphs, where no pipeline was (scripts/performance of release 0.1).
-    if _drops_tokens(words) and hardware.fp8_tflops > BLACKWELL_TFLOPS and layout.pp == 1:
+    if _drops_tokens(words) and hardware.fp8_tflops > BLACKWELL_TFLOPS:  # one shape: layers run from CUDA graphs
         found = replace(found, graphs="full")
     if "dualpipe" in words:
         found = software_of.deepseek_v3()
