@@ -41,7 +41,7 @@ BOUNDS = {
 }  # fmt: skip
 # Where a step of DeepSeek-V3 goes, seconds (arXiv 2505.09343, table 4); its row must be in the fitting part.
 COMPONENTS = {"1F": 1.13, "bubble": 2.06, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "optimizer": 0.29}
-ORDER_WEIGHT, MARGIN = 1.0, 0.02
+ORDER_WEIGHT, MARGIN = 4.0, 0.02
 SPREAD = 0.08  # of the first steps, in natural logarithms
 DEEPEP = 202506  # first month of the generation that first ran DeepEP
 GENERATION_BOUNDS = {"fusion": (0.4, 2.5), "kernels": (0.05, 3)}

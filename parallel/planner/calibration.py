@@ -49,34 +49,34 @@ class Calibration:
         straggler: how much longer every pass takes for each doubling of the GPUs.
     """
 
-    gemm_half_k: float = 78.18
+    gemm_half_k: float = 71.06
     gemm_speed: float = 1.1
-    weights_speed: float = 0.6125
-    block_speed: float = 0.9523
-    flash2_speed: float = 0.4635
-    quantize_passes: float = 0.923
-    memory_passes: float = 1.033
-    attention_speed: float = 0.9559
-    attention_half: float = 784.1
-    attention_backward: float = 2.879
-    tp_exposed: float = 0.1956
+    weights_speed: float = 0.6349
+    block_speed: float = 0.9521
+    flash2_speed: float = 0.4763
+    quantize_passes: float = 0.8991
+    memory_passes: float = 0.8897
+    attention_speed: float = 0.934
+    attention_half: float = 639.9
+    attention_backward: float = 2.831
+    tp_exposed: float = 0.1766
     cp_exposed: float = 1
-    dp_exposed: float = 0.0342
-    fsdp_exposed: float = 0.6664
-    all_to_all_exposed: float = 0.4949
-    pp_exposed: float = 0.08785
-    host_us: float = 25
-    sync_us: float = 949.7
-    flex_sync_us: float = 80.16
+    dp_exposed: float = 0.0353
+    fsdp_exposed: float = 0.6377
+    all_to_all_exposed: float = 0.4511
+    pp_exposed: float = 0.0958
+    host_us: float = 24.9
+    sync_us: float = 906.4
+    flex_sync_us: float = 94.59
     host_blend: float = 4
-    sync_blend: float = 1.875
-    capacity_us: float = 1321
+    sync_blend: float = 1.891
+    capacity_us: float = 1302
     real_imbalance: float = 1.6
-    graph_kernels: float = 0.06228
-    grouped_kernel: float = 0.4743
-    overlap_host: float = 1.683
-    step_s: float = 0.06187
-    straggler: float = 0.009511
+    graph_kernels: float = 0.05191
+    grouped_kernel: float = 0.4595
+    overlap_host: float = 1.737
+    step_s: float = 0.07091
+    straggler: float = 0.01119
 
 
 FITTED = Calibration()
@@ -88,5 +88,5 @@ DEEPSEEK_ATTENTION = 0.7
 # First month of a generation of software (year x 100 + month) -> part of the counted memory traffic of small kernels
 # that fusion leaves, and part of the counted kernels that the host starts one by one (both may be above 1: the counts
 # are of a lean implementation).
-FUSION = {202000: 0.4, 202301: 2.5, 202406: 1.11, 202506: 1.14, 202601: 0.888, 202606: 0.885}
-KERNELS = {202000: 0.472, 202301: 0.445, 202406: 0.396, 202506: 2.09, 202601: 1.89, 202606: 1.89}
+FUSION = {202000: 0.4, 202301: 2.5, 202406: 1.22, 202506: 1.22, 202601: 0.973, 202606: 0.949}
+KERNELS = {202000: 0.333, 202301: 0.516, 202406: 0.386, 202506: 2.11, 202601: 1.84, 202606: 1.84}
