@@ -35,12 +35,13 @@ BOUNDS = {
     "attention_half": (50, 1000), "attention_backward": (2.8, 3.5), "tp_exposed": (0.05, 1), "cp_exposed": (0.05, 1),
     "dp_exposed": (0.02, 1), "fsdp_exposed": (0.02, 1), "all_to_all_exposed": (0.02, 0.5), "pp_exposed": (0.02, 1),
     "host_us": (1.5, 25), "sync_us": (10, 3000), "flex_sync_us": (10, 3000), "sync_blend": (1, 4),
+    "capacity_us": (20, 3000),
     "real_imbalance": (1.0, 1.6), "graph_kernels": (0.05, 1.0), "grouped_kernel": (0.02, 1.0), "overlap_host": (1, 3),
     "step_s": (0.03, 0.3), "straggler": (0.0005, 0.03),
 }  # fmt: skip
 # Where a step of DeepSeek-V3 goes, seconds (arXiv 2505.09343, table 4); its row must be in the fitting part.
 COMPONENTS = {"1F": 1.13, "bubble": 2.06, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "optimizer": 0.29}
-ORDER_WEIGHT, MARGIN = 1.0, 0.02
+ORDER_WEIGHT, MARGIN = 4.0, 0.02
 SPREAD = 0.08  # of the first steps, in natural logarithms
 DEEPEP = 202506  # first month of the generation that first ran DeepEP
 GENERATION_BOUNDS = {"fusion": (0.4, 2.5), "kernels": (0.05, 3)}

@@ -38,6 +38,8 @@ class Calibration:
         host_blend: how sharply a stage goes over from being bound by the accelerator to being bound by its host (1: the
             two add up); set, not fitted.
         sync_blend: the same where layers wait for token counts.
+        capacity_us: device time in which a layer chooses the tokens that fit into the capacity of its experts (top-k
+            and sort over all tokens, which nothing fuses), microseconds.
         real_imbalance: tokens of the fullest expert rank over the mean where routing is learned, not forced to be even.
         graph_kernels: host time of a kernel within the scope of CUDA graphs over that of one outside.
         grouped_kernel: host time of one expert's kernel in a grouped product over that of a kernel of its own.
@@ -47,39 +49,44 @@ class Calibration:
         straggler: how much longer every pass takes for each doubling of the GPUs.
     """
 
-    gemm_half_k: float = 72.84
+    gemm_half_k: float = 71.06
     gemm_speed: float = 1.1
-    weights_speed: float = 0.6161
-    block_speed: float = 0.9494
-    flash2_speed: float = 0.4861
-    quantize_passes: float = 0.8359
-    memory_passes: float = 1.286
-    attention_speed: float = 0.9392
-    attention_half: float = 988.7
-    attention_backward: float = 2.971
-    tp_exposed: float = 0.2433
+    weights_speed: float = 0.6349
+    block_speed: float = 0.9521
+    flash2_speed: float = 0.4763
+    quantize_passes: float = 0.8991
+    memory_passes: float = 0.8897
+    attention_speed: float = 0.934
+    attention_half: float = 639.9
+    attention_backward: float = 2.831
+    tp_exposed: float = 0.1766
     cp_exposed: float = 1
-    dp_exposed: float = 0.03391
-    fsdp_exposed: float = 0.6463
-    all_to_all_exposed: float = 0.4682
-    pp_exposed: float = 0.1007
-    host_us: float = 25
-    sync_us: float = 1110
-    flex_sync_us: float = 44.63
+    dp_exposed: float = 0.0353
+    fsdp_exposed: float = 0.6377
+    all_to_all_exposed: float = 0.4511
+    pp_exposed: float = 0.0958
+    host_us: float = 24.9
+    sync_us: float = 906.4
+    flex_sync_us: float = 94.59
     host_blend: float = 4
-    sync_blend: float = 3.172
-    real_imbalance: float = 1.57
-    graph_kernels: float = 0.05318
-    grouped_kernel: float = 0.7844
-    overlap_host: float = 1.645
-    step_s: float = 0.04676
-    straggler: float = 0.009662
+    sync_blend: float = 1.891
+    capacity_us: float = 1302
+    real_imbalance: float = 1.6
+    graph_kernels: float = 0.05191
+    grouped_kernel: float = 0.4595
+    overlap_host: float = 1.737
+    step_s: float = 0.07091
+    straggler: float = 0.01119
 
 
 FITTED = Calibration()
 
+# Speed of DeepSeek's own attention kernels of 2024 over FlashAttention-3: with it the hours of their context extension
+# come out. FlashAttention-2 has 0.5 on Hopper.
+DEEPSEEK_ATTENTION = 0.7
+
 # First month of a generation of software (year x 100 + month) -> part of the counted memory traffic of small kernels
 # that fusion leaves, and part of the counted kernels that the host starts one by one (both may be above 1: the counts
 # are of a lean implementation).
-FUSION = {202000: 0.404, 202301: 2.17, 202406: 1.07, 202506: 1.33, 202601: 0.724, 202606: 0.724}
-KERNELS = {202000: 0.64, 202301: 0.468, 202406: 0.398, 202506: 1.82, 202601: 1.82, 202606: 1.82}
+FUSION = {202000: 0.4, 202301: 2.5, 202406: 1.22, 202506: 1.22, 202601: 0.973, 202606: 0.949}
+KERNELS = {202000: 0.333, 202301: 0.516, 202406: 0.386, 202506: 2.11, 202601: 1.84, 202606: 1.84}

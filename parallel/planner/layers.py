@@ -297,7 +297,9 @@ def _dispatch(layer: _Layer, visits: float) -> None:
     if layout.etp > 1:  # tokens are gathered over the ranks that share an expert
         there += network.ring(layer.hardware, Group(layout.etp), e * hidden * visits)
         back += network.ring(layer.hardware, Group(layout.etp), e * hidden * visits)
-    if not model.pad_to_capacity and software.graphs != "full":
+    if model.pad_to_capacity:
+        layer.times.add("capacity", layer.constants.capacity_us * MICRO, recompute=layer.again("moe"))
+    elif software.graphs != "full":
         lost = (layer.constants.flex_sync_us if flex else layer.constants.sync_us) * MICRO * software.kernels
         layer.times.add("sync", lost, lost)
     layer.times.add("all_to_all", there + back, there + back, 0.0, layer.again("moe"))

@@ -105,6 +105,5 @@ def deepseek_v3() -> Software:
     """
     return replace(
         GENERATIONS[202506], fp8_dispatch=True, overlap_all_to_all=True, overlap_dp=False, communication_sms=20 / 132,
-        latent_exchange=True,
-        kernels=0.5,
+        latent_exchange=True, attention_speed=calibration.DEEPSEEK_ATTENTION, kernels=0.5,
     )  # fmt: skip

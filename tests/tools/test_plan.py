@@ -97,8 +97,26 @@ def test_a_given_layout_is_timed_as_it_is(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out/plan.json").read_text())
     assert found["plans"][0]["schedule"] == "dualpipe"
     assert found["bills"][0]["gpu_hours"] == pytest.approx(2.664e6, rel=0.05)
+    extension = sum(bill["gpu_hours"] for bill in found["bills"] if "extension" in bill["name"])
+    assert extension == pytest.approx(0.119e6, rel=0.05)
     assert found["total"]["gpu_hours"] == pytest.approx(2.788e6, rel=0.05)
     assert found["total"]["dollars"] == pytest.approx(5.576e6, rel=0.05)
+
+
+def test_a_search_says_why_the_layout_that_was_asked_for_is_slower(tmp_path: Path) -> None:
+    words = (*V3, "parallel=deepseek_v3_h800", "precision=fp8_block", "recompute=deepseek_v3", "plan=deepseek_v3")
+    done = run(tmp_path, *words, "search=true", "output=out", "top=1")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out/plan.json").read_text())
+    asked, best = found["asked"], found["plans"][0]
+    assert [asked[name] for name in ("tp", "pp", "ep", "dp", "schedule")] == [1, 16, 64, 128, "dualpipe"]
+    longer = asked["step_s"] / best["step_s"] - 1
+    assert longer < 0.05
+    bubble = asked["components_s"]["bubble"] - best["components_s"]["bubble"]
+    assert longer > 0
+    assert f"takes {longer:.1%} longer than the best" in done.stdout
+    assert f"bubble {bubble:+.2f} s" in done.stdout
+    assert f"takes {longer:.1%} longer" in (tmp_path / "out/report.html").read_text()
 
 
 def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:

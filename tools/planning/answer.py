@@ -35,6 +35,7 @@ class Answer:
 
     Args:
         gpus: GPUs that were asked for; the plans may leave some of them as spares.
+        asked: the layout of `parallel.*`, where a search was given one beside, to compare with.
         bills: one for each stage of the recipe.
         plans_of_stages: the plan of each stage that was timed, by its name.
         what_if: (change, useful part of the time, days, dollars) of the whole recipe.
@@ -49,6 +50,7 @@ class Answer:
     flops_whole: float
     goodput: cost.Goodput
     placements: list[Placement]
+    asked: Plan | None = None
     bills: list[cost.Bill] = field(default_factory=list)
     plans_of_stages: dict[str, Plan] = field(default_factory=dict)
     what_if: list[tuple[str, float, float, float]] = field(default_factory=list)
@@ -106,6 +108,8 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
         ),
         placements=placements(best.job, hardware, best.software, heaviest),
     )  # fmt: skip
+    if cfg.plan.search and max(layout.tp, layout.pp, layout.cp, layout.ep) > 1:
+        result.asked = given(cfg, base, machine, gpus, weights_of).plans[0]
     for stage in parse(cfg.plan.recipe, cfg.train.tokens):
         result.bills.append(stage_bill(result, stage, machine, weights_of))
     result.what_if = what_if(result)

@@ -40,13 +40,15 @@ def html(result: Answer, picture: str) -> str:
     """One page that needs no other file."""
     from jinja2 import Environment
 
-    tables = [show.plans(result), show.where(result, result.best), show.groups(result)]
+    asked = [show.compared(result, result.asked)] if result.asked else []
+    tables = [show.plans(result), *asked, show.where(result, result.best), show.groups(result)]
     if result.bills:
         tables += [show.bills(result), show.changes(result)]
     template = Environment(autoescape=True).from_string(PAGE)
     return template.render(
         title=f"Plan: {result.cfg.model.name} on {result.used:,} x {result.hardware.gpu}",
-        headline=show.headline(result).splitlines(), tables=[_plain(table) for table in tables],
+        headline=[*show.headline(result).splitlines(), *([show.why(result, result.asked)] if result.asked else [])],
+        tables=[_plain(table) for table in tables],
         refusals=show.refusals(result), picture=picture[picture.index("<svg") :], yaml=parallel_yaml(result.best),
     )  # fmt: skip
 
@@ -70,6 +72,7 @@ def as_json(result: Answer) -> str:
         "layouts_tried": result.found.tried,
         "reasons": dict(result.found.reasons),
         "plans": [_plan(result, plan) for plan in result.found.plans],
+        "asked": _plan(result, result.asked) if result.asked else None,
         "goodput": dataclasses.asdict(result.goodput),
         "bills": [dataclasses.asdict(bill) for bill in result.bills],
         "total": dataclasses.asdict(result.total()),

@@ -16,8 +16,13 @@ PART_NAMES = {
     "quantize": "casts to FP8", "router": "router", "sync": "waiting for token counts",
     "all_to_all": "expert dispatch and combine",
     "tp": "tensor-parallel collectives, exposed", "cp": "context-parallel exchange, exposed",
-    "fsdp": "weight gathering, exposed",
+    "fsdp": "weight gathering, exposed", "capacity": "choice of the tokens that fit",
     "recompute": "recomputation",
+}  # fmt: skip
+PASS_NAMES = {
+    "1F": "forward passes", "1B": "backward passes", "1W": "weight gradients alone",
+    "1F1B": "forward and backward at once", "bubble": "bubble",
+    "optimizer": "optimizer, gradients, parameters, end of step",
 }  # fmt: skip
 
 
@@ -26,6 +31,9 @@ def show(result: Answer, console: Console) -> None:
     best = result.best
     console.print(headline(result), soft_wrap=True)
     console.print(plans(result))
+    if result.asked:
+        console.print(why(result, result.asked), soft_wrap=True)
+        console.print(compared(result, result.asked))
     for text in refusals(result):
         console.print(text, soft_wrap=True)
     console.print(where(result, best))
@@ -73,6 +81,45 @@ def plans(result: Answer) -> Table:
     return shown
 
 
+def why(result: Answer, asked: Plan) -> str:
+    """What makes the layout that was asked for slower than the best, in a sentence."""
+    best, room = result.best, result.hardware.usable_bytes / GIB
+    more = asked.step.seconds / asked.step.tokens * best.step.tokens / best.step.seconds - 1
+    fits = "" if asked.memory_bytes / GIB <= room else f" and does not fit {room:.1f} GiB"
+    if more <= 0:
+        return f"The layout of parallel.* is {-more:.1%} faster than the best found{fits}."
+    saved = sorted(((mine - its, name) for name, mine, its in _parts(asked, best)), reverse=True)
+    worse = ", ".join(f"{name} {seconds:+.2f} s" for seconds, name in saved[:3] if seconds > 0)
+    better = ", ".join(f"{name} {seconds:+.2f} s" for seconds, name in reversed(saved[-3:]) if seconds < 0)
+    return (
+        f"The layout of parallel.* ({asked.label}) takes {more:.1%} longer than the best{fits}: {worse}"
+        + (f"; against {better}" if better else "") + "."
+    )  # fmt: skip
+
+
+def compared(result: Answer, asked: Plan) -> Table:
+    """The layout that was asked for beside the best."""
+    shown = Table(title="The layout of parallel.* beside the best, s of a step")
+    for column in ("what", "asked for", "best", "difference"):
+        shown.add_column(column, justify="left" if column == "what" else "right")
+    best = result.best
+    for name, mine, its in [("step", asked.step.seconds, best.step.seconds), *_parts(asked, best)]:
+        shown.add_row(name, f"{mine:.3f}", f"{its:.3f}", f"{mine - its:+.3f}")
+    held, its_held = asked.memory_bytes / GIB, best.memory_bytes / GIB
+    shown.add_row("GiB on the fullest GPU", f"{held:.1f}", f"{its_held:.1f}", f"{held - its_held:+.1f}")
+    shown.caption = "Parts but the bubble and the optimizer are counted as if nothing ran beside them."
+    return shown
+
+
+def _parts(asked: Plan, best: Plan) -> list[tuple[str, float, float]]:
+    """(name, seconds of the one, seconds of the other) of what a step consists of."""
+    both = [{**{key: plan.step.components[key] for key in ("bubble", "optimizer")}, **plan.step.parts}
+            for plan in (asked, best)]  # fmt: skip
+    names = {**PASS_NAMES, **PART_NAMES}
+    rows = [(names[key], both[0].get(key, 0.0), both[1].get(key, 0.0)) for key in {**both[0], **both[1]}]
+    return sorted(rows, key=lambda row: row[2] - row[1])
+
+
 def refusals(result: Answer) -> list[str]:
     """Why other layouts do not fit, commonest reason first."""
     found = result.found
@@ -88,13 +135,8 @@ def where(result: Answer, plan: Plan) -> Table:
     for column in ("what", "s", "of the step"):
         shown.add_column(column, justify="left" if column == "what" else "right")
     step = plan.step
-    named = {
-        "1F": "forward passes", "1B": "backward passes", "1W": "weight gradients alone",
-        "1F1B": "forward and backward at once", "bubble": "bubble",
-        "optimizer": "optimizer, gradients, parameters, end of step",
-    }  # fmt: skip
     for key, value in step.components.items():
-        shown.add_row(named[key], f"{value:.3f}", f"{value / step.seconds:.1%}")
+        shown.add_row(PASS_NAMES[key], f"{value:.3f}", f"{value / step.seconds:.1%}")
     shown.add_section()
     for key, value in sorted(step.parts.items(), key=lambda item: -item[1]):
         shown.add_row(f"{PART_NAMES[key]}", f"{value:.3f}", f"{value / step.seconds:.1%}")
