@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from bench import results
 from bench.fault_cases import GUARDED, INTERVAL, LAYOUT, STEPS, Case, cases
-from bench.fault_runs import data_overrides, events, injected_at, losses, train
+from bench.fault_runs import Seen, data_overrides, events, injected_at, losses, train
 
 
 def run_case(case: Case, directory: Path, data: tuple[str, ...], reference: dict[int, float | None]) -> dict[str, Any]:
@@ -33,33 +34,34 @@ def run_case(case: Case, directory: Path, data: tuple[str, ...], reference: dict
             done = max(losses(run_dir))
         starter = case.starter(run_dir) if case.starter else None
         seen = continued = train(run_dir, overrides, case.meanwhile, case.environment, starter)
-        if seen.code and case.again and seen.code == case.code:
+        if seen.code and seen.code == case.code:
             done = max(losses(run_dir), default=0)
             if case.mend:
                 case.mend(run_dir)
             continued = train(run_dir, overrides)
         began = injected_at(run_dir) or seen.injected or seen.began
-        found = seen.first(case.found)
-        goes_on = continued.first(
-            r"resumed at step (\d+)|^step \d+/", after=found[0] if found and continued is seen else 0.0
-        )
-        ours = losses(run_dir)
-    restarted = continued is not seen or case.between or seen.first("starting again")
-    return {
+        ours, told = losses(run_dir), events(run_dir)
+    found = seen.first(case.found)
+    restarted = bool(continued is not seen or case.between or seen.first("starting again"))
+    since = found[0] if found and continued is seen else 0.0
+    goes_on = continued.first(r"resumed at step (\d+)|^step \d+/", after=since)
+    resumed = int(goes_on[1].group(1) or 0) if goes_on and restarted else None
+    back = sum(event["from_step"] - event["step"] for event in told if event["event"] == "rolled_back")
+    row = {
         "injected": case.name,
         "detected_in_s": round(found[0] - began, 2) if found else None,
         "detected_by": found[1].string[:160] if found else "",
         "recovered_in_s": round(goes_on[0] - found[0], 2) if found and goes_on else None,
-        "steps_lost": _lost(case, done, int(goes_on[1].group(1) or 0))
-        if goes_on and restarted
-        else _rolled_back(run_dir),
-        "exit_code": seen.code,
-        "as_expected": seen.code == case.code and continued.code == 0,
-        "events": [event["event"] for event in events(run_dir)],
+        "steps_lost": back if resumed is None else _lost(case, done, resumed),
+        "reported_saved": _saved(seen, goes_on[0] if goes_on and continued is seen else float("inf")),
+        "went_on_from": resumed,
+        "exit_codes": [seen.code, continued.code],
+        "events": [event["event"] for event in told],
         "final_loss_equal": ours.get(STEPS) == reference[STEPS],
         "equal_steps": sum(ours.get(step) == loss for step, loss in reference.items()),
         "changes_losses_by_design": case.changes_losses,
     }
+    return {**row, "holds": _holds(case, row)}
 
 
 def _lost(case: Case, done: int, resumed: int) -> int:
@@ -70,8 +72,23 @@ def _lost(case: Case, done: int, resumed: int) -> int:
     return max(0, done - resumed)
 
 
-def _rolled_back(run_dir: Path) -> int:
-    return sum(event["from_step"] - event["step"] for event in events(run_dir) if event["event"] == "rolled_back")
+def _saved(seen: Seen, until: float) -> int:
+    """The last step that was reported saved before a time."""
+    found = (re.match(r"checkpoint of step (\d+) in", line) for at, line in seen.lines if at < until)
+    return max((int(match[1]) for match in found if match), default=0)
+
+
+def _holds(case: Case, row: dict[str, Any]) -> bool:
+    """Noticed, ended and continued as it should, with the losses of an undisturbed run and all that was reported
+    saved."""
+    kept = row["went_on_from"] is None or row["went_on_from"] >= row["reported_saved"]
+    return (
+        (bool(row["detected_by"]) or case.harmless)
+        and row["exit_codes"] == [case.code, 0]
+        and (row["final_loss_equal"] or case.changes_losses)
+        and row["steps_lost"] <= case.most_lost
+        and kept
+    )
 
 
 def random_kills(directory: Path, data: tuple[str, ...], steps: int, kills: int, draw: random.Random) -> dict[str, Any]:
@@ -116,15 +133,15 @@ def main() -> None:
             return
         kills = random_kills(directory, data, arguments.steps, arguments.kills, draw) if arguments.kills else {}
     print(f"{arguments.kills} random kills: {kills}")
-    right = sum(row["as_expected"] and (row["final_loss_equal"] or row["changes_losses_by_design"]) for row in rows)
+    right = sum(row["holds"] for row in rows)
     path = results.write("faults", {"faults": len(rows), "recovered": right, "random_kills": kills}, rows)
     print(f"{right} of {len(rows)} faults recovered; {path}")
-    undisturbed = not kills or (kills["finished_unattended"] and kills["steps_with_equal_loss"] == arguments.steps)
-    sys.exit(0 if right == len(rows) and undisturbed else 1)
+    wanted = {"kills": arguments.kills, "finished_unattended": True, "steps_with_equal_loss": arguments.steps}
+    sys.exit(0 if right == len(rows) and (not kills or kills.items() >= wanted.items()) else 1)
 
 
 def _line(row: dict[str, Any]) -> str:
-    columns = ("detected_in_s", "recovered_in_s", "steps_lost", "final_loss_equal", "as_expected")
+    columns = ("detected_in_s", "recovered_in_s", "steps_lost", "final_loss_equal", "holds")
     return f"{row['injected']:<48}" + "  ".join(f"{name}={row[name]}" for name in columns)
 
 

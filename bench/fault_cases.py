@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from bench.fault_runs import ROOT, Seen
 STEPS, INTERVAL = 16, 4
 LAYOUT = ("parallel.tp=2", "parallel.pp=2", "parallel.ep=2", "launcher.threads_per_rank=1")
 GUARDED = ("launcher.restarts=2", f"checkpoint.interval_steps={INTERVAL}", f"train.steps={STEPS}")
-_FILES = (".metadata", "__0_*.distcp", "__3_*.distcp", "state.json", "config.yaml", "manifest.json")
+_SMALL_FILES = (".metadata", "common.pt", "metadata.json", "state.json", "config.yaml", "manifest.json")
+_FILES = ("__0_*.distcp", "__3_*.distcp", *_SMALL_FILES)
 _HANG = ("resilience.hang_timeout_s=5",)
 
 _FOUND = r"starting again|warning: (step \d+: |checkpoint|rank|.*not saved)|interrupted by|stopped at step|^error: "
@@ -43,9 +44,10 @@ class Case:
         mend: puts right what the fault broke, before the command is run again.
         starter: what starts the command, instead of its own launcher.
         found: pattern of the first line that says that something is wrong.
-        code: exit code of the command that meets the fault; where it is not 0 the same command is run again, if
-            `again`.
+        code: exit code of the command that meets the fault; where it is not 0 the same command is run again.
         changes_losses: whether the fault is meant to change later losses, as a step that is left out does.
+        most_lost: steps that may have to be done again.
+        harmless: nothing needs to be noticed.
     """
 
     name: str
@@ -59,8 +61,9 @@ class Case:
     environment: dict[str, str] | None = None
     found: str = _FOUND
     code: int = 0
-    again: bool = True
     changes_losses: bool = False
+    most_lost: int = INTERVAL
+    harmless: bool = False
 
 
 def cases(draw: random.Random, directory: Path) -> list[Case]:
@@ -86,7 +89,8 @@ def cases(draw: random.Random, directory: Path) -> list[Case]:
         Case("error in the code of a rank", (f"raise:rank=2:step={step()}",)),
         Case("other code on one rank", starter=_other_code_on_rank_3, code=1),
         Case("NaN batch", (f"nan:step={step()}",), changes_losses=True),
-        Case("NaN in the data of three steps", ("nan:sample=48:samples=24",), changes_losses=True),
+        Case("NaN in the data of three steps", ("nan:sample=48:samples=24",), changes_losses=True,
+             most_lost=2 * INTERVAL),
         Case(
             "loss spike", (f"spike:step={INTERVAL + 6}:factor=50",),
             ("resilience.spike_factor=3", "resilience.spike_window=4"), changes_losses=True,
@@ -98,17 +102,20 @@ def cases(draw: random.Random, directory: Path) -> list[Case]:
         Case("storm of SIGTERM", meanwhile=_at_step(INTERVAL, _storm(signal.SIGTERM)), code=143),
         Case("Ctrl-C", meanwhile=_at_step(INTERVAL, _storm(signal.SIGINT, 1)), code=130),
         Case("storm of SIGUSR1", (f"term:rank=1:step={step()}:factor=50",), code=75),
-        Case("clock that jumps by days", environment={"PYTHONPATH": f"{jumping}:{ROOT}"}),
-        Case("disk full while saving", meanwhile=_fill_disk, around=_small_disk, mend=_free_disk, code=2),
+        Case("clock that jumps by days", environment={"PYTHONPATH": f"{jumping}:{ROOT}"}, harmless=True),
+        Case("disk full while saving", meanwhile=_fill_disk, around=_small_disk, mend=_free_disk, code=2,
+             most_lost=STEPS - INTERVAL),
         Case(
             "data file lost before a restart", (f"kill:rank=1:step={INTERVAL + 3}",), ("data.dir={run_dir}/data",),
             meanwhile=_at_step(INTERVAL, _remove_data), found=r"\.bin is missing", code=2,
             mend=lambda run_dir: shutil.rmtree(run_dir / "data"),  # as the error says
         ),
-        Case("latest deleted", between=lambda run_dir: (run_dir / "checkpoints" / "latest").unlink()),
+        Case("latest deleted", between=lambda run_dir: (run_dir / "checkpoints" / "latest").unlink(),
+             harmless=True, most_lost=0),
         *(Case(f"{name} of the newest checkpoint truncated", between=_truncate(name)) for name in _FILES),
         *(Case(f"{name} of the newest checkpoint with a flipped bit", between=_flip(name)) for name in _FILES),
-        *(Case(f"{name} of the newest checkpoint deleted", between=_delete(name)) for name in ("__1_*.distcp",)),
+        *(Case(f"{name} of the newest checkpoint deleted", between=_delete(name))
+          for name in ("__1_*.distcp", "common.pt")),
     ]  # fmt: skip
     return rows
 
@@ -207,12 +214,14 @@ def _fill_disk(process: subprocess.Popen[str], seen: Seen, run_dir: Path) -> Non
     while not first.exists() and process.poll() is None:
         time.sleep(0.005)
     size = sum(file.stat().st_size for file in first.iterdir())
-    with (place / "filler").open("wb") as filler:
-        os.posix_fallocate(filler.fileno(), 0, shutil.disk_usage(place).free - 3 * size // 2)
+    with (place / "filler").open("wb", buffering=0) as filler:
+        filler.write(bytes(shutil.disk_usage(place).free - 3 * size // 2))
         while not (second.exists() and any(second.iterdir())) and process.poll() is None:
             pass
         seen.injected = time.monotonic()
-        os.posix_fallocate(filler.fileno(), filler.seek(0, os.SEEK_END), shutil.disk_usage(place).free)
+        with suppress(OSError):  # when it is full
+            while filler.write(bytes(4096)):
+                pass
 
 
 def _free_disk(run_dir: Path) -> None:
