@@ -45,6 +45,11 @@ def job(cfg: Config) -> None:
             f"launcher.start={launcher.start} needs mpi4py, which is not installed",
             "pip install 'moe-train[mpi]', or use launcher.start=srun",
         )
+    if launcher.preflight == "resubmit" and launcher.chain > 1:
+        raise ConfigError(
+            "launcher.preflight=resubmit would start a second job in the run of the next one of launcher.chain",
+            "use launcher.preflight=check, or launcher.requeues instead of launcher.chain",
+        )
     if launcher.nics and len(launcher.nics) > launcher.ranks_per_node:
         raise ConfigError(
             f"launcher.nics has {len(launcher.nics)} adapters for launcher.ranks_per_node={launcher.ranks_per_node}",

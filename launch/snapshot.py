@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from parallel.errors import ConfigError, LaunchError
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("parallel", "moe_train", "launch", "tools", "conf")
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+              "CUDA_VISIBLE_DEVICES", "MOE_RENDEZVOUS")  # fmt: skip
+_OF_A_JOB = ("SLURM_", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "MPI_")
 FOLDER, FACTS = "submissions", "submission.json"
 
 
@@ -34,9 +38,18 @@ class Submission:
             LaunchError: Slurm refuses it.
         """
         name, first, *rest = self.command
-        answer = slurm.run(name, first, *more, *rest, environment=dict(os.environ) | self.environment)
+        answer = slurm.run(name, first, *more, *rest, environment=_clean(os.environ) | self.environment)
         self.jobs.append(answer.strip().partition(";")[0])
         return self.jobs[-1]
+
+
+def _clean(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a new job may inherit: nothing of a job that this process belongs to, and no rank of it. sbatch hands all
+    it gets to the job, where Slurm sets its own, but the rank of a process would be taken for torchrun's."""
+    return {
+        name: value for name, value in environment.items()
+        if name == "SLURM_CONF" or not (name in _OF_A_RANK or name.startswith(_OF_A_JOB))
+    }  # fmt: skip
 
 
 def take(cfg: Config, directory: Path) -> Path:

@@ -148,6 +148,8 @@ def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]
     given: list[list[str]] = []
 
     def run(*words: str, environment: dict[str, str]) -> str:
+        assert environment["SLURM_CONF"] == "here"
+        assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_PROCID", "PMI_RANK"} & set(environment)
         given.append([*words, environment["MOE_PREFLIGHT_ROUND"], environment["MOE_START"]])
         return "71\n"
 
@@ -161,7 +163,13 @@ def _config(tmp_path: Path, preflight: str = "resubmit") -> Config:
     return cfg
 
 
-def test_a_job_is_submitted_again_without_the_bad_nodes(tmp_path: Path, submitted: list[list[str]]) -> None:
+def test_a_job_is_submitted_again_without_the_bad_nodes(
+    tmp_path: Path, submitted: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And without the rank of the process that submits it, which the new job would take for its own."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_PROCID", "PMI_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("SLURM_CONF", "here")
     assert rank._again(_config(tmp_path), ["n2", "n9"]) == "submitted again as 71 with --exclude=n2,n7,n9"
     assert submitted == [
         ["sbatch", "--parsable", "--exclude=n2,n7,n9", "--nodes=2", "train.sbatch", "seed=1", "1", "srun"]

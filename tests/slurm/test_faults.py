@@ -69,6 +69,42 @@ def test_a_warning_reaches_ranks_of_every_launcher(start: str, jobs: Jobs, tmp_p
     assert step == len(losses(run_dir))
 
 
+def test_a_range_of_nodes_uses_all_that_the_job_got(jobs: Jobs, tmp_path: Path, undisturbed: list[float]) -> None:
+    job = jobs.submit(tmp_path / "run", flags=("--nodes=1-2",))
+    jobs.finish(job)
+    assert "4 ranks by srun" in (tmp_path / f"slurm-{job}.out").read_text()
+    assert losses(tmp_path / "run") == undisturbed
+
+
+def test_what_comes_after_the_warning_goes_back_to_the_queue(jobs: Jobs, tmp_path: Path) -> None:
+    """The ranks fail as they are warned. New ones would not be: they would run until the time limit ends the job."""
+    script = tmp_path / "python"
+    fails = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(1)); time.sleep(120)"
+    script.write_text(f"#!/usr/bin/env bash\nexec {sys.executable} -c '{fails}'\n")
+    script.chmod(0o755)
+    job = jobs.submit(tmp_path / "run", MOE_PYTHON=str(script), MOE_RESTARTS="1")
+    slurm.wait_for(lambda: (tmp_path / "run/logs").exists(), 60)
+    jobs.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    try:
+        slurm.wait_for(lambda: jobs.facts(job).get("Restarts") == "1", 120)
+    finally:
+        jobs.cluster.run("scancel", job)
+    assert "the time limit is near: back to the queue" in (tmp_path / f"slurm-{job}.out").read_text()
+
+
+def test_a_requeued_run_continues_where_its_checkpoints_are(jobs: Jobs, tmp_path: Path) -> None:
+    """Whatever it was told to start from first."""
+    words = (f"checkpoint.dir={tmp_path}/elsewhere", "resume=never")
+    job = jobs.submit(tmp_path / "run", *words, steps=100_000)
+    jobs.wait_for_step(tmp_path / "run", 3)
+    jobs.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    try:
+        slurm.wait_for(lambda: bool(_resumed_at(tmp_path / "run")), 240)
+    finally:
+        jobs.cluster.run("scancel", job)
+    assert _resumed_at(tmp_path / "run")[0] >= 3
+
+
 @pytest.mark.parametrize("role", ["other", "first"])
 def test_a_crashed_node(role: str, jobs: Jobs, tmp_path: Path, slow_python: str, quiet: list[float]) -> None:
     """The first node also runs the batch script."""
