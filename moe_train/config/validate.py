@@ -16,6 +16,7 @@ from moe_train.config.rules import precision as precision_rules
 from moe_train.config.rules import recompute as recompute_rules
 from moe_train.config.rules import resilience as resilience_rules
 from moe_train.config.rules import run as run_rules
+from moe_train.config.rules import unused as unused_rules
 from moe_train.config.rules.facts import Facts, gather_facts
 from moe_train.config.rules.facts import total_steps as total_steps
 from moe_train.config.schema import Config
@@ -25,7 +26,7 @@ from parallel.suggest import Fix, Impossible, fixes_of
 
 _RULES = (
     *model_rules.RULES, *parallel_rules.RULES, *precision_rules.RULES, *recompute_rules.RULES, *run_rules.RULES,
-    *checkpoint_rules.RULES, *resilience_rules.RULES,
+    *checkpoint_rules.RULES, *resilience_rules.RULES, *unused_rules.RULES,
 )  # fmt: skip
 _MOST_TRIALS = 64
 

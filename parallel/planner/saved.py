@@ -107,7 +107,9 @@ def layer(job: Job, moe: bool, recompute: bool = True) -> Saved:
     kept = attention | (_moe(job, modules) if moe else _dense(job, modules))
     if job.compact:
         kept = compacted(job, kept)
-    outside = {name for module in job.offload_modules for name in OFFLOADED[module]}
+    # The norm before a dense feed-forward is part of its first linear layer, and its input stays.
+    movable = [module for module in job.offload_modules if moe or module != "mlp_norm"]
+    outside = {name for module in movable for name in OFFLOADED[module]}
     return {name: size for name, size in kept.items() if name.removesuffix(" in fp8") not in outside}
 
 

@@ -53,7 +53,7 @@ def test_it_imports_no_torch_and_takes_less_than_a_second(tmp_path: Path) -> Non
 
 
 def test_a_wrong_configuration_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    done = memory(tmp_path, "model=llama3_8b", "recompute=deepseek_v3")
+    done = memory(tmp_path, "model=llama3_8b", "recompute=selective", "recompute.modules=[mla_up_proj]")
     assert done.returncode == 2
     assert done.stderr.startswith("error: recompute.modules has mla_up_proj, but model.attention=gqa")
     assert len(done.stderr.splitlines()) == 1

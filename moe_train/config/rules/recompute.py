@@ -87,6 +87,8 @@ def _missing(facts: Facts, module: str) -> tuple[str, list[Fix]] | None:
         return "model.num_shared_experts=0: there are none", []
     if module == "mlp" and 0 not in cfg.model.moe_layer_pattern:
         return "model.num_dense_layers=0: no layer has a dense feed-forward", []
+    if module == "layernorm" and facts.backend == "te" and cfg.model.attention == "gqa" and not cfg.model.is_moe:
+        return "on backend.name=te the norms of this model are part of the linear layers behind them", []
     if module == "moe_act" and not grouped_experts(facts):
         fix: dict[str, Any] = {"backend.grouped_gemm": True}
         return "only grouped experts (backend.grouped_gemm=true) can recompute their activation", [fix]
@@ -184,11 +186,19 @@ def _check_modules(facts: Facts, named: list[str], off: Fix) -> None:
             "recompute.offload_modules has attn_proj without core_attn, whose backward pass needs the same tensor",
             [{"recompute.offload_modules": ["core_attn", *named]}, off],
         )
+    of_linear = {"attn_norm": cfg.model.attention == "gqa", "mlp_norm": not cfg.model.is_moe}
+    if fused := [name for name in named if of_linear.get(name)]:
+        rest = [name for name in named if name not in fused]
+        raise Impossible(
+            f"recompute.offload_modules has {fused[0]}, but on backend.name=te that norm is part of the linear layer "
+            "behind it in this model, and upstream moves nothing",
+            [{"recompute.offload_modules": rest} if rest else off],
+        )
     experts = [name for name in named if name in ("expert_fc1", "moe_act")]
     if not experts:
         return
-    rest: Fix = {"recompute.offload_modules": [name for name in named if name not in experts]}
-    without = rest if rest["recompute.offload_modules"] else off
+    others = [name for name in named if name not in experts]
+    without: Fix = {"recompute.offload_modules": others} if others else off
     if not (cfg.model.is_moe and grouped_experts(facts)):
         why = "model.num_experts=0 is a dense model" if not cfg.model.is_moe else "only grouped experts can move theirs"
         raise Impossible(f"recompute.offload_modules has {experts[0]}, but {why}", [without])

@@ -1,0 +1,42 @@
+"""Fields that have no effect beside the others: whoever sets one to another value than its default expects some."""
+
+from __future__ import annotations
+
+from moe_train.config.recompute import settings
+from moe_train.config.rules.facts import Facts, Rule
+from moe_train.config.schema import Config
+from moe_train.config.walk import get
+from parallel.suggest import Impossible
+
+_DEFAULTS = Config()
+
+
+def _cases(cfg: Config) -> list[tuple[str, bool, str]]:
+    """(field, whether it has an effect, what it would need)."""
+    precision, recompute = cfg.precision, cfg.recompute
+    full = any(one.mode == "full" for one in settings(recompute))
+    return [
+        ("precision.fp8_format", precision.fp8 is not None, "precision.fp8"),
+        ("precision.power_of_two_scales", bool(precision.fp8 or precision.fp4), "precision.fp8"),
+        ("precision.amax_history_len", precision.fp8 == "delayed", "precision.fp8=delayed"),
+        *(
+            (f"precision.num_layers_at_{end}_in_bf16", precision.first_last_layers_bf16,
+             "precision.first_last_layers_bf16=true")
+            for end in ("start", "end")
+        ),
+        ("precision.initial_loss_scale", precision.dtype == "fp16", "precision.dtype=fp16"),
+        ("recompute.method", full, "recompute.mode=full"),
+        ("recompute.num_layers", full, "recompute.mode=full"),
+        ("recompute.offload_min_bytes", recompute.offload != "none", "recompute.offload"),
+    ]  # fmt: skip
+
+
+def unused(facts: Facts) -> None:
+    """Nothing is set that changes nothing."""
+    for name, used, needed in _cases(facts.cfg):
+        default, value = get(_DEFAULTS, name), get(facts.cfg, name)
+        if not used and value != default:
+            raise Impossible(f"{name}={value} has no effect without {needed}", [{name: default}])
+
+
+RULES: tuple[Rule, ...] = (unused,)
