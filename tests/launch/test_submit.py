@@ -144,6 +144,22 @@ def test_an_account_that_the_partition_does_not_take(cluster: Path, capsys: pyte
     assert "use launcher.account=physics or chemistry" in capsys.readouterr().err
 
 
+def test_the_batch_script_starts_the_launcher_that_watches_heartbeats(cluster: Path, tmp_path: Path) -> None:
+    """For training alone: preflight sends none."""
+    for name, text in {"srun": 'echo "$*" >>"$LOG"', "scontrol": "echo node1"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    slurm_job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node1",
+                 "SLURM_SUBMIT_DIR": str(tmp_path)}  # fmt: skip
+    variables = os.environ | slurm_job | {"MOE_START": "ft_launcher", "MOE_PREFLIGHT": "check"}
+    subprocess.run(["bash", str(slurm.SCRIPT), "run_dir=run"], env=variables, check=True, timeout=30)
+    preflight, training = (line.split() for line in cluster.read_text().splitlines())
+    assert "torch.distributed.run" in preflight
+    assert "launch.preflight" in preflight
+    assert "nvidia_resiliency_ext.fault_tolerance.launcher" in training
+    assert "launch.main" in training
+
+
 def test_gpus_where_there_are_none(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         submit.run([*TINY, "launcher.partition=small", "launcher.account=physics", "launcher.time_limit_min=30"]) == 2
