@@ -16,6 +16,8 @@ from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
 
 _OF_ONE_MACHINE = ("/dev/shm", "/run", "/proc")
+_STDLIB_TOKENS = 9_000_000  # of Python 3.11, with the tokenizer of 4096 entries
+_MOST_EPOCHS = 100  # of a corpus, before it is taken for a mistake
 
 
 def nodes_of(cfg: Config, layout: ParallelLayout) -> int:
@@ -49,6 +51,17 @@ def job(cfg: Config) -> None:
         raise ConfigError(
             "launcher.preflight=resubmit would start a second job in the run of the next one of launcher.chain",
             "use launcher.preflight=check, or launcher.requeues instead of launcher.chain",
+        )
+    if cfg.resilience.nvrx and launcher.start != "ft_launcher":
+        raise ConfigError(
+            f"resilience.nvrx=true needs ranks started by ft_launcher, not launcher.start={launcher.start}",
+            "use launcher.start=ft_launcher or resilience.nvrx=false",
+        )
+    nvrx = importlib.util.find_spec("nvidia_resiliency_ext") is not None
+    if launcher.start == "ft_launcher" and launcher.container is None and not nvrx:
+        raise ConfigError(
+            "launcher.start=ft_launcher needs nvidia-resiliency-ext, which is not installed",
+            "pip install 'moe-train[resilience]', or use launcher.start=torchrun resilience.nvrx=false",
         )
     if launcher.nics and len(launcher.nics) > launcher.ranks_per_node:
         raise ConfigError(
@@ -93,9 +106,15 @@ def fallbacks(cfg: Config, nodes: int) -> None:
             ) from error
 
 
-def data(cfg: Config) -> None:
-    """The dataset, or the text that it is made from, can be read."""
+def data(cfg: Config, tokens: int) -> None:
+    """The dataset, or the text that it is made from, can be read, and is not far too small for `tokens`."""
     source = cfg.data
+    if source.source == "stdlib" and tokens > _MOST_EPOCHS * _STDLIB_TOKENS:
+        raise ConfigError(
+            f"data=stdlib has about {_STDLIB_TOKENS:,} tokens, and the run of {tokens:,} would read them "
+            f"{tokens // _STDLIB_TOKENS:,} times",
+            "use data=indexed data.dir=DIRECTORY or data=text data.path=FILES, or a smaller train.tokens",
+        )
     if source.source == "files" and source.path and not any(c in source.path for c in "*?["):
         _readable(Path(source.path), f"data.path={source.path}", "correct data.path")
     if source.source != "none":
@@ -108,6 +127,25 @@ def data(cfg: Config) -> None:
         manifest = Path(source.dir, "manifest.json")
         what = f"data.dir={source.dir}: no dataset there"
         _readable(manifest, what, "make it with moe-data, or correct data.dir")
+        _complete(manifest)
+
+
+def _complete(manifest: Path) -> None:
+    """The files that the manifest of a dataset names are there, whole (their checksums are not compared)."""
+    remedy = "make the dataset again with moe-data"
+    try:
+        read = json.loads(manifest.read_text(encoding="utf-8"))
+        sizes = {str(name): int(file["bytes"]) for name, file in read["files"].items()}
+        found = int(read["tokens"]) > 0 and any(name.endswith(".bin") for name in sizes)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{manifest} is damaged: {type(error).__name__} {error}", remedy) from error
+    if not found:
+        raise ConfigError(f"{manifest} is damaged: it names no tokens", remedy)
+    for name, size in sizes.items():
+        path = manifest.parent / name
+        _readable(path, f"{path}, which {manifest.name} names,", remedy)
+        if path.stat().st_size != size:
+            raise ConfigError(f"{path} has {path.stat().st_size:,} bytes, not {size:,} as when it was made", remedy)
 
 
 def _readable(path: Path, what: str, remedy: str) -> None:
@@ -115,23 +153,30 @@ def _readable(path: Path, what: str, remedy: str) -> None:
         raise ConfigError(f"{what} does not exist", remedy)
     if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
         raise ConfigError(f"{what} cannot be read by this user", remedy)
-    if path.name == "manifest.json":
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{path} is damaged: {error}", "make the dataset again with moe-data") from error
 
 
-def directory(cfg: Config) -> None:
-    """Other nodes will see the run's directory."""
-    path = str(Path(cfg.run_dir).resolve())
+def directories(cfg: Config) -> None:
+    """Other nodes will see the directories of the run, its checkpoints and its data."""
     own = (*_OF_ONE_MACHINE, *([cfg.launcher.scratch_dir] if cfg.launcher.scratch_dir else []))
-    for place in own:
-        if path == place or path.startswith(place.rstrip("/") + "/"):
+    for name, given in _shared(cfg).items():
+        place = next((place for place in own if _under(given, place)), None)
+        if place is not None:
             raise ConfigError(
-                f"run_dir={cfg.run_dir} is under {place}, which each node has for itself",
-                "set run_dir to a directory on storage that all nodes share",
+                f"{name}={given} is under {place}, which each node has for itself",
+                f"set {name} to a path on storage that all nodes share",
             )
+
+
+def _shared(cfg: Config) -> dict[str, str]:
+    """Paths by field that every node reads or writes; `checkpoint.local_dir` is each node's own."""
+    found = {"run_dir": cfg.run_dir, "checkpoint.dir": cfg.checkpoint.dir, "data.dir": cfg.data.dir}
+    found |= {"data.path": cfg.data.path}
+    found |= {f"data.blend[{i}]": entry.split(maxsplit=1)[1] for i, entry in enumerate(cfg.data.blend)}
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def _under(path: str, place: str) -> bool:
+    return Path(path).resolve().is_relative_to(Path(place).resolve())
 
 
 def notes(cfg: Config, layout: ParallelLayout, found: Estimate) -> list[str]:
@@ -144,6 +189,8 @@ def notes(cfg: Config, layout: ParallelLayout, found: Estimate) -> list[str]:
         lines.append(f"the run needs about {jobs:,.0f} time limits, and {allowed:,} are allowed (launcher.requeues)")
     if cfg.checkpoint.interval_steps == 0 and whole > 1:
         lines.append("a crash loses everything since the last time limit: set checkpoint.interval_steps")
+    lines += [f"{name}={path} is under /tmp, which most clusters have on each node for itself"
+              for name, path in _shared(cfg).items() if _under(path, "/tmp")]  # fmt: skip
     for one in placement.placements(layout, launcher.ranks_per_node):
         if one.name in ("tp", "etp") and one.nodes > 1:
             lines.append(f"parallel.{one.name}={one.size} spans {one.nodes} nodes, and talks in every layer")

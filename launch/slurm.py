@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moe_train.config.schema import Config
@@ -25,6 +25,8 @@ class Partition:
         minutes: its longest time limit; None where there is none.
         gpus: GPUs of its largest node; None where Slurm does not manage them.
         accounts: the only ones that may use it; empty where all may.
+        state: UP where jobs start.
+        most_nodes: that one job may have; None where there is no such limit.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Partition:
     minutes: int | None
     gpus: int | None
     accounts: tuple[str, ...] = ()
+    state: str = "UP"
+    most_nodes: int | None = None
 
 
 def installed() -> bool:
@@ -53,15 +57,20 @@ def partitions() -> tuple[dict[str, Partition], str]:
         name = name.rstrip("*")
         gpus = re.search(r"gpu(?::[^:(,]+)?:(\d+)", gres)
         before = found.get(name)  # a line for each kind of node
-        most = max(int(gpus.group(1)) if gpus else 0, (before.gpus or 0) if before else 0)
+        each = max(int(gpus.group(1)) if gpus else 0, (before.gpus or 0) if before else 0)
         total = int(nodes) + (before.nodes if before else 0)
-        found[name] = Partition(name, total, minutes_of(limit), most or None)
+        found[name] = Partition(name, total, minutes_of(limit), each or None)
     for line in run("scontrol", "show", "partition", "--oneliner").splitlines():
         facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
         name, accounts = facts["PartitionName"], facts.get("AllowAccounts", "ALL")
-        if name in found and accounts != "ALL":
-            old = found[name]
-            found[name] = Partition(name, old.nodes, old.minutes, old.gpus, tuple(accounts.split(",")))
+        most = facts.get("MaxNodes", "UNLIMITED")
+        if name in found:
+            found[name] = replace(
+                found[name],
+                accounts=() if accounts == "ALL" else tuple(accounts.split(",")),
+                state=facts.get("State", "UP"),
+                most_nodes=int(most) if most.isdigit() else None,
+            )
     return found, default
 
 
@@ -86,6 +95,15 @@ def check(cfg: Config, nodes: int, gpus: int) -> None:
             f"use launcher.partition={' or '.join(list(known)[:3])}",
         )
     has = known[name]
+    if has.state != "UP":
+        raise ConfigError(
+            f"partition {name} is {has.state}: a job there would not start", "use another launcher.partition, or wait"
+        )
+    if has.most_nodes is not None and nodes > has.most_nodes:
+        raise ConfigError(
+            f"the job needs {nodes} nodes, and partition {name} gives a job at most {has.most_nodes} (MaxNodes)",
+            "use a smaller parallel.dp, pp, tp or cp, or another launcher.partition",
+        )
     if nodes > has.nodes:
         raise ConfigError(
             f"the job needs {nodes} nodes, and partition {name} has {has.nodes}",

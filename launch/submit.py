@@ -104,8 +104,8 @@ def check(cfg: Config) -> Checked:
     checks.fallbacks(cfg, nodes)
     found = estimate(cfg, layout)
     check_memory(found, layout)
-    checks.data(cfg)
-    checks.directory(cfg)
+    checks.data(cfg, found.tokens)
+    checks.directories(cfg)
     gpus = launcher.gpus_per_node
     if gpus is None:
         gpus = 0 if cfg.runtime == "cpu" else launcher.ranks_per_node
@@ -150,6 +150,11 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
     command = ["sbatch", "--parsable", *flags, script, *words]
     first_after = [f"--dependency={launcher.dependency}"] if launcher.dependency else []
     if dry:
+        if not any(run.unchecked for run in runs):  # the controller says what it would, and keeps nothing
+            try:
+                slurm.run("sbatch", "--test-only", *first_after, *command[2:])
+            except LaunchError as error:
+                raise ConfigError(f"Slurm refuses the job: {error.cause}", "see the fields of launcher") from error
         shown = [*(f"{name}={value}" for name, value in variables.items()), *command[:2], *first_after, *command[2:]]
         print(shlex.join(["env", *shown]))
         if launcher.chain > 1:
@@ -217,7 +222,7 @@ def _report(run: Checked) -> None:
     notes = [] if cfg.runtime == "cpu" else checks.notes(cfg, layout, found)
     rows += [("note", note) for note in notes]
     if run.unchecked:
-        rows.append(("note", f"partition, account and limits are not checked: {run.unchecked}"))
+        rows.append(("note", f"partition, account, limits and what else Slurm knows are not checked: {run.unchecked}"))
     for name, text in rows:
         print(f"{name:<8}{text}")
 

@@ -38,7 +38,7 @@ def run(cfg: Config, info: RankInfo) -> None:
     mine = look(cfg, layout, info, device)
     gathered: list[Facts] = [mine] * info.world_size
     dist.all_gather_object(gathered, mine)
-    findings = verdict.judge(gathered, cfg.launcher, info.local_world_size)
+    findings = verdict.judge(gathered, cfg.launcher, cfg.cluster, info.local_world_size)
     if info.rank == 0:
         _report(cfg, gathered, findings)
     dist.barrier()
@@ -92,8 +92,16 @@ def _report(cfg: Config, gathered: list[Facts], findings: list[verdict.Finding])
         lines.append(_again(cfg, nodes))
     elif findings:
         lines.append("no single node is to blame: see the switches between them")
+    suspects = verdict.suspected(findings)
+    if suspects:
+        lines.append(f"suspects, not excluded: {','.join(suspects)}")
     text = "\n".join(lines)
-    result = {"exclude": nodes, "findings": [asdict(f) for f in findings], "ranks": [asdict(f) for f in gathered]}
+    result = {
+        "exclude": nodes,
+        "suspects": suspects,
+        "findings": [asdict(f) for f in findings],
+        "ranks": [asdict(f) for f in gathered],
+    }
     directory = Path(cfg.run_dir)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "preflight.txt").write_text(text + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from launch.preflight.facts import Facts
+from moe_train.config.cluster import ClusterConfig
 from moe_train.config.launcher import LauncherConfig
 
 _LEAST_FREE = {"GPU": 0.9, "main memory": 0.1}
@@ -15,14 +16,15 @@ _LEAST_FREE = {"GPU": 0.9, "main memory": 0.1}
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong. `node` is to be excluded; "" where no node can be blamed."""
+    """Something wrong. `node` is to be excluded; "" where no node can be blamed, and then `suspects` may be."""
 
     check: str
     node: str
     text: str
+    suspects: tuple[str, ...] = ()
 
 
-def judge(facts: list[Facts], launcher: LauncherConfig, ranks_per_node: int) -> list[Finding]:
+def judge(facts: list[Facts], launcher: LauncherConfig, cluster: ClusterConfig, ranks_per_node: int) -> list[Finding]:
     """Everything wrong, in the order of the checks."""
     return [
         *_versions(facts),
@@ -31,13 +33,18 @@ def judge(facts: list[Facts], launcher: LauncherConfig, ranks_per_node: int) -> 
         *_storage(facts),
         *_slow("matmul", {f.rank: f.matmul_s for f in facts}, facts, launcher.slow_ratio),
         *_links(facts, launcher.slow_ratio),
-        *_groups(facts, launcher),
+        *_groups(facts, launcher, cluster),
     ]
 
 
 def excluded(findings: Iterable[Finding]) -> list[str]:
     """Nodes that Slurm should not use."""
     return sorted({finding.node for finding in findings if finding.node})
+
+
+def suspected(findings: Iterable[Finding]) -> list[str]:
+    """Nodes of slow groups that no single node can be blamed for; none of them is excluded."""
+    return sorted({node for finding in findings for node in finding.suspects})
 
 
 def _versions(facts: list[Facts]) -> list[Finding]:
@@ -107,25 +114,70 @@ def _links(facts: list[Facts], ratio: float) -> list[Finding]:
     ]
 
 
-def _groups(facts: list[Facts], launcher: LauncherConfig) -> list[Finding]:
-    """Slow groups. A node is blamed only where the group lies within it."""
+def _groups(facts: list[Facts], launcher: LauncherConfig, cluster: ClusterConfig) -> list[Finding]:
+    """Slow groups. A node is blamed only where the group lies within it; of others the suspects are named."""
     found = []
     for name in sorted({name for f in facts for name in f.groups}):
-        of_group: dict[int, tuple[float, float]] = {
-            f.groups[name][0]: f.groups[name][1:] for f in facts if name in f.groups
-        }
-        nodes = {first: {f.node for f in facts if f.groups.get(name, (-1,))[0] == first} for first in of_group}
-        for place, what in enumerate(("all-reduce", "all-to-all")):
-            usual = median(speeds[place] for speeds in of_group.values())
-            for first, speeds in sorted(of_group.items()):
-                expected = launcher.expected_gbps if what == "all-reduce" else None
-                if speeds[place] * launcher.slow_ratio >= usual and (expected is None or speeds[place] >= expected):
-                    continue
-                node = next(iter(nodes[first])) if len(nodes[first]) == 1 else ""
-                wanted = f"the median is {usual:.2f}" + ("" if expected is None else f", expected {expected:g}")
-                text = f"{name} group of rank {first}: {what} {speeds[place]:.2f} GB/s, {wanted}"
-                found.append(Finding("bandwidth", node, text))
+        members: dict[int, list[Facts]] = {}
+        for f in facts:
+            if name in f.groups:
+                members.setdefault(f.groups[name][0], []).append(f)
+        nodes = {first: {f.node for f in ranks} for first, ranks in members.items()}
+        for place, what in enumerate(("all-reduce", "all-to-all"), 1):
+            speeds = {first: ranks[-1].groups[name][place] for first, ranks in members.items()}
+            usual = median(speeds.values())
+            slow = {}
+            for first, speed in sorted(speeds.items()):
+                expected = _least(what, members[first], len(facts), launcher, cluster)
+                if speed * launcher.slow_ratio < usual or speed < expected:
+                    slow[first] = f", expected {expected:.3g}" + _source(launcher, cluster) if expected else ""
+            healthy = {node for first in nodes if first not in slow for node in nodes[first]}
+            for first, wanted in slow.items():
+                text = (
+                    f"{name} group of rank {first}: {what} {speeds[first]:.2f} GB/s, the median is {usual:.2f}{wanted}"
+                )
+                alone = len(nodes[first]) == 1
+                suspects = () if alone else tuple(sorted(nodes[first] - healthy or nodes[first]))
+                found.append(Finding("bandwidth", next(iter(nodes[first])) if alone else "", text, suspects))
     return found
+
+
+def _least(what: str, ranks: list[Facts], world: int, launcher: LauncherConfig, cluster: ClusterConfig) -> float:
+    """GB/s that a group must reach; 0 where nothing is expected of it."""
+    if launcher.expected_gbps is not None:
+        return launcher.expected_gbps
+    if not launcher.expected_fraction or any(f.gpus is None for f in ranks):
+        return 0.0
+    on_node = Counter(f.node for f in ranks)
+    return launcher.expected_fraction * reachable(what, len(ranks), min(on_node.values()), world, cluster)
+
+
+def _source(launcher: LauncherConfig, cluster: ClusterConfig) -> str:
+    if launcher.expected_gbps is not None:
+        return " (launcher.expected_gbps)"
+    return f" ({launcher.expected_fraction:.0%} of what cluster={cluster.name} gives)"
+
+
+def reachable(what: str, size: int, on_node: int, world: int, cluster: ClusterConfig) -> float:
+    """GB/s (bytes of a rank's tensor over time) of a collective of one group, while all groups run it.
+
+    NVLink and the network are taken to work one after the other, as a lower bound; NVLink to end at the node, which
+    asks less than there is where a domain is larger; each GPU to have an adapter of its own.
+
+    Args:
+        what: all-reduce (scattered in the node, reduced between nodes, gathered) or all-to-all.
+        size: ranks of the group, of which `on_node` are on one node, the fewest of any.
+        world: ranks of the job; where they fill more than a pod, `spine_fraction` counts.
+    """
+    domain = cluster.domain_gb_per_s * cluster.domain_fraction
+    network = cluster.network_gb_per_s * cluster.network_fraction
+    if world > cluster.pod_gpus:
+        network *= cluster.spine_fraction
+    near = min(on_node, cluster.domain_gpus)
+    if what == "all-to-all":
+        return 1 / ((near - 1) / size / domain + (size - near) / size / network)
+    across = size / near
+    return 1 / (2 * (near - 1) / near / domain + 2 * (across - 1) / across / near / network)
 
 
 def table(facts: list[Facts], findings: list[Finding]) -> list[str]:

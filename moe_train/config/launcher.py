@@ -30,7 +30,7 @@ class LauncherConfig:
 
     start: str = doc(
         "srun", "What starts the ranks of a batch job; pmi2 and pmix are srun with ranks that meet through MPI.",
-        choices=("srun", "torchrun", "mpirun", "pmi2", "pmix"),
+        choices=("srun", "torchrun", "ft_launcher", "mpirun", "pmi2", "pmix"),
     )  # fmt: skip
     nodes: int | None = doc(None, "Nodes of the job; null means as many as the layout fills.", minimum=1)
     min_nodes: int | None = doc(
@@ -64,7 +64,12 @@ class LauncherConfig:
         choices=("none", "check", "resubmit"),
     )  # fmt: skip
     expected_gbps: float | None = doc(
-        None, "All-reduce bandwidth of a rank (bytes of the tensor per second) that preflight expects, GB/s.", minimum=0
-    )
+        None, "preflight: least bandwidth of every group (bytes of a rank's tensor per second), GB/s; null: on GPUs "
+        "what `cluster` gives for the group, on CPU nodes none; 0: none.", minimum=0,
+    )  # fmt: skip
+    expected_fraction: float | None = doc(
+        0.7, "preflight: part of what `cluster` gives for a group that it must reach; null or 0: not compared.",
+        minimum=0,
+    )  # fmt: skip
     slow_ratio: float = doc(1.5, "preflight: a rank is slow when it takes this many times the median.", minimum=1)
     clock_skew_s: float = doc(2.0, "preflight: largest difference between the clocks of two nodes, seconds.", minimum=0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
@@ -18,6 +20,8 @@ from parallel.errors import DataError
 
 # As megatron/core/datasets/indexed_dataset.py writes it: magic, version, token type, numbers of sequences, documents.
 _HEADER, _MAGIC = struct.Struct("<9sQBQQ"), b"MMIDIDX\0\0"
+_MOST_EPOCHS = 100  # of the training text, before a warning
+log = logging.getLogger(__name__)
 SPLITS = ("training", "validation", "test")
 
 
@@ -37,6 +41,7 @@ def build_datasets(cfg: Config, train_samples: int, valid_samples: int, test_sam
     tokenizer = load_tokenizer(data)
     check_vocabulary(tokenizer.vocab_size, cfg.model.padded_vocab_size)
     prefixes, weights = _blend(data)
+    _warn_of_epochs(cfg, train_samples * cfg.train.seq_length)
     cache = Path(data.dir) / "cache" / _identity(prefixes)
     config = GPTDatasetConfig(
         random_seed=cfg.seed,
@@ -66,6 +71,18 @@ def build_datasets(cfg: Config, train_samples: int, valid_samples: int, test_sam
     except Exception as error:
         raise DataError(f"the indices in {cache} cannot be made or read: {error}", f"delete {cache}") from error
     return train, valid, test
+
+
+def _warn_of_epochs(cfg: Config, tokens: int) -> None:
+    """A line of rank 0 where the run would read the dataset at `data.dir` very often."""
+    if cfg.data.blend or (dist.is_initialized() and dist.get_rank()):
+        return
+    held = read_manifest(cfg.data)["tokens"]
+    if tokens > _MOST_EPOCHS * held:
+        log.warning(
+            "the run of %s tokens reads the %s tokens of data.dir=%s %s times: set data=... to a larger corpus",
+            *(f"{tokens:,}", f"{held:,}", cfg.data.dir, f"{tokens // held:,}"),
+        )
 
 
 def _blend(data: DataConfig) -> tuple[list[str], list[float] | None]:

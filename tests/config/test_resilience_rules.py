@@ -15,8 +15,12 @@ from parallel.errors import ConfigError
         (["resilience.spike_factor=0.9"], "resilience.spike_factor=0.9 is not above 1", "resilience.spike_factor=1.5"),
         (["resilience.straggler_ratio=1"], "is not above 1", "resilience.straggler_ratio=2.0"),
         (["resilience.on_bad_step=rollback"], "checkpoint.interval_steps=0", "checkpoint.interval_steps=50"),
+        (["resilience.straggler_action=stop", "resilience.straggler_interval_steps=0"], "does nothing with",
+         "resilience.straggler_interval_steps=50"),
+        (["parallel.dp=2", "resilience.hang_timeout_s=601"], "exceeds launcher.timeout_s=600",
+         "launcher.timeout_s=752"),
     ],
-)
+)  # fmt: skip
 def test_refused_with_a_value_that_works(overrides: list[str], what: str, fix: str) -> None:
     with pytest.raises(ConfigError) as refused:
         validate(compose(["runtime=cpu", *overrides]))

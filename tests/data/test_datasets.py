@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ def write(prefix: Path, documents: list[list[int]]) -> str:
         builder.add_document(np.array(document), [len(document)])
     builder.finalize(f"{prefix}.idx")
     return str(prefix)
+
+
+def test_a_run_that_reads_its_text_very_often_is_told(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cfg = settings(directory)
+    held = json.loads((directory / "manifest.json").read_text())["tokens"]
+    build_datasets(cfg, 100 * held // LENGTH, 0, 0)
+    assert caplog.messages == []
+    build_datasets(cfg, 100 * held // LENGTH + 1, 0, 0)
+    assert f"reads the {held:,} tokens of data.dir={directory} 100 times" in caplog.text
 
 
 def test_a_sample_is_text_with_the_next_token_as_label(directory: Path) -> None:

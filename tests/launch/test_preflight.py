@@ -13,6 +13,7 @@ import pytest
 from launch import slurm, snapshot
 from launch.preflight import facts, measure, rank, verdict
 from launch.preflight.facts import Facts
+from moe_train.config.cluster import ClusterConfig
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.schema import Config
 from parallel.layout import ParallelLayout
@@ -65,18 +66,18 @@ def healthy(count: int = 8, per_node: int = 2) -> list[Facts]:
         Facts(
             f"n{i // per_node}", i, {"torch": "2.9"}, 0.001 * i, gpus=per_node, memory_free=0.99, write_mb_s=900.0,
             read_mb_s=900.0, matmul_s=0.010, link_gb_s=40.0 if i % per_node == 0 else None,
-            groups={"tp": (i // 2 * 2, 300.0, 200.0), "dp": (i % 2, 45.0, 30.0)},
+            groups={"tp": (i // 2 * 2, 150.0, 300.0), "dp": (i % 2, 25.0, 50.0)},
         )
         for i in range(count)
     ]  # fmt: skip
 
 
-def judged(ranks: list[Facts], **launcher: float) -> list[verdict.Finding]:
-    return verdict.judge(ranks, LauncherConfig(**launcher), 2)  # type: ignore[arg-type]
+def judged(ranks: list[Facts], **launcher: float | None) -> list[verdict.Finding]:
+    return verdict.judge(ranks, LauncherConfig(**launcher), ClusterConfig(), 2)  # type: ignore[arg-type]
 
 
 def test_nothing_is_wrong_with_healthy_ranks() -> None:
-    assert judged(healthy(), expected_gbps=40) == []
+    assert judged(healthy()) == judged(healthy(), expected_gbps=25) == []
 
 
 @pytest.mark.parametrize(
@@ -111,15 +112,67 @@ def test_a_slow_clock_is_that_of_the_node_not_of_a_rank_that_was_late() -> None:
 def test_a_slow_group_blames_a_node_only_where_it_lies_within_one() -> None:
     ranks = healthy()
     for number in (4, 5):
-        ranks[number].groups["tp"] = (4, 100.0, 200.0)
+        ranks[number].groups["tp"] = (4, 80.0, 300.0)
     for number in (1, 3, 5, 7):
-        ranks[number].groups["dp"] = (1, 20.0, 30.0)
-    found = judged(ranks)
-    assert [(f.node, f.text) for f in found] == [
-        ("", "dp group of rank 1: all-reduce 20.00 GB/s, the median is 32.50"),
-        ("n2", "tp group of rank 4: all-reduce 100.00 GB/s, the median is 300.00"),
+        ranks[number].groups["dp"] = (1, 10.0, 50.0)
+    found = judged(ranks, expected_fraction=None)
+    assert [(f.node, f.suspects, f.text) for f in found] == [
+        ("", ("n0", "n1", "n2", "n3"), "dp group of rank 1: all-reduce 10.00 GB/s, the median is 17.50"),
+        ("n2", (), "tp group of rank 4: all-reduce 80.00 GB/s, the median is 150.00"),
     ]
-    assert len(judged(healthy(), expected_gbps=100)) == 2  # both dp groups, with what was expected of them
+    assert verdict.suspected(found) == ["n0", "n1", "n2", "n3"]
+    assert verdict.excluded(found) == ["n2"]
+
+
+def test_suspects_are_the_nodes_that_no_healthy_group_has() -> None:
+    ranks = healthy()
+    for f in ranks:  # pairs of neighbouring nodes, and one pair n0, n2 beside them
+        f.groups = {"ep": ((0, 2)[f.rank // 4], 50.0, 60.0)}
+    for number in (1, 5):
+        ranks[number].groups["ep"] = (1, 50.0, 10.0)
+    for number in (4, 6, 7):
+        ranks[number].groups["ep"] = (2, 50.0, 10.0)
+    found = judged(ranks, expected_gbps=20)
+    assert [f.suspects for f in found if "all-to-all 10" in f.text] == [("n2",), ("n2", "n3")]
+
+
+def test_each_group_is_compared_with_what_the_cluster_gives_it() -> None:
+    """Both groups of a dimension are slow alike, so no median tells."""
+    ranks = healthy()
+    for f in ranks:
+        f.groups["dp"] = (f.rank % 2, 19.0, 39.0)  # 0.7 of 28.3 and 56.7 GB/s
+        f.groups["tp"] = (f.rank // 2 * 2, 113.0, 223.0)  # 0.7 of 160 and 320 GB/s
+    texts = [f.text for f in judged(ranks)]
+    assert texts[0] == (
+        "dp group of rank 0: all-reduce 19.00 GB/s, the median is 19.00, expected 19.8 (70% of what cluster=h800 gives)"
+    )
+    assert [text.partition(" GB/s")[0] for text in texts] == [
+        *(f"dp group of rank {first}: {what}" for what in ("all-reduce 19.00", "all-to-all 39.00") for first in (0, 1)),
+        *(f"tp group of rank {first}: all-to-all 223.00" for first in (0, 2, 4, 6)),
+    ]
+    for off in (
+        {"expected_fraction": None},
+        {"expected_fraction": 0},
+        {"expected_gbps": 0},
+        {"expected_fraction": 0.6},
+    ):
+        assert judged(ranks, **off) == []
+    for f in ranks:
+        f.gpus = None  # CPU nodes: only where a number is given
+    assert judged(ranks) == []
+    assert [f.check for f in judged(ranks, expected_gbps=20)] == ["bandwidth"] * 2
+
+
+def test_what_a_cluster_gives_a_group() -> None:
+    """By hand: 200 GB/s of NVLink and 50 of network, all of it reached."""
+    cluster = ClusterConfig(domain_fraction=1.0, network_fraction=1.0, spine_fraction=0.5)
+    for what, size, on_node, expected in (
+        ("all-reduce", 8, 8, 200 / 1.75), ("all-to-all", 8, 8, 200 * 8 / 7), ("all-reduce", 16, 1, 50 / 1.875),
+        ("all-to-all", 16, 1, 50 * 16 / 15), ("all-reduce", 16, 8, 1 / (1.75 / 200 + 1 / 400)),
+        ("all-to-all", 16, 8, 1 / (7 / 16 / 200 + 8 / 16 / 50)),
+    ):  # fmt: skip
+        assert verdict.reachable(what, size, on_node, 2048, cluster) == pytest.approx(expected), (what, size, on_node)
+    assert verdict.reachable("all-reduce", 16, 1, 4096, cluster) == pytest.approx(25 / 1.875)
 
 
 def test_all_groups_of_a_rank_are_those_of_the_layout() -> None:

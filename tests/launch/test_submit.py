@@ -14,7 +14,7 @@ from launch import placement, slurm, submit
 from parallel.layout import ParallelLayout
 from tests.launch.commands import ROOT, environment
 
-V3 = ("experiment=deepseek_v3/pretrain", "launcher.scratch_dir=null")
+V3 = ("experiment=deepseek_v3/pretrain", "launcher.scratch_dir=null", "data=indexed", "data.dir=corpus")
 TINY = (
     "model=tiny", "parallel.pp=2", "parallel.ep=2", "launcher.ranks_per_node=2", "train.steps=10",
     "schedule.warmup_steps=2",
@@ -22,14 +22,21 @@ TINY = (
 
 # A cluster of 300 nodes of 8 GPUs, and a small one for two accounts without GPUs.
 _COMMANDS = {
-    "sinfo": "echo 'h800*|300|2-00:00:00|gpu:h800:8(S:0-1)|192'; echo 'small|4|1:00:00|(null)|64'",
+    "sinfo": "for name in 'h800*' down short; do echo \"$name|300|2-00:00:00|gpu:h800:8(S:0-1)|192\"; done; "
+    "echo 'small|4|1:00:00|(null)|64'",
     "scontrol": """case "$*" in
-  *partition*) echo 'PartitionName=h800 AllowGroups=ALL AllowAccounts=ALL MaxTime=2-00:00:00'
+  *partition*) echo 'PartitionName=h800 AllowAccounts=ALL MaxNodes=UNLIMITED MaxTime=2-00:00:00 State=UP'
+               echo 'PartitionName=down AllowAccounts=ALL MaxNodes=UNLIMITED State=DOWN'
+               echo 'PartitionName=short AllowAccounts=ALL MaxNodes=64 State=UP'
                echo 'PartitionName=small AllowAccounts=physics,chemistry' ;;
   *) [ -f "$LOG.state" ] || { echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1; }
      echo "JobId=71 JobState=$(cat "$LOG.state") NodeList=node[1-2] RunTime=00:01:00 Restarts=0 Reason=None" ;;
 esac""",
-    "sbatch": """printf '%s\\n' "$MOE_CODE" "$@" >>"$LOG"
+    "sbatch": """case "$*" in
+  *--test-only*--account=nobody*) echo 'allocation failure: Invalid account' >&2; exit 1 ;;
+  *--test-only*) exit 0 ;;
+esac
+printf '%s\\n' "$MOE_CODE" "$@" >>"$LOG"
 n=$(($(cat "$LOG.number" 2>/dev/null || echo 70) + 1)); echo $n >"$LOG.number"; echo $n
 case "$*" in *--qos=bad*) echo 'sbatch: error: Invalid qos specification' >&2; exit 1 ;; esac""",
     "scancel": 'echo "scancel $*" >>"$LOG"',
@@ -52,7 +59,10 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _prepared(directory: Path) -> str:
     directory.mkdir(exist_ok=True)
-    (directory / "manifest.json").write_text("{}")
+    files = {name: {"bytes": 4, "sha256": ""} for name in ("text_document.bin", "text_document.idx")}
+    for name in files:
+        (directory / name).write_bytes(b"text")
+    (directory / "manifest.json").write_text(json.dumps({"files": files, "tokens": 2}))
     return str(directory)
 
 
@@ -76,6 +86,20 @@ WRONG = {
     "fewer GPUs than ranks": (["launcher.gpus_per_node=4"], "exceeds launcher.gpus_per_node=4"),
     "simulated": (["runtime=simulated", "parallel.dispatcher=alltoall"], "runtime=simulated runs on one machine"),
     "no dataset": (["data=indexed", "data.dir=nowhere"], "no dataset there"),
+    "dataset of nothing": (["data=indexed", "data.dir=empty"], "manifest.json is damaged: KeyError 'files'"),
+    "dataset without its text": (["data=indexed", "data.dir=lost"], "text_document.bin, which manifest.json names,"),
+    "dataset cut off": (["data=indexed", "data.dir=cut"], "text_document.bin has 2 bytes, not 4"),
+    "corpus far too small": (["data=stdlib", "data.dir=stdlib"], "would read them 1,644,446 times"),
+    "checkpoints of one node": (["checkpoint.dir=/dev/shm/ck"], "checkpoint.dir=/dev/shm/ck is under /dev/shm"),
+    "data of one node": (["launcher.scratch_dir=scratch", "data.dir=scratch/corpus"], "data.dir=scratch/corpus is"),
+    "partition that is down": (["launcher.partition=down"], "partition down is DOWN"),
+    "more nodes than a job may have": (["launcher.partition=short"], "gives a job at most 64 (MaxNodes)"),
+    "account that Slurm does not know": (["--dry-run", "launcher.account=nobody"], "Invalid account"),
+    "heartbeats without their launcher": (["resilience.nvrx=true"], "not launcher.start=srun"),
+    "slow ranks not looked for": (["resilience.straggler_action=stop", "resilience.straggler_interval_steps=0"],
+                                  "does nothing with"),
+    "fault after the end": (["resilience.inject=['kill:rank=0:step=99000000']"], "the run ends after step"),
+    "watchdog later than collectives": (["resilience.hang_timeout_s=900"], "exceeds launcher.timeout_s=600"),
     "damaged dataset": (["data=indexed", "data.dir=damaged"], "is damaged"),
     "no text": (["data=text", "data.path=nowhere"], "data.path=nowhere does not exist"),
     "no blend": (["data=indexed", "data.blend=['1.0 missing']"], "missing.bin does not exist"),
@@ -98,8 +122,14 @@ WRONG = {
 def test_a_wrong_submission_is_refused_with_a_reason(
     words: list[str], told: str, cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged/manifest.json").write_text("{")
+    for name, text in {"damaged": "{", "empty": "{}"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(text)
+    for name in ("corpus", "lost", "cut", "scratch"):
+        _prepared(tmp_path / name)
+    _prepared(tmp_path / "scratch/corpus")
+    (tmp_path / "lost/text_document.bin").unlink()
+    (tmp_path / "cut/text_document.bin").write_bytes(b"te")
     base = [word for word in V3 if word.partition("=")[0] not in {w.partition("=")[0] for w in words}]
     assert submit.run([*base, f"run_dir={tmp_path}/run", *words]) == 2
     errors = capsys.readouterr().err
@@ -115,6 +145,22 @@ def test_an_account_that_the_partition_does_not_take(cluster: Path, capsys: pyte
     assert "use launcher.account=physics or chemistry" in capsys.readouterr().err
 
 
+def test_the_batch_script_starts_the_launcher_that_watches_heartbeats(cluster: Path, tmp_path: Path) -> None:
+    """For training alone: preflight sends none."""
+    for name, text in {"srun": 'echo "$*" >>"$LOG"', "scontrol": "echo node1"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    slurm_job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node1",
+                 "SLURM_SUBMIT_DIR": str(tmp_path)}  # fmt: skip
+    variables = os.environ | slurm_job | {"MOE_START": "ft_launcher", "MOE_PREFLIGHT": "check"}
+    subprocess.run(["bash", str(slurm.SCRIPT), "run_dir=run"], env=variables, check=True, timeout=30)
+    preflight, training = (line.split() for line in cluster.read_text().splitlines())
+    assert "torch.distributed.run" in preflight
+    assert "launch.preflight" in preflight
+    assert "nvidia_resiliency_ext.fault_tolerance.launcher" in training
+    assert "launch.main" in training
+
+
 def test_gpus_where_there_are_none(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         submit.run([*TINY, "launcher.partition=small", "launcher.account=physics", "launcher.time_limit_min=30"]) == 2
@@ -126,7 +172,7 @@ def test_a_dry_run_of_2048_gpus_says_what_they_are_for(
     cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = _prepared(tmp_path / "corpus")
-    words = ["--dry-run", *V3, "data=indexed", f"data.dir={data}", f"run_dir={tmp_path}/v3"]
+    words = ["--dry-run", *V3[:-1], f"data.dir={data}", f"run_dir={tmp_path}/v3"]
     assert submit.run(words) == 0
     text = capsys.readouterr().out
     for expected in (
@@ -229,9 +275,10 @@ def test_status_cancel_and_logs(cluster: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_it_starts_quickly_and_without_torch(tmp_path: Path) -> None:
     """CPU seconds, the best of three, as login nodes are busy; the 2,048 GPUs are what takes longest."""
+    words = [*V3[:-1], f"data.dir={_prepared(tmp_path / 'corpus')}"]
     code = (
         "import sys, time\nfrom launch import submit\n"
-        f"code = submit.run(['--dry-run', *{list(V3)!r}, 'run_dir={tmp_path}/run'])\n"
+        f"code = submit.run(['--dry-run', *{words!r}, 'run_dir={tmp_path}/run'])\n"
         "heavy = [m for m in sys.modules if m.split('.')[0] in ('torch', 'megatron', 'numpy')]\n"
         "print(f'#{code} {heavy} {time.process_time()}')"
     )

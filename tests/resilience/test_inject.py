@@ -28,6 +28,7 @@ def test_an_entry_is_read() -> None:
         ("kill:sample=3", "sample= is for nan and spike, not for kill"),
         ("kill:step=1:at=noon", "at=noon is neither begin nor end"),
         ("kill:rank=2:step=1", "there are 2 ranks"),
+        ("kill:rank=1:step=201", "the run ends after step 200"),
     ],
 )
 def test_a_wrong_entry_is_refused_before_anything_starts(text: str, what: str) -> None:

@@ -32,12 +32,22 @@ def moe_submit(jobs: Jobs, *words: str) -> tuple[int, str]:
         (["launcher.nodes=5", "batch.global_batch_size=5"], "the job needs 5 nodes, and partition main has 4"),
         (["launcher.gpus_per_node=9"], "launcher.gpus_per_node=9 exceeds the 8 GPUs of a node"),
         (["launcher.exclude=['node[1-4]']"], "Slurm refuses the job: sbatch: "),
+        (["--dry-run", "launcher.constraint=nowhere"], "Slurm refuses the job: sbatch: "),
+        (["--dry-run", "launcher.reservation=gone"], "Slurm refuses the job: sbatch: "),
     ],
 )
 def test_what_this_cluster_cannot_run_is_refused(words: list[str], told: str, jobs: Jobs) -> None:
     code, text = moe_submit(jobs, *jobs.overrides, *ONE, "run_dir=run", *words)
     assert code == 2, text
     assert told in text
+    assert jobs.cluster.run("squeue", "--noheader") == ""
+
+
+def test_a_dry_run_asks_the_controller_and_leaves_nothing(jobs: Jobs) -> None:
+    code, text = moe_submit(jobs, "--dry-run", *jobs.overrides, *ONE, "run_dir=run")
+    assert code == 0, text
+    assert "sbatch --parsable" in text
+    assert "not checked" not in text
     assert jobs.cluster.run("squeue", "--noheader") == ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from moe_train.config.rules.facts import Facts, Rule
 from moe_train.resilience.inject import parse
 from parallel.suggest import Impossible
@@ -34,6 +36,26 @@ def nvrx(facts: Facts) -> None:
         )
 
 
+def timeouts(facts: Facts) -> None:
+    """A hang is seen before the collective that waits for it gives up, or no stacks are written."""
+    longest, gives_up = facts.cfg.resilience.hang_timeout_s, facts.cfg.launcher.timeout_s
+    if longest is not None and longest > gives_up and facts.layout.world_size > 1:
+        raise Impossible(
+            f"resilience.hang_timeout_s={longest:g} exceeds launcher.timeout_s={gives_up}, when collectives give up",
+            [{"resilience.hang_timeout_s": None}, {"launcher.timeout_s": math.ceil(longest * 1.25)}],
+        )
+
+
+def stragglers(facts: Facts) -> None:
+    """What acts on slow ranks looks for them."""
+    resilience = facts.cfg.resilience
+    if resilience.straggler_action == "stop" and not resilience.straggler_interval_steps:
+        raise Impossible(
+            "resilience.straggler_action=stop does nothing with resilience.straggler_interval_steps=0",
+            [{"resilience.straggler_interval_steps": 50}, {"resilience.straggler_action": "warn"}],
+        )
+
+
 def faults(facts: Facts) -> None:
     """What a drill injects can be read, and is on a rank that there is."""
     entries, ranks = facts.cfg.resilience.inject, facts.layout.world_size
@@ -47,6 +69,11 @@ def faults(facts: Facts) -> None:
             raise Impossible(
                 f"resilience.inject has {text!r}, and there are {ranks} ranks", [{"resilience.inject": kept}]
             )
+        if facts.trains and fault.step > facts.total_steps:
+            raise Impossible(
+                f"resilience.inject has {text!r}, and the run ends after step {facts.total_steps}",
+                [{"resilience.inject": kept}],
+            )
 
 
-RULES: tuple[Rule, ...] = (factors, way_back, nvrx, faults)
+RULES: tuple[Rule, ...] = (factors, way_back, nvrx, timeouts, stragglers, faults)
