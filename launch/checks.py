@@ -78,6 +78,11 @@ def _container(cfg: Config) -> None:
     local = image is not None and (image.startswith(("/", "./")) or image.endswith((".sif", ".sqsh")))
     if image is not None and local and not Path(image).exists():
         raise ConfigError(f"launcher.container={image} does not exist", "name an image file, or one of a registry")
+    if image is not None and launcher.start == "mpirun" and launcher.container_runtime == "pyxis":
+        raise ConfigError(
+            "launcher.start=mpirun starts ranks outside launcher.container, which is a flag of srun with pyxis",
+            "use launcher.start=pmi2 or launcher.container_runtime=apptainer",
+        )
     if launcher.mounts and image is None:
         raise ConfigError("launcher.mounts is for launcher.container, which is null", "use launcher.mounts=[]")
     for mount in launcher.mounts:

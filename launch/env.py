@@ -72,7 +72,9 @@ def cores_of(info: RankInfo, root: Path = Path("/")) -> set[int]:
     if gpus:
         bus = _visible(gpus)[info.local_rank % len(_visible(gpus))]
         text = (root / "sys/bus/pci/devices" / bus.lower() / "numa_node").read_text().strip()
-        number = max(0, int(text))  # -1 where the machine has one node only
+        number = int(text)
+        if number < 0:  # the firmware does not say; most often there is one node only
+            return allowed
     else:
         number = info.local_rank * len(nodes) // info.local_world_size
     near = _cores((root / f"sys/devices/system/node/node{number}/cpulist").read_text())

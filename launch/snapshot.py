@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("parallel", "moe_train", "launch", "tools", "conf")
 _OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
               "CUDA_VISIBLE_DEVICES", "MOE_RENDEZVOUS")  # fmt: skip
-_OF_A_JOB = ("SLURM_", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "MPI_")
+_OF_A_JOB = ("SLURM_", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "MPI_", "HYDI_")
 FOLDER, FACTS = "submissions", "submission.json"
 
 

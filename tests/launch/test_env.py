@@ -71,6 +71,12 @@ def test_a_rank_stays_next_to_its_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("allowed")
+def test_a_gpu_whose_place_the_firmware_does_not_tell_leaves_all_cores(tmp_path: Path) -> None:
+    root = machine(tmp_path, {"0000:18:00.0": -1}, {0: "0-3", 1: "4-7"})
+    assert env.cores_of(rank(0), root) == set(range(16))
+
+
+@pytest.mark.usefixtures("allowed")
 def test_without_gpus_ranks_spread_over_the_nodes_of_memory(tmp_path: Path) -> None:
     root = machine(tmp_path, {}, {0: "0-1", 1: "2-3"})
     assert [env.cores_of(rank(i, 4), root) for i in range(4)] == [{0, 1}, {0, 1}, {2, 3}, {2, 3}]

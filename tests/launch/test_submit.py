@@ -110,6 +110,8 @@ WRONG = {
     "no layout for fewer nodes": (["launcher.min_nodes=255"], "lets the job start with 255 nodes"),
     "fallback of another batch": (["launcher.fallbacks=['batch.global_batch_size=8']"], "no field of the layout"),
     "two jobs in one run": (["launcher.preflight=resubmit", "launcher.chain=2"], "would start a second job"),
+    "image that mpirun would ignore": (["launcher.container=nvcr.io/x", "launcher.start=mpirun"],
+                                       "outside launcher.container"),
     "no image": (["launcher.container=/nowhere.sqsh"], "launcher.container=/nowhere.sqsh does not exist"),
     "mount without image": (["launcher.mounts=[/data]"], "launcher.mounts is for launcher.container"),
     "variable without value": (["launcher.environment=[NCCL_DEBUG]"], "which is not NAME=VALUE"),

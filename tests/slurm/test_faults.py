@@ -89,7 +89,9 @@ def test_what_comes_after_the_warning_goes_back_to_the_queue(jobs: Jobs, tmp_pat
         slurm.wait_for(lambda: jobs.facts(job).get("Restarts") == "1", 120)
     finally:
         jobs.cluster.run("scancel", job)
-    assert "the time limit is near: back to the queue" in (tmp_path / f"slurm-{job}.out").read_text()
+    assert (
+        "the ranks ended with 1 near the time limit: back to the queue" in (tmp_path / f"slurm-{job}.out").read_text()
+    )
 
 
 def test_a_requeued_run_continues_where_its_checkpoints_are(jobs: Jobs, tmp_path: Path) -> None:
