@@ -79,8 +79,10 @@ def test_any_number_of_processes_and_parts_writes_the_same_bytes(
 
 
 # Its text stops coming after four parts, so that it cannot be done before the test ends it.
+# A shell starts what runs in its background with SIGINT ignored, and Python then leaves it so.
 KILLED = """
-import itertools, json, sys, time
+import itertools, json, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from moe_train.config.schema import DataConfig
 from moe_train.data import parts
 from moe_train.data.prepare import prepare
