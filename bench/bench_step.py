@@ -35,10 +35,11 @@ LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 
 
 Profile = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+Found = tuple[list[dict[str, Any]], Profile, list[dict[str, Any]]]
 
 
-def measure(task: Task, rounds: int) -> tuple[list[dict[str, Any]], Profile]:
-    """One row for each side, and the profile of ours: parts of the model, and operations."""
+def measure(task: Task, rounds: int) -> Found:
+    """One row for each side; the profile of ours (parts of the model, operations); grouped products beside torch's."""
     with tempfile.TemporaryDirectory(prefix="bench-step-") as directory:
         weights = Path(directory, "weights.pt")
         workers: dict[str, Worker] = {}
@@ -53,11 +54,13 @@ def measure(task: Task, rounds: int) -> tuple[list[dict[str, Any]], Profile]:
                 for side, worker in workers.items():
                     steps[side] += worker.ask("steps", TURN_STEPS)
             profile = workers[OURS].ask("profile", TURN_STEPS)
+            grouped = workers[OURS].ask("grouped")
         finally:
             for worker in workers.values():
                 worker.stop()
     reference = [loss for loss, _ in steps[OURS]]
-    return [row(side, task, taken, reference, statistics.median(peaks)) for side, taken in steps.items()], profile
+    rows = [row(side, task, taken, reference, statistics.median(peaks)) for side, taken in steps.items()]
+    return rows, profile, grouped
 
 
 def row(
@@ -142,6 +145,17 @@ def operations_table(profiles: dict[str, Profile], count: int = 10) -> Table:
     return shown
 
 
+def grouped_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Grouped products, ours and torch's."""
+    shown = Table(title="Grouped products of the experts' first layer, with new counts in every call")
+    for column in ("precision", "experts", "tokens", "product", "ours, ms", "torch._grouped_mm, ms", "torch / ours"):
+        shown.add_column(column, justify="left" if column in ("precision", "product") else "right")
+    for r in rows:
+        numbers = (f"{r['ours_ms']:.2f}", f"{r['torch_ms']:.2f}", f"{r['torch_over_ours']:.2f}")
+        shown.add_row(r["precision"], str(r["experts"]), f"{r['tokens']:,}", r["product"], *numbers)
+    return shown
+
+
 def main() -> None:
     """Command line of `make bench-step`. Exits with 1 if the losses disagree, or transformers is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,21 +171,24 @@ def main() -> None:
     except MoeTrainError as error:
         sys.exit(f"error: {error}")
     rows: list[dict[str, Any]] = []
+    grouped: list[dict[str, Any]] = []
     profiles: dict[str, Profile] = {}
     for dtype in options.precision or ["fp32", "bf16"]:
         task = Task(dtype, options.sequences, options.seq_length, options.threads, tuple(options.overrides))
-        found, profiles[dtype] = measure(task, options.rounds)
+        found, profiles[dtype], products = measure(task, options.rounds)
         rows += found
+        grouped += products
     summary = summarise(rows)
     console = Console()
     console.print(table(rows, task))
     console.print(profile_table(profiles))
     console.print(operations_table(profiles))
+    console.print(grouped_table(grouped))
     for name, value in summary.items():
         print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
     if sys.argv[1:] == []:
         shares = {dtype: parts for dtype, (parts, _) in profiles.items()}
-        about = {"loss_tolerance": LOSS_TOLERANCE, "transformers": version, "profile": shares}
+        about = {"loss_tolerance": LOSS_TOLERANCE, "transformers": version, "profile": shares, "grouped": grouped}
         print(f"wrote {write('step', {**summary, **about}, rows)}")
     sys.exit(0 if summary["losses_agree"] else 1)
 

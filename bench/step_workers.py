@@ -48,11 +48,14 @@ class Worker:
 def _serve(pipe: Any, side: str, task: Task, weights: Path) -> None:
     import torch
 
+    from bench import step_grouped
+
     torch.set_num_threads(task.threads)
     step: Any = _ours(task, weights) if side == OURS else _transformers(side, task, weights)
     requests: dict[str, Callable[..., Any]] = {
         "steps": lambda count: [_timed(step) for _ in range(count)],
         "profile": lambda count: step_profile.profile(step.args[0], step, count),
+        "grouped": lambda: step_grouped.measure(task),
         "gemm": lambda: _gemm_tflops(task.dtype),
     }
     while True:
@@ -107,7 +110,7 @@ def _transformers(experts: str, task: Task, weights: Path) -> Step:
 
 def _gemm_tflops(dtype: str) -> float:
     """Best of some short runs of the square product that also stands for the peak in MFU."""
-    from moe_train.model.build import DTYPES
+    from moe_train.model.precision import DTYPES
     from moe_train.telemetry import peak
 
     return peak.measure_cpu(DTYPES[dtype])

@@ -6,6 +6,7 @@ import importlib
 import os
 from importlib.metadata import PackageNotFoundError, distribution
 
+from moe_train.config.rules.precision import power_of_two_scales
 from moe_train.config.schema import Config, PrecisionConfig
 from parallel.errors import ConfigError, HardwareError
 from parallel.suggest import override_value
@@ -66,8 +67,7 @@ def _require_scales(precision: PrecisionConfig) -> None:
     variable = variables.get(precision.fp8 or "")
     if variable is None:
         return
-    asked = precision.fp8 == "block" if precision.power_of_two_scales is None else precision.power_of_two_scales
-    value = "1" if asked == (precision.fp8 == "tensor") else "0"
+    value = "1" if power_of_two_scales(precision) == (precision.fp8 == "tensor") else "0"
     if os.environ.get(variable, "0") != value:
         raise ConfigError(
             f"precision.power_of_two_scales={override_value(precision.power_of_two_scales)} with "

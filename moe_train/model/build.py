@@ -19,15 +19,13 @@ from torch import nn
 from moe_train.config.model import ModelConfig
 from moe_train.config.recompute import of_chunk
 from moe_train.config.rules.precision import high_precision_layers
-from moe_train.config.schema import Config, PrecisionConfig, RecomputeConfig
-from moe_train.model import dispatch, fp8_products, gemm, loss, offload
+from moe_train.config.schema import Config, RecomputeConfig
+from moe_train.model import dispatch, gemm, loss, offload
+from moe_train.model.precision import dtype_options, emulated_recipe, low_precision_options
 from moe_train.model.router import scores_groups_by_best
 from moe_train.model.specs import LocalBackend, local_specs, te_specs
 from parallel import pipeline
 from parallel.layout import ParallelLayout
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FP8_RECIPES = {"block": "blockwise", "tensor": "tensorwise", "delayed": "delayed", "mxfp8": "mxfp8"}
 
 
 def transformer_config(
@@ -43,7 +41,7 @@ def transformer_config(
         **_numbers(cfg),
         **_recompute(of_chunk(cfg.recompute, stage)),
         **_offload(cfg.recompute, backend),
-        **(_low_precision(cfg.precision) if backend == "te" else {}),
+        **(low_precision_options(cfg.precision) if backend == "te" else {}),
         **_fusions(cfg, backend, runtime),
     }
     config_class = MLATransformerConfig if cfg.model.attention == "mla" else TransformerConfig
@@ -159,7 +157,6 @@ def _parallel(cfg: Config, layout: ParallelLayout, runtime: str) -> dict[str, An
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         "pipeline_model_parallel_layout": pipeline_layout(cfg, layout),
-        "pipeline_dtype": DTYPES[cfg.precision.dtype],
         "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
@@ -173,12 +170,8 @@ def _parallel(cfg: Config, layout: ParallelLayout, runtime: str) -> dict[str, An
 
 
 def _numbers(cfg: Config) -> dict[str, Any]:
-    dtype = DTYPES[cfg.precision.dtype]
     return {
-        "params_dtype": dtype,
-        "bf16": dtype is torch.bfloat16,
-        "fp16": dtype is torch.float16,
-        "autocast_dtype": dtype,
+        **dtype_options(cfg.precision),
         # The loss is a sum over tokens divided once by their number in the global batch: no layout changes it.
         "calculate_per_token_loss": True,
         "deterministic_mode": cfg.train.deterministic,
@@ -206,45 +199,6 @@ def _offload(recompute: RecomputeConfig, backend: str) -> dict[str, Any]:
         "offload_modules": list(recompute.offload_modules),
         "min_offloaded_tensor_size": recompute.offload_min_bytes,
     }
-
-
-def _low_precision(precision: PrecisionConfig) -> dict[str, Any]:
-    """Options of Transformer Engine's FP8 and FP4. The `local` backend emulates FP8 without Megatron-Core knowing: with
-    `fp8` set, upstream recomputes through Transformer Engine (transformer/transformer_block.py).
-
-    Whether scales are powers of two is up to environment variables (backend.py).
-    """
-    if precision.fp8 is None and precision.fp4 is None:
-        return {}
-    layers = {
-        "first_last_layers_bf16": precision.first_last_layers_bf16,
-        "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,
-        "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
-    }
-    if precision.fp8 is None:
-        return {"fp4": "e2m1", "fp4_recipe": precision.fp4, **layers}
-    delayed = {"fp8_amax_history_len": precision.amax_history_len, "fp8_amax_compute_algo": "max"}
-    return {
-        "fp8": precision.fp8_format,
-        "fp8_recipe": FP8_RECIPES[precision.fp8],
-        "fp8_param": precision.fp8_param_gather,
-        **layers,
-        **(delayed if precision.fp8 == "delayed" else {}),
-    }
-
-
-def emulated_recipe(precision: PrecisionConfig) -> fp8_products.Recipe | None:
-    """What the linear layers of the `local` backend emulate; None without FP8."""
-    if precision.fp8 is None:
-        return None
-    cut = (
-        precision.fp8 in ("block", "mxfp8") if precision.power_of_two_scales is None else precision.power_of_two_scales
-    )
-    hybrid = precision.fp8_format == "hybrid"
-    return fp8_products.Recipe(
-        precision.fp8, hybrid=hybrid, power_of_two=cut, history=precision.amax_history_len,
-        dispatch=precision.fp8_dispatch,
-    )  # fmt: skip
 
 
 def _fusions(cfg: Config, backend: str, runtime: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from moe_train.config.schema import Config
-from moe_train.model.build import DTYPES, FP8_RECIPES
+from moe_train.model.precision import DTYPES, FP8_RECIPES
 from moe_train.optim.moments import AdamWithBf16Moments
 from parallel import runtime
 

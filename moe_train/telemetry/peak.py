@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from moe_train.loop.run import Run
-from moe_train.model.build import DTYPES
 from moe_train.model.gemm import matmul
+from moe_train.model.precision import DTYPES
 
 log = logging.getLogger(__name__)
 

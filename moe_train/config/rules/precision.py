@@ -20,6 +20,12 @@ def recipe(precision: PrecisionConfig) -> str | None:
     return precision.fp8 or precision.fp4
 
 
+def power_of_two_scales(precision: PrecisionConfig) -> bool:
+    """Whether FP8 scales are powers of two: as asked, else the default of Transformer Engine's recipe."""
+    asked = precision.power_of_two_scales
+    return precision.fp8 in ("block", "mxfp8") if asked is None else asked
+
+
 def high_precision_layers(precision: PrecisionConfig, num_layers: int) -> frozenset[int]:
     """Decoder layers (from 0) that stay in bf16 under FP8 (upstream's rule: fp8_utils.py)."""
     if not precision.first_last_layers_bf16:
