@@ -17,6 +17,8 @@ from torch import Tensor
 
 Counts = Sequence[int] | None
 
+_SMALL_GROUP = 48  # rows, on average
+
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """[m, k] x [k, n] -> [m, n], with the faster library. Not differentiable: for use in `autograd.Function`s."""
@@ -41,9 +43,9 @@ def _onednn(a: Tensor) -> bool:
 def grouped_matmul(a: Tensor, b: Tensor, counts: Sequence[int]) -> Tensor:
     """Rows of `a` [t, k] in groups of `counts` rows, each times its matrix of `b` [groups, k, n]: [t, n].
 
-    On CUDA one kernel. On the CPU a loop, as torch has it there, over few distinct sizes (`_padded`).
+    On CUDA one kernel. On the CPU torch's own has a loop, too; the one here meets few distinct sizes (`_padded`).
     """
-    if a.is_cuda:
+    if a.is_cuda or (not _onednn(a) and _small_groups(a, b, counts)):
         return torch._grouped_mm(a, b, offs=_ends(counts, a.device))
     total, start = a.size(0), 0
     out = a.new_empty(total, b.size(2))
@@ -59,7 +61,7 @@ def grouped_matmul(a: Tensor, b: Tensor, counts: Sequence[int]) -> Tensor:
 
 def grouped_outer(a: Tensor, b: Tensor, counts: Sequence[int]) -> Tensor:
     """a^T b of each group of rows: `a` [t, m] and `b` [t, n] -> [groups, m, n]; zero for a group without rows."""
-    if a.is_cuda:
+    if a.is_cuda or _small_groups(a, b, counts):
         return torch._grouped_mm(a.t(), b, offs=_ends(counts, a.device))
     total, start = a.size(0), 0
     out = a.new_empty(len(counts), a.size(1), b.size(1))
@@ -83,6 +85,13 @@ def _padded(count: int, total: int) -> int:
     step = max(16, 1 << max(0, count.bit_length() - 4))
     padded = -(-count // step) * step
     return padded if padded <= total else count
+
+
+def _small_groups(a: Tensor, b: Tensor, counts: Sequence[int]) -> bool:
+    """Whether torch's own loop is the faster one on a CPU (`make bench-step`): groups are so small that starting a
+    product takes longer than compiling it. It takes rows of whole 16 bytes only."""
+    aligned = all(step == 1 or step * t.element_size() % 16 == 0 for t in (a, b) for step in t.stride())
+    return 0 < a.size(0) <= _SMALL_GROUP * len(counts) and aligned
 
 
 def _ends(counts: Sequence[int], device: torch.device) -> Tensor:
