@@ -196,17 +196,19 @@ def main() -> None:
         forkserver.kill()
     summary = summarise(rows)
     Console().print(table(rows))
-    if (options.steps, options.batch, options.seed, options.case) == (300, BATCH, None, None):
+    if (options.steps, options.seed, options.case) == (300, None, None):
         facts = {
             "steps": options.steps,
-            "batch_sequences": BATCH,
+            "batch_sequences": options.batch,
             "seeds": seeds,
             "smoothing": SMOOTHING,
             "criterion": LARGEST_DIFFERENCE,
         }
-        print(f"wrote {write('fp8_loss', {**summary, **facts}, rows)}")
-        draw(rows, PICTURE)
-        print(f"wrote {PICTURE}")
+        name = "fp8_loss" if options.batch == BATCH else f"fp8_loss_batch_{options.batch}"
+        print(f"wrote {write(name, {**summary, **facts}, rows)}")
+        if options.batch == BATCH:
+            draw(rows, PICTURE)
+            print(f"wrote {PICTURE}")
     sys.exit(0 if summary["fp8_block_holds"] is not False and summary["every_loss_finite"] else 1)
 
 
