@@ -151,6 +151,13 @@ def test_each_module_moves_its_own_input(module: str, width: int) -> None:
     assert kept(some) - kept(left) == 2 * 128 * width
 
 
+def test_the_share_of_experts_is_what_their_tokens_keep() -> None:
+    """Of 4 MoE layers, one of them for prediction: input, gate and up, router's weight and down input of each visit."""
+    some = job("runtime=cuda", "precision=bf16")
+    visit = 2 * 256 + 2 * 2 * 160 + 4 + 2 * 160
+    assert stage_memory(some, 0, Weights(0, 0)).expert_share == 4 * 128 * 4 * visit
+
+
 def test_a_recomputed_layer_comes_back_for_its_backward_pass() -> None:
     """The largest layer, or group of them; with selected modules what they throw away."""
 
