@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from bench.parity import COMMON
 from launch import local
 from moe_train.config.compose import compose
 from moe_train.config.validate import validate
+from moe_train.loop.callbacks import profiler
 from moe_train.loop.callbacks.profiler import PARTS, MemoryForecast
 from moe_train.model.memory import job_of, predict
+from parallel.layout import ParallelLayout
 from parallel.planner.memory import saved_per_micro_batch
+from tests.distributed.helper import run_distributed
 from tests.loop.fake_run import fake_run
 
 
@@ -47,3 +53,18 @@ def test_first_steps_have_what_was_measured(precision: str, tmp_path: Path, smal
             assert line["saved_activation_bytes"][stage] == pytest.approx(predicted, rel=0.01)
             static = [line[name][stage] for name in PARTS[1:]]
             assert static == [memory.parameters, memory.gradients, memory.optimizer]
+
+
+def by_stage(degrees: dict[str, int]) -> dict[str, list[int]]:
+    """What is shown where rank 0 has 10, 20, 30, 40 bytes of each part and rank 1 three times as many."""
+    rank = torch.distributed.get_rank()
+    degrees = dict.fromkeys(("tp", "pp", "vpp", "cp", "ep", "etp"), 1) | degrees
+    layout = ParallelLayout.resolve(**degrees, world_size=2)
+    run: Any = SimpleNamespace(layout=layout, rank=SimpleNamespace(rank=rank), device="cpu")
+    return profiler._by_stage(run, [(1 + 2 * rank) * value for value in (10, 20, 30, 40)])
+
+
+def test_ranks_of_a_stage_are_averaged_and_stages_are_not() -> None:
+    together, apart = (run_distributed(by_stage, 2, degrees) for degrees in ({"ep": 2}, {"pp": 2}))
+    assert together == [dict(zip(PARTS, ([20], [40], [60], [80]), strict=True))] * 2
+    assert apart == [dict(zip(PARTS, ([10, 30], [20, 60], [30, 90], [40, 120]), strict=True))] * 2

@@ -78,16 +78,29 @@ def test_one_rank_rounds_what_it_does_not_send(tmp_path: Path) -> None:
         assert abs(here["lm_loss"] / there["lm_loss"] - 1) < 1e-4
 
 
-def test_an_infinity_is_not_hidden_on_its_way() -> None:
+def arrived(x: torch.Tensor, gradient: bool, hybrid: bool = False) -> torch.Tensor:
+    """`x` as it comes out of a message to this rank itself."""
     from moe_train.model.dispatch import Dispatcher
     from moe_train.model.fp8_products import Recipe
 
     class Alone:
-        recipe, ep_group, ep_size = Recipe("block"), mock.Mock(size=lambda: 1), 1
+        recipe, ep_group, ep_size = Recipe("block", hybrid=hybrid), mock.Mock(size=lambda: 1), 1
         send, _count, input_splits = Dispatcher.send, Dispatcher._count, None
 
+    return Alone().send(x, None, None, gradient)  # type: ignore[arg-type]
+
+
+def test_an_infinity_is_not_hidden_on_its_way() -> None:
     tokens = torch.ones(2, 128)
     tokens[1, 5] = torch.inf
-    arrived = Alone().send(tokens, None, None, gradient=False)  # type: ignore[arg-type]
-    assert torch.equal(arrived[0], tokens[0])
-    assert not arrived[1, 5].isfinite()
+    found = arrived(tokens, gradient=False)
+    assert torch.equal(found[0], tokens[0])
+    assert not found[1, 5].isfinite()
+
+
+def test_gradients_travel_in_the_format_of_the_recipe() -> None:
+    """E4M3 has three bits behind the point, E5M2 two."""
+    x = torch.full((1, 128), 1.125)
+    for gradient, hybrid in ((False, False), (False, True), (True, False)):
+        assert torch.equal(arrived(x, gradient, hybrid), x)
+    assert torch.equal(arrived(x, gradient=True, hybrid=True), torch.ones_like(x))

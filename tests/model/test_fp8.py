@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_train.checkpoint.hf import block_fp8
+from moe_train.config.compose import compose
+from moe_train.config.validate import validate
 from moe_train.model import fp8, gemm
 from moe_train.model.delayed_scaling import DelayedScale
 from moe_train.model.fp8_products import Products, Recipe
+from moe_train.model.precision import emulated_recipe
 from tests.distributed.helper import run_distributed
 from tests.model.tiny import build_tiny
 
@@ -178,18 +181,27 @@ def test_files_are_quantised_by_the_same_rule(power_of_two: bool) -> None:
     assert torch.equal(dequantised, block_fp8.dequantise(data, inverse, dtype=torch.float32))
 
 
-def loop_product(a: Array, b: Array, a_tile: int, b_tile: int, length: int = 128) -> Array:
-    """a b^T for a [m, k] and b [n, k]: as the hardware adds up, one block of `length` along k after another, each with
-    the scales of its tiles, which are `a_tile` (`b_tile`) rows high."""
-    biggest, mx = float(np.finfo(np.float32).max), length == 32
+BIGGEST = float(np.finfo(np.float32).max)
+
+
+def decoded(codes: Array, name: str) -> Array:
+    """Values of FP8 codes."""
+    half = np.append(CODES[name], [np.nan] * (128 - len(CODES[name])))
+    values: Array = np.concatenate([half, -half])[codes]
+    return values
+
+
+def loop_product(
+    a: Array, b: Array, a_tile: int, b_tile: int, length: int, power_of_two: bool, name: str = "e4m3"
+) -> Array:
+    """a b^T for a [m, k] in the format `name` and b [n, k] in E4M3: as the hardware adds up, one block of `length`
+    along k after another, each with the scales of its tiles, which are `a_tile` (`b_tile`) rows high."""
     result = np.zeros((len(a), len(b)), np.float32)
-    (qa, sa), (qb, sb) = (
-        naive_quantise(x, (height, length), "e4m3", biggest, True, mx) for x, height in ((a, a_tile), (b, b_tile))
-    )
-    signed = np.concatenate([CODES["e4m3"], [np.nan], -CODES["e4m3"], [np.nan]])
+    qa, sa = naive_quantise(a, (a_tile, length), name, BIGGEST, power_of_two, length == 32)
+    qb, sb = naive_quantise(b, (b_tile, length), "e4m3", BIGGEST, power_of_two, length == 32)
     for block in range(-(-a.shape[1] // length)):
         columns = slice(block * length, (block + 1) * length)
-        partial = signed[qa[:, columns]] @ signed[qb[:, columns]].T
+        partial = decoded(qa[:, columns], name) @ decoded(qb[:, columns], "e4m3").T
         rows = np.repeat(sa[:, block], a_tile)[: len(a), None], np.repeat(sb[:, block], b_tile)[None, : len(b)]
         result += (partial.astype(np.float32) * rows[0] * rows[1]).astype(np.float32)
     return result
@@ -205,34 +217,116 @@ def tensors(tokens: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Ten
     return x * sizes[0], weight * sizes[1][:, None] * sizes[0], grad * sizes[2][:, None] * sizes[1]
 
 
-@pytest.mark.parametrize(("scaling", "length"), [("block", 128), ("mxfp8", 32)])
-@pytest.mark.parametrize("shape", [(256, 384, 128), (100, 200, 300), (7, 129, 65)], ids=str)
-def test_all_three_products_are_those_of_the_loop_over_blocks(
-    scaling: str, length: int, shape: tuple[int, int, int]
-) -> None:
-    """Each operand has tiles along the sum of its own product, quantised from what came in and not from each other."""
-    x, weight, grad = tensors(*shape)
-    products = Products(Recipe(scaling))
+Named = dict[str, Array]
+
+
+def three_products(products: Products, shape: tuple[int, int, int], size: float = 1.0) -> tuple[Named, Named]:
+    """x, weight and gradient, all `size` times as large, and what the products make of them, by name."""
+    x, weight, grad = (size * t for t in tensors(*shape))
     y = products.forward(x, weight, None, True)
-    grad_x, grad_weight = products.backward(grad, x, weight, None)
-    high = 128 if scaling == "block" else 1
-    nx, nw, ng = x.numpy(), weight.numpy(), grad.numpy()
-    expected = {
-        "output": (y, loop_product(nx, nw, 1, high, length)),
-        "gradient of x": (grad_x, loop_product(ng, nw.T, 1, high, length)),
-        "gradient of the weight": (grad_weight, loop_product(ng.T, nx.T, 1, 1, length)),
-    }
-    for name, (found, reference) in expected.items():
-        assert np.abs(found.numpy() - reference).max() <= 1e-6 * np.abs(reference).max(), name
+    found = y, *products.backward(grad, x, weight, None)
+    given = {"x": x.numpy(), "weight": weight.numpy(), "gradient": grad.numpy()}
+    return given, {name: t.numpy() for name, t in zip(("y", "gradient of x", "of the weight"), found, strict=True)}
 
 
-def test_bf16_products_are_the_fp32_ones_rounded_at_the_end() -> None:
-    """Values rounded to FP8 with a power of two are bf16 numbers: the faster product loses nothing."""
+def assert_near(found: Named, expected: Named) -> None:
+    """To 1e-6 of the largest entry of each."""
+    assert found.keys() == expected.keys()
+    for name, reference in expected.items():
+        assert np.abs(found[name] - reference).max() <= 1e-6 * np.abs(reference).max(), name
+
+
+@pytest.mark.parametrize("recipe", [
+    Recipe("block"), Recipe("block", power_of_two=False), Recipe("block", hybrid=True), Recipe("mxfp8"),
+    Recipe("mxfp8", hybrid=True),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("shape", [(256, 384, 128), (100, 200, 300), (7, 129, 65)], ids=str)
+def test_all_three_products_are_those_of_the_loop_over_blocks(recipe: Recipe, shape: tuple[int, int, int]) -> None:
+    """Each operand has tiles along the sum of its own product, quantised from what came in and not from each other."""
+    given, found = three_products(Products(recipe), shape)
+    x, weight, grad = given.values()
+    high, length = (128, 128) if recipe.scaling == "block" else (1, 32)
+    of_grad = "e5m2" if recipe.hybrid else "e4m3"
+    assert_near(found, {
+        "y": loop_product(x, weight, 1, high, length, recipe.power_of_two),
+        "gradient of x": loop_product(grad, weight.T, 1, high, length, recipe.power_of_two, of_grad),
+        "of the weight": loop_product(grad.T, x.T, 1, 1, length, recipe.power_of_two, of_grad),
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [
+    Recipe("tensor", power_of_two=False), Recipe("tensor", hybrid=True, power_of_two=True),
+    Recipe("delayed", power_of_two=False, history=1), Recipe("delayed", hybrid=True, power_of_two=False, history=1),
+], ids=str)  # fmt: skip
+def test_all_three_products_with_one_scale_for_each_tensor(recipe: Recipe) -> None:
+    """Its own, or with delayed scaling that of the step before: 1 in the first, too large for the second's tensors."""
+    formats = {"x": "e4m3", "weight": "e4m3", "gradient": "e5m2" if recipe.hybrid else "e4m3"}
+    before, products = dict.fromkeys(formats, np.float32(1)), Products(recipe)
+    for size in (1.0, 3.0, 1e-3):
+        given, found = three_products(products, (100, 200, 300), size)
+        own = {name: naive_scale(given[name], formats[name], BIGGEST, recipe.power_of_two) for name in formats}
+        scales = before if recipe.scaling == "delayed" else own
+        x, weight, grad = (
+            decoded(naive_bytes(given[name] * scales[name], form), form) / scales[name]
+            for name, form in formats.items()
+        )
+        assert_near(found, {"y": x @ weight.T, "gradient of x": grad @ weight, "of the weight": grad.T @ x})
+        before = own
+        end_step(products)
+
+
+def test_a_bias_is_added_to_emulated_products() -> None:
+    """In the precision of the output, with a gradient of its own."""
+    x, weight, grad = tensors(5, 256, 3)
+    bias = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
+    options = {"bias": bias, "tp_group": None, "sequence_parallel": False, "allreduce_dgrad": False}
+    products = Products(BLOCK_RECIPE)
+    y = gemm._forward_impl(lambda **_: torch.empty(0), x, weight.requires_grad_(), options, products)
+    assert torch.equal(y, gemm.linear(x, weight, products) + bias)
+    y.backward(grad)
+    assert bias.grad is not None
+    assert torch.allclose(bias.grad, grad.sum(0))
+
+
+@pytest.mark.parametrize(("precision", "expected"), [
+    ("precision=fp8_block", Recipe("block")),
+    ("precision=fp8_block precision.power_of_two_scales=false", Recipe("block", power_of_two=False)),
+    ("precision=fp8_block precision.fp8_dispatch=true parallel.ep=2", Recipe("block", dispatch=True)),
+    ("precision=fp8_tensor", Recipe("tensor", hybrid=True, power_of_two=False)),
+    ("precision=fp8_delayed precision.amax_history_len=16",
+     Recipe("delayed", hybrid=True, power_of_two=False, history=16)),
+    ("precision=mxfp8", Recipe("mxfp8")),
+    ("precision=bf16", None),
+])  # fmt: skip
+def test_the_config_says_what_is_emulated(precision: str, expected: Recipe | None) -> None:
+    cfg = compose(["runtime=cpu", *precision.split()])
+    validate(cfg)
+    assert emulated_recipe(cfg.precision) == expected
+
+
+RECIPES = [
+    Recipe("block"), Recipe("block", power_of_two=False), Recipe("block", hybrid=True),
+    Recipe("tensor", power_of_two=False), Recipe("tensor", hybrid=True, power_of_two=True),
+    Recipe("delayed", hybrid=True, power_of_two=False, history=4), Recipe("mxfp8"),
+]  # fmt: skip
+
+
+def end_step(*products: Products) -> None:
+    """As `delayed_scaling.update` does on one rank."""
+    for scale in itertools.chain(*(p.delayed_scales for p in products)):
+        scale.step()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_bf16_products_are_the_fp32_ones_rounded_at_the_end(recipe: Recipe) -> None:
+    """Values rounded to FP8 with a power of two are bf16 numbers: the faster product loses nothing. Others are not."""
     x, weight, grad = (t.bfloat16() for t in tensors(256, 384, 128))
-    fast, exact = Products(BLOCK_RECIPE), Products(BLOCK_RECIPE)
-    found = fast.forward(x, weight, None, True), *fast.backward(grad, x, weight, None)
     wide = x.float(), weight.float(), grad.float()
-    expected = exact.forward(*wide[:2], None, True), *exact.backward(wide[2], *wide[:2], None)
+    fast, exact = Products(recipe), Products(recipe)
+    for _ in range(2):  # the second pass of delayed scaling has statistics
+        found = fast.forward(x, weight, None, True), *fast.backward(grad, x, weight, None)
+        expected = exact.forward(*wide[:2], None, True), *exact.backward(wide[2], *wide[:2], None)
+        end_step(fast, exact)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype is torch.bfloat16
         assert (a != b.bfloat16()).float().mean() < 0.01  # sums in another order, at the edge between two numbers
@@ -251,19 +345,6 @@ def test_what_is_no_number_shows_in_the_output(scaling: str, wrong: float) -> No
 
 def relative(found: Tensor, exact: Tensor) -> float:
     return float((found.float() - exact).norm() / exact.norm())
-
-
-RECIPES = [
-    Recipe("block"), Recipe("block", power_of_two=False), Recipe("block", hybrid=True),
-    Recipe("tensor", power_of_two=False), Recipe("tensor", hybrid=True, power_of_two=True),
-    Recipe("delayed", hybrid=True, power_of_two=False, history=4), Recipe("mxfp8"),
-]  # fmt: skip
-
-
-def end_step(*products: Products) -> None:
-    """As `delayed_scaling.update` does on one rank."""
-    for scale in itertools.chain(*(p.delayed_scales for p in products)):
-        scale.step()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)

@@ -58,6 +58,17 @@ class Twice(nn.Module):
         return self.first(x).tanh() + self.second(x.view(-1, 64)).tanh()
 
 
+class Masked(nn.Module):
+    """x times a buffer, which is all that the product keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.mask
+
+
 class Counting(offload.OtherMemory):
     written: list[int] = []
 
@@ -73,12 +84,14 @@ def offloaded(module: Any, min_bytes: int = 1) -> Any:
     return module
 
 
-def test_each_storage_is_written_once_and_no_parameter_is() -> None:
+def test_each_storage_is_written_once_and_no_parameter_or_buffer_is() -> None:
     module, x = offloaded(Twice()), torch.rand(32, 64, requires_grad=True)
     module(x).sum().backward()
     assert Counting.written == [32 * 64 * 4] * 3  # the products' input and two results of tanh
     small = offloaded(Twice(), 32 * 64 * 4 + 1)
     small(x).sum().backward()
+    assert Counting.written == []
+    offloaded(Masked())(x).sum().backward()
     assert Counting.written == []
 
 

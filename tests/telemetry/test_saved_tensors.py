@@ -109,6 +109,7 @@ GQA: dict[str, Any] = {"model__attention": "gqa", "model__head_dim": 16, "model_
 CHANGES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"precision__dtype": "bf16"},
+    "bf16 gradients": {"precision__dtype": "bf16", "precision__grad_reduce_fp32": False},
     "bf16 moments": {"precision__dtype": "bf16", "precision__moments_dtype": "bf16"},
     "gqa": GQA,
     "long": {"train__seq_length": 544},  # attention keeps no probabilities

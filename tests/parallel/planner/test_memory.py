@@ -14,6 +14,7 @@ from moe_train.model.memory import job_of, predict, weights_on
 from parallel.planner.job import Job
 from parallel.planner.memory import (
     StageMemory,
+    Weights,
     chunk_activations,
     interleaved,
     peak_in_flight,
@@ -90,6 +91,14 @@ def test_core_attention_recomputed_on_transformer_engine_saves_only_statistics_i
     assert kept(some) - kept(without) == 4 * some.tokens * some.model.num_attention_heads
 
 
+def test_a_dense_layer_on_transformer_engine_keeps_what_one_can_count() -> None:
+    """Llama 3 8B in bf16: 32 heads of 128, of which 8 for keys and values each, and an inner width of 14,336."""
+    some = job("model=llama3_8b", "runtime=cuda", "precision=bf16")
+    norms = 2 * (2 * 4096 + 2 * 4096 + 4)  # input, output, and an fp32 root for a token
+    attention = 2 * 128 * (32 + 8 + 8 + 32) + 4 * 32  # queries, keys, values, output; an fp32 log-sum-exp for a head
+    assert kept(some, moe=False) == some.tokens * (norms + attention + 2 * 3 * 14336)
+
+
 def test_grouped_experts_keep_only_the_input_of_their_activation() -> None:
     """Their function is fused on both backends; that of dense and shared experts is not on the local one."""
     one, grouped = (layer(job("runtime=cpu", f"backend.grouped_gemm={on}"), True) for on in ("false", "null"))
@@ -131,6 +140,63 @@ def test_inputs_of_modules_that_move_to_the_host_do_not_count() -> None:
         assert whole - left == pytest.approx(sum(layer(some, True)[name] for name in names))
 
 
+@pytest.mark.parametrize(("module", "width"), [
+    ("attn_norm", 256), ("qkv_linear", 256), ("mlp_norm", 256), ("core_attn", 4 * (48 + 48 + 32)),
+    ("core_attn,attn_proj", 4 * (48 + 48 + 32 + 32)), ("expert_fc1", 4 * 256), ("moe_act", 4 * 2 * 160),
+])  # fmt: skip
+def test_each_module_moves_its_own_input(module: str, width: int) -> None:
+    """Numbers of 2 bytes for a token: 4 heads with 48 of queries and keys and 32 of values, 4 experts of 160."""
+    some = job("runtime=cuda", "precision=bf16")
+    left = job("runtime=cuda", "precision=bf16", "recompute.offload=memory", f"recompute.offload_modules=[{module}]")
+    assert kept(some) - kept(left) == 2 * 128 * width
+
+
+def test_the_share_of_experts_is_what_their_tokens_keep() -> None:
+    """Of 4 MoE layers, one of them for prediction: input, gate and up, router's weight and down input of each visit."""
+    some = job("runtime=cuda", "precision=bf16")
+    visit = 2 * 256 + 2 * 2 * 160 + 4 + 2 * 160
+    assert stage_memory(some, 0, Weights(0, 0)).expert_share == 4 * 128 * 4 * visit
+
+
+def test_a_recomputed_layer_comes_back_for_its_backward_pass() -> None:
+    """The largest layer, or group of them; with selected modules what they throw away."""
+
+    def back(*overrides: str) -> int:
+        some = job("runtime=cuda", "precision=bf16", "model.mtp_num_layers=0", *overrides)
+        return stage_memory(some, 0, Weights(0, 0)).recompute
+
+    some = job("runtime=cuda", "precision=bf16")
+    largest = max(kept(some), kept(some, moe=False))
+    assert back() == 0
+    assert back("recompute=full") == back("recompute=full", "recompute.method=block") == largest
+    assert back("recompute=full", "recompute.num_layers=2") == 2 * largest
+    assert back("recompute=selective", "recompute.modules=[moe_act]") == 2 * 128 * 4 * 160  # the last layer's input
+
+
+def test_scores_are_there_in_the_training_precision_too_while_a_loss_is_computed() -> None:
+    for layout, scores in (("parallel.tp=1", 128 * 4096), ("parallel.tp=2", 128 * 4096 // 2)):
+        some = job("runtime=cuda", "precision=bf16", layout)
+        saved = saved_logits(some, "".join(some.stages[0]))
+        assert stage_memory(some, 0, Weights(0, 0)).logits == saved + 2 * scores
+
+
+def test_communication_is_messages_tokens_of_experts_and_the_gathered_sequence() -> None:
+    """In hidden states of a micro-batch; each token visits 4 experts, and goes there and back."""
+
+    def states(*overrides: str, stage: int = 0) -> float:
+        some = job("precision=bf16", *overrides)
+        return stage_memory(some, stage, Weights(0, 0)).communication / (2 * 128 * 256)
+
+    assert states("runtime=cuda") == 0
+    assert states("runtime=cuda", "parallel.ep=2") == 2 * 4
+    assert states("runtime=cuda", "parallel.tp=2") == 1
+    assert states("runtime=cuda", "parallel.pp=2") == 2  # one on its way in each direction
+    # Nothing is freed early on the CPU: what was sent for two micro-batches, and what was received for one.
+    assert states("runtime=cpu", "parallel.pp=2") == 2 + 2
+    assert states("runtime=cpu", "parallel.pp=2", stage=1) == 2 + 1
+    assert states("runtime=cuda", "parallel.pp=2", "parallel.tp=2") == 2 / 2 + 1
+
+
 def test_on_the_cpu_large_tensors_move_and_small_ones_stay() -> None:
     some = job("runtime=cpu", "precision=bf16")
     moves = job("runtime=cpu", "precision=bf16", "recompute.offload=file", "recompute.offload_min_bytes=65536")
@@ -147,6 +213,8 @@ def test_fp8_keeps_linear_inputs_in_a_byte_and_caches_two_copies_of_weights(reci
     fp8 = replace(bf16, fp8=recipe)
     name = "routed expert input"
     assert layer(fp8, True)[f"{name} in fp8"] == pytest.approx(layer(bf16, True)[name] / 2 * element)
+    # Both down-projections of latent attention read the norm's output, and each makes a copy of it.
+    assert layer(fp8, True)["input norm output in fp8"] == pytest.approx(2 * 128 * 256 * element)
     cfg = compose(["runtime=cuda", "precision=bf16"])
     weights = weights_on(cfg, bf16, 0)
     embeddings, routers = 2 * 4096 * 256, 4 * 16 * 256
