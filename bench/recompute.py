@@ -1,6 +1,6 @@
 """Recomputation changes no bit: gradients and metrics of every layout with each recomputation set, against none.
 
-`make parity-recompute` takes the layouts of `make parity` and the sets of `make bench-memory`, further sets within each
+`make parity-recompute` takes the layouts of `make parity` in fp32, two of them in bf16 and in FP8, and the sets of `make bench-memory`, further sets within each
 other and, on pipelines, sets that differ between stages. Every rank trains one step of two micro-batches with each set
 from the same weights and data, and compares every gradient, and what the step logs (losses, balance losses, tokens of
 each expert, gradient norm), with what came out when everything was kept. It writes bench/results/recompute.json; with
@@ -33,6 +33,12 @@ from parallel.errors import ConfigError
 from parallel.rank_info import RankInfo
 
 MICRO_BATCHES = 2
+CASES: dict[str, list[str]] = {
+    "single": [],
+    **LAYOUTS,
+    "tp2 pp2 ep2, bf16": [*LAYOUTS["tp2 pp2 ep2"], "precision=bf16"],
+    "pp2 ep2, fp8_block": [*LAYOUTS["pp2 ep2"], "precision=fp8_block"],
+}
 SHORT = ["train.steps=1", "schedule.warmup_steps=1"]
 SETS: dict[str, list[str]] = {
     **{name: words for name, words in SINGLE.items() if name != "none"},
@@ -127,7 +133,7 @@ def run(layouts: Sequence[str], common: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for name in layouts:
         start = time.monotonic()
-        found = [{"layout": name, **row} for row in measure([*common, *LAYOUTS.get(name, [])])]
+        found = [{"layout": name, **row} for row in measure([*CASES[name], *common])]
         rows += found
         if not common:
             save(found)
@@ -157,14 +163,12 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def main() -> None:
     """Command line of `make parity-recompute`. Exits with 1 if any bit differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--layout", action="append", choices=["single", *LAYOUTS], help="only these (repeat the option)"
-    )
+    parser.add_argument("--layout", action="append", choices=list(CASES), help="only these (repeat the option)")
     parser.add_argument("overrides", nargs="*", help="further overrides, such as precision=fp8_block")
     arguments = parser.parse_args()
     forkserver.begin()
     try:
-        rows = run(arguments.layout or ["single", *LAYOUTS], arguments.overrides)
+        rows = run(arguments.layout or list(CASES), arguments.overrides)
     finally:
         forkserver.kill()
     Console().print(table(rows))
@@ -177,7 +181,7 @@ def save(rows: Sequence[dict[str, Any]]) -> Path:
     others = json.loads(before.read_text())["rows"] if before.exists() else []
     new = {row["layout"] for row in rows}
     rows = [*(row for row in others if row["layout"] not in new), *rows]
-    rows = sorted(rows, key=lambda row: ["single", *LAYOUTS].index(row["layout"]))
+    rows = sorted(rows, key=lambda row: list(CASES).index(row["layout"]))
     ran = [row for row in rows if "refused" not in row]
     summary = {
         "all_bit_identical": all(map(holds, rows)), "layouts": len({row["layout"] for row in rows}),

@@ -101,7 +101,9 @@ def _transformers(experts: str, task: Task, weights: Path) -> Step:
     import torch
 
     from bench import step_data, step_transformers
+    from parallel.runtime.cpu import keep_freed_memory
 
+    keep_freed_memory()  # as `prepare` does for ours
     cfg = task.config()
     model = step_transformers.build(cfg, torch.load(weights, weights_only=True), experts)
     data, step = step_data.batches(task, cfg.model.vocab_size), step_transformers.train_step(cfg, model)
