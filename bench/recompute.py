@@ -1,10 +1,10 @@
 """Recomputation changes no bit: gradients and metrics of every layout with each recomputation set, against none.
 
 `make parity-recompute` takes the layouts of `make parity` in fp32, two of them in bf16 and in FP8, with the sets of
-`make bench-memory`, further sets within each other and, on pipelines, sets that differ between stages. Every rank trains
-one step of two micro-batches with each set from the same weights and data, and compares every gradient, and what the
-step logs (losses, balance losses, tokens of each expert, gradient norm), with what came out when everything was kept. It
-writes bench/results/recompute.json; with `--layout` only the rows of those layouts.
+`make bench-memory`, further sets within each other and, on pipelines, sets that differ between stages. Every rank
+trains one step of two micro-batches with each set from the same weights and data, and compares every gradient, and
+what the step logs (losses, balance losses, tokens of each expert, gradient norm), with what came out when everything
+was kept. It writes bench/results/recompute.json; with `--layout` only the rows of those layouts.
 """
 
 from __future__ import annotations
