@@ -63,6 +63,11 @@ def job(cfg: Config) -> None:
             "launcher.start=ft_launcher needs nvidia-resiliency-ext, which is not installed",
             "pip install 'moe-train[resilience]', or use launcher.start=torchrun resilience.nvrx=false",
         )
+    if not launcher.exclusive and launcher.memory_gib is None:
+        raise ConfigError(
+            "launcher.exclusive=false asks for all memory of nodes that other jobs may use (launcher.memory_gib=null)",
+            "use launcher.memory_gib=N, of each node, or launcher.exclusive=true",
+        )
     if launcher.nics and len(launcher.nics) > launcher.ranks_per_node:
         raise ConfigError(
             f"launcher.nics has {len(launcher.nics)} adapters for launcher.ranks_per_node={launcher.ranks_per_node}",

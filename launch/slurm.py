@@ -146,8 +146,8 @@ def flags(cfg: Config, nodes: int, gpus: int, run_dir: Path) -> list[str]:
         f"--signal=B:USR1@{launcher.grace_s}",
         "--requeue" if launcher.requeues and not chained else "--no-requeue",
         f"--output={run_dir}/slurm-%j.out",
-        # All memory of the node: a cluster's default may be a share for each core.
-        *(["--exclusive", "--mem=0"] if launcher.exclusive else ["--oversubscribe"]),
+        "--exclusive" if launcher.exclusive else "--oversubscribe",
+        f"--mem={launcher.memory_gib}G" if launcher.memory_gib else "--mem=0",  # all: the default may be a share
     ]
     for name in ("partition", "account", "qos", "reservation", "constraint"):
         if (value := getattr(launcher, name)) is not None:

@@ -11,6 +11,7 @@ It takes the overrides of moe-train; where they do not say runtime=cpu, the node
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import shutil
 import sys
@@ -152,7 +153,8 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
     if dry:
         if not any(run.unchecked for run in runs):  # the controller says what it would, and keeps nothing
             try:
-                slurm.run("sbatch", "--test-only", *first_after, *command[2:])
+                inherited = snapshot.clean(os.environ) | variables  # as of a submission
+                slurm.run("sbatch", "--test-only", *first_after, *command[2:], environment=inherited)
             except LaunchError as error:
                 raise ConfigError(f"Slurm refuses the job: {error.cause}", "see the fields of launcher") from error
         shown = [*(f"{name}={value}" for name, value in variables.items()), *command[:2], *first_after, *command[2:]]

@@ -47,6 +47,9 @@ class LauncherConfig:
     exclude: list[str] = doc([], "Nodes that Slurm must not use.")
     dependency: str | None = doc(None, "Slurm dependency of the job, such as afterok:1234.")
     exclusive: bool = doc(True, "Whether no other job may use the nodes.")
+    memory_gib: int | None = doc(
+        None, "Main memory asked of each node, GiB; null means all of it, which needs `exclusive`.", minimum=1
+    )
     time_limit_min: int = doc(1440, "Time limit of one job, minutes.", minimum=1, maximum=1_000_000)
     grace_s: int = doc(300, "Time before the limit in which a checkpoint must be written, seconds.", minimum=10)
     requeues: int = doc(100, "Most times that a job goes back to the queue to continue.", minimum=0)

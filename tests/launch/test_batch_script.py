@@ -1,0 +1,97 @@
+"""`launch/train.sbatch` between a Slurm and an srun that are a few lines of shell."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch import slurm
+from moe_train.config.schema import Config
+from tests.launch.commands import environment
+
+# The command line of each srun goes to a log. The first one started by the script itself knows its process.
+_SRUN = """trap "" USR1
+[ -f "$LOG.batch" ] || echo $PPID >"$LOG.batch"
+batch=$(cat "$LOG.batch")
+echo "$*" >>"$LOG"
+case "$*" in
+  *' true') what=look ;;
+  *launch.preflight*) what=preflight ;;
+  *) what=train ;;
+esac
+"""
+_SCONTROL = """case "$1" in
+  show) echo node1 ;;
+  requeue) echo "requeue $2" >>"$LOG"; kill -KILL $PPID ;;
+esac
+"""
+
+
+class Batch:
+    """Runs the script in `directory`, as Slurm does on the first node of a job."""
+
+    def __init__(self, directory: Path) -> None:
+        self.dir, self.log = directory, directory / "log"
+        (directory / "bin").mkdir()
+
+    def run(self, srun: str, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """`srun` is what that command does, in shell, with $what = train, preflight or look, and $batch."""
+        for name, text in {"srun": _SRUN + srun, "scontrol": _SCONTROL}.items():
+            program = self.dir / "bin" / name
+            program.write_text(f"#!/bin/sh\n{text}\n")
+            program.chmod(0o755)
+        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2",
+               "SLURM_JOB_NODELIST": "node1", "SLURM_SUBMIT_DIR": str(self.dir), "LOG": str(self.log),
+               "PATH": f"{self.dir / 'bin'}:{os.environ['PATH']}"}  # fmt: skip
+        return subprocess.run(
+            ["bash", str(slurm.SCRIPT), *overrides], env=environment(**(job | variables)), cwd=self.dir,
+            capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+
+    def lines(self) -> list[str]:
+        """Everything that the script had srun do, and its requests to requeue."""
+        return self.log.read_text().splitlines()
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Batch:
+    return Batch(tmp_path)
+
+
+def test_the_launcher_that_watches_heartbeats_starts_training_alone(batch: Batch) -> None:
+    """Preflight sends none."""
+    done = batch.run("", "run_dir=run", MOE_START="ft_launcher", MOE_PREFLIGHT="check")
+    assert done.returncode == 0, done.stderr
+    preflight, training = (line.split() for line in batch.lines())
+    assert "torch.distributed.run" in preflight
+    assert "launch.preflight" in preflight
+    assert "nvidia_resiliency_ext.fault_tolerance.launcher" in training
+    assert "launch.main" in training
+
+
+@pytest.mark.parametrize("when", ["preflight", "look"])
+def test_a_warning_between_two_starts_is_not_forgotten(when: str, batch: Batch) -> None:
+    """No rank of the next start would be told, and the time limit would take what it does."""
+    srun = f'[ $what != {when} ] || kill -USR1 "$batch"; [ $what != train ] || exit 1'
+    done = batch.run(srun, "run_dir=run", MOE_PREFLIGHT="check" if when == "preflight" else "none")
+    *steps, last = batch.lines()
+    assert last == "requeue 7", done.stdout
+    assert sum("launch.main" in step for step in steps) == (when == "look")
+
+
+def test_a_job_that_is_ended_between_two_starts_starts_nothing_more(batch: Batch) -> None:
+    done = batch.run('[ $what != look ] || kill -TERM "$batch"; [ $what != train ] || exit 1', "run_dir=run")
+    assert done.returncode == 75
+    assert sum("launch.main" in step for step in batch.lines()) == 1
+
+
+def test_the_script_alone_asks_for_nodes_as_moe_submit_does() -> None:
+    lines = slurm.SCRIPT.read_text().splitlines()
+    header = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
+    by_name = {"--job-name", "--nodes", "--time", "--output"}
+    flags = {flag for flag in slurm.flags(Config(), 1, 8, Path("run")) if flag.partition("=")[0] not in by_name}
+    assert flags == {flag for flag in header if flag.partition("=")[0] not in by_name} - {"--open-mode=append"}
+    assert "--mem=0" in flags
