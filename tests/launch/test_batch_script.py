@@ -37,8 +37,8 @@ class Batch:
         self.dir, self.log = directory, directory / "log"
         (directory / "bin").mkdir()
 
-    def run(self, srun: str, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """`srun` is what that command does, in shell, with $what = train, preflight or look, and $batch."""
+    def run(self, srun: str, *overrides: str, **variables: str) -> tuple[int, str]:
+        """Exit code and output. `srun` is what that command does, in shell, with $what = train, preflight or look, and $batch."""
         for name, text in {"srun": _SRUN + srun, "scontrol": _SCONTROL}.items():
             program = self.dir / "bin" / name
             program.write_text(f"#!/bin/sh\n{text}\n")
@@ -46,10 +46,10 @@ class Batch:
         job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2",
                "SLURM_JOB_NODELIST": "node1", "SLURM_SUBMIT_DIR": str(self.dir), "LOG": str(self.log),
                "PATH": f"{self.dir / 'bin'}:{os.environ['PATH']}"}  # fmt: skip
-        return subprocess.run(
-            ["bash", str(slurm.SCRIPT), *overrides], env=environment(**(job | variables)), cwd=self.dir,
-            capture_output=True, text=True, timeout=30,
-        )  # fmt: skip
+        command, env = ["bash", str(slurm.SCRIPT), *overrides], environment(**(job | variables))
+        with (self.dir / "out").open("w") as out:  # not a pipe, which what outlives the script would hold open
+            done = subprocess.run(command, env=env, cwd=self.dir, stdout=out, stderr=out, text=True, timeout=30)
+        return done.returncode, (self.dir / "out").read_text()
 
     def lines(self) -> list[str]:
         """Everything that the script had srun do, and its requests to requeue."""
@@ -63,8 +63,8 @@ def batch(tmp_path: Path) -> Batch:
 
 def test_the_launcher_that_watches_heartbeats_starts_training_alone(batch: Batch) -> None:
     """Preflight sends none."""
-    done = batch.run("", "run_dir=run", MOE_START="ft_launcher", MOE_PREFLIGHT="check")
-    assert done.returncode == 0, done.stderr
+    code, text = batch.run("", "run_dir=run", MOE_START="ft_launcher", MOE_PREFLIGHT="check")
+    assert code == 0, text
     preflight, training = (line.split() for line in batch.lines())
     assert "torch.distributed.run" in preflight
     assert "launch.preflight" in preflight
@@ -75,16 +75,17 @@ def test_the_launcher_that_watches_heartbeats_starts_training_alone(batch: Batch
 @pytest.mark.parametrize("when", ["preflight", "look"])
 def test_a_warning_between_two_starts_is_not_forgotten(when: str, batch: Batch) -> None:
     """No rank of the next start would be told, and the time limit would take what it does."""
-    srun = f'[ $what != {when} ] || kill -USR1 "$batch"; [ $what != train ] || exit 1'
-    done = batch.run(srun, "run_dir=run", MOE_PREFLIGHT="check" if when == "preflight" else "none")
+    # bash can lose the exit code of what ends in the instant of a signal, hence the pause
+    srun = f'[ $what != {when} ] || {{ kill -USR1 "$batch"; sleep 0.3; }}; [ $what != train ] || exit 1'
+    _, text = batch.run(srun, "run_dir=run", MOE_PREFLIGHT="check" if when == "preflight" else "none")
     *steps, last = batch.lines()
-    assert last == "requeue 7", done.stdout
+    assert last == "requeue 7", text
     assert sum("launch.main" in step for step in steps) == (when == "look")
 
 
 def test_a_job_that_is_ended_between_two_starts_starts_nothing_more(batch: Batch) -> None:
-    done = batch.run('[ $what != look ] || kill -TERM "$batch"; [ $what != train ] || exit 1', "run_dir=run")
-    assert done.returncode == 75
+    code, _ = batch.run('[ $what != look ] || kill -TERM "$batch"; [ $what != train ] || exit 1', "run_dir=run")
+    assert code == 75
     assert sum("launch.main" in step for step in batch.lines()) == 1
 
 
@@ -95,3 +96,9 @@ def test_the_script_alone_asks_for_nodes_as_moe_submit_does() -> None:
     flags = {flag for flag in slurm.flags(Config(), 1, 8, Path("run")) if flag.partition("=")[0] not in by_name}
     assert flags == {flag for flag in header if flag.partition("=")[0] not in by_name} - {"--open-mode=append"}
     assert "--mem=0" in flags
+
+
+def test_a_preflight_without_a_report_ends_with_its_own_code(batch: Batch) -> None:
+    code, _ = batch.run("exit 7", "run_dir=run", MOE_PREFLIGHT="check")
+    assert code == 7
+    assert len(batch.lines()) == 1
