@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,10 +10,14 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from moe_train.config.launcher import LauncherConfig
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError, LaunchError
 
 SCRIPT = Path(__file__).with_name("train.sbatch")
+_UNHEARD = {"start": "MOE_START", "preflight": "MOE_PREFLIGHT", "requeues": "MOE_REQUEUES", "grace_s": "MOE_GRACE_S",
+            "container": "MOE_CONTAINER", "container_runtime": "MOE_CONTAINER_RUNTIME"}  # fmt: skip
+_DEFAULTS = LauncherConfig()
 
 
 @dataclass(frozen=True)
@@ -157,12 +162,12 @@ def flags(cfg: Config, nodes: int, gpus: int, run_dir: Path) -> list[str]:
     return found
 
 
-def environment(cfg: Config, code: Path) -> dict[str, str]:
-    """Variables that `train.sbatch` reads, as far as they differ from what it assumes."""
+def environment(cfg: Config, place: Path) -> dict[str, str]:
+    """Variables that `train.sbatch` reads, for the submission that is kept in `place`."""
     launcher = cfg.launcher
     found = {
-        "MOE_SUBMITTED": "1",
-        "MOE_CODE": str(code),
+        "MOE_SUBMITTED": place.name,
+        "MOE_CODE": str(place / "code"),
         "MOE_PYTHON": sys.executable,
         "MOE_START": launcher.start,
         "MOE_PREFLIGHT": launcher.preflight,
@@ -174,6 +179,23 @@ def environment(cfg: Config, code: Path) -> dict[str, str]:
         found |= {"MOE_CONTAINER": launcher.container, "MOE_CONTAINER_RUNTIME": launcher.container_runtime}
         found |= {"MOE_MOUNTS": ",".join(launcher.mounts)} if launcher.mounts else {}
     return found
+
+
+def warn_unheard(launcher: LauncherConfig) -> None:
+    """One line on stderr about fields that only moe-submit acts on, where ranks run without what they ask for.
+
+    `train.sbatch` alone sees its command line, where it refuses them, and not the files of conf.
+    """
+    if "MOE_SUBMITTED" in os.environ:
+        return
+    found = {}
+    for name, variable in _UNHEARD.items():
+        value = str(getattr(launcher, name))
+        if value not in (str(getattr(_DEFAULTS, name)), os.environ.get(variable)):
+            found[f"launcher.{name}={value}"] = variable
+    if found:
+        print(f"warning: moe-submit alone acts on {', '.join(found)}; launch/train.sbatch takes "
+              f"{', '.join(found.values())}", file=sys.stderr, flush=True)  # fmt: skip
 
 
 def run(*words: str, environment: dict[str, str] | None = None) -> str:

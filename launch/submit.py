@@ -140,7 +140,7 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
             "sweep over what leaves nodes and launcher as they are, or submit the others by themselves",
         )
     place = directory / snapshot.FOLDER / time.strftime("%Y-%m-%d_%H-%M-%S")
-    variables = slurm.environment(first.cfg, place / "code")
+    variables = slurm.environment(first.cfg, place)
     flags = slurm.flags(first.cfg, first.nodes, first.gpus, directory)
     words = _overrides(first)
     if len(runs) > 1:

@@ -38,7 +38,7 @@ class Batch:
         (directory / "bin").mkdir()
 
     def run(self, srun: str, *overrides: str, **variables: str) -> tuple[int, str]:
-        """Exit code and output. `srun` is what that command does, in shell, with $what = train, preflight or look, and $batch."""
+        """Exit code and output. `srun` is what that command does, in shell; $what is train, preflight or look."""
         for name, text in {"srun": _SRUN + srun, "scontrol": _SCONTROL}.items():
             program = self.dir / "bin" / name
             program.write_text(f"#!/bin/sh\n{text}\n")
@@ -96,6 +96,14 @@ def test_the_script_alone_asks_for_nodes_as_moe_submit_does() -> None:
     flags = {flag for flag in slurm.flags(Config(), 1, 8, Path("run")) if flag.partition("=")[0] not in by_name}
     assert flags == {flag for flag in header if flag.partition("=")[0] not in by_name} - {"--open-mode=append"}
     assert "--mem=0" in flags
+
+
+def test_every_start_of_a_job_or_chain_knows_where_the_first_is_remembered(batch: Batch) -> None:
+    for more in ({}, {"SLURM_RESTART_COUNT": "1"}, {"MOE_SUBMITTED": "monday"}):
+        code, text = batch.run('echo "$MOE_FIRST_START" >>"$LOG"', "run_dir=run", **more)
+        assert code == 0, text
+    files = [line for line in batch.lines() if line.startswith("run/")]
+    assert files == ["run/.first_start_7.json", "run/.first_start_7.json", "run/.first_start_monday.json"]
 
 
 def test_a_preflight_without_a_report_ends_with_its_own_code(batch: Batch) -> None:

@@ -34,7 +34,7 @@ _COMMANDS = {
 esac""",
     "sbatch": """case "$*" in
   *--test-only*--account=nobody*) echo 'allocation failure: Invalid account' >&2; exit 1 ;;
-  *--test-only*) echo "$MOE_SUBMITTED$SLURM_JOB_ID$RANK$SLURM_CONF" >"$LOG.asked"; exit 0 ;;
+  *--test-only*) echo "${MOE_SUBMITTED:+ours }$SLURM_JOB_ID$RANK$SLURM_CONF" >"$LOG.asked"; exit 0 ;;
 esac
 printf '%s\\n' "$MOE_CODE" "$@" >>"$LOG"
 n=$(($(cat "$LOG.number" 2>/dev/null || echo 70) + 1)); echo $n >"$LOG.number"; echo $n
@@ -155,7 +155,7 @@ def test_the_controller_is_asked_as_the_job_would_be_submitted(
     for name, value in {"SLURM_JOB_ID": "9", "RANK": "8", "SLURM_CONF": "here"}.items():
         monkeypatch.setenv(name, value)
     assert submit.run(["--dry-run", *TINY, f"run_dir={tmp_path}/run"]) == 0
-    assert Path(f"{cluster}.asked").read_text() == "1here\n"
+    assert Path(f"{cluster}.asked").read_text() == "ours here\n"
 
 
 def test_gpus_where_there_are_none(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
