@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launch import container
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError, LaunchError
@@ -168,7 +169,7 @@ def environment(cfg: Config, place: Path) -> dict[str, str]:
     found = {
         "MOE_SUBMITTED": place.name,
         "MOE_CODE": str(place / "code"),
-        "MOE_PYTHON": sys.executable,
+        "MOE_PYTHON": container.python(launcher),
         "MOE_START": launcher.start,
         "MOE_PREFLIGHT": launcher.preflight,
         "MOE_RESTARTS": str(3 if launcher.restarts is None else launcher.restarts),
@@ -177,7 +178,7 @@ def environment(cfg: Config, place: Path) -> dict[str, str]:
     }
     if launcher.container is not None:
         found |= {"MOE_CONTAINER": launcher.container, "MOE_CONTAINER_RUNTIME": launcher.container_runtime}
-        found |= {"MOE_MOUNTS": ",".join(launcher.mounts)} if launcher.mounts else {}
+        found["MOE_MOUNTS"] = ",".join(str(mount) for mount in container.mounts(launcher))
     return found
 
 

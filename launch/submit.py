@@ -23,7 +23,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from launch import checks, follow, placement, slurm, snapshot
+from launch import checks, container, follow, placement, slurm, snapshot
 from launch.estimate import Estimate, check_memory, estimate
 from moe_train.config.compose import hydra_entry
 from moe_train.config.schema import Config
@@ -107,6 +107,7 @@ def check(cfg: Config) -> Checked:
     check_memory(found, layout)
     checks.data(cfg, found.tokens)
     checks.directories(cfg)
+    checks.in_container(cfg)
     gpus = launcher.gpus_per_node
     if gpus is None:
         gpus = 0 if cfg.runtime == "cpu" else launcher.ranks_per_node
@@ -140,6 +141,7 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
             "sweep over what leaves nodes and launcher as they are, or submit the others by themselves",
         )
     place = directory / snapshot.FOLDER / time.strftime("%Y-%m-%d_%H-%M-%S")
+    container.sees(launcher, {"the copy of the code": str(place)}, {})
     variables = slurm.environment(first.cfg, place)
     flags = slurm.flags(first.cfg, first.nodes, first.gpus, directory)
     words = _overrides(first)
