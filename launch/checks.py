@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
-from launch import env, placement
+from launch import container, env, placement
 from launch.estimate import Estimate
 from moe_train.config.fallback import fitting, values_of
 from moe_train.config.schema import Config
@@ -42,7 +43,8 @@ def job(cfg: Config) -> None:
             f"{launcher.time_limit_min} to train",
             f"use launcher.grace_s={launcher.time_limit_min * 6} or a longer launcher.time_limit_min",
         )
-    if launcher.start in ("mpirun", "pmi2", "pmix") and importlib.util.find_spec("mpi4py") is None:
+    here = container.python(launcher) == sys.executable  # or its libraries cannot be asked for
+    if launcher.start in ("mpirun", "pmi2", "pmix") and here and importlib.util.find_spec("mpi4py") is None:
         raise ConfigError(
             f"launcher.start={launcher.start} needs mpi4py, which is not installed",
             "pip install 'moe-train[mpi]', or use launcher.start=srun",
@@ -58,10 +60,15 @@ def job(cfg: Config) -> None:
             "use launcher.start=ft_launcher or resilience.nvrx=false",
         )
     nvrx = importlib.util.find_spec("nvidia_resiliency_ext") is not None
-    if launcher.start == "ft_launcher" and launcher.container is None and not nvrx:
+    if launcher.start == "ft_launcher" and here and not nvrx:
         raise ConfigError(
             "launcher.start=ft_launcher needs nvidia-resiliency-ext, which is not installed",
             "pip install 'moe-train[resilience]', or use launcher.start=torchrun resilience.nvrx=false",
+        )
+    if not launcher.exclusive and launcher.memory_gib is None:
+        raise ConfigError(
+            "launcher.exclusive=false asks for all memory of nodes that other jobs may use (launcher.memory_gib=null)",
+            "use launcher.memory_gib=N, of each node, or launcher.exclusive=true",
         )
     if launcher.nics and len(launcher.nics) > launcher.ranks_per_node:
         raise ConfigError(
@@ -69,25 +76,7 @@ def job(cfg: Config) -> None:
             "name one for each GPU",
         )
     env.variables(launcher, RankInfo(0, 1, 0, 1, "", 0, "srun"))  # its entries are NAME=VALUE
-    _container(cfg)
-
-
-def _container(cfg: Config) -> None:
-    launcher = cfg.launcher
-    image = launcher.container
-    local = image is not None and (image.startswith(("/", "./")) or image.endswith((".sif", ".sqsh")))
-    if image is not None and local and not Path(image).exists():
-        raise ConfigError(f"launcher.container={image} does not exist", "name an image file, or one of a registry")
-    if image is not None and launcher.start == "mpirun" and launcher.container_runtime == "pyxis":
-        raise ConfigError(
-            "launcher.start=mpirun starts ranks outside launcher.container, which is a flag of srun with pyxis",
-            "use launcher.start=pmi2 or launcher.container_runtime=apptainer",
-        )
-    if launcher.mounts and image is None:
-        raise ConfigError("launcher.mounts is for launcher.container, which is null", "use launcher.mounts=[]")
-    for mount in launcher.mounts:
-        if not Path(mount.partition(":")[0]).exists():
-            raise ConfigError(f"launcher.mounts has {mount}, which is not on this machine", "name a shared directory")
+    container.check(launcher)
 
 
 def fallbacks(cfg: Config, nodes: int) -> None:
@@ -170,6 +159,15 @@ def directories(cfg: Config) -> None:
                 f"{name}={given} is under {place}, which each node has for itself",
                 f"set {name} to a path on storage that all nodes share",
             )
+
+
+def in_container(cfg: Config) -> None:
+    """The container has all paths of the run as this machine does."""
+    paths = _shared(cfg) | {"run_dir": str(Path(cfg.run_dir).resolve())}  # which is how the job gets it
+    paths |= {} if cfg.init_from is None else {"init_from": cfg.init_from}
+    paths |= {} if cfg.resume in ("auto", "never") else {"resume": cfg.resume}
+    written = {name: path for name, path in paths.items() if name in ("run_dir", "checkpoint.dir")}
+    container.sees(cfg.launcher, paths, written)
 
 
 def _shared(cfg: Config) -> dict[str, str]:

@@ -6,6 +6,7 @@ No torch import: it must happen before the libraries that read it are loaded.
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from moe_train.config.launcher import LauncherConfig
@@ -17,19 +18,45 @@ def apply(cfg: LauncherConfig, info: RankInfo) -> None:
     """Set the variables and the affinity of this process.
 
     Raises:
-        ConfigError: `environment` has an entry without a name, or the scratch directory cannot be made.
+        ConfigError: `environment` has an entry without a name, the scratch directory cannot be made, or cores cannot be
+            chosen here.
     """
     os.environ.update(variables(cfg, info))
-    if cfg.scratch_dir is not None:
-        try:
-            Path(os.environ["TMPDIR"]).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"launcher.scratch_dir={cfg.scratch_dir} cannot be written: {error.strerror}",
-                "name a directory on each node's own disk, or set launcher.scratch_dir=null",
-            ) from error
-    if cfg.bind == "numa":
-        os.sched_setaffinity(0, cores_of(info))
+    make_scratch(cfg)
+    settle(cores(cfg, info))
+
+
+def settle(cores: set[int] | None) -> None:
+    """Stay on these cores (None: where the process may be already), with temporary files where TMPDIR now says."""
+    tempfile.tempdir = None  # Python remembers the directory that it used first
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+
+
+def make_scratch(cfg: LauncherConfig) -> None:
+    """Make the user's part of the scratch directory. Raises ConfigError where that fails."""
+    if cfg.scratch_dir is None:
+        return
+    try:
+        _own(cfg.scratch_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"launcher.scratch_dir={cfg.scratch_dir} cannot be written: {error.strerror}",
+            "name a directory on each node's own disk, or set launcher.scratch_dir=null",
+        ) from error
+
+
+def _own(scratch_dir: str) -> Path:
+    return Path(scratch_dir, f"moe-train-{os.getuid()}")
+
+
+def cores(cfg: LauncherConfig, info: RankInfo) -> set[int] | None:
+    """Cores that the rank stays on as `bind` says; None for any. Raises ConfigError where the system is not Linux."""
+    if cfg.bind == "none":
+        return None
+    if not hasattr(os, "sched_setaffinity"):
+        raise ConfigError(f"launcher.bind={cfg.bind} needs Linux", "use launcher.bind=none")
+    return cores_of(info)
 
 
 def variables(cfg: LauncherConfig, info: RankInfo) -> dict[str, str]:
@@ -46,11 +73,11 @@ def variables(cfg: LauncherConfig, info: RankInfo) -> dict[str, str]:
         found["NVSHMEM_HCA_LIST"] = ",".join(f"{nic}:1" for nic in cfg.nics)
         found["UCX_NET_DEVICES"] = f"{cfg.nics[info.local_rank % len(cfg.nics)]}:1"
     if cfg.scratch_dir is not None:
-        user = f"moe-train-{os.getuid()}"
-        found["TMPDIR"] = str(Path(cfg.scratch_dir, user))
+        own = _own(cfg.scratch_dir)
+        found["TMPDIR"] = str(own)
         # One for each rank: they compile the same kernels at the same time.
         for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
-            found[name] = str(Path(cfg.scratch_dir, user, f"{name.lower()}_{info.local_rank}"))
+            found[name] = str(own / f"{name.lower()}_{info.local_rank}")
     for entry in cfg.environment:
         name, equals, value = entry.partition("=")
         if not name or not equals:

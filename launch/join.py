@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch import env, failures, job, local, rank, rendezvous
+from launch import env, failures, job, local, rank, rendezvous, restarts, slurm
 from moe_train.config.fallback import fitting
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError, LaunchError, MoeTrainError
@@ -68,13 +68,15 @@ def _lead(info: RankInfo, store: TCPStore, entry: str | None) -> int:
         cfg = fitting(cfg, info.world_size)
         job.resolve_runtime(cfg)
         if entry is None:
+            slurm.warn_unheard(cfg.launcher)
             job.prepare_data(cfg)
         path = job.save_config(cfg)
+        restarts.remember(cfg)
         store.set(_CONFIG, json.dumps({"config": compose.to_yaml(cfg)}))
         published = True
         _train(cfg, path, info, store, entry)
 
-    code = compose.hydra_entry(work)
+    code = compose.hydra_entry(work, argv=[*sys.argv[1:], *restarts.overrides()])
     if not published:  # a wrong config, or --cfg and --help: hydra_entry has said all there is to say
         store.set(_CONFIG, json.dumps({"exit": code}))
         _await(store, _READ, info.world_size - 1)

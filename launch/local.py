@@ -10,9 +10,8 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-from launch import env, failures, job, rank
+from launch import env, failures, job, rank, restarts
 from launch.processes import RankProcesses
-from moe_train.checkpoint import directory
 from moe_train.config.schema import Config, LauncherConfig
 from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
@@ -31,29 +30,24 @@ def start(cfg: Config, layout: ParallelLayout, entry: str | None = None) -> None
     that would not help (`failures.LASTING`).
 
     Raises:
+        ConfigError: what `launcher` sets up for ranks cannot be.
         RankError: a rank failed, and was not or not again started.
         LaunchError: run_dir cannot be written.
         Interrupted: a signal told this process to end; the ranks were stopped.
     """
-    restarts = cfg.launcher.restarts or 0
-    before = _checkpoints(cfg)
-    for attempt in range(restarts + 1):
+    env.make_scratch(cfg.launcher)
+    budget = cfg.launcher.restarts or 0
+    before = restarts.checkpoints(restarts.root_of(cfg))
+    for attempt in range(budget + 1):
         try:
             _run(cfg, layout, entry)
             return
         except failures.RankError as error:
-            if error.exit_code in failures.LASTING or attempt == restarts:
+            if error.exit_code in failures.LASTING or attempt == budget:
                 raise
-            if _checkpoints(cfg) != before:  # what was asked of the first start must not make a later one begin anew
+            if restarts.checkpoints(restarts.root_of(cfg)) != before:
                 cfg = dataclasses.replace(cfg, resume="auto")
-            print(f"warning: {error}; starting again, {attempt + 1} of {restarts} times", file=sys.stderr, flush=True)
-
-
-def _checkpoints(cfg: Config) -> dict[str, int]:
-    """When each checkpoint of the run was written."""
-    root = Path(cfg.checkpoint.dir or Path(cfg.run_dir) / "checkpoints")
-    files = (path / directory.STATE for path in directory.candidates(root))
-    return {file.parent.name: file.stat().st_mtime_ns for file in files if file.exists()}
+            print(f"warning: {error}; starting again, {attempt + 1} of {budget} times", file=sys.stderr, flush=True)
 
 
 def _run(cfg: Config, layout: ParallelLayout, entry: str | None) -> None:
@@ -89,6 +83,7 @@ def _setup(info: RankInfo, cfg: LauncherConfig, logs: Path, threads: int) -> ran
         log=str(log),
         error_file=str(log.with_suffix(".error.json")),
         own_terminal=info.rank == 0,
+        cores=env.cores(cfg, info),
     )
 
 

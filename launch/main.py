@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from launch import forkserver, quiet, rendezvous, signals
+from launch import forkserver, quiet, rendezvous, restarts, signals
 from moe_train.config.schema import Config
 from moe_train.resilience import stop
 from parallel.errors import MoeTrainError
@@ -36,7 +36,8 @@ def run(entry: str | None = None) -> int:
 
     try:
         with signals.interruptible():
-            return compose.hydra_entry(partial(train_here, entry=entry))
+            words = [*sys.argv[1:], *restarts.overrides()]
+            return compose.hydra_entry(partial(train_here, entry=entry), argv=words)
     except signals.Interrupted as interrupt:
         print(f"\ninterrupted by {interrupt.signal.name}; every rank has ended", file=sys.stderr)
         return interrupt.exit_code
@@ -61,12 +62,14 @@ def train_here(cfg: Config, entry: str | None = None) -> None:
         return
     if cfg.runtime == "cpu" or not any(Path("/dev").glob("nvidia*")):
         forkserver.begin()  # it imports torch while this process does so too, and makes the data
-    from launch import job, local
+    from launch import job, local, slurm
 
     job.resolve_runtime(cfg)
     if cfg.runtime == "cuda":
         job.check_gpus(layout, job.visible_gpus())
+    restarts.remember(cfg)
     if entry is None:
+        slurm.warn_unheard(cfg.launcher)
         job.prepare_data(cfg)
     local.start(cfg, layout, entry)
 

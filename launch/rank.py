@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from typing import IO, Any
 
-from launch import failures, quiet, signals
+from launch import env, failures, quiet, signals
 from moe_train.config.schema import Config
 from moe_train.resilience import stop
 from parallel.errors import LaunchError
@@ -39,6 +39,8 @@ class Setup:
     """File for the traceback, and for the output if `own_terminal` is false."""
     error_file: str
     own_terminal: bool
+    cores: set[int] | None = None
+    """Those that it stays on; None: all that the launcher may use."""
 
 
 def enter(setup: Setup, work: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -51,6 +53,7 @@ def enter(setup: Setup, work: Callable[..., None], args: tuple[Any, ...]) -> Non
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ENDING)
     os.environ.clear()
     os.environ.update(setup.environment)
+    env.settle(setup.cores)
     log = open(setup.log, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as the process lives
     log.write(f"--- rank {setup.rank}, process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     faulthandler.enable(log)

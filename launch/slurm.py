@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,10 +10,15 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launch import container
+from moe_train.config.launcher import LauncherConfig
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError, LaunchError
 
 SCRIPT = Path(__file__).with_name("train.sbatch")
+_UNHEARD = {"start": "MOE_START", "preflight": "MOE_PREFLIGHT", "requeues": "MOE_REQUEUES", "grace_s": "MOE_GRACE_S",
+            "container": "MOE_CONTAINER", "container_runtime": "MOE_CONTAINER_RUNTIME"}  # fmt: skip
+_DEFAULTS = LauncherConfig()
 
 
 @dataclass(frozen=True)
@@ -146,8 +152,8 @@ def flags(cfg: Config, nodes: int, gpus: int, run_dir: Path) -> list[str]:
         f"--signal=B:USR1@{launcher.grace_s}",
         "--requeue" if launcher.requeues and not chained else "--no-requeue",
         f"--output={run_dir}/slurm-%j.out",
-        # All memory of the node: a cluster's default may be a share for each core.
-        *(["--exclusive", "--mem=0"] if launcher.exclusive else ["--oversubscribe"]),
+        "--exclusive" if launcher.exclusive else "--oversubscribe",
+        f"--mem={launcher.memory_gib}G" if launcher.memory_gib else "--mem=0",  # all: the default may be a share
     ]
     for name in ("partition", "account", "qos", "reservation", "constraint"):
         if (value := getattr(launcher, name)) is not None:
@@ -157,13 +163,13 @@ def flags(cfg: Config, nodes: int, gpus: int, run_dir: Path) -> list[str]:
     return found
 
 
-def environment(cfg: Config, code: Path) -> dict[str, str]:
-    """Variables that `train.sbatch` reads, as far as they differ from what it assumes."""
+def environment(cfg: Config, place: Path) -> dict[str, str]:
+    """Variables that `train.sbatch` reads, for the submission that is kept in `place`."""
     launcher = cfg.launcher
     found = {
-        "MOE_SUBMITTED": "1",
-        "MOE_CODE": str(code),
-        "MOE_PYTHON": sys.executable,
+        "MOE_SUBMITTED": place.name,
+        "MOE_CODE": str(place / "code"),
+        "MOE_PYTHON": container.python(launcher),
         "MOE_START": launcher.start,
         "MOE_PREFLIGHT": launcher.preflight,
         "MOE_RESTARTS": str(3 if launcher.restarts is None else launcher.restarts),
@@ -172,8 +178,25 @@ def environment(cfg: Config, code: Path) -> dict[str, str]:
     }
     if launcher.container is not None:
         found |= {"MOE_CONTAINER": launcher.container, "MOE_CONTAINER_RUNTIME": launcher.container_runtime}
-        found |= {"MOE_MOUNTS": ",".join(launcher.mounts)} if launcher.mounts else {}
+        found["MOE_MOUNTS"] = ",".join(str(mount) for mount in container.mounts(launcher))
     return found
+
+
+def warn_unheard(launcher: LauncherConfig) -> None:
+    """One line on stderr about fields that only moe-submit acts on, where ranks run without what they ask for.
+
+    `train.sbatch` alone sees its command line, where it refuses them, and not the files of conf.
+    """
+    if "MOE_SUBMITTED" in os.environ:
+        return
+    found = {}
+    for name, variable in _UNHEARD.items():
+        value = str(getattr(launcher, name))
+        if value not in (str(getattr(_DEFAULTS, name)), os.environ.get(variable)):
+            found[f"launcher.{name}={value}"] = variable
+    if found:
+        print(f"warning: moe-submit alone acts on {', '.join(found)}; launch/train.sbatch takes "
+              f"{', '.join(found.values())}", file=sys.stderr, flush=True)  # fmt: skip
 
 
 def run(*words: str, environment: dict[str, str] | None = None) -> str:

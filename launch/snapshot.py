@@ -38,12 +38,12 @@ class Submission:
             LaunchError: Slurm refuses it.
         """
         name, first, *rest = self.command
-        answer = slurm.run(name, first, *more, *rest, environment=_clean(os.environ) | self.environment)
+        answer = slurm.run(name, first, *more, *rest, environment=clean(os.environ) | self.environment)
         self.jobs.append(answer.strip().partition(";")[0])
         return self.jobs[-1]
 
 
-def _clean(environment: Mapping[str, str]) -> dict[str, str]:
+def clean(environment: Mapping[str, str]) -> dict[str, str]:
     """What a new job may inherit: nothing of a job that this process belongs to, and no rank of it. sbatch hands all
     it gets to the job, where Slurm sets its own, but the rank of a process would be taken for torchrun's."""
     return {

@@ -11,6 +11,7 @@ It takes the overrides of moe-train; where they do not say runtime=cpu, the node
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import shutil
 import sys
@@ -22,7 +23,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from launch import checks, follow, placement, slurm, snapshot
+from launch import checks, container, follow, placement, slurm, snapshot
 from launch.estimate import Estimate, check_memory, estimate
 from moe_train.config.compose import hydra_entry
 from moe_train.config.schema import Config
@@ -106,6 +107,7 @@ def check(cfg: Config) -> Checked:
     check_memory(found, layout)
     checks.data(cfg, found.tokens)
     checks.directories(cfg)
+    checks.in_container(cfg)
     gpus = launcher.gpus_per_node
     if gpus is None:
         gpus = 0 if cfg.runtime == "cpu" else launcher.ranks_per_node
@@ -139,7 +141,8 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
             "sweep over what leaves nodes and launcher as they are, or submit the others by themselves",
         )
     place = directory / snapshot.FOLDER / time.strftime("%Y-%m-%d_%H-%M-%S")
-    variables = slurm.environment(first.cfg, place / "code")
+    container.sees(launcher, {"the copy of the code": str(place)}, {})
+    variables = slurm.environment(first.cfg, place)
     flags = slurm.flags(first.cfg, first.nodes, first.gpus, directory)
     words = _overrides(first)
     if len(runs) > 1:
@@ -152,7 +155,8 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
     if dry:
         if not any(run.unchecked for run in runs):  # the controller says what it would, and keeps nothing
             try:
-                slurm.run("sbatch", "--test-only", *first_after, *command[2:])
+                inherited = snapshot.clean(os.environ) | variables  # as of a submission
+                slurm.run("sbatch", "--test-only", *first_after, *command[2:], environment=inherited)
             except LaunchError as error:
                 raise ConfigError(f"Slurm refuses the job: {error.cause}", "see the fields of launcher") from error
         shown = [*(f"{name}={value}" for name, value in variables.items()), *command[:2], *first_after, *command[2:]]

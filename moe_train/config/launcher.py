@@ -47,6 +47,9 @@ class LauncherConfig:
     exclude: list[str] = doc([], "Nodes that Slurm must not use.")
     dependency: str | None = doc(None, "Slurm dependency of the job, such as afterok:1234.")
     exclusive: bool = doc(True, "Whether no other job may use the nodes.")
+    memory_gib: int | None = doc(
+        None, "Main memory asked of each node, GiB; null means all of it, which needs `exclusive`.", minimum=1
+    )
     time_limit_min: int = doc(1440, "Time limit of one job, minutes.", minimum=1, maximum=1_000_000)
     grace_s: int = doc(300, "Time before the limit in which a checkpoint must be written, seconds.", minimum=10)
     requeues: int = doc(100, "Most times that a job goes back to the queue to continue.", minimum=0)
@@ -58,7 +61,14 @@ class LauncherConfig:
     array_limit: int | None = doc(None, "Jobs of a sweep (-m) that run at a time; null means all.", minimum=1)
     container: str | None = doc(None, "Container image that ranks run in; null means none.")
     container_runtime: str = doc("pyxis", "What runs the image.", choices=("pyxis", "apptainer"))
-    mounts: list[str] = doc([], "Directories that the container sees, as HOST or HOST:CONTAINER.")
+    mounts: list[str] = doc(
+        [], "Directories that the container has, as HOST, HOST:CONTAINER or HOST:CONTAINER:FLAGS; none means the one "
+        "in which moe-submit is called.",
+    )  # fmt: skip
+    python: str | None = doc(
+        None, "Python that starts the ranks of a batch job, on every node or in the container; null means that of "
+        "moe-submit, and python3 in a container.",
+    )  # fmt: skip
     preflight: str = doc(
         "none", "Check nodes and network first: stop where one is bad (check), or submit again without it (resubmit).",
         choices=("none", "check", "resubmit"),

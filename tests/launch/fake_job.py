@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def report(cfg: Config, rank: RankInfo) -> None:
         "run_dir": cfg.run_dir,
         "local": [rank.local_rank, rank.local_world_size],
         "environment": [os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]],
+    }
+    Path(cfg.run_dir, f"rank_{rank.rank}.json").write_text(json.dumps(facts))
+
+
+def surroundings(cfg: Config, rank: RankInfo) -> None:
+    """Say where this rank runs."""
+    facts = {
+        "cores": sorted(os.sched_getaffinity(0)),
+        "variable": os.environ.get("MADE_UP"),
+        "temporary": [os.environ.get("TMPDIR"), tempfile.gettempdir()],
     }
     Path(cfg.run_dir, f"rank_{rank.rank}.json").write_text(json.dumps(facts))
 

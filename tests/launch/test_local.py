@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launch import job, local
+from launch import env, job, local
 from launch.failures import RankError
 from moe_train.config import compose
 from moe_train.config.schema import Config
@@ -73,6 +74,25 @@ def test_threads_can_be_set(tmp_path: Path) -> None:
     cfg.launcher.threads_per_rank = 3
     local.start(cfg, _layout(1), entry="tests.launch.fake_job:report")
     assert _facts(tmp_path, 0)["threads"] == 3
+
+
+def test_ranks_run_where_the_launcher_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = min(os.sched_getaffinity(0))
+    monkeypatch.setattr(env, "cores_of", lambda info: {core})
+    cfg = _config(tmp_path)
+    cfg.launcher.environment, cfg.launcher.bind = ["MADE_UP=yes"], "numa"
+    cfg.launcher.scratch_dir = str(tmp_path / "scratch")
+    local.start(cfg, _layout(1), entry="tests.launch.fake_job:surroundings")
+    scratch = f"{tmp_path}/scratch/moe-train-{os.getuid()}"
+    assert _facts(tmp_path, 0) == {"cores": [core], "variable": "yes", "temporary": [scratch, scratch]}
+
+
+def test_a_scratch_directory_that_cannot_be_made_is_told_before_ranks_start(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cfg = _config(tmp_path)
+    cfg.launcher.scratch_dir = str(tmp_path / "file")
+    with pytest.raises(ConfigError, match=r"launcher\.scratch_dir=.*file cannot be written: Not a directory"):
+        local.start(cfg, _layout(1), entry="tests.launch.fake_job:surroundings")
 
 
 def test_ranks_share_the_cores_and_have_at_least_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

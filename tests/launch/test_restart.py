@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from launch import local
+from launch import local, restarts, slurm
 from launch.failures import RankError
+from moe_train.config import compose
+from moe_train.config.launcher import LauncherConfig
 from moe_train.config.schema import Config
 from parallel.layout import ParallelLayout
+from tests.launch import commands
 
 
 def start(run_dir: Path, function: str, restarts: int | None, resume: str = "never") -> None:
@@ -61,3 +66,62 @@ def test_a_stopped_rank_is_found_by_the_others_and_replaced(tmp_path: Path, capf
     stacks = (tmp_path / "logs/hang_rank_0.txt").read_text()
     assert stacks.startswith("--- rank 0 made no progress for 1.")
     assert "in all_reduce" in stacks
+
+
+def _save(root: Path, step: int) -> None:
+    (root / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
+    (root / f"step_{step:08d}/state.json").write_text("{}")
+
+
+def test_a_later_start_of_a_batch_job_continues_what_the_job_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing else: another job may have used the directory before, and was not to be continued."""
+    cfg = Config(run_dir=str(tmp_path))
+    cfg.checkpoint.dir = str(tmp_path / "elsewhere")
+    restarts.remember(cfg)
+    assert restarts.overrides() == []  # no batch job
+    _save(tmp_path / "elsewhere", 9)
+    monkeypatch.setenv(restarts.FIRST, str(tmp_path / ".first"))
+    for _ in range(2):  # the second start of this job, which has saved nothing yet
+        assert restarts.overrides() == []
+        restarts.remember(cfg)
+    _save(tmp_path / "elsewhere", 10)
+    restarts.remember(cfg)
+    assert restarts.overrides() == ["resume=auto"]
+    monkeypatch.setenv(restarts.FIRST, str(tmp_path / ".another"))
+    assert restarts.overrides() == []
+
+
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+@pytest.mark.parametrize("variables", [_ALONE, {}], ids=["torchrun", "moe-train"])
+def test_ranks_find_out_themselves_that_they_are_started_again(variables: dict[str, str], tmp_path: Path) -> None:
+    """From the composed config, whichever file sets `checkpoint.dir`, and although what they began with is gone."""
+    env = commands.environment(**variables, **{restarts.FIRST: str(tmp_path / ".first")})
+    _save(tmp_path / "old", 9)
+    words = [f"resume={tmp_path}/old/step_00000009", "launcher.preflight=check"]
+    for expected in (f"{tmp_path}/old/step_00000009", "auto"):
+        command = commands.arguments("report", tmp_path, 1, *words)
+        done = subprocess.run(command, cwd=commands.ROOT, env=env, capture_output=True, text=True, timeout=90)
+        assert done.returncode == 0, done.stderr
+        assert compose.from_yaml(tmp_path / "config.yaml").resume == expected
+        assert [line for line in done.stderr.splitlines() if line.startswith("warning: ")] == [
+            "warning: moe-submit alone acts on launcher.preflight=check; launch/train.sbatch takes MOE_PREFLIGHT"
+        ]
+        _save(tmp_path / "checkpoints", 10)
+        shutil.rmtree(tmp_path / "old", ignore_errors=True)
+
+
+def test_a_field_that_is_not_heard_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    launcher = LauncherConfig(start="torchrun", preflight="check", container="image")
+    monkeypatch.setenv("MOE_START", "torchrun")
+    slurm.warn_unheard(launcher)
+    told = capsys.readouterr().err
+    assert told.startswith("warning: moe-submit alone acts on launcher.preflight=check, launcher.container=image; ")
+    assert told.count("\n") == 1
+    slurm.warn_unheard(LauncherConfig(start="torchrun"))
+    monkeypatch.setenv("MOE_SUBMITTED", "2026-01-01_00-00-00")
+    slurm.warn_unheard(launcher)
+    assert capsys.readouterr().err == ""

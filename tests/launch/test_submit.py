@@ -34,7 +34,7 @@ _COMMANDS = {
 esac""",
     "sbatch": """case "$*" in
   *--test-only*--account=nobody*) echo 'allocation failure: Invalid account' >&2; exit 1 ;;
-  *--test-only*) exit 0 ;;
+  *--test-only*) echo "${MOE_SUBMITTED:+ours }$SLURM_JOB_ID$RANK$SLURM_CONF" >"$LOG.asked"; exit 0 ;;
 esac
 printf '%s\\n' "$MOE_CODE" "$@" >>"$LOG"
 n=$(($(cat "$LOG.number" 2>/dev/null || echo 70) + 1)); echo $n >"$LOG.number"; echo $n
@@ -113,8 +113,13 @@ WRONG = {
     "image that mpirun would ignore": (["launcher.container=nvcr.io/x", "launcher.start=mpirun"],
                                        "outside launcher.container"),
     "no image": (["launcher.container=/nowhere.sqsh"], "launcher.container=/nowhere.sqsh does not exist"),
+    "data outside the image": (["launcher.container=nvcr.io/x", "launcher.mounts=[scratch]", "data.dir=corpus",
+                                "run_dir=scratch/run"], "/corpus is not in launcher.container"),
+    "checkpoints outside the image": (["launcher.container=nvcr.io/x", "checkpoint.dir=../elsewhere"],
+                                      "elsewhere is not in launcher.container"),
     "mount without image": (["launcher.mounts=[/data]"], "launcher.mounts is for launcher.container"),
     "variable without value": (["launcher.environment=[NCCL_DEBUG]"], "which is not NAME=VALUE"),
+    "all memory of shared nodes": (["launcher.exclusive=false"], "use launcher.memory_gib=N"),
     "more adapters than GPUs": (["launcher.nics=[a,b,c,d,e,f,g,h,i]"], "launcher.nics has 9 adapters"),
     "refused by Slurm": (["launcher.qos=bad"], "Slurm refuses the job: sbatch: Invalid qos"),
 }  # fmt: skip
@@ -147,20 +152,14 @@ def test_an_account_that_the_partition_does_not_take(cluster: Path, capsys: pyte
     assert "use launcher.account=physics or chemistry" in capsys.readouterr().err
 
 
-def test_the_batch_script_starts_the_launcher_that_watches_heartbeats(cluster: Path, tmp_path: Path) -> None:
-    """For training alone: preflight sends none."""
-    for name, text in {"srun": 'echo "$*" >>"$LOG"', "scontrol": "echo node1"}.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    slurm_job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node1",
-                 "SLURM_SUBMIT_DIR": str(tmp_path)}  # fmt: skip
-    variables = os.environ | slurm_job | {"MOE_START": "ft_launcher", "MOE_PREFLIGHT": "check"}
-    subprocess.run(["bash", str(slurm.SCRIPT), "run_dir=run"], env=variables, check=True, timeout=30)
-    preflight, training = (line.split() for line in cluster.read_text().splitlines())
-    assert "torch.distributed.run" in preflight
-    assert "launch.preflight" in preflight
-    assert "nvidia_resiliency_ext.fault_tolerance.launcher" in training
-    assert "launch.main" in training
+def test_the_controller_is_asked_as_the_job_would_be_submitted(
+    cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from within another job, or with a rank's variables: none of them is the new job's."""
+    for name, value in {"SLURM_JOB_ID": "9", "RANK": "8", "SLURM_CONF": "here"}.items():
+        monkeypatch.setenv(name, value)
+    assert submit.run(["--dry-run", *TINY, f"run_dir={tmp_path}/run"]) == 0
+    assert Path(f"{cluster}.asked").read_text() == "ours here\n"
 
 
 def test_gpus_where_there_are_none(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,6 +186,7 @@ def test_a_dry_run_of_2048_gpus_says_what_they_are_for(
         "at $2 for a GPU and hour",
         "sbatch --parsable --job-name=moe-deepseek_v3 --nodes=256 --ntasks-per-node=8 --gpus-per-node=8 --time=1440",
         "--signal=B:USR1@300 --requeue",
+        "--exclusive --mem=0",
         "experiment=deepseek_v3/pretrain",
     ):
         assert expected in text
@@ -197,6 +197,7 @@ def test_a_dry_run_of_2048_gpus_says_what_they_are_for(
 def test_what_is_submitted_is_kept(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     words = [*TINY, f"run_dir={run_dir}", "launcher.exclude=[node3,node4]", "launcher.exclusive=false"]
+    words += ["launcher.memory_gib=64"]
     assert submit.run(words) == 0
     assert "submitted 71; follow with" in capsys.readouterr().out
     code, *arguments = cluster.read_text().splitlines()
@@ -205,9 +206,10 @@ def test_what_is_submitted_is_kept(cluster: Path, tmp_path: Path, capsys: pytest
     assert (kept / "code/moe_train/train.py").read_bytes() == (ROOT / "moe_train/train.py").read_bytes()
     assert (kept / "code/conf/train.yaml").exists()
     assert "num_layers" in (kept / "config.yaml").read_text()
-    assert {"--nodes=2", "--ntasks-per-node=2", "--exclude=node3,node4", "--oversubscribe"} <= set(arguments)
+    assert {"--nodes=2", "--ntasks-per-node=2", "--exclude=node3,node4"} <= set(arguments)
+    assert {"--oversubscribe", "--mem=64G"} <= set(arguments)
     overrides = arguments[arguments.index(f"{code}/launch/train.sbatch") + 1 :]
-    assert overrides == [*TINY, *words[-2:], "runtime=cuda", f"run_dir={run_dir}"]
+    assert overrides == [*TINY, *words[-3:], "runtime=cuda", f"run_dir={run_dir}"]
     assert json.loads((kept / "submission.json").read_text())["jobs"] == ["71"]
 
 

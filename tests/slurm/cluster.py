@@ -28,10 +28,12 @@ PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client", "util-linux")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _GPUS = 8  # of each node; /dev/null under other names
 
+# Ports of a job follow from its number, and other clusters of this machine share its ports.
 _CONF = """\
 ClusterName=private
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
+FirstJobId={controller_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge

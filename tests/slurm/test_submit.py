@@ -70,3 +70,30 @@ def test_a_sweep_runs_from_the_code_that_was_kept(jobs: Jobs, tmp_path: Path) ->
     assert code == 0
     assert text.count(": completed, ") == 2, text
     assert text.count("step 2 of 2, loss ") == 2, text
+
+
+@pytest.mark.slow
+def test_a_job_leaves_a_bad_node_and_finishes_on_others(jobs: Jobs, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    bad = f'[[ $3 != launch.preflight ]] || set -- -P -m tests.slurm.bad_node "${{@:4}}"\nexec {sys.executable} "$@"\n'
+    python.write_text(f"#!/usr/bin/env bash\n{bad}")
+    python.chmod(0o755)
+    # Cores are shared here, so only what is hundreds of times slower is slow.
+    words = [*ONE, "parallel.dp=2", "launcher.preflight=resubmit", "launcher.slow_ratio=100",
+             "launcher.clock_skew_s=60", f"launcher.python={python}", "run_dir=run"]  # fmt: skip
+    code, text = moe_submit(jobs, *jobs.overrides, *words)
+    assert code == 0, text
+    (place,) = (tmp_path / "run/submissions").iterdir()
+    (first,) = json.loads((place / "submission.json").read_text())["jobs"]
+    assert jobs.end(first)["ExitCode"] == "3:0", jobs.logs(first)
+    output = (tmp_path / f"run/slurm-{first}.out").read_text()
+    assert "node1: 1% of main memory of rank 0 is free" in output
+    assert "exclude: node1\n" in output
+    again = json.loads((place / "submission.json").read_text())["jobs"]
+    assert again[:1] == [first]
+    assert len(again) == 2, output
+    assert f"submitted again as {again[1]} with --exclude=node1" in output
+    facts = jobs.finish(again[1])
+    assert facts["ExcNodeList"] == "node1"
+    assert "node1" not in jobs.cluster.run("scontrol", "show", "hostnames", facts["NodeList"]).split()
+    assert len(losses(tmp_path / "run")) == 2

@@ -1,0 +1,112 @@
+"""`launch/train.sbatch` between a Slurm and an srun that are a few lines of shell."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch import slurm
+from moe_train.config.schema import Config
+from tests.launch.commands import environment
+
+# The command line of each srun goes to a log. The first one started by the script itself knows its process.
+_SRUN = """trap "" USR1
+[ -f "$LOG.batch" ] || echo $PPID >"$LOG.batch"
+batch=$(cat "$LOG.batch")
+echo "$*" >>"$LOG"
+case "$*" in
+  *' true') what=look ;;
+  *launch.preflight*) what=preflight ;;
+  *) what=train ;;
+esac
+"""
+_SCONTROL = """case "$1" in
+  show) echo node1 ;;
+  requeue) echo "requeue $2" >>"$LOG"; kill -KILL $PPID ;;
+esac
+"""
+
+
+class Batch:
+    """Runs the script in `directory`, as Slurm does on the first node of a job."""
+
+    def __init__(self, directory: Path) -> None:
+        self.dir, self.log = directory, directory / "log"
+        (directory / "bin").mkdir()
+
+    def run(self, srun: str, *overrides: str, **variables: str) -> tuple[int, str]:
+        """Exit code and output. `srun` is what that command does, in shell; $what is train, preflight or look."""
+        for name, text in {"srun": _SRUN + srun, "scontrol": _SCONTROL}.items():
+            program = self.dir / "bin" / name
+            program.write_text(f"#!/bin/sh\n{text}\n")
+            program.chmod(0o755)
+        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2",
+               "SLURM_JOB_NODELIST": "node1", "SLURM_SUBMIT_DIR": str(self.dir), "LOG": str(self.log),
+               "PATH": f"{self.dir / 'bin'}:{os.environ['PATH']}"}  # fmt: skip
+        command, env = ["bash", str(slurm.SCRIPT), *overrides], environment(**(job | variables))
+        with (self.dir / "out").open("w") as out:  # not a pipe, which what outlives the script would hold open
+            done = subprocess.run(command, env=env, cwd=self.dir, stdout=out, stderr=out, text=True, timeout=30)
+        return done.returncode, (self.dir / "out").read_text()
+
+    def lines(self) -> list[str]:
+        """Everything that the script had srun do, and its requests to requeue."""
+        return self.log.read_text().splitlines()
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Batch:
+    return Batch(tmp_path)
+
+
+def test_the_launcher_that_watches_heartbeats_starts_training_alone(batch: Batch) -> None:
+    """Preflight sends none."""
+    code, text = batch.run("", "run_dir=run", MOE_START="ft_launcher", MOE_PREFLIGHT="check")
+    assert code == 0, text
+    preflight, training = (line.split() for line in batch.lines())
+    assert "torch.distributed.run" in preflight
+    assert "launch.preflight" in preflight
+    assert "nvidia_resiliency_ext.fault_tolerance.launcher" in training
+    assert "launch.main" in training
+
+
+@pytest.mark.parametrize("when", ["preflight", "look"])
+def test_a_warning_between_two_starts_is_not_forgotten(when: str, batch: Batch) -> None:
+    """No rank of the next start would be told, and the time limit would take what it does."""
+    # bash can lose the exit code of what ends in the instant of a signal, hence the pause
+    srun = f'[ $what != {when} ] || {{ kill -USR1 "$batch"; sleep 0.3; }}; [ $what != train ] || exit 1'
+    _, text = batch.run(srun, "run_dir=run", MOE_PREFLIGHT="check" if when == "preflight" else "none")
+    *steps, last = batch.lines()
+    assert last == "requeue 7", text
+    assert sum("launch.main" in step for step in steps) == (when == "look")
+
+
+def test_a_job_that_is_ended_between_two_starts_starts_nothing_more(batch: Batch) -> None:
+    code, _ = batch.run('[ $what != look ] || kill -TERM "$batch"; [ $what != train ] || exit 1', "run_dir=run")
+    assert code == 75
+    assert sum("launch.main" in step for step in batch.lines()) == 1
+
+
+def test_the_script_alone_asks_for_nodes_as_moe_submit_does() -> None:
+    lines = slurm.SCRIPT.read_text().splitlines()
+    header = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
+    by_name = {"--job-name", "--nodes", "--time", "--output"}
+    flags = {flag for flag in slurm.flags(Config(), 1, 8, Path("run")) if flag.partition("=")[0] not in by_name}
+    assert flags == {flag for flag in header if flag.partition("=")[0] not in by_name} - {"--open-mode=append"}
+    assert "--mem=0" in flags
+
+
+def test_every_start_of_a_job_or_chain_knows_where_the_first_is_remembered(batch: Batch) -> None:
+    for more in ({}, {"SLURM_RESTART_COUNT": "1"}, {"MOE_SUBMITTED": "monday"}):
+        code, text = batch.run('echo "$MOE_FIRST_START" >>"$LOG"', "run_dir=run", **more)
+        assert code == 0, text
+    files = [line for line in batch.lines() if line.startswith("run/")]
+    assert files == ["run/.first_start_7.json", "run/.first_start_7.json", "run/.first_start_monday.json"]
+
+
+def test_a_preflight_without_a_report_ends_with_its_own_code(batch: Batch) -> None:
+    code, _ = batch.run("exit 7", "run_dir=run", MOE_PREFLIGHT="check")
+    assert code == 7
+    assert len(batch.lines()) == 1
