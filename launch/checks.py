@@ -10,7 +10,6 @@ from pathlib import Path
 
 from launch import container, env, placement
 from launch.estimate import Estimate
-from moe_train.config.fallback import fitting, values_of
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
@@ -77,27 +76,6 @@ def job(cfg: Config) -> None:
         )
     env.variables(launcher, RankInfo(0, 1, 0, 1, "", 0, "srun"))  # its entries are NAME=VALUE
     container.check(launcher)
-
-
-def fallbacks(cfg: Config, nodes: int) -> None:
-    """Every number of nodes with which the job may come back has a layout, or Slurm could start one that cannot run."""
-    launcher = cfg.launcher
-    for text in launcher.fallbacks:
-        values_of(text)
-    fewest = launcher.min_nodes or nodes
-    if fewest > nodes:
-        raise ConfigError(
-            f"launcher.min_nodes={fewest} exceeds the {nodes} nodes of the job", f"use launcher.min_nodes={nodes}"
-        )
-    for count in range(fewest, nodes):
-        ranks = count * launcher.ranks_per_node
-        try:
-            fitting(cfg, ranks)
-        except ConfigError as error:
-            raise ConfigError(
-                f"launcher.min_nodes={fewest} lets the job start with {count} nodes, but {error.cause}",
-                f"add a layout of {ranks} ranks to launcher.fallbacks, such as 'parallel.dp=2 parallel.ep=2'",
-            ) from error
 
 
 def data(cfg: Config, tokens: int) -> None:
@@ -194,7 +172,13 @@ def notes(cfg: Config, layout: ParallelLayout, found: Estimate) -> list[str]:
         lines.append("a crash loses everything since the last time limit: set checkpoint.interval_steps")
     lines += [f"{name}={path} is under /tmp, which most clusters have on each node for itself"
               for name, path in _shared(cfg).items() if _under(path, "/tmp")]  # fmt: skip
-    for one in placement.placements(layout, launcher.ranks_per_node):
-        if one.name in ("tp", "etp") and one.nodes > 1:
-            lines.append(f"parallel.{one.name}={one.size} spans {one.nodes} nodes, and talks in every layer")
-    return lines
+    return lines + spans(layout, launcher.ranks_per_node)
+
+
+def spans(layout: ParallelLayout, ranks_per_node: int) -> list[str]:
+    """Groups on several nodes that talk in every layer."""
+    return [
+        f"parallel.{one.name}={one.size} spans {one.nodes} nodes, and talks in every layer"
+        for one in placement.placements(layout, ranks_per_node)
+        if one.name in ("tp", "etp") and one.nodes > 1
+    ]

@@ -77,12 +77,13 @@ def pace(cfg: Config, layout: ParallelLayout, tokens: int) -> Pace:
     )
 
 
-def check_memory(found: Estimate, layout: ParallelLayout) -> None:
-    """Raise ConfigError where the fullest rank does not fit its GPU."""
+def check_memory(found: Estimate, layout: ParallelLayout, where: str = "") -> None:
+    """Raise ConfigError where the fullest rank does not fit its GPU; the message begins with `where`."""
     if found.usable_gib is None or found.memory_gib <= found.usable_gib:
         return
     raise ConfigError(
-        f"stage {found.stage} of {layout.pp} needs {found.memory_gib:,.1f} GiB, and a GPU has {found.usable_gib:,.1f}",
+        f"{where}stage {found.stage} of {layout.pp} needs {found.memory_gib:,.1f} GiB, and a GPU has "
+        f"{found.usable_gib:,.1f}",
         "recompute more (recompute=deepseek_v3, recompute=full), use more nodes with a larger parallel.pp or ep, or a "
         "smaller batch.micro_batch_size; moe-memory shows all stages",
     )

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -163,8 +164,11 @@ def flags(cfg: Config, nodes: int, gpus: int, run_dir: Path) -> list[str]:
     return found
 
 
-def environment(cfg: Config, place: Path) -> dict[str, str]:
-    """Variables that `train.sbatch` reads, for the submission that is kept in `place`."""
+def environment(cfg: Config, place: Path, counts: Sequence[int]) -> dict[str, str]:
+    """Variables that `train.sbatch` reads, for the submission that is kept in `place`.
+
+    `counts` are the numbers of nodes that have a layout, fewest first.
+    """
     launcher = cfg.launcher
     found = {
         "MOE_SUBMITTED": place.name,
@@ -176,6 +180,8 @@ def environment(cfg: Config, place: Path) -> dict[str, str]:
         "MOE_REQUEUES": str(0 if launcher.chain > 1 else launcher.requeues),
         "MOE_GRACE_S": str(launcher.grace_s),
     }
+    if len(counts) > 1:
+        found["MOE_NODE_COUNTS"] = " ".join(map(str, counts))
     if launcher.container is not None:
         found |= {"MOE_CONTAINER": launcher.container, "MOE_CONTAINER_RUNTIME": launcher.container_runtime}
         found["MOE_MOUNTS"] = ",".join(str(mount) for mount in container.mounts(launcher))

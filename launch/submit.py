@@ -23,9 +23,10 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from launch import checks, container, follow, placement, slurm, snapshot
+from launch import checks, container, elastic, follow, placement, slurm, snapshot
 from launch.estimate import Estimate, check_memory, estimate
 from moe_train.config.compose import hydra_entry
+from moe_train.config.fallback import fitting
 from moe_train.config.schema import Config
 from moe_train.config.validate import validate
 from parallel.errors import ConfigError, LaunchError, MoeTrainError
@@ -45,6 +46,8 @@ class Checked:
     nodes: int
     gpus: int
     found: Estimate
+    choices: list[elastic.Choice]
+    """Of the layout on each number of nodes with which it may start."""
     unchecked: str
     """Why the limits of the cluster could not be looked at; "" where they were."""
 
@@ -99,11 +102,13 @@ def check(cfg: Config) -> Checked:
     world_size = None if launcher.nodes is None else launcher.nodes * launcher.ranks_per_node
     if cfg.runtime not in ("cuda", "cpu"):
         raise ConfigError(f"runtime={cfg.runtime} runs on one machine alone", "use runtime=cuda or runtime=cpu")
-    layout = validate(cfg, world_size)
+    fitted = cfg if world_size is None else fitting(cfg, world_size)
+    layout = validate(fitted, world_size)
     checks.job(cfg)
     nodes = launcher.nodes or checks.nodes_of(cfg, layout)
-    checks.fallbacks(cfg, nodes)
-    found = estimate(cfg, layout)
+    choices = elastic.choices(cfg, nodes)
+    own = next(choice for choice in choices if nodes in choice.counts)
+    found = own.found if own.counts[0] == nodes else estimate(fitted, layout)
     check_memory(found, layout)
     checks.data(cfg, found.tokens)
     checks.directories(cfg)
@@ -123,7 +128,7 @@ def check(cfg: Config) -> Checked:
             follow.refuse_active(cfg.run_dir)
     except LaunchError as error:
         unchecked = error.cause
-    return Checked(cfg, list(HydraConfig.get().overrides.task), layout, nodes, gpus, found, unchecked)
+    return Checked(cfg, list(HydraConfig.get().overrides.task), layout, nodes, gpus, found, choices, unchecked)
 
 
 def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
@@ -142,7 +147,8 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
         )
     place = directory / snapshot.FOLDER / time.strftime("%Y-%m-%d_%H-%M-%S")
     container.sees(launcher, {"the copy of the code": str(place)}, {})
-    variables = slurm.environment(first.cfg, place)
+    counts = sorted(count for choice in first.choices for count in choice.counts)
+    variables = slurm.environment(first.cfg, place, counts)
     flags = slurm.flags(first.cfg, first.nodes, first.gpus, directory)
     words = _overrides(first)
     if len(runs) > 1:
@@ -200,7 +206,6 @@ def _overrides(run: Checked) -> list[str]:
 def _report(run: Checked) -> None:
     cfg, layout, found = run.cfg, run.layout, run.found
     launcher = cfg.launcher
-    degrees = " ".join(f"{n}{getattr(layout, n)}" for n in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp", "edp"))
     memory = f"{found.memory_gib:,.1f} GiB on the fullest rank (stage {found.stage} of {layout.pp})"
     if found.usable_gib is not None:
         memory += f", of {found.usable_gib:,.1f} that a GPU has"
@@ -210,9 +215,10 @@ def _report(run: Checked) -> None:
             "nodes",
             f"{run.nodes:,} x {launcher.ranks_per_node} = {layout.world_size:,} ranks, started by {launcher.start}",
         ),
-        ("layout", degrees),
+        ("layout", elastic.degrees(layout)),
         *(("groups" if not i else "", str(one)) for i, one in enumerate(_placements(run))),
         ("memory", memory),
+        *(("or" if not i else "", text) for i, text in enumerate(elastic.fewer(run.choices, run.nodes))),
     ]
     if found.pace:
         pace, cluster, limit_h = found.pace, cfg.cluster, launcher.time_limit_min / 60

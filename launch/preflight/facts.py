@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
+_PATIENCE_S = 60.0  # with nvidia-smi, which is slow where GPUs are busy
 _LIBRARIES = ("torch", "megatron-core", "transformer-engine", "numpy", "hydra-core")
 _CODE = ("parallel", "moe_train", "launch")
 
@@ -28,6 +29,7 @@ class Facts:
         clock_s: this node's clock less rank 0's, seconds.
         gpus: GPUs that the rank sees; None on CPU.
         gpu_problems: what its own GPU reports of itself.
+        gpu_unchecked: what nvidia-smi would not say of it, with the reason.
         memory_free: share of the memory of the device that is free.
         sees_run_dir: whether it found the file that rank 0 wrote, and rank 0 its own.
         write_mb_s, read_mb_s: speed of the shared storage; None on all ranks of a node but the first.
@@ -42,6 +44,7 @@ class Facts:
     clock_s: float = 0.0
     gpus: int | None = None
     gpu_problems: list[str] = field(default_factory=list)
+    gpu_unchecked: dict[str, str] = field(default_factory=dict)
     memory_free: float = 1.0
     sees_run_dir: bool = True
     write_mb_s: float | None = None
@@ -92,33 +95,59 @@ _FIELDS = {
     "clocks_throttle_reasons.hw_thermal_slowdown": "clocks slowed by heat",
 }
 _FINE = {"0", "No", "Not Active", "[N/A]", "N/A", "[Not Supported]"}
+_LINKS = "NVLinks"
+UNKNOWN = "unknown"
+"""Version of a driver that nvidia-smi does not tell; `gpu_problems` has then found why."""
 
 
-def gpu_problems(index: int) -> list[str]:
-    """What GPU `index` reports of its own health, through nvidia-smi; a list with one entry where that fails."""
-    query = ",".join(_FIELDS)
+def gpu_problems(index: int) -> tuple[list[str], dict[str, str]]:
+    """What GPU `index` reports against its health through nvidia-smi, and what could not be asked, each with why."""
+    problems, unchecked = [], {}
     try:
-        health = _nvidia_smi(f"--id={index}", f"--query-gpu={query}", "--format=csv,noheader")
-        links = _nvidia_smi("nvlink", "--status", f"--id={index}")
+        for field_, text in _values(index).items():
+            if isinstance(text, subprocess.CalledProcessError):
+                unchecked[_FIELDS[field_]] = _reason(text)
+            elif text not in _FINE:
+                problems.append(f"{_FIELDS[field_]}: {text}")
+        problems += dead_links(_nvidia_smi("nvlink", "--status", f"--id={index}"))
+    except subprocess.CalledProcessError as error:
+        unchecked[_LINKS] = _reason(error)
     except (OSError, subprocess.SubprocessError) as error:
-        return [f"nvidia-smi fails: {error}"]
-    return [*unhealthy(health), *dead_links(links)]
+        return problems, dict.fromkeys((*_FIELDS.values(), _LINKS), str(error)) | unchecked
+    return problems, unchecked
 
 
 def gpu_driver() -> str:
-    """Version of the driver, which must be equal everywhere."""
+    """Version of the driver, which must be equal everywhere; `UNKNOWN` where nvidia-smi does not tell."""
     try:
         return _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader", "--id=0").strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return UNKNOWN
 
 
-def unhealthy(line: str) -> list[str]:
-    """The fields of nvidia-smi's line that are not as they should be."""
-    values = [value.strip() for value in line.strip().split(",")]
-    return [
-        f"{text}: {value}" for text, value in zip(_FIELDS.values(), values, strict=False) if value not in _FINE
-    ]  # an older driver gives fewer
+def _values(index: int) -> dict[str, str | subprocess.CalledProcessError]:
+    """nvidia-smi's answer for each field. One field that a driver does not know fails a query of several."""
+    try:
+        return dict(zip(_FIELDS, _query(index, *_FIELDS), strict=True))
+    except (subprocess.CalledProcessError, ValueError):
+        found: dict[str, str | subprocess.CalledProcessError] = {}
+    for name in _FIELDS:
+        try:
+            found[name] = _query(index, name)[0]
+        except subprocess.CalledProcessError as error:
+            found[name] = error
+    return found
+
+
+def _query(index: int, *fields: str) -> list[str]:
+    line = _nvidia_smi(f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    return [value.strip() for value in line.strip().split(",")]
+
+
+def _reason(error: subprocess.CalledProcessError) -> str:
+    """What nvidia-smi said as it failed, on whichever of its outputs."""
+    lines = [line.strip() for line in f"{error.stdout}\n{error.stderr}".splitlines() if line.strip()]
+    return lines[0] if lines else f"nvidia-smi ends with {error.returncode}"
 
 
 def dead_links(text: str) -> list[str]:
@@ -129,4 +158,5 @@ def dead_links(text: str) -> list[str]:
 
 
 def _nvidia_smi(*words: str) -> str:
-    return subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, timeout=60, check=True).stdout
+    command = ["nvidia-smi", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=True).stdout

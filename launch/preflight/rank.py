@@ -53,7 +53,7 @@ def look(cfg: Config, layout: ParallelLayout, info: RankInfo, device: torch.devi
     if cuda:
         free, total = torch.cuda.mem_get_info()
         found.gpus, found.memory_free = torch.cuda.device_count(), free / total
-        found.gpu_problems = facts.gpu_problems(info.local_rank)
+        found.gpu_problems, found.gpu_unchecked = facts.gpu_problems(info.local_rank)
         found.versions |= {"driver": facts.gpu_driver(), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
     else:
         found.memory_free = facts.memory_free()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
-from launch.preflight.facts import Facts
+from launch.preflight.facts import UNKNOWN, Facts
 from moe_train.config.cluster import ClusterConfig
 from moe_train.config.launcher import LauncherConfig
 
@@ -50,8 +50,9 @@ def suspected(findings: Iterable[Finding]) -> list[str]:
 def _versions(facts: list[Facts]) -> list[Finding]:
     found = []
     for name in facts[0].versions:
-        usual = Counter(f.versions[name] for f in facts).most_common(1)[0][0]
-        nodes = {f.node: f.versions[name] for f in facts if f.versions[name] != usual}
+        known = [f for f in facts if f.versions[name] != UNKNOWN]
+        usual = Counter(f.versions[name] for f in known or facts).most_common(1)[0][0]
+        nodes = {f.node: f.versions[name] for f in known if f.versions[name] != usual}
         found += [
             Finding("versions", node, f"{name} is {other}, elsewhere {usual}") for node, other in sorted(nodes.items())
         ]
@@ -80,7 +81,30 @@ def _devices(facts: list[Facts], ranks_per_node: int) -> list[Finding]:
             found.append(Finding("GPU", f.node, f"rank {f.rank} sees {f.gpus} of {ranks_per_node} GPUs"))
         if f.memory_free < _LEAST_FREE[kind]:
             found.append(Finding("memory", f.node, f"{f.memory_free:.0%} of {kind} of rank {f.rank} is free"))
+    seldom = {item for item, ranks in _unchecked(facts).items() if len(ranks) < len(facts) / 2}
+    for f in facts:
+        if items := [item for item in f.gpu_unchecked if item in seldom]:
+            text = f"{', '.join(items)} could not be checked, as on most others: {f.gpu_unchecked[items[0]]}"
+            found.append(Finding("GPU", f.node, f"rank {f.rank}: {text}"))
     return found
+
+
+def _unchecked(facts: list[Facts]) -> dict[str, list[Facts]]:
+    """Ranks whose GPU could not be asked, by what."""
+    found: dict[str, list[Facts]] = {}
+    for f in facts:
+        for item in f.gpu_unchecked:
+            found.setdefault(item, []).append(f)
+    return found
+
+
+def notes(facts: list[Facts]) -> list[str]:
+    """What could not be checked on so many ranks that none of their nodes is to blame for it."""
+    return [
+        f"{item} could not be checked on {len(ranks)} of {len(facts)} ranks: {ranks[0].gpu_unchecked[item]}"
+        for item, ranks in _unchecked(facts).items()
+        if len(ranks) >= len(facts) / 2
+    ]
 
 
 def _storage(facts: list[Facts]) -> list[Finding]:
@@ -204,6 +228,7 @@ def table(facts: list[Facts], findings: list[Finding]) -> list[str]:
         wrong = [finding for finding in findings if finding.check == check]
         lines.append(f"  {'BAD' if wrong else 'ok':<4}{check:<10}{text}")
         lines += [f"      {finding.node or 'some node'}: {finding.text}" for finding in wrong]
+        lines += [f"      note: {note}" for note in notes(facts) if check == "GPU"]
     return lines
 
 

@@ -21,9 +21,9 @@ def fitting(cfg: Config, world_size: int) -> Config:
     Raises:
         ConfigError: neither fits; it tells why `cfg` itself does not.
     """
-    candidates = [cfg, *(with_values(cfg, values_of(text)) for text in cfg.launcher.fallbacks)]
+    tried = [one for _, one in candidates(cfg)]
     first: ConfigError | None = None
-    for candidate in candidates:
+    for candidate in tried:
         try:
             validate(candidate, world_size)
         except ConfigError as error:
@@ -31,10 +31,19 @@ def fitting(cfg: Config, world_size: int) -> Config:
         else:
             return candidate
     assert first is not None
-    if len(candidates) == 1:
+    if len(tried) == 1:
         raise first
-    tried = f"{first.cause}; nor does any of the {len(candidates) - 1} launcher.fallbacks fit {world_size} ranks"
-    raise ConfigError(tried, first.remedy)
+    cause = f"{first.cause}; nor does any of the {len(tried) - 1} launcher.fallbacks fit {world_size} ranks"
+    raise ConfigError(cause, first.remedy)
+
+
+def candidates(cfg: Config) -> list[tuple[str, Config]]:
+    """("", `cfg`) and each entry of `launcher.fallbacks` with `cfg` changed by it, in the order of trying them.
+
+    Raises:
+        ConfigError: an entry is no list of overrides, or changes more than the layout.
+    """
+    return [("", cfg), *((text, with_values(cfg, values_of(text))) for text in cfg.launcher.fallbacks)]
 
 
 def values_of(text: str) -> dict[str, Any]:

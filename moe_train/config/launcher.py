@@ -34,7 +34,7 @@ class LauncherConfig:
     )  # fmt: skip
     nodes: int | None = doc(None, "Nodes of the job; null means as many as the layout fills.", minimum=1)
     min_nodes: int | None = doc(
-        None, "Fewest nodes with which a job may come back, by a layout of `fallbacks`; null means `nodes`.", minimum=1
+        None, "Fewest nodes with which a job may come back, by a layout that fits them; null means `nodes`.", minimum=1
     )
     gpus_per_node: int | None = doc(
         None, "GPUs asked of each node; null means ranks_per_node, or none with runtime=cpu.", minimum=0

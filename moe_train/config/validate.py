@@ -49,6 +49,11 @@ def validate(cfg: Config, world_size: int | None = None, *, trains: bool = True)
     raise Impossible(problem.cause, _working(cfg, world_size, trains, problem.fixes, stage), problem.remedy)
 
 
+def fit(cfg: Config, world_size: int) -> ParallelLayout | None:
+    """The layout of `cfg` on `world_size` ranks, or None where there is none: `validate` without reasons, but quick."""
+    return _check(cfg, world_size, True)[2]
+
+
 def _check(cfg: Config, world_size: int | None, trains: bool) -> tuple[Impossible | None, int, ParallelLayout | None]:
     """The first problem and how far the checks came, or the layout."""
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,11 +182,91 @@ def test_all_groups_of_a_rank_are_those_of_the_layout() -> None:
     assert measure.groups_of(layout, 3) == {"tp": [2, 3], "dp": [1, 3], "pp": [3, 7], "ep": [2, 3]}
 
 
-def test_what_nvidia_smi_says_of_a_gpu() -> None:
-    assert facts.unhealthy("0, No, 0, Not Active, Not Active\n") == []
-    assert facts.unhealthy("3, No, [N/A], Active, Not Active\n") == [
-        "uncorrected ECC errors: 3", "clocks slowed by hardware (power or heat): Active",
-    ]  # fmt: skip
+# `renamed` is a driver that no longer calls them throttle reasons.
+_NVIDIA_SMI = """#!/bin/sh
+case "$KIND $*" in
+  silent*) exec sleep 30 ;;
+  lost*) echo "Unable to determine the device handle for GPU0000:1A:00.0: GPU is lost." >&2; exit 15 ;;
+  *nvlink*) [ "$KIND" != unlinked ] || exit 3; printf 'GPU 0: NVIDIA H800\\n\\t Link 0: 25.781 GB/s\\n' ;;
+  renamed*throttle*) echo "Field \\"clocks_throttle_reasons.hw_slowdown\\" is not a valid field to query."; exit 2 ;;
+  *total,*) echo "${ECC:-0}, No, [N/A], Not Active, Not Active" ;;
+  *ecc*) echo "${ECC:-0}" ;;
+  *driver*) echo 570.1 ;;
+  *) echo No ;;
+esac
+"""
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts a command in place of nvidia-smi that behaves as `kind` says and has seen `ecc` errors."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(_NVIDIA_SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def behave(kind: str, ecc: str = "0") -> None:
+        monkeypatch.setenv("KIND", kind)
+        monkeypatch.setenv("ECC", ecc)
+
+    return behave
+
+
+def test_what_nvidia_smi_says_of_a_gpu(nvidia_smi: Callable[..., None]) -> None:
+    nvidia_smi("fine")
+    assert facts.gpu_problems(0) == ([], {})
+    assert facts.gpu_driver() == "570.1"
+    nvidia_smi("fine", ecc="3")
+    assert facts.gpu_problems(0) == (["uncorrected ECC errors: 3"], {})
+
+
+def test_a_question_that_nvidia_smi_does_not_know_leaves_the_others(nvidia_smi: Callable[..., None]) -> None:
+    """Another driver calls its fields otherwise: that is no fault of the node, and ECC errors still are."""
+    nvidia_smi("renamed", ecc="3")
+    problems, unchecked = facts.gpu_problems(0)
+    assert problems == ["uncorrected ECC errors: 3"]
+    assert list(unchecked) == ["clocks slowed by hardware (power or heat)", "clocks slowed by heat"]
+    assert set(unchecked.values()) == {'Field "clocks_throttle_reasons.hw_slowdown" is not a valid field to query.'}
+    nvidia_smi("unlinked")
+    assert facts.gpu_problems(0) == ([], {"NVLinks": "nvidia-smi ends with 3"})
+
+
+def test_without_an_answer_nothing_is_checked(nvidia_smi: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia_smi("lost")
+    problems, unchecked = facts.gpu_problems(0)
+    assert problems == []
+    assert len(unchecked) == 6
+    assert all(why.endswith("GPU is lost.") for why in unchecked.values())
+    monkeypatch.setattr(facts, "_PATIENCE_S", 0.1)
+    nvidia_smi("silent")
+    assert all("timed out after 0.1 s" in why for why in facts.gpu_problems(0)[1].values())
+    assert facts.gpu_driver() == facts.UNKNOWN
+    monkeypatch.setenv("PATH", "")
+    problems, unchecked = facts.gpu_problems(0)
+    assert problems == []
+    assert len(unchecked) == 6
+    assert all("No such file" in why for why in unchecked.values())
+
+
+def test_what_could_not_be_checked_blames_a_node_only_where_most_could() -> None:
+    ranks = healthy()
+    for f in ranks:
+        f.versions["driver"] = "570.1"
+    for f in ranks[4:]:
+        f.gpu_unchecked, f.versions["driver"] = {"NVLinks": "no answer"}, facts.UNKNOWN
+    assert judged(ranks) == []
+    lines = verdict.table(ranks, [])
+    assert "  ok  GPU       2 on each node" in lines
+    assert "      note: NVLinks could not be checked on 4 of 8 ranks: no answer" in lines
+    for f in ranks[5:]:
+        f.gpu_unchecked = {}
+    assert [(f.check, f.node, f.text) for f in judged(ranks)] == [
+        ("GPU", "n2", "rank 4: NVLinks could not be checked, as on most others: no answer")
+    ]
+    assert verdict.notes(ranks) == []
+
+
+def test_links_of_a_gpu_that_are_down() -> None:
     links = "GPU 0: NVIDIA H800\n\t Link 0: 25.781 GB/s\n\t Link 1: <inactive>\n"
     assert facts.dead_links(links) == ["NVLink down: Link 1"]
     assert facts.dead_links("GPU 0: NVIDIA H800\n\t Link 0: <inactive>\n") == []  # a machine without NVLink

@@ -108,6 +108,33 @@ WRONG = {
     "run directory of one node": (["run_dir=/dev/shm/moe-submit-test"], "which each node has for itself"),
     "more nodes than asked for": (["launcher.min_nodes=300"], "launcher.min_nodes=300 exceeds the 256 nodes"),
     "no layout for fewer nodes": (["launcher.min_nodes=255"], "lets the job start with 255 nodes"),
+    "fewest nodes without layout, though others have one": (
+        ["launcher.min_nodes=100", "launcher.fallbacks=['parallel.dp=64']"],
+        "use launcher.min_nodes=128 (layouts fit 128, 256 nodes)"),
+    "fallback without fewest nodes": (
+        ["launcher.fallbacks=['parallel.dp=64']"],
+        "never has fewer than 256 without launcher.min_nodes; set launcher.min_nodes=128"),
+    "fallback for fewer than the fewest nodes": (
+        ["launcher.min_nodes=200", "launcher.fallbacks=['parallel.dp=64']"],
+        "'parallel.dp=64', which fits 128 nodes, and the job never has fewer than launcher.min_nodes=200"),
+    "fallback for more nodes than the job has": (
+        ["launcher.min_nodes=128", "launcher.fallbacks=['parallel.dp=64','parallel.dp=256']"],
+        "'parallel.dp=256', which needs 512 nodes, and the job never has more than 256"),
+    "fallback after one that always fits": (
+        ["launcher.min_nodes=128", "launcher.nodes=256", "parallel.dp=null", "launcher.fallbacks=['parallel.dp=64']"],
+        "'parallel.dp=64', which is never taken: on 128 nodes the layout before it fits"),
+    "fallback of half a node": (
+        ["launcher.min_nodes=128", "launcher.fallbacks=['parallel.pp=1 parallel.ep=4 parallel.dp=4']"],
+        "needs 4 ranks, and nodes have 8"),
+    "fallback that breaks a rule": (
+        ["launcher.min_nodes=128", "launcher.fallbacks=['parallel.dp=64 recompute.modules=[]']"],
+        "cannot be used: recompute.mode=selective names nothing"),
+    "fallback too large for its GPUs": (
+        ["launcher.min_nodes=64", "launcher.fallbacks=['parallel.pp=8 parallel.dp=64']"],
+        "where 'parallel.pp=8 parallel.dp=64' of launcher.fallbacks is used and stage 0 of 8 needs 93.1 GiB"),
+    "too large for the GPUs of fewer nodes": (
+        ["launcher.min_nodes=128", "launcher.nodes=256", "parallel.dp=null", "cluster.memory_gib=72.9"],
+        "launcher.min_nodes=128 lets the job start with 128 nodes, where stage"),
     "fallback of another batch": (["launcher.fallbacks=['batch.global_batch_size=8']"], "no field of the layout"),
     "two jobs in one run": (["launcher.preflight=resubmit", "launcher.chain=2"], "would start a second job"),
     "image that mpirun would ignore": (["launcher.container=nvcr.io/x", "launcher.start=mpirun"],

@@ -76,6 +76,18 @@ def test_a_range_of_nodes_uses_all_that_the_job_got(jobs: Jobs, tmp_path: Path, 
     assert losses(tmp_path / "run") == undisturbed
 
 
+@pytest.mark.parametrize("start", ["srun", "torchrun", "mpirun"])
+def test_nodes_without_a_layout_stay_idle(start: str, jobs: Jobs, tmp_path: Path, undisturbed: list[float]) -> None:
+    """Three nodes, and layouts for one, two and four: two of them train."""
+    counts = {"MOE_NODE_COUNTS": "1 2 4", "MOE_START": start}
+    job = jobs.submit(tmp_path / "run", flags=("--nodes=3",), **counts)
+    jobs.finish(job)
+    output = (tmp_path / f"slurm-{job}.out").read_text()
+    assert "1 of 3 nodes stay idle: the largest layout that fits needs 2" in output
+    assert len(list((tmp_path / "run/logs").glob("node*.log"))) == 2
+    assert losses(tmp_path / "run") == undisturbed
+
+
 def test_what_comes_after_the_warning_goes_back_to_the_queue(jobs: Jobs, tmp_path: Path) -> None:
     """The ranks fail as they are warned. New ones would not be: they would run until the time limit ends the job."""
     script = tmp_path / "python"
