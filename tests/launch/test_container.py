@@ -78,7 +78,7 @@ def _variables(**launcher: object) -> dict[str, str]:
     cfg = Config()
     for name, value in launcher.items():
         setattr(cfg.launcher, name, value)
-    return slurm.environment(cfg, Path("/shared/run/submissions/monday"))
+    return slurm.environment(cfg, Path("/shared/run/submissions/monday"), [1])
 
 
 def test_the_python_of_the_login_node_is_not_looked_for_in_an_image() -> None:
