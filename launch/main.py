@@ -35,7 +35,7 @@ def run(entry: str | None = None) -> int:
     from moe_train.config import compose
 
     try:
-        with signals.interruptible():
+        with signals.interruptible(last=True):
             words = [*sys.argv[1:], *restarts.overrides()]
             return compose.hydra_entry(partial(train_here, entry=entry), argv=words)
     except signals.Interrupted as interrupt:

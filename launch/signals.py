@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -27,7 +28,11 @@ class Interrupted(BaseException):
         return 128 + self.signal
 
 
+_STORM_S = 1.0
+"""Further signals so soon after one was raised are part of it: they would only tear apart how it is handled."""
+
 _owner = 0  # the process that is interruptible
+_raised_at = -_STORM_S
 _held = 0
 _pending: list[int] = []
 
@@ -40,25 +45,42 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
     if _held:
         _pending.append(signum)
         return
+    if time.monotonic() - _raised_at < _STORM_S:
+        return
     # A pool of processes, such as one that tokenises, would first finish what it has begun.
     for child in multiprocessing.active_children():
         child.terminate()
-    raise Interrupted(signum)
+    raise _interrupted(signum)
+
+
+def _interrupted(signum: int) -> Interrupted:
+    global _raised_at
+    _raised_at = time.monotonic()
+    return Interrupted(signum)
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Raise `Interrupted` in the main thread when a signal asks this process to end. Elsewhere nothing changes."""
+def interruptible(last: bool = False) -> Iterator[None]:
+    """Raise `Interrupted` in the main thread when a signal asks this process to end. Elsewhere nothing changes.
+
+    Args:
+        last: the process ends with the block. Signals that follow the first are then ignored behind it, so that they
+            do not take its exit code away.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    global _owner
-    _owner = os.getpid()
-    before = {number: signal.signal(number, _on_signal) for number in ENDING}
+    global _owner, _raised_at
+    _owner, _raised_at = os.getpid(), -_STORM_S
+    after = {number: signal.signal(number, _on_signal) for number in ENDING}
     try:
         yield
+    except Interrupted:
+        if last:
+            after = dict.fromkeys(ENDING, signal.SIG_IGN)
+        raise
     finally:
-        for number, handler in before.items():
+        for number, handler in after.items():
             signal.signal(number, handler)
 
 
@@ -101,4 +123,4 @@ def deferred() -> Iterator[None]:
     if _pending and not _held:
         signum = _pending[0]
         _pending.clear()
-        raise Interrupted(signum)
+        raise _interrupted(signum)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import psutil
@@ -50,10 +51,15 @@ def test_a_signal_ends_every_rank(tmp_path: Path, number: signal.Signals, whole_
         assert "Traceback" not in output
 
 
-def test_a_storm_of_signals_ends_every_rank_like_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pause_s", [0, 0.005])
+def test_a_storm_of_signals_ends_every_rank_like_one(tmp_path: Path, pause_s: float) -> None:
+    """Also where it lasts until the launcher is gone."""
     with commands.hanging("hang", tmp_path, 2) as process:
-        for i in range(60):
+        for i in range(60 if not pause_s else 10_000):
+            if process.poll() is not None:
+                break
             os.killpg(process.pid, signal.SIGINT if i % 2 else signal.SIGTERM)
+            time.sleep(pause_s)
         _gone(tmp_path, process)
         errors = process.communicate()[1]
         assert process.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
