@@ -5,15 +5,13 @@ latency and bandwidth of gloo between ranks that compute between their messages,
 takes for one kernel of a layer comes from one run of one rank. It times each layout beside, in rounds, so that what
 else the machine does falls on both alike, and takes medians. It writes bench/results/plan.json.
 
-Ranks share the cores of the machine: with more ranks than cores, a rank that waits in the pipeline leaves its core to
-another. The prediction is therefore the longer of the simulated step and of all ranks' work over all cores.
+Ranks share the cores of the machine, so all is measured with as many ranks at work as the layout has.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -45,7 +43,9 @@ from tools.planning.validation import spearman
 TOLERANCE, RANK_CORRELATION = 0.20, 0.9
 STEPS, WARM_UP, ROUNDS = 8, 2, 2
 TOKENS, HIDDEN, INNER = 128, 256, 768  # of the model: products and copies are measured at its own sizes
-LINKS = "links.json"
+WEIGHTS = 2**24  # about as many as the model has, which no cache holds
+LARGE = 2**22  # numbers of a rank's part of a large message
+LOAD = "load.json"
 LAYOUTS: dict[str, list[str]] = {
     "1 rank": [],
     "1 rank, micro-batch 2": ["batch.micro_batch_size=2"],
@@ -63,42 +63,18 @@ RUN = [*COMMON, f"train.steps={STEPS}", f"train.seq_length={TOKENS}", "launcher.
 
 @dataclass(frozen=True)
 class Measured:
-    """What one core does, and gloo between so many ranks, seconds and bytes/s."""
+    """What each of so many ranks does while the others do the same: FLOP/s of a product, bytes/s of a copy, seconds of
+    an operation with hardly any work, latency and bandwidth of gloo between neighbours."""
 
-    flops: float
-    bytes_per_s: float
+    flops: dict[int, float]
+    bytes_per_s: dict[int, float]
+    operation_s: dict[int, float]
     latency_s: dict[int, float]
     link_bytes_per_s: dict[int, float]
 
 
-def kernels() -> tuple[float, float]:
-    """FLOP/s of a matrix product and bytes/s of a copy that fits the cache, one thread, medians."""
-    import torch
-
-    torch.set_num_threads(1)
-    a, b = torch.rand(TOKENS, HIDDEN), torch.rand(HIDDEN, INNER)
-    out = torch.empty(TOKENS, INNER)
-    product = median_s(lambda: torch.mm(a, b, out=out))
-    copied = median_s(out.clone)
-    return 2 * TOKENS * HIDDEN * INNER / product, 2 * 4 * TOKENS * INNER / copied
-
-
-def median_s(work: Callable[[], object], windows: int = 40, repeats: int = 10) -> float:
-    """Seconds of one call: the median of a few windows."""
-    taken = []
-    for _ in range(windows):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            work()
-        taken.append((time.perf_counter() - start) / repeats)
-    return statistics.median(taken)
-
-
-def messages(cfg: Config, info: RankInfo) -> None:
-    """Entry of a rank: seconds of a small all-gather and bytes/s of a large one, written to run_dir by rank 0.
-
-    Between two messages each rank computes about as long as a layer's module does, so that it has to be woken.
-    """
+def load(cfg: Config, info: RankInfo) -> None:
+    """Entry of a rank: times products, copies, operations and messages; rank 0 writes the means of all to run_dir."""
     import torch
     import torch.distributed as dist
 
@@ -107,39 +83,59 @@ def messages(cfg: Config, info: RankInfo) -> None:
     runtime.start("cpu", info, cfg.launcher.timeout_s)
     ranks = dist.get_world_size()
     a, b = torch.rand(TOKENS, HIDDEN), torch.rand(HIDDEN, INNER)
+    out, tiny = torch.empty(TOKENS, INNER), torch.rand(16, requires_grad=True)
+    weights = torch.rand(WEIGHTS)
+    neighbours = dist.new_subgroups(2)[0] if ranks > 1 else None
 
-    def median_gather(size: int) -> float:
-        own, every = torch.zeros(size), torch.zeros(size * ranks)
-        taken = []
-        for _ in range(60):
-            torch.mm(a, b)
-            start = time.perf_counter()
-            dist.all_gather_into_tensor(every, own)
-            taken.append(time.perf_counter() - start)
-        return statistics.median(taken)
+    def mean_s(work: Callable[[], object], count: int) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(count):
+            work()
+        return (time.perf_counter() - start) / count
 
-    small, large = median_gather(2), median_gather(2**18)
+    product = mean_s(lambda: torch.mm(a, b, out=out), 1000)
+    copied = mean_s(weights.clone, 20)
+    operation = mean_s(lambda: tiny * tiny, 40000)
+
+    def message_s(size: int, count: int) -> float:
+        """A gather and a scatter on average, beyond the product before each, so that ranks have to be woken."""
+        own, every = torch.zeros(size), torch.zeros(size * 2)
+
+        def work() -> None:
+            torch.mm(a, b, out=out)
+            dist.all_gather_into_tensor(every, own, group=neighbours)
+            torch.mm(a, b, out=out)
+            dist.reduce_scatter_tensor(own, every, group=neighbours)
+
+        return mean_s(work, count) / 2 - product
+
+    small, large = (message_s(2, 300), message_s(LARGE, 10)) if ranks > 1 else (0.0, 1.0)
+    found = torch.tensor([product, copied, operation, small, large])
+    dist.all_reduce(found)
     if info.rank == 0:
-        gathered = 4 * 2**18 * (ranks - 1)
-        Path(cfg.run_dir, LINKS).write_text(json.dumps([small, gathered / max(1e-9, large - small)]))
+        Path(cfg.run_dir, LOAD).write_text(json.dumps((found / ranks).tolist()))
     dist.barrier()
 
 
-def links(ranks: int) -> tuple[float, float]:
-    """Latency and bandwidth of gloo between so many ranks."""
+def loaded(ranks: int) -> tuple[float, ...]:
+    """The numbers of `Measured` for so many ranks."""
     with tempfile.TemporaryDirectory(prefix="plan-") as directory:
         cfg = compose([*RUN, f"parallel.dp={ranks}", f"run_dir={directory}/run"])
-        local.start(cfg, validate(cfg), "bench.bench_plan:messages")
-        latency, rate = json.loads(Path(directory, "run", LINKS).read_text())
-    return latency, rate
+        local.start(cfg, validate(cfg), "bench.bench_plan:load")
+        product, copied, operation, small, large = json.loads(Path(directory, "run", LOAD).read_text())
+    rate = 4 * LARGE / max(1e-9, large - small)
+    return 2 * TOKENS * HIDDEN * INNER / product, 2 * 4 * WEIGHTS / copied, operation, small, rate
 
 
 def hardware_of(measured: Measured, ranks: int) -> Hardware:
     """`conf/cluster/local_cpu.yaml` with what was measured."""
-    latency, rate = measured.latency_s[max(2, ranks)] / MICRO, measured.link_bytes_per_s[max(2, ranks)] / 1e9
+    # More ranks than cores find a core awake in `load`; those of a run wait for each other, and it sleeps meanwhile.
+    latency, rate = measured.latency_s[2] / MICRO, measured.link_bytes_per_s[2] / 1e9
+    tflops = measured.flops[ranks] / 1e12
     return replace(
-        cluster("local_cpu"), fp32_tflops=measured.flops / 1e12, bf16_tflops=measured.flops / 1e12,
-        fp8_tflops=measured.flops / 1e12, memory_tb_per_s=measured.bytes_per_s / 1e12, domain_gb_per_s=rate,
+        cluster("local_cpu"), fp32_tflops=tflops, bf16_tflops=tflops, fp8_tflops=tflops,
+        memory_tb_per_s=measured.bytes_per_s[ranks] / 1e12, domain_gb_per_s=rate,
         network_gb_per_s=rate, domain_latency_us=latency, network_latency_us=latency,
     )  # fmt: skip
 
@@ -157,31 +153,27 @@ def timed(overrides: Sequence[str]) -> list[float]:
 
 def measure(names: Sequence[str]) -> tuple[Measured, dict[str, float]]:
     """The machine, and seconds of a step of each layout: medians over all rounds."""
-    speeds: list[tuple[float, float]] = []
-    gloo: dict[int, list[tuple[float, float]]] = {2: [], 4: []}
+    found: dict[int, list[tuple[float, ...]]] = {1: [], 2: [], 4: []}
     steps: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(ROUNDS):
-        for ranks, found in gloo.items():
-            found.append(links(ranks))
+        for ranks, values in found.items():
+            values.append(loaded(ranks))
         for name in names:
-            speeds.append(kernels())
             steps[name] += timed(LAYOUTS[name])
-
-    def middle(pairs: Sequence[tuple[float, float]], which: int) -> float:
-        return statistics.median(pair[which] for pair in pairs)
-
-    measured = Measured(
-        middle(speeds, 0), middle(speeds, 1), {ranks: middle(found, 0) for ranks, found in gloo.items()},
-        {ranks: middle(found, 1) for ranks, found in gloo.items()},
-    )  # fmt: skip
-    return measured, {name: statistics.median(found) for name, found in steps.items()}
+    medians = [
+        {ranks: statistics.median(one[which] for one in values) for ranks, values in found.items()}
+        for which in range(5)
+    ]
+    return Measured(*medians), {name: statistics.median(one) for name, one in steps.items()}
 
 
 def predicted(overrides: Sequence[str], measured: Measured, host_us: float) -> float:
     """Seconds of a step."""
     cfg = compose([*RUN, *overrides])
     layout = validate(cfg)
-    planned, hardware = job_of(cfg, layout), hardware_of(measured, layout.world_size)
+    ranks = layout.world_size
+    planned, hardware = job_of(cfg, layout), hardware_of(measured, ranks)
+    host_us *= measured.operation_s[ranks] / measured.operation_s[1]
     # Nothing overlaps on a CPU, and nothing is fused away: the constants of GPUs do not hold.
     constants = Calibration(
         gemm_half_k=1, gemm_speed=1, weights_speed=1, quantize_passes=1, memory_passes=1, attention_speed=1,
@@ -193,9 +185,7 @@ def predicted(overrides: Sequence[str], measured: Measured, host_us: float) -> f
     weights = [weights_on(cfg, planned, rank) for rank in range(layout.pp)]
     schedule = "interleaved" if layout.vpp > 1 else "1f1b"
     step = plan_step(planned, Machine(hardware, software, constants), schedule, weights)
-    cores = os.cpu_count() or 1
-    busy = sum(step.pipeline.busy) / layout.pp * layout.world_size / min(cores, layout.world_size)
-    return max(step.pipeline.seconds, busy) + step.optimizer + step.data_parallel
+    return step.seconds
 
 
 def host_time(seconds: float, measured: Measured) -> float:

@@ -29,7 +29,9 @@ def gemm(
     if min(rows, columns, inner) <= 0:
         return 0.0
     peak = hardware.matmul_flops(precision) * constants.gemm_speed
-    best = max(_tile_efficiency(hardware.multiprocessors, rows, columns, copies, *tile) for tile in TILES)
+    units = hardware.multiprocessors
+    # A single unit is a core of a CPU, whose tiles are small.
+    best = 1.0 if units == 1 else max(_tile_efficiency(units, rows, columns, copies, *tile) for tile in TILES)
     ramp = inner / (inner + constants.gemm_half_k)
     compute = 2 * rows * columns * inner * copies / (peak * best * ramp)
     element = {"fp8": 1, "bf16": 2, "fp32": 4}[precision]

@@ -136,13 +136,13 @@ class _Layer:
         )
         self.started(count, count * (2 if again else 1))
 
-    def tp(self, gathered: float, scattered: float, *modules: str) -> None:
-        """Gather so many elements before a module and scatter so many behind it; the backward pass gathers once
-        more."""
+    def tp(self, gathered: float, scattered: float, *modules: str, gathers: int = 1) -> None:
+        """Gather so many elements before a module, in so many messages, and scatter so many behind it; the backward
+        pass gathers once more."""
         job, layout = self.job, self.job.layout
         if layout.tp <= 1:
             return
-        before = network.ring(self.hardware, Group(layout.tp), job.element * gathered)
+        before = network.ring(self.hardware, Group(layout.tp), job.element * gathered, gathers)
         behind = network.ring(self.hardware, Group(layout.tp), job.element * scattered)
         if job.sequence_parallel:
             forward, backward = before + behind, 2 * before + behind
@@ -212,7 +212,8 @@ def _mla(layer: _Layer) -> None:
     n, r, hidden, tp = job.tokens, job.split_tokens, job.model.hidden_size, job.layout.tp
     heads = model.num_attention_heads / tp
     rope, nope, value, latent = model.qk_rope_head_dim, model.qk_nope_head_dim, model.v_head_dim, model.kv_lora_rank
-    layer.tp(n * (model.q_lora_rank + latent + rope), n * hidden)
+    # latents of queries, latents of keys and values, and rotary parts of the keys
+    layer.tp(n * (model.q_lora_rank + latent + rope), n * hidden, gathers=3 if model.q_lora_rank else 2)
     if model.q_lora_rank:
         layer.linear(r, model.q_lora_rank, hidden)
         layer.linear(n, heads * (nope + rope), model.q_lora_rank, "mla_up_proj")

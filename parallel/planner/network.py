@@ -38,8 +38,9 @@ def network_rate(hardware: Hardware, group: Group) -> float:
     return hardware.network_bytes_per_s * spine
 
 
-def ring(hardware: Hardware, group: Group, gathered: float) -> float:
-    """Seconds of an all-gather or reduce-scatter of `gathered` bytes in all, each rank holding one part.
+def ring(hardware: Hardware, group: Group, gathered: float, messages: int = 1) -> float:
+    """Seconds of an all-gather or reduce-scatter of `gathered` bytes in all, each rank holding one part; of so many
+    one after another.
 
     A ring through all members passes each NVLink link, and leaves a domain through the network cards of all members
     there.
@@ -48,11 +49,10 @@ def ring(hardware: Hardware, group: Group, gathered: float) -> float:
         return 0.0
     inside = group.in_domain(hardware)
     moved = gathered * (group.size - 1) / group.size
-    steps = hardware.domain_latency_us * MICRO
     if group.domains(hardware) == 1:
-        return moved / hardware.domain_bytes_per_s + steps
+        return moved / hardware.domain_bytes_per_s + messages * hardware.domain_latency_us * MICRO
     rate = min(hardware.domain_bytes_per_s, inside * network_rate(hardware, group))
-    return moved / rate + hardware.network_latency_us * MICRO
+    return moved / rate + messages * hardware.network_latency_us * MICRO
 
 
 def relay(hardware: Hardware, group: Group, gathered: float) -> float:

@@ -84,3 +84,17 @@ def test_dispatch_by_node_sends_less_over_the_network() -> None:
 
 def test_an_exchange_around_a_ring_waits_for_its_slowest_link() -> None:
     assert network.relay(H800, Group(16), 1e9) > 3 * network.relay(H800, Group(8), 1e9)
+
+
+def test_a_core_of_a_cpu_has_no_large_tiles_to_fill() -> None:
+    """A tenth of the rows takes a tenth of the time."""
+    core = cluster("local_cpu")
+    few, many = (kernels.gemm(core, FITTED, "fp32", rows, 512, 512) for rows in (16, 160))
+    assert many == pytest.approx(10 * few)
+
+
+def test_messages_one_after_another_wait_each_for_the_first_byte() -> None:
+    for group in (Group(8), Group(64)):
+        one, three = (network.ring(H800, group, 1e6, messages) for messages in (1, 3))
+        latency = H800.domain_latency_us if group.size == 8 else H800.network_latency_us
+        assert three - one == pytest.approx(2 * latency * 1e-6)

@@ -56,6 +56,19 @@ def moe_layer(*overrides: str, soft: Software | None = None) -> tuple[float, flo
     return total(times.forward), total(times.inputs) + total(times.weights) + total(times.recompute)
 
 
+def test_tensor_parallel_latents_are_gathered_one_by_one() -> None:
+    """MLA's latents of queries, of keys and values, and the rotary keys: two messages more than GQA in each direction,
+    which count where a message takes long."""
+    slow = replace(cluster("h800"), domain_latency_us=1e6)
+    found = []
+    for words in (["model.attention=mla"], ["model.attention=mla", "model.q_lora_rank=0"], ["model.attention=gqa"]):
+        cfg = compose(["model=tiny", "parallel.tp=2", "runtime=cuda", "precision=bf16", *words])
+        machine = Machine(slow, replace(software.of_date(202604), overlap_tp=False), FITTED)
+        found.append(round(layer_times(job_of(cfg, validate(cfg)), machine, moe=False).forward["tp"]))
+    dense = 2  # a gather and a scatter
+    assert found == [dense + 4, dense + 3, dense + 2]
+
+
 def test_recomputation_adds_forward_work_to_the_backward_pass() -> None:
     none, full = moe_layer("recompute=none"), moe_layer("recompute=full")
     some = moe_layer()
