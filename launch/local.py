@@ -45,7 +45,7 @@ def start(cfg: Config, layout: ParallelLayout, entry: str | None = None) -> None
         except failures.RankError as error:
             if error.exit_code in failures.LASTING or attempt == budget:
                 raise
-            if restarts.checkpoints(restarts.root_of(cfg)) != before:
+            if restarts.has_new(before, restarts.root_of(cfg)):
                 cfg = dataclasses.replace(cfg, resume="auto")
             print(f"warning: {error}; starting again, {attempt + 1} of {budget} times", file=sys.stderr, flush=True)
 

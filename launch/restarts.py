@@ -22,8 +22,12 @@ def overrides() -> list[str]:
     file = Path(os.environ.get(FIRST, ""))
     if not file.is_file():
         return []
-    first = json.loads(file.read_text(encoding="utf-8"))
-    return [] if checkpoints(Path(first["dir"])) == first["checkpoints"] else ["resume=auto"]
+    try:
+        first = json.loads(file.read_text(encoding="utf-8"))
+        saved = has_new(first["checkpoints"], Path(first["dir"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        saved = True  # damaged: there was an earlier start, and to begin anew would write over what it saved
+    return ["resume=auto"] if saved else []
 
 
 def remember(cfg: Config) -> None:
@@ -35,10 +39,8 @@ def remember(cfg: Config) -> None:
     if FIRST not in os.environ or (file := Path(os.environ[FIRST])).exists():
         return
     root = root_of(cfg).resolve()
-    part = file.with_name(f"{file.name}.part")
     try:
-        part.write_text(json.dumps({"dir": str(root), "checkpoints": checkpoints(root)}) + "\n", encoding="utf-8")
-        part.replace(file)
+        directory.replace_file(file, json.dumps({"dir": str(root), "checkpoints": checkpoints(root)}) + "\n")
     except OSError as error:
         raise LaunchError(f"run_dir={cfg.run_dir} cannot be written: {error.strerror}", "set run_dir=PATH") from error
 
@@ -52,3 +54,8 @@ def checkpoints(root: Path) -> dict[str, int]:
     """When each checkpoint there was written."""
     files = (path / directory.STATE for path in directory.candidates(root))
     return {file.parent.name: file.stat().st_mtime_ns for file in files if file.exists()}
+
+
+def has_new(before: dict[str, int], root: Path) -> bool:
+    """Whether a checkpoint there was written since `before`. Those that someone removed since do not count."""
+    return not checkpoints(root).items() <= before.items()

@@ -137,6 +137,12 @@ class Watch(threading.Thread):
             self._waiting += waits(sys._current_frames().get(self._main))
 
     def _give_up(self, silent_s: float, grace_s: float, stacks: int) -> None:
+        try:
+            self._tell(silent_s, grace_s, stacks)
+        finally:  # also where a full disk takes nothing of it
+            os._exit(HUNG)
+
+    def _tell(self, silent_s: float, grace_s: float, stacks: int) -> None:
         mine = self._state(stuck=True)
         head = f"rank {self.rank} made no progress for {silent_s:.1f} s in step {mine.step + 1}, {mine.place}"
         os.write(stacks, f"--- {head}\n".encode())
@@ -145,13 +151,12 @@ class Watch(threading.Thread):
         time.sleep(grace_s)  # the others notice too
         found = verdict([heartbeat for heartbeat in read(self.run_dir) if heartbeat.rank < self._world_size])
         text = f"{head}; {'; '.join(found)}; stacks in {self._stacks}"
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        log.error("%s", text)
         part = self.run_dir / f"{VERDICT}.{self.rank}.part"
         part.write_text("\n".join(found) + "\n", encoding="utf-8")
         os.replace(part, self.run_dir / VERDICT)
-        log.error("%s", text)
-        print(f"error: {text}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(HUNG)
 
     def _state(self, stuck: bool) -> Heartbeat:
         frame, pulse = sys._current_frames().get(self._main), self.pulse

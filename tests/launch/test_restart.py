@@ -93,6 +93,29 @@ def test_a_later_start_of_a_batch_job_continues_what_the_job_saved(
     assert restarts.overrides() == []
 
 
+def test_a_checkpoint_that_someone_removes_is_none_that_the_job_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are still of the run that was not to be continued."""
+    monkeypatch.setenv(restarts.FIRST, str(tmp_path / ".first"))
+    for step in (8, 9):
+        _save(tmp_path / "checkpoints", step)
+    restarts.remember(Config(run_dir=str(tmp_path)))
+    shutil.rmtree(tmp_path / "checkpoints/step_00000008")
+    assert restarts.overrides() == []
+    _save(tmp_path / "checkpoints", 10)
+    assert restarts.overrides() == ["resume=auto"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"dir": "checkpoints"}', '{"dir": ".", "checkpoints": 3}'])
+def test_a_damaged_note_of_the_first_start_makes_no_later_one_begin_anew(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(restarts.FIRST, str(tmp_path / ".first"))
+    (tmp_path / ".first").write_text(text)
+    assert restarts.overrides() == ["resume=auto"]
+
+
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 

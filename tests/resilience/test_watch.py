@@ -50,6 +50,20 @@ def test_a_rank_without_progress_leaves_its_stacks_and_ends_itself(tmp_path: Pat
     assert "hangs in step 8, update, in deep_inside (" in (tmp_path / watch.VERDICT).read_text()
 
 
+def test_a_full_disk_does_not_keep_a_hung_rank(tmp_path: Path) -> None:
+    done = start(
+        """
+        import os
+        def full(*_):
+            raise OSError(28, "No space left on device")
+        os.write = full
+        time.sleep(5)
+        """,
+        tmp_path,
+    )
+    assert done.returncode == watch.HUNG
+
+
 def test_progress_and_jumps_of_the_clock_leave_it_alone(tmp_path: Path) -> None:
     done = start(
         """
