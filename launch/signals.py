@@ -28,8 +28,9 @@ class Interrupted(BaseException):
         return 128 + self.signal
 
 
-_STORM_S = 1.0
-"""Further signals so soon after one was raised are part of it: they would only tear apart how it is handled."""
+_STORM_S = 10.0
+"""Further signals so soon after one was raised are part of it: they would only tear apart how it is handled. Longer
+than ranks take to end."""
 
 _owner = 0  # the process that is interruptible
 _raised_at = -_STORM_S

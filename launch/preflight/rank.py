@@ -17,7 +17,7 @@ from launch.preflight.facts import Facts
 from moe_train.config.schema import Config
 from moe_train.config.validate import validate
 from parallel import runtime
-from parallel.errors import ConfigError, LaunchError
+from parallel.errors import LaunchError
 from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
 
@@ -112,13 +112,14 @@ def _report(cfg: Config, gathered: list[Facts], findings: list[verdict.Finding])
 def _again(cfg: Config, nodes: list[str]) -> str:
     """Submit the job again without these nodes where the config says so; else the command that would."""
     exclude = ",".join(sorted({*nodes, *cfg.launcher.exclude}))
-    try:
-        place = snapshot.newest_place(cfg.run_dir)
-    except ConfigError:
+    submitted = os.environ.get("MOE_SUBMITTED")
+    if submitted is None:  # what moe-submit has started with this run_dir is another job
         return f"submit again with: sbatch --exclude={exclude} ..."
-    round_ = int(os.environ.get(_COUNT, "0"))
-    if cfg.launcher.preflight != "resubmit" or "SLURM_JOB_ID" not in os.environ:
+    place = Path(cfg.run_dir, snapshot.FOLDER, submitted)
+    recorded = (place / snapshot.FACTS).is_file()  # a sweep has it elsewhere, for all of its runs
+    if cfg.launcher.preflight != "resubmit" or "SLURM_JOB_ID" not in os.environ or not recorded:
         return f"submit again with: moe-submit ... 'launcher.exclude=[{exclude}]'"
+    round_ = int(os.environ.get(_COUNT, "0"))
     if round_ >= _MOST_RESUBMISSIONS:
         return f"not submitted again: that was done {round_} times already"
     record = snapshot.read(place)

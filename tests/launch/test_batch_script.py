@@ -83,6 +83,22 @@ def test_a_warning_between_two_starts_is_not_forgotten(when: str, batch: Batch) 
     assert sum("launch.main" in step for step in steps) == (when == "look")
 
 
+def test_a_warning_is_heard_while_the_nodes_are_looked_at(batch: Batch) -> None:
+    """A node that does not answer is waited for longer than the warning comes before the limit."""
+    srun = '[ $what != look ] || { kill -USR1 "$batch"; sleep 3; echo looked >>"$LOG"; }; [ $what != train ] || exit 1'
+    _, text = batch.run(srun, "run_dir=run")
+    assert batch.lines()[-1] == "requeue 7", text
+    assert "looked" not in batch.lines()
+
+
+@pytest.mark.parametrize(("count", "last"), [("0", "requeue 7"), ("100", "ended")])
+def test_ranks_that_do_not_save_in_time_are_requeued_while_there_is_some(count: str, last: str, batch: Batch) -> None:
+    """Slurm does not requeue what reaches its limit. A job that must not go back gets all the time there is."""
+    srun = '[ $what != train ] || { kill -USR1 "$batch"; sleep 7; echo ended >>"$LOG"; }'
+    _, text = batch.run(srun, "run_dir=run", MOE_GRACE_S="5", SLURM_RESTART_COUNT=count)
+    assert batch.lines()[-1] == last, text
+
+
 def test_a_job_that_is_ended_between_two_starts_starts_nothing_more(batch: Batch) -> None:
     code, _ = batch.run('[ $what != look ] || kill -TERM "$batch"; [ $what != train ] || exit 1', "run_dir=run")
     assert code == 75

@@ -280,6 +280,7 @@ def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]
     command = ["sbatch", "--parsable", "--exclude=n7", "--nodes=2", "train.sbatch", "seed=1"]
     snapshot.write(snapshot.Submission(command, {"MOE_START": "srun"}, ["70"]), place)
     monkeypatch.setenv("SLURM_JOB_ID", "70")
+    monkeypatch.setenv("MOE_SUBMITTED", place.name)
     given: list[list[str]] = []
 
     def run(*words: str, environment: dict[str, str]) -> str:
@@ -318,4 +319,9 @@ def test_it_is_not_submitted_for_ever_or_unasked(
     assert "moe-submit ... 'launcher.exclude=[n2,n7]'" in rank._again(_config(tmp_path, "check"), ["n2"])
     monkeypatch.setenv("MOE_PREFLIGHT_ROUND", "3")
     assert rank._again(_config(tmp_path), ["n2"]) == "not submitted again: that was done 3 times already"
+    monkeypatch.delenv("MOE_PREFLIGHT_ROUND")
+    monkeypatch.setenv("MOE_SUBMITTED", "2026-01-02_00-00-00")  # of a sweep, whose record is elsewhere
+    assert "moe-submit ... 'launcher.exclude=[n2,n7]'" in rank._again(_config(tmp_path), ["n2"])
+    monkeypatch.delenv("MOE_SUBMITTED")  # sbatch alone, after a job of moe-submit in the same directory
+    assert "sbatch --exclude=n2,n7" in rank._again(_config(tmp_path), ["n2"])
     assert submitted == []
