@@ -64,7 +64,7 @@ def shown(counts: Sequence[int]) -> str:
 
 def degrees(layout: ParallelLayout) -> str:
     """The layout in a few words."""
-    return " ".join(f"{name}{getattr(layout, name)}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp", "edp"))
+    return f"{layout.label} edp{layout.edp}"
 
 
 def fewer(found: Sequence[Choice], nodes: int) -> list[str]:

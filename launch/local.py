@@ -37,7 +37,7 @@ def start(cfg: Config, layout: ParallelLayout, entry: str | None = None) -> None
     """
     env.make_scratch(cfg.launcher)
     budget = cfg.launcher.restarts or 0
-    before = restarts.checkpoints(restarts.root_of(cfg))
+    before = restarts.checkpoints(cfg.checkpoint_root)
     for attempt in range(budget + 1):
         try:
             _run(cfg, layout, entry)
@@ -45,7 +45,7 @@ def start(cfg: Config, layout: ParallelLayout, entry: str | None = None) -> None
         except failures.RankError as error:
             if error.exit_code in failures.LASTING or attempt == budget:
                 raise
-            if restarts.has_new(before, restarts.root_of(cfg)):
+            if restarts.has_new(before, cfg.checkpoint_root):
                 cfg = dataclasses.replace(cfg, resume="auto")
             print(f"warning: {error}; starting again, {attempt + 1} of {budget} times", file=sys.stderr, flush=True)
 

@@ -38,16 +38,11 @@ def remember(cfg: Config) -> None:
     """
     if FIRST not in os.environ or (file := Path(os.environ[FIRST])).exists():
         return
-    root = root_of(cfg).resolve()
+    root = cfg.checkpoint_root.resolve()
     try:
         directory.replace_file(file, json.dumps({"dir": str(root), "checkpoints": checkpoints(root)}) + "\n")
     except OSError as error:
         raise LaunchError(f"run_dir={cfg.run_dir} cannot be written: {error.strerror}", "set run_dir=PATH") from error
-
-
-def root_of(cfg: Config) -> Path:
-    """Directory of the run's checkpoints."""
-    return Path(cfg.checkpoint.dir or Path(cfg.run_dir) / "checkpoints")
 
 
 def checkpoints(root: Path) -> dict[str, int]:

@@ -50,6 +50,11 @@ class ParallelLayout:
         """Data-parallel degree of the expert layers."""
         return self.world_size // (self.etp * self.ep * self.pp)
 
+    @property
+    def label(self) -> str:
+        """The degrees in one line."""
+        return " ".join(f"{name}{getattr(self, name)}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp"))
+
     @classmethod
     def resolve(
         cls, *, tp: int, pp: int, vpp: int, cp: int, ep: int, etp: int,

@@ -23,7 +23,7 @@ from parallel.errors import CheckpointError
 
 def root_of(run: Run) -> Path:
     """Directory of the run's checkpoints."""
-    return Path(run.cfg.checkpoint.dir or run.run_dir / "checkpoints")
+    return run.cfg.checkpoint_root
 
 
 def path_of(run: Run) -> Path:

@@ -6,6 +6,7 @@ Every field has a one-line doc with its unit. Nothing here imports torch: login 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from moe_train.config.cluster import ClusterConfig
 from moe_train.config.fields import doc
@@ -304,3 +305,8 @@ class Config:
     )
     export_hf: bool = doc(False, "Write the trained weights in Hugging Face format too, to run_dir/hf.")
     verbose: bool = doc(False, "Show tracebacks of errors.")
+
+    @property
+    def checkpoint_root(self) -> Path:
+        """Directory of the run's checkpoints."""
+        return Path(self.checkpoint.dir or Path(self.run_dir) / "checkpoints")

@@ -69,10 +69,8 @@ class Plan:
     @property
     def label(self) -> str:
         """Degrees and choices in one line."""
-        one = self.job.layout
-        degrees = " ".join(f"{name}{getattr(one, name)}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp"))
         size, again = self.job.micro_batch_size, self.job.recomputes
-        return f"{degrees} mbs{size} recompute:{again} {self.schedule} {self.software.dispatcher}"
+        return f"{self.job.layout.label} mbs{size} recompute:{again} {self.schedule} {self.software.dispatcher}"
 
 
 @dataclass

@@ -27,7 +27,7 @@ def retention(facts: Facts) -> None:
 def places(facts: Facts) -> None:
     """The nodes' disks are another place than that of all checkpoints."""
     cfg = facts.cfg
-    near, shared = cfg.checkpoint.local_dir, cfg.checkpoint.dir or os.path.join(cfg.run_dir, "checkpoints")
+    near, shared = cfg.checkpoint.local_dir, cfg.checkpoint_root
     if near is not None and os.path.abspath(near) == os.path.abspath(shared):
         raise Impossible(f"checkpoint.local_dir={override_value(near)} is where all checkpoints go, no node's own disk",
                          [{"checkpoint.local_dir": None}])  # fmt: skip
