@@ -18,7 +18,7 @@ BATCH, SEQUENCE = 8, 16
 
 def fake_run(run_dir: Path, *, step: int = 0, total_steps: int = 10, rank: int = 0, log_interval: int = 1) -> Run:
     """Rank `rank` of 2 of a run at `step`: one dense layer, two MoE layers, one multi-token-prediction layer."""
-    cfg = Config()
+    cfg = Config(run_dir=str(run_dir))
     cfg.model = ModelConfig(num_layers=3, num_experts=2, topk=1, num_dense_layers=1, mtp_num_layers=1)
     cfg.batch.global_batch_size, cfg.train.seq_length = BATCH, SEQUENCE
     cfg.telemetry.log_interval_steps = log_interval
