@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-from moe_train.checkpoint.hf.writer import HashingFile
+from moe_train.checkpoint.hashing_file import HashingFile
 from moe_train.checkpoint.manifest import Entry
 from parallel.errors import CheckpointError
 

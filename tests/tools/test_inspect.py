@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_train.checkpoint.dtypes import of_torch
+from moe_train.checkpoint.hashing_file import HashingFile
 from moe_train.checkpoint.hf import block_fp8, config, convert, distcp, safetensors, writer
 from moe_train.checkpoint.hf.mapping import pieces
 from moe_train.checkpoint.hf.rows import Rows
@@ -51,7 +52,7 @@ def weights(model: ModelConfig = MODEL) -> dict[str, Tensor]:
 def write_hf(directory: Path, tensors: dict[str, Tensor], settings: config.Json | None = None) -> Path:
     """A Hugging Face checkpoint in one file, without a manifest."""
     directory.mkdir(parents=True)
-    out = writer.HashingFile(directory / safetensors.SINGLE)
+    out = HashingFile(directory / safetensors.SINGLE)
     out.write(safetensors.header([(name, of_torch(t.dtype), tuple(t.shape)) for name, t in tensors.items()]))
     for tensor in tensors.values():
         out.write(Rows.of(tensor).data)
@@ -73,7 +74,7 @@ def add_optimizer(weights_only: Path, directory: Path, scale: float = 1.0) -> Pa
     source = distcp.Checkpoint(weights_only)
     directory.mkdir(parents=True)
     items: dict[str, list[list[object]]] = {"__0_0.distcp": []}
-    out = writer.HashingFile(directory / "__0_0.distcp")
+    out = HashingFile(directory / "__0_0.distcp")
     for key, entry in source.tensors.items():
         tensor = torch.cat([chunk.extent.read().tensor() for chunk in source.chunks(key)])
         states = ("exp_avg", "exp_avg_sq", "fp32_param") if not key.endswith("expert_bias") else ()

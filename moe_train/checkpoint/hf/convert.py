@@ -17,11 +17,12 @@ from typing import Any, Protocol
 from moe_train.checkpoint import compat
 from moe_train.checkpoint.directory import CONFIG, FORMAT, METADATA, STATE, read_state
 from moe_train.checkpoint.dtypes import DTYPES, Dtype
+from moe_train.checkpoint.hashing_file import HashingFile
 from moe_train.checkpoint.hf import block_fp8, config, distcp, safetensors
 from moe_train.checkpoint.hf.mapping import Part, Piece
 from moe_train.checkpoint.hf.rows import BLOCK_BYTES, Rows
 from moe_train.checkpoint.hf.source import HuggingFace, MappedSource, narrowed
-from moe_train.checkpoint.hf.writer import MANIFEST, FileJob, HashingFile, Plan
+from moe_train.checkpoint.hf.writer import MANIFEST, FileJob, Plan
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config, ConvertConfig
 from parallel.errors import CheckpointError, ConfigError

@@ -20,67 +20,20 @@ import threading
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from moe_train.checkpoint.directory import MANIFEST, sync
+from moe_train.checkpoint.hashing_file import HashingFile
 from moe_train.checkpoint.hf.workers import Team
 from moe_train.checkpoint.manifest import entry_of
 from parallel.errors import CheckpointError, MoeTrainError
 
 _PLAN, _DONE, _LOCK, _PART = "plan.json", "done", ".lock", ".part"
 
-_WAITING = 2
-"""Files beyond those that are being written which may wait for the disk."""
-
 Json = dict[str, Any]
 T = TypeVar("T")
-
-
-class HashingFile:
-    """A file that is written from start to end, and its SHA-256."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=0)
-        self.sha256, self.position = hashlib.sha256(), 0
-        self._scratch = memoryview(b"")
-        self.error: OSError | None = None
-        """What the disk said first. `zipfile` closes its archive after it and may raise another error from that."""
-
-    def scratch(self, size: int) -> memoryview:
-        """Memory for what is to be written next. Each call gives the same."""
-        if len(self._scratch) < size:
-            self._scratch = memoryview(bytearray(size))
-        return self._scratch[:size]
-
-    def write(self, data: Any) -> int:
-        """Append bytes."""
-        view = memoryview(data).cast("B")
-        self.sha256.update(view)
-        done = 0
-        try:
-            while done < len(view):
-                done += self._file.write(view[done:])
-        except OSError as error:
-            self.error = error
-            raise
-        self.position += len(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing is held back. torch.save asks for it."""
-
-    def close(self, wait: bool = True) -> None:
-        """Unless told not to `wait`, what was written is on disk when this returns."""
-        if wait:
-            os.fsync(self._file.fileno())
-        self._file.close()
-
-    def abandon(self) -> None:
-        """Close without waiting for the disk."""
-        self._file.close()
 
 
 @dataclass(frozen=True)
@@ -288,24 +241,19 @@ def _write_all(plan: Plan, jobs: list[FileJob], threads: int, progress: Callable
     complete = set(_complete(plan, partial))
     progress(sum(job.bytes for job in jobs if job.name in complete))
     missing = iter([job for job in jobs if job.name not in complete])
-    stop, busy = threading.Event(), threading.Semaphore(threads)
+    stop = threading.Event()
 
     def work() -> None:
-        while True:
-            with ExitStack() as turn:
-                turn.enter_context(busy)
-                job = None if stop.is_set() else next(missing, None)
-                if job is None:
-                    return
-                try:
-                    _write_file(job, partial, turn.close)
-                except BaseException:
-                    stop.set()  # before the turn ends, or another file would begin
-                    raise
+        while (job := None if stop.is_set() else next(missing, None)) is not None:
+            try:
+                _write_file(job, partial)
+            except BaseException:
+                stop.set()  # before another file begins
+                raise
             progress(job.bytes)
 
-    with ThreadPoolExecutor(threads + _WAITING) as pool:
-        futures = [pool.submit(work) for _ in range(threads + _WAITING)]
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(work) for _ in range(threads)]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         finally:
@@ -314,13 +262,11 @@ def _write_all(plan: Plan, jobs: list[FileJob], threads: int, progress: Callable
             future.result()
 
 
-def _write_file(job: FileJob, partial: Path, written: Callable[[], None]) -> None:
-    """Writes a file; `written` is called when it only has to wait for the disk."""
+def _write_file(job: FileJob, partial: Path) -> None:
     part = partial / (job.name + _PART)
     file = HashingFile(part)
     try:
         facts = job.write(file)
-        written()
         file.close()
         os.replace(part, partial / job.name)
         record = {"bytes": file.position, "sha256": file.sha256.hexdigest(), "facts": facts}

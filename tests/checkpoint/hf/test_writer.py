@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 
+from moe_train.checkpoint.hashing_file import HashingFile
 from moe_train.checkpoint.hf import writer
 from moe_train.checkpoint.hf.workers import Alone, Team, TorchTeam
-from moe_train.checkpoint.hf.writer import FileJob, HashingFile, Outcome, Plan, partial_of
+from moe_train.checkpoint.hf.writer import FileJob, Outcome, Plan, partial_of
 from parallel.errors import CheckpointError, MoeTrainError
 from tests.checkpoint.hf import tiny_v3
 from tests.checkpoint.hf.tiny_v3 import files_of
