@@ -66,7 +66,7 @@ def run(cfg: Config, line: CommandLine, team: Team) -> None:
     from moe_train.checkpoint.hf import workers, writer
 
     os.environ["OMP_NUM_THREADS"] = "1"  # for torch where numbers change: files are written side by side
-    threads = cfg.convert.threads or 2 * workers.cores(team)  # one waits for the disk while another computes
+    threads = cfg.convert.threads or 2 * workers.cores(team) + 2  # some wait for the disk while others compute
     source = writer.together(team, lambda: _source(cfg))
     if line.command == _VERIFY:
         _verify(source, threads, team)

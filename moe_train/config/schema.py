@@ -239,7 +239,7 @@ class ConvertConfig:
     optimizer: bool = doc(True, "Whether a copy in the same format keeps the optimizer state.")
     power_of_two_scales: bool = doc(True, "Cut FP8 scales to powers of two, so that converting again changes nothing.")
     threads: int | None = doc(
-        None, "Files written at a time by one process; null is two for each core.", minimum=1, maximum=1_000
+        None, "Files written at a time by one process; null is two for each core, and two.", minimum=1, maximum=1_000
     )
 
 
