@@ -69,7 +69,7 @@ def run(cfg: Config, line: CommandLine, team: Team) -> None:
     threads = cfg.convert.threads or 2 * workers.cores(team) + 2  # some wait for the disk while others compute
     source = writer.together(team, lambda: _source(cfg))
     if line.command == _VERIFY:
-        _verify(source, threads, team)
+        _verify(writer.together(team, lambda: _written(source)), threads, team)
         return
     if cfg.convert.target is None:
         raise ConfigError("convert.target=null names no directory to write", "use moe-convert SOURCE TARGET")
@@ -104,6 +104,16 @@ def _source(cfg: Config) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"convert.source={path} is not a directory", "name a checkpoint that exists")
     return path
+
+
+def _written(path: Path) -> Path:
+    """What `path` means: a directory with a manifest itself, or the newest checkpoint of a run."""
+    from moe_train.checkpoint import directory
+
+    if (path / directory.MANIFEST).is_file():
+        return path
+    found = directory.candidates(path) or directory.candidates(path / "checkpoints")
+    return found[0] if found else path
 
 
 def make_plan(

@@ -201,6 +201,8 @@ TABLE = [
           "recompute.mode=none", "parallel.pp=2 recompute=full"),
     Wrong("recompute.stages=[none,full] recompute.method=block recompute.num_layers=3", "recompute.num_layers",
           "2 layers of the longest pipeline chunk", "parallel.pp=2 model.mtp_num_layers=0"),
+    Wrong("recompute.stages=[full,none]", "recompute.stages", "hold none; use recompute.stages=[]",
+          "parallel.pp=2 parallel.pipeline_layout='E|ttttmL'"),
     Wrong("recompute.stages=[none,full]", "recompute.offload", "full recomputation does not keep",
           "parallel.pp=2 runtime=cuda precision=bf16 recompute.offload=memory recompute.offload_modules=[attn_norm]"),
     Wrong("recompute.stages=[none,moe]", "recompute.offload_modules", "recomputing moe does not keep its input",

@@ -120,6 +120,11 @@ def full_layers(facts: Facts) -> None:
     if not whole:
         return
     counts = [items.count("t") for items in whole]
+    if not max(counts):
+        raise Impossible(
+            f"recompute.stages={','.join(recompute.stages)}: full recomputes layers, and its stages hold none",
+            [{"recompute.stages": []}],
+        )
     if recompute.method == "block":
         if size > max(counts):
             raise Impossible(

@@ -361,6 +361,18 @@ def test_verify_finds_a_flipped_byte_of_every_file(
     fails(convert("verify", tmp_path / "copy"), str(tmp_path / "copy" / name))
 
 
+def test_verify_of_a_run_takes_its_newest_checkpoint(
+    sources: dict[str, Path], tmp_path: Path, convert: Command
+) -> None:
+    for step in (1, 2):
+        shutil.copytree(sources["megatron"], tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
+    flip(tmp_path / "run" / "checkpoints" / "step_00000001" / "__1_0.distcp", 100)
+    for path in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
+        assert "step_00000002: " in convert.well("verify", path).out
+    flip(tmp_path / "run" / "checkpoints" / "step_00000002" / "__1_0.distcp", 100)
+    fails(convert("verify", tmp_path / "run"), "step_00000002/__1_0.distcp")
+
+
 def test_verify_of_what_has_no_manifest(sources: dict[str, Path], tmp_path: Path, convert: Command) -> None:
     fails(convert("verify", sources["hf"]), "manifest.json")
     fails(convert("verify", tmp_path / "nothing"), "nothing")
