@@ -99,6 +99,18 @@ def test_ranks_that_do_not_save_in_time_are_requeued_while_there_is_some(count: 
     assert batch.lines()[-1] == last, text
 
 
+@pytest.mark.parametrize(
+    ("most", "count", "says"), [("0", "0", "a chain goes on"), ("2", "2", "error: saved before the time limit; it was")]
+)
+def test_a_run_that_saved_and_is_not_requeued_says_why(most: str, count: str, says: str, batch: Batch) -> None:
+    """The end of a link of a chain is none of its errors."""
+    srun = '[ $what != train ] || { kill -USR1 "$batch"; sleep 0.3; exit 75; }'
+    code, text = batch.run(srun, "run_dir=run", MOE_REQUEUES=most, SLURM_RESTART_COUNT=count)
+    assert (code, "requeue 7" in batch.lines()) == (75, False)
+    assert says in text
+    assert ("error:" in text) == says.startswith("error:")
+
+
 def test_a_job_that_is_ended_between_two_starts_starts_nothing_more(batch: Batch) -> None:
     code, _ = batch.run('[ $what != look ] || kill -TERM "$batch"; [ $what != train ] || exit 1', "run_dir=run")
     assert code == 75
