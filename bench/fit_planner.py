@@ -31,7 +31,7 @@ from tools.planning.split import is_test
 BOUNDS = {
     "gemm_half_k": (30, 1000), "gemm_speed": (0.6, 1.1), "weights_speed": (0.5, 1),
     "block_speed": (0.75, 1), "flash2_speed": (0.35, 1), "quantize_passes": (0.3, 2), "memory_passes": (0.7, 3.5),
-    "attention_speed": (0.5, 1),
+    "small_kernel_us": (1, 3), "attention_speed": (0.5, 1),
     "attention_half": (50, 1000), "attention_backward": (2.8, 3.5), "tp_exposed": (0.05, 1), "cp_exposed": (0.05, 1),
     "dp_exposed": (0.02, 1), "fsdp_exposed": (0.02, 1), "all_to_all_exposed": (0.02, 0.5), "pp_exposed": (0.02, 1),
     "host_us": (1.5, 25), "sync_us": (10, 3000), "flex_sync_us": (10, 3000), "sync_blend": (1, 4),
@@ -115,15 +115,17 @@ def objective(found: list[Case], constants: Calibration, generations: dict[int, 
 def disorder(found: list[Case], errors: list[float]) -> float:
     """How far pairs of layouts of a (model, hardware) are from the published order, a mean over groups.
 
-    A pair counts by the logarithm that its predicted ratio lacks to the published order, with a small margin.
+    A pair counts by the logarithm that its predicted ratio lacks to the published order, with a small margin. Of a
+    layout the newest release counts, as in `tools.planning.validation`.
     """
-    groups: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, str], dict[str, list[tuple[int, float, float]]]] = defaultdict(lambda: defaultdict(list))
     for case, one in zip(found, errors, strict=True):
-        known = log(case.published)
-        groups[case.row.model.name, case.row.hardware.name][case.row.configuration].append((known, known + one))
+        point = case.row.month, log(case.published), log(case.published) + one
+        groups[case.row.model.name, case.row.hardware.name][case.row.configuration].append(point)
     lacking = []
     for layouts in groups.values():
-        points = [(median(known for known, _ in own), median(made for _, made in own)) for own in layouts.values()]
+        newest = [[point for point in own if point[0] == max(own)[0]] for own in layouts.values()]
+        points = [(median(known for _, known, _ in own), median(made for *_, made in own)) for own in newest]
         pairs = [
             max(0.0, min(MARGIN, known - other) - (made - other_made))
             for known, made in points for other, other_made in points if known > other

@@ -22,6 +22,7 @@ class Calibration:
         flash2_speed: speed of FlashAttention-2 over that of newer kernels on Hopper.
         quantize_passes: times that a tensor passes memory on its way to FP8, of those counted.
         memory_passes: the same of norms, activations, residuals and permutations.
+        small_kernel_us: device time of a kernel that has next to nothing to do, microseconds.
         attention_speed: factor on the achieved peak of attention.
         attention_half: tokens of a sequence at which attention reaches half of its speed.
         attention_backward: time of attention's backward pass over its forward pass.
@@ -49,44 +50,45 @@ class Calibration:
         straggler: how much longer every pass takes for each doubling of the GPUs.
     """
 
-    gemm_half_k: float = 71.06
-    gemm_speed: float = 1.1
-    weights_speed: float = 0.6349
-    block_speed: float = 0.9521
-    flash2_speed: float = 0.4763
-    quantize_passes: float = 0.8991
-    memory_passes: float = 0.8897
-    attention_speed: float = 0.934
-    attention_half: float = 639.9
-    attention_backward: float = 2.831
-    tp_exposed: float = 0.1766
+    gemm_half_k: float = 88.91
+    gemm_speed: float = 1.093
+    weights_speed: float = 0.6687
+    block_speed: float = 0.9688
+    flash2_speed: float = 0.4357
+    quantize_passes: float = 0.8512
+    memory_passes: float = 0.8819
+    small_kernel_us: float = 1.002
+    attention_speed: float = 1
+    attention_half: float = 365.9
+    attention_backward: float = 2.8
+    tp_exposed: float = 0.5412
     cp_exposed: float = 1
-    dp_exposed: float = 0.0353
-    fsdp_exposed: float = 0.6377
-    all_to_all_exposed: float = 0.4511
-    pp_exposed: float = 0.0958
-    host_us: float = 24.9
-    sync_us: float = 906.4
-    flex_sync_us: float = 94.59
+    dp_exposed: float = 0.02378
+    fsdp_exposed: float = 0.6223
+    all_to_all_exposed: float = 0.4957
+    pp_exposed: float = 0.08569
+    host_us: float = 25
+    sync_us: float = 1099
+    flex_sync_us: float = 102
     host_blend: float = 4
-    sync_blend: float = 1.891
-    capacity_us: float = 1302
+    sync_blend: float = 2.089
+    capacity_us: float = 1220
     real_imbalance: float = 1.6
-    graph_kernels: float = 0.05191
-    grouped_kernel: float = 0.4595
-    overlap_host: float = 1.737
-    step_s: float = 0.07091
-    straggler: float = 0.01119
+    graph_kernels: float = 0.05195
+    grouped_kernel: float = 0.5663
+    overlap_host: float = 1.675
+    step_s: float = 0.0638
+    straggler: float = 0.01105
 
 
 FITTED = Calibration()
 
 # Speed of DeepSeek's own attention kernels of 2024 over FlashAttention-3: with it the hours of their context extension
-# come out. FlashAttention-2 has 0.5 on Hopper.
-DEEPSEEK_ATTENTION = 0.7
+# come out. FlashAttention-2 has 0.44 on Hopper.
+DEEPSEEK_ATTENTION = 0.65
 
 # First month of a generation of software (year x 100 + month) -> part of the counted memory traffic of small kernels
 # that fusion leaves, and part of the counted kernels that the host starts one by one (both may be above 1: the counts
 # are of a lean implementation).
-FUSION = {202000: 0.4, 202301: 2.5, 202406: 1.22, 202506: 1.22, 202601: 0.973, 202606: 0.949}
-KERNELS = {202000: 0.333, 202301: 0.516, 202406: 0.386, 202506: 2.11, 202601: 1.84, 202606: 1.84}
+FUSION = {202000: 0.427, 202301: 2.5, 202406: 1.4, 202506: 1.53, 202601: 1.19, 202606: 1.19}
+KERNELS = {202000: 0.413, 202301: 0.513, 202406: 0.523, 202506: 1.75, 202601: 1.75, 202606: 1.75}

@@ -17,9 +17,18 @@ from parallel.planner.network import Group, Routing
 from parallel.planner.software import Software
 
 # Of an element that is cast to FP8: bytes moved, and kernels. One scale for a tensor takes its maximum first; smaller
-# blocks are cast in one pass, but along rows and along columns.
-CAST_BYTES = {"tensor": 2 + 2 + 1, "delayed": 2 + 1, "block": 2 + 1 + 1, "mxfp8": 2 + 1 + 1}
+# blocks are cast in one pass, but along rows and along columns, each with its scales.
+CAST_BYTES = {"tensor": 2 + 2 + 1, "delayed": 2 + 1, "block": 2 + 2 * (1 + 4 / 128), "mxfp8": 2 + 2 * (1 + 1 / 32)}
 CAST_KERNELS = {"tensor": 2, "delayed": 1, "block": 1, "mxfp8": 1}
+# Scales of MXFP8 must lie in the order of the tensor cores. Where casts do not write them so (TransformerEngine until
+# 2026, pull request 2630), forward and backward of a product start so many kernels that clear and reorder them, which
+# read and write them once more.
+SCALE_KERNELS, SCALE_BYTES = (4, 6), 2 * 2 / 32
+# Bytes of an element on its way to other tensor-parallel ranks (transformer_engine/pytorch/module/linear.py): inputs of
+# a product, once for the product and once more for the gradient of its weights; and the gradient of its outputs, of
+# which recipes with blocks send what was cast along rows and what was cast along columns.
+SENT_BYTES = {"tensor": 1.0, "delayed": 1.0, "block": 1 + 4 / 128, "mxfp8": 1 + 1 / 32}
+SENT_COPIES = {"tensor": 1, "delayed": 1, "block": 2, "mxfp8": 2}
 
 
 @dataclass(frozen=True)
@@ -103,9 +112,13 @@ class _Layer:
 
     def linear(
         self, rows: float, outputs: float, inputs: float, *modules: str, copies: int = 1, precision: str = "",
-        cast: bool = True,
+        cast: bool = True, split: str = "",
     ) -> None:  # fmt: skip
-        """A linear layer [rows, inputs] -> [rows, outputs], `copies` times; with `cast` what casts to FP8 move."""
+        """A linear layer [rows, inputs] -> [rows, outputs], `copies` times; with `cast` what casts to FP8 move.
+
+        With sequence parallelism each rank casts its part before it is gathered: of the inputs of a layer with split
+        columns, of the gradient of the outputs of one with split rows (`split`: inputs, outputs).
+        """
         kind, hardware, constants = precision or self.precision, self.hardware, self.constants
         forward = kernels.gemm(hardware, constants, kind, rows, outputs, inputs, copies)
         back = kernels.gemm(hardware, constants, kind, rows, inputs, outputs, copies)
@@ -120,11 +133,17 @@ class _Layer:
         each = 1 if copies == 1 else copies * constants.grouped_kernel
         started = each
         if kind == "fp8" and cast:
-            moved = CAST_BYTES[self.job.fp8 or ""] * constants.quantize_passes * self.software.fusion
-            inward = kernels.memory(hardware, moved * copies * rows * inputs)
-            outward = kernels.memory(hardware, moved * copies * rows * outputs)
+            reordered = self.job.fp8 == "mxfp8" and not self.software.ordered_scales
+            moved = CAST_BYTES[self.job.fp8 or ""] + (SCALE_BYTES if reordered else 0)
+            moved *= constants.quantize_passes * self.software.fusion
+            parts = self.job.layout.tp if self.job.sequence_parallel else 1
+            inward = kernels.memory(hardware, moved * copies * rows * inputs / (parts if split == "inputs" else 1))
+            outward = kernels.memory(hardware, moved * copies * rows * outputs / (parts if split == "outputs" else 1))
             self.times.add("quantize", inward, outward, 0.0 if self.software.frozen else inward + outward, again)
             started += each * CAST_KERNELS[self.job.fp8 or ""]
+            if reordered:
+                ahead, behind = (count * constants.small_kernel_us * MICRO for count in SCALE_KERNELS)
+                self.times.add("quantize", ahead, behind, 0.0, again)
         self.started(started, started + each + (started if again else 0))
 
     def moved(self, forward: float, backward: float, *modules: str, count: int = 1, name: str = "memory") -> None:
@@ -136,18 +155,23 @@ class _Layer:
         )
         self.started(count, count * (2 if again else 1))
 
-    def tp(self, gathered: float, scattered: float, *modules: str, gathers: int = 1) -> None:
+    def tp(self, gathered: float, scattered: float, *modules: str, gathers: int = 1, cast: bool = True) -> None:
         """Gather so many elements before a module, in so many messages, and scatter so many behind it; the backward
-        pass gathers once more."""
-        job, layout = self.job, self.job.layout
-        if layout.tp <= 1:
+        pass gathers the inputs once more, and the gradients of the outputs. With `cast` they travel in FP8."""
+        job, group = self.job, Group(self.job.layout.tp)
+        if group.size <= 1:
             return
-        before = network.ring(self.hardware, Group(layout.tp), job.element * gathered, gathers)
-        behind = network.ring(self.hardware, Group(layout.tp), job.element * scattered)
-        if job.sequence_parallel:
-            forward, backward = before + behind, 2 * before + behind
-        else:  # an all-reduce is a scatter and a gather, behind the module forward and before it backward
+        before = network.ring(self.hardware, group, job.element * gathered, gathers)
+        behind = network.ring(self.hardware, group, job.element * scattered)
+        if not job.sequence_parallel:  # an all-reduce is a scatter and a gather, behind the module and before it
             forward, backward = 2 * behind, 2 * before
+        elif job.fp8 and cast:
+            sent = SENT_BYTES[job.fp8]
+            inputs = network.ring(self.hardware, group, sent * gathered, gathers)
+            gradients = network.ring(self.hardware, group, SENT_COPIES[job.fp8] * sent * scattered)
+            forward, backward = inputs + behind, gradients + inputs + before
+        else:
+            forward, backward = before + behind, behind + 2 * before
         exposed = self.constants.tp_exposed if self.software.overlap_tp else 1.0
         self.times.add("tp", exposed * forward, exposed * backward, 0.0, self.again(*modules))
 
@@ -216,17 +240,17 @@ def _mla(layer: _Layer) -> None:
     layer.tp(n * (model.q_lora_rank + latent + rope), n * hidden, gathers=3 if model.q_lora_rank else 2)
     if model.q_lora_rank:
         layer.linear(r, model.q_lora_rank, hidden)
-        layer.linear(n, heads * (nope + rope), model.q_lora_rank, "mla_up_proj")
+        layer.linear(n, heads * (nope + rope), model.q_lora_rank, "mla_up_proj", split="inputs")
     else:
-        layer.linear(n, heads * (nope + rope), hidden)
+        layer.linear(n, heads * (nope + rope), hidden, split="inputs")
     layer.linear(r, latent + rope, hidden)
-    layer.linear(n, heads * (nope + value), latent, "mla_up_proj")
+    layer.linear(n, heads * (nope + value), latent, "mla_up_proj", split="inputs")
     latents = job.element * r * (model.q_lora_rank + latent)
     layer.moved(2 * latents, 3 * latents, "layernorm", "mla_up_proj", count=2)
     queries = job.element * n * heads * (2 * (nope + rope))
     layer.moved(2 * queries, 2 * queries, "mla_up_proj", count=3)  # rotary embedding, keys put together
     layer.attention(heads, nope + rope, value, heads)
-    layer.linear(n, hidden, heads * value)
+    layer.linear(n, hidden, heads * value, split="outputs")
 
 
 def _gqa(layer: _Layer) -> None:
@@ -234,13 +258,13 @@ def _gqa(layer: _Layer) -> None:
     n, hidden, tp, size = job.tokens, job.model.hidden_size, job.layout.tp, job.model.attention_head_dim
     heads, groups = model.num_attention_heads / tp, max(1.0, model.kv_heads / tp)
     layer.tp(n * hidden, n * hidden)
-    layer.linear(n, (heads + 2 * groups) * size, hidden)
+    layer.linear(n, (heads + 2 * groups) * size, hidden, split="inputs")
     mixed = job.element * n * (heads + groups) * size
     layer.moved(2 * mixed, 2 * mixed, count=1)  # rotary embedding
     if model.qk_norm != "none":
         layer.moved(2 * mixed, 3 * mixed, count=2)
     layer.attention(heads, size, size, groups)
-    layer.linear(n, hidden, heads * size)
+    layer.linear(n, hidden, heads * size, split="outputs")
 
 
 def _swiglu(layer: _Layer, rows: float, inner: float, *modules: str) -> None:
@@ -252,9 +276,9 @@ def _dense(layer: _Layer) -> None:
     job, model = layer.job, layer.job.model
     inner = model.ffn_hidden_size / job.layout.tp
     layer.tp(job.tokens * model.hidden_size, job.tokens * model.hidden_size, "mlp")
-    layer.linear(job.tokens, 2 * inner, model.hidden_size, "mlp")
+    layer.linear(job.tokens, 2 * inner, model.hidden_size, "mlp", split="inputs")
     _swiglu(layer, job.tokens, inner, "mlp")
-    layer.linear(job.tokens, model.hidden_size, inner, "mlp")
+    layer.linear(job.tokens, model.hidden_size, inner, "mlp", split="outputs")
 
 
 def _moe(layer: _Layer) -> None:
@@ -275,9 +299,9 @@ def _moe(layer: _Layer) -> None:
     if model.num_shared_experts:
         shared = model.shared_expert_width / layout.tp
         layer.tp(job.tokens * hidden, job.tokens * hidden, "shared_experts", "moe")
-        layer.linear(job.tokens, 2 * shared, hidden, "shared_experts", "moe")
+        layer.linear(job.tokens, 2 * shared, hidden, "shared_experts", "moe", split="inputs")
         _swiglu(layer, job.tokens, shared, "shared_experts", "moe")
-        layer.linear(job.tokens, hidden, shared, "shared_experts", "moe")
+        layer.linear(job.tokens, hidden, shared, "shared_experts", "moe", split="outputs")
 
 
 def _dispatch(layer: _Layer, visits: float) -> None:
@@ -326,7 +350,7 @@ def loss_times(job: Job, machine: Machine) -> Times:
     model = job.model
     vocabulary = model.padded_vocab_size / job.layout.tp
     precision = "fp32" if job.dtype == "fp32" else "bf16"
-    layer.tp(job.tokens * model.hidden_size, 0.0)
+    layer.tp(job.tokens * model.hidden_size, 0.0, cast=False)
     layer.linear(job.tokens, vocabulary, model.hidden_size, precision=precision)
     scores = job.tokens * vocabulary
     layer.moved(12 * scores, 8 * scores, count=4)

@@ -23,6 +23,7 @@ class Software:
         kernels: part of the counted kernels that the host starts one by one.
         graphs: CUDA graphs: none, scoped (attention, norms, router), or full (the whole step, which then waits for
             no token counts).
+        ordered_scales: casts to MXFP8 write scales in the order in which products take them.
         fused_experts: the experts' activation function and its casts to FP8 are part of the products around it.
         dispatcher: alltoall (NCCL, one message for each expert), or flex (DeepEP, HybridEP: one for each node).
         fp8_dispatch: tokens travel to their experts in FP8; they come back in 16 bits.
@@ -41,6 +42,7 @@ class Software:
     fusion: float = 1.0
     kernels: float = 1.0
     graphs: str = "none"
+    ordered_scales: bool = False
     fused_experts: bool = False
     dispatcher: str = "flex"
     fp8_dispatch: bool = False
@@ -62,8 +64,8 @@ GENERATIONS = {
         202301: Software(dispatcher="alltoall", overlap_tp=False),
         202406: Software(dispatcher="alltoall"),
         202506: Software(),
-        202601: Software(),
-        202606: Software(),
+        202601: Software(ordered_scales=True),
+        202606: Software(ordered_scales=True),
     }.items()
 }
 

@@ -11,9 +11,9 @@ import pytest
 from bench.fit_planner import MARGIN, disorder
 
 
-def case(layout: str, published: float, model: str = "m") -> Any:
+def case(layout: str, published: float, model: str = "m", month: int = 202601) -> Any:
     row = SimpleNamespace(
-        model=SimpleNamespace(name=model), hardware=SimpleNamespace(name="h100"), configuration=layout
+        model=SimpleNamespace(name=model), hardware=SimpleNamespace(name="h100"), configuration=layout, month=month
     )
     return SimpleNamespace(row=row, published=published)
 
@@ -33,3 +33,9 @@ def test_layouts_in_another_order_cost_what_they_lack() -> None:
 def test_releases_of_a_layout_count_once() -> None:
     cases = [case("a", 100), case("b", 110), case("b", 110), case("b", 110)]
     assert disorder(cases, [0.0, 0.0, 0.0, -1.0]) == 0
+
+
+def test_only_the_newest_release_of_a_layout_counts() -> None:
+    cases = [case("a", 100), case("b", 90, month=202509), case("b", 110)]
+    assert disorder(cases, [0.0, 9.0, 0.0]) == 0
+    assert disorder(cases, [0.0, 0.0, -1.0]) > 0

@@ -76,6 +76,11 @@ class Row:
     left_out: str
 
     @property
+    def month(self) -> int:
+        """Year x 100 + month of its source, and so of its software."""
+        return date_of(text_of(self.values).lower())
+
+    @property
     def configuration(self) -> str:
         """What makes two rows the same configuration: model, hardware, GPUs, layout, batch, precision; not the
         release."""

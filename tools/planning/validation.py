@@ -95,7 +95,7 @@ def _predicted(row: Row) -> dict[str, Any]:
     }
     result: dict[str, Any] = {
         "architecture": row.model.name, "cluster": row.hardware.name, "configuration": row.configuration,
-        "part": "test" if is_test(row) else "fit",
+        "month": row.month, "part": "test" if is_test(row) else "fit",
         "layout": " ".join(f"{field.name}{getattr(layout, field.name)}" for field in fields(layout)),
         "recompute_taken": made.recompute, "schedule": row.schedule or ("interleaved" if layout.vpp > 1 else "1f1b"),
         "bubble_fraction": round(step.pipeline.bubble_fraction, 4),
@@ -168,8 +168,11 @@ def _by(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], str]) ->
 
 
 def correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Spearman's correlation of layouts within each (model, hardware); a layout's releases count once, by their
-    median."""
+    """Spearman's correlation of layouts within each (model, hardware).
+
+    Of a layout that was published for several releases of the software the newest counts: between two layouts the
+    software is then as nearly the same as the table has it.
+    """
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         groups[row["architecture"], row["cluster"]][row["configuration"]].append(row)
@@ -177,8 +180,9 @@ def correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for (model, hardware), layouts in sorted(groups.items()):
         if len(layouts) < FEWEST_LAYOUTS:
             continue
+        newest = [[row for row in own if row["month"] == max(r["month"] for r in own)] for own in layouts.values()]
         known, predicted = (
-            [median(row[f"{kind}_tokens_per_s_per_gpu"] for row in own) for own in layouts.values()]
+            [median(row[f"{kind}_tokens_per_s_per_gpu"] for row in own) for own in newest]
             for kind in ("published", "predicted")
         )
         value = spearman(known, predicted)
