@@ -16,6 +16,7 @@ import yaml
 from moe_train.config.compose import compose
 from moe_train.config.validate import validate
 from tools import plan
+from tools.planning import models
 from tools.planning.answer import answer
 from tools.planning.pictures import COLOURS
 from tools.planning.recipe import count, parse
@@ -232,8 +233,49 @@ def test_published_runs_are_compared_row_by_row(tmp_path: Path) -> None:
     assert set(found["by_hardware"]) == {"h100"}
 
 
+def test_nonsense_in_a_row_is_named_and_stops_no_other(tmp_path: Path) -> None:
+    """Numbers that are none, layouts that cannot run, and what tables write for a blank; after a byte-order mark."""
+    odd = {
+        "n_gpus": "-16", "gbs": "0", "seq_len": "1e400", "mbs": "1.5", "tokens_per_s_per_gpu": "0", "step_time_s": "-3",
+        "peak_mem_gb": "5,000",
+    }  # fmt: skip
+    rows = [ROW | {"mfu_pct": "n/a", "vpp": "-"}, *(ROW | {name: value} for name, value in odd.items())]
+    rows.append(ROW | {"n_gpus": "64", "pp": "64", "ep": "1", "gbs": "3"})  # 48 layers
+    with (tmp_path / "runs.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["model", *sorted({name for row in rows for name in row} - {"model"})])
+        writer.writeheader()
+        writer.writerows(rows)
+    done = run(tmp_path, "validate", "runs=runs.csv", "results=out.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    first, *others = found["rows"]
+    assert first["error_tokens_per_s_per_gpu"] is not None
+    for row, (name, value) in zip(others, odd.items(), strict=False):
+        assert row["not_modelled"].startswith(f"{name}={value} is no ")
+    assert others[-1]["not_modelled"].startswith("it cannot run so")
+    assert found["rows_counted"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("OLMoE-1B-7B", "olmoe_7b"), ("Qwen2-57B-A14B", "qwen2_moe_57b_a14b"), ("GLM-4.5 355B-A32B", "glm4_moe_355b"),
+     ("Nemotron-4 340B", "nemotron_340b"), ("Llama 3.1 405B", "llama3_405b"), ("DeepSeek-V2-Lite", "deepseek_v2_lite")],
+)  # fmt: skip
+def test_published_names_find_their_files(name: str, file: str) -> None:
+    found = models.find(name)
+    assert found is not None
+    assert found.name == file
+
+
 def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
     done = run(tmp_path, "validate", "runs=runs.csv")
     assert done.returncode == 2
     assert "has no column hardware, model" in done.stderr
+
+
+def test_a_directory_of_models_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs.csv").write_text("model,hardware\n")
+    done = run(tmp_path, "validate", "runs=runs.csv", "models=nowhere")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: models=nowhere is no directory")

@@ -16,7 +16,10 @@ from parallel.errors import ConfigError
 
 OWN = (Path(CONF_DIR) / "model", Path(CONF_DIR) / "validation_models")
 # Names for the same architecture, after `_key`.
-SAME = {"llama31": "llama3"}
+SAME = {
+    "llama31": "llama3", "nemotron4": "nemotron", "olmoe1b7b": "olmoe7b", "qwen257b": "qwen2moe57b",
+    "glm45355b": "glm4moe355b",
+}  # fmt: skip
 GATED = (
     8 / 3
 )  # inner width over hidden size of a gated feed-forward with the FLOPs of GPT's, which is 4 wide without gate

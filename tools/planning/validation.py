@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from math import inf
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -24,30 +25,43 @@ RESULTS = Path(__file__).parents[2] / "bench" / "results" / "plan_validate.json"
 COLUMNS = ("source", "model", "hardware", "n_gpus", "precision", "seq_len", "gbs", "mbs", "tp", "pp", "vpp", "cp", "ep",
            "etp", "recompute", "other_flags", "tflops_per_gpu", "mfu_pct", "tokens_per_s_per_gpu", "step_time_s",
            "peak_mem_gb", "flops_convention_note")  # fmt: skip
+NUMBERS = ("n_gpus", "seq_len", "gbs", "mbs", "tp", "pp", "vpp", "cp", "ep", "etp", "tflops_per_gpu", "mfu_pct",
+           "tokens_per_s_per_gpu", "step_time_s", "peak_mem_gb")  # fmt: skip
+BLANK = {"-", "?", "n/a", "na", "nan", "none", "null"}  # what tables write where a number is not known
 WORST, FEWEST_LAYOUTS = 10, 3
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of the table; columns that it lacks are blank.
+    """The rows of the table; columns that it lacks are blank, and so are numbers that it says are not known.
 
     Raises:
         ConfigError: it is no table with at least a model and its hardware.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            missing = {"model", "hardware"} - set(reader.fieldnames or ())
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            missing = {"model", "hardware"} - set(reader.fieldnames)
             if missing:
                 raise ConfigError(
                     f"{path} has no column {', '.join(sorted(missing))}", "give it the columns of published_runs.csv"
                 )
-            return [{name: (row.get(name) or "").strip() for name in COLUMNS} for row in reader]
+            rows = [{name: (row.get(name) or "").strip() for name in COLUMNS} for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"runs={path} cannot be read: {error}", "name a CSV file") from error
+    for row in rows:
+        row.update({name: "" for name in NUMBERS if row[name].lower() in BLANK})
+    return rows
 
 
 def run(path: Path, models: str | None, results: Path | None) -> None:
-    """Print every row and the summaries, and write them as JSON."""
+    """Print every row and the summaries, and write them as JSON.
+
+    Raises:
+        ConfigError: the table or a model file cannot be read, or the result cannot be written.
+    """
+    if models is not None and not Path(models).is_dir():
+        raise ConfigError(f"models={models} is no directory", "name one with YAML files of models")
     rows = [compare(index, values, models) for index, values in enumerate(read(path))]
     found = {**summary(rows), "rules": " ".join(FILLED.split()), "rows": rows}
     console = Console()
@@ -76,13 +90,27 @@ def compare(index: int, values: dict[str, str], models: str | None) -> dict[str,
     """One row: what was published, what is predicted, and the relative errors; or why there is no prediction."""
     kept = {name: values[name] for name in COLUMNS[:15]}
     result: dict[str, Any] = {"row": index, **kept}
-    try:
-        row = understand(index, values, FITTED, models)
-    except (ValueError, ArithmeticError) as error:
-        row = f"a number cannot be read: {error}"
+    row = _nonsense(values) or understand(index, values, FITTED, models)
     if isinstance(row, str):
         return {**result, "not_modelled": row}
-    return {**result, **_predicted(row)}
+    try:
+        return {**result, **_predicted(row)}
+    except (ConfigError, ValueError, ArithmeticError) as error:
+        cause = error.cause if isinstance(error, ConfigError) else error
+        return {**result, "not_modelled": f"it cannot run so: {cause}"}
+
+
+def _nonsense(values: dict[str, str]) -> str:
+    """Which number of a row is none, or no size of anything; or an empty string."""
+    for name in NUMBERS:
+        try:
+            value = float(values[name] or 1)
+        except ValueError:
+            return f"{name}={values[name]} is no number"
+        whole = NUMBERS.index(name) < NUMBERS.index("tflops_per_gpu")
+        if not 0 < value < inf or (whole and value % 1):
+            return f"{name}={values[name]} is no {'whole ' if whole else ''}number above 0"
+    return ""
 
 
 def _predicted(row: Row) -> dict[str, Any]:
