@@ -76,7 +76,7 @@ def run(cfg: Config) -> None:
     result = answer(cfg, validate(cfg, trains=False))
     show.show(result, Console())
     if cfg.plan.write:
-        _write(Path(cfg.plan.write), parallel_yaml(result.best))
+        _write(Path(cfg.plan.write), parallel_yaml(result.cfg, result.best))
     if cfg.plan.output:
         from tools.planning import report
 

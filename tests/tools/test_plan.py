@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 
 from moe_train.config.compose import compose
 from moe_train.config.validate import validate
+from moe_train.model.memory import predict as memory
 from tools import plan
 from tools.planning import models
 from tools.planning.answer import answer
@@ -58,17 +60,18 @@ def test_the_answer_says_what_was_asked(answered: tuple[Path, str]) -> None:
 
 
 def test_the_winner_is_a_layout_that_a_run_accepts(answered: tuple[Path, str]) -> None:
-    """Its values, as overrides of a run on GPUs, pass validation over 2,048 ranks."""
+    """With the overrides that its file names it passes validation over 2,048 ranks, and needs the memory that the plan
+    says."""
     folder, _ = answered
-    values = yaml.safe_load((folder / "best.yaml").read_text())
+    text = (folder / "best.yaml").read_text()
     best = json.loads((folder / "out/plan.json").read_text())["plans"][0]
-    words = [f"parallel.{name}={value}" for name, value in values.items()]
-    cfg = compose(
-        ["model=deepseek_v3", "runtime=cuda", "batch=large", "train.seq_length=4096", "precision=bf16", *words,
-         f"batch.micro_batch_size={best['micro_batch_size']}"]
-    )  # fmt: skip
+    words = [f"parallel.{name}={value}" for name, value in yaml.safe_load(text).items()]
+    words += [word for line in text.splitlines() if line.startswith("#   ") for word in shlex.split(line[1:])]
+    cfg = compose(["model=deepseek_v3", *words])
     layout = validate(cfg, world_size=2048)
     assert [getattr(layout, name) for name in ("tp", "pp", "vpp", "ep")] == [best[n] for n in ("tp", "pp", "vpp", "ep")]
+    assert cfg.precision.fp8 == "block"
+    assert [one.total for one in memory(cfg, layout)] == pytest.approx(best["memory_bytes_by_stage"])
 
 
 def test_the_pictures_show_every_rank(answered: tuple[Path, str]) -> None:

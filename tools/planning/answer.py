@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from moe_train.config.schema import Config
@@ -26,6 +25,7 @@ MODULES = (
     (), ("moe_act",), ("mla_up_proj",), ("layernorm",), ("layernorm", "moe_act"), ("layernorm", "mla_up_proj"),
     ("layernorm", "moe_act", "mla_up_proj"), ("layernorm", "moe_act", "mla_up_proj", "mlp"),
 )  # fmt: skip
+RUN = ("1f1b", "interleaved")  # schedules of Megatron-Core
 SPARES = (1, 8, 64, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -285,8 +285,8 @@ def what_if(result: Answer) -> list[tuple[str, float, float, float]]:
     return rows
 
 
-def parallel_yaml(plan: Plan) -> str:
-    """The plan as a file for `conf/parallel/`, with what does not belong to that group in comments."""
+def parallel_yaml(cfg: Config, plan: Plan) -> str:
+    """The plan as a file for `conf/parallel/`; what the run needs beside, as overrides in comments."""
     job, one = plan.job, plan.job.layout
     modules = ",".join(sorted(job.recompute_modules))
     again = f"recompute.mode={job.recompute}" + (f" 'recompute.modules=[{modules}]'" if modules else "")
@@ -295,7 +295,13 @@ def parallel_yaml(plan: Plan) -> str:
     lines = [
         f"# Planned for {one.world_size:,} GPUs by moe-plan: {plan.step.tokens_per_s_per_gpu:,.0f} tokens/s/GPU,",
         f"# {plan.memory_bytes / 2**30:.1f} GiB on the fullest. It goes with",
-        f"#   batch.micro_batch_size={job.micro_batch_size} {again} precision.fp8={job.fp8 or 'null'}",
+        f"#   precision={cfg.precision.name} precision.dtype={job.dtype} precision.fp8={job.fp8 or 'null'} {again}",
+        f"#   train.seq_length={job.seq_length} batch.global_batch_size={cfg.batch.global_batch_size}",
+        f"#   batch.micro_batch_size={job.micro_batch_size} runtime={cfg.runtime}",
+    ]
+    if plan.schedule not in RUN:
+        lines.append(f"# Time and memory are those of {plan.schedule}; moe-train has only {' and '.join(RUN)}.")
+    lines += [
         *(f"{name}: {getattr(one, name)}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")),
         f"dispatcher: {plan.software.dispatcher if job.model.num_experts else 'alltoall'}",
         "distributed_optimizer: true",
@@ -303,15 +309,3 @@ def parallel_yaml(plan: Plan) -> str:
         "overlap_param_gather: true",
     ]
     return "\n".join(lines) + "\n"
-
-
-def layers_of(plan: Plan) -> Sequence[str]:
-    """What each pipeline rank holds."""
-    stages = plan.job.stages
-    return [
-        " ".join("".join(stages[i]) for i in range(r, len(stages), plan.job.layout.pp))
-        for r in range(plan.job.layout.pp)
-    ]
-
-
-__all__ = ["Answer", "answer", "layers_of", "parallel_yaml"]

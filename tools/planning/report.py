@@ -49,7 +49,8 @@ def html(result: Answer, picture: str) -> str:
         title=f"Plan: {result.cfg.model.name} on {result.used:,} x {result.hardware.gpu}",
         headline=[*show.headline(result).splitlines(), *([show.why(result, result.asked)] if result.asked else [])],
         tables=[_plain(table) for table in tables],
-        refusals=show.refusals(result), picture=picture[picture.index("<svg") :], yaml=parallel_yaml(result.best),
+        refusals=show.refusals(result), picture=picture[picture.index("<svg") :],
+        yaml=parallel_yaml(result.cfg, result.best),
     )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def test_what_is_offered_fits_memory_and_the_gpus() -> None:
 def test_the_same_question_has_the_same_answer() -> None:
     first, second = found()[0], plan()
     assert [one.label for one in first.found.plans] == [one.label for one in second.found.plans]
-    assert parallel_yaml(first.best) == parallel_yaml(second.best)
+    assert parallel_yaml(first.cfg, first.best) == parallel_yaml(second.cfg, second.best)
 
 
 def test_reasons_are_given_for_what_does_not_fit() -> None:
