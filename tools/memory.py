@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -81,8 +81,13 @@ def shown(stages: Sequence[StageMemory]) -> list[StageMemory]:
     return [stages[0], max(stages[1:-1], key=lambda stage: stage.total), stages[-1]]
 
 
-def table(cfg: Config, layout: ParallelLayout, stages: Sequence[StageMemory]) -> tuple[str, Table]:
-    """A title with the unit, and a column for each stage."""
+def table(
+    cfg: Config,
+    layout: ParallelLayout,
+    stages: Sequence[StageMemory],
+    more: Mapping[str, Sequence[float]] | None = None,
+) -> tuple[str, Table]:
+    """A title with the unit, and a column for each stage; `more` are further rows, in bytes."""
     unit, name = (GIB, "GiB") if max(stage.total for stage in stages) >= GIB else (MIB, "MiB")
     title = (
         f"{cfg.model.name}, {layout.world_size:,} ranks, {cfg.precision.name}, micro-batches of "
@@ -104,6 +109,8 @@ def table(cfg: Config, layout: ParallelLayout, stages: Sequence[StageMemory]) ->
         if name == "total":
             result.add_section()
         result.add_row(text, *(as_text(getattr(stage, name)) for stage in stages))
+    for text, sizes in (more or {}).items():
+        result.add_row(text, *map(as_text, sizes))
     return title, result
 
 

@@ -67,6 +67,11 @@ class Plan:
     memory_bytes: float
 
     @property
+    def memory_of_ranks(self) -> list[float]:
+        """Bytes on a rank of each pipeline rank: of its stage, or of all that its schedule keeps there."""
+        return held_bytes(self.job, self.schedule, self.memory)
+
+    @property
     def label(self) -> str:
         """Degrees and choices in one line."""
         size, again = self.job.micro_batch_size, self.job.recomputes
@@ -181,7 +186,7 @@ def layouts(base: Job, gpus: int, space: Space, found: Found) -> Iterator[Parall
             found.tried += 1
             layout = ParallelLayout(tp, pp, 1, cp, ep, etp, dp)
             if reason := misfit(base, layout):
-                found.refuse(reason, str(layout))
+                found.refuse(reason, layout.label)
             else:
                 yield layout
 
@@ -303,7 +308,7 @@ def _drafts(
             step = timer.step(fitting, schedule, software)
             yield _Draft(step.seconds / step.tokens, fitting, schedule, software)
     if not any_fits:
-        found.refuse(room or last, str(layout))
+        found.refuse(room or last, layout.label)
 
 
 def _depths(base: Job) -> int:

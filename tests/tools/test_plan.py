@@ -107,6 +107,40 @@ def test_a_given_layout_is_timed_as_it_is(tmp_path: Path) -> None:
     assert found["total"]["dollars"] == pytest.approx(5.576e6, rel=0.05)
 
 
+def test_each_rank_of_dualpipe_is_shown_with_all_it_holds(tmp_path: Path) -> None:
+    words = (*V3, "parallel=deepseek_v3_h800", "precision=fp8_block", "recompute=deepseek_v3", "plan=deepseek_v3")
+    done = run(tmp_path, *words, "output=out")
+    assert done.returncode == 0, done.stderr
+    best = json.loads((tmp_path / "out/plan.json").read_text())["plans"][0]
+    assert max(best["memory_bytes_by_stage"]) == best["memory_bytes"]
+    fullest = f"{best['memory_bytes'] / 2**30:.2f}"
+    row = next(line for line in done.stdout.splitlines() if "rank under dualpipe" in line)
+    page = (tmp_path / "out/report.html").read_text()
+    assert fullest in row
+    assert f"<td>{fullest}</td>" in page
+    assert "<th>stage 15</th>" in page
+
+
+def test_an_interval_that_is_asked_for_stands_beside_the_best_one() -> None:
+    """Failures that a stage of the recipe counts already are counted once."""
+    given = ["model=tiny", "cluster=h100", "runtime=cuda", "precision=bf16", "plan.gpus=64", "plan.search=false",
+             "batch=large", "train.seq_length=4096"]  # fmt: skip
+    rows = {}
+    for failures in (0, 1):
+        cfg = compose(
+            [*given, "plan.checkpoint_interval_s=36000", f"plan.recipe=['main tokens=9T failures={failures}']"]
+        )
+        result = answer(cfg, validate(cfg, trains=False))
+        rows[failures] = {name: (fraction, days) for name, fraction, days, _ in result.what_if}
+    now = rows[0]["as planned, with failures and checkpoints"][0]
+    best = next(fraction for name, (fraction, _) in rows[0].items() if "the best interval" in name)
+    assert now < best
+    assert next(fraction for name, (fraction, _) in rows[0].items() if "price" in name) == now
+    assert rows[0].keys() == rows[1].keys()
+    for name, (_, days) in rows[0].items():
+        assert rows[1][name][1] == pytest.approx(days)
+
+
 def test_a_search_says_why_the_layout_that_was_asked_for_is_slower(tmp_path: Path) -> None:
     words = (*V3, "parallel=deepseek_v3_h800", "precision=fp8_block", "recompute=deepseek_v3", "plan=deepseek_v3")
     done = run(tmp_path, *words, "search=true", "output=out", "top=1")

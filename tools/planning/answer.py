@@ -262,13 +262,18 @@ def adapted(result: Answer, stage: Stage, machine: Machine, weights_of: object) 
 
 def what_if(result: Answer) -> list[tuple[str, float, float, float]]:
     """The whole bill under other prices, speeds, failures and checkpoint intervals."""
-    hardware, size = result.hardware, checkpoint_bytes(result.cfg, result.best.job)
-    total, gpus, now = result.total(), result.used, result.goodput
+    hardware, size, asked = result.hardware, checkpoint_bytes(result.cfg, result.best.job), result.cfg.plan
+    gpus, now = result.used, result.goodput
+    stages = parse(asked.recipe, result.cfg.train.tokens)
+    whole = sum(  # without failures
+        bill.gpu_hours * (now.fraction if stage.with_failures and stage.gpu_hours is None else 1.0)
+        for stage, bill in zip(stages, result.bills, strict=True)
+    )
     rows = []
 
     def row(name: str, changed: Hardware, speed: float = 1.0, interval: float | None = None) -> None:
-        fraction = cost.goodput(changed, size, gpus, interval).fraction
-        hours = total.gpu_hours / speed / fraction
+        fraction = cost.goodput(changed, size, gpus, interval or asked.checkpoint_interval_s).fraction
+        hours = whole / speed / fraction
         rows.append((name, fraction, hours / gpus / 24, hours * changed.dollars_per_gpu_hour))
 
     row("as planned, with failures and checkpoints", hardware, interval=now.interval_s)
@@ -280,9 +285,17 @@ def what_if(result: Answer) -> list[tuple[str, float, float, float]]:
     for factor in (0.5, 2, 4):
         changed = replace(hardware, gpu_days_between_failures=hardware.gpu_days_between_failures / factor)
         row(f"{cost.failures_per_day(changed, gpus):.2f} failures a day", changed)
+    if asked.checkpoint_interval_s:
+        best = cost.goodput(hardware, size, gpus).interval_s
+        row(f"a checkpoint every {duration(best)}, the best interval", hardware, interval=best)
     for factor in (0.25, 4, 16):
-        row(f"a checkpoint every {now.interval_s * factor / 60:.0f} min", hardware, interval=now.interval_s * factor)
+        row(f"a checkpoint every {duration(now.interval_s * factor)}", hardware, interval=now.interval_s * factor)
     return rows
+
+
+def duration(seconds: float) -> str:
+    """In minutes, or in seconds where it has few."""
+    return f"{seconds / 60:.0f} min" if seconds >= 300 else f"{seconds:.3g} s"
 
 
 def parallel_yaml(cfg: Config, plan: Plan) -> str:

@@ -41,7 +41,8 @@ def html(result: Answer, picture: str) -> str:
     from jinja2 import Environment
 
     asked = [show.compared(result, result.asked)] if result.asked else []
-    tables = [show.plans(result), *asked, show.where(result, result.best), show.groups(result)]
+    tables = [show.plans(result), *asked, show.where(result, result.best), show.memory(result, result.best.memory),
+              show.groups(result)]  # fmt: skip
     if result.bills:
         tables += [show.bills(result), show.changes(result)]
     template = Environment(autoescape=True).from_string(PAGE)
@@ -94,5 +95,5 @@ def _plan(result: Answer, plan: Plan) -> dict[str, Any]:
         "recompute_stages": job.recomputes.split("|") if job.recompute_of_chunks else [], "step_s": step.seconds,
         "tokens_per_s_per_gpu": step.tokens_per_s_per_gpu, "mfu_causal": causal, "mfu_not_causal": whole,
         "bubble_fraction": step.pipeline.bubble_fraction, "components_s": step.components, "parts_s": step.parts,
-        "memory_bytes": plan.memory_bytes, "memory_bytes_by_stage": [one.total for one in plan.memory],
+        "memory_bytes": plan.memory_bytes, "memory_bytes_by_stage": plan.memory_of_ranks,
     }  # fmt: skip

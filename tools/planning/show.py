@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
 from parallel.planner.memory import StageMemory
 from parallel.planner.search import Plan
 from tools.memory import table as memory_table
-from tools.planning.answer import Answer
+from tools.planning.answer import Answer, duration
 
 GIB = 2**30
 PART_NAMES = {
@@ -37,9 +39,7 @@ def show(result: Answer, console: Console) -> None:
     for text in refusals(result):
         console.print(text, soft_wrap=True)
     console.print(where(result, best))
-    title, held = memory_table(result.cfg, best.job.layout, _shown(best))
-    console.print(title.replace(result.cfg.precision.name, best.job.fp8 or best.job.dtype), soft_wrap=True)
-    console.print(held)
+    console.print(memory(result, _shown(best)))
     console.print(groups(result))
     if result.bills:
         console.print(bills(result))
@@ -47,8 +47,24 @@ def show(result: Answer, console: Console) -> None:
 
 
 def _shown(plan: Plan) -> list[StageMemory]:
-    stages = list(plan.memory)
-    return stages if len(stages) <= 4 else [stages[0], max(stages[1:-1], key=lambda one: one.total), stages[-1]]
+    stages, held = list(plan.memory), plan.memory_of_ranks
+    return stages if len(stages) <= 4 else [stages[0], max(stages[1:-1], key=lambda one: held[one.stage]), stages[-1]]
+
+
+def memory(result: Answer, stages: Sequence[StageMemory]) -> Table:
+    """Memory of pipeline stages; of a rank too where its schedule has more there than one stage under 1F1B."""
+    best = result.best
+    more = {}
+    if best.schedule.startswith("dual"):
+        held = best.memory_of_ranks
+        more = {f"rank under {best.schedule}": [held[one.stage] for one in stages]}
+    job = best.job
+    title, shown = memory_table(result.cfg, job.layout, stages, more)
+    shown.title = (
+        f"Memory of one rank, {job.fp8 or job.dtype}, micro-batches of {job.micro_batch_size} x {job.seq_length:,} "
+        f"tokens:{title.rpartition(':')[2].partition(' of ')[0]}"
+    )
+    return shown
 
 
 def headline(result: Answer) -> str:
@@ -182,8 +198,8 @@ def changes(result: Answer) -> Table:
     """What if."""
     now = result.goodput
     shown = Table(
-        title=f"What if ({now.failures_per_day:.2f} failures a day; a checkpoint takes {now.save_s:.0f} s, "
-        f"best every {now.interval_s / 60:.0f} min)"
+        title=f"What if ({now.failures_per_day:.2f} failures a day; a checkpoint takes {duration(now.save_s)}, "
+        f"{'asked for' if result.cfg.plan.checkpoint_interval_s else 'best'} every {duration(now.interval_s)})"
     )
     for column in ("change", "goodput", "days", "dollars"):
         shown.add_column(column, justify="left" if column == "change" else "right")
