@@ -60,6 +60,14 @@ class Hardware:
         return (self.memory_gib - self.reserved_gib) * GIB
 
     @property
+    def offered_bytes(self) -> float:
+        """Memory that a plan may fill, bytes: as many GB (10^9 bytes) as the accelerator has GiB.
+
+        The rest is room for fragmentation, and for what the memory model misses.
+        """
+        return min(self.usable_bytes, self.memory_gib * GB)
+
+    @property
     def memory_bytes_per_s(self) -> float:
         """Memory bandwidth that kernels reach, bytes/s."""
         return self.memory_tb_per_s * TERA * self.memory_fraction

@@ -122,14 +122,27 @@ def search(
     for number, draft in enumerate(drafts):
         if (number >= 2 * top and len(found.plans) >= top) or number >= 6 * top:
             break
-        plan = evaluate(draft.job, draft.schedule, replace(machine, software=draft.software), weights_of)
-        if plan.memory_bytes <= machine.hardware.usable_bytes:
+        plan = _counted(draft, machine, space, weights_of)
+        if plan.memory_bytes <= machine.hardware.offered_bytes:
             found.plans.append(plan)
         else:
             found.refuse("its stages, counted one by one, need more memory than there is", plan.label)
     found.plans.sort(key=lambda plan: (plan.step.seconds / plan.step.tokens, plan.label))
     del found.plans[top:]
     return found
+
+
+def _counted(draft: _Draft, machine: Machine, space: Space, weights_of: WeightsOf) -> Plan:
+    """A draft simulated, with as much more recomputation as its memory, counted stage by stage, asks for."""
+    job, machine = draft.job, replace(machine, software=draft.software)
+    plan = evaluate(job, draft.schedule, machine, weights_of)
+    more = list(space.recompute)[list(space.recompute).index((job.recompute, job.recompute_modules)) + 1 :]
+    for mode, modules in more:
+        if plan.memory_bytes <= machine.hardware.offered_bytes:
+            break
+        tried = replace(job, recompute=mode, recompute_modules=modules)
+        plan = evaluate(tried, draft.schedule, machine, weights_of)
+    return plan
 
 
 def _key(draft: _Draft) -> str:
@@ -326,7 +339,7 @@ def stages_under(schedule: str, pp: int, vpp: int, layers: int, depths: int) -> 
 
 def _least_recomputed(job: Job, schedule: str, space: Space, timer: _Timer) -> Job | str:
     """The job with the first set of `space.recompute` that fits, or what it lacks memory for."""
-    usable = timer.machine.hardware.usable_bytes
+    usable = timer.machine.hardware.offered_bytes
     one = timer.weights(job)
     static = min(
         parameter_bytes(job, w) + job.grad_bytes * (w.shared + w.experts) + optimizer_bytes(job, w) for w in one

@@ -255,7 +255,7 @@ def adapted(result: Answer, stage: Stage, machine: Machine, weights_of: object) 
             recompute_modules=modules, recompute_of_chunks=() if number else job.recompute_of_chunks,
         )  # fmt: skip
         plan = evaluate(tried, result.best.schedule, replace(machine, software=result.best.software), weights_of)  # type: ignore[arg-type]
-        if plan.memory_bytes <= machine.hardware.usable_bytes:
+        if plan.memory_bytes <= machine.hardware.offered_bytes:
             return plan
     raise ConfigError(f"plan.recipe: '{stage.name}' does not fit memory on these ranks", "use a larger cp")
 
