@@ -17,6 +17,7 @@ import yaml
 from moe_train.config.compose import compose
 from moe_train.config.validate import validate
 from moe_train.model.memory import predict as memory
+from parallel.errors import ConfigError
 from tools import plan
 from tools.planning import models
 from tools.planning.answer import answer
@@ -203,6 +204,15 @@ def test_the_dispatcher_of_a_given_layout_is_timed() -> None:
         cfg = compose([*given, "plan.search=false", f"parallel.dispatcher={dispatcher}"])
         seconds.append(answer(cfg, validate(cfg)).best.step.seconds)
     assert seconds[1] > 1.2 * seconds[0]
+
+
+def test_a_run_that_is_planned_may_be_shorter_than_its_warm_up() -> None:
+    cfg = compose(
+        ["model=tiny", "runtime=cuda", "batch=large", "train.steps=null", "train.tokens=1000000", "precision=bf16"]
+    )
+    assert validate(cfg, trains=False)
+    with pytest.raises(ConfigError, match="warmup_steps"):
+        validate(cfg)
 
 
 def test_short_names_are_written_out() -> None:

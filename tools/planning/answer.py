@@ -156,7 +156,7 @@ def space_of(cfg: Config) -> Space:
 def searched(cfg: Config, base: Job, machine: Machine, gpus: int, weights_of: object) -> Found:
     """The best of all layouts. Where the GPUs do not divide, some are left as spares."""
     best: Found | None = None
-    counts = sorted({gpus - gpus % unit for unit in SPARES if unit <= gpus}, reverse=True)
+    counts = sorted(sizes(gpus, cfg.batch.global_batch_size), reverse=True)
     last = Found()
     for count in counts:
         found = search(base, machine, count, cfg.batch.global_batch_size, space_of(cfg), weights_of, cfg.plan.top)  # type: ignore[arg-type]
@@ -171,6 +171,15 @@ def searched(cfg: Config, base: Job, machine: Machine, gpus: int, weights_of: ob
             "use more GPUs, a larger batch.global_batch_size, or shorter sequences",
         )
     return best
+
+
+def sizes(gpus: int, batch: int) -> set[int]:
+    """How many of the GPUs to try to use: all, whole groups of `SPARES`, and most of them where that is a divisor of
+    the batch times a power of 2."""
+    found = {gpus - gpus % unit for unit in SPARES if unit <= gpus}
+    odd = [one for one in range(1, min(batch, gpus) + 1, 2) if batch % one == 0]
+    filled = {one << (gpus // one).bit_length() - 1 for one in odd}
+    return found if gpus in filled else found | {one for one in filled if one > 0.75 * gpus}
 
 
 def _rate(found: Found) -> float:

@@ -18,7 +18,7 @@ def run_length(facts: Facts) -> None:
             [{"train.steps": None}, {"train.tokens": None}],
         )
     end = facts.total_steps if schedule.decay_steps is None else schedule.decay_steps
-    if schedule.warmup_steps > end:
+    if facts.trains and schedule.warmup_steps > end:
         what = f"the run's {end} steps" if schedule.decay_steps is None else f"schedule.decay_steps={end}"
         raise Impossible(
             f"schedule.warmup_steps={schedule.warmup_steps} exceeds {what}",

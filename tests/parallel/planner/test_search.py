@@ -9,7 +9,7 @@ import pytest
 
 from moe_train.config.compose import compose
 from moe_train.config.validate import validate
-from tools.planning.answer import Answer, answer, parallel_yaml
+from tools.planning.answer import Answer, answer, parallel_yaml, sizes
 
 V3 = (
     "model=deepseek_v3", "cluster=h800", "runtime=cuda", "batch=large", "train.seq_length=4096", "precision=bf16",
@@ -75,6 +75,14 @@ def test_a_layout_that_needs_more_recomputation_than_was_estimated_is_kept() -> 
 def test_nothing_fits_too_few_gpus() -> None:
     with pytest.raises(Exception, match=r"no layout of deepseek_v3 fits 8 GPUs of h800: .*memory"):
         plan("plan.gpus=8", "batch.global_batch_size=64")
+
+
+@pytest.mark.parametrize(("gpus", "batch", "most"), [(2048, 15360, 2048), (2000, 15360, 1920), (100_000, 15360, 98304)])
+def test_most_gpus_are_used_that_the_batch_divides_over(gpus: int, batch: int, most: int) -> None:
+    """Over dp x a power of 2, where dp divides the batch."""
+    fit = [size for size in sizes(gpus, batch) if (size // (size & -size)) in (1, 3, 5, 15)]
+    assert max(fit) == most
+    assert max(sizes(gpus, batch)) == gpus
 
 
 def test_failures_and_intervals_change_the_bill() -> None:
