@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch.distributed as dist
 
 from moe_train.config.compose import compose
 from moe_train.config.validate import validate
 from moe_train.model.memory import job_of, weights_on
+from parallel.planner.job import Job
 from parallel.planner.placement import members
 from tests.distributed.helper import run_distributed
 
@@ -22,8 +25,11 @@ JOBS = {
 }
 
 
-def built(overrides: list[str], ranks: list[int]) -> list[tuple[dict[str, list[int]], int, int]]:
-    """Groups, parameters outside and inside of experts of each rank, as Megatron-Core makes them."""
+Chunk = tuple[bool, list[int], int, bool]  # embedding, layers from 0, prediction depths, loss
+
+
+def built(overrides: list[str], ranks: list[int]) -> list[tuple[dict[str, list[int]], int, int, list[Chunk]]]:
+    """Groups, parameters outside and inside of experts, and layers of each rank, as Megatron-Core makes them."""
     from megatron.core import parallel_state
 
     from moe_train import simulate
@@ -33,6 +39,17 @@ def built(overrides: list[str], ranks: list[int]) -> list[tuple[dict[str, list[i
     dist.destroy_process_group()
     cfg = compose(overrides)
     layout = validate(cfg)
+    chunks: list[Chunk] = []
+
+    def kept(*arguments: Any) -> Any:
+        made = build(*arguments)
+        for chunk in made:
+            numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+            depths = len(chunk.mtp.layers) if getattr(chunk, "mtp", None) else 0
+            chunks.append((bool(chunk.pre_process), numbers, depths, bool(chunk.post_process)))
+        return made
+
+    build, simulate.build = simulate.build, kept
     found = []
     for rank in ranks:
         runtime.start("simulated", RankInfo(rank, layout.world_size, 0, 1, "", 0, "simulated"), 60)
@@ -42,15 +59,16 @@ def built(overrides: list[str], ranks: list[int]) -> list[tuple[dict[str, list[i
         }
         groups.destroy()
         dist.destroy_process_group()
+        chunks.clear()
         held = simulate.build_rank(cfg, layout, rank)
-        found.append((own, held.shared, held.experts))
+        found.append((own, held.shared, held.experts, list(chunks)))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpus", JOBS)
-def test_groups_and_parameters_are_megatrons(gpus: int) -> None:
+def test_groups_parameters_and_layers_are_megatrons(gpus: int) -> None:
     overrides = [
         "model=deepseek_v3", "runtime=simulated", "batch=large", "train.seq_length=4096", "precision=bf16", *JOBS[gpus],
         "batch.global_batch_size=16384",
@@ -61,8 +79,21 @@ def test_groups_and_parameters_are_megatrons(gpus: int) -> None:
     job = job_of(cfg, layout)
     ranks = [0, 1, gpus // 3, gpus - 1]
     (found,) = run_distributed(built, 1, overrides, ranks)
-    for rank, (groups, shared, experts) in zip(ranks, found, strict=True):
+    for rank, (groups, shared, experts, chunks) in zip(ranks, found, strict=True):
         for kind, own in groups.items():
             assert own == sorted(members(layout, kind, rank)), (rank, kind)
         planned = weights_on(cfg, job, layout.coordinates(rank).pp)
         assert (planned.shared, planned.experts) == (shared, experts), rank
+        assert planned_chunks(job, layout.coordinates(rank).pp) == chunks, rank
+
+
+def planned_chunks(job: Job, stage: int) -> list[Chunk]:
+    """What the planner puts on a pipeline rank."""
+    found: list[Chunk] = []
+    passed = 0
+    for index, items in enumerate(job.stages):
+        numbers = list(range(passed, passed + items.count("t")))
+        passed += len(numbers)
+        if index % job.layout.pp == stage:
+            found.append(("E" in items, numbers, items.count("m"), "L" in items))
+    return found
