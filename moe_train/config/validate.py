@@ -58,7 +58,7 @@ def _check(cfg: Config, world_size: int | None, trains: bool) -> tuple[Impossibl
     """The first problem and how far the checks came, or the layout."""
     try:
         for name, info in all_fields().items():
-            _check_value(info, get(cfg, name))
+            check_value(info, get(cfg, name))
     except Impossible as problem:
         return problem, 0, None
     degrees = {name: getattr(cfg.parallel, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
@@ -75,7 +75,7 @@ def _check(cfg: Config, world_size: int | None, trains: bool) -> tuple[Impossibl
     return None, 0, layout
 
 
-def _check_value(info: FieldInfo, value: Any) -> None:
+def check_value(info: FieldInfo, value: Any) -> None:
     """What can be said of one value alone: finite, one of the choices, between the smallest and the largest."""
     entries = value if isinstance(value, list) else [value]
     for entry in entries:

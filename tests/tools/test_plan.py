@@ -321,6 +321,18 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
     assert "has no column hardware, model" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("hidden_size: big", "'big'"), ("num_layers: -3", "num_layers=-3 is below"), ("hiden_size: 8", "hiden_size"),
+     ("[", "while parsing"), ("- 1", "no mapping")],
+)  # fmt: skip
+def test_a_model_file_that_fits_no_schema_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "wonder_7b.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"wonder_7b\.yaml: .*use the fields of model") as found:
+        models.find("Wonder-7B", str(tmp_path))
+    assert message in str(found.value)
+
+
 def test_a_directory_of_models_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs.csv").write_text("model,hardware\n")
     done = run(tmp_path, "validate", "runs=runs.csv", "models=nowhere")

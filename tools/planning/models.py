@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from moe_train.config.explain import CONF_DIR
 from moe_train.config.model import ModelConfig
+from moe_train.config.validate import check_value
+from moe_train.config.walk import all_fields
 from parallel.errors import ConfigError
+from parallel.suggest import Impossible
 
 OWN = (Path(CONF_DIR) / "model", Path(CONF_DIR) / "validation_models")
 # Names for the same architecture, after `_key`.
@@ -48,18 +53,24 @@ def find(name: str, directory: str | None = None) -> ModelConfig | None:
 
 @cache
 def load(path: Path) -> ModelConfig:
-    """The architecture in a YAML file with the fields of `model`."""
+    """The architecture in a YAML file with the fields of `model`, each of its type and within its bounds."""
+    known = ", ".join(field.name for field in dataclasses.fields(ModelConfig)[:6])
+    remedy = f"use the fields of model: {known}, ... (docs/configuration.md)"
     try:
         values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         if not isinstance(values, dict):
             raise TypeError("it is no mapping")
         values.pop("defaults", None)
-        return ModelConfig(**values)
-    except (OSError, TypeError, yaml.YAMLError) as error:
-        known = ", ".join(field.name for field in dataclasses.fields(ModelConfig)[:6])
-        raise ConfigError(
-            f"{path}: {error}", f"use the fields of model: {known}, ... (docs/configuration.md)"
-        ) from error
+        model: ModelConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))  # type: ignore[assignment]
+    except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        cause, _, _ = str(error).partition("\n ")  # what is indented says where in the text
+        raise ConfigError(f"{path}: {' '.join(cause.split())}", remedy) from error
+    try:
+        for field in dataclasses.fields(model):
+            check_value(all_fields()[f"model.{field.name}"], getattr(model, field.name))
+    except Impossible as error:
+        raise ConfigError(f"{path}: {error.cause}", remedy) from error
+    return model
 
 
 def _key(name: str) -> str:
