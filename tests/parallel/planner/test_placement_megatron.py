@@ -21,6 +21,7 @@ KINDS = {
 }  # fmt: skip
 JOBS = {
     2048: ["parallel.tp=2", "parallel.pp=8", "parallel.vpp=2", "parallel.ep=32", "parallel.dp=128"],
+    131072: ["parallel.tp=8", "parallel.pp=16", "parallel.ep=64", "parallel.dp=1024"],
     4096: ["parallel.tp=4", "parallel.pp=16", "parallel.cp=2", "parallel.ep=16", "parallel.etp=2", "parallel.dp=32"],
 }
 
