@@ -33,8 +33,8 @@ GATED = (
 def find(name: str, directory: str | None = None) -> ModelConfig | None:
     """The architecture of a name, from YAML files of the directory or of this project, or from the shape in the name.
 
-    A file fits where its name begins the other one, whatever the punctuation; the longest wins. None where nothing
-    fits.
+    A file fits where its name begins the other one, whatever the punctuation; the longest wins. So does the only file
+    whose name begins with the other one, down to its size ("Qwen3 30B"). None where nothing fits.
 
     Raises:
         ConfigError: a file does not fit the schema of a model.
@@ -48,6 +48,9 @@ def find(name: str, directory: str | None = None) -> ModelConfig | None:
         for path in files:
             if key.startswith(_key(path.stem)):
                 return _adapted(load(path), name)
+        longer = [path for path in files if _key(path.stem).startswith(key)]
+        if re.search(r"\db$", key) and len(longer) == 1:
+            return _adapted(load(longer[0]), name)
     return None
 
 
