@@ -186,6 +186,7 @@ def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:
         (["tokens=1e400"], "error: '1e400' is no number"),
         (["model=deepseek_v3", "gpus=8", "batch.global_batch_size=8"], "error: no layout of deepseek_v3 fits 8 GPUs"),
         (["cluster=h801"], "error: cluster=h801"),
+        (["cluster=a100", "model=mixtral_8x7b", "precision=fp8_block"], "error: cluster=a100 has no FP8"),
         (["validate"], "error: moe-plan validate has no table of runs"),
         (["plan.recipe=[pretraining]", "model=tiny", "gpus=1"], "error: plan.recipe: 'pretraining' has no tokens"),
     ],

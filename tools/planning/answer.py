@@ -79,9 +79,13 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
     """Plan `cfg` (validated, with `layout`).
 
     Raises:
-        ConfigError: nothing fits, with the commonest reason.
+        ConfigError: nothing fits, with the commonest reason; or the accelerator lacks the precision.
     """
     hardware = Hardware.of(cfg.cluster)
+    recipes = [name for name in (cfg.precision.fp8, *cfg.plan.precisions) if name not in (None, "none")]
+    # On a CPU the `local` backend computes in FP8 too: it rounds.
+    if recipes and hardware.fp8_tflops <= hardware.bf16_tflops and cfg.runtime != "cpu":
+        raise ConfigError(f"cluster={hardware.name} has no FP8, which {recipes[0]} needs", "use precision=bf16")
     machine = Machine(hardware, software_of(cfg), FITTED)
     gpus = cfg.plan.gpus or layout.world_size
     base = job_of(cfg, layout)

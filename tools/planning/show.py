@@ -44,6 +44,8 @@ def show(result: Answer, console: Console) -> None:
     if result.bills:
         console.print(bills(result))
         console.print(changes(result))
+    else:
+        console.print(f"Goodput {result.goodput.fraction:.1%}: {failures(result)}", soft_wrap=True)
 
 
 def _shown(plan: Plan) -> list[StageMemory]:
@@ -196,13 +198,18 @@ def bills(result: Answer) -> Table:
 
 def changes(result: Answer) -> Table:
     """What if."""
-    now = result.goodput
-    shown = Table(
-        title=f"What if ({now.failures_per_day:.2f} failures a day; a checkpoint takes {duration(now.save_s)}, "
-        f"{'asked for' if result.cfg.plan.checkpoint_interval_s else 'best'} every {duration(now.interval_s)})"
-    )
+    shown = Table(title=f"What if ({failures(result)})")
     for column in ("change", "goodput", "days", "dollars"):
         shown.add_column(column, justify="left" if column == "change" else "right")
     for name, fraction, days, dollars in result.what_if:
         shown.add_row(name, f"{fraction:.1%}", f"{days:,.1f}", f"{dollars:,.0f}")
     return shown
+
+
+def failures(result: Answer) -> str:
+    """Failures that are expected, and checkpoints against them."""
+    now, asked = result.goodput, result.cfg.plan.checkpoint_interval_s
+    return (
+        f"{now.failures_per_day:.2f} failures a day; a checkpoint takes {duration(now.save_s)}, "
+        f"{'asked for' if asked else 'best'} every {duration(now.interval_s)}"
+    )
