@@ -113,4 +113,4 @@ def test_the_published_layout_is_close_to_the_best_under_the_same_software() -> 
     published = plan(*same, "parallel=deepseek_v3_h800", "recompute=deepseek_v3")
     found = plan(*same, "plan.search=true", "plan.schedules=[1f1b,interleaved,zb1p,dualpipe]", "plan.top=3")
     assert published.best.memory_bytes <= published.hardware.usable_bytes
-    assert found.best.step.seconds <= published.best.step.seconds <= 1.08 * found.best.step.seconds
+    assert found.best.step.seconds <= published.best.step.seconds <= 1.05 * found.best.step.seconds
