@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from moe_train.checkpoint import checkpoint, manifest, storage
+from moe_train.checkpoint import checkpoint, manifest, metadata, storage
 from moe_train.loop.callbacks.checkpoint import CheckpointCallback
 from moe_train.loop.run import Run
 from parallel.errors import CheckpointError
@@ -64,6 +66,42 @@ def test_what_is_written_beside_training_is_the_state_at_its_step(
         assert {name for name in waiting if name.endswith(".distcp")} == {"__0_0.distcp", "__1_0.distcp"}
         for name in ("__0_0.distcp", "__1_0.distcp", "state.json", "config.yaml"):
             assert waiting[name] == beside[name]
+
+
+def count_plans(run_dir: Path) -> list[tuple[int, set[str]]]:
+    """After each save how often ranks have gathered their parts, and the tensors that the checkpoint has."""
+    gathered, reduce_scatter = 0, storage._DistWrapper.reduce_scatter
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        nonlocal gathered
+        gathered += 1
+        return reduce_scatter(self, *arguments)
+
+    storage._DistWrapper.reduce_scatter = counted  # type: ignore[method-assign]
+    found = []
+    run = small_run.prepare(small_run.config(run_dir, {"ep": 2}))
+    other = storage.share_of
+    for step in range(4):
+        small_run.train(run, 1)
+        if step == 2:  # one rank alone has something more
+
+            def share_of(state: dict[str, Any]) -> storage.Share:
+                more = ShardedTensor.from_rank_offsets("more", torch.ones(3), replica_id=0)
+                return other(state | {"more": more} if dist.get_rank() == 1 else state)
+
+            storage.share_of = share_of
+        saved = checkpoint.save(run)
+        found.append((gathered, set(metadata.read(saved).state_dict_metadata)))
+        storage.share_of = other
+    storage._DistWrapper.reduce_scatter = reduce_scatter  # type: ignore[method-assign]
+    return found
+
+
+def test_ranks_gather_who_writes_what_only_where_it_has_changed(tmp_path: Path) -> None:
+    for first, second, third, fourth in run_distributed(count_plans, 2, tmp_path):
+        assert [first[0], second[0], third[0], fourth[0]] == [1, 1, 2, 3]
+        assert first[1] == second[1] == fourth[1] == third[1] - {"more"}
+        assert "more" in third[1]
 
 
 def fail_and_recover(run_dir: Path) -> list[Any]:
