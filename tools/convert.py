@@ -69,6 +69,8 @@ def run(cfg: Config, line: CommandLine, team: Team) -> None:
     threads = cfg.convert.threads or 2 * workers.cores(team) + 2  # some wait for the disk while others compute
     source = writer.together(team, lambda: _source(cfg))
     if line.command == _VERIFY:
+        if cfg.convert.target is not None:
+            raise ConfigError(f"moe-convert verify takes one directory, not also {cfg.convert.target}", "verify each")
         _verify(writer.together(team, lambda: _written(source)), threads, team)
         return
     if cfg.convert.target is None:
@@ -99,7 +101,9 @@ def _verify(source: Path, threads: int, team: Team) -> None:
 
 def _source(cfg: Config) -> Path:
     if cfg.convert.source is None:
-        raise ConfigError("convert.source=null names no checkpoint", "use moe-convert SOURCE TARGET")
+        raise ConfigError(
+            "convert.source=null names no checkpoint", "use moe-convert SOURCE TARGET, or moe-convert verify DIR"
+        )
     path = Path(cfg.convert.source)
     if not path.is_dir():
         raise CheckpointError(f"convert.source={path} is not a directory", "name a checkpoint that exists")

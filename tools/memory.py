@@ -71,7 +71,7 @@ def run(cfg: Config) -> None:
     title, rows = table(cfg, layout, shown(stages))
     console.print(title, soft_wrap=True)
     console.print(rows)
-    console.print(verdict(stages), soft_wrap=True)
+    console.print(verdict(stages, cfg.cluster), soft_wrap=True)
 
 
 def shown(stages: Sequence[StageMemory]) -> list[StageMemory]:
@@ -130,17 +130,20 @@ def gpus() -> dict[str, ClusterConfig]:
     return {name: cluster for name, cluster in found.items() if cluster.gpu != "CPU core"}
 
 
-def verdict(stages: Sequence[StageMemory]) -> str:
-    """The fullest stage, and the smallest GPU that holds it."""
+def verdict(stages: Sequence[StageMemory], chosen: ClusterConfig) -> str:
+    """The fullest stage, whether the chosen cluster holds it, and the smallest GPU that does."""
     fullest = max(stages, key=lambda stage: stage.total)
-    size = fullest.total / GIB
+    size, usable = fullest.total / GIB, chosen.memory_gib - chosen.reserved_gib
+    judged = ""
+    if size > usable:
+        judged = f"more than the {usable:g} GiB that torch gets of the {chosen.memory_gib:g} of cluster={chosen.name}; "
     fits = {name: gpu.memory_gib for name, gpu in gpus().items() if size <= gpu.memory_gib - gpu.reserved_gib}
     which = "more than any GPU in conf/cluster has: split it further"
     if fits:
         least = min(fits.values())
         names = ", ".join(name for name, memory in fits.items() if memory == least)
         which = f"every stage fits a GPU of {least:g} GiB (cluster={names})"
-    return f"fullest: stage {fullest.stage} of {len(stages)} with {size:,.2f} GiB; {which}"
+    return f"fullest: stage {fullest.stage} of {len(stages)} with {size:,.2f} GiB; {judged}{which}"
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def run(cfg: Config) -> None:
     show.show(result, Console())
     if cfg.plan.write:
         _write(Path(cfg.plan.write), parallel_yaml(result.cfg, result.best))
+        Console().print(f"wrote {cfg.plan.write}", soft_wrap=True)
     if cfg.plan.output:
         from tools.planning import report
 

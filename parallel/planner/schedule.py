@@ -62,7 +62,7 @@ class Timeline:
     @property
     def bubble(self) -> float:
         """Seconds that ranks waited, a mean."""
-        return self.seconds - sum(self.busy) / len(self.busy)
+        return max(0.0, self.seconds - sum(self.busy) / len(self.busy))
 
     @property
     def bubble_fraction(self) -> float:

@@ -26,6 +26,15 @@ def test_every_stage_of_deepseek_v3_fits_80_gb(tmp_path: Path) -> None:
         assert text in done.stdout
 
 
+def test_a_cluster_that_is_too_small_is_said_first(tmp_path: Path) -> None:
+    words = ("model=qwen3_30b_a3b", "parallel.ep=8", "parallel.dp=8", "batch.global_batch_size=1024")
+    small, large = memory(tmp_path, *words, "cluster=h800"), memory(tmp_path, *words, "cluster=b200")
+    assert (
+        "GiB; more than the 78.6 GiB that torch gets of the 80 of cluster=h800; every stage fits a GPU" in small.stdout
+    )
+    assert "more than" not in large.stdout
+
+
 def test_a_small_model_on_the_cpu_is_in_mib(tmp_path: Path) -> None:
     done = memory(tmp_path, "runtime=cpu", "model=tiny", "train.seq_length=128", "parallel.pp=2")
     assert done.returncode == 0, done.stderr

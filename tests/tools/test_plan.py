@@ -28,10 +28,10 @@ ROOT = Path(__file__).parents[2]
 V3 = ("model=deepseek_v3", "cluster=h800", "gpus=2048", "tokens=14.8T")
 
 
-def run(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def run(directory: Path, *words: str, tool: str = "plan") -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"}
     return subprocess.run(
-        [sys.executable, "-m", "tools.plan", *words], cwd=directory, env=environment, capture_output=True, text=True,
+        [sys.executable, "-m", f"tools.{tool}", *words], cwd=directory, env=environment, capture_output=True, text=True,
         timeout=120,
     )  # fmt: skip
 
@@ -57,7 +57,8 @@ def test_the_answer_says_what_was_asked(answered: tuple[Path, str]) -> None:
     assert sum(first["components_s"].values()) == pytest.approx(first["step_s"])
     assert found["total"]["dollars"] == pytest.approx(found["total"]["gpu_hours"] * 2)
     assert found["bills"][0]["tokens"] == 14.8e12
-    assert sorted(path.name for path in folder.iterdir()) == ["best.yaml", "out", "runs"]
+    assert {"best.yaml", "out", "runs"} == {path.name for path in folder.iterdir()} - {"own"}
+    assert "wrote best.yaml" in text
 
 
 def test_the_winner_is_a_layout_that_a_run_accepts(answered: tuple[Path, str]) -> None:
@@ -66,9 +67,13 @@ def test_the_winner_is_a_layout_that_a_run_accepts(answered: tuple[Path, str]) -
     folder, _ = answered
     text = (folder / "best.yaml").read_text()
     best = json.loads((folder / "out/plan.json").read_text())["plans"][0]
-    words = [f"parallel.{name}={value}" for name, value in yaml.safe_load(text).items()]
-    words += [word for line in text.splitlines() if line.startswith("#   ") for word in shlex.split(line[1:])]
-    cfg = compose(["model=deepseek_v3", *words])
+    words = [word for line in text.splitlines() if line.startswith("#   ") for word in shlex.split(line[1:])]
+    assert words[:4] == ["--config-dir", "DIR", "parallel=NAME", "model=deepseek_v3"]
+    cfg = compose([*(f"parallel.{name}={value}" for name, value in yaml.safe_load(text).items()), *words[3:]])
+    (folder / "own/parallel").mkdir(parents=True)
+    (folder / "own/parallel/best.yaml").write_text(text)
+    taken = run(folder, "--config-dir", "own", "parallel=best", *words[3:], tool="memory")
+    assert f"with {max(best['memory_bytes_by_stage']) / 2**30:,.2f} GiB" in taken.stdout, taken.stderr
     layout = validate(cfg, world_size=2048)
     assert [getattr(layout, name) for name in ("tp", "pp", "vpp", "ep")] == [best[n] for n in ("tp", "pp", "vpp", "ep")]
     assert cfg.precision.fp8 == "block"
@@ -300,6 +305,7 @@ def test_nonsense_in_a_row_is_named_and_stops_no_other(tmp_path: Path) -> None:
     assert first["error_tokens_per_s_per_gpu"] is not None
     for row, (name, value) in zip(others, odd.items(), strict=False):
         assert row["not_modelled"].startswith(f"{name}={value} is no ")
+        assert f"not modelled: rows {row['row']}: {name}={value} is no " in done.stdout
     assert others[-1]["not_modelled"].startswith("it cannot run so")
     assert found["rows_counted"] == 1
 
@@ -320,6 +326,10 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
     done = run(tmp_path, "validate", "runs=runs.csv")
     assert done.returncode == 2
     assert "has no column hardware, model" in done.stderr
+    (tmp_path / "runs.csv").write_text("model,hardware\n")
+    done = run(tmp_path, "validate", "runs=runs.csv")
+    assert done.returncode == 2
+    assert "runs=runs.csv has no rows" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -320,7 +320,8 @@ def parallel_yaml(cfg: Config, plan: Plan) -> str:
         again = f"'recompute.stages=[{job.recomputes.replace('|', ',')}]'"
     lines = [
         f"# Planned for {one.world_size:,} GPUs by moe-plan: {plan.step.tokens_per_s_per_gpu:,.0f} tokens/s/GPU,",
-        f"# {plan.memory_bytes / 2**30:.1f} GiB on the fullest. It goes with",
+        f"# {plan.memory_bytes / 2**30:.1f} GiB on the fullest. As parallel/NAME.yaml in a directory DIR it goes with",
+        f"#   --config-dir DIR parallel=NAME model={cfg.model.name} cluster={cfg.cluster.name}",
         f"#   precision={cfg.precision.name} precision.dtype={job.dtype} precision.fp8={job.fp8 or 'null'} {again}",
         f"#   train.seq_length={job.seq_length} batch.global_batch_size={cfg.batch.global_batch_size}",
         f"#   batch.micro_batch_size={job.micro_batch_size} runtime={cfg.runtime}",

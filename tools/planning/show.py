@@ -158,7 +158,10 @@ def where(result: Answer, plan: Plan) -> Table:
     shown.add_section()
     for key, value in sorted(step.parts.items(), key=lambda item: -item[1]):
         shown.add_row(f"{PART_NAMES[key]}", f"{value:.3f}", f"{value / step.seconds:.1%}")
-    shown.caption = "The lower half counts each part as if nothing ran beside it."
+    shown.caption = (
+        "The lower half counts each part as if nothing ran beside it. Where passes take longer than all of it, the "
+        "host is late with kernels, or ranks wait for the slowest."
+    )
     return shown
 
 

@@ -62,13 +62,16 @@ def run(path: Path, models: str | None, results: Path | None) -> None:
     """
     if models is not None and not Path(models).is_dir():
         raise ConfigError(f"models={models} is no directory", "name one with YAML files of models")
-    rows = [compare(index, values, models) for index, values in enumerate(read(path))]
+    given = read(path)
+    if not given:
+        raise ConfigError(f"runs={path} has no rows", "name a table of published runs")
+    rows = [compare(index, values, models) for index, values in enumerate(given)]
     found = {**summary(rows), "rules": " ".join(FILLED.split()), "rows": rows}
     console = Console()
     console.print(table(rows))
     for name in ("by_source", "by_hardware", "by_model"):
         console.print(grouped(name, found[name]))
-    for line in lines(found):
+    for line in [*unmodelled(rows), *lines(found)]:
         console.print(line, soft_wrap=True)
     target = results or RESULTS
     try:
@@ -277,6 +280,15 @@ def grouped(name: str, groups: dict[str, dict[str, Any]]) -> Table:
     for key, one in groups.items():
         shown.add_row(key, str(one["rows"]), f"{one['median_error']:.1%}", f"{one['bias']:+.1%}")
     return shown
+
+
+def unmodelled(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Why rows have no prediction, and which; the first row is 0."""
+    reasons: dict[str, list[int]] = defaultdict(list)
+    for row in rows:
+        if "not_modelled" in row:
+            reasons[row["not_modelled"]].append(row["row"])
+    return [f"not modelled: rows {', '.join(map(str, numbers))}: {reason}" for reason, numbers in reasons.items()]
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -376,7 +376,11 @@ def test_verify_of_a_run_takes_its_newest_checkpoint(
 def test_verify_of_what_has_no_manifest(sources: dict[str, Path], tmp_path: Path, convert: Command) -> None:
     fails(convert("verify", sources["hf"]), "manifest.json")
     fails(convert("verify", tmp_path / "nothing"), "nothing")
-    fails(convert("verify"), "convert.source")
+    fails(convert("verify"), "convert.source", "moe-convert verify DIR")
+
+
+def test_verify_takes_one_directory(sources: dict[str, Path], convert: Command) -> None:
+    fails(convert("verify", sources["megatron"], sources["hf"]), "takes one directory", str(sources["hf"]))
 
 
 def test_a_target_that_exists_is_left_alone(sources: dict[str, Path], tmp_path: Path, convert: Command) -> None:
