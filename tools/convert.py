@@ -183,6 +183,8 @@ def _plan_of_megatron(
     kept = path / convert.KEPT
     original = config.read(kept) if (kept / config.FILE).is_file() else None
     small = convert.small_files(kept)
+    if not any(file.name == "tokenizer.json" for file in small):
+        small += convert.tokenizer_files((compat.read(path).get("data") or {}).get("dir") or kept)
     return convert.to_hf(reader, all_pieces, model, target, options, path, checkpoint.files, original, small)
 
 

@@ -85,10 +85,9 @@ def _export_plan(run: Run, checkpoint: Path, target: Path) -> Plan:
     stored = distcp.Checkpoint(checkpoint)
     all_pieces = pieces(run.cfg.model)
     reader = convert.MegatronReader(stored, all_pieces)
-    tokenizer = Path(run.cfg.data.dir) / "tokenizer.json"
     return convert.to_hf(
         reader, all_pieces, run.cfg.model, target, convert.Options(), checkpoint, stored.files, _original(run),
-        [tokenizer] if tokenizer.is_file() else [],
+        convert.tokenizer_files(run.cfg.data.dir),
     )  # fmt: skip
 
 

@@ -486,6 +486,11 @@ def small_files(directory: Path) -> list[Path]:
     ]
 
 
+def tokenizer_files(data_dir: str | Path) -> list[Path]:
+    """The tokenizer of prepared data, to stand beside weights that were trained on it."""
+    return [path for name in ("tokenizer.json", "tokenizer_config.json") if (path := Path(data_dir, name)).is_file()]
+
+
 def _identity(
     directory: Path, files: Iterable[Path], options: Options, model: ModelConfig | None, jobs: Iterable[FileJob]
 ) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,15 @@ def test_transformers_reads_the_export(trained: tuple[Path, float]) -> None:
     assert (directory / "tokenizer.json").is_file()
     with torch.no_grad():
         assert torch.isfinite(model(torch.arange(32)[None], labels=torch.arange(32)[None]).loss)
+
+
+def test_a_conversion_of_the_run_has_the_tokenizer_too(trained: tuple[Path, float], tmp_path: Path) -> None:
+    directory, _ = trained
+    command = [Path(sys.executable).parent / "moe-convert", directory.parents[1], tmp_path / "hf"]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=120, stdout=subprocess.DEVNULL)
+    for file in directory.glob("tokenizer*"):
+        assert (tmp_path / "hf" / file.name).read_bytes() == file.read_bytes()
+    assert (tmp_path / "hf/tokenizer.json").is_file()
 
 
 def test_another_model_is_refused_with_the_settings_to_use(
