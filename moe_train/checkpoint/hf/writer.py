@@ -125,7 +125,7 @@ def _attempt(action: Callable[[], Any], team: Team) -> _Result:
         return _Result(error=type(error)(error.cause, error.remedy))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        remedy = "name another target, or free space or mend permissions and run the same command again"
+        remedy = "free space or mend permissions and run the same command again (or name another target)"
         return _Result(error=CheckpointError(f"{where}{error.strerror or error}", remedy), resumable=True)
     except Exception as error:
         if team.size == 1:
