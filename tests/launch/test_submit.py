@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -209,7 +211,6 @@ def test_a_dry_run_of_2048_gpus_says_what_they_are_for(
         "pp: 128 of 16 ranks, each over 16 nodes, 8 on a node",
         "71.1 GiB on the fullest rank (stage 0 of 16), of 78.6",
         "predicted for cluster=h800 at an MFU of 30%",
-        "71 x the time limit of 24 hours",
         "at $2 for a GPU and hour",
         "sbatch --parsable --job-name=moe-deepseek_v3 --nodes=256 --ntasks-per-node=8 --gpus-per-node=8 --time=1440",
         "--signal=B:USR1@300 --requeue",
@@ -217,6 +218,9 @@ def test_a_dry_run_of_2048_gpus_says_what_they_are_for(
         "experiment=deepseek_v3/pretrain",
     ):
         assert expected in text
+    found = re.search(r"time +([\d,.]+) hours: .*\n.*\n +(\d+) x the time limit of 24 hours", text)
+    assert found, text
+    assert int(found[2]) == math.ceil(float(found[1].replace(",", "")) / 24)
     assert not cluster.exists()
     assert not (tmp_path / "v3").exists()
 
