@@ -18,7 +18,7 @@ from parallel.planner.orders import impossible
 from parallel.planner.search import held_bytes
 from parallel.planner.time import StepTime, plan_step
 from parallel.suggest import Impossible
-from tools.planning.rows import Row, date_of, number, text_of
+from tools.planning.rows import Row, number, text_of
 
 # From the least work to the most.
 RECOMPUTE: tuple[tuple[str, str, int, frozenset[str]], ...] = (
@@ -132,7 +132,7 @@ def _job(
         return None
     mode, method, layers, modules = recompute
     words = text_of(row.values).lower()
-    recent = date_of(words) >= 202406
+    recent = row.month >= 202406
     return Job(
         model=model, layout=layout, stages=stages, micro_batch_size=size, seq_length=row.seq_length,
         micro_batches=micro_batches, sequence_parallel=row.sequence_parallel, backend="te", fused=True, grouped=True,
@@ -199,7 +199,7 @@ def published_tokens_per_s(row: Row) -> float | None:
 
 def published_flops(row: Row, words: str) -> float:
     """FLOPs of a token by the convention of the source: before 2025.04 Megatron did not count causality."""
-    causal = "non-causal" not in words and (re_causal(words) or date_of(words) >= 202504)
+    causal = "non-causal" not in words and (re_causal(words) or row.month >= 202504)
     hidden = "hardware flops" in words
     counted = "mtp counted" in words and "not counted" not in words
     flops = flops_per_token(
