@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -30,6 +31,9 @@ AGREED = (3, stop.EXIT_CODE)
 
 LASTING = (ConfigError.exit_code, DivergedError.exit_code)
 """Exit codes of what starting again would not change."""
+
+LEFT = "MOE_EXIT_CODE"
+"""Set by `train.sbatch`: the file in which a rank leaves an exit code that says what to do next."""
 
 _SIGNAL_CAUSES = {
     "SIGKILL": "most often it was out of memory: see `dmesg`, lower batch.micro_batch_size or train.seq_length, "
@@ -93,6 +97,17 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def exit_code_of(error: BaseException) -> int:
     """2 where the user's input is wrong, else 1."""
     return error.exit_code if isinstance(error, MoeTrainError) else 1
+
+
+def leave_code(code: int) -> None:
+    """Leave the exit code of this rank for the batch script, where it says more than that a rank failed.
+
+    The launcher may tell another: under NCCL healthy ranks wait for the failed one until they are killed, and srun then
+    ends with the code of a kill; torchrun ends with 1 whatever happened.
+    """
+    if LEFT in os.environ and code in (*LASTING, *AGREED):
+        with contextlib.suppress(OSError), open(os.environ[LEFT], "x", encoding="utf-8") as file:  # the first one's
+            file.write(f"{code}\n")
 
 
 def record(error: BaseException, error_file: str) -> None:

@@ -29,10 +29,11 @@ from parallel.rank_info import RankInfo
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-_CONFIG, _FAILED, _LOST, _READ, _DONE, _CODE, _VERDICT, _LEFT = (
-    f"moe_train/{key}" for key in ("config", "failed", "lost", "read", "done", "code", "verdict", "left")
+_CONFIG, _FAILED, _LOST, _READ, _DONE, _CODE, _VERDICT, _LEFT, _END = (
+    f"moe_train/{key}" for key in ("config", "failed", "lost", "read", "done", "code", "verdict", "left", "end")
 )
 _PREPARATION_S = 24 * 3600  # other ranks wait while rank 0 tokenises a corpus; if it dies they notice at once
+_REPORT_S = 3600  # and while it reads all metrics of the run for its report
 
 
 def run(info: RankInfo, entry: str | None = None) -> int:
@@ -112,17 +113,26 @@ def _train(cfg: Config, path: Path, info: RankInfo, store: TCPStore, entry: str 
             _same_everywhere(cfg, info, store)
         rank.train(str(path), entry or local.ENTRY, info)
     except SystemExit as ended:  # early, as asked
-        # Together: a launcher may kill the others at the first exit code that is not 0.
-        with contextlib.suppress(RuntimeError):  # the store ends with rank 0
-            store.add(_DONE, 1)
-            _await(store, _DONE, info.world_size)
+        _part(info, store)
         _leave(ended.code if isinstance(ended.code, int) else 1)
     except Exception as error:
         _tell(error, cfg, info, store)
         _leave(failures.exit_code_of(error))  # a broken communicator can keep a process, and the launcher waits
-    store.add(_DONE, 1)
-    if info.rank == 0:
-        _await(store, _DONE, info.world_size)  # the store ends with this process
+    _part(info, store)
+
+
+def _part(info: RankInfo, store: TCPStore) -> None:
+    """Leave together: soon after the first has left, or at once where its exit code is not 0, a launcher ends those
+    that are not done, and rank 0 has a report to write."""
+    from datetime import timedelta
+
+    with contextlib.suppress(RuntimeError):  # the store ends with rank 0
+        if info.rank == 0:
+            _await(store, _DONE, info.world_size - 1, timeout_s=60)
+            store.set(_END, "")
+        else:
+            store.add(_DONE, 1)
+            store.wait([_END], timedelta(seconds=_REPORT_S))
 
 
 def _same_everywhere(cfg: Config, info: RankInfo, store: TCPStore) -> None:
@@ -150,6 +160,7 @@ def _same_everywhere(cfg: Config, info: RankInfo, store: TCPStore) -> None:
 
 
 def _leave(code: int) -> NoReturn:
+    failures.leave_code(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

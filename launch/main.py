@@ -15,7 +15,12 @@ from parallel.errors import MoeTrainError
 
 def main() -> None:
     """Console script. Exits with the codes of docs/slurm.md: 0 when done, 2 where the user's input is wrong, ..."""
-    sys.exit(run())
+    code = run()
+    if code:
+        from launch import failures
+
+        failures.leave_code(code)
+    sys.exit(code)
 
 
 def run(entry: str | None = None) -> int:

@@ -138,3 +138,40 @@ def test_a_preflight_without_a_report_ends_with_its_own_code(batch: Batch) -> No
     code, _ = batch.run("exit 7", "run_dir=run", MOE_PREFLIGHT="check")
     assert code == 7
     assert len(batch.lines()) == 1
+
+
+def test_the_code_that_a_rank_left_counts_more_than_that_of_the_ranks_killed_with_it(batch: Batch) -> None:
+    """Under NCCL the others wait for it until srun kills them, and then tells the highest code."""
+    code, text = batch.run('echo 2 >"$MOE_EXIT_CODE"; exit 137', "run_dir=run")
+    assert code == 2, text
+    assert len(batch.lines()) == 1
+    assert "ended with exit code 2" in text
+
+
+def test_a_stop_counts_as_such_where_the_launcher_hides_it(batch: Batch) -> None:
+    _, text = batch.run('echo 75 >"$MOE_EXIT_CODE"; exit 1', "run_dir=run", MOE_START="torchrun")
+    assert "saved before the time limit: back to the queue" in text
+
+
+def test_the_code_of_an_earlier_start_is_none_of_a_later_one(batch: Batch) -> None:
+    (batch.dir / "run").mkdir()
+    (batch.dir / "run/.exit_code_7").write_text("2\n")
+    code, text = batch.run("[ $what != train ] || exit 1", "run_dir=run", MOE_RESTARTS="1")
+    assert code == 1, text
+    assert sum("launch.main" in line for line in batch.lines()) == 2
+
+
+@pytest.mark.parametrize("fails", ["train", "preflight"])
+@pytest.mark.parametrize(("ended", "goes_on"), [("2", False), ("5", False), ("3", True), ("75", True)])
+def test_a_chain_ends_where_the_next_job_could_do_no_better(
+    ended: str, goes_on: bool, fails: str, batch: Batch
+) -> None:
+    chain = {"MOE_SUBMITTED": "monday", "MOE_REQUEUES": "0", "MOE_PREFLIGHT": "check"}
+    assert batch.run(f"[ $what != {fails} ] || exit {ended}", "run_dir=run", **chain)[0] == int(ended)
+    batch.log.unlink()
+    code, text = batch.run("", "run_dir=run", SLURM_JOB_ID="8", **chain)
+    assert (code, batch.log.exists()) == ((0, True) if goes_on else (int(ended), False)), text
+    assert goes_on or f"error: job 7 of this chain ended with exit code {ended}, and this one would too" in text
+    # Another submission, or the same job when someone has it run again, is a new try.
+    assert batch.run("", "run_dir=run", **chain)[0] == 0
+    assert batch.run("", "run_dir=run", SLURM_JOB_ID="8", **chain)[0] == 0

@@ -78,10 +78,20 @@ def test_srun_shares_one_run_directory(tmp_path: Path) -> None:
 
 
 def test_srun_tells_an_error_once_with_its_rank(tmp_path: Path) -> None:
-    (code0, _, errors0), (code1, _, errors1) = _srun(commands.arguments("fail_explained", tmp_path, 2))
+    note = tmp_path / "code"
+    ends = _srun(commands.arguments("fail_explained", tmp_path, 2), MOE_EXIT_CODE=str(note))
+    (code0, _, errors0), (code1, _, errors1) = ends
     assert errors1.strip() == "error: rank 1: the corpus is empty; set data.path"
     assert errors0.strip() == ""
     assert (code0, code1) == (1, 2)
+    assert note.read_text() == "2\n"  # for the batch script, which may see the code of the other rank
+
+
+def test_ranks_leave_together(tmp_path: Path) -> None:
+    """srun ends those that are left two minutes after the first, and rank 0 has a report to write."""
+    ends = _srun(commands.arguments("report_late", tmp_path, 2))
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert (tmp_path / "left").read_text() == "True"
 
 
 def test_a_rank_that_is_told_to_stop_takes_the_others_with_it(tmp_path: Path) -> None:
@@ -99,11 +109,13 @@ def test_a_rank_that_is_told_to_stop_takes_the_others_with_it(tmp_path: Path) ->
 
 
 def test_a_rank_with_other_code_is_named_and_nothing_is_built(tmp_path: Path) -> None:
-    (code0, _, errors0), (code1, _, errors1) = _srun(commands.arguments("report", tmp_path, 2), TEST_ODD_RANKS="1")
+    told = {"TEST_ODD_RANKS": "1", "MOE_EXIT_CODE": f"{tmp_path}/code"}
+    (code0, _, errors0), (code1, _, errors1) = _srun(commands.arguments("report", tmp_path, 2), **told)
     assert (code0, code1) == (1, 1)
     assert re.match(r"error: rank 0: code: rank 1 \(\S+\) has 0123456789ab, the others \w{12}; give every", errors0)
     assert errors1 == ""
     assert not list(tmp_path.glob("rank_*.json"))
+    assert not (tmp_path / "code").exists()  # 1 says no more than that a rank failed
 
 
 def test_which_ranks_differ_from_most() -> None:
@@ -126,8 +138,10 @@ def test_srun_prints_the_config_once(tmp_path: Path) -> None:
 
 
 def test_srun_refuses_a_sweep(tmp_path: Path) -> None:
-    (code0, _, errors0), (code1, _, errors1) = _srun(commands.arguments("report", tmp_path, 2, "-m", "seed=1,2"))
-    assert (code0, code1) == (2, 2)
+    note = tmp_path / "code"
+    ends = _srun(commands.arguments("report", tmp_path, 2, "-m", "seed=1,2"), MOE_EXIT_CODE=str(note))
+    (code0, _, errors0), (code1, _, errors1) = ends
+    assert (code0, code1, note.read_text()) == (2, 2, "2\n")
     assert errors0.startswith("error: --multirun")
     assert errors1 == ""
 
