@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launch import container, env, placement
 from launch.estimate import Estimate
+from moe_train.config.launcher import LauncherConfig
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
@@ -173,6 +174,13 @@ def notes(cfg: Config, layout: ParallelLayout, found: Estimate) -> list[str]:
     lines += [f"{name}={path} is under /tmp, which most clusters have on each node for itself"
               for name, path in _shared(cfg).items() if _under(path, "/tmp")]  # fmt: skip
     return lines + spans(layout, launcher.ranks_per_node)
+
+
+def cores(launcher: LauncherConfig) -> list[str]:
+    """What is said of the cores of shared nodes."""
+    if launcher.exclusive or launcher.cpus_per_rank:
+        return []
+    return ["of a shared node Slurm may give each rank one core, its default: set launcher.cpus_per_rank"]
 
 
 def spans(layout: ParallelLayout, ranks_per_node: int) -> list[str]:

@@ -78,9 +78,22 @@ def fewer(found: Sequence[Choice], nodes: int) -> list[str]:
             )
             each = choice.cfg.launcher.ranks_per_node
             lines += spans(choice.layout, each) if choice.text and choice.cfg.runtime != "cpu" else []
-    if len(all_counts) < nodes - min(all_counts) + 1:
-        lines.append("with another number of nodes it takes the largest of these that fits, and leaves the rest idle")
+    # With this number of nodes the most stay idle.
+    idle, worst = max((got - max(c for c in all_counts if c <= got), got) for got in range(min(all_counts), nodes + 1))
+    if idle:
+        lines.append(
+            "with another number of nodes it takes the largest of these that fits; others stay idle, and cost: at most "
+            f"{idle} of {worst} nodes{_price(found[0].cfg, idle)}"
+        )
     return lines
+
+
+def _price(cfg: Config, nodes: int) -> str:
+    """Of these nodes, in words; "" for those without GPUs."""
+    if cfg.runtime == "cpu":
+        return ""
+    gpus = cfg.launcher.gpus_per_node or cfg.launcher.ranks_per_node
+    return f", ${nodes * gpus * cfg.cluster.dollars_per_gpu_hour:,.0f} an hour"
 
 
 def _choice(text: str, cfg: Config, counts: list[int], nodes: int) -> Choice:

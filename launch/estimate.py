@@ -1,4 +1,4 @@
-"""What a job will need before it runs: memory of the fullest rank, hours and dollars. No torch import."""
+"""What a job will need before it runs: memory of the fullest rank, and hours. No torch import."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a run is on the GPUs of `cluster`, and what all of it takes. `mfu` counts causal attention as such."""
+    """How fast a run is on the GPUs of `cluster`, and its hours. `mfu` counts causal attention as such."""
 
     step_s: float
     tokens_per_s_per_gpu: float
     mfu: float
     hours: float
-    dollars: float
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,12 @@ def pace(cfg: Config, layout: ParallelLayout, tokens: int) -> Pace:
     machine = Machine(hardware, replace(software.of_date(cfg.plan.software_date), dispatcher=dispatcher), FITTED)
     weights = [weights_on(cfg, job, stage) for stage in range(layout.pp)]
     step = plan_step(job, machine, "interleaved" if layout.vpp > 1 else "1f1b", weights)
-    hours = tokens / step.tokens_per_s_per_gpu / layout.world_size / 3600
     flops = flops_per_token(cfg.model, cfg.train.seq_length)
     return Pace(
         step_s=step.seconds,
         tokens_per_s_per_gpu=step.tokens_per_s_per_gpu,
         mfu=step.tokens_per_s_per_gpu * flops / (hardware.bf16_tflops * 1e12),
-        hours=hours,
-        dollars=hours * layout.world_size * hardware.dollars_per_gpu_hour,
+        hours=tokens / step.tokens_per_s_per_gpu / layout.world_size / 3600,
     )
 
 

@@ -108,7 +108,7 @@ def _follow(info: RankInfo, store: TCPStore, entry: str | None) -> int:
 def _train(cfg: Config, path: Path, info: RankInfo, store: TCPStore, entry: str | None) -> None:
     try:
         env.apply(cfg.launcher, info)
-        rank.use_threads(cfg.launcher.threads_per_rank or _threads(info))
+        rank.use_threads(cfg.launcher.threads_per_rank or cfg.launcher.cpus_per_rank or _threads(info))
         if entry is None:
             _same_everywhere(cfg, info, store)
         rank.train(str(path), entry or local.ENTRY, info)

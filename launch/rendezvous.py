@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _STEPS_WITHOUT_TASKS = {"", "batch", "extern", "interactive", "4294967290", "4294967291", "4294967292"}
 MPI_ASKED = "MOE_RENDEZVOUS"
 """With the value mpi, ranks of srun too meet through mpi4py (srun --mpi=pmi2, srun --mpi=pmix)."""
+MEET_S = "MOE_MEET_S"
+"""Longest that ranks wait for each other, seconds: they meet before they know the config."""
 # Set by mpirun alone: Open MPI; the hydra of MPICH and Intel MPI. srun --mpi sets PMI_RANK or PMIX_RANK without them.
 _MPIRUN_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "RANK", "SLURM_PROCID")
@@ -179,14 +181,17 @@ def _checked(info: RankInfo) -> RankInfo:
     return info
 
 
-def meet(info: RankInfo, timeout_s: float = 300) -> TCPStore:
+def meet(info: RankInfo) -> TCPStore:
     """Connect to the store of the job, which rank 0 hosts unless torchrun does. torch finds the same store afterwards.
+
+    Other ranks are waited for as long as `MEET_S` says, here and in what they then ask of the store.
 
     Raises:
         LaunchError: the store could not be opened or reached.
     """
     from torch.distributed import TCPStore
 
+    timeout_s = _number(os.environ, MEET_S, 300)
     os.environ.update(info.environment())
     hosts = info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
@@ -205,5 +210,6 @@ def meet(info: RankInfo, timeout_s: float = 300) -> TCPStore:
         raise LaunchError(
             f"rank {info.rank} cannot {what} the meeting point {info.master_addr}:{info.master_port}: "
             f"{str(error).splitlines()[0]}",
-            "set MASTER_PORT to a free port of rank 0's host, and MASTER_ADDR to an address the other hosts reach",
+            "set MASTER_PORT to a free port of rank 0's host, and MASTER_ADDR to an address the other hosts reach"
+            + ("" if hosts else f", or {MEET_S} (launcher.meet_timeout_s) above {timeout_s} where it starts later"),
         ) from error

@@ -18,8 +18,11 @@ from parallel.errors import ConfigError, LaunchError
 
 SCRIPT = Path(__file__).with_name("train.sbatch")
 _UNHEARD = {"start": "MOE_START", "preflight": "MOE_PREFLIGHT", "requeues": "MOE_REQUEUES", "grace_s": "MOE_GRACE_S",
-            "container": "MOE_CONTAINER", "container_runtime": "MOE_CONTAINER_RUNTIME"}  # fmt: skip
+            "meet_timeout_s": "MOE_MEET_S", "container": "MOE_CONTAINER",
+            "container_runtime": "MOE_CONTAINER_RUNTIME"}  # fmt: skip
 _DEFAULTS = LauncherConfig()
+_AWAY = ("down", "drain", "drng", "fail", "failg", "futr", "inval", "maint", "unk")
+"""States of a node, as sinfo shortens them, in which no job starts there."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Partition:
     Args:
         name: as Slurm knows it.
         nodes: how many it has.
+        away: how many of them are down, drained, in maintenance or silent.
         minutes: its longest time limit; None where there is none.
         gpus: GPUs of its largest node; None where Slurm does not manage them.
         accounts: the only ones that may use it; empty where all may.
@@ -40,6 +44,7 @@ class Partition:
     nodes: int
     minutes: int | None
     gpus: int | None
+    away: int = 0
     accounts: tuple[str, ...] = ()
     state: str = "UP"
     most_nodes: int | None = None
@@ -58,15 +63,17 @@ def partitions() -> tuple[dict[str, Partition], str]:
     """
     found: dict[str, Partition] = {}
     default = ""
-    for line in run("sinfo", "--noheader", "--all", "--format=%P|%D|%l|%G|%c").splitlines():
-        name, nodes, limit, gres, _ = line.strip().split("|")
+    for line in run("sinfo", "--noheader", "--all", "--format=%P|%D|%l|%G|%t").splitlines():
+        name, nodes, limit, gres, node_state = line.strip().split("|")
         default = name.rstrip("*") if name.endswith("*") else default
         name = name.rstrip("*")
         gpus = re.search(r"gpu(?::[^:(,]+)?:(\d+)", gres)
-        before = found.get(name)  # a line for each kind of node
+        before = found.get(name)  # a line for each kind of node in each state
         each = max(int(gpus.group(1)) if gpus else 0, (before.gpus or 0) if before else 0)
         total = int(nodes) + (before.nodes if before else 0)
-        found[name] = Partition(name, total, minutes_of(limit), each or None)
+        away = int(nodes) if node_state.rstrip("*~#!%$@^-") in _AWAY or "*" in node_state else 0
+        away += before.away if before else 0
+        found[name] = Partition(name, total, minutes_of(limit), each or None, away)
     for line in run("scontrol", "show", "partition", "--oneliner").splitlines():
         facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
         name, accounts = facts["PartitionName"], facts.get("AllowAccounts", "ALL")
@@ -90,8 +97,8 @@ def minutes_of(limit: str) -> int | None:
     return (days * 24 + hours) * 60 + minutes
 
 
-def check(cfg: Config, nodes: int, gpus: int) -> None:
-    """Raise ConfigError where the partition cannot run the job, with what it has."""
+def check(cfg: Config, nodes: int, gpus: int) -> list[str]:
+    """What makes the job wait. Raises ConfigError where the partition cannot run it, with what it has."""
     launcher = cfg.launcher
     known, default = partitions()
     name = launcher.partition or default
@@ -137,6 +144,11 @@ def check(cfg: Config, nodes: int, gpus: int) -> None:
             f"launcher.account={given} may not use partition {name}",
             f"use launcher.account={' or '.join(has.accounts[:3])}",
         )
+    lacking = (launcher.min_nodes or nodes) - (has.nodes - has.away)
+    if lacking <= 0:
+        return []
+    why = f"{has.away} of the {has.nodes} nodes of partition {name} are down, drained, in maintenance or silent"
+    return [f"{why}: the job waits until {lacking} of them {'is' if lacking == 1 else 'are'} back"]
 
 
 def flags(cfg: Config, nodes: int, gpus: int, run_dir: Path) -> list[str]:
@@ -156,6 +168,8 @@ def flags(cfg: Config, nodes: int, gpus: int, run_dir: Path) -> list[str]:
         "--exclusive" if launcher.exclusive else "--oversubscribe",
         f"--mem={launcher.memory_gib}G" if launcher.memory_gib else "--mem=0",  # all: the default may be a share
     ]
+    if launcher.cpus_per_rank:
+        found.append(f"--cpus-per-task={launcher.cpus_per_rank}")
     for name in ("partition", "account", "qos", "reservation", "constraint"):
         if (value := getattr(launcher, name)) is not None:
             found.append(f"--{name}={value}")
@@ -179,6 +193,7 @@ def environment(cfg: Config, place: Path, counts: Sequence[int]) -> dict[str, st
         "MOE_RESTARTS": str(3 if launcher.restarts is None else launcher.restarts),
         "MOE_REQUEUES": str(0 if launcher.chain > 1 else launcher.requeues),
         "MOE_GRACE_S": str(launcher.grace_s),
+        "MOE_MEET_S": str(launcher.meet_timeout_s),
     }
     if len(counts) > 1:
         found["MOE_NODE_COUNTS"] = " ".join(map(str, counts))

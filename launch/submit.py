@@ -50,6 +50,8 @@ class Checked:
     """Of the layout on each number of nodes with which it may start."""
     unchecked: str
     """Why the limits of the cluster could not be looked at; "" where they were."""
+    notes: list[str]
+    """On the nodes, for the user."""
 
 
 def main() -> None:
@@ -121,14 +123,16 @@ def check(cfg: Config) -> Checked:
             f"launcher.ranks_per_node={launcher.ranks_per_node} exceeds launcher.gpus_per_node={gpus}",
             f"use launcher.ranks_per_node={gpus or 1}",
         )
+    notes = checks.cores(launcher)
     unchecked = "" if slurm.installed() else "Slurm is not on this machine"
     try:
         if not unchecked:
-            slurm.check(cfg, nodes, gpus)
+            notes += slurm.check(cfg, nodes, gpus)
             follow.refuse_active(cfg.run_dir)
     except LaunchError as error:
         unchecked = error.cause
-    return Checked(cfg, list(HydraConfig.get().overrides.task), layout, nodes, gpus, found, choices, unchecked)
+    words = list(HydraConfig.get().overrides.task)
+    return Checked(cfg, words, layout, nodes, gpus, found, choices, unchecked, notes)
 
 
 def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
@@ -227,14 +231,22 @@ def _report(run: Checked) -> None:
             ("time", f"{pace.hours:,.1f} hours: a step {pace.step_s:,.1f} s, {rate:,.0f} tokens/s a GPU"),
             ("", f"predicted for cluster={cluster.name} at an MFU of {pace.mfu:.0%}; moe-plan shows how"),
             ("", f"{max(1, -(-pace.hours // limit_h)):,.0f} x the time limit of {limit_h:g} hours"),
-            ("cost", f"${pace.dollars:,.0f} at ${cluster.dollars_per_gpu_hour:g} for a GPU and hour"),
+            ("cost", _cost(run, pace.hours)),
         ]
     notes = [] if cfg.runtime == "cpu" else checks.notes(cfg, layout, found)
-    rows += [("note", note) for note in notes]
+    rows += [("note", note) for note in [*notes, *run.notes]]
     if run.unchecked:
         rows.append(("note", f"partition, account, limits and what else Slurm knows are not checked: {run.unchecked}"))
     for name, text in rows:
         print(f"{name:<8}{text}")
+
+
+def _cost(run: Checked, hours: float) -> str:
+    """Of all GPUs that the job holds, which may be more than its ranks."""
+    price, held = run.cfg.cluster.dollars_per_gpu_hour, run.nodes * run.gpus
+    more = held - run.layout.world_size
+    idle = f", with the {more:,} of {held:,} GPUs that have no rank" if more else ""
+    return f"${hours * held * price:,.0f} at ${price:g} for a GPU and hour{idle}"
 
 
 def _placements(run: Checked) -> list[placement.Placement]:

@@ -14,6 +14,10 @@ class LauncherConfig:
     threads_per_rank: int | None = doc(
         None, "Compute threads of one rank; null shares the cores evenly.", minimum=1, maximum=10_000
     )
+    meet_timeout_s: int = doc(
+        300, "Longest that ranks of a batch job wait for each other at the start, seconds; nodes may have an image to "
+        "load first.", minimum=1,
+    )  # fmt: skip
     timeout_s: int = doc(600, "Longest wait of a collective operation, seconds.", minimum=1)
 
     ranks_per_node: int = doc(8, "Ranks of a batch job on one node, one for each GPU.", minimum=1, maximum=10_000)
@@ -47,6 +51,10 @@ class LauncherConfig:
     exclude: list[str] = doc([], "Nodes that Slurm must not use.")
     dependency: str | None = doc(None, "Slurm dependency of the job, such as afterok:1234.")
     exclusive: bool = doc(True, "Whether no other job may use the nodes.")
+    cpus_per_rank: int | None = doc(
+        None, "Cores asked for each rank; null means what Slurm gives: all of a node with `exclusive`, else most often "
+        "one a rank.", minimum=1,
+    )  # fmt: skip
     memory_gib: int | None = doc(
         None, "Main memory asked of each node, GiB; null means all of it, which needs `exclusive`.", minimum=1
     )

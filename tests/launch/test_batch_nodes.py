@@ -13,7 +13,7 @@ from tests.launch.commands import environment
 
 _COMMANDS = {
     "scontrol": "printf 'node%s\\n' 1 2 3",
-    "srun": 'echo "srun $*" >>"$LOG"',
+    "srun": 'echo "srun $* cores=$SLURM_CPUS_PER_TASK" >>"$LOG"',
     "mpirun": 'echo "$SLURM_TASKS_PER_NODE $SLURM_NNODES $SLURM_JOB_NODELIST mpirun $*" >>"$LOG"',
 }
 _JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SLURM_NNODES": "3", "SLURM_JOB_NODELIST": "node[1-3]"}
@@ -56,6 +56,15 @@ def test_all_nodes_are_used_where_they_have_a_layout(counts: dict[str, str], tmp
     assert code == 0, output
     assert "idle" not in output
     assert "--ntasks=6 --ntasks-per-node=2 --mpi=none" in log
+
+
+@pytest.mark.parametrize(("start", "cores"), [("srun", "6"), ("torchrun", "")])
+def test_the_cores_of_a_rank_are_not_all_that_torchrun_gets(start: str, cores: str, tmp_path: Path) -> None:
+    """It is one task for all ranks of its node, and older versions of srun give a task what this variable says."""
+    job = {"SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "6"}
+    code, output, log = batch(tmp_path, MOE_START=start, **job)
+    assert code == 0, output
+    assert log.endswith(f" cores={cores}\n")
 
 
 def test_fewer_nodes_than_any_layout_needs_are_refused(tmp_path: Path) -> None:

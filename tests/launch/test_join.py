@@ -71,10 +71,11 @@ def test_torchrun_tells_a_wrong_config_once(tmp_path: Path) -> None:
 
 def test_srun_shares_one_run_directory(tmp_path: Path) -> None:
     # Each task would put its own random number into run_dir.
-    command = commands.arguments("report", tmp_path / "${oc.env:SLURM_PROCID}", 2)
+    command = commands.arguments("report", tmp_path / "${oc.env:SLURM_PROCID}", 2, "launcher.cpus_per_rank=3")
     for code, _, errors in _srun(command):
         assert code == 0, errors
-    assert [(f["launcher"], f["run_dir"]) for f in _facts(tmp_path / "0")] == [("srun", f"{tmp_path}/0")] * 2
+    found = [(f["launcher"], f["run_dir"], f["threads"]) for f in _facts(tmp_path / "0")]
+    assert found == [("srun", f"{tmp_path}/0", 3)] * 2
 
 
 def test_srun_tells_an_error_once_with_its_rank(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -175,6 +178,17 @@ def test_an_srun_that_leaves_each_rank_alone_is_refused() -> None:
     sizes = ("SLURM_STEP_NUM_TASKS",)
     with pytest.raises(LaunchError, match=r"srun --mpi started 7 ranks, but mpi4py sees 1.*--mpi=pmi2"):
         rendezvous._from_communicator(SRUN, Communicator(1, 1), 0, "srun --mpi", sizes)
+
+
+def test_ranks_wait_for_the_first_as_long_as_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listener:  # takes the port, and does not answer
+        listener.bind(("127.0.0.1", 0))
+        info = RankInfo(1, 2, 1, 2, "127.0.0.1", listener.getsockname()[1], "srun")
+        monkeypatch.setattr(os, "environ", dict(os.environ) | {rendezvous.MEET_S: "1"})
+        began = time.monotonic()
+        with pytest.raises(LaunchError, match=r"launcher\.meet_timeout_s\) above 1 where it starts later"):
+            rendezvous.meet(info)
+    assert time.monotonic() - began < 30
 
 
 def test_one_rank_speaks() -> None:

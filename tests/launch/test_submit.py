@@ -24,8 +24,10 @@ TINY = (
 
 # A cluster of 300 nodes of 8 GPUs, and a small one for two accounts without GPUs.
 _COMMANDS = {
-    "sinfo": "for name in 'h800*' down short; do echo \"$name|300|2-00:00:00|gpu:h800:8(S:0-1)|192\"; done; "
-    "echo 'small|4|1:00:00|(null)|64'",
+    "sinfo": """kind='2-00:00:00|gpu:h800:8(S:0-1)'
+for name in 'h800*' down short; do echo "$name|300|$kind|mix-"; done
+for some in "250|$kind|alloc" "30|$kind|drain*" "15|$kind|down" "5|$kind|idle*"; do echo "worn|$some"; done
+echo 'small|4|1:00:00|(null)|idle~'""",
     "scontrol": """case "$*" in
   *partition*) echo 'PartitionName=h800 AllowAccounts=ALL MaxNodes=UNLIMITED MaxTime=2-00:00:00 State=UP'
                echo 'PartitionName=down AllowAccounts=ALL MaxNodes=UNLIMITED State=DOWN'
@@ -181,6 +183,46 @@ def test_an_account_that_the_partition_does_not_take(cluster: Path, capsys: pyte
     assert "use launcher.account=physics or chemistry" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ([], "50 of the 300 nodes of partition worn are down, drained, in maintenance or silent: the job waits until"),
+        (["launcher.min_nodes=128", "launcher.fallbacks=['parallel.dp=64']"], ""),
+        (["launcher.partition=small", "runtime=cpu"], ""),
+    ],
+)  # fmt: skip
+def test_nodes_that_are_down_are_told(
+    more: list[str], told: str, cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They may come back, so the job is not refused."""
+    words = [*V3[:-1], f"data.dir={_prepared(tmp_path / 'corpus')}", "launcher.partition=worn"]
+    if "runtime=cpu" in more:  # nodes that are only switched off
+        words = [*TINY, "launcher.account=physics", "launcher.time_limit_min=30"]
+    assert submit.run(["--dry-run", *words, f"run_dir={tmp_path}/run", *more]) == 0
+    text = capsys.readouterr().out
+    assert told in text
+    assert ("the job waits" in text) == bool(told)
+
+
+def test_gpus_and_nodes_without_ranks_are_paid_for(
+    cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = ("data=indexed", f"data.dir={_prepared(tmp_path / 'corpus')}", "train.steps=1_000_000_000")
+
+    def cost(*more: str) -> tuple[int, str]:
+        assert submit.run(["--dry-run", *TINY, *long, f"run_dir={tmp_path}/run", *more]) == 0
+        text = capsys.readouterr().out
+        found = re.search(r"cost +\$([\d,]+) at \$2 for a GPU and hour", text)
+        assert found, text
+        return int(found[1].replace(",", "")), text
+
+    (all_used, _), (half, text) = cost(), cost("launcher.gpus_per_node=4")
+    assert half == pytest.approx(2 * all_used, rel=1e-3)
+    assert "with the 4 of 8 GPUs that have no rank" in text
+    _, text = cost("parallel.dp=8", "launcher.min_nodes=2", "launcher.fallbacks=['parallel.dp=2']")
+    assert "at most 5 of 7 nodes, $20 an hour" in text
+
+
 def test_the_controller_is_asked_as_the_job_would_be_submitted(
     cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,8 +271,13 @@ def test_what_is_submitted_is_kept(cluster: Path, tmp_path: Path, capsys: pytest
     run_dir = tmp_path / "run"
     words = [*TINY, f"run_dir={run_dir}", "launcher.exclude=[node3,node4]", "launcher.exclusive=false"]
     words += ["launcher.memory_gib=64"]
+    assert submit.run(["--dry-run", *words]) == 0
+    assert "may give each rank one core" in capsys.readouterr().out
+    words += ["launcher.cpus_per_rank=6"]
     assert submit.run(words) == 0
-    assert "submitted 71; follow with" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "submitted 71; follow with" in text
+    assert "one core" not in text
     code, *arguments = cluster.read_text().splitlines()
     kept = next((run_dir / "submissions").iterdir())
     assert Path(code) == kept / "code"
@@ -238,9 +285,9 @@ def test_what_is_submitted_is_kept(cluster: Path, tmp_path: Path, capsys: pytest
     assert (kept / "code/conf/train.yaml").exists()
     assert "num_layers" in (kept / "config.yaml").read_text()
     assert {"--nodes=2", "--ntasks-per-node=2", "--exclude=node3,node4"} <= set(arguments)
-    assert {"--oversubscribe", "--mem=64G"} <= set(arguments)
+    assert {"--oversubscribe", "--mem=64G", "--cpus-per-task=6"} <= set(arguments)
     overrides = arguments[arguments.index(f"{code}/launch/train.sbatch") + 1 :]
-    assert overrides == [*TINY, *words[-3:], "runtime=cuda", f"run_dir={run_dir}"]
+    assert overrides == [*TINY, *words[-4:], "runtime=cuda", f"run_dir={run_dir}"]
     assert json.loads((kept / "submission.json").read_text())["jobs"] == ["71"]
 
 
