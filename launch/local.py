@@ -37,7 +37,7 @@ def start(cfg: Config, layout: ParallelLayout, entry: str | None = None) -> None
     """
     env.make_scratch(cfg.launcher)
     budget = cfg.launcher.restarts or 0
-    before = restarts.checkpoints(cfg.checkpoint_root)
+    first = restarts.found(cfg)
     for attempt in range(budget + 1):
         try:
             _run(cfg, layout, entry)
@@ -45,7 +45,7 @@ def start(cfg: Config, layout: ParallelLayout, entry: str | None = None) -> None
         except failures.RankError as error:
             if error.exit_code in failures.LASTING or attempt == budget:
                 raise
-            if restarts.has_new(before, cfg.checkpoint_root):
+            if restarts.saved_since(first):
                 cfg = dataclasses.replace(cfg, resume="auto")
             print(f"warning: {error}; starting again, {attempt + 1} of {budget} times", file=sys.stderr, flush=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from moe_train.checkpoint import directory
 from moe_train.config.schema import Config
@@ -23,8 +24,7 @@ def overrides() -> list[str]:
     if not file.is_file():
         return []
     try:
-        first = json.loads(file.read_text(encoding="utf-8"))
-        saved = has_new(first["checkpoints"], Path(first["dir"]))
+        saved = saved_since(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError):
         saved = True  # damaged: there was an earlier start, and to begin anew would write over what it saved
     return ["resume=auto"] if saved else []
@@ -38,19 +38,35 @@ def remember(cfg: Config) -> None:
     """
     if FIRST not in os.environ or (file := Path(os.environ[FIRST])).exists():
         return
-    root = cfg.checkpoint_root.resolve()
     try:
-        directory.replace_file(file, json.dumps({"dir": str(root), "checkpoints": checkpoints(root)}) + "\n")
+        directory.replace_file(file, json.dumps(found(cfg)) + "\n")
     except OSError as error:
         raise LaunchError(f"run_dir={cfg.run_dir} cannot be written: {error.strerror}", "set run_dir=PATH") from error
 
 
-def checkpoints(root: Path) -> dict[str, int]:
+def found(cfg: Config) -> dict[str, Any]:
+    """The checkpoints that are there, for `saved_since`.
+
+    One that is complete on the nodes' disks alone counts where the run began anew and there was none before: should
+    another node have lost its part by then, the newest that is whole would be that of another run.
+    """
+    root = cfg.checkpoint_root.resolve()
+    first: dict[str, Any] = {"dir": str(root), "checkpoints": _written(root)}
+    near = directory.near_of(cfg, root)
+    if near is not None and cfg.resume == "never" and not first["checkpoints"] and not directory.candidates(near):
+        first["near"] = str(near)
+    return first
+
+
+def saved_since(first: dict[str, Any]) -> bool:
+    """Whether a checkpoint was written since `first` was found. Those that someone removed since do not count."""
+    if not _written(Path(first["dir"])).items() <= first["checkpoints"].items():
+        return True
+    near = directory.candidates(Path(first["near"])) if "near" in first else []
+    return any((path / directory.MANIFEST).exists() for path in near)  # which is the last of its files
+
+
+def _written(root: Path) -> dict[str, int]:
     """When each checkpoint there was written."""
     files = (path / directory.STATE for path in directory.candidates(root))
     return {file.parent.name: file.stat().st_mtime_ns for file in files if file.exists()}
-
-
-def has_new(before: dict[str, int], root: Path) -> bool:
-    """Whether a checkpoint there was written since `before`. Those that someone removed since do not count."""
-    return not checkpoints(root).items() <= before.items()

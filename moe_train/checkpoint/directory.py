@@ -15,6 +15,7 @@ It gets another hidden name before it is removed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from moe_train.config.schema import Config
 from parallel.errors import CheckpointError
 
 LATEST = "latest"
@@ -50,6 +52,14 @@ def name_of(step: int) -> str:
 def step_of(name: str) -> int:
     """Step of the checkpoint with the directory name `name`; -1 where that is no name of a checkpoint."""
     return int(name.removeprefix("step_")) if _NAME.fullmatch(name) else -1
+
+
+def near_of(cfg: Config, shared: Path) -> Path | None:
+    """Where on its own disk each node keeps the checkpoints that go to `shared`; None without checkpoint.local_dir."""
+    if cfg.checkpoint.local_dir is None:
+        return None
+    digest = hashlib.sha256(str(shared.resolve()).encode()).hexdigest()[:8]
+    return Path(cfg.checkpoint.local_dir, f"{Path(cfg.run_dir).name}-{digest}")
 
 
 def prepare(root: Path, name: str) -> Path:

@@ -9,7 +9,6 @@ died is copied when the run continues; a node that is lost takes its files with 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import threading
@@ -26,10 +25,7 @@ from parallel.errors import CheckpointError
 
 def root_of(run: Run, shared: Path) -> Path | None:
     """This node's directory for the run with checkpoints in `shared`."""
-    if run.cfg.checkpoint.local_dir is None:
-        return None
-    digest = hashlib.sha256(str(shared.resolve()).encode()).hexdigest()[:8]
-    return Path(run.cfg.checkpoint.local_dir, f"{run.run_dir.name}-{digest}")
+    return directory.near_of(run.cfg, shared)
 
 
 def prepare(run: Run, shared: Path, step: int, own_bytes: int) -> Path | None:

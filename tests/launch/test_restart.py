@@ -10,6 +10,7 @@ import pytest
 
 from launch import local, restarts, slurm
 from launch.failures import RankError
+from moe_train.checkpoint import directory
 from moe_train.config import compose
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.schema import Config
@@ -105,6 +106,28 @@ def test_a_checkpoint_that_someone_removes_is_none_that_the_job_saved(
     assert restarts.overrides() == []
     _save(tmp_path / "checkpoints", 10)
     assert restarts.overrides() == ["resume=auto"]
+
+
+@pytest.mark.parametrize(
+    ("resume", "older", "counts"),
+    [("never", "", True), ("never", "checkpoints", False), ("never", "disk", False), ("/a/checkpoint", "", False)],
+)
+def test_a_first_checkpoint_on_the_nodes_disks_is_continued(
+    resume: str, older: str, counts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it is complete, and only where nothing else could be continued should another node have lost its part."""
+    monkeypatch.setenv(restarts.FIRST, str(tmp_path / ".first"))
+    cfg = Config(run_dir=str(tmp_path), resume=resume)
+    cfg.checkpoint.local_dir = str(tmp_path / "disk")
+    near = directory.near_of(cfg, cfg.checkpoint_root)
+    assert near is not None
+    if older:  # of an earlier run with the same directories
+        _save({"checkpoints": cfg.checkpoint_root, "disk": near}[older], 9)
+    restarts.remember(cfg)
+    _save(near, 10)
+    assert restarts.overrides() == []
+    (near / "step_00000010/manifest.json").touch()
+    assert restarts.overrides() == (["resume=auto"] if counts else [])
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"dir": "checkpoints"}', '{"dir": ".", "checkpoints": 3}'])
