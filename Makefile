@@ -10,7 +10,7 @@ TEST_WORKERS ?= 2
 # Tests must not depend on what else the machine's Python warns about.
 export PYTHONWARNINGS := ignore
 
-.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity parity-recompute bench-memory bench-plan bench-step bench-fp8 bench-convert bench-checkpoint bench-faults dryrun clean
+.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity parity-recompute bench bench-memory bench-plan bench-step bench-fp8 bench-convert bench-checkpoint bench-faults dryrun clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ lint: setup ## Check style (ruff, shellcheck) and types (mypy)
 format: setup ## Rewrite the code in its style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Those that need more than `make setup` gives come last.
+bench: bench-step bench-checkpoint bench-memory bench-plan bench-fp8 bench-convert bench-faults ## Run every bench- target, one after the other (hours)
 
 bench-convert: setup ## Measure conversion against cp and transformers (needs mpi4py and mpich); writes bench/results/convert.json
 	$(BIN)/python -m bench.bench_convert
