@@ -168,3 +168,22 @@ def test_fewer_nodes_continue_in_a_fallback_layout(jobs: Jobs, tmp_path: Path, u
     assert _resumed_at(run_dir) == [2]
     assert losses(run_dir) == pytest.approx(undisturbed, abs=1e-4)
     assert "saved by pp2 ep2 dp2, continued by ep2 dp2" in (run_dir / "logs/node1.log").read_text()
+
+
+@pytest.mark.parametrize("start", ["srun", "torchrun"])
+def test_the_code_of_a_rank_reaches_the_job_and_ends_its_chain(start: str, jobs: Jobs, tmp_path: Path) -> None:
+    """Another node's rank finds that nothing can help, and the others are killed as they wait for it."""
+    script = tmp_path / "python"
+    rank = f"exec {sys.executable} -c 'from launch.failures import leave_code; leave_code(5); raise SystemExit(5)'"
+    script.write_text(
+        "#!/usr/bin/env bash\n"
+        f'[[ $3 == launch.main ]] || exec {sys.executable} "$@"\n'
+        f"((${{RANK:-$SLURM_PROCID}} == 3)) && {rank}\nsleep 5; kill -KILL $$\n"
+    )
+    script.chmod(0o755)
+    for attempts in (1, 0):
+        job = jobs.submit(tmp_path / "run", MOE_PYTHON=str(script), MOE_SUBMITTED="chain", MOE_START=start)
+        assert jobs.end(job)["ExitCode"] == "5:0", jobs.logs(job)
+        output = (tmp_path / f"slurm-{job}.out").read_text()
+        assert output.count(", attempt ") == attempts, output
+    assert "of this chain ended with exit code 5, and this one would too" in output
