@@ -130,9 +130,11 @@ def _part(info: RankInfo, store: TCPStore) -> None:
         if info.rank == 0:
             _await(store, _DONE, info.world_size - 1, timeout_s=60)
             store.set(_END, "")
+            _await(store, _LEFT, info.world_size - 1)  # or torch complains in each rank that did not get the answer
         else:
             store.add(_DONE, 1)
             store.wait([_END], timedelta(seconds=_REPORT_S))
+            store.add(_LEFT, 1)
 
 
 def _same_everywhere(cfg: Config, info: RankInfo, store: TCPStore) -> None:
