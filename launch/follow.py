@@ -85,14 +85,15 @@ def _facts(job: str) -> list[dict[str, str]]:
 
 
 def _last_step(directory: Path) -> str:
-    lines = []
-    for text in (directory / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):  # it may be half written
-            lines.append(json.loads(text))
-    steps = [line for line in lines if "lm_loss" in line]
-    if not steps:
+    last = None
+    with (directory / "metrics.jsonl").open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            with contextlib.suppress(ValueError):  # it may be half written
+                line = json.loads(text)
+                if "lm_loss" in line:
+                    last = line
+    if last is None:
         return ""
-    last = steps[-1]
     total = total_steps(compose.from_yaml(directory / "config.yaml"))
     return (
         f"step {last['step']:,} of {total:,}, loss {last['lm_loss']:.4f}, {last.get('tokens_per_s') or 0:,.0f} tokens/s"

@@ -124,7 +124,7 @@ def test_too_many_bad_steps_lead_back_and_past_their_data(tmp_path: Path) -> Non
         assert found["end"]["consumed_samples"] == 10 * BATCH
         assert all(math.isfinite(loss) for loss in found["later"])
         assert found["again"] == found["later"]
-    lines = read(tmp_path / "metrics.jsonl")
+    lines = list(read(tmp_path / "metrics.jsonl"))
     assert [line["step"] for line in lines if "lm_loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [(line["step"], line["event"]) for line in lines if line.get("event") == "skipped"] == [
         (step, "skipped") for step in (6, 7, 8)

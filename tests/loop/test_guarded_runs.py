@@ -32,7 +32,7 @@ def train(run_dir: Path, data: tuple[str, ...], *overrides: str, inject: tuple[s
         *overrides, *faults, f"run_dir={run_dir}",
     ])  # fmt: skip
     local.start(cfg, validate(cfg))
-    return read(run_dir / "metrics.jsonl")
+    return list(read(run_dir / "metrics.jsonl"))
 
 
 def losses(lines: list[dict[str, Any]]) -> list[tuple[int, float, float]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 from moe_train.loop.callbacks.metrics_file import NAME, MetricsFile, read
+from moe_train.loop.callbacks.summary import Summary
 from tests.loop.fake_run import evaluate, fake_run, take_step
 
 
@@ -82,7 +84,7 @@ def test_values_that_json_cannot_hold_are_null_and_named(tmp_path: Path) -> None
     assert train["lr"] == 1e-3
     assert train["non_finite"] == {"lm_loss": "nan", "grad_norm": "inf"}
     assert valid == {"step": 1, "tokens": 128, "valid_loss": None, "non_finite": {"valid_loss": "-inf"}}
-    assert read(tmp_path / NAME) == [train, valid]
+    assert list(read(tmp_path / NAME)) == [train, valid]
 
 
 def test_each_line_is_on_disk_when_its_step_ends(tmp_path: Path) -> None:
@@ -105,3 +107,25 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     evaluate(run, [callback], 5.0)
     callback.on_end(run)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_does_not_follow_the_length_of_the_file(tmp_path: Path) -> None:
+    """Neither where a run continues nor where its end is told."""
+    load = [[128] * 1000] * 4
+    with (tmp_path / NAME).open("w") as file:
+        for step in range(1, 201):
+            file.write(json.dumps({"step": step, "lm_loss": 9.0 - step / 1000, "expert_load": load}) + "\n")
+    size = (tmp_path / NAME).stat().st_size
+    run = fake_run(tmp_path, step=199)
+    run.completed = True
+    for callback in (MetricsFile(), Summary()):
+        tracemalloc.start()
+        callback.on_start(run)
+        callback.on_end(run)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < size / 2, type(callback).__name__
+    with (tmp_path / NAME).open() as file:
+        assert [json.loads(line)["step"] for line in file] == list(range(1, 200))
+    losses = json.loads((tmp_path / "summary.json").read_text())["train_loss"]
+    assert (losses["first"], losses["last"]) == (9.0 - 0.001, 9.0 - 0.199)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,11 +47,14 @@ class MetricsFile(Callback):
 
     def _open(self, run: Run, keep: bool, events: bool = False) -> None:
         path = run.run_dir / NAME
-        lines = read(path) if keep else []
-        kept = [line for line in lines if line["step"] <= run.state.step or (events and "event" in line)]
-        self._last_evaluation = max((line["step"] for line in kept if "valid_loss" in line), default=-1)
+        self._last_evaluation = -1
         part = path.with_name(NAME + ".part")
-        part.write_text("".join(encode(line) for line in kept), encoding="utf-8")
+        with part.open("w", encoding="utf-8") as file:
+            for line in read(path) if keep else ():
+                if line["step"] <= run.state.step or (events and "event" in line):
+                    file.write(encode(line))
+                    if "valid_loss" in line:
+                        self._last_evaluation = max(self._last_evaluation, line["step"])
         os.replace(part, path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
@@ -106,16 +110,18 @@ def encode(metrics: Metrics) -> str:
     return json.dumps(line, allow_nan=False) + "\n"
 
 
-def read(path: Path) -> list[Metrics]:
-    """The lines of a metrics file, first to last, without those that a crash cut short; none where there is no file."""
-    lines: list[Metrics] = []
+def read(path: Path) -> Iterator[Metrics]:
+    """The lines of a metrics file, first to last, without those that a crash cut short; none where there is no file.
+
+    One at a time, as a long run of a large model writes tens of GB.
+    """
     if not path.exists():
-        return lines
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                yield line

@@ -58,13 +58,17 @@ class Summary(Callback):
 
     def _numbers(self, run: Run) -> dict[str, Any]:
         path = run.run_dir / metrics_file.NAME
-        written = metrics_file.read(path)
-        train = [line["lm_loss"] for line in written if "lm_loss" in line]
-        valid = [line["valid_loss"] for line in written if "valid_loss" in line]
+        losses: dict[str, list[float | None]] = {"lm_loss": [], "valid_loss": []}
+        memory_peak = 0
+        for line in metrics_file.read(path):
+            for name, ends in losses.items():
+                if name in line:
+                    ends[1:] = [line[name]]  # the first stays
+            memory_peak = max(memory_peak, line.get("memory_peak_bytes", 0))
         step_time_s = run.clock.mean_s
         now = speed(run.cfg, run.layout.world_size, step_time_s, run.peak_tflops) if step_time_s else None
         saved = directory.candidates(root_of(run))
-        valid_loss, entropy = _ends(valid), held_out_entropy(run)
+        valid_loss, entropy = _ends(losses["valid_loss"]), held_out_entropy(run)
         last = valid_loss["last"] if valid_loss else None
         return {
             "model": run.cfg.model.name,
@@ -74,7 +78,7 @@ class Summary(Callback):
             "tokens": run.state.consumed_tokens,
             "started_at_step": self._first_step,
             "time_s": round(time.monotonic() - self._began, 3),
-            "train_loss": _ends(train),
+            "train_loss": _ends(losses["lm_loss"]),
             "valid_loss": valid_loss,
             "valid_tokens_unigram_entropy": entropy,
             "below_unigram_entropy": None if last is None or entropy is None else last < entropy,
@@ -82,7 +86,7 @@ class Summary(Callback):
             "tflops_per_rank": now and now.tflops_per_rank,
             "peak_tflops": run.peak_tflops,
             "mfu": now and now.mfu,
-            "memory_peak_bytes": max((line.get("memory_peak_bytes", 0) for line in written), default=0) or None,
+            "memory_peak_bytes": memory_peak or None,
             "expert_load": self._load(run),
             "checkpoint": str(saved[0]) if saved else None,
             "metrics": str(path),
