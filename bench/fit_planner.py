@@ -18,33 +18,35 @@ from statistics import mean, median
 import numpy as np
 from numpy.typing import NDArray
 
-from parallel.planner import software
 from parallel.planner.calibration import FITTED, Calibration
 from parallel.planner.job import Job
 from parallel.planner.memory import Weights
 from parallel.planner.time import StepTime
 from tools.planning.predict import predict, published_tokens_per_s, timed, weights_of
 from tools.planning.rows import Row, understand
-from tools.planning.split import is_test
+from tools.planning.split import is_test, newest
 
 # Name -> smallest and largest value that is still physical.
 BOUNDS = {
-    "gemm_half_k": (30, 1000), "gemm_speed": (0.6, 1.1), "weights_speed": (0.5, 1),
-    "block_speed": (0.75, 1), "flash2_speed": (0.35, 1), "quantize_passes": (0.3, 2), "memory_passes": (0.7, 3.5),
-    "small_kernel_us": (1, 3), "attention_speed": (0.5, 1),
-    "attention_half": (50, 1000), "attention_backward": (2.8, 3.5), "tp_exposed": (0.05, 1), "cp_exposed": (0.05, 1),
+    "gemm_half_k": (30, 1000), "gemm_speed": (0.6, 1.4), "weights_speed": (0.5, 1),
+    "block_speed": (0.75, 1), "power_exponent": (0.2, 1), "quantize_passes": (0.3, 2), "memory_passes": (0.5, 3.5),
+    "small_kernel_us": (1, 3), "attention_speed": (0.7, 1.2), "scores_passes": (0.1, 2),
+    **{f"expert_passes_{era}": (0.3, 3) for era in (2023, 2025, 2026)},
+    "attention_half": (200, 1300), "attention_backward": (2.5, 3.5), "tp_exposed": (0.05, 1), "cp_exposed": (0.05, 1),
     "dp_exposed": (0.02, 1), "fsdp_exposed": (0.02, 1), "all_to_all_exposed": (0.02, 0.5), "pp_exposed": (0.02, 1),
-    "host_us": (1.5, 25), "sync_us": (10, 3000), "flex_sync_us": (10, 3000), "sync_blend": (1, 4),
+    "host_us": (1.5, 60), "sync_us": (10, 3000), "flex_sync_us": (10, 3000), "sync_blend": (1, 4),
     "capacity_us": (20, 3000),
-    "real_imbalance": (1.0, 1.6), "graph_kernels": (0.05, 1.0), "grouped_kernel": (0.02, 1.0), "overlap_host": (1, 3),
+    "real_imbalance": (1.0, 2.0), "graph_kernels": (0.05, 1.0), "grouped_kernel": (0.02, 1.0), "overlap_host": (1, 3),
     "step_s": (0.03, 0.3), "straggler": (0.0005, 0.03),
 }  # fmt: skip
-# Where a step of DeepSeek-V3 goes, seconds (arXiv 2505.09343, table 4); its row must be in the fitting part.
+# Where a step of DeepSeek-V3 goes, seconds (arXiv 2505.09343, table 4); its row must be in the fitting part. What its
+# context extension took, GPU-hours, and its stages (arXiv 2412.19437, table 1 and section 4.3; cp is not published, and
+# keeps a rank's tokens as they are): the only long sequences whose time is known.
 COMPONENTS = {"1F": 1.13, "bubble": 2.06, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "optimizer": 0.29}
+EXTENSION_HOURS, EXTENSION_STEPS = 119_000, 1000
+EXTENSION = ((32768, 1920, 8), (131072, 480, 32))  # sequence, batch, cp
 ORDER_WEIGHT, MARGIN = 4.0, 0.02
 SPREAD = 0.08  # of the first steps, in natural logarithms
-DEEPEP = 202506  # first month of the generation that first ran DeepEP
-GENERATION_BOUNDS = {"fusion": (0.4, 2.5), "kernels": (0.05, 3)}
 
 
 @dataclass(frozen=True)
@@ -75,48 +77,54 @@ def cases(path: Path, constants: Calibration, test: bool = False) -> list[Case]:
     return [replace(case, share=1 / counts[case.row.configuration]) for case in found]
 
 
-def step(case: Case, constants: Calibration, generations: dict[int, software.Software], simulated: bool) -> StepTime:
+def step(case: Case, constants: Calibration, simulated: bool) -> StepTime:
     """The predicted step of a case."""
-    saved, software.GENERATIONS = software.GENERATIONS, generations
-    try:
-        row = understand(case.row.index, case.row.values, constants)
-    finally:
-        software.GENERATIONS = saved
+    row = understand(case.row.index, case.row.values, constants)
     if isinstance(row, str):
         raise ValueError(row)
     return timed(row, case.job, case.weights, constants, simulated)
 
 
-def error(case: Case, constants: Calibration, generations: dict[int, software.Software]) -> float:
+def error(case: Case, constants: Calibration) -> float:
     """Logarithm of predicted over published throughput."""
-    return log(step(case, constants, generations, simulated=False).tokens_per_s_per_gpu / case.published)
+    return log(step(case, constants, simulated=False).tokens_per_s_per_gpu / case.published)
 
 
-def objective(found: list[Case], constants: Calibration, generations: dict[int, software.Software]) -> float:
+def objective(found: list[Case], constants: Calibration) -> float:
     """Weighted mean of the absolute errors, each counted up to 60 %, so that outliers do not decide; and layouts in the
     wrong order.
 
-    The one step that is published by parts adds what it is off by more than 1.5 %, and its parts by more than 10 %.
+    The one step that is published by parts adds what it is off by more than 1.5 %, its parts by more than 10 %, and its
+    context extension by more than 3 %.
     """
     total = sum(case.share for case in found)
-    errors = [error(case, constants, generations) for case in found]
+    errors = [error(case, constants) for case in found]
     score = sum(case.share * min(0.6, abs(one)) for case, one in zip(found, errors, strict=True)) / total
     score += ORDER_WEIGHT * disorder(found, errors)
     by_parts = [case for case in found if case.row.schedule == "dualpipe"][:1]
     for case in by_parts:
-        one = step(case, constants, generations, simulated=True)
-        score += 0.15 * sum(
-            max(0.0, abs(log(one.components[name] / value)) - 0.1) for name, value in COMPONENTS.items()
-        )
+        one = step(case, constants, simulated=True)
+        score += 0.5 * sum(max(0.0, abs(log(one.components[name] / value)) - 0.1) for name, value in COMPONENTS.items())
         score += 0.5 * max(0.0, abs(log(one.tokens_per_s_per_gpu / case.published)) - 0.015)
+        score += 0.5 * max(0.0, abs(log(extension_hours(case, constants) / EXTENSION_HOURS)) - 0.03)
     return score
+
+
+def extension_hours(case: Case, constants: Calibration) -> float:
+    """GPU-hours of DeepSeek-V3's context extension, with the step of its pre-training as `case`."""
+    seconds, layout = 0.0, case.job.layout
+    for length, batch, cp in EXTENSION:
+        longer = replace(layout, cp=cp, dp=layout.dp // cp)
+        job = replace(case.job, layout=longer, seq_length=length, micro_batches=batch // longer.dp)
+        seconds += EXTENSION_STEPS * timed(case.row, job, case.weights, constants).seconds
+    return seconds / 3600 * layout.world_size
 
 
 def disorder(found: list[Case], errors: list[float]) -> float:
     """How far pairs of layouts of a (model, hardware) are from the published order, a mean over groups.
 
     A pair counts by the logarithm that its predicted ratio lacks to the published order, with a small margin. Of a
-    layout the newest release counts, as in `tools.planning.validation`.
+    layout the newest release counts.
     """
     groups: dict[tuple[str, str], dict[str, list[tuple[int, float, float]]]] = defaultdict(lambda: defaultdict(list))
     for case, one in zip(found, errors, strict=True):
@@ -124,8 +132,8 @@ def disorder(found: list[Case], errors: list[float]) -> float:
         groups[case.row.model.name, case.row.hardware.name][case.row.configuration].append(point)
     lacking = []
     for layouts in groups.values():
-        newest = [[point for point in own if point[0] == max(own)[0]] for own in layouts.values()]
-        points = [(median(known for _, known, _ in own), median(made for *_, made in own)) for own in newest]
+        counted = [newest(own, lambda point: point[0]) for own in layouts.values()]
+        points = [(median(known for _, known, _ in own), median(made for *_, made in own)) for own in counted]
         pairs = [
             max(0.0, min(MARGIN, known - other) - (made - other_made))
             for known, made in points for other, other_made in points if known > other
@@ -135,58 +143,30 @@ def disorder(found: list[Case], errors: list[float]) -> float:
     return mean(lacking)
 
 
-@dataclass(frozen=True)
-class Vector:
-    """What is fitted as one vector of logarithms, within its bounds."""
-
-    constants: Calibration
-    generations: dict[int, software.Software]
-
-    @property
-    def keys(self) -> list[tuple[int, str]]:
-        """(0, name of a constant) and (month, name of a generation's figure)."""
-        of_months = [(month, name) for month in sorted(self.generations) for name in GENERATION_BOUNDS]
-        return [*((0, name) for name in BOUNDS), *of_months]
-
-    def bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Logarithms of the smallest and largest values."""
-        both = [GENERATION_BOUNDS[name] if month else BOUNDS[name] for month, name in self.keys]
-        low, high = np.log(both).T
-        return low, high
-
-    def start(self) -> NDArray[np.float64]:
-        """Where the fit begins."""
-        owners = [self.generations[month] if month else self.constants for month, _ in self.keys]
-        found = np.log([getattr(owner, name) for owner, (_, name) in zip(owners, self.keys, strict=True)])
-        return np.asarray(np.clip(found, *self.bounds()), dtype=np.float64)
-
-    def at(self, point: NDArray[np.float64]) -> tuple[Calibration, dict[int, software.Software]]:
-        """The constants and generations of a point. From that on which first ran DeepEP no figure rises again."""
-        values = dict(zip(self.keys, np.exp(np.clip(point, *self.bounds())).tolist(), strict=True))
-        constants = replace(self.constants, **{name: values[0, name] for name in BOUNDS})
-        generations: dict[int, software.Software] = {}
-        for month in sorted(self.generations):
-            figures = {name: values[month, name] for name in GENERATION_BOUNDS}
-            if month > DEEPEP:
-                before = generations[max(generations)]
-                figures = {name: min(value, getattr(before, name)) for name, value in figures.items()}
-            generations[month] = replace(self.generations[month], **figures)
-        return constants, generations
+def at(point: NDArray[np.float64]) -> Calibration:
+    """The constants of a vector of logarithms, within their bounds. What is fused once stays fused."""
+    values = dict(zip(BOUNDS, np.exp(np.clip(point, *limits())).tolist(), strict=True))
+    values["expert_passes_2026"] = min(values["expert_passes_2026"], values["expert_passes_2025"])
+    return replace(FITTED, **values)
 
 
-def fit(found: list[Case], rounds: int, seed: int = 1) -> tuple[Calibration, dict[int, software.Software]]:
-    """The constants and generations with the least objective that a separable CMA-ES finds from the present ones.
+def limits() -> NDArray[np.float64]:
+    """Logarithms of the smallest and largest values, [2, constants]."""
+    return np.asarray(np.log(list(BOUNDS.values())).T, dtype=np.float64)
+
+
+def fit(found: list[Case], rounds: int, seed: int = 1) -> Calibration:
+    """The constants with the least objective that a separable CMA-ES finds from the present ones.
 
     R. Ros and N. Hansen, A simple modification in CMA-ES achieving linear time and space complexity, PPSN 2008.
     """
-    vector = Vector(FITTED, dict(software.GENERATIONS))
-    low, high = vector.bounds()
+    low, high = limits()
 
     def cost(point: NDArray[np.float64]) -> float:
         outside = float(np.sum((point - np.clip(point, low, high)) ** 2))
-        return objective(found, *vector.at(point)) + 0.05 * outside
+        return objective(found, at(point)) + 0.05 * outside
 
-    centre, size = vector.start(), SPREAD
+    centre, size = np.clip(np.log([getattr(FITTED, name) for name in BOUNDS]), low, high), SPREAD
     n = len(centre)
     population = 4 + int(3 * log(n))
     parents = population // 2
@@ -220,7 +200,7 @@ def fit(found: list[Case], rounds: int, seed: int = 1) -> tuple[Calibration, dic
         size *= exp(size_fade / damping * (length / expected - 1))
         if number % 10 == 9:
             print(f"generation {number + 1}: {least:.4f} (step {size:.3f})", flush=True)
-    return vector.at(best)
+    return at(best)
 
 
 def main() -> None:
@@ -228,17 +208,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, help="published runs")
     parser.add_argument("--rounds", type=int, default=300, help="generations")
+    parser.add_argument("--seed", type=int, default=1, help="of the random steps")
     arguments = parser.parse_args()
     found = cases(arguments.table, FITTED)
-    constants, generations = fit(found, arguments.rounds)
+    constants = fit(found, arguments.rounds, arguments.seed)
     for name, part in (("fit", found), ("test", cases(arguments.table, constants, test=True))):
-        errors = [abs(exp(error(case, constants, generations)) - 1) for case in part]
+        errors = [abs(exp(error(case, constants)) - 1) for case in part]
         print(f"{name}: {len(part)} rows, median {median(errors):.1%}")
     for field in fields(constants):
         print(f"    {field.name}: float = {getattr(constants, field.name):.4g}")
-    for name in GENERATION_BOUNDS:
-        values = ", ".join(f"{month}: {getattr(one, name):.3g}" for month, one in generations.items())
-        print(f"{name.upper()} = {{{values}}}")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,17 @@ class Calibration:
     Args:
         gemm_half_k: inner size at which a GEMM's main loop is half of its time.
         gemm_speed: factor on the achieved peak of GEMMs.
+        power_exponent: how GEMMs follow the GPU's power limit, from the one under which they were measured.
         weights_speed: speed of a GEMM for weight gradients over that of one forward.
         block_speed: speed of FP8 products with scaled blocks over those with one scale.
-        flash2_speed: speed of FlashAttention-2 over that of newer kernels on Hopper.
+        flash2_speed: speed of FlashAttention-2 over that of newer kernels on Hopper, forward and backward; set, not
+            fitted: 335 of 557 TFLOPS at head size 128 (arXiv 2307.08691, figure 7; cuDNN on H200 at 8,192 tokens,
+            NVIDIA/cudnn-frontend, benchmark/attention_training).
         quantize_passes: times that a tensor passes memory on its way to FP8, of those counted.
         memory_passes: the same of norms, activations, residuals and permutations.
+        scores_passes: how many times as often the scores of attention do, where they are written at all.
+        expert_passes_2023, expert_passes_2025, expert_passes_2026: the same of routing, permutation, activation and
+            casts of routed experts, whose kernels were fused late: in software of 2023, from June 2025 and from 2026.
         small_kernel_us: device time of a kernel that has next to nothing to do, microseconds.
         attention_speed: factor on the achieved peak of attention.
         attention_half: tokens of a sequence at which attention reaches half of its speed.
@@ -50,45 +56,45 @@ class Calibration:
         straggler: how much longer every pass takes for each doubling of the GPUs.
     """
 
-    gemm_half_k: float = 88.91
-    gemm_speed: float = 1.093
-    weights_speed: float = 0.6687
-    block_speed: float = 0.9688
-    flash2_speed: float = 0.4357
-    quantize_passes: float = 0.8512
-    memory_passes: float = 0.8819
-    small_kernel_us: float = 1.002
-    attention_speed: float = 1
-    attention_half: float = 365.9
-    attention_backward: float = 2.8
-    tp_exposed: float = 0.5412
-    cp_exposed: float = 1
-    dp_exposed: float = 0.02378
-    fsdp_exposed: float = 0.6223
-    all_to_all_exposed: float = 0.4957
-    pp_exposed: float = 0.08569
-    host_us: float = 25
-    sync_us: float = 1099
-    flex_sync_us: float = 102
+    gemm_half_k: float = 33.29
+    gemm_speed: float = 1.106
+    power_exponent: float = 0.8134
+    weights_speed: float = 0.5873
+    block_speed: float = 0.9219
+    flash2_speed: float = 0.6
+    quantize_passes: float = 1.37
+    memory_passes: float = 1.289
+    scores_passes: float = 0.1209
+    expert_passes_2023: float = 0.6097
+    expert_passes_2025: float = 2.468
+    expert_passes_2026: float = 1.378
+    small_kernel_us: float = 1.247
+    attention_speed: float = 1.044
+    attention_half: float = 244.7
+    attention_backward: float = 2.831
+    tp_exposed: float = 0.6377
+    cp_exposed: float = 0.9856
+    dp_exposed: float = 0.02313
+    fsdp_exposed: float = 0.8521
+    all_to_all_exposed: float = 0.5
+    pp_exposed: float = 0.1411
+    host_us: float = 33.23
+    sync_us: float = 2038
+    flex_sync_us: float = 40.44
     host_blend: float = 4
-    sync_blend: float = 2.089
-    capacity_us: float = 1220
-    real_imbalance: float = 1.6
-    graph_kernels: float = 0.05195
-    grouped_kernel: float = 0.5663
-    overlap_host: float = 1.675
-    step_s: float = 0.0638
-    straggler: float = 0.01105
+    sync_blend: float = 2.465
+    capacity_us: float = 347.2
+    real_imbalance: float = 1.556
+    graph_kernels: float = 0.06443
+    grouped_kernel: float = 0.9895
+    overlap_host: float = 1.567
+    step_s: float = 0.08031
+    straggler: float = 0.01054
+
+    def expert_passes(self, era: int) -> float:
+        """That of software of an era (`Software.era`)."""
+        found: float = getattr(self, f"expert_passes_{era}")
+        return found
 
 
 FITTED = Calibration()
-
-# Speed of DeepSeek's own attention kernels of 2024 over FlashAttention-3: with it the hours of their context extension
-# come out. FlashAttention-2 has 0.44 on Hopper.
-DEEPSEEK_ATTENTION = 0.65
-
-# First month of a generation of software (year x 100 + month) -> part of the counted memory traffic of small kernels
-# that fusion leaves, and part of the counted kernels that the host starts one by one (both may be above 1: the counts
-# are of a lean implementation).
-FUSION = {202000: 0.427, 202301: 2.5, 202406: 1.4, 202506: 1.53, 202601: 1.19, 202606: 1.19}
-KERNELS = {202000: 0.413, 202301: 0.513, 202406: 0.523, 202506: 1.75, 202601: 1.75, 202606: 1.75}

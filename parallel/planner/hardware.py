@@ -35,6 +35,8 @@ class Hardware:
     spine_fraction: float
     bf16_fraction: float
     fp8_fraction: float
+    power_limit_watts: float
+    measured_at_watts: float
     attention_fraction: float
     memory_fraction: float
     domain_fraction: float

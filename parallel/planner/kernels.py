@@ -29,6 +29,7 @@ def gemm(
     if min(rows, columns, inner) <= 0:
         return 0.0
     peak = hardware.matmul_flops(precision) * constants.gemm_speed
+    peak *= (hardware.power_limit_watts / hardware.measured_at_watts) ** constants.power_exponent
     units = hardware.multiprocessors
     # A single unit is a core of a CPU, whose tiles are small.
     best = 1.0 if units == 1 else max(_tile_efficiency(units, rows, columns, copies, *tile) for tile in TILES)

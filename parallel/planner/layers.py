@@ -96,6 +96,7 @@ class _Layer:
         self.precision = "fp8" if job.fp8 else "fp32" if job.dtype == "fp32" else "bf16"
         self.full = job.recompute == "full"
         self.modules = job.recompute_modules if job.recompute == "selective" else frozenset()
+        self.unfused = self.constants.expert_passes(self.software.era)
         self.graphed = False  # whether what comes next lies within the scope of partial CUDA graphs
 
     def started(self, forward: float, backward: float) -> None:
@@ -135,7 +136,7 @@ class _Layer:
         if kind == "fp8" and cast:
             reordered = self.job.fp8 == "mxfp8" and not self.software.ordered_scales
             moved = CAST_BYTES[self.job.fp8 or ""] + (SCALE_BYTES if reordered else 0)
-            moved *= constants.quantize_passes * self.software.fusion
+            moved *= constants.quantize_passes * (self.unfused if copies > 1 else 1)
             parts = self.job.layout.tp if self.job.sequence_parallel else 1
             inward = kernels.memory(hardware, moved * copies * rows * inputs / (parts if split == "inputs" else 1))
             outward = kernels.memory(hardware, moved * copies * rows * outputs / (parts if split == "outputs" else 1))
@@ -146,9 +147,11 @@ class _Layer:
                 self.times.add("quantize", ahead, behind, 0.0, again)
         self.started(started, started + each + (started if again else 0))
 
-    def moved(self, forward: float, backward: float, *modules: str, count: int = 1, name: str = "memory") -> None:
-        """Small kernels that move so many bytes."""
-        factor = self.constants.memory_passes * self.software.fusion
+    def moved(
+        self, forward: float, backward: float, *modules: str, count: float = 1, name: str = "memory", times: float = 1
+    ) -> None:  # fmt: skip
+        """Small kernels that move so many bytes so many times."""
+        factor = self.constants.memory_passes * times
         hardware, again = self.hardware, self.again(*modules)
         self.times.add(
             name, kernels.memory(hardware, factor * forward), kernels.memory(hardware, factor * backward), 0.0, again
@@ -183,7 +186,9 @@ class _Layer:
         flops = job.tokens * heads * keys * (key + value)  # causal: 2 flops, half of the keys
         back = self.constants.attention_backward
         if self.software.flash_attention:
-            seconds = kernels.attention(hardware, self.constants, flops, keys) / self.software.attention_speed
+            seconds = kernels.attention(hardware, self.constants, flops, keys)
+            if self.software.flash2:
+                seconds /= self.constants.flash2_speed
             parts = ("attention", seconds, seconds * back, 0.0, self.again("core_attn"))
             self.times.add(*parts)
             self.started(2, 3)
@@ -210,7 +215,7 @@ class _Layer:
         again = self.again("core_attn")
         self.times.add("attention", products, 2 * products, 0.0, again)
         scores = job.element * copies * rows * keys
-        self.moved(5 * scores, 6 * scores, "core_attn", count=4)
+        self.moved(5 * scores, 6 * scores, "core_attn", count=4, times=self.constants.scores_passes)
 
 
 def layer_times(job: Job, machine: Machine, moe: bool) -> Times:
@@ -267,9 +272,9 @@ def _gqa(layer: _Layer) -> None:
     layer.linear(n, hidden, heads * size, split="outputs")
 
 
-def _swiglu(layer: _Layer, rows: float, inner: float, *modules: str) -> None:
+def _swiglu(layer: _Layer, rows: float, inner: float, *modules: str, times: float = 1) -> None:
     size = layer.job.element * rows * inner
-    layer.moved(3 * size, 5 * size, *modules, count=1)
+    layer.moved(3 * size, 5 * size, *modules, times=times)
 
 
 def _dense(layer: _Layer) -> None:
@@ -286,7 +291,7 @@ def _moe(layer: _Layer) -> None:
     r, hidden = job.split_tokens, model.hidden_size
     layer.linear(r, model.num_experts, hidden, "moe", precision="bf16")
     scores = 4 * r * model.num_experts
-    layer.moved(8 * scores, 6 * scores, "moe", count=round(8 * software.fusion) + 2, name="router")
+    layer.moved(8 * scores, 6 * scores, "moe", count=8 * layer.unfused + 2, name="router", times=layer.unfused)
     layer.graphed = False
     visits = job.expert_tokens * software.imbalance
     _dispatch(layer, visits)
@@ -294,7 +299,7 @@ def _moe(layer: _Layer) -> None:
     inner = model.moe_ffn_hidden_size / layout.etp
     layer.linear(visits / local, 2 * inner, hidden, "moe", copies=local)
     if not software.fused_experts:
-        _swiglu(layer, visits, inner, "moe", "moe_act")
+        _swiglu(layer, visits, inner, "moe", "moe_act", times=layer.unfused)
     layer.linear(visits / local, hidden, inner, "moe", copies=local, cast=not software.fused_experts)
     if model.num_shared_experts:
         shared = model.shared_expert_width / layout.tp
@@ -309,7 +314,7 @@ def _dispatch(layer: _Layer, visits: float) -> None:
     job, model, software, layout = layer.job, layer.job.model, layer.software, layer.job.layout
     r, hidden, e = job.split_tokens, model.hidden_size, job.element
     copied = e * hidden * (r + visits / layout.etp)
-    layer.moved(2 * copied, 2 * copied, "moe", count=round(12 * software.fusion) + 2)
+    layer.moved(2 * copied, 2 * copied, "moe", count=12 * layer.unfused + 2, times=layer.unfused)
     group = Group(layout.ep * layout.etp)
     routing = routing_of(job)
     flex = software.dispatcher == "flex"
@@ -325,7 +330,7 @@ def _dispatch(layer: _Layer, visits: float) -> None:
     if model.pad_to_capacity:
         layer.times.add("capacity", layer.constants.capacity_us * MICRO, recompute=layer.again("moe"))
     elif software.graphs != "full":
-        lost = (layer.constants.flex_sync_us if flex else layer.constants.sync_us) * MICRO * software.kernels
+        lost = (layer.constants.flex_sync_us if flex else layer.constants.sync_us) * MICRO
         layer.times.add("sync", lost, lost)
     layer.times.add("all_to_all", there + back, there + back, 0.0, layer.again("moe"))
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from parallel.planner import calibration
-
 
 @dataclass(frozen=True)
 class Software:
@@ -18,9 +16,8 @@ class Software:
 
     Args:
         flash_attention: attention never writes its scores to memory.
-        attention_speed: factor on the speed of fused attention, where its kernel is an older one.
-        fusion: part of the memory traffic of the small kernels that fusion leaves.
-        kernels: part of the counted kernels that the host starts one by one.
+        flash2: its kernel on Hopper is FlashAttention-2, not a newer one.
+        era: how far kernels around experts are fused: as in 2023, 2025 or 2026 (`Calibration.expert_passes`).
         graphs: CUDA graphs: none, scoped (attention, norms, router), or full (the whole step, which then waits for
             no token counts).
         ordered_scales: casts to MXFP8 write scales in the order in which products take them.
@@ -38,9 +35,8 @@ class Software:
     """
 
     flash_attention: bool = True
-    attention_speed: float = 1.0
-    fusion: float = 1.0
-    kernels: float = 1.0
+    flash2: bool = False
+    era: int = 2026
     graphs: str = "none"
     ordered_scales: bool = False
     fused_experts: bool = False
@@ -56,17 +52,14 @@ class Software:
     communication_sms: float = 0.0
 
 
-# First month (year x 100 + month) -> what a well-tuned Megatron run had from then on; the figures are fitted.
+# First month (year x 100 + month) -> what a well-tuned Megatron run had from then on.
 GENERATIONS = {
-    month: replace(one, fusion=calibration.FUSION[month], kernels=calibration.KERNELS[month])
-    for month, one in {
-        202000: Software(flash_attention=False, dispatcher="alltoall", overlap_tp=False, overlap_dp=False),
-        202301: Software(dispatcher="alltoall", overlap_tp=False),
-        202406: Software(dispatcher="alltoall"),
-        202506: Software(),
-        202601: Software(ordered_scales=True),
-        202606: Software(ordered_scales=True),
-    }.items()
+    202000: Software(flash_attention=False, dispatcher="alltoall", overlap_tp=False, overlap_dp=False, era=2023),
+    202301: Software(dispatcher="alltoall", overlap_tp=False, era=2023),
+    202406: Software(dispatcher="alltoall", era=2023),
+    202506: Software(era=2025),
+    202511: Software(era=2026),
+    202601: Software(ordered_scales=True, era=2026),
 }
 
 
@@ -103,9 +96,10 @@ def usual(month: int, domain_gpus: int, expert_gpus: int, vpp: int, fp8: str | N
 def deepseek_v3() -> Software:
     """DeepSeek's own system (arXiv 2412.19437, section 3.2): FP8 dispatch, 20 of 132 multiprocessors for it, DualPipe.
 
-    The schedule ends with weight gradients on every rank, so that nothing hides their reduction.
+    The schedule ends with weight gradients on every rank, so that nothing hides their reduction. The rest is what was
+    usual when it ran; no kernel newer than FlashAttention-2 took heads of 192 and 128 then.
     """
     return replace(
-        GENERATIONS[202506], fp8_dispatch=True, overlap_all_to_all=True, overlap_dp=False, communication_sms=20 / 132,
-        latent_exchange=True, attention_speed=calibration.DEEPSEEK_ATTENTION, kernels=0.5,
+        of_date(202410), dispatcher="flex", fp8_dispatch=True, overlap_all_to_all=True, overlap_dp=False,
+        communication_sms=20 / 132, latent_exchange=True, flash2=True,
     )  # fmt: skip

@@ -200,7 +200,7 @@ def _host(machine: Machine, kernels: float, graphed: float) -> float:
         kernels -= (1 - constants.graph_kernels) * graphed
     splits = software.overlap_all_to_all and software.graphs == "none"
     slower = constants.overlap_host if splits else 1.0
-    return constants.host_us * MICRO * software.kernels * slower * kernels
+    return constants.host_us * MICRO * slower * kernels
 
 
 def _blend(device: float, host: float, power: float) -> float:

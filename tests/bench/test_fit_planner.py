@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import log
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from bench.fit_planner import MARGIN, disorder
+from bench.fit_planner import BOUNDS, EXTENSION_HOURS, MARGIN, at, disorder, extension_hours, limits
+from moe_train.config.compose import compose
+from moe_train.config.validate import validate
+from moe_train.model.memory import job_of, weights_on
+from parallel.planner import software
+from parallel.planner.calibration import FITTED
+from tests.parallel.planner.test_time import V3
+from tools.planning.rows import cluster
 
 
 def case(layout: str, published: float, model: str = "m", month: int = 202601) -> Any:
@@ -39,3 +48,30 @@ def test_only_the_newest_release_of_a_layout_counts() -> None:
     cases = [case("a", 100), case("b", 90, month=202509), case("b", 110)]
     assert disorder(cases, [0.0, 9.0, 0.0]) == 0
     assert disorder(cases, [0.0, 0.0, -1.0]) > 0
+
+
+def test_a_point_outside_its_bounds_is_brought_within() -> None:
+    low, high = limits()
+    below, above = at(low - 1), at(high + 1)
+    for name, (least, most) in BOUNDS.items():
+        assert getattr(below, name) == pytest.approx(least)
+        assert getattr(above, name) == pytest.approx(most)
+
+
+def test_what_is_fused_once_stays_fused() -> None:
+    point = np.log([getattr(FITTED, name) for name in BOUNDS])
+    point[list(BOUNDS).index("expert_passes_2026")] = log(3)
+    point[list(BOUNDS).index("expert_passes_2025")] = log(2)
+    assert at(point).expert_passes_2026 == pytest.approx(2)
+
+
+def test_the_fit_counts_the_stages_of_the_published_context_extension() -> None:
+    """As the planner itself does (test_plan.py), within what the published hours allow."""
+    cfg = compose([*V3, "batch=large"])
+    job = replace(job_of(cfg, validate(cfg)), micro_batches=120)
+    row = SimpleNamespace(schedule="dualpipe", hardware=cluster("h800"), software=software.deepseek_v3())
+    weights = [weights_on(cfg, job, rank) for rank in range(job.layout.pp)]
+    found: Any = SimpleNamespace(row=row, job=job, weights=weights)
+    assert extension_hours(found, FITTED) == pytest.approx(EXTENSION_HOURS, rel=0.05)
+    slow = replace(FITTED, attention_speed=FITTED.attention_speed / 2)
+    assert extension_hours(found, slow) > 1.5 * extension_hours(found, FITTED)

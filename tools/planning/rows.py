@@ -33,6 +33,7 @@ source's own convention: causal where it says so, and from 2025.04 on."""
 
 BLACKWELL_TFLOPS = 4000  # of FP8; Hopper has less
 DEFAULT_DATE = 202509  # of sources without a date
+HYBRID_EP = 202511  # Megatron-Bridge 0.2 was the first to have it
 HARDWARE = (
     ("500w", "h100_500w"), ("gb300", "gb300"), ("gb200", "gb200"), ("b300", "b300"), ("b200", "b200"),
     ("h800", "h800"), ("h200", "h200"), ("h100", "h100"), ("a100", "a100"), ("ampere", "a100"),
@@ -170,7 +171,7 @@ def date_of(text: str) -> int:
             return int(f"{century}{found[1]}{found[2]}")
     if "r0.8" in text:  # Megatron-Core 0.8 came in July 2024
         return 202407
-    return DEFAULT_DATE
+    return HYBRID_EP if "hybridep" in text else DEFAULT_DATE
 
 
 def _as_trained(model: ModelConfig, words: str) -> ModelConfig:
@@ -283,7 +284,7 @@ def _software(
     if "fsdp" in words or "torchtitan" in words:
         found = replace(found, fsdp=True, overlap_all_to_all=False)
     if "torchtitan" in words:  # PyTorch's own attention: FlashAttention-2
-        found = replace(found, attention_speed=constants.flash2_speed)
+        found = replace(found, flash2=True)
     if "vanilla tp" in words or ("torchtitan" in words and "asynctp" not in words and "async tp" not in words):
         found = replace(found, overlap_tp=False)
     if "lora" in words:

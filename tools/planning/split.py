@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from tools.planning.rows import Row
 
 TEST_SHARE = 0.35
+T = TypeVar("T")
 
 
 def is_test(row: Row) -> bool:
@@ -19,3 +22,12 @@ def is_test(row: Row) -> bool:
         return False
     digest = hashlib.sha256(row.configuration.encode()).digest()
     return int.from_bytes(digest[:4], "big") / 2**32 < TEST_SHARE
+
+
+def newest(published: Sequence[T], month: Callable[[T], int]) -> list[T]:
+    """Of one layout, what was published with the newest release.
+
+    Between two layouts the software is then as nearly the same as the table has it.
+    """
+    last = max(map(month, published))
+    return [one for one in published if month(one) == last]

@@ -19,7 +19,7 @@ from parallel.errors import ConfigError
 from parallel.planner.calibration import FITTED
 from tools.planning.predict import predict, published, published_tokens_per_s
 from tools.planning.rows import FILLED, Row, understand
-from tools.planning.split import is_test
+from tools.planning.split import is_test, newest
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results" / "plan_validate.json"
 COLUMNS = ("source", "model", "hardware", "n_gpus", "precision", "seq_len", "gbs", "mbs", "tp", "pp", "vpp", "cp", "ep",
@@ -201,8 +201,7 @@ def _by(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], str]) ->
 def correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Spearman's correlation of layouts within each (model, hardware).
 
-    Of a layout that was published for several releases of the software the newest counts: between two layouts the
-    software is then as nearly the same as the table has it.
+    Of a layout that was published for several releases of the software the newest counts.
     """
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -211,9 +210,9 @@ def correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for (model, hardware), layouts in sorted(groups.items()):
         if len(layouts) < FEWEST_LAYOUTS:
             continue
-        newest = [[row for row in own if row["month"] == max(r["month"] for r in own)] for own in layouts.values()]
+        counted = [newest(own, lambda row: int(row["month"])) for own in layouts.values()]
         known, predicted = (
-            [median(row[f"{kind}_tokens_per_s_per_gpu"] for row in own) for own in newest]
+            [median(row[f"{kind}_tokens_per_s_per_gpu"] for row in own) for own in counted]
             for kind in ("published", "predicted")
         )
         value = spearman(known, predicted)

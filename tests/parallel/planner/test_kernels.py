@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
+from moe_train.config.explain import CONF_DIR
 from parallel.planner import kernels, network
 from parallel.planner.calibration import FITTED
 from parallel.planner.network import Group, Routing
@@ -89,7 +94,7 @@ def test_an_exchange_around_a_ring_waits_for_its_slowest_link() -> None:
 def test_a_core_of_a_cpu_has_no_large_tiles_to_fill() -> None:
     """A tenth of the rows takes a tenth of the time."""
     core = cluster("local_cpu")
-    few, many = (kernels.gemm(core, FITTED, "fp32", rows, 512, 512) for rows in (16, 160))
+    few, many = (kernels.gemm(core, FITTED, "fp32", rows, 512, 512) for rows in (64, 640))
     assert many == pytest.approx(10 * few)
 
 
@@ -98,3 +103,21 @@ def test_messages_one_after_another_wait_each_for_the_first_byte() -> None:
         one, three = (network.ring(H800, group, 1e6, messages) for messages in (1, 3))
         latency = H800.domain_latency_us if group.size == 8 else H800.network_latency_us
         assert three - one == pytest.approx(2 * latency * 1e-6)
+
+
+def test_a_lower_power_limit_makes_products_slower() -> None:
+    """What was measured under another limit than a GPU has is scaled; attention is not."""
+    usual, capped = (replace(H100, power_limit_watts=watts) for watts in (700.0, 350.0))
+    fast, slow = (kernels.gemm(one, FITTED, "bf16", 8192, 8192, 8192) for one in (usual, capped))
+    assert slow == pytest.approx(fast * 2**FITTED.power_exponent)
+    assert kernels.attention(usual, FITTED, 1e12, 4096) == kernels.attention(capped, FITTED, 1e12, 4096)
+
+
+@pytest.mark.parametrize("path", sorted((CONF_DIR / "cluster").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_number_of_a_cluster_has_a_source(path: Path) -> None:
+    fields = [line for line in path.read_text().splitlines() if re.match(r"\w+: [\d.]+", line)]
+    assert len(fields) > 25
+    for line in fields:
+        _, _, source = line.partition("#")
+        assert len(source.strip()) > 3, line
+        assert not re.search(r"typical|assum|estimate|guess", source), line

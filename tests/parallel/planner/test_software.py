@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from parallel.planner import software
-from parallel.planner.software import Software
+from parallel.planner.calibration import FITTED
 from tests.parallel.planner.test_time import planned
 
 
@@ -35,22 +35,22 @@ def test_graphs_and_overlap_as_the_published_recipes_set_them(
 
 def test_graphs_take_work_from_the_host() -> None:
     """A step that the host holds up is shorter the more of it graphs start; with a quick host they hardly matter."""
-    slow = replace(software.of_date(202604), kernels=30.0)
 
-    def seconds(base: Software, graphs: str) -> float:
-        return planned(soft=replace(base, graphs=graphs)).seconds
+    def seconds(host_us: float, graphs: str) -> float:
+        soft = replace(software.of_date(202604), graphs=graphs)
+        return planned(soft=soft, constants=replace(FITTED, host_us=host_us)).seconds
 
-    none, scoped, full = (seconds(slow, graphs) for graphs in ("none", "scoped", "full"))
+    none, scoped, full = (seconds(1000, graphs) for graphs in ("none", "scoped", "full"))
     assert full < 0.8 * scoped < 0.8 * none
-    quick = replace(slow, kernels=1e-3)
-    assert seconds(quick, "scoped") == pytest.approx(seconds(quick, "none"), rel=0.01)
+    assert seconds(0.1, "scoped") == pytest.approx(seconds(0.1, "none"), rel=0.01)
 
 
 def test_overlap_costs_the_host_more_where_no_graph_starts_its_pieces() -> None:
     """Where dispatch stays within a node there is little to hide, and the host has more to start."""
-    slow = replace(software.of_date(202604), kernels=5.0)
+    slow, soft = replace(FITTED, host_us=200), software.of_date(202604)
     apart, beside = (
-        planned("parallel.ep=8", soft=replace(slow, overlap_all_to_all=overlaps)).seconds for overlaps in (False, True)
+        planned("parallel.ep=8", soft=replace(soft, overlap_all_to_all=overlaps), constants=slow).seconds
+        for overlaps in (False, True)
     )
     assert beside > apart
 
