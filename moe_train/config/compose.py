@@ -230,8 +230,15 @@ class _Entry:
         try:
             with _environment(_FULL_ERROR, self.user_environment):
                 self.fn(cfg)
+                sys.stdout.flush()
         except MoeTrainError as error:
             self.report(error)
+        except BrokenPipeError as error:
+            if _TRAINS.get():  # a run must not end unnoticed
+                self.report_bug(error)
+                return
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read it has seen enough (| head)
+            self.exit_code = 1  # as rich does
         except Exception as error:
             self.report_bug(error)
 

@@ -27,6 +27,7 @@ from parallel.suggest import Impossible
 
 WeightsOf = Callable[[Job, int], Weights]
 DUAL = "dualpipe"
+STATIC = "weights, gradients and optimizer alone need more memory than there is"
 
 
 @dataclass(frozen=True)
@@ -345,7 +346,7 @@ def _least_recomputed(job: Job, schedule: str, space: Space, timer: _Timer) -> J
         parameter_bytes(job, w) + job.grad_bytes * (w.shared + w.experts) + optimizer_bytes(job, w) for w in one
     )
     if static > usable:
-        return "weights, gradients and optimizer alone need more memory than there is"
+        return STATIC
     for mode, modules in space.recompute:
         tried = replace(job, recompute=mode, recompute_modules=modules, recompute_of_chunks=())
         if timer.memory(tried, schedule) <= usable:

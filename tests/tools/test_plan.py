@@ -23,9 +23,14 @@ from tools.planning import models
 from tools.planning.answer import answer
 from tools.planning.pictures import COLOURS
 from tools.planning.recipe import count, parse
+from tools.planning.rows import date_of
 
 ROOT = Path(__file__).parents[2]
 V3 = ("model=deepseek_v3", "cluster=h800", "gpus=2048", "tokens=14.8T")
+NO_ROOM = (
+    "error: no layout of mixtral_8x7b fits 8 GPUs of h800: weights, gradients and optimizer alone need more memory "
+    "than there is (40 of 40 layouts); use more GPUs (plan.gpus), or a cluster with more memory"
+)
 
 
 def run(directory: Path, *words: str, tool: str = "plan") -> subprocess.CompletedProcess[str]:
@@ -34,6 +39,29 @@ def run(directory: Path, *words: str, tool: str = "plan") -> subprocess.Complete
         [sys.executable, "-m", f"tools.{tool}", *words], cwd=directory, env=environment, capture_output=True, text=True,
         timeout=120,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["tools.plan", *V3, "search=false", "parallel=deepseek_v3_h800"],
+        [],
+    ],
+    ids=["rich", "print"],
+)
+def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path: Path, command: list[str]) -> None:
+    """`moe-plan ... | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    entry = "import sys; from moe_train.config.compose import hydra_entry as run"
+    prints = f"{entry}; sys.exit(run(lambda cfg: print('x' * 10**6), argv=[], trains=False, runs=False))"
+    words = [sys.executable, *(["-m", *command] if command else ["-c", prints])]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=writer, stderr=subprocess.PIPE,
+        text=True, timeout=120,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +123,19 @@ def test_the_pictures_show_every_rank(answered: tuple[Path, str]) -> None:
     assert "<svg" in page
     assert "conf/parallel file" in page
     assert "&lt;svg" not in page
+
+
+@pytest.mark.parametrize(
+    ("words", "month"),
+    [
+        ("release 25.11 nemo container", 202511),
+        ("arxiv 2603.07685", 202603),
+        ("qwen3 best practice; hybridep", 202511),  # the first release that had it
+        ("qwen3 best practice; deepep", 202509),
+    ],
+)
+def test_a_source_is_as_old_as_it_says(words: str, month: int) -> None:
+    assert date_of(words) == month
 
 
 def test_a_given_layout_is_timed_as_it_is(tmp_path: Path) -> None:
@@ -190,8 +231,10 @@ def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:
         (["gpus=many"], "error: 'many' is no number"),
         (["tokens=1e400"], "error: '1e400' is no number"),
         (["model=deepseek_v3", "gpus=8", "batch.global_batch_size=8"], "error: no layout of deepseek_v3 fits 8 GPUs"),
+        (["model=mixtral_8x7b", "gpus=8"], NO_ROOM),
         (["cluster=h801"], "error: cluster=h801"),
         (["cluster=a100", "model=mixtral_8x7b", "precision=fp8_block"], "error: cluster=a100 has no FP8"),
+        (["plan.software_date=202613", "model=tiny", "gpus=1"], "error: plan.software_date=202613 is no month"),
         (["validate"], "error: moe-plan validate has no table of runs"),
         (["plan.recipe=[pretraining]", "model=tiny", "gpus=1"], "error: plan.recipe: 'pretraining' has no tokens"),
     ],

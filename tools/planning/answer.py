@@ -17,7 +17,7 @@ from parallel.planner.layers import Machine
 from parallel.planner.memory import Weights
 from parallel.planner.orders import impossible
 from parallel.planner.placement import Placement, placements
-from parallel.planner.search import Found, Plan, Recompute, Space, evaluate, search, stages_under
+from parallel.planner.search import STATIC, Found, Plan, Recompute, Space, evaluate, search, stages_under
 from parallel.suggest import Impossible
 from tools.planning.recipe import Stage, parse
 
@@ -123,6 +123,8 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
 def software_of(cfg: Config) -> software.Software:
     """The software that is timed."""
     plan = cfg.plan
+    if not 1 <= plan.software_date % 100 <= 12:
+        raise ConfigError(f"plan.software_date={plan.software_date} is no month", "write year x 100 + month: 202604")
     if plan.software == "deepseek":
         found = software.deepseek_v3()
     else:  # overlap depends on the layout, and is only as `plan` says
@@ -172,7 +174,9 @@ def searched(cfg: Config, base: Job, machine: Machine, gpus: int, weights_of: ob
         raise ConfigError(
             f"no layout of {cfg.model.name} fits {gpus:,} GPUs of {cfg.cluster.name}: {reason} "
             f"({times} of {last.tried} layouts)",
-            "use more GPUs, a larger batch.global_batch_size, or shorter sequences",
+            "use more GPUs (plan.gpus), or a cluster with more memory"
+            if reason == STATIC
+            else "use more GPUs, a larger batch.global_batch_size, or shorter sequences",
         )
     return best
 
