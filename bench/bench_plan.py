@@ -41,7 +41,7 @@ from tools.planning.rows import cluster
 from tools.planning.validation import spearman
 
 TOLERANCE, RANK_CORRELATION = 0.20, 0.9
-STEPS, WARM_UP, ROUNDS = 8, 2, 2
+STEPS, WARM_UP, ROUNDS, LOADS = 8, 2, 2, 2
 TOKENS, HIDDEN, INNER = 128, 256, 768  # of the model: products and copies are measured at its own sizes
 WEIGHTS = 2**24  # about as many as the model has, which no cache holds
 LARGE = 2**22  # numbers of a rank's part of a large message
@@ -157,13 +157,16 @@ def measure(names: Sequence[str]) -> tuple[Measured, dict[str, float]]:
     steps: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(ROUNDS):
         for ranks, values in found.items():
-            values.append(loaded(ranks))
+            values += [loaded(ranks) for _ in range(LOADS)]
         for name in names:
             steps[name] += timed(LAYOUTS[name])
     medians = [
         {ranks: statistics.median(one[which] for one in values) for ranks, values in found.items()}
         for which in range(5)
     ]
+    for speeds in medians[:2]:  # of products and copies: what many ranks reach at once, fewer reach as well
+        for ranks in sorted(speeds):
+            speeds[ranks] = max(value for others, value in speeds.items() if others >= ranks)
     return Measured(*medians), {name: statistics.median(one) for name, one in steps.items()}
 
 
