@@ -15,16 +15,20 @@ from parallel.errors import MoeTrainError
 
 def main() -> None:
     """Console script. Exits with the codes of docs/slurm.md: 0 when done, 2 where the user's input is wrong, ..."""
-    code = run()
-    if code:
-        from launch import failures
-
-        failures.leave_code(code)
-    sys.exit(code)
+    sys.exit(run())
 
 
 def run(entry: str | None = None) -> int:
     """What `main` does, returning the exit code. Each rank runs `entry`, which reads no data, in place of training."""
+    code = _run(entry)
+    if code:
+        from launch import failures
+
+        failures.leave_code(code)
+    return code
+
+
+def _run(entry: str | None) -> int:
     quiet.silence()
     try:
         info = rendezvous.detect()

@@ -30,11 +30,12 @@ class ClusterConfig:
     network_gb_per_s: float = doc(50.0, "Network bandwidth of one GPU, each way, GB/s.", minimum=1e-6)
     pod_gpus: int = doc(2048, "GPUs under one non-blocking part of the network.", minimum=1)
     spine_fraction: float = doc(1.0, "Bandwidth between such parts over that within one.", minimum=1e-6)
-    bf16_fraction: float = doc(0.76, "Part of the BF16 peak that the best GEMM reaches.", minimum=1e-6)
-    fp8_fraction: float = doc(0.675, "Part of the FP8 peak that the best GEMM reaches.", minimum=1e-6)
+    bf16_fraction: float = doc(0.803, "Part of the BF16 peak that the best GEMM reaches.", minimum=1e-6)
+    fp8_fraction: float = doc(0.783, "Part of the FP8 peak that the best GEMM reaches.", minimum=1e-6)
     power_limit_watts: float = doc(700.0, "Power limit of one GPU, W.", minimum=1e-6)
     measured_at_watts: float = doc(700.0, "Power limit under which the two were measured, W.", minimum=1e-6)
     attention_fraction: float = doc(0.64, "Part of the BF16 peak that long attention reaches.", minimum=1e-6)
+    flash2_fraction: float = doc(0.385, "The same of FlashAttention-2, forward.", minimum=1e-6)
     memory_fraction: float = doc(0.89, "Part of the memory bandwidth that a copy reaches.", minimum=1e-6)
     domain_fraction: float = doc(0.79, "Part of NVLink's bandwidth that collectives reach.", minimum=1e-6)
     network_fraction: float = doc(0.86, "Part of the network's bandwidth that collectives reach.", minimum=1e-6)
@@ -49,5 +50,5 @@ class ClusterConfig:
     )
     restart_s: float = doc(600.0, "From a failure to the first new step, seconds.", minimum=0)
     storage_gb_per_s_per_gpu: float = doc(
-        0.5, "Rate at which one GPU's part of a checkpoint is written, GB/s.", minimum=1e-9
+        0.24, "Rate at which one GPU's part of a checkpoint is written, GB/s.", minimum=1e-9
     )

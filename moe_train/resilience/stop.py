@@ -9,9 +9,6 @@ from types import FrameType
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the run was saved and is not done; the same command continues it."""
 
-MARK = "stopped"
-"""File in run_dir with the step at which the run was saved and stopped: for launchers that hide exit codes."""
-
 _asked: list[str] = []
 
 

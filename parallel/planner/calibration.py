@@ -16,18 +16,16 @@ class Calibration:
 
     Args:
         gemm_half_k: inner size at which a GEMM's main loop is half of its time.
-        gemm_speed: factor on the achieved peak of GEMMs.
+        gemm_speed: factor on the achieved peak of GEMMs. Above 1, since the peak was measured with tiles and waves that
+            are counted here once more; and what it is too high for weight gradients, `weights_speed` takes back.
         power_exponent: how GEMMs follow the GPU's power limit, from the one under which they were measured.
         weights_speed: speed of a GEMM for weight gradients over that of one forward.
         block_speed: speed of FP8 products with scaled blocks over those with one scale.
-        flash2_speed: speed of FlashAttention-2 over that of newer kernels on Hopper, forward and backward; set, not
-            fitted: 335 of 557 TFLOPS at head size 128 (arXiv 2307.08691, figure 7; cuDNN on H200 at 8,192 tokens,
-            NVIDIA/cudnn-frontend, benchmark/attention_training).
         quantize_passes: times that a tensor passes memory on its way to FP8, of those counted.
         memory_passes: the same of norms, activations, residuals and permutations.
         scores_passes: how many times as often the scores of attention do, where they are written at all.
         expert_passes_2023, expert_passes_2025, expert_passes_2026: the same of routing, permutation, activation and
-            casts of routed experts, whose kernels were fused late: in software of 2023, from June 2025 and from 2026.
+            casts of routed experts: in software of 2023, from June 2025 and from November 2025 on.
         small_kernel_us: device time of a kernel that has next to nothing to do, microseconds.
         attention_speed: factor on the achieved peak of attention.
         attention_half: tokens of a sequence at which attention reaches half of its speed.
@@ -61,7 +59,6 @@ class Calibration:
     power_exponent: float = 0.8134
     weights_speed: float = 0.5873
     block_speed: float = 0.9219
-    flash2_speed: float = 0.6
     quantize_passes: float = 1.37
     memory_passes: float = 1.289
     scores_passes: float = 0.1209

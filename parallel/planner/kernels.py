@@ -55,7 +55,9 @@ def memory(hardware: Hardware, moved: float) -> float:
     return moved / hardware.memory_bytes_per_s
 
 
-def attention(hardware: Hardware, constants: Calibration, flops: float, keys: float) -> float:
-    """Seconds of fused attention with `flops` of work, when a query sees up to `keys` keys."""
-    fraction = hardware.attention_fraction * constants.attention_speed * keys / (keys + constants.attention_half)
+def attention(hardware: Hardware, constants: Calibration, flops: float, keys: float, flash2: bool = False) -> float:
+    """Seconds of fused attention with `flops` of work, when a query sees up to `keys` keys; with `flash2` of
+    FlashAttention-2, else of the fastest kernel."""
+    reached = hardware.flash2_fraction if flash2 else hardware.attention_fraction
+    fraction = reached * constants.attention_speed * keys / (keys + constants.attention_half)
     return flops / (hardware.bf16_tflops * 1e12 * fraction)

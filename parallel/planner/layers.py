@@ -186,9 +186,7 @@ class _Layer:
         flops = job.tokens * heads * keys * (key + value)  # causal: 2 flops, half of the keys
         back = self.constants.attention_backward
         if self.software.flash_attention:
-            seconds = kernels.attention(hardware, self.constants, flops, keys)
-            if self.software.flash2:
-                seconds /= self.constants.flash2_speed
+            seconds = kernels.attention(hardware, self.constants, flops, keys, self.software.flash2)
             parts = ("attention", seconds, seconds * back, 0.0, self.again("core_attn"))
             self.times.add(*parts)
             self.started(2, 3)

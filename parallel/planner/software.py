@@ -16,8 +16,9 @@ class Software:
 
     Args:
         flash_attention: attention never writes its scores to memory.
-        flash2: its kernel on Hopper is FlashAttention-2, not a newer one.
-        era: how far kernels around experts are fused: as in 2023, 2025 or 2026 (`Calibration.expert_passes`).
+        flash2: its kernel is FlashAttention-2, not the fastest of the GPU.
+        era: how far kernels around experts are fused: as in 2023, June 2025 or November 2025 (called 2026;
+            `Calibration.expert_passes`).
         graphs: CUDA graphs: none, scoped (attention, norms, router), or full (the whole step, which then waits for
             no token counts).
         ordered_scales: casts to MXFP8 write scales in the order in which products take them.

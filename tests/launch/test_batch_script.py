@@ -173,5 +173,16 @@ def test_a_chain_ends_where_the_next_job_could_do_no_better(
     assert (code, batch.log.exists()) == ((0, True) if goes_on else (int(ended), False)), text
     assert goes_on or f"error: job 7 of this chain ended with exit code {ended}, and this one would too" in text
     # Another submission, or the same job when someone has it run again, is a new try.
-    assert batch.run("", "run_dir=run", **chain)[0] == 0
+    assert batch.run("case $PYTHONPATH in [0-9]*) exit 9 ;; esac", "run_dir=run", **chain)[0] == 0
     assert batch.run("", "run_dir=run", SLURM_JOB_ID="8", **chain)[0] == 0
+
+
+def test_a_chain_goes_on_where_a_run_that_had_begun_could_not_read(batch: Batch) -> None:
+    """Storage that was away for a while; a diverged run is as hopeless as before."""
+    chain = {"MOE_SUBMITTED": "monday", "MOE_REQUEUES": "0"}
+    began = "echo {} >run/metrics.jsonl"
+    assert batch.run(f"{began}; exit 2", "run_dir=run", **chain)[0] == 2
+    assert batch.run("exit 5", "run_dir=run", SLURM_JOB_ID="8", **chain)[0] == 5
+    code, text = batch.run("", "run_dir=run", SLURM_JOB_ID="9", **chain)
+    assert code == 5
+    assert "job 8 of this chain" in text

@@ -72,9 +72,6 @@ def test_a_signal_saves_and_ends(number: int, tmp_path: Path, others: list[float
     assert ended.value.code == 75
     assert saved == [2]
     assert run.stopped_by == signal.Signals(number).name
-    assert (tmp_path / stop.MARK).read_text() == "2\n"
-    started(tmp_path)
-    assert not (tmp_path / stop.MARK).exists()
 
 
 def test_the_wish_of_another_rank_counts(tmp_path: Path, others: list[float], saved: list[int]) -> None:

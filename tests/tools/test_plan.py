@@ -235,6 +235,14 @@ def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:
         (["cluster=h801"], "error: cluster=h801"),
         (["cluster=a100", "model=mixtral_8x7b", "precision=fp8_block"], "error: cluster=a100 has no FP8"),
         (["plan.software_date=202613", "model=tiny", "gpus=1"], "error: plan.software_date=202613 is no month"),
+        (
+            ["model=deepseek_v3", "parallel=deepseek_v3_h800", "plan.search=false", "gpus=64"],
+            "error: parallel.ep=64 does",
+        ),
+        (
+            ["model=qwen3_30b_a3b", "parallel.ep=8", "plan.search=false", "gpus=24", "batch.global_batch_size=1000"],
+            "error: batch.global_batch_size=1000 is not a multiple of",
+        ),
         (["validate"], "error: moe-plan validate has no table of runs"),
         (["plan.recipe=[pretraining]", "model=tiny", "gpus=1"], "error: plan.recipe: 'pretraining' has no tokens"),
     ],

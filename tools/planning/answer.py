@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field, replace
 
 from moe_train.config.schema import Config
@@ -113,7 +114,8 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
         placements=placements(best.job, hardware, best.software, heaviest),
     )  # fmt: skip
     if cfg.plan.search and max(layout.tp, layout.pp, layout.cp, layout.ep) > 1:
-        result.asked = given(cfg, base, machine, gpus, weights_of).plans[0]
+        with contextlib.suppress(ConfigError):  # a layout for another number of GPUs is nothing to compare with
+            result.asked = given(cfg, base, machine, gpus, weights_of).plans[0]
     for stage in parse(cfg.plan.recipe, cfg.train.tokens):
         result.bills.append(stage_bill(result, stage, machine, weights_of))
     result.what_if = what_if(result)
@@ -201,10 +203,19 @@ def given(cfg: Config, base: Job, machine: Machine, gpus: int, weights_of: objec
     each = one.tp * one.pp * one.cp
     if gpus % each:
         raise Impossible(
-            f"parallel.tp x pp x cp = {each} does not divide plan.gpus={gpus}", [{"plan.gpus": gpus - gpus % each}]
+            f"parallel.tp x pp x cp = {each} does not divide plan.gpus={gpus}",
+            [{"plan.gpus": max(each, gpus - gpus % each)}],
         )
-    layout = replace(one, dp=gpus // each)
+    layout = ParallelLayout.resolve(
+        tp=one.tp, pp=one.pp, vpp=one.vpp, cp=one.cp, ep=one.ep, etp=one.etp, world_size=gpus
+    )
     batch, size = cfg.batch.global_batch_size, cfg.batch.micro_batch_size
+    if batch % (size * layout.dp):
+        raise ConfigError(
+            f"batch.global_batch_size={batch} is not a multiple of batch.micro_batch_size x parallel.dp = {size} x "
+            f"{layout.dp} on plan.gpus={gpus}",
+            f"use batch.global_batch_size={max(1, batch // (size * layout.dp)) * size * layout.dp}, or other plan.gpus",
+        )
     job = replace(base, layout=layout, micro_batches=max(1, batch // (size * layout.dp)))
     found, reason = Found(tried=1), "no schedule"
     for schedule in cfg.plan.schedules:

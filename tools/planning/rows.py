@@ -27,7 +27,8 @@ FILLED = """\
 tp, pp, vpp, cp, ep, micro-batch: 1; vpp, where the source says that it is unpublished: the fastest that fits memory.
 etp: 1, but tp where experts were split as the rest ("method=MCore", before parallel folding). dp: fills the GPUs.
 seq_len: 8,192 for torchtitan, else 4,096. Recomputation: the least that fits memory; none with FSDP. Software: what was
-usual at the date of the source (`parallel.planner.software`), where the row does not say otherwise; expert dispatch by
+usual at the date of the source (`parallel.planner.software`; September 2025 where it has none, November where it says
+HybridEP), where the row does not say otherwise; expert dispatch by
 NCCL within a node of 8, overlapped where it leaves the NVLink domain and vpp > 1. TFLOPS and MFU become tokens/s by the
 source's own convention: causal where it says so, and from 2025.04 on."""
 

@@ -152,7 +152,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ranks = correlations(counted)
 
     def median_of(name: str) -> float | None:
-        sizes = [abs(row[name]) for row in rows if row.get(name) is not None]
+        sizes = [abs(row[name]) for row in rows if "left_out" not in row and row.get(name) is not None]
         return median(sizes) if sizes else None
 
     return {

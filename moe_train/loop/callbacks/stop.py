@@ -22,8 +22,6 @@ class StopOnSignal(Callback):
         self._checkpoints = checkpoints
 
     def on_start(self, run: Run) -> None:
-        if run.is_main:
-            (run.run_dir / stop.MARK).unlink(missing_ok=True)
         stop.listen(signal.SIGUSR1)
         if run.rank.launcher != "local":
             stop.listen(signal.SIGTERM)
@@ -37,6 +35,5 @@ class StopOnSignal(Callback):
         self._checkpoints.save(run)
         run.stopped_by = stop.asked() or "a signal to another rank"
         if run.is_main:
-            (run.run_dir / stop.MARK).write_text(f"{run.state.step}\n")
             print(f"stopped at step {run.state.step} by {run.stopped_by}; the same command continues", flush=True)
         raise stop.Stopped

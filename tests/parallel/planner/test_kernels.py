@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from moe_train.config.cluster import ClusterConfig
 from moe_train.config.explain import CONF_DIR
 from parallel.planner import kernels, network
 from parallel.planner.calibration import FITTED
+from parallel.planner.hardware import Hardware
 from parallel.planner.network import Group, Routing
 from tools.planning.rows import cluster
 
@@ -121,3 +123,29 @@ def test_every_number_of_a_cluster_has_a_source(path: Path) -> None:
         _, _, source = line.partition("#")
         assert len(source.strip()) > 3, line
         assert not re.search(r"typical|assum|estimate|guess", source), line
+
+
+@pytest.mark.parametrize("path", sorted((CONF_DIR / "cluster").glob("*.yaml")), ids=lambda path: path.stem)
+def test_fractions_are_what_was_measured_over_the_peak(path: Path) -> None:
+    """Where a comment begins with what was measured."""
+    peaks = cluster(path.stem)
+    units = {
+        "bf16_fraction": (peaks.bf16_tflops, r"([\d,.]+) TFLOPS"),
+        "fp8_fraction": (peaks.fp8_tflops, r"([\d,.]+) TFLOPS"),
+        "attention_fraction": (peaks.bf16_tflops, r"([\d,.]+) TFLOPS"),
+        "memory_fraction": (peaks.memory_tb_per_s, r"([\d.]+) TB/s"),
+        "domain_fraction": (peaks.domain_gb_per_s, r"([\d.]+) GB/s"),
+    }
+    found = 0
+    for line in path.read_text().splitlines():
+        name, _, rest = line.partition(":")
+        value, _, source = rest.partition("#")
+        if name in units and (measured := re.match(units[name][1], source.strip())):
+            found += 1
+            assert float(value) == pytest.approx(float(measured[1].replace(",", "")) / units[name][0], rel=0.012), line
+    assert found >= 1 or path.stem in ("gb300", "local_cpu")
+
+
+def test_a_cluster_without_a_file_is_an_h800() -> None:
+    """The defaults of the fields are those of conf/cluster/h800.yaml."""
+    assert Hardware.of(ClusterConfig()) == H800
