@@ -26,7 +26,7 @@ from tools.planning.predict import predict, published_tokens_per_s, timed, weigh
 from tools.planning.rows import Row, understand
 from tools.planning.split import is_test, newest
 
-# Name -> smallest and largest value that is still physical.
+# Name -> smallest and largest value that the fit may take. `gemm_speed` may exceed 1: see `Calibration`.
 BOUNDS = {
     "gemm_half_k": (30, 1000), "gemm_speed": (0.6, 1.4), "weights_speed": (0.5, 1),
     "block_speed": (0.75, 1), "power_exponent": (0.2, 1), "quantize_passes": (0.3, 2), "memory_passes": (0.5, 3.5),
