@@ -98,7 +98,7 @@ def data(cfg: Config, tokens: int) -> None:
             _readable(Path(prefix + suffix), f"data.blend: {prefix}{suffix}", "correct the prefix in data.blend")
     if not source.blend:
         manifest = Path(source.dir, "manifest.json")
-        what = f"data.dir={source.dir}: no dataset there"
+        what = f"data.dir={source.dir} holds no dataset: manifest.json"
         _readable(manifest, what, "make it with moe-data, or correct data.dir")
         _complete(manifest)
 

@@ -23,6 +23,7 @@ from launch import quiet
 from moe_train.config.compose import hydra_entry
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError
+from tools import terminal
 from tools.words import parse
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from moe_train.checkpoint.inventory import Inventory
 
 _DIFF = "--diff"
-_WIDTH = 160  # columns of a table that is written to a file: names of tensors are long
 
 
 def main() -> None:
@@ -68,10 +68,6 @@ def run(cfg: Config, compared: bool) -> bool:
     return _compare(first, inventory.find(Path(other), "inspect.other"), threads, cfg.inspect.rows)
 
 
-def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _WIDTH)
-
-
 def _describe(found: Inventory, threads: int) -> None:
     from moe_train.checkpoint.inventory import MASTERS, MOMENTS, sizes
 
@@ -88,7 +84,7 @@ def _describe(found: Inventory, threads: int) -> None:
     table = Table(show_header=False, box=None)
     for name, text in facts.items():
         table.add_row(name, text)
-    console = _console()
+    console = terminal.console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print(_parts(found))
     console.print(_dtypes(found))
@@ -159,7 +155,7 @@ def _compare(first: Path, second: Path, threads: int, rows: int) -> bool:
         found = difference.compare(
             first, second, threads, lambda done, of: progress.update(task, completed=done, total=of)
         )
-    console = _console()
+    console = terminal.console(highlight=False, soft_wrap=True)
     console.print(f"A {first}\nB {second}", markup=False)
     if found.mapped:
         console.print("compared as Hugging Face tensors, one for each expert")

@@ -7,13 +7,10 @@ sequences of 4,096 tokens in DeepSeek-V3's global batch (train.seq_length=4096 b
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from moe_train.config.cluster import ClusterConfig
@@ -24,6 +21,8 @@ from moe_train.config.validate import validate
 from moe_train.model.memory import predict
 from parallel.layout import ParallelLayout
 from parallel.planner.memory import StageMemory
+from tools import terminal
+from tools.words import parse
 
 GIB, MIB = 2**30, 2**20
 PARTS = {
@@ -40,12 +39,13 @@ PARTS = {
 
 def main() -> None:
     """Console script."""
-    sys.exit(hydra_entry(run, argv=with_defaults(sys.argv[1:]), trains=False))
+    sys.exit(hydra_entry(run, argv=with_defaults(sys.argv[1:]), trains=False, runs=False))
 
 
 def with_defaults(words: Sequence[str]) -> list[str]:
     """The command line, with what `moe-memory` assumes where it says nothing."""
-    given = {word.partition("=")[0].lstrip("+") for word in words}
+    line = parse(words)
+    given = {word.partition("=")[0].lstrip("+") for word in line.overrides}
     added = []
     if "runtime" not in given:
         added.append("runtime=cuda")
@@ -54,7 +54,8 @@ def with_defaults(words: Sequence[str]) -> list[str]:
             added.append("batch=large")
         if "train.seq_length" not in given:
             added.append("train.seq_length=4096")
-    return [*added, *words]
+    line.overrides[:0] = added
+    return line.argv()
 
 
 def run(cfg: Config) -> None:
@@ -63,11 +64,9 @@ def run(cfg: Config) -> None:
     Raises:
         ConfigError: the configuration is impossible.
     """
-    with contextlib.suppress(OSError):
-        Path(cfg.run_dir).rmdir()  # Hydra has made it; nothing is written to it
     layout = validate(cfg, trains=False)
     stages = predict(cfg, layout)
-    console = Console()
+    console = terminal.console()
     title, rows = table(cfg, layout, shown(stages))
     console.print(title, soft_wrap=True)
     console.print(rows)

@@ -9,19 +9,19 @@ DeepSeek-V3's global batch (train.seq_length=4096 batch=large).
 
 from __future__ import annotations
 
-import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
 
 from moe_train.config.compose import hydra_entry
 from moe_train.config.schema import Config
 from moe_train.config.validate import validate
 from parallel.errors import ConfigError, MoeTrainError
+from tools import terminal
 from tools.memory import with_defaults
 from tools.planning.recipe import count
+from tools.words import parse
 
 SHORT = {
     "gpus": "plan.gpus", "top": "plan.top", "output": "plan.output", "write": "plan.write", "runs": "plan.runs",
@@ -39,7 +39,7 @@ def main() -> None:
     except MoeTrainError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    sys.exit(hydra_entry(run_validation if validates else run, argv=overrides, trains=False))
+    sys.exit(hydra_entry(run_validation if validates else run, argv=overrides, trains=False, runs=False))
 
 
 def translated(words: Sequence[str]) -> list[str]:
@@ -48,8 +48,9 @@ def translated(words: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a number is none.
     """
+    line = parse(words)
     found = []
-    for word in words:
+    for word in line.overrides:
         name, equals, value = word.partition("=")
         name = SHORT.get(name, name)
         if equals and name in COUNTED and value.lower() != "null":
@@ -60,7 +61,8 @@ def translated(words: Sequence[str]) -> list[str]:
         found.insert(0, "precision=bf16")
     if "train.tokens" in given and "train.steps" not in given:
         found.append("train.steps=null")
-    return with_defaults(found)
+    line.overrides = found
+    return with_defaults(line.argv())
 
 
 def run(cfg: Config) -> None:
@@ -72,12 +74,14 @@ def run(cfg: Config) -> None:
     from tools.planning import pictures, show
     from tools.planning.answer import answer, parallel_yaml
 
-    _drop_directory(cfg)
+    _writable(cfg.plan.write, "plan.write")
+    _writable(cfg.plan.output, "plan.output")
     result = answer(cfg, validate(cfg, trains=False))
-    show.show(result, Console())
+    console = terminal.console()
+    show.show(result, console)
     if cfg.plan.write:
         _write(Path(cfg.plan.write), parallel_yaml(result.cfg, result.best))
-        Console().print(f"wrote {cfg.plan.write}", soft_wrap=True)
+        console.print(f"wrote {cfg.plan.write}", soft_wrap=True)
     if cfg.plan.output:
         from tools.planning import report
 
@@ -87,7 +91,7 @@ def run(cfg: Config) -> None:
         _write(folder / "trace.json", pictures.trace(events))
         _write(folder / "plan.json", report.as_json(result))
         _write(folder / "report.html", report.html(result, (folder / "pipeline.svg").read_text(encoding="utf-8")))
-        Console().print(f"wrote report.html, pipeline.svg, trace.json and plan.json to {folder}", soft_wrap=True)
+        console.print(f"wrote report.html, pipeline.svg, trace.json and plan.json to {folder}", soft_wrap=True)
 
 
 def run_validation(cfg: Config) -> None:
@@ -98,15 +102,26 @@ def run_validation(cfg: Config) -> None:
     """
     from tools.planning import validation
 
-    _drop_directory(cfg)
     if not cfg.plan.runs:
         raise ConfigError("moe-plan validate has no table of runs", "name one with runs=FILE.csv")
     validation.run(Path(cfg.plan.runs), cfg.plan.models, Path(cfg.plan.results) if cfg.plan.results else None)
 
 
-def _drop_directory(cfg: Config) -> None:
-    with contextlib.suppress(OSError):
-        Path(cfg.run_dir).rmdir()  # Hydra has made it; nothing is written to it
+def _writable(name: str | None, field: str) -> None:
+    """Refuse before the search what could not be written after it."""
+    if name is None:
+        return
+    path = Path(name).absolute()
+    place = path
+    while not place.exists():
+        place = place.parent
+    wrong = "it is a directory" if place == path and field == "plan.write" and path.is_dir() else ""
+    if place != path and not place.is_dir():
+        wrong = f"{place} is no directory"
+    elif not os.access(place, os.W_OK):
+        wrong = f"{place} is not writable"
+    if wrong:
+        raise ConfigError(f"{field}={name} cannot be written: {wrong}", f"name another {field}")
 
 
 def _write(path: Path, text: str) -> None:

@@ -163,6 +163,8 @@ def hydra_entry(
             the config is composed once and Hydra makes no job of it, which saves a fifth of a second.
     """
     before = _TRAINS.set(trains)
+    if sys.stdout is None:  # closed by whoever started it: what is printed goes nowhere
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         return _run(fn, config_name, argv, runs)
     finally:
@@ -240,11 +242,14 @@ class _Entry:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read it has seen enough (| head)
             self.exit_code = 1  # as rich does
         except Exception as error:
-            self.report_bug(error)
+            if not _TRAINS.get() and _unprinted(error):
+                self.report(error)
+            else:
+                self.report_bug(error)
 
     def report(self, error: Exception) -> None:
         """One line for an error of composition, or a typed one."""
-        known = explain(error, self.overrides)
+        known = explain(error, self.overrides) or _unprinted(error)
         if known is None:
             self.report_bug(error)
             return
@@ -260,6 +265,13 @@ class _Entry:
     def _print(self, line: str, exit_code: int) -> None:
         print(f"error: {self.prefix}{line}", file=sys.stderr, flush=True)
         self.exit_code = self.exit_code or exit_code
+
+
+def _unprinted(error: Exception) -> MoeTrainError | None:
+    """What a full disk says behind `command > FILE`; None for every other error."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+        return MoeTrainError(f"the output cannot be written: {error.strerror}", "send it elsewhere")
+    return None
 
 
 def _remove_empty(directory: Path) -> None:

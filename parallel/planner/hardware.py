@@ -13,6 +13,7 @@ GIB = 2**30
 GB = 1e9
 TERA = 1e12
 MICRO = 1e-6
+BLACKWELL_TFLOPS = 4000  # of FP8; Hopper has less
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class Hardware:
     def of(cls, config: Any) -> Hardware:
         """From an object with the same fields."""
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+    @property
+    def blackwell(self) -> bool:
+        """Whether its tensor cores scale blocks of 32 (MXFP8), and take operands in FP8 whichever way they lie."""
+        return self.fp8_tflops > BLACKWELL_TFLOPS
 
     @property
     def usable_bytes(self) -> float:

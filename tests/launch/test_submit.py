@@ -89,7 +89,7 @@ WRONG = {
     "more GPUs than a node has": (["launcher.ranks_per_node=16"], "exceeds the 8 GPUs of a node"),
     "fewer GPUs than ranks": (["launcher.gpus_per_node=4"], "exceeds launcher.gpus_per_node=4"),
     "simulated": (["runtime=simulated", "parallel.dispatcher=alltoall"], "runtime=simulated runs on one machine"),
-    "no dataset": (["data=indexed", "data.dir=nowhere"], "no dataset there"),
+    "no dataset": (["data=indexed", "data.dir=nowhere"], "holds no dataset: manifest.json does not exist"),
     "dataset of nothing": (["data=indexed", "data.dir=empty"], "manifest.json is damaged: KeyError 'files'"),
     "dataset without its text": (["data=indexed", "data.dir=lost"], "text_document.bin, which manifest.json names,"),
     "dataset cut off": (["data=indexed", "data.dir=cut"], "text_document.bin has 2 bytes, not 4"),

@@ -18,6 +18,7 @@ from moe_train.config.compose import compose
 from moe_train.config.validate import validate
 from moe_train.model.memory import predict as memory
 from parallel.errors import ConfigError
+from parallel.planner import cost
 from tools import plan
 from tools.planning import models
 from tools.planning.answer import answer
@@ -33,8 +34,8 @@ NO_ROOM = (
 )
 
 
-def run(directory: Path, *words: str, tool: str = "plan") -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+def run(directory: Path, *words: str, tool: str = "plan", columns: str = "160") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": columns}
     return subprocess.run(
         [sys.executable, "-m", f"tools.{tool}", *words], cwd=directory, env=environment, capture_output=True, text=True,
         timeout=120,
@@ -85,7 +86,7 @@ def test_the_answer_says_what_was_asked(answered: tuple[Path, str]) -> None:
     assert sum(first["components_s"].values()) == pytest.approx(first["step_s"])
     assert found["total"]["dollars"] == pytest.approx(found["total"]["gpu_hours"] * 2)
     assert found["bills"][0]["tokens"] == 14.8e12
-    assert {"best.yaml", "out", "runs"} == {path.name for path in folder.iterdir()} - {"own"}
+    assert {"best.yaml", "out"} == {path.name for path in folder.iterdir()} - {"own"}
     assert "wrote best.yaml" in text
 
 
@@ -228,12 +229,19 @@ def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["gpus=many"], "error: 'many' is no number"),
-        (["tokens=1e400"], "error: '1e400' is no number"),
+        (["gpus=many"], "error: 'many' is no whole number"),
+        (["tokens=1e400"], "error: '1e400' is no whole number"),
+        (["gpus=2.5"], "error: '2.5' is no whole number"),
         (["model=deepseek_v3", "gpus=8", "batch.global_batch_size=8"], "error: no layout of deepseek_v3 fits 8 GPUs"),
         (["model=mixtral_8x7b", "gpus=8"], NO_ROOM),
         (["cluster=h801"], "error: cluster=h801"),
         (["cluster=a100", "model=mixtral_8x7b", "precision=fp8_block"], "error: cluster=a100 has no FP8"),
+        (["model=deepseek_v3", "precision=mxfp8"], "error: cluster=h800 has no MXFP8"),
+        (["model=deepseek_v3", "cluster=b200", "precision=nvfp4"], "error: precision.fp4=nvfp4 is not timed"),
+        (["model=tiny", "gpus=1", "plan.schedules=[]"], "error: plan.schedules=[] leaves nothing to try"),
+        (["model=tiny", "gpus=8", "plan.cp=[3]"], "error: plan.cp=[3] divides none of"),
+        (["model=tiny", "gpus=1", "write=."], "error: plan.write=. cannot be written: it is a directory"),
+        (["model=tiny", "gpus=1", "output=a_file/out"], "error: plan.output=a_file/out cannot be written"),
         (["plan.software_date=202613", "model=tiny", "gpus=1"], "error: plan.software_date=202613 is no month"),
         (
             ["model=deepseek_v3", "parallel=deepseek_v3_h800", "plan.search=false", "gpus=64"],
@@ -248,10 +256,41 @@ def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_question_is_one_line_and_exit_code_2(tmp_path: Path, words: list[str], message: str) -> None:
+    (tmp_path / "a_file").touch()
     done = run(tmp_path, *(["validate"] if "validate" in words else []), *[w for w in words if w != "validate"])
     assert done.returncode == 2
     assert done.stderr.startswith(message)
     assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
+
+
+def test_a_full_disk_behind_the_answer_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tools.plan", "model=tiny", "gpus=1"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE,
+            text=True, timeout=120,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("error: the output cannot be written: No space left")
+
+
+def test_a_file_gets_whole_tables(tmp_path: Path) -> None:
+    """Nothing is cut off where there is no terminal whose width would ask for it."""
+    done = run(tmp_path, *V3, "search=false", "parallel=deepseek_v3_h800", columns="")
+    assert done.returncode == 0
+    assert "…" not in done.stdout
+
+
+def test_spares_are_paid_for() -> None:
+    """A layout of 96 GPUs is the best for 100: four idle, as dear as the rest."""
+    model = ["model=mixtral_8x7b", "runtime=cuda", "precision=bf16", "train.seq_length=4096"]
+    work = ["batch.global_batch_size=1152", "train.tokens=1000000000", "train.steps=null", "plan.gpus=100"]
+    cfg = compose([*model, *work])
+    found = answer(cfg, validate(cfg, trains=False))
+    assert (found.gpus, found.used) == (100, 96)
+    useful = cost.gpu_hours(1e9, found.best.step.tokens_per_s_per_gpu)
+    assert found.bills[0].gpu_hours == pytest.approx(useful * 100 / 96)
+    assert found.bills[0].days == pytest.approx(useful / 96 / 24)
 
 
 def test_the_dispatcher_of_a_given_layout_is_timed() -> None:
@@ -276,6 +315,15 @@ def test_short_names_are_written_out() -> None:
     words = plan.translated(["model=tiny", "gpus=2k", "tokens=1.5B", "precision=fp8_block"])
     assert set(words) >= {"plan.gpus=2000", "train.tokens=1500000000", "precision=fp8_block", "runtime=cuda"}
     assert "precision=bf16" in plan.translated(["model=tiny"])
+
+
+@pytest.mark.parametrize("options", [["--cfg", "job"], ["--config-dir", "."], ["-v"]])
+def test_options_of_hydra_go_before_what_is_assumed(tmp_path: Path, options: list[str]) -> None:
+    """argparse takes no more overrides behind an option that follows some."""
+    for words in ([*options, "model=tiny", "gpus=1"], ["model=tiny", "gpus=1", *options]):
+        assert plan.translated(words)[: len(options)] == options
+        done = run(tmp_path, *words)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_numbers_and_recipes_are_read() -> None:

@@ -83,10 +83,7 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
         ConfigError: nothing fits, with the commonest reason; or the accelerator lacks the precision.
     """
     hardware = Hardware.of(cfg.cluster)
-    recipes = [name for name in (cfg.precision.fp8, *cfg.plan.precisions) if name not in (None, "none")]
-    # On a CPU the `local` backend computes in FP8 too: it rounds.
-    if recipes and hardware.fp8_tflops <= hardware.bf16_tflops and cfg.runtime != "cpu":
-        raise ConfigError(f"cluster={hardware.name} has no FP8, which {recipes[0]} needs", "use precision=bf16")
+    _check(cfg, hardware)
     machine = Machine(hardware, software_of(cfg), FITTED)
     gpus = cfg.plan.gpus or layout.world_size
     base = job_of(cfg, layout)
@@ -120,6 +117,20 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
         result.bills.append(stage_bill(result, stage, machine, weights_of))
     result.what_if = what_if(result)
     return result
+
+
+def _check(cfg: Config, hardware: Hardware) -> None:
+    recipes = [name for name in (cfg.precision.fp8, *cfg.plan.precisions) if name not in (None, "none")]
+    if cfg.precision.fp4:
+        raise ConfigError(f"precision.fp4={cfg.precision.fp4} is not timed by moe-plan", "use precision=mxfp8")
+    if cfg.runtime != "cpu":  # on a CPU the `local` backend computes in FP8 too: it rounds
+        if recipes and hardware.fp8_tflops <= hardware.bf16_tflops:
+            raise ConfigError(f"cluster={hardware.name} has no FP8, which {recipes[0]} needs", "use precision=bf16")
+        if "mxfp8" in recipes and not hardware.blackwell:
+            raise ConfigError(f"cluster={hardware.name} has no MXFP8, which needs Blackwell", "use precision=fp8_block")
+    for name in ("schedules", "micro_batch_sizes"):
+        if not getattr(cfg.plan, name):
+            raise ConfigError(f"plan.{name}=[] leaves nothing to try", f"leave plan.{name} out")
 
 
 def software_of(cfg: Config) -> software.Software:
@@ -171,6 +182,8 @@ def searched(cfg: Config, base: Job, machine: Machine, gpus: int, weights_of: ob
         last = found if found.tried >= last.tried else last
         if found.plans and (best is None or _rate(found) > _rate(best)):
             best = found
+    if not last.tried:
+        raise ConfigError(f"plan.cp={cfg.plan.cp} divides none of {counts} GPUs", "use plan.cp=[1]")
     if best is None:
         reason, times = (last.reasons.most_common(1) or [("no layout fills the GPUs", 1)])[0]
         raise ConfigError(
@@ -250,8 +263,8 @@ def stage_bill(result: Answer, stage: Stage, machine: Machine, weights_of: objec
     result.plans_of_stages[stage.name] = plan
     tokens = stage.tokens if stage.tokens is not None else float(plan.step.tokens * (stage.steps or 1))
     useful = result.goodput.fraction if stage.with_failures else 1.0
-    hours = cost.gpu_hours(tokens, plan.step.tokens_per_s_per_gpu * useful)
-    return cost.bill(hardware, stage.name, hours, plan.job.layout.world_size, tokens)
+    hours = cost.gpu_hours(tokens, plan.step.tokens_per_s_per_gpu * useful) * result.gpus / result.used
+    return cost.bill(hardware, stage.name, hours, result.gpus, tokens)  # spares are paid for too
 
 
 def adapted(result: Answer, stage: Stage, machine: Machine, weights_of: object) -> Plan:
@@ -302,7 +315,7 @@ def what_if(result: Answer) -> list[tuple[str, float, float, float]]:
     def row(name: str, changed: Hardware, speed: float = 1.0, interval: float | None = None) -> None:
         fraction = cost.goodput(changed, size, gpus, interval or asked.checkpoint_interval_s).fraction
         hours = whole / speed / fraction
-        rows.append((name, fraction, hours / gpus / 24, hours * changed.dollars_per_gpu_hour))
+        rows.append((name, fraction, hours / result.gpus / 24, hours * changed.dollars_per_gpu_hour))
 
     row("as planned, with failures and checkpoints", hardware, interval=now.interval_s)
     for factor in (0.75, 1.25):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 from parallel.errors import ConfigError
 
@@ -41,10 +42,13 @@ def count(text: str) -> int:
     try:
         if not found:
             raise ValueError
-        return round(float(found[1].replace("_", "")) * UNITS[found[2]])
-    except (ValueError, OverflowError):
+        number = Decimal(found[1].replace("_", "")) * UNITS[found[2]]
+        if number % 1:
+            raise ValueError
+        return int(number)
+    except (ValueError, ArithmeticError):
         raise ConfigError(
-            f"{text!r} is no number of tokens, GPUs or steps", "write it as 14.8T, 500B, 2048 or 4e9"
+            f"{text!r} is no whole number of tokens, GPUs or steps", "write it as 14.8T, 500B, 2048 or 4e9"
         ) from None
 
 

@@ -32,7 +32,6 @@ HybridEP), where the row does not say otherwise; expert dispatch by
 NCCL within a node of 8, overlapped where it leaves the NVLink domain and vpp > 1. TFLOPS and MFU become tokens/s by the
 source's own convention: causal where it says so, and from 2025.04 on."""
 
-BLACKWELL_TFLOPS = 4000  # of FP8; Hopper has less
 DEFAULT_DATE = 202509  # of sources without a date
 HYBRID_EP = 202511  # Megatron-Bridge 0.2 was the first to have it
 HARDWARE = (
@@ -268,7 +267,7 @@ def _software(
     # Within a node NCCL's all-to-all was usual at first, and for tokens padded to capacity there was nothing else.
     if month < software_of.GRAPHS_FROM and (experts <= hardware.domain_gpus <= 8 or _drops_tokens(words)):
         found = replace(found, dispatcher="alltoall")
-    if _drops_tokens(words) and hardware.fp8_tflops > BLACKWELL_TFLOPS:  # one shape: layers run from CUDA graphs
+    if _drops_tokens(words) and hardware.blackwell:  # one shape: layers run from CUDA graphs
         found = replace(found, graphs="full")
     if "dualpipe" in words:
         found = software_of.deepseek_v3()

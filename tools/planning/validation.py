@@ -12,11 +12,11 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from parallel.errors import ConfigError
 from parallel.planner.calibration import FITTED
+from tools import terminal
 from tools.planning.predict import predict, published, published_tokens_per_s
 from tools.planning.rows import FILLED, Row, understand
 from tools.planning.split import is_test, newest
@@ -67,7 +67,7 @@ def run(path: Path, models: str | None, results: Path | None) -> None:
         raise ConfigError(f"runs={path} has no rows", "name a table of published runs")
     rows = [compare(index, values, models) for index, values in enumerate(given)]
     found = {**summary(rows), "rules": " ".join(FILLED.split()), "rows": rows}
-    console = Console()
+    console = terminal.console()
     console.print(table(rows))
     for name in ("by_source", "by_hardware", "by_model"):
         console.print(grouped(name, found[name]))
