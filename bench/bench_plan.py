@@ -37,8 +37,8 @@ from parallel.planner.layers import Machine
 from parallel.planner.software import Software
 from parallel.planner.time import plan_step
 from parallel.rank_info import RankInfo
+from tools.planning.ranking import spearman
 from tools.planning.rows import cluster
-from tools.planning.validation import spearman
 
 TOLERANCE, RANK_CORRELATION = 0.20, 0.9
 STEPS, WARM_UP, ROUNDS, LOADS = 8, 2, 2, 2

@@ -82,6 +82,12 @@ class Row:
         return date_of(text_of(self.values).lower())
 
     @property
+    def release(self) -> str:
+        """The release of its software, with the patch: 26.04.01; empty where it is not stated."""
+        found = re.search(r"release (\d\d\.\d\d(?:\.\d\d)?)", text_of(self.values))
+        return found[1] if found else ""
+
+    @property
     def configuration(self) -> str:
         """What makes two rows the same configuration: model, hardware, GPUs, layout, batch, precision; not the
         release."""

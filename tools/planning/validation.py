@@ -17,9 +17,10 @@ from rich.table import Table
 from parallel.errors import ConfigError
 from parallel.planner.calibration import FITTED
 from tools import terminal
+from tools.planning import ranking
 from tools.planning.predict import predict, published, published_tokens_per_s
 from tools.planning.rows import FILLED, Row, understand
-from tools.planning.split import is_test, newest
+from tools.planning.split import is_test
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results" / "plan_validate.json"
 COLUMNS = ("source", "model", "hardware", "n_gpus", "precision", "seq_len", "gbs", "mbs", "tp", "pp", "vpp", "cp", "ep",
@@ -28,7 +29,7 @@ COLUMNS = ("source", "model", "hardware", "n_gpus", "precision", "seq_len", "gbs
 NUMBERS = ("n_gpus", "seq_len", "gbs", "mbs", "tp", "pp", "vpp", "cp", "ep", "etp", "tflops_per_gpu", "mfu_pct",
            "tokens_per_s_per_gpu", "step_time_s", "peak_mem_gb")  # fmt: skip
 BLANK = {"-", "?", "n/a", "na", "nan", "none", "null"}  # what tables write where a number is not known
-WORST, FEWEST_LAYOUTS = 10, 3
+WORST = 10
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -126,7 +127,7 @@ def _predicted(row: Row) -> dict[str, Any]:
     }
     result: dict[str, Any] = {
         "architecture": row.model.name, "cluster": row.hardware.name, "configuration": row.configuration,
-        "month": row.month, "part": "test" if is_test(row) else "fit",
+        "month": row.month, "release": row.release, "part": "test" if is_test(row) else "fit",
         "layout": " ".join(f"{field.name}{getattr(layout, field.name)}" for field in fields(layout)),
         "recompute_taken": made.recompute, "schedule": row.schedule or ("interleaved" if layout.vpp > 1 else "1f1b"),
         "bubble_fraction": round(step.pipeline.bubble_fraction, 4),
@@ -149,7 +150,10 @@ def counts(row: dict[str, Any]) -> bool:
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Medians of the absolute errors by part, source, hardware and model; rank correlation of layouts."""
     counted = [row for row in rows if counts(row)]
-    ranks = correlations(counted)
+    order = ranking.groups(counted)
+    correlations = [group.correlation for group in order]
+    apart = ranking.repeats(counted)
+    reached = ranking.reached_by_noise(order, apart) if order and apart else (None, None)
 
     def median_of(name: str) -> float | None:
         sizes = [abs(row[name]) for row in rows if "left_out" not in row and row.get(name) is not None]
@@ -163,10 +167,17 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "median_error_fit": _median(row for row in counted if row["part"] == "fit"),
         "median_error_test": _median(row for row in counted if row["part"] == "test"),
         "median_error": _median(counted),
-        "rank_correlation_mean": mean(r["correlation"] for r in ranks) if ranks else None,
-        "rank_correlation_median": median(r["correlation"] for r in ranks) if ranks else None,
-        "rank_correlation_groups_at_least_0.9": sum(r["correlation"] >= 0.9 for r in ranks),
-        "rank_correlation_groups": ranks,
+        "rank_correlation_mean": mean(correlations) if order else None,
+        "rank_correlation_median": median(correlations) if order else None,
+        "rank_correlation_groups_at_least_0.9": sum(value >= ranking.GOOD for value in correlations),
+        "rank_correlation_groups": [
+            {"model": g.model, "hardware": g.hardware, "layouts": len(g.published), "correlation": g.correlation}
+            for g in order
+        ],
+        "repeats": len(apart),
+        "repeats_median_difference": median(apart) if apart else None,
+        "rank_correlation_groups_of_a_model_without_error": reached[0],
+        "rank_correlation_chance_of_all": reached[1],
         "median_error_memory": median_of("error_peak_mem_gb"),
         "median_error_step_time": median_of("error_step_time_s"),
         "by_source": _by(counted, lambda row: row["source"]),
@@ -196,43 +207,6 @@ def _by(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], str]) ->
         }
         for name, own in sorted(groups.items())
     }  # fmt: skip
-
-
-def correlations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Spearman's correlation of layouts within each (model, hardware).
-
-    Of a layout that was published for several releases of the software the newest counts.
-    """
-    groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        groups[row["architecture"], row["cluster"]][row["configuration"]].append(row)
-    found = []
-    for (model, hardware), layouts in sorted(groups.items()):
-        if len(layouts) < FEWEST_LAYOUTS:
-            continue
-        counted = [newest(own, lambda row: int(row["month"])) for own in layouts.values()]
-        known, predicted = (
-            [median(row[f"{kind}_tokens_per_s_per_gpu"] for row in own) for own in counted]
-            for kind in ("published", "predicted")
-        )
-        value = spearman(known, predicted)
-        found.append({"model": model, "hardware": hardware, "layouts": len(layouts), "correlation": value})
-    return found
-
-
-def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Rank correlation; equal values share their mean rank. 0 where either is constant."""
-    a, b = ranks(first), ranks(second)
-    middle = (len(a) - 1) / 2
-    product = sum((x - middle) * (y - middle) for x, y in zip(a, b, strict=True))
-    size = (sum((x - middle) ** 2 for x in a) * sum((y - middle) ** 2 for y in b)) ** 0.5
-    return product / size if size else 0.0
-
-
-def ranks(values: Sequence[float]) -> list[float]:
-    """Places in ascending order, from 0."""
-    ordered = sorted(values)
-    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -313,6 +287,13 @@ def lines(found: dict[str, Any]) -> list[str]:
             f"rank correlation of layouts within (model, hardware): mean {found['rank_correlation_mean']:.2f}, median "
             f"{found['rank_correlation_median']:.2f} over {len(groups)} groups, "
             f"{found['rank_correlation_groups_at_least_0.9']} of them at least 0.9"
+        )
+    if groups and found["repeats"]:
+        result.append(
+            f"patch releases of one month differ by {percent('repeats_median_difference')} (median of "
+            f"{found['repeats']} pairs): for a model without error that noise would leave "
+            f"{found['rank_correlation_groups_of_a_model_without_error']:.1f} of the {len(groups)} groups at 0.9 on "
+            f"average, and all of them with a chance of {percent('rank_correlation_chance_of_all')}"
         )
     result.append(f"worst rows: {', '.join(map(str, found['worst']))}")
     return result
