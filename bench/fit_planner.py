@@ -32,7 +32,7 @@ BOUNDS = {
     "block_speed": (0.75, 1), "power_exponent": (0.2, 1), "quantize_passes": (0.3, 2), "memory_passes": (0.5, 3.5),
     "small_kernel_us": (1, 3), "attention_speed": (0.7, 1.2), "scores_passes": (0.1, 2),
     **{f"expert_passes_{era}": (0.3, 3) for era in (2023, 2025, 2026)},
-    "attention_half": (200, 1300), "attention_backward": (2.5, 3.5), "tp_exposed": (0.05, 1), "cp_exposed": (0.05, 1),
+    "tp_exposed": (0.05, 1),
     "dp_exposed": (0.02, 1), "fsdp_exposed": (0.02, 1), "all_to_all_exposed": (0.02, 0.5), "pp_exposed": (0.02, 1),
     "host_us": (1.5, 60), "sync_us": (10, 3000), "flex_sync_us": (10, 3000), "sync_blend": (1, 4),
     "capacity_us": (20, 3000),

@@ -27,11 +27,8 @@ class Calibration:
         expert_passes_2023, expert_passes_2025, expert_passes_2026: the same of routing, permutation, activation and
             casts of routed experts: in software of 2023, from June 2025 and from November 2025 on.
         small_kernel_us: device time of a kernel that has next to nothing to do, microseconds.
-        attention_speed: factor on the achieved peak of attention.
-        attention_half: tokens of a sequence at which attention reaches half of its speed.
-        attention_backward: time of attention's backward pass over its forward pass.
+        attention_speed: factor on the achieved peaks of attention.
         tp_exposed: part of tensor-parallel collectives that is not hidden behind compute.
-        cp_exposed: the same of context parallelism.
         dp_exposed: the same of gradient reduction and parameter gathering where they overlap.
         fsdp_exposed: the same of FSDP's gathers beyond the compute they overlap with.
         all_to_all_exposed: the same of expert dispatch where it overlaps with another micro-batch.
@@ -54,39 +51,36 @@ class Calibration:
         straggler: how much longer every pass takes for each doubling of the GPUs.
     """
 
-    gemm_half_k: float = 33.29
-    gemm_speed: float = 1.106
-    power_exponent: float = 0.8134
-    weights_speed: float = 0.5873
-    block_speed: float = 0.9219
-    quantize_passes: float = 1.37
-    memory_passes: float = 1.289
-    scores_passes: float = 0.1209
-    expert_passes_2023: float = 0.6097
-    expert_passes_2025: float = 2.468
-    expert_passes_2026: float = 1.378
-    small_kernel_us: float = 1.247
-    attention_speed: float = 1.044
-    attention_half: float = 244.7
-    attention_backward: float = 2.831
-    tp_exposed: float = 0.6377
-    cp_exposed: float = 0.9856
-    dp_exposed: float = 0.02313
-    fsdp_exposed: float = 0.8521
+    gemm_half_k: float = 42.97
+    gemm_speed: float = 1.122
+    power_exponent: float = 0.8459
+    weights_speed: float = 0.5416
+    block_speed: float = 0.9162
+    quantize_passes: float = 1.36
+    memory_passes: float = 1.159
+    scores_passes: float = 0.1189
+    expert_passes_2023: float = 0.3921
+    expert_passes_2025: float = 2.629
+    expert_passes_2026: float = 1.313
+    small_kernel_us: float = 1.276
+    attention_speed: float = 1.063
+    tp_exposed: float = 0.6941
+    dp_exposed: float = 0.02201
+    fsdp_exposed: float = 0.9267
     all_to_all_exposed: float = 0.5
-    pp_exposed: float = 0.1411
-    host_us: float = 33.23
-    sync_us: float = 2038
-    flex_sync_us: float = 40.44
+    pp_exposed: float = 0.161
+    host_us: float = 31.63
+    sync_us: float = 1784
+    flex_sync_us: float = 43.88
     host_blend: float = 4
-    sync_blend: float = 2.465
-    capacity_us: float = 347.2
-    real_imbalance: float = 1.556
-    graph_kernels: float = 0.06443
-    grouped_kernel: float = 0.9895
-    overlap_host: float = 1.567
-    step_s: float = 0.08031
-    straggler: float = 0.01054
+    sync_blend: float = 2.002
+    capacity_us: float = 315.1
+    real_imbalance: float = 1.52
+    graph_kernels: float = 0.05049
+    grouped_kernel: float = 0.9623
+    overlap_host: float = 1.636
+    step_s: float = 0.09661
+    straggler: float = 0.009406
 
     def expert_passes(self, era: int) -> float:
         """That of software of an era (`Software.era`)."""

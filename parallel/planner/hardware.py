@@ -39,6 +39,7 @@ class Hardware:
     power_limit_watts: float
     measured_at_watts: float
     attention_fraction: float
+    attention_backward_fraction: float
     flash2_fraction: float
     memory_fraction: float
     domain_fraction: float

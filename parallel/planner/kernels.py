@@ -7,6 +7,9 @@ from math import ceil
 from parallel.planner.calibration import Calibration
 from parallel.planner.hardware import Hardware
 
+# Tokens at which causal attention reaches half of its speed (200 to 1,300 as A100, H200, GB200, GB300 are measured at
+# 2,048 to 16,384 tokens: NVIDIA/cudnn-frontend, benchmark/attention_training), and at which its fractions hold.
+ATTENTION_HALF, ATTENTION_MEASURED = 500, 16384
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 64))  # rows and columns of an output tile
 TILE_SPEED = {128 * 256: 1.0, 128 * 128: 0.92, 128 * 64: 0.75, 64 * 64: 0.5}  # of its main loop, by area
 
@@ -55,9 +58,15 @@ def memory(hardware: Hardware, moved: float) -> float:
     return moved / hardware.memory_bytes_per_s
 
 
-def attention(hardware: Hardware, constants: Calibration, flops: float, keys: float, flash2: bool = False) -> float:
-    """Seconds of fused attention with `flops` of work, when a query sees up to `keys` keys; with `flash2` of
+def attention(
+    hardware: Hardware, constants: Calibration, flops: float, keys: float, *, flash2: bool = False,
+    backward: bool = False,
+) -> float:  # fmt: skip
+    """Seconds of a pass of fused attention with `flops` of work, when a query sees up to `keys` keys; with `flash2` of
     FlashAttention-2, else of the fastest kernel."""
-    reached = hardware.flash2_fraction if flash2 else hardware.attention_fraction
-    fraction = reached * constants.attention_speed * keys / (keys + constants.attention_half)
-    return flops / (hardware.bf16_tflops * 1e12 * fraction)
+    reached = hardware.attention_backward_fraction if backward else hardware.attention_fraction
+    if flash2:
+        reached = hardware.flash2_fraction
+    half = 0 if hardware.multiprocessors == 1 else ATTENTION_HALF  # a single unit is a core of a CPU
+    filled = keys / (keys + half) * (1 + half / ATTENTION_MEASURED)
+    return flops / (hardware.bf16_tflops * 1e12 * reached * constants.attention_speed * filled)

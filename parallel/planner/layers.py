@@ -124,8 +124,8 @@ class _Layer:
         forward = kernels.gemm(hardware, constants, kind, rows, outputs, inputs, copies)
         back = kernels.gemm(hardware, constants, kind, rows, inputs, outputs, copies)
         weights = kernels.gemm(hardware, constants, kind, outputs, inputs, rows, copies) / constants.weights_speed
-        # gradients are added up in fp32: read and written
-        weights += kernels.memory(hardware, 2 * 4 * copies * outputs * inputs)
+        # gradients are added to those of earlier micro-batches: read and written
+        weights += kernels.memory(hardware, 2 * self.job.grad_bytes * copies * outputs * inputs)
         if kind == "fp8" and self.job.fp8 in ("block", "mxfp8"):
             forward, back, weights = (one / constants.block_speed for one in (forward, back, weights))
         again = self.again(*modules)
@@ -179,28 +179,47 @@ class _Layer:
         self.times.add("tp", exposed * forward, exposed * backward, 0.0, self.again(*modules))
 
     def attention(self, heads: float, key: float, value: float, groups: float) -> None:
-        """Core attention of this rank's heads over the whole sequence."""
-        job, hardware = self.job, self.hardware
+        """Core attention of this rank's heads over the whole sequence, in blocks that context parallelism makes."""
+        job, hardware, software = self.job, self.hardware, self.software
         cp = job.layout.cp
         keys = job.seq_length
         flops = job.tokens * heads * keys * (key + value)  # causal: 2 flops, half of the keys
-        back = self.constants.attention_backward
-        if self.software.flash_attention:
-            seconds = kernels.attention(hardware, self.constants, flops, keys, self.software.flash2)
-            parts = ("attention", seconds, seconds * back, 0.0, self.again("core_attn"))
-            self.times.add(*parts)
-            self.started(2, 3)
+        latents = software.latent_exchange and job.model.attention == "mla"  # gathered: all keys are there at once
+        blocks = 1 if latents else cp
+        if software.flash_attention:
+            seen = keys / blocks
+            ahead = kernels.attention(hardware, self.constants, flops, seen, flash2=software.flash2)
+            flops *= (3 * key + 2 * value) / (key + value)  # five products for two
+            back = kernels.attention(hardware, self.constants, flops, seen, flash2=software.flash2, backward=True)
+            self.times.add("attention", ahead, back, 0.0, self.again("core_attn"))
+            self.started(2 * blocks, 3 * blocks)
         else:
             self._materialised(heads, key, value, keys)
         if cp > 1:
             width = groups * (key + value)
-            if self.software.latent_exchange and job.model.attention == "mla":
+            if latents:
                 width = job.model.kv_lora_rank + job.model.qk_rope_head_dim
+            else:
+                self._merged(job.tokens * heads * key, job.tokens * heads * value, job.tokens * width)
             size = job.element * job.tokens * cp * width
-            ring = network.relay(hardware, Group(cp, job.layout.tp), size)
-            hidden = self.times.forward.get("attention", 0.0)
-            exposed = max(ring - hidden, self.constants.cp_exposed * ring)
-            self.times.add("cp", exposed, 2 * exposed, 0.0, self.again("core_attn"))
+            ring = network.relay(
+                hardware, Group(cp, job.layout.tp), size
+            )  # what hides of it is lost between its blocks
+            self.times.add("cp", ring, 2 * ring, 0.0, self.again("core_attn"))
+
+    def _merged(self, queries: float, outputs: float, pairs: float) -> None:
+        """What the blocks of a context-parallel ring add to attention: so many elements of queries, outputs, keys and
+        values of this rank.
+
+        Each further block is of all queries and half of the keys, or of half of the queries and all keys, as the causal
+        mask leaves them: halves are copied, and outputs and gradients are added to what is there
+        (transformer_engine/pytorch/attention, AttnFuncWithCPAndKVP2P).
+        """
+        further, element = self.job.layout.cp - 1, self.job.element
+        halves, sums = further * 2 / 4, further * 3 * 3 / 4
+        forward = 2 * outputs + sums * outputs + halves * (queries + pairs)
+        backward = 2 * (queries + pairs) + sums * (queries + pairs) + halves * (queries + 2 * outputs + pairs)
+        self.moved(element * forward, element * backward, "core_attn", count=4 * further)
 
     def _materialised(self, heads: float, key: float, value: float, keys: float) -> None:
         """Scores written to memory: two products over the whole square, mask, softmax and dropout between them."""

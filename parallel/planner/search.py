@@ -27,6 +27,7 @@ from parallel.suggest import Impossible
 
 WeightsOf = Callable[[Job, int], Weights]
 DUAL = "dualpipe"
+SIMULATED = 20  # drafts, at least
 STATIC = "weights, gradients and optimizer alone need more memory than there is"
 
 
@@ -120,8 +121,9 @@ def search(
     for layout in layouts(base, gpus, space, found):
         drafts += _drafts(base, layout, global_batch_size, space, timed, found)
     drafts.sort(key=lambda draft: (draft.seconds_per_token, _key(draft)))
+    simulated = max(SIMULATED, 2 * top)  # however few are wanted: the closed form may have the order wrong
     for number, draft in enumerate(drafts):
-        if (number >= 2 * top and len(found.plans) >= top) or number >= 6 * top:
+        if (number >= simulated and len(found.plans) >= top) or number >= 3 * simulated:
             break
         plan = _counted(draft, machine, space, weights_of)
         if plan.memory_bytes <= machine.hardware.offered_bytes:
@@ -265,23 +267,33 @@ class _Timer:
         quick."""
         one, weights = job.layout, self.weights(job)
         kept, brought = self.layer_bytes(job)
-        most = 0.0
-        for rank in sorted({0, one.pp // 2, one.pp - 1}):
-            static = parameter_bytes(job, weights[rank]) + job.grad_bytes * (
-                weights[rank].shared + weights[rank].experts
-            )
-            static *= 2 if schedule == DUAL else 1
-            layers = sum(
+
+        def static(rank: int) -> float:
+            held = weights[rank].shared + weights[rank].experts
+            return float(parameter_bytes(job, weights[rank]) + job.grad_bytes * held)
+
+        def layers(rank: int) -> int:
+            return sum(
                 job.stages[i].count("t") + job.stages[i].count("m") for i in range(rank, len(job.stages), one.pp)
             )
+
+        most = 0.0
+        for rank in sorted({0, one.pp // 2, one.pp - 1}):
+            optimizer = optimizer_bytes(job, weights[rank])
+            if schedule == DUAL:  # two stages, as in `held_bytes`
+                other = one.pp - 1 - rank
+                alive = float((one.pp - rank) * layers(rank) + (rank + 1) * layers(other))
+                optimizer = (optimizer + optimizer_bytes(job, weights[other])) / 2
+                if rank in (0, one.pp - 1):
+                    optimizer -= shared_embedding_bytes(job)
+                most = max(most, static(rank) + static(other) + optimizer + alive * kept + brought)
+                continue
             alive = float(min(job.micro_batches, one.pp - rank))
             if one.vpp > 1:
                 alive = min(job.micro_batches * one.vpp, 2 * (one.pp - rank - 1) + (one.vpp - 1) * one.pp + 1) / one.vpp
-            if schedule == DUAL:
-                alive = one.pp + 1
-            elif schedule == "dualpipev":
+            if schedule == "dualpipev":
                 alive = one.pp + 0.5
-            most = max(most, static + optimizer_bytes(job, weights[rank]) + alive * layers * kept + brought)
+            most = max(most, static(rank) + optimizer + alive * layers(rank) * kept + brought)
         return most
 
 

@@ -17,7 +17,7 @@ PART_NAMES = {
     "gemm": "matrix products", "attention": "attention", "memory": "norms, activations, residuals, permutation",
     "quantize": "casts to FP8", "router": "router", "sync": "waiting for token counts",
     "all_to_all": "expert dispatch and combine",
-    "tp": "tensor-parallel collectives, exposed", "cp": "context-parallel exchange, exposed",
+    "tp": "tensor-parallel collectives, exposed", "cp": "context-parallel exchange",
     "fsdp": "weight gathering, exposed", "capacity": "choice of the tokens that fit",
     "recompute": "recomputation",
 }  # fmt: skip

@@ -62,6 +62,17 @@ def test_attention_is_faster_for_long_sequences() -> None:
     assert short > 1.3 * long
 
 
+@pytest.mark.parametrize(
+    ("name", "forward", "backward"), [("h200", 633, 539), ("gb200", 1609, 1287), ("a100", 203, 175)]
+)
+def test_attention_is_as_fast_as_measured_where_it_was(name: str, forward: float, backward: float) -> None:
+    """TFLOPS at 16,384 tokens."""
+    measured = replace(FITTED, attention_speed=1.0)
+    ahead = kernels.attention(cluster(name), measured, 1e15, 16384)
+    back = kernels.attention(cluster(name), measured, 1e15, 16384, backward=True)
+    assert (1e3 / ahead, 1e3 / back) == pytest.approx((forward, backward), rel=0.01)
+
+
 def test_a_ring_leaves_a_node_through_all_its_network_cards() -> None:
     """8 members a node share the way out; one member a node has one card."""
     size = 1e9
@@ -133,6 +144,8 @@ def test_fractions_are_what_was_measured_over_the_peak(path: Path) -> None:
         "bf16_fraction": (peaks.bf16_tflops, r"([\d,.]+) TFLOPS"),
         "fp8_fraction": (peaks.fp8_tflops, r"([\d,.]+) TFLOPS"),
         "attention_fraction": (peaks.bf16_tflops, r"([\d,.]+) TFLOPS"),
+        "attention_backward_fraction": (peaks.bf16_tflops, r"([\d,.]+) TFLOPS"),
+        "flash2_fraction": (peaks.bf16_tflops, r"([\d,.]+) TFLOPS"),
         "memory_fraction": (peaks.memory_tb_per_s, r"([\d.]+) TB/s"),
         "domain_fraction": (peaks.domain_gb_per_s, r"([\d.]+) GB/s"),
     }

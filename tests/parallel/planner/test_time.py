@@ -12,7 +12,7 @@ from moe_train.model.memory import job_of, weights_on
 from parallel.planner import software
 from parallel.planner.calibration import FITTED, Calibration
 from parallel.planner.job import Job
-from parallel.planner.layers import Machine, layer_times, total
+from parallel.planner.layers import Machine, Times, layer_times, total
 from parallel.planner.software import Software
 from parallel.planner.time import StepTime, plan_step
 from tools.planning.rows import cluster
@@ -21,6 +21,7 @@ V3 = [
     "model=deepseek_v3", "parallel=deepseek_v3_h800", "runtime=cuda", "batch=large", "train.seq_length=4096",
     "precision=fp8_block", "recompute=deepseek_v3",
 ]  # fmt: skip
+LONG = "model.max_position_embeddings=32768"
 # arXiv 2505.09343, table 4, seconds.
 STEP = 19.926
 COMPONENTS = {"1F": 1.13, "bubble": 2.06, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "optimizer": 0.29}
@@ -131,4 +132,44 @@ def test_attention_of_2024_is_slower_on_heads_of_two_sizes() -> None:
     """DeepSeek's system had no kernel newer than FlashAttention-2 for them."""
     old = software.deepseek_v3()
     attention = [planned(schedule="dualpipe", soft=one).parts["attention"] for one in (old, replace(old, flash2=False))]
-    assert attention[0] == pytest.approx(attention[1] * 557 / 335, rel=0.01)
+    h800, work = cluster("h800"), (3 * 192 + 2 * 128) / (192 + 128)  # five products of a backward pass for two
+    fastest = 1 / h800.attention_fraction + work / h800.attention_backward_fraction
+    assert attention[0] / attention[1] == pytest.approx((1 + work) / h800.flash2_fraction / fastest)
+
+
+def layer_parts(*overrides: str, soft: Software | None = None, **changes: object) -> Times:
+    cfg = compose(["model=mixtral_8x7b", "runtime=cuda", "precision=bf16", "train.seq_length=16384", *overrides])
+    machine = Machine(cluster("h800"), soft or software.of_date(202604), FITTED)
+    return layer_times(replace(job_of(cfg, validate(cfg)), **changes), machine, moe=False)
+
+
+def test_blocks_of_a_context_parallel_ring_are_put_together() -> None:
+    """Per rank as much attention as without, slower on shorter blocks, and copies and sums that grow with the ring."""
+    one, two, four = (layer_parts(f"parallel.cp={cp}") for cp in (1, 2, 4))
+    assert one.forward["attention"] / 2 < two.forward["attention"] < 1.1 * one.forward["attention"] / 2
+    extra = [times.forward["memory"] - one.forward["memory"] / cp for times, cp in ((two, 2), (four, 4))]
+    assert extra[0] > 0
+    # elements of queries and outputs 4,096, of keys and values 2,048: outputs copied once, and so much a further block
+    first, further = 2 * 4096, 9 / 4 * 4096 + 1 / 2 * (4096 + 2048)
+    assert extra[1] / extra[0] == pytest.approx((first + 3 * further) / 4 / ((first + further) / 2))
+    assert four.kernels_forward > two.kernels_forward > one.kernels_forward
+
+
+def test_latents_that_are_gathered_leave_one_block() -> None:
+    own = software.deepseek_v3()
+    found = []
+    for soft in (own, replace(own, latent_exchange=False)):
+        cfg = compose([*V3, "parallel.cp=8", "parallel.dp=16", "train.seq_length=32768", LONG])
+        found.append(layer_times(job_of(cfg, validate(cfg)), Machine(cluster("h800"), soft, FITTED), moe=False))
+    gathered, ring = found
+    assert gathered.forward["attention"] < ring.forward["attention"]
+    assert gathered.forward["memory"] < ring.forward["memory"]
+    assert gathered.forward["cp"] < ring.forward["cp"]
+
+
+def test_gradients_in_16_bits_are_added_up_faster() -> None:
+    """Each weight's gradient is read and written, in the bytes that it has."""
+    four, two = (sum(layer_parts(grad_bytes=size).weights.values()) for size in (4, 2))
+    model = compose(["model=mixtral_8x7b"]).model
+    weights = 4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * model.ffn_hidden_size
+    assert four - two == pytest.approx(2 * 2 * weights / cluster("h800").memory_bytes_per_s)
