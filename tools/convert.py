@@ -53,7 +53,7 @@ def main() -> None:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-convert-"))
         line = parse(words, [_VERIFY])
         argv = [*line.argv("convert.source", "convert.target"), f"run_dir={scratch}/run"]
-        sys.exit(hydra_entry(partial(run, line=line, team=team), argv=argv, runs=False))
+        sys.exit(hydra_entry(partial(run, line=line, team=team), argv=argv, runs=False, about=__doc__))
 
 
 def run(cfg: Config, line: CommandLine, team: Team) -> None:

@@ -20,7 +20,7 @@ from parallel.layout import ParallelLayout
 
 def main() -> None:
     """Console script. Exits with 1 if the ranks do not add up to the model."""
-    sys.exit(hydra_entry(run, argv=[*sys.argv[1:], "runtime=simulated"]))
+    sys.exit(hydra_entry(run, argv=[*sys.argv[1:], "runtime=simulated"], about=__doc__))
 
 
 def run(cfg: Config) -> None:

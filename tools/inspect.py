@@ -39,7 +39,7 @@ def main() -> None:
     equal: list[bool] = []
     compared = _DIFF in line.flags
     argv = line.argv("inspect.path", "inspect.other")
-    code = hydra_entry(lambda cfg: equal.append(run(cfg, compared)), argv=argv)
+    code = hydra_entry(lambda cfg: equal.append(run(cfg, compared)), argv=argv, about=__doc__)
     sys.exit(code or int(not all(equal)))
 
 

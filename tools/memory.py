@@ -39,7 +39,7 @@ PARTS = {
 
 def main() -> None:
     """Console script."""
-    sys.exit(hydra_entry(run, argv=with_defaults(sys.argv[1:]), trains=False, runs=False))
+    sys.exit(hydra_entry(run, argv=with_defaults(sys.argv[1:]), trains=False, runs=False, about=__doc__))
 
 
 def with_defaults(words: Sequence[str]) -> list[str]:

@@ -1,10 +1,13 @@
 """`moe-plan`: what a run needs before it is rented: layout, memory, step time, days, dollars, energy. No torch.
 
-It takes the overrides of `moe-train`: `moe-plan model=deepseek_v3 cluster=h800 gpus=2048 tokens=14.8T` searches all
-layouts;
-`moe-plan validate runs=FILE.csv` compares predictions with published runs. Where the command line says nothing else it
-looks at GPUs with Transformer Engine (runtime=cuda), BF16, and without an experiment at sequences of 4,096 tokens in
-DeepSeek-V3's global batch (train.seq_length=4096 batch=large).
+    moe-plan model=NAME cluster=NAME gpus=N tokens=14.8T [top=10] [output=DIR] [write=FILE]
+    moe-plan model=NAME cluster=NAME parallel=NAME search=false ...      one layout, as it is
+    moe-plan validate runs=FILE.csv [models=DIR] [results=FILE.json]     against published runs
+
+It takes the overrides of `moe-train`; gpus, top, output, write, search, runs, models and results are short for plan.*,
+tokens for train.tokens. Where the command line says nothing else it looks at GPUs with Transformer Engine
+(runtime=cuda), BF16, and without an experiment at sequences of 4,096 tokens in DeepSeek-V3's global batch
+(train.seq_length=4096 batch=large).
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ def main() -> None:
     except MoeTrainError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    sys.exit(hydra_entry(run_validation if validates else run, argv=overrides, trains=False, runs=False))
+    work = run_validation if validates else run
+    sys.exit(hydra_entry(work, argv=overrides, trains=False, runs=False, about=__doc__))
 
 
 def translated(words: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from parallel.errors import ConfigError
 
 def main() -> None:
     """Console script."""
-    sys.exit(hydra_entry(run))
+    sys.exit(hydra_entry(run, about=__doc__))
 
 
 def run(cfg: Config) -> None:

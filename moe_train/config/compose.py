@@ -35,6 +35,8 @@ from parallel.suggest import override_value
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra then raises its errors instead of printing them in its own way
 _INTERRUPTED = 130
+_MORE_HELP = """\
+moe-train --help lists the groups of the configuration and Hydra's options, docs/configuration.md every field."""
 _TRAINS = ContextVar("trains", default=True)  # for the callback, which Hydra makes without arguments of ours
 
 store.register()
@@ -149,6 +151,7 @@ def hydra_entry(
     *,
     trains: bool = True,
     runs: bool = True,
+    about: str | None = None,
 ) -> int:
     """Run `fn` on the config of the command line, once, or once for each job of a sweep (-m). Returns the exit code.
 
@@ -161,7 +164,11 @@ def hydra_entry(
         trains: whether the command is to train, so that rules about training apply.
         runs: whether it has a use for the output directory. Else, where the command line has none of Hydra's options,
             the config is composed once and Hydra makes no job of it, which saves a fifth of a second.
+        about: what --help prints, in the place of Hydra's page.
     """
+    if about and {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+        print(f"{about.strip()}\n\n{_MORE_HELP}")
+        return 0
     before = _TRAINS.set(trains)
     if sys.stdout is None:  # closed by whoever started it: what is printed goes nowhere
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
