@@ -37,12 +37,13 @@ def nodes_of(cfg: Config, layout: ParallelLayout) -> int:
 def job(cfg: Config) -> None:
     """Times, nodes and layouts of the batch job itself."""
     launcher = cfg.launcher
-    if launcher.grace_s * 2 > launcher.time_limit_min * 60:
-        raise ConfigError(
-            f"launcher.grace_s={launcher.grace_s} leaves less than half of launcher.time_limit_min="
-            f"{launcher.time_limit_min} to train",
-            f"use launcher.grace_s={launcher.time_limit_min * 6} or a longer launcher.time_limit_min",
-        )
+    for name in ("grace_s", "meet_timeout_s"):
+        if (seconds := getattr(launcher, name)) * 2 > launcher.time_limit_min * 60:
+            raise ConfigError(
+                f"launcher.{name}={seconds} leaves less than half of launcher.time_limit_min={launcher.time_limit_min} "
+                "to train",
+                f"use launcher.{name}={launcher.time_limit_min * 6} or a longer launcher.time_limit_min",
+            )
     here = container.python(launcher) == sys.executable  # or its libraries cannot be asked for
     if launcher.start in ("mpirun", "pmi2", "pmix") and here and importlib.util.find_spec("mpi4py") is None:
         raise ConfigError(

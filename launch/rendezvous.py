@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from moe_train.config.launcher import LauncherConfig
 from parallel.errors import LaunchError
 from parallel.rank_info import RankInfo
 
@@ -191,7 +192,7 @@ def meet(info: RankInfo) -> TCPStore:
     """
     from torch.distributed import TCPStore
 
-    timeout_s = _number(os.environ, MEET_S, 300)
+    timeout_s = _number(os.environ, MEET_S, LauncherConfig().meet_timeout_s)
     os.environ.update(info.environment())
     hosts = info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import slurm
+from moe_train.config.launcher import LauncherConfig
 from moe_train.config.schema import Config
 from tests.launch.commands import environment
 
@@ -124,6 +125,13 @@ def test_the_script_alone_asks_for_nodes_as_moe_submit_does() -> None:
     flags = {flag for flag in slurm.flags(Config(), 1, 8, Path("run")) if flag.partition("=")[0] not in by_name}
     assert flags == {flag for flag in header if flag.partition("=")[0] not in by_name} - {"--open-mode=append"}
     assert "--mem=0" in flags
+
+
+def test_what_the_script_takes_by_itself_is_what_the_fields_say() -> None:
+    """Defaults of MOE_* without moe-submit."""
+    script, launcher = slurm.SCRIPT.read_text(), LauncherConfig()
+    for name, field in {"MEET_S": "meet_timeout_s", "GRACE_S": "grace_s", "REQUEUES": "requeues"}.items():
+        assert f"{{MOE_{name}:-{getattr(launcher, field)}}}" in script, name
 
 
 def test_every_start_of_a_job_or_chain_knows_where_the_first_is_remembered(batch: Batch) -> None:

@@ -85,6 +85,8 @@ WRONG = {
     "more nodes than there are": (["parallel.dp=192", "batch.global_batch_size=1920"], "partition h800 has 300"),
     "over the time limit": (["launcher.time_limit_min=4000"], "exceeds the 2880 minutes of partition h800"),
     "warning longer than the job": (["launcher.time_limit_min=8"], "less than half of launcher.time_limit_min=8"),
+    "meeting longer than the job": (["launcher.time_limit_min=20", "launcher.meet_timeout_s=900"],
+                                    "launcher.meet_timeout_s=900 leaves less than half"),
     "unknown partition": (["launcher.partition=h900"], "launcher.partition=h900 is not a partition"),
     "more GPUs than a node has": (["launcher.ranks_per_node=16"], "exceeds the 8 GPUs of a node"),
     "fewer GPUs than ranks": (["launcher.gpus_per_node=4"], "exceeds launcher.gpus_per_node=4"),
