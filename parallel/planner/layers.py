@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from parallel.planner import kernels, network
 from parallel.planner.calibration import Calibration
@@ -187,10 +188,8 @@ class _Layer:
         latents = software.latent_exchange and job.model.attention == "mla"  # gathered: all keys are there at once
         blocks = 1 if latents else cp
         if software.flash_attention:
-            seen = keys / blocks
-            ahead = kernels.attention(hardware, self.constants, flops, seen, flash2=software.flash2)
-            flops *= (3 * key + 2 * value) / (key + value)  # five products for two
-            back = kernels.attention(hardware, self.constants, flops, seen, flash2=software.flash2, backward=True)
+            again = flops * (3 * key + 2 * value) / (key + value)  # five products for two
+            ahead, back = self._fused(flops, keys, blocks, False), self._fused(again, keys, blocks, True)
             self.times.add("attention", ahead, back, 0.0, self.again("core_attn"))
             self.started(2 * blocks, 3 * blocks)
         else:
@@ -202,23 +201,29 @@ class _Layer:
             else:
                 self._merged(job.tokens * heads * key, job.tokens * heads * value, job.tokens * width)
             size = job.element * job.tokens * cp * width
-            ring = network.relay(
-                hardware, Group(cp, job.layout.tp), size
-            )  # what hides of it is lost between its blocks
+            # nothing of it turned out to be hidden
+            ring = network.relay(hardware, Group(cp, job.layout.tp), size)
             self.times.add("cp", ring, 2 * ring, 0.0, self.again("core_attn"))
+
+    def _fused(self, flops: float, keys: float, blocks: int, backward: bool) -> float:
+        """Seconds in blocks. The mask halves one, which is as slow as so short a sequence; the others are whole."""
+        one = partial(
+            kernels.attention, self.hardware, self.constants, flash2=self.software.flash2, backward=backward
+        )  # fmt: skip
+        return one(flops / blocks, keys / blocks) + one(flops - flops / blocks, keys)
 
     def _merged(self, queries: float, outputs: float, pairs: float) -> None:
         """What the blocks of a context-parallel ring add to attention: so many elements of queries, outputs, keys and
         values of this rank.
 
-        Each further block is of all queries and half of the keys, or of half of the queries and all keys, as the causal
-        mask leaves them: halves are copied, and outputs and gradients are added to what is there
-        (transformer_engine/pytorch/attention, AttnFuncWithCPAndKVP2P).
+        Keys and values are put side by side to be sent. Each further block is of all queries and half of the keys, or
+        of half of the queries and all keys, as the causal mask leaves them; its outputs and gradients are added to what
+        is there (transformer_engine/pytorch/attention, AttnFuncWithCPAndKVP2P, with the sequence as first dimension).
         """
         further, element = self.job.layout.cp - 1, self.job.element
-        halves, sums = further * 2 / 4, further * 3 * 3 / 4
-        forward = 2 * outputs + sums * outputs + halves * (queries + pairs)
-        backward = 2 * (queries + pairs) + sums * (queries + pairs) + halves * (queries + 2 * outputs + pairs)
+        sums = further * 3 * 3 / 4
+        forward = 2 * pairs + 2 * outputs + sums * outputs
+        backward = 2 * pairs + 2 * (queries + pairs) + sums * (queries + pairs)
         self.moved(element * forward, element * backward, "core_attn", count=4 * further)
 
     def _materialised(self, heads: float, key: float, value: float, keys: float) -> None:

@@ -78,7 +78,7 @@ def stage_memory(job: Job, stage: int, weights: Weights) -> StageMemory:
         expert_share=round(sum(routed)),
         activations=round(activations),
         recompute=round(max(_recomputed(job, i) for i in range(stage, len(job.stages), pp))),
-        communication=round(_communication(job, stage, items, sum(in_flight))),
+        communication=round(communication_bytes(job, stage, items, sum(in_flight))),
         logits=round(logits_bytes(job, "".join(items))),
     )
 
@@ -203,7 +203,7 @@ def _recomputed(job: Job, index: int) -> float:
     return max(sum(layer(one, moe, recompute=False).values()) - sum(layer(one, moe).values()) for one, moe in kinds)
 
 
-def _communication(job: Job, stage: int, items: Sequence[str], in_flight: int) -> float:
+def communication_bytes(job: Job, stage: int, items: Sequence[str], in_flight: int) -> float:
     """Messages between stages that are held, tokens on their way to experts and back, gathered sequences."""
     layout, e = job.layout, job.element
     message = e * job.split_tokens * job.model.hidden_size

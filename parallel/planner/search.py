@@ -18,7 +18,15 @@ from parallel.layout import ParallelLayout
 from parallel.planner.compact import shared_embedding_bytes
 from parallel.planner.job import Job, Recompute
 from parallel.planner.layers import Machine, Times
-from parallel.planner.memory import StageMemory, Weights, optimizer_bytes, parameter_bytes, stage_memory
+from parallel.planner.memory import (
+    StageMemory,
+    Weights,
+    communication_bytes,
+    logits_bytes,
+    optimizer_bytes,
+    parameter_bytes,
+    stage_memory,
+)
 from parallel.planner.orders import impossible
 from parallel.planner.saved import layer
 from parallel.planner.software import Software
@@ -28,6 +36,7 @@ from parallel.suggest import Impossible
 WeightsOf = Callable[[Job, int], Weights]
 DUAL = "dualpipe"
 SIMULATED = 20  # drafts, at least
+ESTIMATED = 1.03  # what is estimated to need so much more than there is may fit: it is counted stage by stage
 STATIC = "weights, gradients and optimizer alone need more memory than there is"
 
 
@@ -123,7 +132,7 @@ def search(
     drafts.sort(key=lambda draft: (draft.seconds_per_token, _key(draft)))
     simulated = max(SIMULATED, 2 * top)  # however few are wanted: the closed form may have the order wrong
     for number, draft in enumerate(drafts):
-        if (number >= simulated and len(found.plans) >= top) or number >= 3 * simulated:
+        if (number >= simulated and len(found.plans) >= top) or (number >= 3 * simulated and found.plans):
             break
         plan = _counted(draft, machine, space, weights_of)
         if plan.memory_bytes <= machine.hardware.offered_bytes:
@@ -229,7 +238,8 @@ class _Timer:
     def __init__(self, machine: Machine, weights_of: WeightsOf) -> None:
         self.machine, self.weights_of = machine, weights_of
         self.layers: dict[object, dict[object, Times]] = {}
-        self.kept: dict[object, tuple[float, float]] = {}
+        self.kept: dict[object, tuple[dict[bool, float], float]] = {}
+        self.ranks: dict[object, list[tuple[tuple[str, ...], Counter[bool]]]] = {}
         self.held: dict[object, list[Weights]] = {}
 
     def weights(self, job: Job) -> list[Weights]:
@@ -240,18 +250,33 @@ class _Timer:
             self.held[key] = [self.weights_of(job, rank) for rank in range(one.pp)]
         return self.held[key]
 
-    def layer_bytes(self, job: Job) -> tuple[float, float]:
-        """Activations of a layer of the kind that most are, and what recomputing one brings back."""
+    def layer_bytes(self, job: Job) -> tuple[dict[bool, float], float]:
+        """Activations of a dense layer and of one with experts, and the most that recomputing one brings back."""
         one = job.layout
         key = (one.tp, one.cp, one.ep, one.etp, job.micro_batch_size, job.recompute, job.recompute_modules, job.fp8)
         if key not in self.kept:
-            moe = bool(job.model.num_experts)
-            whole = sum(layer(job, moe, recompute=False).values())
-            kept = float(job.element * job.split_tokens * job.model.hidden_size)  # the input of the layer
+            kinds = [bool(moe) for moe in set(job.model.moe_layer_pattern)]
+            whole = {moe: sum(layer(job, moe, recompute=False).values()) for moe in kinds}
+            kept = dict.fromkeys(kinds, float(job.element * job.split_tokens * job.model.hidden_size))  # their input
             if job.recompute != "full":
-                kept = sum(layer(job, moe).values())
-            self.kept[key] = (kept, whole - kept)
+                kept = {moe: sum(layer(job, moe).values()) for moe in kinds}
+            self.kept[key] = kept, max(whole[moe] - kept[moe] for moe in kinds)
         return self.kept[key]
+
+    def stages(self, job: Job) -> list[tuple[tuple[str, ...], Counter[bool]]]:
+        """Items of the chunks of each pipeline rank, and how many layers with experts and without they have."""
+        pattern, pp = job.model.moe_layer_pattern, job.layout.pp
+        key = (tuple("".join(items) for items in job.stages), pp)
+        if key not in self.ranks:
+            found: list[tuple[tuple[str, ...], Counter[bool]]] = [(key[0][rank::pp], Counter()) for rank in range(pp)]
+            first = 0
+            for index, items in enumerate(key[0]):
+                counts = found[index % pp][1]
+                counts.update(bool(moe) for moe in pattern[first : first + items.count("t")])
+                counts[bool(pattern[-1])] += items.count("m")
+                first += items.count("t")
+            self.ranks[key] = found
+        return self.ranks[key]
 
     def step(self, job: Job, schedule: str, software: Software) -> StepTime:
         """The step in closed form."""
@@ -263,37 +288,36 @@ class _Timer:
         return plan_step(job, machine, schedule, self.weights(job), simulated=False, kinds=kinds)
 
     def memory(self, job: Job, schedule: str) -> float:
-        """Memory of the first pipeline rank, or of the fullest in weights, bytes: close to `stage_memory`, and
-        quick."""
-        one, weights = job.layout, self.weights(job)
+        """Memory of the first, a middle or the last pipeline rank, bytes: close to `stage_memory`, and quick."""
+        one, weights, ranks = job.layout, self.weights(job), self.stages(job)
         kept, brought = self.layer_bytes(job)
 
         def static(rank: int) -> float:
             held = weights[rank].shared + weights[rank].experts
             return float(parameter_bytes(job, weights[rank]) + job.grad_bytes * held)
 
-        def layers(rank: int) -> int:
-            return sum(
-                job.stages[i].count("t") + job.stages[i].count("m") for i in range(rank, len(job.stages), one.pp)
-            )
+        def of(rank: int, alive: float) -> tuple[float, float, float]:
+            items, counts = ranks[rank]
+            activations = alive * sum(count * kept[moe] for moe, count in counts.items())
+            messages = communication_bytes(job, rank, items, round(alive * one.vpp))
+            return activations, messages, logits_bytes(job, "".join(items))
 
         most = 0.0
         for rank in sorted({0, one.pp // 2, one.pp - 1}):
-            optimizer = optimizer_bytes(job, weights[rank])
-            if schedule == DUAL:  # two stages, as in `held_bytes`
-                other = one.pp - 1 - rank
-                alive = float((one.pp - rank) * layers(rank) + (rank + 1) * layers(other))
-                optimizer = (optimizer + optimizer_bytes(job, weights[other])) / 2
-                if rank in (0, one.pp - 1):
-                    optimizer -= shared_embedding_bytes(job)
-                most = max(most, static(rank) + static(other) + optimizer + alive * kept + brought)
-                continue
+            optimizer, held = optimizer_bytes(job, weights[rank]), static(rank)
             alive = float(min(job.micro_batches, one.pp - rank))
             if one.vpp > 1:
                 alive = min(job.micro_batches * one.vpp, 2 * (one.pp - rank - 1) + (one.vpp - 1) * one.pp + 1) / one.vpp
             if schedule == "dualpipev":
                 alive = one.pp + 0.5
-            most = max(most, static(rank) + optimizer + alive * layers(rank) * kept + brought)
+            activations, messages, scores = of(rank, float(one.pp - rank) if schedule == DUAL else alive)
+            if schedule == DUAL:  # two stages, as in `held_bytes`
+                other = one.pp - 1 - rank
+                optimizer = (optimizer + optimizer_bytes(job, weights[other])) / 2
+                held += static(other) - (shared_embedding_bytes(job) if rank in (0, one.pp - 1) else 0.0)
+                more, others, further = of(other, float(rank + 1))
+                activations, messages, scores = activations + more, max(messages, others), scores + further
+            most = max(most, held + optimizer + activations + brought + messages + scores)
         return most
 
 
@@ -361,6 +385,6 @@ def _least_recomputed(job: Job, schedule: str, space: Space, timer: _Timer) -> J
         return STATIC
     for mode, modules in space.recompute:
         tried = replace(job, recompute=mode, recompute_modules=modules, recompute_of_chunks=())
-        if timer.memory(tried, schedule) <= usable:
+        if timer.memory(tried, schedule) <= ESTIMATED * usable:
             return tried
     return "activations need more memory than there is, even with full recomputation"

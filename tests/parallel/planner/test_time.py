@@ -149,8 +149,8 @@ def test_blocks_of_a_context_parallel_ring_are_put_together() -> None:
     assert one.forward["attention"] / 2 < two.forward["attention"] < 1.1 * one.forward["attention"] / 2
     extra = [times.forward["memory"] - one.forward["memory"] / cp for times, cp in ((two, 2), (four, 4))]
     assert extra[0] > 0
-    # elements of queries and outputs 4,096, of keys and values 2,048: outputs copied once, and so much a further block
-    first, further = 2 * 4096, 9 / 4 * 4096 + 1 / 2 * (4096 + 2048)
+    # elements of queries and outputs 4,096, of keys and values 2,048: both copied once, outputs added up
+    first, further = 2 * 2048 + 2 * 4096, 9 / 4 * 4096
     assert extra[1] / extra[0] == pytest.approx((first + 3 * further) / 4 / ((first + further) / 2))
     assert four.kernels_forward > two.kernels_forward > one.kernels_forward
 
