@@ -35,14 +35,13 @@ COUNTED = ("plan.gpus", "train.tokens")
 
 def main() -> None:
     """Console script. Exits with 0, or with 2 where the configuration is wrong or nothing fits."""
-    words = sys.argv[1:]
-    validates = bool(words) and words[0] == "validate"
+    line = parse(sys.argv[1:], ["validate"])
     try:
-        overrides = translated(words[1:] if validates else words)
+        overrides = translated(line.argv())
     except MoeTrainError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    work = run_validation if validates else run
+    work = run_validation if line.command else run
     sys.exit(hydra_entry(work, argv=overrides, trains=False, runs=False, about=__doc__))
 
 
@@ -53,12 +52,12 @@ def translated(words: Sequence[str]) -> list[str]:
         ConfigError: a number is none.
     """
     line = parse(words)
-    found = []
+    sweeps, found = bool({"-m", "--multirun"} & set(line.options)), []
     for word in line.overrides:
         name, equals, value = word.partition("=")
         name = SHORT.get(name, name)
         if equals and name in COUNTED and value.lower() != "null":
-            value = str(count(value))
+            value = ",".join(str(count(one)) for one in (value.split(",") if sweeps else [value]))
         found.append(f"{name}{equals}{value}")
     given = {word.partition("=")[0].lstrip("+") for word in found}
     if not given & {"precision", "experiment", "precision.dtype"}:
@@ -80,6 +79,8 @@ def run(cfg: Config) -> None:
 
     _writable(cfg.plan.write, "plan.write")
     _writable(cfg.plan.output, "plan.output")
+    if cfg.plan.write and cfg.plan.output and Path(cfg.plan.write).absolute() == Path(cfg.plan.output).absolute():
+        raise ConfigError(f"plan.write and plan.output are both {cfg.plan.write}", "name a file and a directory")
     result = answer(cfg, validate(cfg, trains=False))
     console = terminal.console()
     show.show(result, console)
@@ -119,8 +120,12 @@ def _writable(name: str | None, field: str) -> None:
     place = path
     while not place.exists():
         place = place.parent
-    wrong = "it is a directory" if place == path and field == "plan.write" and path.is_dir() else ""
-    if place != path and not place.is_dir():
+    wrong = ""
+    if not name or (field == "plan.write" and name.endswith("/")):
+        wrong = "it names no file" if field == "plan.write" else "it names no directory"
+    elif place == path and path.is_dir() == (field == "plan.write"):
+        wrong = "it is a directory" if path.is_dir() else "it is no directory"
+    elif place != path and not place.is_dir():
         wrong = f"{place} is no directory"
     elif not os.access(place, os.W_OK):
         wrong = f"{place} is not writable"

@@ -30,7 +30,10 @@ class CommandLine:
         Options come first, since argparse takes no more positional words after an option that stands behind some.
         """
         given = [f"{name}={_quoted(path)}" for name, path in zip(fields, self.paths, strict=False)]
-        return [*self.options, *given, *self.overrides, *self.paths[len(fields) :]]
+        options, last = self.options, []
+        if options and options[-1] in _WITH_VALUE:  # without it: argparse must not take the next word
+            options, last = options[:-1], options[-1:]
+        return [*options, *given, *self.overrides, *self.paths[len(fields) :], *last]
 
 
 def parse(words: Sequence[str], commands: Collection[str] = (), flags: Collection[str] = ()) -> CommandLine:

@@ -36,7 +36,7 @@ class ClusterConfig:
     measured_at_watts: float = doc(700.0, "Power limit under which the two were measured, W.", minimum=1e-6)
     attention_fraction: float = doc(0.64, "Part of the BF16 peak of attention over 16,384 tokens.", minimum=1e-6)
     attention_backward_fraction: float = doc(0.545, "The same of its backward pass.", minimum=1e-6)
-    flash2_fraction: float = doc(0.339, "The same of FlashAttention-2, both passes together.", minimum=1e-6)
+    flash2_fraction: float = doc(0.339, "The same of FlashAttention-2, of both passes.", minimum=1e-6)
     memory_fraction: float = doc(0.89, "Part of the memory bandwidth that a copy reaches.", minimum=1e-6)
     domain_fraction: float = doc(0.79, "Part of NVLink's bandwidth that collectives reach.", minimum=1e-6)
     network_fraction: float = doc(0.86, "Part of the network's bandwidth that collectives reach.", minimum=1e-6)

@@ -12,6 +12,7 @@ import errno
 import io
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -190,7 +191,11 @@ def _run(fn: Callable[[Config], None], config_name: str, argv: Sequence[str] | N
         if not runs and options == entry.overrides:
             entry.work(lambda: compose(options, config_name))
             return entry.exit_code
-        with _replaced_argv(options), _environment(_FULL_ERROR, "1"):
+        with contextlib.ExitStack() as stack:
+            if not runs and {"-m", "--multirun"} & set(options):  # a sweep has a directory, where nothing is to stay
+                options += [f"run_dir={stack.enter_context(tempfile.TemporaryDirectory(prefix='moe-'))}/run"]
+            stack.enter_context(_replaced_argv(options))
+            stack.enter_context(_environment(_FULL_ERROR, "1"))
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(entry.job)()
     except _Stop as stop:
         entry.report(stop.error)

@@ -51,36 +51,36 @@ class Calibration:
         straggler: how much longer every pass takes for each doubling of the GPUs.
     """
 
-    gemm_half_k: float = 42.97
-    gemm_speed: float = 1.122
-    power_exponent: float = 0.8459
-    weights_speed: float = 0.5416
-    block_speed: float = 0.9162
-    quantize_passes: float = 1.36
-    memory_passes: float = 1.159
-    scores_passes: float = 0.1189
-    expert_passes_2023: float = 0.3921
-    expert_passes_2025: float = 2.629
-    expert_passes_2026: float = 1.313
-    small_kernel_us: float = 1.276
-    attention_speed: float = 1.063
-    tp_exposed: float = 0.6941
-    dp_exposed: float = 0.02201
-    fsdp_exposed: float = 0.9267
-    all_to_all_exposed: float = 0.5
-    pp_exposed: float = 0.161
-    host_us: float = 31.63
-    sync_us: float = 1784
-    flex_sync_us: float = 43.88
+    gemm_half_k: float = 41.03
+    gemm_speed: float = 1.116
+    power_exponent: float = 0.8176
+    weights_speed: float = 0.5438
+    block_speed: float = 0.9203
+    quantize_passes: float = 1.474
+    memory_passes: float = 1.144
+    scores_passes: float = 0.1015
+    expert_passes_2023: float = 0.3437
+    expert_passes_2025: float = 2.491
+    expert_passes_2026: float = 1.256
+    small_kernel_us: float = 1.24
+    attention_speed: float = 1.059
+    tp_exposed: float = 0.7114
+    dp_exposed: float = 0.02139
+    fsdp_exposed: float = 0.9329
+    all_to_all_exposed: float = 0.4984
+    pp_exposed: float = 0.1687
+    host_us: float = 33
+    sync_us: float = 1822
+    flex_sync_us: float = 45.02
     host_blend: float = 4
-    sync_blend: float = 2.002
-    capacity_us: float = 315.1
-    real_imbalance: float = 1.52
-    graph_kernels: float = 0.05049
-    grouped_kernel: float = 0.9623
-    overlap_host: float = 1.636
-    step_s: float = 0.09661
-    straggler: float = 0.009406
+    sync_blend: float = 1.984
+    capacity_us: float = 301.8
+    real_imbalance: float = 1.546
+    graph_kernels: float = 0.05
+    grouped_kernel: float = 0.9104
+    overlap_host: float = 1.644
+    step_s: float = 0.08911
+    straggler: float = 0.009113
 
     def expert_passes(self, era: int) -> float:
         """That of software of an era (`Software.era`)."""

@@ -67,9 +67,11 @@ class Bill:
     kg_co2: float
 
 
-def bill(hardware: Hardware, name: str, gpu_hours: float, gpus: int | None, tokens: float = 0.0) -> Bill:
-    """Money, energy and carbon of `gpu_hours`."""
-    kwh = gpu_hours * hardware.watts_per_gpu / 1000 * hardware.power_usage_effectiveness
+def bill(
+    hardware: Hardware, name: str, gpu_hours: float, gpus: int | None, tokens: float = 0.0, busy: float = 1.0
+) -> Bill:  # fmt: skip
+    """Money, energy and carbon of `gpu_hours`, of which a part is busy."""
+    kwh = gpu_hours * busy * hardware.watts_per_gpu / 1000 * hardware.power_usage_effectiveness
     return Bill(
         name, tokens, gpu_hours, gpu_hours / gpus / 24 if gpus else None, gpu_hours * hardware.dollars_per_gpu_hour,
         kwh, kwh * hardware.kg_co2_per_kwh,

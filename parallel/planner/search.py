@@ -288,7 +288,7 @@ class _Timer:
         return plan_step(job, machine, schedule, self.weights(job), simulated=False, kinds=kinds)
 
     def memory(self, job: Job, schedule: str) -> float:
-        """Memory of the first, a middle or the last pipeline rank, bytes: close to `stage_memory`, and quick."""
+        """Memory of the first, second, middle or last pipeline rank, bytes: close to `stage_memory`, and quick."""
         one, weights, ranks = job.layout, self.weights(job), self.stages(job)
         kept, brought = self.layer_bytes(job)
 
@@ -303,7 +303,7 @@ class _Timer:
             return activations, messages, logits_bytes(job, "".join(items))
 
         most = 0.0
-        for rank in sorted({0, one.pp // 2, one.pp - 1}):
+        for rank in sorted({0, min(1, one.pp - 1), one.pp // 2, one.pp - 1}):
             optimizer, held = optimizer_bytes(job, weights[rank]), static(rank)
             alive = float(min(job.micro_batches, one.pp - rank))
             if one.vpp > 1:

@@ -242,6 +242,10 @@ def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:
         (["model=tiny", "gpus=8", "plan.cp=[3]"], "error: plan.cp=[3] divides none of"),
         (["model=tiny", "gpus=1", "write=."], "error: plan.write=. cannot be written: it is a directory"),
         (["model=tiny", "gpus=1", "output=a_file/out"], "error: plan.output=a_file/out cannot be written"),
+        (["model=tiny", "gpus=1", "output=a_file"], "error: plan.output=a_file cannot be written: it is no directory"),
+        (["model=tiny", "gpus=1", "write=new/"], "error: plan.write=new/ cannot be written: it names no file"),
+        (["model=tiny", "gpus=1", "write=x", "output=x"], "error: plan.write and plan.output are both x"),
+        (["model=tiny", "gpus=1", "--package"], "error: command line: argument --package/-p: expected one argument"),
         (["plan.software_date=202613", "model=tiny", "gpus=1"], "error: plan.software_date=202613 is no month"),
         (
             ["model=deepseek_v3", "parallel=deepseek_v3_h800", "plan.search=false", "gpus=64"],
@@ -291,6 +295,9 @@ def test_spares_are_paid_for() -> None:
     useful = cost.gpu_hours(1e9, found.best.step.tokens_per_s_per_gpu)
     assert found.bills[0].gpu_hours == pytest.approx(useful * 100 / 96)
     assert found.bills[0].days == pytest.approx(useful / 96 / 24)
+    cluster = cfg.cluster
+    busy = useful * cluster.watts_per_gpu / 1000 * cluster.power_usage_effectiveness
+    assert found.bills[0].kwh == pytest.approx(busy)
 
 
 def test_the_dispatcher_of_a_given_layout_is_timed() -> None:
@@ -315,6 +322,27 @@ def test_short_names_are_written_out() -> None:
     words = plan.translated(["model=tiny", "gpus=2k", "tokens=1.5B", "precision=fp8_block"])
     assert set(words) >= {"plan.gpus=2000", "train.tokens=1500000000", "precision=fp8_block", "runtime=cuda"}
     assert "precision=bf16" in plan.translated(["model=tiny"])
+
+
+def test_a_sweep_over_gpus_answers_each_and_leaves_nothing(tmp_path: Path) -> None:
+    done = run(tmp_path, "-m", "gpus=1,1.024k", "model=tiny", "top=1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("tiny on")] == [
+        "tiny on 1 x NVIDIA H800 SXM 80GB", "tiny on 1,024 x NVIDIA H800 SXM 80GB",
+    ]  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hours_that_are_given_stay_as_they_are_in_what_if() -> None:
+    recipe = "plan.recipe=['first tokens=1B failures=1','second gpu_hours=5000']"
+    cfg = compose(["model=mixtral_8x7b", "runtime=cuda", "precision=bf16", "batch=large", "train.seq_length=4096",
+                   "plan.gpus=64", "train.steps=null", "train.tokens=1000000000", recipe])  # fmt: skip
+    found = answer(cfg, validate(cfg, trains=False))
+    rows = {name: (days, dollars) for name, _, days, dollars in found.what_if}
+    total, (days, dollars) = found.total(), rows["as planned, with failures and checkpoints"]
+    assert (days, dollars) == (pytest.approx(total.days), pytest.approx(total.dollars))
+    given = 5000 * cfg.cluster.dollars_per_gpu_hour
+    assert rows["MFU +10%"][1] == pytest.approx(given + (dollars - given) / 1.1)
 
 
 @pytest.mark.parametrize("options", [["--cfg", "job"], ["--config-dir", "."], ["-v"]])

@@ -264,7 +264,8 @@ def stage_bill(result: Answer, stage: Stage, machine: Machine, weights_of: objec
     tokens = stage.tokens if stage.tokens is not None else float(plan.step.tokens * (stage.steps or 1))
     useful = result.goodput.fraction if stage.with_failures else 1.0
     hours = cost.gpu_hours(tokens, plan.step.tokens_per_s_per_gpu * useful) * result.gpus / result.used
-    return cost.bill(hardware, stage.name, hours, result.gpus, tokens)  # spares are paid for too
+    # Spares are paid for too, and draw next to nothing.
+    return cost.bill(hardware, stage.name, hours, result.gpus, tokens, busy=result.used / result.gpus)
 
 
 def adapted(result: Answer, stage: Stage, machine: Machine, weights_of: object) -> Plan:
@@ -306,16 +307,17 @@ def what_if(result: Answer) -> list[tuple[str, float, float, float]]:
     hardware, size, asked = result.hardware, checkpoint_bytes(result.cfg, result.best.job), result.cfg.plan
     gpus, now = result.used, result.goodput
     stages = parse(asked.recipe, result.cfg.train.tokens)
+    both = list(zip(stages, result.bills, strict=True))
     whole = sum(  # without failures
-        bill.gpu_hours * (now.fraction if stage.with_failures and stage.gpu_hours is None else 1.0)
-        for stage, bill in zip(stages, result.bills, strict=True)
+        bill.gpu_hours * (now.fraction if stage.with_failures else 1.0) for stage, bill in both if not stage.gpu_hours
     )
+    known = sum(stage.gpu_hours or 0.0 for stage in stages)  # these stay as they are
     rows = []
 
     def row(name: str, changed: Hardware, speed: float = 1.0, interval: float | None = None) -> None:
         fraction = cost.goodput(changed, size, gpus, interval or asked.checkpoint_interval_s).fraction
         hours = whole / speed / fraction
-        rows.append((name, fraction, hours / result.gpus / 24, hours * changed.dollars_per_gpu_hour))
+        rows.append((name, fraction, hours / result.gpus / 24, (hours + known) * changed.dollars_per_gpu_hour))
 
     row("as planned, with failures and checkpoints", hardware, interval=now.interval_s)
     for factor in (0.75, 1.25):

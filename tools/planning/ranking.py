@@ -75,14 +75,16 @@ def repeats(rows: Sequence[dict[str, Any]]) -> list[float]:
     return [abs(log(one / other)) for own in found.values() for one, other in combinations(own.values(), 2)]
 
 
-def reached_by_noise(found: Sequence[Group], apart: Sequence[float]) -> tuple[float, float]:
-    """What a model without any error would reach: (groups in order on average, chance of all), if published figures
-    scatter normally as `repeats` do. The middle of the repeats sets the scatter, so that outliers do not.
+def reached_by_noise(found: Sequence[Group], apart: Sequence[float]) -> tuple[list[float], float]:
+    """What a model without any error would reach: (chance of each group to be in order, chance of all), if published
+    figures scatter normally as `repeats` do. The middle of the repeats sets the scatter, so that outliers do not.
     """
     scatter = median(apart) / (sqrt(2) * NormalDist().inv_cdf(0.75))
     noise = random.Random(0)
-    counts = []
+    good, all_good = [0] * len(found), 0
     for _ in range(DRAWS):
         seen = [[value * exp(noise.gauss(0, scatter)) for value in group.published] for group in found]
-        counts.append(sum(spearman(g.published, s) >= GOOD for g, s in zip(found, seen, strict=True)))
-    return sum(counts) / DRAWS, counts.count(len(found)) / DRAWS
+        held = [spearman(g.published, s) >= GOOD for g, s in zip(found, seen, strict=True)]
+        good = [count + one for count, one in zip(good, held, strict=True)]
+        all_good += all(held)
+    return [count / DRAWS for count in good], all_good / DRAWS

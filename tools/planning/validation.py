@@ -153,7 +153,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     order = ranking.groups(counted)
     correlations = [group.correlation for group in order]
     apart = ranking.repeats(counted)
-    reached = ranking.reached_by_noise(order, apart) if order and apart else (None, None)
+    chances, all_held = ranking.reached_by_noise(order, apart) if order and apart else ([None] * len(order), None)
 
     def median_of(name: str) -> float | None:
         sizes = [abs(row[name]) for row in rows if "left_out" not in row and row.get(name) is not None]
@@ -171,13 +171,19 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "rank_correlation_median": median(correlations) if order else None,
         "rank_correlation_groups_at_least_0.9": sum(value >= ranking.GOOD for value in correlations),
         "rank_correlation_groups": [
-            {"model": g.model, "hardware": g.hardware, "layouts": len(g.published), "correlation": g.correlation}
-            for g in order
+            {
+                "model": g.model,
+                "hardware": g.hardware,
+                "layouts": len(g.published),
+                "correlation": g.correlation,
+                "chance_without_error": chance,
+            }
+            for g, chance in zip(order, chances, strict=True)
         ],
         "repeats": len(apart),
         "repeats_median_difference": median(apart) if apart else None,
-        "rank_correlation_groups_of_a_model_without_error": reached[0],
-        "rank_correlation_chance_of_all": reached[1],
+        "rank_correlation_groups_of_a_model_without_error": sum(c for c in chances if c is not None) if apart else None,
+        "rank_correlation_chance_of_all": all_held,
         "median_error_memory": median_of("error_peak_mem_gb"),
         "median_error_step_time": median_of("error_step_time_s"),
         "by_source": _by(counted, lambda row: row["source"]),

@@ -9,6 +9,12 @@ import pytest
 
 from moe_train.config.compose import compose
 from moe_train.config.validate import validate
+from moe_train.model.memory import weights_on
+from parallel.planner import search
+from parallel.planner.calibration import FITTED
+from parallel.planner.job import Job
+from parallel.planner.layers import Machine
+from parallel.planner.memory import Weights
 from tools.planning.answer import Answer, answer, parallel_yaml, sizes
 
 V3 = (
@@ -70,6 +76,33 @@ def test_a_layout_that_needs_more_recomputation_than_was_estimated_is_kept() -> 
     best = plan(*same, "plan.top=5").best
     assert given.memory_bytes <= 140e9
     assert best.step.tokens_per_s_per_gpu >= given.step.tokens_per_s_per_gpu
+
+
+def test_drafts_that_do_not_fit_after_all_do_not_end_the_search() -> None:
+    """Scores of long sequences fill so little memory that the quickest drafts all lack room."""
+    few = ("model=qwen3_30b_a3b", "cluster.memory_gib=48", "plan.gpus=16", "train.seq_length=32768",
+           "plan.precisions=[]")  # fmt: skip
+    best = [plan(*few, f"plan.top={top}").best for top in (1, 200)]
+    assert best[0].label == best[1].label
+    assert best[0].memory_bytes <= 48e9
+
+
+@pytest.mark.parametrize(
+    ("words", "schedule"),
+    [(["plan.schedules=[1f1b,interleaved]"], ""), (["plan.schedules=[dualpipe]"], "dualpipe"),
+     (["model=qwen3_30b_a3b", "cluster=h200", "plan.gpus=64", "train.seq_length=32768"], "")],
+)  # fmt: skip
+def test_the_quick_estimate_of_memory_is_close(words: list[str], schedule: str) -> None:
+    cfg = compose([*V3, *words])
+    found = answer(cfg, validate(cfg))
+
+    def weights_of(job: Job, rank: int) -> Weights:
+        return weights_on(cfg, job, rank)
+
+    timer = search._Timer(Machine(found.hardware, found.best.software, FITTED), weights_of)
+    for one in found.found.plans:
+        assert schedule in one.schedule
+        assert timer.memory(one.job, one.schedule) == pytest.approx(one.memory_bytes, rel=0.08), one.label
 
 
 def test_nothing_fits_too_few_gpus() -> None:
