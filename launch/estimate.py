@@ -34,7 +34,7 @@ class Estimate:
     """Args:
     stage, memory_gib, usable_gib: the fullest pipeline stage, and what a GPU has for it; None on CPU nodes.
     tokens: of the whole run.
-    pace: None on CPU nodes.
+    pace: None on CPU nodes, and in NVFP4, which is not timed.
     """
 
     stage: int
@@ -54,7 +54,7 @@ def estimate(cfg: Config, layout: ParallelLayout) -> Estimate:
         memory_gib=fullest.total / GIB,
         usable_gib=Hardware.of(cfg.cluster).usable_bytes / GIB if gpus else None,
         tokens=tokens,
-        pace=pace(cfg, layout, tokens) if gpus else None,
+        pace=pace(cfg, layout, tokens) if gpus and not cfg.precision.fp4 else None,
     )
 
 

@@ -31,6 +31,7 @@ from moe_train.config.schema import Config
 from moe_train.config.validate import validate
 from parallel.errors import ConfigError, LaunchError, MoeTrainError
 from parallel.layout import ParallelLayout
+from parallel.planner.hardware import Hardware
 
 _DRY = "--dry-run"
 _VERBS = {"status": follow.status, "cancel": follow.cancel, "logs": follow.logs}
@@ -106,6 +107,8 @@ def check(cfg: Config) -> Checked:
         raise ConfigError(f"runtime={cfg.runtime} runs on one machine alone", "use runtime=cuda or runtime=cpu")
     fitted = cfg if world_size is None else fitting(cfg, world_size)
     layout = validate(fitted, world_size)
+    if cfg.runtime == "cuda" and (refusal := Hardware.of(cfg.cluster).refusal(cfg.precision.fp8)):
+        raise refusal
     checks.job(cfg)
     nodes = launcher.nodes or checks.nodes_of(cfg, layout)
     choices = elastic.choices(cfg, nodes)

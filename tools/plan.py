@@ -57,7 +57,7 @@ def translated(words: Sequence[str]) -> list[str]:
         name, equals, value = word.partition("=")
         name = SHORT.get(name, name)
         if equals and name in COUNTED and value.lower() != "null":
-            value = ",".join(str(count(one)) for one in (value.split(",") if sweeps else [value]))
+            value = ",".join(str(count(one, name)) for one in (value.split(",") if sweeps else [value]))
         found.append(f"{name}{equals}{value}")
     given = {word.partition("=")[0].lstrip("+") for word in found}
     if not given & {"precision", "experiment", "precision.dtype"}:

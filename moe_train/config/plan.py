@@ -30,7 +30,7 @@ class PlanConfig:
         "megatron", "Software that is timed: Megatron-Core as usual in `software_date`, or DeepSeek's own of 2024.",
         choices=("megatron", "deepseek"),
     )  # fmt: skip
-    software_date: int = doc(202604, "Month of the software, year x 100 + month.", minimum=202000, maximum=210012)
+    software_date: int = doc(202604, "Month of the software, year x 100 + month.", minimum=202001, maximum=210012)
     overlap_all_to_all: bool | None = doc(None, "Expert dispatch overlaps with compute; null means as in the software.")
     imbalance: float = doc(1.0, "Tokens of the fullest expert rank over the mean.", minimum=1)
     recipe: list[str] = doc(

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from parallel.errors import ConfigError
+
 GIB = 2**30
 GB = 1e9
 TERA = 1e12
@@ -63,6 +65,18 @@ class Hardware:
     def blackwell(self) -> bool:
         """Whether its tensor cores scale blocks of 32 (MXFP8), and take operands in FP8 whichever way they lie."""
         return self.fp8_tflops > BLACKWELL_TFLOPS
+
+    def refusal(self, recipe: str | None) -> ConfigError | None:
+        """Why its tensor cores cannot compute in an FP8 recipe (None: 16 or 32 bits), and what they can."""
+        if recipe is None:
+            return None
+        if self.fp8_tflops <= self.bf16_tflops:
+            return ConfigError(f"cluster={self.name} has no FP8, which {recipe} needs", "use precision=bf16")
+        if recipe == "mxfp8" and not self.blackwell:
+            return ConfigError(
+                f"cluster={self.name} has no MXFP8, which needs Blackwell", "use precision=fp8_block"
+            )  # fmt: skip
+        return None
 
     @property
     def usable_bytes(self) -> float:

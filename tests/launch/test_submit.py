@@ -87,6 +87,8 @@ WRONG = {
     "warning longer than the job": (["launcher.time_limit_min=8"], "less than half of launcher.time_limit_min=8"),
     "meeting longer than the job": (["launcher.time_limit_min=20", "launcher.meet_timeout_s=900"],
                                     "launcher.meet_timeout_s=900 leaves less than half"),
+    "no FP8": (["cluster=a100"], "cluster=a100 has no FP8"),
+    "no MXFP8": (["cluster=h100", "precision=mxfp8"], "cluster=h100 has no MXFP8"),
     "unknown partition": (["launcher.partition=h900"], "launcher.partition=h900 is not a partition"),
     "more GPUs than a node has": (["launcher.ranks_per_node=16"], "exceeds the 8 GPUs of a node"),
     "fewer GPUs than ranks": (["launcher.gpus_per_node=4"], "exceeds launcher.gpus_per_node=4"),

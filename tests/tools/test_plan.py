@@ -229,9 +229,9 @@ def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["gpus=many"], "error: 'many' is no whole number"),
-        (["tokens=1e400"], "error: '1e400' is no whole number"),
-        (["gpus=2.5"], "error: '2.5' is no whole number"),
+        (["gpus=many"], "error: plan.gpus='many' is no whole number"),
+        (["tokens=1e400"], "error: train.tokens='1e400' is no whole number"),
+        (["gpus=2.5"], "error: plan.gpus='2.5' is no whole number"),
         (["model=deepseek_v3", "gpus=8", "batch.global_batch_size=8"], "error: no layout of deepseek_v3 fits 8 GPUs"),
         (["model=mixtral_8x7b", "gpus=8"], NO_ROOM),
         (["cluster=h801"], "error: cluster=h801"),
@@ -246,6 +246,14 @@ def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:
         (["model=tiny", "gpus=1", "write=new/"], "error: plan.write=new/ cannot be written: it names no file"),
         (["model=tiny", "gpus=1", "write=x", "output=x"], "error: plan.write and plan.output are both x"),
         (["model=tiny", "gpus=1", "--package"], "error: command line: argument --package/-p: expected one argument"),
+        (
+            ["model=tiny", "gpus=1", "tokens=1T", "plan.recipe=['a tokens=2T']"],
+            "error: train.tokens=1000000000000 is of no stage of plan.recipe",
+        ),
+        (
+            ["model=tiny", "gpus=1", "plan.recipe=['a tokens=2T steps=3']"],
+            "error: plan.recipe: 'a tokens=2T steps=3' has tokens and steps",
+        ),
         (["plan.software_date=202613", "model=tiny", "gpus=1"], "error: plan.software_date=202613 is no month"),
         (
             ["model=deepseek_v3", "parallel=deepseek_v3_h800", "plan.search=false", "gpus=64"],
@@ -298,6 +306,28 @@ def test_spares_are_paid_for() -> None:
     cluster = cfg.cluster
     busy = useful * cluster.watts_per_gpu / 1000 * cluster.power_usage_effectiveness
     assert found.bills[0].kwh == pytest.approx(busy)
+
+
+def test_a_stage_of_longer_sequences_gets_the_smallest_ring_that_can_run_it() -> None:
+    """Where its cp is not given: 15 and 30 micro-batches do not fill an interleaved pipeline of 8."""
+    cfg = compose(["model=deepseek_v3", "runtime=cuda", "precision=bf16", "batch=large", "train.seq_length=4096",
+                   "plan.gpus=2048", "plan.top=1", "plan.recipe=['long seq=32768 batch=1920 steps=1000']"])  # fmt: skip
+    found = answer(cfg, validate(cfg, trains=False))
+    layout = found.plans_of_stages["long"].job.layout
+    assert layout.cp > 1
+    assert layout.world_size == 2048
+
+
+def test_a_layout_that_does_not_fit_is_not_offered(tmp_path: Path) -> None:
+    done = run(tmp_path, "model=qwen3_30b_a3b", "cluster=h100", "gpus=64", "search=false", "write=bad.yaml")
+    assert "IT DOES NOT FIT" in done.stdout
+    assert "Plans that fit" not in done.stdout
+    assert "IT DOES NOT FIT" in (tmp_path / "bad.yaml").read_text()
+
+
+def test_a_cpu_gets_no_dispatcher_for_gpus() -> None:
+    cfg = compose(["model=tiny", "cluster=local_cpu", "plan.gpus=4", "runtime=cpu"])
+    assert answer(cfg, validate(cfg, trains=False)).best.software.dispatcher == "alltoall"
 
 
 def test_the_dispatcher_of_a_given_layout_is_timed() -> None:

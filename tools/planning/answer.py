@@ -85,7 +85,7 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
     hardware = Hardware.of(cfg.cluster)
     _check(cfg, hardware)
     machine = Machine(hardware, software_of(cfg), FITTED)
-    gpus = cfg.plan.gpus or layout.world_size
+    gpus, recipe = cfg.plan.gpus or layout.world_size, parse(cfg.plan.recipe, cfg.train.tokens)
     base = job_of(cfg, layout)
     if cfg.plan.software == "deepseek":  # weights in FP8 alone, moments in 16 bits (arXiv 2412.19437, section 3.3.3)
         base = replace(base, fp8_weights_only=base.fp8 is not None, compact=base.fp8 is not None, moment_bytes=2)
@@ -113,7 +113,7 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
     if cfg.plan.search and max(layout.tp, layout.pp, layout.cp, layout.ep) > 1:
         with contextlib.suppress(ConfigError):  # a layout for another number of GPUs is nothing to compare with
             result.asked = given(cfg, base, machine, gpus, weights_of).plans[0]
-    for stage in parse(cfg.plan.recipe, cfg.train.tokens):
+    for stage in recipe:
         result.bills.append(stage_bill(result, stage, machine, weights_of))
     result.what_if = what_if(result)
     return result
@@ -124,10 +124,9 @@ def _check(cfg: Config, hardware: Hardware) -> None:
     if cfg.precision.fp4:
         raise ConfigError(f"precision.fp4={cfg.precision.fp4} is not timed by moe-plan", "use precision=mxfp8")
     if cfg.runtime != "cpu":  # on a CPU the `local` backend computes in FP8 too: it rounds
-        if recipes and hardware.fp8_tflops <= hardware.bf16_tflops:
-            raise ConfigError(f"cluster={hardware.name} has no FP8, which {recipes[0]} needs", "use precision=bf16")
-        if "mxfp8" in recipes and not hardware.blackwell:
-            raise ConfigError(f"cluster={hardware.name} has no MXFP8, which needs Blackwell", "use precision=fp8_block")
+        for refusal in map(hardware.refusal, recipes):
+            if refusal:
+                raise refusal
     for name in ("schedules", "micro_batch_sizes"):
         if not getattr(cfg.plan, name):
             raise ConfigError(f"plan.{name}=[] leaves nothing to try", f"leave plan.{name} out")
@@ -168,7 +167,8 @@ def space_of(cfg: Config) -> Space:
     return Space(
         cp=cp, ep=tuple(e for e in (2**n for n in range(11)) if e <= max(1, model.num_experts)),
         micro_batch_size=tuple(plan.micro_batch_sizes), recompute=(*sets, ("full", frozenset())),
-        schedules=tuple(plan.schedules), dispatchers=("flex", "alltoall"), fp8=fp8,
+        schedules=tuple(plan.schedules), fp8=fp8,
+        dispatchers=("alltoall",) if cfg.cluster.multiprocessors == 1 else ("flex", "alltoall"),  # DeepEP needs GPUs
     )  # fmt: skip
 
 
@@ -269,13 +269,24 @@ def stage_bill(result: Answer, stage: Stage, machine: Machine, weights_of: objec
 
 
 def adapted(result: Answer, stage: Stage, machine: Machine, weights_of: object) -> Plan:
-    """The best plan with other sequences: same stages and experts, the least recomputation that fits.
+    """The best plan with other sequences: same stages and experts, the smallest cp that can run, where the stage has
+    none of its own, and the least recomputation that fits.
 
     Raises:
         ConfigError: the stage cannot run on the same ranks.
     """
+    one = result.best.job.layout
+    more = [one.cp << power for power in range((one.cp * one.dp).bit_length()) if one.dp % (1 << power) == 0]
+    for cp in [stage.cp] if stage.cp else more:
+        try:
+            return _adapted(result, stage, cp, machine, weights_of)
+        except ConfigError as error:
+            reason = error
+    raise reason
+
+
+def _adapted(result: Answer, stage: Stage, cp: int, machine: Machine, weights_of: object) -> Plan:
     job = result.best.job
-    cp = stage.cp or job.layout.cp
     ranks = job.layout.tp * job.layout.cp * job.layout.dp
     if ranks % (job.layout.tp * cp):
         raise ConfigError(f"plan.recipe: cp={cp} of '{stage.name}' does not divide {ranks} ranks", "use another cp")
@@ -344,13 +355,14 @@ def duration(seconds: float) -> str:
 def parallel_yaml(cfg: Config, plan: Plan) -> str:
     """The plan as a file for `conf/parallel/`; what the run needs beside, as overrides in comments."""
     job, one = plan.job, plan.job.layout
+    fits = "" if plan.memory_bytes <= Hardware.of(cfg.cluster).usable_bytes else ": IT DOES NOT FIT"
     modules = ",".join(sorted(job.recompute_modules))
     again = f"recompute.mode={job.recompute}" + (f" 'recompute.modules=[{modules}]'" if modules else "")
     if job.recompute_of_chunks:
         again = f"'recompute.stages=[{job.recomputes.replace('|', ',')}]'"
     lines = [
         f"# Planned for {one.world_size:,} GPUs by moe-plan: {plan.step.tokens_per_s_per_gpu:,.0f} tokens/s/GPU,",
-        f"# {plan.memory_bytes / 2**30:.1f} GiB on the fullest. As parallel/NAME.yaml in a directory DIR it goes with",
+        f"# {plan.memory_bytes / 2**30:.1f} GiB on the fullest{fits}. In DIR/parallel/NAME.yaml it goes with",
         f"#   --config-dir DIR parallel=NAME model={cfg.model.name} cluster={cfg.cluster.name}",
         f"#   precision={cfg.precision.name} precision.dtype={job.dtype} precision.fp8={job.fp8 or 'null'} {again}",
         f"#   train.seq_length={job.seq_length} batch.global_batch_size={cfg.batch.global_batch_size}",

@@ -32,8 +32,8 @@ class Stage:
         return self.seq is None and self.batch is None and self.cp is None
 
 
-def count(text: str) -> int:
-    """A number such as 14.8T, 1_000 or 4e9.
+def count(text: str, field: str = "") -> int:
+    """A number such as 14.8T, 1_000 or 4e9, of a field.
 
     Raises:
         ConfigError: it is none.
@@ -48,7 +48,7 @@ def count(text: str) -> int:
         return int(number)
     except (ValueError, ArithmeticError):
         raise ConfigError(
-            f"{text!r} is no whole number of tokens, GPUs or steps", "write it as 14.8T, 500B, 2048 or 4e9"
+            f"{field}{'=' if field else ''}{text!r} is no whole number above 0", "write it as 14.8T, 500B, 2048 or 4e9"
         ) from None
 
 
@@ -56,11 +56,15 @@ def parse(recipe: Sequence[str], tokens: int | None) -> list[Stage]:
     """The stages; without a recipe one of `tokens`, and none without those.
 
     Raises:
-        ConfigError: an entry has an unknown field, or neither tokens, steps nor GPU-hours.
+        ConfigError: an entry has an unknown field, or not just one of tokens, steps and GPU-hours; or no stage has
+            the tokens that were asked for.
     """
     if not recipe:
         return [Stage("training", tokens=float(tokens))] if tokens else []
-    return [_stage(entry) for entry in recipe]
+    stages = [_stage(entry) for entry in recipe]
+    if tokens and not any(stage.tokens and abs(stage.tokens / tokens - 1) < 1e-3 for stage in stages):
+        raise ConfigError(f"train.tokens={tokens} is of no stage of plan.recipe", "change the recipe, or leave it out")
+    return stages
 
 
 def _stage(entry: str) -> Stage:
@@ -74,11 +78,12 @@ def _stage(entry: str) -> Stage:
                 f"plan.recipe: {word} of '{entry}' is not one of {', '.join(FIELDS)}", "write NAME tokens=14.8T"
             )
         else:
-            values[name] = count(value)
+            values[name] = count(value, f"plan.recipe: {name}")
     if zero := [name for name in ("seq", "batch", "cp", "steps") if values.get(name) == 0]:
         raise ConfigError(f"plan.recipe: {zero[0]}=0 of '{entry}'", "leave it out, or make it at least 1")
-    if not values.keys() & {"tokens", "steps", "gpu_hours"}:
-        raise ConfigError(f"plan.recipe: '{entry}' has no tokens, steps or gpu_hours", "write NAME tokens=14.8T")
+    if len(sizes := [name for name in ("tokens", "steps", "gpu_hours") if name in values]) != 1:
+        what = " and ".join(sizes) if sizes else "no tokens, steps or gpu_hours"
+        raise ConfigError(f"plan.recipe: '{entry}' has {what}", "write NAME tokens=14.8T")
     return Stage(
         " ".join(words) or "training", tokens=values.get("tokens"), seq=values.get("seq"), batch=values.get("batch"),
         steps=values.get("steps"), cp=values.get("cp"), gpu_hours=values.get("gpu_hours"),

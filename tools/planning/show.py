@@ -87,7 +87,8 @@ def headline(result: Answer) -> str:
 
 def plans(result: Answer) -> Table:
     """The plans that fit, fastest (and so cheapest) first."""
-    shown = Table(title=f"Plans that fit, of {result.found.tried:,} layouts, cheapest first")
+    searched = f"Plans that fit, of {result.found.tried:,} layouts, cheapest first"
+    shown = Table(title=searched if result.cfg.plan.search else "The layout of parallel.*")
     for column in ("plan", "precision", "step s", "tokens/s/GPU", "MFU", "bubble", "GiB"):
         shown.add_column(column, justify="left" if column in ("plan", "precision") else "right", overflow="fold")
     for plan in result.found.plans:
