@@ -180,7 +180,7 @@ def predicted(overrides: Sequence[str], measured: Measured, host_us: float) -> f
     # Nothing overlaps on a CPU, and nothing is fused away: the constants of GPUs do not hold.
     constants = Calibration(
         gemm_half_k=1, gemm_speed=1, weights_speed=1, quantize_passes=1, memory_passes=1, attention_speed=1,
-        tp_exposed=1, dp_exposed=1, fsdp_exposed=1,
+        tp_exposed=1, dp_exposed=1, fsdp_exposed=1, pass_us=0,
         all_to_all_exposed=1, pp_exposed=1, host_us=host_us, sync_us=0, flex_sync_us=0, host_blend=1, sync_blend=1,
         grouped_kernel=1, scores_passes=1, expert_passes_2026=1, step_s=0, straggler=0,
     )  # fmt: skip

@@ -34,7 +34,7 @@ BOUNDS = {
     **{f"expert_passes_{era}": (0.3, 3) for era in (2023, 2025, 2026)},
     "tp_exposed": (0.05, 1),
     "dp_exposed": (0.02, 1), "fsdp_exposed": (0.02, 1), "all_to_all_exposed": (0.02, 0.5), "pp_exposed": (0.02, 1),
-    "host_us": (1.5, 60), "sync_us": (10, 3000), "flex_sync_us": (10, 3000), "sync_blend": (1, 4),
+    "pass_us": (1, 3000), "host_us": (1.5, 60), "sync_us": (10, 3000), "flex_sync_us": (10, 3000), "sync_blend": (1, 4),
     "capacity_us": (20, 3000),
     "real_imbalance": (1.0, 2.0), "graph_kernels": (0.05, 1.0), "grouped_kernel": (0.02, 1.0), "overlap_host": (1, 3),
     "step_s": (0.03, 0.3), "straggler": (0.0005, 0.03),

@@ -33,6 +33,8 @@ class Calibration:
         fsdp_exposed: the same of FSDP's gathers beyond the compute they overlap with.
         all_to_all_exposed: the same of expert dispatch where it overlaps with another micro-batch.
         pp_exposed: part of pipeline messages that is not hidden where they overlap.
+        pass_us: time between two passes of a micro-batch through a chunk, microseconds: messages between stages are
+            asked for, the next pass is chosen; not where one CUDA graph runs the whole step.
         host_us: host time to start one kernel, microseconds.
         sync_us: host time that a layer loses where it must know how many tokens came before it goes on (alltoall
             without fixed shapes), microseconds.
@@ -51,36 +53,37 @@ class Calibration:
         straggler: how much longer every pass takes for each doubling of the GPUs.
     """
 
-    gemm_half_k: float = 41.03
-    gemm_speed: float = 1.116
-    power_exponent: float = 0.8176
-    weights_speed: float = 0.5438
-    block_speed: float = 0.9203
-    quantize_passes: float = 1.474
-    memory_passes: float = 1.144
-    scores_passes: float = 0.1015
-    expert_passes_2023: float = 0.3437
+    gemm_half_k: float = 41.42
+    gemm_speed: float = 1.101
+    power_exponent: float = 0.8602
+    weights_speed: float = 0.5833
+    block_speed: float = 0.9251
+    quantize_passes: float = 1.476
+    memory_passes: float = 1.14
+    scores_passes: float = 0.101
+    expert_passes_2023: float = 0.3065
     expert_passes_2025: float = 2.491
-    expert_passes_2026: float = 1.256
-    small_kernel_us: float = 1.24
-    attention_speed: float = 1.059
-    tp_exposed: float = 0.7114
-    dp_exposed: float = 0.02139
-    fsdp_exposed: float = 0.9329
-    all_to_all_exposed: float = 0.4984
-    pp_exposed: float = 0.1687
-    host_us: float = 33
-    sync_us: float = 1822
-    flex_sync_us: float = 45.02
+    expert_passes_2026: float = 1.24
+    small_kernel_us: float = 1.213
+    attention_speed: float = 1.072
+    tp_exposed: float = 0.6591
+    dp_exposed: float = 0.02283
+    fsdp_exposed: float = 0.9287
+    all_to_all_exposed: float = 0.5
+    pp_exposed: float = 0.1848
+    pass_us: float = 119.6
+    host_us: float = 32.38
+    sync_us: float = 1693
+    flex_sync_us: float = 45.79
     host_blend: float = 4
-    sync_blend: float = 1.984
-    capacity_us: float = 301.8
-    real_imbalance: float = 1.546
-    graph_kernels: float = 0.05
-    grouped_kernel: float = 0.9104
-    overlap_host: float = 1.644
-    step_s: float = 0.08911
-    straggler: float = 0.009113
+    sync_blend: float = 1.945
+    capacity_us: float = 314.1
+    real_imbalance: float = 1.513
+    graph_kernels: float = 0.05034
+    grouped_kernel: float = 0.9324
+    overlap_host: float = 1.627
+    step_s: float = 0.09186
+    straggler: float = 0.01019
 
     def expert_passes(self, era: int) -> float:
         """That of software of an era (`Software.era`)."""

@@ -179,6 +179,8 @@ def stage_time(job: Job, machine: Machine, schedule: str, times: Times) -> Stage
     forward = _blend(forward, _host(machine, times.kernels_forward, times.graphed_forward), blend)
     backward = _blend(inputs + weights, _host(machine, times.kernels_backward, times.graphed_backward), blend)
     weights *= backward / (inputs + weights) if inputs + weights else 1.0
+    if software.graphs != "full":
+        forward, backward = (one + constants.pass_us * MICRO for one in (forward, backward))
     if schedule in ("dualpipe", "dualpipev") and software.overlap_all_to_all:
         slowed = (forward + backward) / (1 - software.communication_sms)
         both = max(slowed, sent + returned)  # dispatch has multiprocessors of its own

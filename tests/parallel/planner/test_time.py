@@ -173,3 +173,13 @@ def test_gradients_in_16_bits_are_added_up_faster() -> None:
     model = compose(["model=mixtral_8x7b"]).model
     weights = 4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * model.ffn_hidden_size
     assert four - two == pytest.approx(2 * 2 * weights / cluster("h800").memory_bytes_per_s)
+
+
+def test_every_pass_of_a_chunk_begins_a_little_later() -> None:
+    """Not where one CUDA graph runs the whole step."""
+    late = replace(FITTED, pass_us=FITTED.pass_us + 1000)
+    for graphs, more in (("none", 1e-3), ("full", 0.0)):
+        soft = replace(software.of_date(202604), graphs=graphs)
+        before, after = (planned(soft=soft, constants=constants).stages[1] for constants in (FITTED, late))
+        assert after.forward - before.forward == pytest.approx(more)
+        assert after.backward - before.backward == pytest.approx(more)
