@@ -22,7 +22,7 @@ from moe_train.model.memory import predict
 from parallel.layout import ParallelLayout
 from parallel.planner.memory import StageMemory
 from tools import terminal
-from tools.words import parse
+from tools.words import CommandLine, parse
 
 GIB, MIB = 2**30, 2**20
 PARTS = {
@@ -45,6 +45,12 @@ def main() -> None:
 def with_defaults(words: Sequence[str]) -> list[str]:
     """The command line, with what `moe-memory` assumes where it says nothing."""
     line = parse(words)
+    assume(line)
+    return line.argv()
+
+
+def assume(line: CommandLine) -> None:
+    """Put before the overrides what `moe-memory` and `moe-plan` assume where these say nothing."""
     given = {word.partition("=")[0].lstrip("+") for word in line.overrides}
     added = []
     if "runtime" not in given:
@@ -55,7 +61,6 @@ def with_defaults(words: Sequence[str]) -> list[str]:
         if "train.seq_length" not in given:
             added.append("train.seq_length=4096")
     line.overrides[:0] = added
-    return line.argv()
 
 
 def run(cfg: Config) -> None:

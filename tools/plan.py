@@ -22,7 +22,7 @@ from moe_train.config.schema import Config
 from moe_train.config.validate import validate
 from parallel.errors import ConfigError, MoeTrainError
 from tools import terminal
-from tools.memory import with_defaults
+from tools.memory import assume
 from tools.planning.recipe import count
 from tools.words import parse
 
@@ -65,7 +65,8 @@ def translated(words: Sequence[str]) -> list[str]:
     if "train.tokens" in given and "train.steps" not in given:
         found.append("train.steps=null")
     line.overrides = found
-    return with_defaults(line.argv())
+    assume(line)
+    return line.argv()
 
 
 def run(cfg: Config) -> None:

@@ -167,24 +167,26 @@ def hydra_entry(
             the config is composed once and Hydra makes no job of it, which saves a fifth of a second.
         about: what --help prints, in the place of Hydra's page.
     """
-    if about and {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
-        print(f"{about.strip()}\n\n{_MORE_HELP}")
-        return 0
     before = _TRAINS.set(trains)
     if sys.stdout is None:  # closed by whoever started it: what is printed goes nowhere
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
-        return _run(fn, config_name, argv, runs)
+        return _run(fn, config_name, argv, runs, about)
     finally:
         _TRAINS.reset(before)
 
 
-def _run(fn: Callable[[Config], None], config_name: str, argv: Sequence[str] | None, runs: bool) -> int:
+def _run(
+    fn: Callable[[Config], None], config_name: str, argv: Sequence[str] | None, runs: bool, about: str | None
+) -> int:  # fmt: skip
     options = [
         "verbose=true" if word in ("-v", "--verbose") else word for word in (sys.argv[1:] if argv is None else argv)
     ]
     entry = _Entry(fn, [word for word in options if not word.startswith("-")])
     try:
+        if about and {"-h", "--help"} & set(options):
+            print(f"{about.strip()}\n\n{_MORE_HELP}", flush=True)
+            return 0
         with _one_line_usage():
             get_args_parser().parse_args(options)
         refuse_lost_groups(entry.overrides)
@@ -247,17 +249,8 @@ class _Entry:
                 sys.stdout.flush()
         except MoeTrainError as error:
             self.report(error)
-        except BrokenPipeError as error:
-            if _TRAINS.get():  # a run must not end unnoticed
-                self.report_bug(error)
-                return
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read it has seen enough (| head)
-            self.exit_code = 1  # as rich does
         except Exception as error:
-            if not _TRAINS.get() and _unprinted(error):
-                self.report(error)
-            else:
-                self.report_bug(error)
+            self.report_bug(error)
 
     def report(self, error: Exception) -> None:
         """One line for an error of composition, or a typed one."""
@@ -270,7 +263,15 @@ class _Entry:
         self._print(one_line(known), known.exit_code)
 
     def report_bug(self, error: Exception) -> None:
-        """An error that nobody foresaw: whoever mends it needs the traceback."""
+        """An error that nobody foresaw: whoever mends it needs the traceback. A command that only answers ends quietly
+        where its reader is gone, and in a line where the disk is full; a run must not end unnoticed."""
+        if not _TRAINS.get() and isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read it has seen enough (| head)
+            self.exit_code = 1  # as rich does
+            return
+        if not _TRAINS.get() and (lost := _unprinted(error)):
+            self._print(one_line(lost), lost.exit_code)
+            return
         traceback.print_exception(error)
         self._print(f"{type(error).__name__}: {one_line(error)}", 1)
 

@@ -292,10 +292,6 @@ class _Timer:
         one, weights, ranks = job.layout, self.weights(job), self.stages(job)
         kept, brought = self.layer_bytes(job)
 
-        def static(rank: int) -> float:
-            held = weights[rank].shared + weights[rank].experts
-            return float(parameter_bytes(job, weights[rank]) + job.grad_bytes * held)
-
         def of(rank: int, alive: float) -> tuple[float, float, float]:
             items, counts = ranks[rank]
             activations = alive * sum(count * kept[moe] for moe, count in counts.items())
@@ -304,7 +300,7 @@ class _Timer:
 
         most = 0.0
         for rank in sorted({0, min(1, one.pp - 1), one.pp // 2, one.pp - 1}):
-            optimizer, held = optimizer_bytes(job, weights[rank]), static(rank)
+            optimizer, held = optimizer_bytes(job, weights[rank]), _static_bytes(job, weights[rank])
             alive = float(min(job.micro_batches, one.pp - rank))
             if one.vpp > 1:
                 alive = min(job.micro_batches * one.vpp, 2 * (one.pp - rank - 1) + (one.vpp - 1) * one.pp + 1) / one.vpp
@@ -314,7 +310,9 @@ class _Timer:
             if schedule == DUAL:  # two stages, as in `held_bytes`
                 other = one.pp - 1 - rank
                 optimizer = (optimizer + optimizer_bytes(job, weights[other])) / 2
-                held += static(other) - (shared_embedding_bytes(job) if rank in (0, one.pp - 1) else 0.0)
+                held += _static_bytes(job, weights[other]) - (
+                    shared_embedding_bytes(job) if rank in (0, one.pp - 1) else 0.0
+                )
                 more, others, further = of(other, float(rank + 1))
                 activations, messages, scores = activations + more, max(messages, others), scores + further
             most = max(most, held + optimizer + activations + brought + messages + scores)
@@ -374,13 +372,16 @@ def stages_under(schedule: str, pp: int, vpp: int, layers: int, depths: int) -> 
     return [*chunks[:pp], *reversed(chunks[pp:])]
 
 
+def _static_bytes(job: Job, weights: Weights) -> float:
+    """Weights and gradients of a rank."""
+    return parameter_bytes(job, weights) + job.grad_bytes * (weights.shared + weights.experts)
+
+
 def _least_recomputed(job: Job, schedule: str, space: Space, timer: _Timer) -> Job | str:
     """The job with the first set of `space.recompute` that fits, or what it lacks memory for."""
     usable = timer.machine.hardware.offered_bytes
     one = timer.weights(job)
-    static = min(
-        parameter_bytes(job, w) + job.grad_bytes * (w.shared + w.experts) + optimizer_bytes(job, w) for w in one
-    )
+    static = min(_static_bytes(job, w) + optimizer_bytes(job, w) for w in one)
     if static > usable:
         return STATIC
     for mode, modules in space.recompute:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,3 +27,14 @@ def test_help_says_what_the_command_is_for(
     assert said.out.startswith(f"`{command}`: ")
     assert "docs/configuration.md" in said.out
     assert said.err == ""
+
+
+def test_help_for_a_full_disk_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tools.plan", "--help"], cwd=Path(__file__).parents[2], stdout=full,
+            stderr=subprocess.PIPE, text=True, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0].startswith("error: the output cannot be written: No space left")
+    assert "Traceback" not in done.stderr

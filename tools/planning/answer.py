@@ -38,6 +38,7 @@ class Answer:
         gpus: GPUs that were asked for; the plans may leave some of them as spares.
         asked: the layout of `parallel.*`, where a search was given one beside, to compare with.
         bills: one for each stage of the recipe.
+        recipe: the stages of the whole training.
         plans_of_stages: the plan of each stage that was timed, by its name.
         what_if: (change, useful part of the time, days, dollars) of the whole recipe.
     """
@@ -51,6 +52,7 @@ class Answer:
     flops_whole: float
     goodput: cost.Goodput
     placements: list[Placement]
+    recipe: list[Stage]
     asked: Plan | None = None
     bills: list[cost.Bill] = field(default_factory=list)
     plans_of_stages: dict[str, Plan] = field(default_factory=dict)
@@ -108,7 +110,7 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
         goodput=cost.goodput(
             hardware, checkpoint_bytes(cfg, best.job), best.job.layout.world_size, cfg.plan.checkpoint_interval_s
         ),
-        placements=placements(best.job, hardware, best.software, heaviest),
+        placements=placements(best.job, hardware, best.software, heaviest), recipe=recipe,
     )  # fmt: skip
     if cfg.plan.search and max(layout.tp, layout.pp, layout.cp, layout.ep) > 1:
         with contextlib.suppress(ConfigError):  # a layout for another number of GPUs is nothing to compare with
@@ -317,12 +319,11 @@ def what_if(result: Answer) -> list[tuple[str, float, float, float]]:
     """The whole bill under other prices, speeds, failures and checkpoint intervals."""
     hardware, size, asked = result.hardware, checkpoint_bytes(result.cfg, result.best.job), result.cfg.plan
     gpus, now = result.used, result.goodput
-    stages = parse(asked.recipe, result.cfg.train.tokens)
-    both = list(zip(stages, result.bills, strict=True))
+    both = list(zip(result.recipe, result.bills, strict=True))
     whole = sum(  # without failures
         bill.gpu_hours * (now.fraction if stage.with_failures else 1.0) for stage, bill in both if not stage.gpu_hours
     )
-    known = sum(stage.gpu_hours or 0.0 for stage in stages)  # these stay as they are
+    known = sum(stage.gpu_hours or 0.0 for stage in result.recipe)  # these stay as they are
     rows = []
 
     def row(name: str, changed: Hardware, speed: float = 1.0, interval: float | None = None) -> None:
