@@ -26,7 +26,10 @@ _TUNABLE = {
 # What else changes the numbers of a continued run, so that it is no longer the run that was interrupted.
 _TRAINING = {
     "seed": None,
-    "data": ("name", "source", "path", "tokenizer", "dir", "blend", "split", "append_eod", "reset_at_eod"),
+    "data": (
+        "name", "source", "path", "tokenizer", "dir", "blend", "split", "append_eod", "eod_token", "prepend_bos",
+        "bos_token", "parse_special_tokens", "reset_at_eod",
+    ),
     "train": ("seq_length",),
     "batch": ("global_batch_size",),
     "precision": (

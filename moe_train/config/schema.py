@@ -178,6 +178,16 @@ class DataConfig:
     blend: list[str] = doc([], "Other datasets to mix, as 'WEIGHT PREFIX' with the prefix of a .bin/.idx pair.")
     split: str = doc("90,5,5", "Shares of train, validation and test documents, percent.")
     append_eod: bool = doc(True, "End each document with the end-of-document token.")
+    eod_token: str | None = doc(
+        None, "End-of-document token, by its text; null takes the tokenizer's end-of-sequence token."
+    )
+    prepend_bos: bool = doc(False, "Begin each document with the beginning-of-sequence token.")
+    bos_token: str | None = doc(
+        None, "Beginning-of-sequence token, by its text; null takes the one that the tokenizer's files name."
+    )
+    parse_special_tokens: bool = doc(
+        False, "Text that spells a special token becomes that token; false keeps it plain text."
+    )
     reset_at_eod: bool = doc(False, "Restart positions and mask attention and loss at document ends.")
     prepare_workers: int | None = doc(
         None, "Processes that tokenise; null means one for each core.", minimum=1, maximum=10_000

@@ -43,7 +43,7 @@ def tokenize(
     count = 0
     context = multiprocessing.get_context("spawn")  # a fork would copy locks of the tokenizer's threads
     alive, writer = context.Pipe(duplex=False)
-    setup = (alive, tokenizer, parts, dtype, data.append_eod)
+    setup = (alive, tokenizer, parts, dtype, data)
     pool = ProcessPoolExecutor(workers, context, _start_worker, setup)
     waiting: deque[Future[None]] = deque()  # bounded, so that the text in memory is too
     task = bar.add_task("tokenising", total=sum(file.stat().st_size for file in files))
@@ -105,10 +105,13 @@ def _lengths(parts: Path, number: int) -> Path:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(alive: Connection, tokenizer: Path, parts: Path, dtype: np.dtype[Any], append_eod: bool) -> None:
+def _start_worker(alive: Connection, tokenizer: Path, parts: Path, dtype: np.dtype[Any], data: DataConfig) -> None:
     threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
-    _worker.update(tokenizer=Tokenizer(tokenizer), parts=parts, dtype=dtype, append_eod=append_eod)
+    made = Tokenizer(tokenizer, data.eod_token, data.bos_token, data.parse_special_tokens)
+    begin = [made.bos] if data.prepend_bos else []
+    end = [made.eod] if data.append_eod else []
+    _worker.update(tokenizer=made, parts=parts, dtype=dtype, begin=begin, end=end)
 
 
 def _end_with_parent(alive: Connection) -> None:
@@ -119,8 +122,8 @@ def _end_with_parent(alive: Connection) -> None:
 
 def _tokenize_part(number: int, texts: list[str]) -> None:
     tokenizer: Tokenizer = _worker["tokenizer"]
-    end = [tokenizer.eod] if _worker["append_eod"] else []
-    documents = [np.asarray(ids + end, dtype=_worker["dtype"]) for ids in tokenizer.encode_batch(texts)]
+    begin, end = _worker["begin"], _worker["end"]
+    documents = [np.asarray(begin + ids + end, dtype=_worker["dtype"]) for ids in tokenizer.encode_batch(texts)]
     for path, array in (
         (_tokens(_worker["parts"], number), np.concatenate(documents)),
         (_lengths(_worker["parts"], number), np.asarray([len(d) for d in documents], dtype=np.int64)),

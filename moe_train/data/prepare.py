@@ -23,13 +23,24 @@ from rich.progress import Progress
 
 from moe_train.config.schema import DataConfig
 from moe_train.data import corpus, parts
-from moe_train.data.tokenizer import CONFIG, Tokenizer, find_tokenizer, load_tokenizer, train_tokenizer
+from moe_train.data.tokenizer import (
+    COMPANIONS,
+    TOKENIZER,
+    Tokenizer,
+    companions,
+    find_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)  # fmt: skip
 from parallel.errors import DataError
 
 PREFIX = "text_document"
 MANIFEST = "manifest.json"
 _TOKENIZER_SAMPLE_CHARACTERS = 8_000_000
-_SETTINGS = ("source", "path", "text_key", "tokenizer", "tokenizer_vocab_size", "append_eod")
+_SETTINGS = (
+    "source", "path", "text_key", "tokenizer", "tokenizer_vocab_size", "append_eod", "eod_token", "prepend_bos",
+    "bos_token", "parse_special_tokens",
+)  # fmt: skip
 _FORMAT = 2  # of the documents that are made from one corpus; raise it when this code makes others
 
 
@@ -49,7 +60,7 @@ def prepare(data: DataConfig, model_vocab_size: int, progress: bool, verify: boo
     settings = _settings(data, files)
     if (directory / MANIFEST).exists():
         manifest = read_manifest(data, verify)
-        changed = sorted(key for key in settings if manifest["settings"].get(key) != settings[key])
+        changed = _changed(manifest["settings"], settings)
         if changed:
             names = ", ".join(f"data.{key}" if key in _SETTINGS else key for key in changed)
             raise DataError(
@@ -74,9 +85,15 @@ def _settings(data: DataConfig, files: list[Path]) -> dict[str, Any]:
     settings = {key: values[key] for key in _SETTINGS}
     if data.tokenizer:
         source = find_tokenizer(data.tokenizer)
-        settings["tokenizer files"] = [_sha256(f) for f in (source, source.with_name(CONFIG)) if f.is_file()]
+        settings["tokenizer files"] = [_sha256(file) for file in (source, *companions(source))]
         del settings["tokenizer_vocab_size"]  # of one that is trained
     return settings | {"corpus": corpus.fingerprint(data, files), "format": _FORMAT}
+
+
+def _changed(made: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Settings that differ from those a dataset was made with. Older manifests lack fields that are newer than they."""
+    defaults = vars(DataConfig())
+    return sorted(key for key, value in settings.items() if made.get(key, defaults.get(key)) != value)
 
 
 def read_manifest(data: DataConfig, verify: bool = False) -> dict[str, Any]:
@@ -157,11 +174,17 @@ def _make(
         raise DataError(f"data.dir={directory} has a dataset that another program made", "set data.dir=NEW_DIRECTORY")
     _start_parts(pieces, settings)
     shutil.rmtree(directory / "cache", ignore_errors=True)  # indices of a dataset that was here before
-    tokenizer = directory / "tokenizer.json"
+    tokenizer = directory / TOKENIZER
     if not (pieces / "tokenizer.done").exists():
         _provide_tokenizer(data, files, tokenizer)
         (pieces / "tokenizer.done").touch()
-    vocab_size = Tokenizer(tokenizer).vocab_size
+    made = Tokenizer(tokenizer, data.eod_token, data.bos_token)
+    if data.prepend_bos and made.bos is None:
+        raise DataError(
+            "data.prepend_bos=true, but the tokenizer's files name no beginning-of-sequence token",
+            "set data.bos_token=TOKEN or data.prepend_bos=false",
+        )
+    vocab_size = made.vocab_size
     check_vocabulary(vocab_size, model_vocab_size)
     dtype = np.dtype(np.uint16 if vocab_size <= 65_536 else np.int32)
     console = Console(stderr=True)
@@ -173,12 +196,13 @@ def _make(
         documents, tokens = parts.merge(pieces, count, part["bin"], part["idx"], dtype, bar)
     for suffix, path in built.items():
         os.replace(part[suffix], path)
-    found = [f for f in (tokenizer, tokenizer.with_name(CONFIG), *built.values()) if f.exists()]
+    found = [tokenizer, *companions(tokenizer), *built.values()]
     manifest = {
         "settings": settings,
         "documents": documents,
         "tokens": tokens,
         "vocab_size": vocab_size,
+        "special_tokens": {"eod": made.eod_token, "bos": made.bos_token},
         "files": {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in found},
     }
     _write(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -196,14 +220,15 @@ def _start_parts(pieces: Path, settings: dict[str, Any]) -> None:
 
 
 def _provide_tokenizer(data: DataConfig, files: list[Path], path: Path) -> None:
-    part, config = path.with_suffix(".part"), path.with_name(CONFIG)
-    config.unlink(missing_ok=True)
+    part = path.with_suffix(".part")
+    for name in COMPANIONS:
+        path.with_name(name).unlink(missing_ok=True)
     if data.tokenizer:
         source = find_tokenizer(data.tokenizer)
-        Tokenizer(source)  # complain before copying
+        Tokenizer(source, data.eod_token, data.bos_token)  # complain before copying
         shutil.copyfile(source, part)
-        if source.with_name(CONFIG).is_file():
-            shutil.copyfile(source.with_name(CONFIG), config)
+        for file in companions(source):
+            shutil.copyfile(file, path.with_name(file.name))
     else:
         train_tokenizer(_sample(data, files), data.tokenizer_vocab_size, part)
     os.replace(part, path)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -13,22 +15,65 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from moe_train.config.schema import DataConfig
 from parallel.errors import DataError
 
+TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+COMPANIONS = (CONFIG, SPECIAL_TOKENS_MAP, "chat_template.jinja")
+"""Files next to tokenizer.json that belong to the tokenizer, where they exist."""
+
 END_OF_DOCUMENT = "<|endoftext|>"
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<｜end▁of▁sentence｜>", "</s>", "<|im_end|>", "<|end_of_text|>", "<eos>")  # noqa: RUF001
+_NO_TOKEN = -(2**40)  # outside the range of every dtype of a .bin file, unlike -1
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Tokens that a tokenizer's own files name for a role; None where they name none.
+
+    Attributes:
+        bos: begins a sequence.
+        eos: ends a sequence.
+        pad: fills up a batch.
+        unk: stands for text that the vocabulary cannot express.
+        adds_bos: whether the tokenizer itself puts `bos` before each text.
+    """
+
+    bos: str | None = None
+    eos: str | None = None
+    pad: str | None = None
+    unk: str | None = None
+    adds_bos: bool = False
 
 
 class Tokenizer:
-    """What training and Megatron-Core's datasets need of a tokenizer.
+    """What training, export and Megatron-Core's datasets need of a tokenizer.
+
+    Args:
+        path: tokenizer.json. Files next to it name special tokens.
+        eod_token: token that ends a document; None takes the end-of-sequence token, or a well-known one.
+        bos_token: token that begins a sequence; None takes the one that the tokenizer's files name.
+        parse_special_tokens: whether text that spells a special token becomes that token.
 
     Attributes:
+        special: the tokens that the tokenizer's files name.
         vocab_size: one more than the largest token id, so that a vocabulary with gaps fits too.
-        eod: id of the token that ends a document.
-        pad: -1, which no token has: documents are packed end to end, and Megatron-Core leaves `pad` out of the loss.
+        eod, eod_token: id and text of the token that ends a document.
+        bos, bos_token: id and text of the token that begins a sequence, or None.
+        pad: a number that no dataset can hold: documents are packed end to end, and Megatron-Core leaves `pad` out of
+            the loss.
         unique_identifiers: what Megatron-Core's caches of dataset indices are named after.
+
+    Raises:
+        DataError: a file is missing or damaged, or a token that is named does not exist.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        eod_token: str | None = None,
+        bos_token: str | None = None,
+        parse_special_tokens: bool = False,
+    ) -> None:
         self.path = path
         try:
             content = path.read_bytes()
@@ -37,11 +82,16 @@ class Tokenizer:
             raise DataError(
                 f"{path} is not a tokenizer: {error}", "point data.tokenizer at a tokenizer.json"
             ) from error
-        self._tokenizer.encode_special_tokens = True  # text that looks like a special token stays text
+        self.special = _special_tokens(path, self._tokenizer)
+        self._tokenizer.encode_special_tokens = not parse_special_tokens
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.eod = self._end_of_document()
-        self.pad = -1
+        self.eod_token, self.eod = self._end_of_document(eod_token)
+        self.bos_token = bos_token or self.special.bos
+        self.bos = None if self.bos_token is None else self._tokenizer.token_to_id(self.bos_token)
+        if bos_token is not None and self.bos is None:
+            raise DataError(f"data.bos_token={bos_token} is not a token of {path}", "correct data.bos_token")
+        self.pad = _NO_TOKEN
         self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
         self.unique_identifiers = {
             "class": type(self).__name__,
@@ -49,31 +99,27 @@ class Tokenizer:
             "eod": self.eod,
         }
 
-    def _end_of_document(self) -> int:
-        """The end-of-sequence token that tokenizer_config.json names, else a well-known one."""
-        for token in (self._named_end(), *_KNOWN_ENDS):
+    def _end_of_document(self, chosen: str | None) -> tuple[str, int]:
+        """Text and id of the chosen token, else of the end-of-sequence token, else of a well-known one."""
+        if chosen is not None:
+            number = self._tokenizer.token_to_id(chosen)
+            if number is None:
+                raise DataError(f"data.eod_token={chosen} is not a token of {self.path}", "correct data.eod_token")
+            return chosen, int(number)
+        for token in (self.special.eos, *_KNOWN_ENDS):
             if token and (number := self._tokenizer.token_to_id(token)) is not None:
-                return int(number)
+                return token, int(number)
         raise DataError(
             f"{self.path} names no end-of-document token",
-            f"add one of {', '.join(_KNOWN_ENDS)}, or eos_token in {CONFIG}",
+            f"set data.eod_token, or name eos_token in {CONFIG} next to it",
         )
 
-    def _named_end(self) -> str | None:
-        config = self.path.with_name(CONFIG)
-        if not config.exists():
-            return None
-        try:
-            named = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        except (OSError, ValueError, AttributeError) as error:
-            raise DataError(f"{config} is not a tokenizer's configuration: {error}", "replace or remove it") from error
-        named = named.get("content") if isinstance(named, dict) else named
-        if isinstance(named, str) and self._tokenizer.token_to_id(named) is None:
-            raise DataError(f"{config} has eos_token {named!r}, which {self.path.name} has not", "correct eos_token")
-        return named if isinstance(named, str) else None
+    def same_vocabulary(self, other: Tokenizer) -> bool:
+        """Whether both give each id to the same token."""
+        return bool(self._tokenizer.get_vocab() == other._tokenizer.get_vocab())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens."""
+        """Token ids of `text`; no token is added before or after it."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -85,16 +131,90 @@ class Tokenizer:
         return self._tokenizer.decode(ids)
 
 
+def _special_tokens(path: Path, tokenizer: tokenizers.Tokenizer) -> SpecialTokens:
+    """What tokenizer_config.json and special_tokens_map.json next to `path` name, read in transformers' order."""
+    config, tokens = (_read_object(path.with_name(name)) for name in (CONFIG, SPECIAL_TOKENS_MAP))
+    # transformers reads the map only for configs of before 4.34, which have no added_tokens_decoder; it wins there.
+    first, second = (config, tokens) if "added_tokens_decoder" in config else (tokens, config)
+    found = {role: _content(first, f"{role}_token") or _content(second, f"{role}_token")
+             for role in ("bos", "eos", "pad", "unk")}  # fmt: skip
+    if found["eos"] is not None and tokenizer.token_to_id(found["eos"]) is None:
+        source = CONFIG if found["eos"] == _content(config, "eos_token") else SPECIAL_TOKENS_MAP
+        raise DataError(
+            f"{path.with_name(source)} has eos_token {found['eos']!r}, which {path.name} has not",
+            "correct eos_token",
+        )
+    begins = tokenizer.encode("a", add_special_tokens=True).tokens[:1]
+    adds_bos = config.get("add_bos_token")
+    return SpecialTokens(
+        **found,
+        adds_bos=adds_bos if isinstance(adds_bos, bool) else found["bos"] is not None and begins == [found["bos"]],
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`, empty where there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not a tokenizer's configuration: {error}", "replace or remove it") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is not a tokenizer's configuration: it holds no object", "replace or remove it")
+    return value
+
+
+def _content(values: dict[str, Any], name: str) -> str | None:
+    """The token that `name` holds, as text or as an object with its text."""
+    value = values.get(name)
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) and value else None
+
+
+def special_tokens(path: Path) -> SpecialTokens:
+    """Special tokens that the files of a tokenizer name, of a tokenizer.json or of a directory with one.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    file = path / TOKENIZER if path.is_dir() else path
+    try:
+        return _special_tokens(file, tokenizers.Tokenizer.from_file(str(file)))
+    except DataError:
+        raise
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"{file} is not a tokenizer: {error}", "replace it") from error
+
+
+def companions(path: Path) -> list[Path]:
+    """Files next to the tokenizer.json at `path` that belong to it, as far as they exist."""
+    return [file for name in COMPANIONS if (file := path.with_name(name)).is_file()]
+
+
 def load_tokenizer(data: DataConfig) -> Tokenizer:
-    """The tokenizer that the dataset at `data.dir` was made with.
+    """The tokenizer that the dataset at `data.dir` was made with; its `eod` and `bos` are those of the dataset.
 
     Raises:
         DataError: it is missing or damaged.
     """
-    path = Path(data.dir) / "tokenizer.json"
+    path = Path(data.dir) / TOKENIZER
     if not path.exists():
-        raise DataError(f"data.dir={data.dir} has no tokenizer.json", "make the dataset with moe-data")
-    return Tokenizer(path)
+        raise DataError(f"data.dir={data.dir} has no {TOKENIZER}", "make the dataset with moe-data")
+    eod_token, bos_token = data.eod_token, data.bos_token
+    if eod_token is None or bos_token is None:
+        recorded = _recorded_tokens(path.with_name("manifest.json"))
+        eod_token, bos_token = eod_token or recorded.get("eod"), bos_token or recorded.get("bos")
+    return Tokenizer(path, eod_token, bos_token, data.parse_special_tokens)
+
+
+def _recorded_tokens(manifest: Path) -> dict[str, str | None]:
+    """The tokens that a dataset was made with: `eod` and `bos`. Empty without a manifest, or with an older one."""
+    try:
+        tokens = json.loads(manifest.read_text(encoding="utf-8"))["special_tokens"]
+        return {role: _content(tokens, role) for role in ("eod", "bos")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # reading the dataset reports a manifest that is damaged
 
 
 def find_tokenizer(name: str) -> Path:
@@ -104,9 +224,9 @@ def find_tokenizer(name: str) -> Path:
         DataError: there is none.
     """
     path = Path(name)
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = path / TOKENIZER if path.is_dir() else path
     if not path.is_file():
-        raise DataError(f"data.tokenizer={name} has no tokenizer.json", "name a tokenizer.json or a directory with one")
+        raise DataError(f"data.tokenizer={name} has no {TOKENIZER}", f"name a {TOKENIZER} or a directory with one")
     return path
 
 

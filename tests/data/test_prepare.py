@@ -275,3 +275,39 @@ def test_what_cannot_become_a_dataset(made: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the corpus has no text"):
         prepare(config(tmp_path / "blank", tmp_path / "out2"), 300, progress=False)
     assert not (tmp_path / "out2" / "manifest.json").exists()
+
+
+def test_documents_begin_and_end_with_the_chosen_tokens_and_the_dataset_remembers_them(tmp_path: Path) -> None:
+    text = write_txt(tmp_path / "text", [*texts(30), "a text that spells <s> and </s>\n"])
+    own = tmp_path / "tokenizer"
+    own.mkdir()
+    train_tokenizer(texts(30), 280, own / "tokenizer.json")
+    content = json.loads((own / "tokenizer.json").read_text())
+    highest = max(content["model"]["vocab"].values())
+    content["added_tokens"] += [
+        {**content["added_tokens"][0], "content": token, "id": highest + 1 + i}
+        for i, token in enumerate(("<s>", "</s>"))
+    ]
+    (own / "tokenizer.json").write_text(json.dumps(content))
+    (own / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    begin, end = highest + 1, highest + 2
+
+    def documents(name: str, **options: object) -> list[list[int]]:
+        data = config(text, tmp_path / name, tokenizer=str(own), **options)
+        prepare(data, 300, progress=False)
+        read_manifest(data, verify=True)
+        assert Path(data.dir, "special_tokens_map.json").is_file(), "so that an export has it too"
+        dataset = IndexedDataset(f"{data.dir}/{PREFIX}")
+        return [dataset[i].tolist() for i in range(len(dataset))]
+
+    usual = documents("usual")
+    assert all(d[0] not in (begin, end) and d[-1] == 0 and not {begin, end} & set(d) for d in usual)
+    chosen = documents("chosen", eod_token="</s>", prepend_bos=True, bos_token="<s>")
+    assert [d[1:-1] for d in chosen] == [d[:-1] for d in usual]
+    assert all(d[0] == begin and d[-1] == end for d in chosen)
+    found = load_tokenizer(config(text, tmp_path / "chosen"))
+    assert (found.eod, found.bos) == (end, begin), "without the options that it was made with"
+    parsed = documents("parsed", parse_special_tokens=True)
+    assert [sum(d.count(token) for d in parsed) for token in (begin, end)] == [1, 1]
+    with pytest.raises(DataError, match=r"data\.prepend_bos=true, .* name no beginning.*data\.bos_token"):
+        documents("none", prepend_bos=True)

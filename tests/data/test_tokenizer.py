@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from moe_train.data.tokenizer import END_OF_DOCUMENT, Tokenizer, find_tokenizer, load_tokenizer, train_tokenizer
+from moe_train.data.tokenizer import (
+    END_OF_DOCUMENT,
+    Tokenizer,
+    find_tokenizer,
+    load_tokenizer,
+    special_tokens,
+    train_tokenizer,
+)
 from parallel.errors import DataError
 from tests.data.corpora import config, texts
 
@@ -116,3 +123,69 @@ def test_tokenizers_that_cannot_be_used_are_named(trained: Path, tmp_path: Path)
         find_tokenizer(str(tmp_path / "none"))
     with pytest.raises(DataError, match=r"has no tokenizer\.json; make the dataset with moe-data"):
         load_tokenizer(config(tmp_path, tmp_path / "none"))
+
+
+def with_post_processor(trained: Path, directory: Path, **files: object) -> Path:
+    """A tokenizer with <s> (400), <stop> (401) and </s> (402), which puts <s> before a text, and files next to it."""
+    directory.mkdir()
+    content = json.loads(changed(trained, directory, "<s>", "<stop>", "</s>").read_text())
+    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [content["added_tokens"][0]["id"]], "tokens": ["<s>"]}},
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    for name, value in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(value))
+    return directory / "tokenizer.json"
+
+
+NAMED = {"added_tokens_decoder": {}, "bos_token": "<stop>", "eos_token": "</s>", "pad_token": "<s>"}
+MAP = {"bos_token": {"content": "<s>"}, "eos_token": "<stop>", "pad_token": "</s>"}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("map alone", None), ("old config", {"eos_token": "</s>"}), ("new config", NAMED)],
+)
+def test_special_tokens_are_those_that_transformers_finds(
+    trained: Path, tmp_path: Path, name: str, config: dict[str, object] | None
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    files = {} if config is None else {"tokenizer_config": config}
+    path = with_post_processor(trained, tmp_path / name, special_tokens_map=MAP, **files)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(path.parent))
+    ours = special_tokens(path)
+    assert (ours.bos, ours.eos, ours.pad) == (theirs.bos_token, theirs.eos_token, theirs.pad_token)
+    assert ours == special_tokens(path.parent) == Tokenizer(path).special
+
+
+def test_the_map_of_special_tokens_names_the_end_where_the_configuration_does_not(
+    trained: Path, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer(with_post_processor(trained, tmp_path / "a", special_tokens_map=MAP))
+    assert (tokenizer.eod_token, tokenizer.bos_token) == ("<stop>", "<s>")
+    assert tokenizer.eod == tokenizer.bos + 1
+    assert tokenizer.special.adds_bos
+    assert not Tokenizer(with_post_processor(trained, tmp_path / "b", tokenizer_config={"bos_token": "<s>",
+                         "add_bos_token": False})).special.adds_bos  # fmt: skip
+    wrong = with_post_processor(trained, tmp_path / "c", special_tokens_map={"eos_token": "<absent>"})
+    with pytest.raises(DataError, match=r"special_tokens_map\.json has eos_token '<absent>'"):
+        Tokenizer(wrong)
+
+
+def test_special_tokens_can_be_chosen_and_parsed(trained: Path, tmp_path: Path) -> None:
+    path = with_post_processor(trained, tmp_path / "a", special_tokens_map=MAP)
+    plain, parsing = Tokenizer(path), Tokenizer(path, "</s>", "<stop>", parse_special_tokens=True)
+    assert (parsing.eod, parsing.bos) == (plain.eod + 1, plain.eod)
+    text = "a <stop> b"
+    assert plain.eod not in plain.encode(text)
+    assert plain.decode(plain.encode(text)) == text
+    assert parsing.encode(text).count(plain.eod) == 1
+    assert parsing.encode_batch([text]) == [parsing.encode(text)]
+    assert plain.bos not in plain.encode(text), "its own post-processor adds nothing"
+    for option in ("eod", "bos"):
+        with pytest.raises(DataError, match=rf"data\.{option}_token=<absent> is not a token of .*; correct data\."):
+            Tokenizer(path, **{f"{option}_token": "<absent>"})
