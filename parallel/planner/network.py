@@ -1,13 +1,13 @@
 """Time of one message pattern between accelerators. Pure functions; no torch import.
 
 Ranks are numbered as Megatron-Core does it: tp fastest, then cp, dp and pp; for experts etp, ep, edp, pp. A group is
-described by its size and by the distance between its members: tp ranks stand next to each other, dp ranks tp x cp
-apart.
+described by its size and by the distance between its members: tp ranks are neighbours, dp ranks tp x cp apart.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import comb
 
 from parallel.planner.hardware import MICRO, Hardware
 
@@ -89,16 +89,37 @@ class Routing:
 
 
 def places_visited(places: int, routing: Routing) -> float:
-    """Different places (ranks, nodes) out of `places` that a token's experts stand on, on average.
+    """Different places (ranks, nodes) out of `places` that hold an expert of a token, on average.
 
-    Experts are chosen independently, except that group-limited routing keeps them on the nodes of the chosen groups.
+    Experts are chosen independently, with group-limited routing from the chosen groups alone. Groups lie in order: a
+    group spans several places, or a place holds several groups.
     """
     if places <= 1:
         return float(places)
-    reachable = float(places)
-    if routing.groups and routing.groups_chosen:
-        reachable = max(1.0, places * min(1.0, routing.groups_chosen / routing.groups))
-    return reachable * (1 - (1 - 1 / reachable) ** routing.topk) if reachable > 1 else 1.0
+    groups, chosen = routing.groups, routing.groups_chosen
+    if not groups or not 0 < chosen < groups:
+        return places * (1 - (1 - 1 / places) ** routing.topk)
+    if places >= groups:
+        reachable = places * chosen / groups
+        return reachable * (1 - (1 - 1 / reachable) ** routing.topk) if reachable > 1 else 1.0
+    visited = 0.0
+    for place in range(places):
+        held = groups * (place + 1) // places - groups * place // places
+        visited += 1 - _missed(held, routing)
+    return visited
+
+
+def _missed(held: int, routing: Routing) -> float:
+    """Probability that a token chooses no expert of a place that holds `held` of the groups.
+
+    How many of these are among the chosen ones is distributed hypergeometrically.
+    """
+    groups, chosen = routing.groups, routing.groups_chosen
+    missed = 0.0
+    for both in range(min(held, chosen) + 1):
+        probability = comb(held, both) * comb(groups - held, chosen - both) / comb(groups, chosen)
+        missed += probability * (1 - both / chosen) ** routing.topk
+    return missed
 
 
 def all_to_all(

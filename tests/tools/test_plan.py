@@ -471,11 +471,24 @@ def test_nonsense_in_a_row_is_named_and_stops_no_other(tmp_path: Path) -> None:
     ("name", "file"),
     [("OLMoE-1B-7B", "olmoe_7b"), ("Qwen2-57B-A14B", "qwen2_moe_57b_a14b"), ("GLM-4.5 355B-A32B", "glm4_moe_355b"),
      ("Nemotron-4 340B", "nemotron_340b"), ("Llama 3.1 405B", "llama3_405b"), ("DeepSeek-V2-Lite", "deepseek_v2_lite"),
-     ("Qwen3 30B", "qwen3_30b_a3b"), ("Qwen3-32B", None), ("Qwen3", None), ("", None)],
+     ("Qwen3 30B", "qwen3_30b_a3b"), ("Qwen3-32B", None), ("Qwen3", None), ("", None),
+     ("Mixtral-8x22B-G8T8", "mixtral_8x22b_g8t8"), ("Mixtral-8x22B", "mixtral_8x22b"),
+     ("Mixtral-8x22B (tokendrop)", "mixtral_8x22b")],
 )  # fmt: skip
-def test_published_names_find_their_files(name: str, file: str | None) -> None:
-    found = models.find(name)
+@pytest.mark.parametrize("directory", [None, "conf/validation_models", "conf/model"])
+def test_published_names_find_their_files(name: str, file: str | None, directory: str | None) -> None:
+    """The longest name that fits wins, whichever folder it is in and whichever folder was named."""
+    found = models.find(name, directory and str(ROOT / directory))
     assert (found and found.name) == file
+
+
+def test_of_files_of_one_name_the_one_in_the_named_directory_counts(tmp_path: Path) -> None:
+    for name in ("mixtral_8x22b", "mixtral"):
+        (tmp_path / f"{name}.yaml").write_text(f"name: own_{name}\n")
+    names = {name: models.find(name, str(tmp_path)) for name in ("Mixtral-8x22B", "Mixtral-8x7B", "Mixtral Large")}
+    assert {name: model and model.name for name, model in names.items()} == {
+        "Mixtral-8x22B": "own_mixtral_8x22b", "Mixtral-8x7B": "mixtral_8x7b", "Mixtral Large": "own_mixtral",
+    }  # fmt: skip
 
 
 def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:

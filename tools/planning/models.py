@@ -33,25 +33,30 @@ GATED = (
 def find(name: str, directory: str | None = None) -> ModelConfig | None:
     """The architecture of a name, from YAML files of the directory or of this project, or from the shape in the name.
 
-    A file fits where its name begins the other one, whatever the punctuation; the longest wins. So does the only file
-    whose name begins with the other one, down to its size ("Qwen3 30B"). None where nothing fits.
+    A file fits where its name begins the other one, whatever the punctuation. The longest wins, whichever folder it is
+    in; of two that are equally long, the one in `directory`. Where no file fits, the only file whose name begins with
+    the other one, down to its size, does ("Qwen3 30B"). None where nothing fits.
 
     Raises:
         ConfigError: a file does not fit the schema of a model.
     """
     if shaped := _shape(name):
         return shaped
-    key = _key(name)
-    folders = [Path(directory)] if directory else []
-    for folder in (*folders, *OWN):
-        files = sorted(folder.glob("*.yaml"), key=lambda path: (-len(path.stem), path.stem))
-        for path in files:
-            if key.startswith(_key(path.stem)):
-                return _adapted(load(path), name)
-        longer = [path for path in files if _key(path.stem).startswith(key)]
-        if re.search(r"\db$", key) and len(longer) == 1:
-            return _adapted(load(longer[0]), name)
-    return None
+    key, files = _key(name), _files(directory)
+    fitting = [own for own in files if own and key.startswith(own)]
+    if not fitting and re.search(r"\db$", key):
+        longer = [own for own in files if own.startswith(key)]
+        fitting = longer if len(longer) == 1 else []
+    return _adapted(load(files[max(fitting, key=len)]), name) if fitting else None
+
+
+def _files(directory: str | None) -> dict[str, Path]:
+    """The model files by the key of their names; of the same name in several folders, the one in `directory`."""
+    found: dict[str, Path] = {}
+    for folder in (*((Path(directory),) if directory else ()), *OWN):
+        for path in sorted(folder.glob("*.yaml")):
+            found.setdefault(_key(path.stem), path)
+    return found
 
 
 @cache
