@@ -41,7 +41,10 @@ def cancel(run_dir: str) -> None:
         raise ConfigError(
             f"no job of {run_dir} is waiting or running", f"moe-submit status {run_dir} shows how they ended"
         )
-    slurm.run("scancel", *reversed(active))  # last first, or a chain would go on
+    first, *later = active
+    if later:  # of a chain: they would start when the first has ended
+        slurm.run("scancel", *later)
+    slurm.run("scancel", first)
     print(f"cancelled {', '.join(active)}")
 
 

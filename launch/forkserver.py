@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
 
-from launch.signals import deferred
+from launch.signals import WARNING, deferred
 from parallel.errors import LaunchError
 
 PRELOAD = ("launch.preload",)
@@ -39,7 +39,10 @@ def _environment() -> Iterator[None]:
 def begin() -> None:
     """Start the server and return while it still imports. Does nothing when it already runs."""
     multiprocessing.set_forkserver_preload(list(PRELOAD))
-    resource_tracker.ensure_running()  # it unblocks signals as it starts, so before they are deferred
+    # The tracker unblocks SIGINT and SIGTERM as it starts, so it comes before these are deferred. SIGUSR1 would end it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {WARNING})
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     # The server inherits the block: Ctrl-C in a terminal reaches every process, and only the parent shall act on it.
     with deferred(), _environment():
         forkserver.ensure_running()

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-from launch import env, failures, job, rank, restarts
+from launch import env, failures, job, rank, restarts, signals
 from launch.processes import RankProcesses
 from moe_train.config.schema import Config, LauncherConfig
+from moe_train.resilience import stop
 from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
 
@@ -36,6 +37,7 @@ def start(cfg: Config, layout: ParallelLayout, entry: str | None = None) -> None
         Interrupted: a signal told this process to end; the ranks were stopped.
     """
     env.make_scratch(cfg.launcher)
+    stop.listen(signals.WARNING)  # from here on it is for the ranks, those of a later start too
     budget = cfg.launcher.restarts or 0
     first = restarts.found(cfg)
     for attempt in range(budget + 1):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from launch import forkserver, quiet, rendezvous, restarts, signals
 from moe_train.config.schema import Config
@@ -13,17 +13,22 @@ from moe_train.resilience import stop
 from parallel.errors import MoeTrainError
 
 
-def main() -> None:
-    """Console script. Exits with the codes of docs/slurm.md: 0 when done, 2 where the user's input is wrong, ..."""
-    sys.exit(run())
+def main(entry: str | None = None) -> NoReturn:
+    """Console script, with `entry` as of `run`. Exits with the codes of docs/slurm.md: 0 when done, 2 where the user's
+    input is wrong, ..."""
+    signals.leave(run(entry))
 
 
 def run(entry: str | None = None) -> int:
     """What `main` does, returning the exit code. Each rank runs `entry`, which reads no data, in place of training."""
-    code = _run(entry)
-    if code:
-        from launch import failures
+    from launch import failures
 
+    try:
+        code = _run(entry)
+    except ImportError as error:  # before ranks have met, so each tells its own
+        print(f"error: {failures.one_line(error)}", file=sys.stderr)
+        code = failures.exit_code_of(error)
+    if code:
         failures.leave_code(code)
     return code
 
@@ -37,7 +42,7 @@ def _run(entry: str | None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if info is not None:
-        stop.listen(signal.SIGUSR1)  # a warning may come while libraries are imported
+        stop.listen(signals.WARNING)  # a warning may come while libraries are imported
         from launch import join
 
         return join.run(info, entry)
@@ -48,7 +53,10 @@ def _run(entry: str | None) -> int:
             words = [*sys.argv[1:], *restarts.overrides()]
             return compose.hydra_entry(partial(train_here, entry=entry), argv=words)
     except signals.Interrupted as interrupt:
-        print(f"\ninterrupted by {interrupt.signal.name}; every rank has ended", file=sys.stderr)
+        told = f"\ninterrupted by {interrupt.signal.name}; every rank has ended"
+        if interrupt.signal == signals.WARNING:
+            told = f"\nstopped by {interrupt.signal.name} before the first step; the same command continues"
+        print(told, file=sys.stderr)
         return interrupt.exit_code
     finally:
         forkserver.kill()  # at once, even if it still imports
@@ -58,9 +66,16 @@ def train_here(cfg: Config, entry: str | None = None) -> None:
     """Run one job on this machine: training, or `entry` on each rank.
 
     Raises:
-        MoeTrainError: the config is wrong, the data cannot be made, or a rank failed.
+        MoeTrainError: the config is wrong, the data cannot be made, a package is missing, or a rank failed.
         signals.Interrupted: a signal told this process to end.
     """
+    from launch import failures
+
+    with failures.packages():
+        _train_here(cfg, entry)
+
+
+def _train_here(cfg: Config, entry: str | None) -> None:
     from moe_train.config.validate import validate
 
     layout = validate(cfg)

@@ -14,6 +14,7 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, PContext, ProcessFailure, RunProcsResult
 
 from launch import failures, forkserver, rank, signals
+from moe_train.resilience import stop
 
 GRACE_S = 2
 """From SIGTERM to SIGKILL, seconds."""
@@ -60,19 +61,21 @@ class RankProcesses(PContext):
 
         Raises:
             RankError: a rank failed.
-        SystemExit: all ranks ended early, as they had agreed, with one of `failures.AGREED`.
+            SystemExit: all ranks ended early, as they had agreed, with one of `failures.AGREED`.
             TimeoutError: some still ran after `timeout_s` seconds; a negative number means no limit.
             Interrupted: a signal told this process to end.
         """
         for setup in self._setups:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(setup.error_file)  # of an earlier run in the same directory
-        with signals.interruptible(), signals.forwarded(signal.SIGUSR1, self.pids):
+        with signals.interruptible(), signals.warned(self.pids):
             if self._forked:
                 forkserver.wait()
             try:
                 with signals.deferred():
                     self.start()
+                if stop.asked():  # before these ranks were there
+                    signals.warn(self.pids())
                 result = self.wait(timeout_s, _POLL_S)
             finally:
                 with signals.deferred():
@@ -81,7 +84,7 @@ class RankProcesses(PContext):
             raise TimeoutError(f"{self.nprocs} processes took longer than {timeout_s:g} s")
         if self.failures:
             first = min(self.failures, key=lambda failure: failure.order)
-            if first.exit_code in failures.AGREED:
+            if first.agreed:
                 raise SystemExit(first.exit_code)
             raise failures.RankError(first)
 

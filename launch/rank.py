@@ -46,11 +46,13 @@ class Setup:
 def enter(setup: Setup, work: Callable[..., None], args: tuple[Any, ...]) -> None:
     """Run `work(*args)` in this process, which the launcher has started, and leave an error for it to read."""
     _end_with_parent()
-    # A terminal sends Ctrl-C to every process; only the parent acts on it, and ends its ranks by SIGTERM.
+    # A terminal sends Ctrl-C and its end to every process; only the parent acts on it, and ends its ranks by SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    stop.listen(signal.SIGUSR1)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ENDING)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    stop.listen(signals.WARNING)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*signals.ENDING, signals.WARNING))
     os.environ.clear()
     os.environ.update(setup.environment)
     env.settle(setup.cores)
@@ -70,6 +72,7 @@ def enter(setup: Setup, work: Callable[..., None], args: tuple[Any, ...]) -> Non
         failures.record(error, setup.error_file)
         traceback.print_exception(error, file=log)
         code = failures.exit_code_of(error)
+    signal.signal(signals.WARNING, signal.SIG_IGN)  # the handlers of a spawned process are gone while it ends
     sys.stdout.flush()
     sys.stderr.flush()
     if code:

@@ -175,7 +175,7 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
         shown = [*(f"{name}={value}" for name, value in variables.items()), *command[:2], *first_after, *command[2:]]
         print(shlex.join(["env", *shown]))
         if launcher.chain > 1:
-            print(f"then {launcher.chain - 1} more, each with --dependency=afternotok: of the one before")
+            print(f"then {launcher.chain - 1} more, each with --dependency=afternotok: of all before it")
         return
     if not slurm.installed():
         raise LaunchError("sbatch is not on this machine", f"run on a login node of the cluster, or with {_DRY}")
@@ -190,11 +190,13 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
 
 
 def _give(record: snapshot.Submission, first_after: list[str], count: int, place: Path) -> None:
-    """Submit `count` jobs, each after the one before, and write down their numbers."""
+    """Submit `count` jobs, each after all before it have failed, and write down their numbers."""
     for _ in range(count):
         after = first_after
-        if record.jobs:  # a run that is done needs no successor, and Slurm then drops the rest of the chain
-            after = [f"--dependency=afternotok:{record.jobs[-1]}", "--kill-on-invalid-dep=yes"]
+        if record.jobs:
+            # Where one completes, Slurm cancels those that wait for it to fail. It must be all later ones: to Slurm a
+            # cancelled job has failed, so a job that only waits for the one before would start after a cancelled one.
+            after = [f"--dependency=afternotok:{':'.join(record.jobs)}", "--kill-on-invalid-dep=yes"]
         try:
             record.submit(*after)
         except LaunchError as error:

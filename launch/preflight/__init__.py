@@ -8,8 +8,6 @@ ends with 0 where all is well and 3 where something is wrong, with the nodes to 
 
 from __future__ import annotations
 
-import sys
-
 ENTRY = "launch.preflight.rank:run"
 
 
@@ -17,4 +15,4 @@ def main() -> None:
     """Console script."""
     from launch import main as launcher
 
-    sys.exit(launcher.run(ENTRY))
+    launcher.main(ENTRY)

@@ -23,10 +23,11 @@ def listen(*numbers: signal.Signals) -> None:
     """From now on these signals only note the wish, however often they come. In the main thread; else no effect."""
     if threading.current_thread() is threading.main_thread():
         for number in numbers:
-            signal.signal(number, _note)
+            signal.signal(number, note)
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def note(number: int, frame: FrameType | None = None) -> None:
+    """Note that this signal asked this process to stop."""
     _asked.append(signal.Signals(number).name)
 
 

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from pathlib import Path
 
 from launch import forkserver, local, main
 from launch.preflight import facts
 from moe_train.data import prepare
 
+
+class Lingering:
+    """Keeps the interpreter from ending for some seconds, once its signal handlers are gone, which `file` then says."""
+
+    def __init__(self, file: Path, seconds: float = 2) -> None:
+        self.seconds, self.sleep, self.touch = seconds, time.sleep, file.touch
+
+    def __del__(self) -> None:
+        self.touch()
+        self.sleep(self.seconds)
+
+
 if __name__ == "__main__":
+    if "TEST_LINGER" in os.environ:
+        sys.modules["lingering"] = Lingering(Path(os.environ["TEST_LINGER"]))  # type: ignore[assignment]
     prepare.check_prepared = lambda *_: None  # the fake jobs read no data
     local.ENTRY = f"tests.launch.fake_job:{sys.argv.pop(1)}"
     forkserver.PRELOAD = ("torch",)  # all that the fake jobs need

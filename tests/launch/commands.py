@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,10 +45,13 @@ def run(function: str, run_dir: Path, ranks: int, *more: str) -> subprocess.Comp
 
 
 @contextmanager
-def started(function: str, run_dir: Path, ranks: int) -> Iterator[subprocess.Popen[str]]:
-    """The job, in a process group of its own. Nothing of it is left afterwards."""
+def started(
+    function: str, run_dir: Path, ranks: int, before: Sequence[str] = (), **more: str
+) -> Iterator[subprocess.Popen[str]]:
+    """The job, in a process group of its own, with further variables. Nothing of it is left afterwards. `before` is
+    what its command line begins with, such as nohup."""
     process = subprocess.Popen(
-        arguments(function, run_dir, ranks), cwd=ROOT, env=environment(), text=True,
+        [*before, *arguments(function, run_dir, ranks)], cwd=ROOT, env=environment(**more), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     try:
@@ -60,10 +63,10 @@ def started(function: str, run_dir: Path, ranks: int) -> Iterator[subprocess.Pop
 
 
 @contextmanager
-def hanging(function: str, run_dir: Path, ranks: int) -> Iterator[subprocess.Popen[str]]:
+def hanging(function: str, run_dir: Path, ranks: int, before: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
     """The job, once its ranks hang."""
-    with started(function, run_dir, ranks) as process:
-        wait_for(lambda: len(list(run_dir.glob("hanging_*"))) == ranks or process.poll() is not None, 60)
+    with started(function, run_dir, ranks, before) as process:
+        wait_for(lambda: len(list(run_dir.glob("hanging_*"))) == ranks or process.poll() is not None, 90)
         assert process.poll() is None, process.communicate()
         yield process
 

@@ -112,6 +112,46 @@ def test_a_run_that_saved_and_is_not_requeued_says_why(most: str, count: str, sa
     assert ("error:" in text) == says.startswith("error:")
 
 
+def test_sigterm_to_the_script_lets_the_ranks_save(batch: Batch) -> None:
+    """By `scancel --batch --signal=TERM`. At a SIGTERM srun would kill them at once."""
+    srun = """[ $what = train ] || exit 0
+    trap 'echo USR1 >>"$LOG"; exit 75' USR1; trap 'echo TERM >>"$LOG"; exit 143' TERM
+    kill -TERM "$batch"; for i in $(seq 100); do sleep 0.1; done"""
+    code, text = batch.run(srun, "run_dir=run")
+    assert (code, batch.lines()[-1]) == (75, "USR1"), text
+    assert "requeue 7" not in batch.lines()
+    assert "saved, as the job was told to end" in text
+    assert "error:" not in text
+
+
+@pytest.mark.parametrize("phase", ["preflight", "look"])
+def test_sigterm_ends_what_has_nothing_to_save_at_once(phase: str, batch: Batch) -> None:
+    srun = f"""[ $what != train ] || exit 1; [ $what = {phase} ] || exit 0
+    trap 'exit 143' TERM; kill -TERM "$batch"; for i in $(seq 100); do sleep 0.1; done; echo late >>"$LOG" """
+    code, text = batch.run(srun, "run_dir=run", MOE_PREFLIGHT="check")
+    assert "late" not in batch.lines(), text
+    assert code in (75, 143)
+
+
+def test_the_next_job_of_a_chain_does_not_start_ranks_for_a_run_that_is_done(batch: Batch) -> None:
+    """In a chain of arrays Slurm starts all tasks again where one has failed."""
+    chain = {"MOE_SUBMITTED": "monday", "MOE_REQUEUES": "0"}
+    assert batch.run("", "run_dir=run", **chain)[0] == 0
+    batch.log.unlink()
+    code, text = batch.run("", "run_dir=run", SLURM_JOB_ID="8", **chain)
+    assert (code, batch.log.exists()) == (0, False), text
+    assert "job 7 of this chain has completed the run" in text
+    assert batch.run("", "run_dir=run", **chain)[0] == 0  # the same job again, as someone asked for
+    assert batch.log.exists()
+
+
+def test_a_run_dir_that_cannot_be_written_is_told_before_a_rank_starts(batch: Batch) -> None:
+    (batch.dir / "run").write_text("a file")
+    code, text = batch.run("", "run_dir=run")
+    assert (code, batch.log.exists()) == (1, False)
+    assert "error: run_dir=run cannot be written; see its permissions and df -h run" in text
+
+
 def test_a_job_that_is_ended_between_two_starts_starts_nothing_more(batch: Batch) -> None:
     code, _ = batch.run('[ $what != look ] || kill -TERM "$batch"; [ $what != train ] || exit 1', "run_dir=run")
     assert code == 75

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch import signals
 from tests.launch import commands
 
 LIMIT_S = 5
@@ -67,10 +68,11 @@ def test_a_storm_of_signals_ends_every_rank_like_one(tmp_path: Path, pause_s: fl
         assert errors.strip().endswith("every rank has ended")
 
 
-def test_sigusr1_lets_ranks_stop_by_themselves(tmp_path: Path) -> None:
-    """The launcher passes it on; the exit code says that the run can continue."""
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_sigusr1_lets_ranks_stop_by_themselves(whole_group: bool, tmp_path: Path) -> None:
+    """The launcher passes it on; the exit code says that the run can continue. Slurm sends it to all processes."""
     with commands.hanging("until_told", tmp_path, 2) as process:
-        os.kill(process.pid, signal.SIGUSR1)
+        (os.killpg if whole_group else os.kill)(process.pid, signal.SIGUSR1)
         _gone(tmp_path, process)
         assert process.returncode == 75
         assert process.communicate()[1] == ""
@@ -84,8 +86,50 @@ def test_ranks_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
 
 def test_ctrl_c_while_modules_are_imported(tmp_path: Path) -> None:
     with commands.started("hang", tmp_path, 2) as process:
-        commands.wait_for(lambda: len(commands.alive(process.pid)) >= 3, 20)  # the fork server and resource tracker
+        commands.wait_for(lambda: len(commands.alive(process.pid)) >= 3, 90)  # the fork server and resource tracker
         os.killpg(process.pid, signal.SIGINT)
         _gone(tmp_path, process)
         assert process.returncode == 128 + signal.SIGINT
         assert "Traceback" not in process.communicate()[1]
+
+
+def test_sigusr1_before_ranks_are_started_ends_the_job_as_saved(tmp_path: Path) -> None:
+    with commands.started("hang", tmp_path, 2) as process:
+        commands.wait_for(lambda: len(commands.alive(process.pid)) >= 3, 90)
+        os.killpg(process.pid, signal.SIGUSR1)
+        _gone(tmp_path, process)
+        assert process.returncode == 75
+        told = process.communicate()[1].strip()
+        assert told == "stopped by SIGUSR1 before the first step; the same command continues"
+
+
+@pytest.mark.parametrize(
+    "before", [("nohup",), ("sh", "-c", 'trap "" INT HUP TERM; exec "$0" "$@"')], ids=["nohup", "background"]
+)
+def test_a_signal_that_was_ignored_before_stays_ignored(before: tuple[str, ...], tmp_path: Path) -> None:
+    """`nohup` ignores SIGHUP, and a shell without job control SIGINT in its background jobs."""
+    with commands.hanging("until_told", tmp_path, 2, before) as process:
+        for number in signals.ENDING if "sh" in before else (signal.SIGHUP,):
+            os.killpg(process.pid, number)
+        time.sleep(0.5)
+        assert process.poll() is None, process.communicate()
+        os.kill(process.pid, signal.SIGUSR1)  # it is still heard
+        _gone(tmp_path, process)
+        assert process.returncode == 75
+
+
+_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+@pytest.mark.parametrize("number", [*signals.ENDING, signal.SIGUSR1])
+@pytest.mark.parametrize("variables", [{}, _RANK], ids=["moe-train", "rank"])
+def test_a_signal_after_the_end_changes_no_exit_code(
+    variables: dict[str, str], number: signal.Signals, tmp_path: Path
+) -> None:
+    """The interpreter takes a while to end, and has no handlers by then."""
+    file = tmp_path / "lingering"
+    with commands.started("report", tmp_path, 1, TEST_LINGER=str(file), **variables) as process:
+        commands.wait_for(lambda: file.exists() or process.poll() is not None, 90)
+        os.kill(process.pid, number)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 0, errors

@@ -295,11 +295,12 @@ def test_what_is_submitted_is_kept(cluster: Path, tmp_path: Path, capsys: pytest
     assert json.loads((kept / "submission.json").read_text())["jobs"] == ["71"]
 
 
-def test_a_chain_waits_for_the_job_before(cluster: Path, tmp_path: Path) -> None:
+def test_each_job_of_a_chain_waits_for_all_before_it(cluster: Path, tmp_path: Path) -> None:
+    """Slurm cancels the one that waits for a job that completes, and takes a cancelled job for one that failed."""
     assert submit.run([*TINY, f"run_dir={tmp_path}/run", "launcher.chain=3", "launcher.dependency=afterok:9"]) == 0
     lines = [line for line in cluster.read_text().splitlines() if "--dependency" in line or "requeue" in line]
     assert lines == ["--dependency=afterok:9", "--no-requeue"] + [
-        text for job in (71, 72) for text in (f"--dependency=afternotok:{job}", "--no-requeue")
+        text for jobs in ("71", "71:72") for text in (f"--dependency=afternotok:{jobs}", "--no-requeue")
     ]
 
 

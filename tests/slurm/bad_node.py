@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from launch import main
 from launch.preflight import facts, rank
 from moe_train.config.schema import Config
@@ -17,4 +15,4 @@ def run(cfg: Config, info: RankInfo) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main.run("tests.slurm.bad_node:run"))
+    main.main("tests.slurm.bad_node:run")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -28,4 +27,4 @@ def run(cfg: Config, info: RankInfo) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main.run("tests.slurm.slowly:run"))
+    main.main("tests.slurm.slowly:run")
