@@ -46,6 +46,11 @@ def make_scratch(cfg: LauncherConfig) -> None:
         ) from error
 
 
+def own_scratch(cfg: LauncherConfig) -> Path | None:
+    """The user's part of the scratch directory; None without one."""
+    return None if cfg.scratch_dir is None else _own(cfg.scratch_dir)
+
+
 def _own(scratch_dir: str) -> Path:
     return Path(scratch_dir, f"moe-train-{os.getuid()}")
 
@@ -111,6 +116,9 @@ def cores_of(info: RankInfo, root: Path = Path("/")) -> set[int]:
 def _visible(gpus: list[str]) -> list[str]:
     """The GPUs, in the order of the bus, that CUDA_VISIBLE_DEVICES leaves by number."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    of_step = os.environ.get("SLURM_STEP_GPUS", "").split(",")
+    if len(chosen) == len(of_step) == 1:  # one bound to each task, which may be number 0 of those that it can open
+        chosen = of_step if of_step[0].isdigit() else chosen
     return [gpus[int(n)] for n in chosen if n.isdigit() and int(n) < len(gpus)] or gpus
 
 

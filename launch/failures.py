@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import socket
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from typing import Any
 
 from moe_train.resilience import stop, watch
 from moe_train.resilience.bad_steps import DivergedError
-from parallel.errors import ConfigError, LaunchError, MoeTrainError
+from parallel.errors import ConfigError, HardwareError, LaunchError, MoeTrainError
 
 # What gloo, NCCL and the store say in a healthy rank when another one is gone or late.
 _LOST_PEER = re.compile(
@@ -26,11 +28,11 @@ _LOST_PEER = re.compile(
     re.IGNORECASE,
 )
 
-AGREED = (3, stop.EXIT_CODE)
+AGREED = (HardwareError.exit_code, stop.EXIT_CODE)
 """Exit codes with which all ranks end together and on purpose: a node is bad or slow, a signal asked to stop."""
 
-LASTING = (ConfigError.exit_code, DivergedError.exit_code)
-"""Exit codes of what starting again would not change."""
+LASTING = (ConfigError.exit_code, HardwareError.exit_code, DivergedError.exit_code)
+"""Exit codes of what starting again on the same nodes would not change."""
 
 LEFT = "MOE_EXIT_CODE"
 """Set by `train.sbatch`: the file in which a rank leaves an exit code that says what to do next."""
@@ -51,7 +53,8 @@ class Failure:
     message: str
     """One line."""
     exit_code: int
-    """Of the process as a whole: 2 for wrong input, 4 and 5 where ranks hung or diverged, else 1."""
+    """Of the process as a whole: 2 for wrong input, 3 where the machine lacks something, 4 and 5 where ranks hung or
+    diverged, else 1."""
     traceback: str
     order: tuple[int, float]
     """The smallest is the cause of the others."""
@@ -60,6 +63,11 @@ class Failure:
     def is_cause(self) -> bool:
         """Whether no other rank can have caused this failure."""
         return self.order[0] <= 1
+
+    @property
+    def agreed(self) -> bool:
+        """Whether all ranks ended like this, on purpose, so that there is no error to tell."""
+        return self.exit_code in AGREED and not self.traceback
 
 
 class RankError(LaunchError):
@@ -73,8 +81,26 @@ class RankError(LaunchError):
             self.add_note(f"\nIn rank {failure.rank}:\n{failure.traceback}")  # shown below the launcher's own traceback
 
 
+def lacking(error: ImportError) -> HardwareError:
+    """What a missing package, or one of a wrong version, means for this node."""
+    return HardwareError(
+        f"{type(error).__name__} on {socket.gethostname()}: {str(error).strip().partition(chr(10))[0]}",
+        f"give {sys.executable} on this node the packages that the others have",
+    )
+
+
+@contextlib.contextmanager
+def packages() -> Iterator[None]:
+    """Raise HardwareError for an ImportError in this block."""
+    try:
+        yield
+    except ImportError as error:
+        raise lacking(error) from error
+
+
 def one_line(error: BaseException) -> str:
     """`error` without a traceback: typed errors in full, others as `Type: first line`."""
+    error = lacking(error) if isinstance(error, ImportError) else error
     text = " ".join(str(error).split()) if isinstance(error, MoeTrainError) else str(error).strip().partition("\n")[0]
     if isinstance(error, MoeTrainError):
         return text
@@ -95,7 +121,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """2 where the user's input is wrong, else 1."""
+    """2 where the user's input is wrong, 3 where the machine lacks something, else 1 or the error's own."""
+    error = lacking(error) if isinstance(error, ImportError) else error
     return error.exit_code if isinstance(error, MoeTrainError) else 1
 
 
@@ -117,7 +144,7 @@ def record(error: BaseException, error_file: str) -> None:
         "message": {"message": one_line(error), "extraInfo": extra},
         "time_s": time.monotonic(),  # one clock for all processes of a machine, and nobody sets it
         "exit_code": exit_code_of(error),
-        "explained": isinstance(error, MoeTrainError),
+        "explained": isinstance(error, MoeTrainError | ImportError),
         "lost_peer": lost_peer(error),
     }
     part = Path(f"{error_file}.part")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from launch import env, failures, job, local, rank, rendezvous, restarts, slurm
 from moe_train.config.fallback import fitting
 from moe_train.config.schema import Config
-from parallel.errors import ConfigError, LaunchError, MoeTrainError
+from parallel.errors import ConfigError, HardwareError, LaunchError, MoeTrainError
 from parallel.rank_info import RankInfo
 
 if TYPE_CHECKING:
@@ -38,8 +38,9 @@ _REPORT_S = 3600  # and while it reads all metrics of the run for its report
 
 def run(info: RankInfo, entry: str | None = None) -> int:
     """Be rank `info` of a job that trains, or that runs `entry` without data. Returns the exit code of this process."""
-    # At once, also inside a collective; Python's own handler would wait for it. The launcher ends the other ranks.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell has it for what runs in the background
+        # At once, also inside a collective; Python's own handler would wait for it. The launcher ends the other ranks.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         if {"-m", "--multirun"} & set(sys.argv[1:]):
             raise ConfigError(
@@ -67,10 +68,11 @@ def _lead(info: RankInfo, store: TCPStore, entry: str | None) -> int:
                 "run moe-train runtime=simulated alone",
             )
         cfg = fitting(cfg, info.world_size)
-        job.resolve_runtime(cfg)
-        if entry is None:
-            slurm.warn_unheard(cfg.launcher)
-            job.prepare_data(cfg)
+        with failures.packages():
+            job.resolve_runtime(cfg)
+            if entry is None:
+                slurm.warn_unheard(cfg.launcher)
+                job.prepare_data(cfg)
         path = job.save_config(cfg)
         restarts.remember(cfg)
         store.set(_CONFIG, json.dumps({"config": compose.to_yaml(cfg)}))
@@ -109,8 +111,7 @@ def _train(cfg: Config, path: Path, info: RankInfo, store: TCPStore, entry: str 
     try:
         env.apply(cfg.launcher, info)
         rank.use_threads(cfg.launcher.threads_per_rank or cfg.launcher.cpus_per_rank or _threads(info))
-        if entry is None:
-            _same_everywhere(cfg, info, store)
+        _compare(cfg, info, store, versions=entry is None)
         rank.train(str(path), entry or local.ENTRY, info)
     except SystemExit as ended:  # early, as asked
         _part(info, store)
@@ -137,28 +138,58 @@ def _part(info: RankInfo, store: TCPStore) -> None:
             store.add(_LEFT, 1)
 
 
-def _same_everywhere(cfg: Config, info: RankInfo, store: TCPStore) -> None:
-    """Compare code, config and versions of all ranks before a model is built. Where they differ rank 0 says which
-    ranks differ from most, and all processes end."""
+def _compare(cfg: Config, info: RankInfo, store: TCPStore, versions: bool) -> None:
+    """Compare code, config and `versions` of all ranks, and which GPU each has, before a model is built. Where ranks
+    differ rank 0 says which from most, and all processes end."""
     from launch.preflight import facts
     from moe_train.config import compose
 
-    mine = facts.versions() | {"config": hashlib.sha256(compose.to_yaml(cfg).encode()).hexdigest()[:12]}
-    store.set(f"{_CODE}/{info.rank}", json.dumps({"node": facts.node_name(), "versions": mine}))
+    mine: dict[str, Any] = {
+        "node": facts.node_name(),
+        "versions": {},
+        "gpu": _only_gpu() if cfg.runtime == "cuda" else "",
+    }
+    if versions:
+        config = hashlib.sha256(compose.to_yaml(cfg).encode()).hexdigest()[:12]
+        mine["versions"] = facts.versions() | {"config": config}
+    store.set(f"{_CODE}/{info.rank}", json.dumps(mine))
     if info.rank:
         store.wait([_VERDICT])
-        if store.get(_VERDICT) != b"same":
+        verdict = json.loads(store.get(_VERDICT))
+        if verdict:
             store.add(_LEFT, 1)
-            _leave(LaunchError.exit_code)
+            _leave(verdict)
         return
     store.wait([f"{_CODE}/{i}" for i in range(info.world_size)])
-    problem = odd_ranks([json.loads(store.get(f"{_CODE}/{i}")) for i in range(info.world_size)])
-    if problem:  # told before anyone ends, because a launcher may kill the others at the first that does
-        _tell(LaunchError(problem, "give every node the same code and environment"), cfg, info, store)
-    store.set(_VERDICT, "different" if problem else "same")
-    if problem:
+    error = refusal([json.loads(store.get(f"{_CODE}/{i}")) for i in range(info.world_size)])
+    if error:  # told before anyone ends, because a launcher may kill the others at the first that does
+        _tell(error, cfg, info, store)
+    store.set(_VERDICT, json.dumps(error.exit_code if error else 0))
+    if error:
         _await(store, _LEFT, info.world_size - 1)
-        _leave(LaunchError.exit_code)
+        _leave(error.exit_code)
+
+
+def _only_gpu() -> str:
+    """The GPU of a process that sees no other one; "" where it sees several."""
+    import torch
+
+    return str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.device_count() == 1 else ""
+
+
+def refusal(found: Sequence[Mapping[str, Any]]) -> MoeTrainError | None:
+    """Why ranks cannot train together, from the `node`, `versions` and `gpu` of each; None where they can."""
+    if problem := odd_ranks(found):
+        return HardwareError(problem, "give every node the same code and environment")
+    first: dict[tuple[str, str], int] = {}
+    for rank_, one in enumerate(found):
+        other = first.setdefault((one["node"], one["gpu"]), rank_)
+        if one["gpu"] and other != rank_:
+            return ConfigError(
+                f"ranks {other} and {rank_} on {one['node']} see one GPU, the same",
+                "start one rank for each GPU: srun --gpus-per-task=1, or --gpus-per-node=N with --ntasks-per-node=N",
+            )
+    return None
 
 
 def _leave(code: int) -> NoReturn:
@@ -199,7 +230,9 @@ def _tell(error: Exception, cfg: Config, info: RankInfo, store: TCPStore) -> Non
             return  # the store went with rank 0
     if cfg.verbose:
         traceback.print_exception(error)
-    hint = "" if cfg.verbose or isinstance(error, MoeTrainError) else " (verbose=true shows the traceback)"
+    hint = (
+        "" if cfg.verbose or isinstance(error, MoeTrainError | ImportError) else " (verbose=true shows the traceback)"
+    )
     print(f"error: rank {info.rank}: {failures.one_line(error)}{hint}", file=sys.stderr)
 
 

@@ -75,6 +75,7 @@ def _from_srun(env: Mapping[str, str]) -> RankInfo | None:
     # One task, or a shell on a node (srun --pty), starts the ranks of its layout itself.
     if size == 1 or "SLURM_PTY_PORT" in env:
         return None
+    _refuse_heterogeneous(env)
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
     if not nodes and "MASTER_ADDR" not in env:
         raise LaunchError("SLURM_JOB_NODELIST is not set in this task of srun", "set MASTER_ADDR to rank 0's host")
@@ -93,6 +94,26 @@ def _from_srun(env: Mapping[str, str]) -> RankInfo | None:
     )
 
 
+def _refuse_heterogeneous(env: Mapping[str, str]) -> None:
+    """Raise LaunchError where this step has several components: `srun --het-group=0,1`, or `srun A : B`.
+
+    The components of a heterogeneous job may differ in anything, and so may the programs of `srun A : B`.
+    """
+    components = _number(env, "SLURM_HET_SIZE", 1)
+    own = [env.get(f"SLURM_JOB_NODELIST_HET_GROUP_{i}") for i in range(components)]
+    # srun names the nodes of the step's components, or of its only one.
+    spans = components > 1 and env.get("SLURM_JOB_NODELIST") not in own
+    counts = _tasks_per_node(env)
+    # Slurm fills the nodes of one component from the first on, so that a later one never has more tasks.
+    mixed = counts != sorted(counts, reverse=True)
+    if spans or mixed:
+        what = f"SLURM_HET_SIZE={components}" if spans else f"{','.join(map(str, counts))} tasks on its nodes"
+        raise LaunchError(
+            f"this is a heterogeneous step of Slurm ({what}), and ranks must be the tasks of one component",
+            "start all of them by one srun --ntasks-per-node=N, in a heterogeneous job with --het-group=I",
+        )
+
+
 def first_host(node_list: str) -> str:
     """First host of Slurm's compact list: "gpu[007-012,20],login1" -> "gpu007"."""
     depth = 0
@@ -104,12 +125,17 @@ def first_host(node_list: str) -> str:
     return re.sub(r"\[([^-,\]]+)[^\]]*\]", r"\1", node_list)
 
 
-def _tasks_on_this_node(env: Mapping[str, str], size: int) -> int:
+def _tasks_per_node(env: Mapping[str, str]) -> list[int]:
     """From Slurm's compact "4(x2),3": 4 tasks on each of two nodes and 3 on the third."""
     counts: list[int] = []
     per_node = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or ""
     for tasks, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node):
         counts += [int(tasks)] * int(repeats or 1)
+    return counts
+
+
+def _tasks_on_this_node(env: Mapping[str, str], size: int) -> int:
+    counts = _tasks_per_node(env)
     node = _number(env, "SLURM_NODEID", 0)
     return counts[node] if node < len(counts) else size
 

@@ -41,4 +41,7 @@ class LaunchError(MoeTrainError):
 
 
 class HardwareError(MoeTrainError):
-    """This machine lacks or lost what the run needs (GPU, memory, library): whoever owns the machine acts."""
+    """This machine lacks or lost what the run needs (GPU, memory, library): whoever owns the machine acts. Starting
+    again on the same machine changes nothing."""
+
+    exit_code = 3

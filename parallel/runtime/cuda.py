@@ -18,13 +18,7 @@ def start(rank: RankInfo, timeout_s: int) -> torch.device:
     Raises:
         HardwareError: the node has fewer GPUs than ranks.
     """
-    gpus = torch.cuda.device_count()
-    if rank.local_rank >= gpus:
-        raise HardwareError(
-            f"rank {rank.rank} is the {rank.local_rank + 1}th on its node, which has {gpus} visible GPUs",
-            "start one rank for each GPU, or set runtime=cpu",
-        )
-    device = torch.device("cuda", rank.local_rank)
+    device = torch.device("cuda", device_index(rank, torch.cuda.device_count()))
     torch.cuda.set_device(device)
     patching.apply(megatron_fixes.ON_ANY_DEVICE, device)
     if not dist.is_initialized():
@@ -37,3 +31,20 @@ def start(rank: RankInfo, timeout_s: int) -> torch.device:
             device_id=device,
         )
     return device
+
+
+def device_index(rank: RankInfo, gpus: int) -> int:
+    """Which of the `gpus` that this process sees is the rank's: its only one where Slurm has bound one to each rank
+    (srun --gpus-per-task=1), else the one of its place on the node.
+
+    Raises:
+        HardwareError: the node has fewer GPUs than ranks.
+    """
+    if gpus == 1:
+        return 0  # that no other rank has it too is checked where ranks compare what they found
+    if rank.local_rank >= gpus:
+        raise HardwareError(
+            f"rank {rank.rank} is number {rank.local_rank + 1} on its node, which has {gpus} visible GPUs",
+            "start one rank for each GPU, or set runtime=cpu",
+        )
+    return rank.local_rank

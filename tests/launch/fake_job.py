@@ -73,6 +73,14 @@ def fail_explained(cfg: Config, rank: RankInfo) -> None:
     dist.all_reduce(torch.ones(1))
 
 
+def lack_a_package(cfg: Config, rank: RankInfo) -> None:
+    """Rank 1 lacks a package; the others lose it in a collective."""
+    _meet(rank)
+    if rank.rank == 1:
+        import gone  # type: ignore[import-not-found]  # noqa: F401
+    dist.all_reduce(torch.ones(1))
+
+
 def fail_unexplained(cfg: Config, rank: RankInfo) -> None:
     """Rank 0 has a bug; the others lose it in a collective."""
     _meet(rank)

@@ -58,7 +58,8 @@ def machine(root: Path, gpus: dict[str, int], numa: dict[int, str]) -> Path:
 @pytest.fixture
 def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.usefixtures("allowed")
@@ -68,6 +69,10 @@ def test_a_rank_stays_next_to_its_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
     assert env.cores_of(rank(1), root) == {4, 5, 6, 7}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert env.cores_of(rank(0), root) == {4, 5, 6, 7}
+    # srun --gpus-per-task=1 where tasks can open their own GPU only, as number 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("SLURM_STEP_GPUS", "1")
+    assert env.cores_of(rank(1), root) == {4, 5, 6, 7}
 
 
 @pytest.mark.usefixtures("allowed")

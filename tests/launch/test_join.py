@@ -112,11 +112,11 @@ def test_a_rank_that_is_told_to_stop_takes_the_others_with_it(tmp_path: Path) ->
 def test_a_rank_with_other_code_is_named_and_nothing_is_built(tmp_path: Path) -> None:
     told = {"TEST_ODD_RANKS": "1", "MOE_EXIT_CODE": f"{tmp_path}/code"}
     (code0, _, errors0), (code1, _, errors1) = _srun(commands.arguments("report", tmp_path, 2), **told)
-    assert (code0, code1) == (1, 1)
+    assert (code0, code1) == (3, 3)  # starting again on these nodes would not help
     assert re.match(r"error: rank 0: code: rank 1 \(\S+\) has 0123456789ab, the others \w{12}; give every", errors0)
     assert errors1 == ""
     assert not list(tmp_path.glob("rank_*.json"))
-    assert not (tmp_path / "code").exists()  # 1 says no more than that a rank failed
+    assert (tmp_path / "code").read_text() == "3\n"
 
 
 def test_which_ranks_differ_from_most() -> None:
@@ -129,6 +129,37 @@ def test_which_ranks_differ_from_most() -> None:
     assert join.odd_ranks([{"node": "b", "versions": {"code": "1", "torch": "2.8"}}, same, same]) == (
         "torch: rank 0 (b) has 2.8, the others 2.9"
     )
+
+
+def test_a_missing_package_ends_the_job_without_another_try(tmp_path: Path) -> None:
+    """Found while a rank trains, and before it can even meet the others."""
+    note = tmp_path / "code"
+    ends = _srun(commands.arguments("lack_a_package", tmp_path, 2), MOE_EXIT_CODE=str(note))
+    (_, _, errors0), (code1, _, errors1) = ends
+    assert (code1, note.read_text(), errors0) == (3, "3\n", "")
+    assert re.match(r"error: rank 1: ModuleNotFoundError on \S+: No module named 'gone'; give \S+ on this", errors1)
+    note.unlink()
+    bare = [
+        sys.executable,
+        "-S",
+        "-c",
+        "import sys; sys.path[0] = sys.argv.pop(1); from launch import main; main.main()",
+    ]
+    code, _, errors = _srun([*bare, str(commands.ROOT)], MOE_EXIT_CODE=str(note))[0]
+    assert (code, note.read_text()) == (3, "3\n")
+    assert errors.startswith("error: ModuleNotFoundError on ")
+    assert errors.count("\n") == 1
+
+
+def test_ranks_that_see_one_gpu_each_must_see_different_ones() -> None:
+    def found(*gpus: str) -> list[dict[str, object]]:
+        return [{"node": f"n{i // 2}", "versions": {}, "gpu": gpu} for i, gpu in enumerate(gpus)]
+
+    assert join.refusal(found("a", "b", "a", "b")) is None  # srun --gpus-per-task=1
+    assert join.refusal(found("", "", "", "")) is None  # all see all of their node
+    error = join.refusal(found("a", "b", "c", "c"))
+    assert error is not None
+    assert (error.exit_code, error.cause) == (2, "ranks 2 and 3 on n1 see one GPU, the same")
 
 
 def test_srun_prints_the_config_once(tmp_path: Path) -> None:

@@ -56,6 +56,29 @@ def test_srun() -> None:
     assert 10_000 <= info.master_port < 30_000
 
 
+HET = {"SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "node3", "SLURM_JOB_NODELIST_HET_GROUP_1": "node4"}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (HET, "SLURM_HET_SIZE=2"),  # srun --het-group=0,1, as Slurm 22.05 sets it
+        ({"SLURM_STEP_TASKS_PER_NODE": "3,4"}, "3,4 tasks on its nodes"),  # srun -n3 A : -n4 B
+    ],
+)
+def test_a_step_of_several_components_is_refused_by_name(change: dict[str, str], told: str) -> None:
+    with pytest.raises(LaunchError, match="heterogeneous step of Slurm") as caught:
+        rendezvous.detect({**SRUN, **change})
+    assert told in str(caught.value)
+
+
+def test_one_component_of_a_heterogeneous_job_is_a_step_like_any_other() -> None:
+    one = {"SLURM_JOB_NODELIST": "node4", "SLURM_STEP_TASKS_PER_NODE": "7", "SLURM_NODEID": "0"}
+    info = rendezvous.detect({**SRUN, **HET, **one})
+    assert info is not None
+    assert (info.world_size, info.local_world_size, info.master_addr) == (7, 7, "node4")
+
+
 def test_every_task_of_a_step_computes_the_same_port_and_other_steps_another() -> None:
     ports = [rendezvous.detect({**SRUN, "SLURM_PROCID": str(i)}).master_port for i in range(7)]  # type: ignore[union-attr]
     assert len(set(ports)) == 1

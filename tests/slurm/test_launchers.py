@@ -48,6 +48,15 @@ def test_ranks_that_would_each_be_alone_are_refused_in_one_line(jobs: Jobs) -> N
     assert "use srun --mpi=pmi2 with MPICH" in lines[0]
 
 
+def test_a_heterogeneous_step_is_refused_in_one_line(jobs: Jobs) -> None:
+    command = [sys.executable, "-P", "-m", "launch.main", *jobs.overrides]
+    components = ["-N1", "-n1", *command, ":", "-N1", "-n2", *command]
+    with pytest.raises(RuntimeError) as caught:
+        jobs.cluster.run("srun", "--quiet", *components, PYTHONPATH=str(ROOT))
+    lines = [line for line in str(caught.value).splitlines() if "error: this is a heterogeneous step" in line]
+    assert len(lines) == 1, caught.value
+
+
 def test_wrong_overrides_end_the_job_at_once(jobs: Jobs, tmp_path: Path) -> None:
     job = jobs.submit(tmp_path / "run", "parallel.tp=3", "parallel.pp=1")
     facts = jobs.end(job)
