@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -39,13 +41,16 @@ def save_config(cfg: Config) -> Path:
     from moe_train.config import compose
 
     path = Path(cfg.run_dir) / "config.yaml"
+    part = path.with_name(f"config.yaml.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"config.yaml.{os.getpid()}.part")
         part.write_text(compose.to_yaml(cfg), encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
-        raise LaunchError(f"run_dir={cfg.run_dir} cannot be written: {error.strerror}", "set run_dir=PATH") from error
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        remedy = "make space there, or set run_dir=PATH" if error.errno == errno.ENOSPC else "set run_dir=PATH"
+        raise LaunchError(f"run_dir={cfg.run_dir} cannot be written: {error.strerror}", remedy) from error
     return path
 
 

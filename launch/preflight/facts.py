@@ -13,9 +13,16 @@ from pathlib import Path
 
 import psutil
 
+from launch.preflight.disks import Disk
+
 ROOT = Path(__file__).resolve().parents[2]
 _PATIENCE_S = 60.0  # with nvidia-smi, which is slow where GPUs are busy
-_LIBRARIES = ("torch", "megatron-core", "transformer-engine", "numpy", "hydra-core")
+_LIBRARIES = (
+    "torch", "megatron-core", "transformer-engine", "apex", "deep-ep", "flash-attn", "triton", "nvidia-nccl-cu12",
+    "nvidia-nccl-cu13", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-modelopt", "nvidia-resiliency-ext", "mpi4py",
+    "numpy", "tokenizers", "safetensors", "transformers", "hydra-core", "omegaconf",
+)  # fmt: skip
+"""What changes numbers, files or the traffic between ranks."""
 _CODE = ("parallel", "moe_train", "launch")
 
 
@@ -28,12 +35,15 @@ class Facts:
         versions: of everything that must be equal everywhere, by name.
         clock_s: this node's clock less rank 0's, seconds.
         gpus: GPUs that the rank sees; None on CPU.
+        gpu: its own one, by its UUID; "" on CPU.
         gpu_problems: what its own GPU reports of itself.
         gpu_unchecked: what nvidia-smi would not say of it, with the reason.
         memory_free: share of the memory of the device that is free.
         sees_run_dir: whether it found the file that rank 0 wrote, and rank 0 its own.
-        write_mb_s, read_mb_s: speed of the shared storage; None on all ranks of a node but the first.
-        matmul_s: time of one multiplication while all others multiply too.
+        disks: directories that the run writes; none on all ranks of a node but the first.
+        matmul_s: mean time of a multiplication while all others multiply too, without what the rank waited for a core.
+        matmul_median_s, matmul_worst_s: of single ones.
+        waited: share of that time in which the rank waited for a core that other processes had.
         link_gb_s: bandwidth to other nodes, best of those tried; None where it measured none.
         groups: {dimension: (first rank of the group, all-reduce GB/s, all-to-all GB/s)}.
     """
@@ -43,13 +53,16 @@ class Facts:
     versions: dict[str, str] = field(default_factory=dict)
     clock_s: float = 0.0
     gpus: int | None = None
+    gpu: str = ""
     gpu_problems: list[str] = field(default_factory=list)
     gpu_unchecked: dict[str, str] = field(default_factory=dict)
     memory_free: float = 1.0
     sees_run_dir: bool = True
-    write_mb_s: float | None = None
-    read_mb_s: float | None = None
+    disks: list[Disk] = field(default_factory=list)
     matmul_s: float = 0.0
+    matmul_median_s: float = 0.0
+    matmul_worst_s: float = 0.0
+    waited: float = 0.0
     link_gb_s: float | None = None
     groups: dict[str, tuple[int, float, float]] = field(default_factory=dict)
 
@@ -100,8 +113,9 @@ UNKNOWN = "unknown"
 """Version of a driver that nvidia-smi does not tell; `gpu_problems` has then found why."""
 
 
-def gpu_problems(index: int) -> tuple[list[str], dict[str, str]]:
-    """What GPU `index` reports against its health through nvidia-smi, and what could not be asked, each with why."""
+def gpu_problems(index: int | str) -> tuple[list[str], dict[str, str]]:
+    """What the GPU with this number or UUID reports against its health through nvidia-smi, and what could not be
+    asked, each with why."""
     problems, unchecked = [], {}
     try:
         for field_, text in _values(index).items():
@@ -125,7 +139,7 @@ def gpu_driver() -> str:
         return UNKNOWN
 
 
-def _values(index: int) -> dict[str, str | subprocess.CalledProcessError]:
+def _values(index: int | str) -> dict[str, str | subprocess.CalledProcessError]:
     """nvidia-smi's answer for each field. One field that a driver does not know fails a query of several."""
     try:
         return dict(zip(_FIELDS, _query(index, *_FIELDS), strict=True))
@@ -139,7 +153,7 @@ def _values(index: int) -> dict[str, str | subprocess.CalledProcessError]:
     return found
 
 
-def _query(index: int, *fields: str) -> list[str]:
+def _query(index: int | str, *fields: str) -> list[str]:
     line = _nvidia_smi(f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
     return [value.strip() for value in line.strip().split(",")]
 

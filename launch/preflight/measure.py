@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launch.preflight import disks as disks_
+from launch.preflight.disks import Disk, Place
 from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
 
 _PATIENCE_S = 10.0  # a file on network storage may be seen late
+PRODUCTS_S = 2.0
+"""Longer than the time in which a node that is stopped most of the time runs at a stretch."""
+_ENOUGH_S, _LEAST_ROUNDS, _MOST_ROUNDS = 0.3, 3, 50  # of a collective
 now = time.time
 """The clock that nodes compare."""
 
 
 def clock(rounds: int = 5) -> float:
-    """This node's clock less rank 0's, seconds. The best of a few rounds, as a message may come late."""
+    """This node's clock less rank 0's, seconds. The best of a few rounds, as a reply may come late."""
     best: float | None = None
     for _ in range(rounds):
         dist.barrier()
@@ -32,44 +39,38 @@ def clock(rounds: int = 5) -> float:
     return best or 0.0
 
 
-def storage(directory: Path, info: RankInfo, megabytes: int) -> tuple[bool, float | None, float | None]:
-    """Whether rank 0 and this node see each other's files in `directory`, and MB/s of writing and reading there.
-
-    One rank of each node writes and reads; the others get None.
+def storage(places: list[Place], info: RankInfo, megabytes: int) -> tuple[bool, list[Disk]]:
+    """Whether rank 0 and this node see each other's files in the shared ones of `places`, and what the node finds in
+    all of them. One rank of each node looks; the others find nothing.
     """
-    first = info.local_rank == 0
-    place = directory / ".preflight"
-    own = place / f"rank_{info.rank}"
-    block = os.urandom(1 << 20)
-    write_mb_s = read_mb_s = None
-    if first:
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            start = time.perf_counter()
-            with own.open("wb") as file:
-                for _ in range(megabytes):
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
-            write_mb_s = megabytes / (time.perf_counter() - start)
-        except OSError:
-            write_mb_s = 0.0
+    name, first = f"rank_{info.rank}", info.local_rank == 0
+    disks = [disks_.look(place, name, megabytes) for place in places] if first else []
+    sees = True
+    for position, place in enumerate(places):
+        if place.shared:
+            mine = disks[position] if first else None
+            sees = _seen(place.path / disks_.FOLDER, mine, info) and sees
     dist.barrier()
-    sees = not first or _appears(place / "rank_0")
+    if first:
+        for place in places:
+            disks_.remove(place, name)
+    return sees, disks
+
+
+def _seen(folder: Path, mine: Disk | None, info: RankInfo) -> bool:
+    """Whether this node sees the file of rank 0 in a folder, and rank 0 the node's. True where either has none."""
+    dist.barrier()
+    wrote = mine is not None and not mine.problem
     writers: list[int | None] = [None] * info.world_size
-    dist.all_gather_object(writers, info.rank if first else None)
+    dist.all_gather_object(writers, info.rank if wrote else None)
+    if writers[0] is None:  # rank 0 cannot write there, which is told as such
+        return True
+    sees = mine is None or _appears(folder / "rank_0")
     seen: list[list[int]] = [[]]
     if info.rank == 0:
-        seen = [[writer for writer in writers if writer is not None and _appears(place / f"rank_{writer}")]]
+        seen = [[writer for writer in writers if writer is not None and _appears(folder / f"rank_{writer}")]]
     dist.broadcast_object_list(seen, 0)
-    if first and own.exists():
-        start = time.perf_counter()
-        own.read_bytes()
-        read_mb_s = megabytes / (time.perf_counter() - start)
-    dist.barrier()
-    if first:
-        own.unlink(missing_ok=True)
-    return sees and (not first or info.rank in seen[0]), write_mb_s, read_mb_s
+    return sees and (not wrote or info.rank in seen[0])
 
 
 def _appears(path: Path) -> bool:
@@ -81,11 +82,53 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def matmul(device: torch.device, rounds: int = 3) -> float:
-    """Seconds of a matrix multiplication, while all ranks multiply; the best of a few rounds."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+@dataclass(frozen=True)
+class Products:
+    """Matrix multiplications, one after another for a while.
+
+    Args:
+        mean_s: of one, without the time in which this rank waited for a core.
+        median_s, worst_s: of single ones.
+        waited: share of all the time in which it waited for a core.
+    """
+
+    mean_s: float
+    median_s: float
+    worst_s: float
+    waited: float
+
+
+def products(device: torch.device, seconds: float = PRODUCTS_S) -> Products:
+    """Multiply for some seconds, while all ranks multiply.
+
+    The mean counts what a process lost while it was stopped, or its node stood still: the best of a few would not. What
+    it waited for a core does not count, as that tells of other processes on a shared machine.
+    """
+    cuda = device.type == "cuda"
+    size, dtype = (8192, torch.bfloat16) if cuda else (512, torch.float32)
     left = torch.ones(size, size, dtype=dtype, device=device)
-    return min(_timed(lambda: left @ left, device) for _ in range(rounds + 1))
+    threads = torch.get_num_threads()
+    if not cuda:
+        torch.set_num_threads(1)  # the kernel tells of each thread how long it waited
+    try:
+        _timed(lambda: left @ left, device)  # loads the library
+        times: list[float] = []
+        began, waited_before = time.perf_counter(), _waited_s()
+        while time.perf_counter() - began < seconds:
+            times.append(_timed(lambda: left @ left, device))
+        whole = time.perf_counter() - began
+        waited = min(_waited_s() - waited_before, whole)
+    finally:
+        torch.set_num_threads(threads)
+    return Products((whole - waited) / len(times), median(times), max(times), waited / whole)
+
+
+def _waited_s() -> float:
+    """How long this thread was ready to run and had no core, since it began; 0 where the kernel does not tell."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def bandwidth(
@@ -98,11 +141,9 @@ def bandwidth(
         size = megabytes * (1 << 20) // 4 // len(ranks) * len(ranks)
         sent = torch.ones(size, device=device)
         received = torch.empty_like(sent)
-        reduce_s = min(_timed(lambda g=group, t=sent: dist.all_reduce(t, group=g), device) for _ in range(3))  # type: ignore[misc]
-        exchange_s = min(
-            _timed(lambda g=group, a=received, b=sent: dist.all_to_all_single(a, b, group=g), device)  # type: ignore[misc]
-            for _ in range(3)
-        )
+        agree = partial(dist.all_reduce, op=dist.ReduceOp.MAX, group=group)
+        reduce_s = _best(partial(dist.all_reduce, sent, group=group), agree, device)
+        exchange_s = _best(partial(dist.all_to_all_single, received, sent, group=group), agree, device)
         found[name] = (ranks[0], sent.nbytes / reduce_s / 1e9, sent.nbytes / exchange_s / 1e9)
         dist.destroy_process_group(group)
     return found
@@ -122,7 +163,7 @@ def groups_of(layout: ParallelLayout, rank: int) -> dict[str, list[int]]:
 
 
 def links(nodes: list[str], info: RankInfo, device: torch.device, megabytes: int) -> float | None:
-    """Best bandwidth, GB/s, between this node and the two beside it: a node with two slow links is slow itself.
+    """Best bandwidth, GB/s, between this node and its two neighbours: a node with two slow links is slow itself.
 
     `nodes` are the host names of all ranks. One rank of each node measures; the others get None.
     """
@@ -138,7 +179,8 @@ def links(nodes: list[str], info: RankInfo, device: torch.device, megabytes: int
         paired = len(firsts) % 2 == 0 or {place, other} != {0, len(firsts) - 1}
         dist.barrier()
         if paired and len(firsts) > 1:
-            seconds = min(_timed(lambda o=firsts[other]: _swap(message, info.rank, o), device) for _ in range(3))  # type: ignore[misc]
+            pair = (info.rank, firsts[other])
+            seconds = _best(partial(_swap, message, *pair), partial(_larger, pair=pair), device)
             best = max(best, 2 * message.nbytes / seconds / 1e9)
     return best
 
@@ -148,6 +190,27 @@ def _swap(message: Tensor, rank: int, other: int) -> None:
     operations = [dist.P2POp(dist.isend, message, other), dist.P2POp(dist.irecv, received, other)]
     for work in dist.batch_isend_irecv(operations if rank < other else operations[::-1]):
         work.wait()
+
+
+def _larger(value: Tensor, pair: tuple[int, int]) -> None:
+    """Replace `value` by the larger one of two ranks."""
+    mine = value.clone()
+    received = torch.empty_like(value)
+    rank, other = pair
+    operations = [dist.P2POp(dist.isend, mine, other), dist.P2POp(dist.irecv, received, other)]
+    for work in dist.batch_isend_irecv(operations if rank < other else operations[::-1]):
+        work.wait()
+    value.copy_(torch.maximum(mine, received))
+
+
+def _best(action: Callable[[], object], agree: Callable[[Tensor], object], device: torch.device) -> float:
+    """Seconds of the fastest of some calls, which are more where one is quick: other processes can only delay it.
+    `agree` makes a tensor of one element the largest of all ranks that act."""
+    first = _timed(action, device)
+    longest = torch.tensor([first], device=device)
+    agree(longest)
+    rounds = min(max(int(_ENOUGH_S / max(float(longest), 1e-6)), _LEAST_ROUNDS), _MOST_ROUNDS)
+    return min([first, *(_timed(action, device) for _ in range(rounds - 1))])
 
 
 def _timed(action: Callable[[], object], device: torch.device) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -12,16 +13,16 @@ import torch
 import torch.distributed as dist
 
 from launch import snapshot
-from launch.preflight import facts, measure, verdict
+from launch.preflight import disks, facts, measure, verdict
 from launch.preflight.facts import Facts
 from moe_train.config.schema import Config
 from moe_train.config.validate import validate
 from parallel import runtime
-from parallel.errors import LaunchError
+from parallel.errors import HardwareError, LaunchError
 from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
 
-EXIT_CODE = 3
+EXIT_CODE = HardwareError.exit_code
 """Something is wrong with a node or the network. One of `launch.failures.AGREED`."""
 _MOST_RESUBMISSIONS = 3
 _COUNT = "MOE_PREFLIGHT_ROUND"
@@ -53,15 +54,19 @@ def look(cfg: Config, layout: ParallelLayout, info: RankInfo, device: torch.devi
     if cuda:
         free, total = torch.cuda.mem_get_info()
         found.gpus, found.memory_free = torch.cuda.device_count(), free / total
-        found.gpu_problems, found.gpu_unchecked = facts.gpu_problems(info.local_rank)
+        found.gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        found.gpu_problems, found.gpu_unchecked = facts.gpu_problems(found.gpu)
         found.versions |= {"driver": facts.gpu_driver(), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
     else:
         found.memory_free = facts.memory_free()
     found.clock_s = measure.clock()
     size = 256 if cuda else 4
-    found.sees_run_dir, found.write_mb_s, found.read_mb_s = measure.storage(Path(cfg.run_dir), info, size)
+    places = disks.places(cfg, layout, info.local_world_size)
+    found.sees_run_dir, found.disks = measure.storage(places, info, 256 if cuda else 16)
     dist.barrier()
-    found.matmul_s = measure.matmul(device)
+    products = measure.products(device)
+    found.matmul_s, found.waited = products.mean_s, products.waited
+    found.matmul_median_s, found.matmul_worst_s = products.median_s, products.worst_s
     nodes = [""] * info.world_size
     dist.all_gather_object(nodes, found.node)
     found.link_gb_s = measure.links(nodes, info, device, size)
@@ -91,7 +96,7 @@ def _report(cfg: Config, gathered: list[Facts], findings: list[verdict.Finding])
         lines.append(f"exclude: {','.join(nodes)}")
         lines.append(_again(cfg, nodes))
     elif findings:
-        lines.append("no single node is to blame: see the switches between them")
+        lines.append(f"no single node is to blame: {verdict.remedy(findings)}")
     suspects = verdict.suspected(findings)
     if suspects:
         lines.append(f"suspects, not excluded: {','.join(suspects)}")
@@ -102,11 +107,14 @@ def _report(cfg: Config, gathered: list[Facts], findings: list[verdict.Finding])
         "findings": [asdict(f) for f in findings],
         "ranks": [asdict(f) for f in gathered],
     }
-    directory = Path(cfg.run_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "preflight.txt").write_text(text + "\n", encoding="utf-8")
-    (directory / "preflight.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(text, flush=True)
+    directory = Path(cfg.run_dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "preflight.txt").write_text(text + "\n", encoding="utf-8")
+        (directory / "preflight.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:  # the disk is full, as was said above
+        print(f"warning: {directory}/preflight.json cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def _again(cfg: Config, nodes: list[str]) -> str:

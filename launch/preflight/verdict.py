@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
+from launch.preflight.disks import Disk
 from launch.preflight.facts import UNKNOWN, Facts
 from moe_train.config.cluster import ClusterConfig
 from moe_train.config.launcher import LauncherConfig
 
 _LEAST_FREE = {"GPU": 0.9, "main memory": 0.1}
+_NOTED_WAITED, _MOST_WAITED = 0.1, 0.9  # shares of the time
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ def judge(facts: list[Facts], launcher: LauncherConfig, cluster: ClusterConfig, 
         *_clocks(facts, launcher.clock_skew_s),
         *_devices(facts, ranks_per_node),
         *_storage(facts),
-        *_slow("matmul", {f.rank: f.matmul_s for f in facts}, facts, launcher.slow_ratio),
-        *_links(facts, launcher.slow_ratio),
+        *_products(facts, launcher.slow_ratio),
+        *_links(facts, relaxed(launcher.slow_ratio, facts)),
         *_groups(facts, launcher, cluster),
     ]
 
@@ -77,7 +79,7 @@ def _devices(facts: list[Facts], ranks_per_node: int) -> list[Finding]:
     for f in facts:
         found += [Finding("GPU", f.node, f"rank {f.rank}: {problem}") for problem in f.gpu_problems]
         kind = "main memory" if f.gpus is None else "GPU"
-        if f.gpus is not None and f.gpus < ranks_per_node:
+        if f.gpus is not None and f.gpus < ranks_per_node and f.gpus != 1:  # 1: bound to the rank, and its own
             found.append(Finding("GPU", f.node, f"rank {f.rank} sees {f.gpus} of {ranks_per_node} GPUs"))
         if f.memory_free < _LEAST_FREE[kind]:
             found.append(Finding("memory", f.node, f"{f.memory_free:.0%} of {kind} of rank {f.rank} is free"))
@@ -108,22 +110,87 @@ def notes(facts: list[Facts]) -> list[str]:
 
 
 def _storage(facts: list[Facts]) -> list[Finding]:
-    return [
+    found = [
         Finding("storage", f.node, "run_dir there is not the directory that rank 0 sees")
         for f in facts
         if not f.sees_run_dir
     ]
+    for field in dict.fromkeys(disk.field for f in facts for disk in f.disks):
+        on = [(f.node, disk) for f in facts for disk in f.disks if disk.field == field]
+        wrong = {node: text for node, disk in on if (text := _disk_problem(disk))}
+        if wrong and on[0][1].shared and len(wrong) == len(on):
+            found.append(Finding("storage", "", next(iter(wrong.values()))))
+        else:
+            found += [Finding("storage", node, text) for node, text in sorted(wrong.items())]
+    return found
 
 
-def _slow(check: str, seconds: dict[int, float], facts: list[Facts], ratio: float) -> list[Finding]:
-    usual = median(seconds.values())
+def _disk_problem(disk: Disk) -> str:
+    name = f"{disk.field} ({disk.path})"
+    if disk.problem:
+        return f"{name} cannot be written: {disk.problem}"
+    if disk.free_bytes < disk.least_bytes:
+        return f"{name} has {_size(disk.free_bytes)} free, and the run soon needs {_size(disk.least_bytes)}"
+    return ""
+
+
+def _disk_notes(facts: list[Facts]) -> list[str]:
+    """Directories that will be full before the run ends, if nothing is removed."""
+    tightest: dict[str, Disk] = {}
+    for disk in (disk for f in facts for disk in f.disks if not _disk_problem(disk)):
+        if disk.field not in tightest or disk.free_bytes < tightest[disk.field].free_bytes:
+            tightest[disk.field] = disk
     return [
-        Finding(
-            check, f.node, f"rank {f.rank} takes {seconds[f.rank] / usual:.1f} times the median {usual * 1e3:.3g} ms"
-        )
-        for f in facts
-        if usual > 0 and seconds[f.rank] > ratio * usual
+        f"{field} ({disk.path}) has {_size(disk.free_bytes)} free, and the whole run writes {_size(disk.all_bytes)}: "
+        "set checkpoint.keep_last or make space"
+        for field, disk in tightest.items()
+        if disk.free_bytes < disk.all_bytes
     ]
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+
+
+def _products(facts: list[Facts], ratio: float) -> list[Finding]:
+    """Ranks whose multiplications take much longer than those of most."""
+    usual = median(f.matmul_s for f in facts)
+    found = []
+    for f in facts:
+        if usual > 0 and f.matmul_s > ratio * usual:
+            text = f"rank {f.rank} takes {f.matmul_s / usual:.1f} times the median {usual * 1e3:.3g} ms"
+            if f.matmul_s > ratio * f.matmul_median_s:
+                text += f": single products take {f.matmul_median_s * 1e3:.3g} ms, and between them it stands still"
+            found.append(Finding("matmul", f.node, text))
+    return found
+
+
+def relaxed(ratio: float, facts: list[Facts]) -> float:
+    """`ratio` for what ranks do together: it takes longer where they wait for cores that other processes have."""
+    return ratio / (1 - min(max(f.waited for f in facts), _MOST_WAITED))
+
+
+def _contended(facts: list[Facts]) -> list[str]:
+    """Nodes that other processes compute on."""
+    waited = {f.node: max(g.waited for g in facts if g.node == f.node) for f in facts}
+    busy = {node: share for node, share in waited.items() if share > _NOTED_WAITED}
+    if not busy:
+        return []
+    worst = max(busy, key=lambda node: busy[node])
+    where = f"other processes use cores of {len(busy)} of {len(waited)} nodes"
+    relaxed_too = "which is not counted, and links and bandwidth are compared less strictly"
+    return [f"{where}: a rank of {worst} waited {busy[worst]:.0%} of the time for one, {relaxed_too}"]
+
+
+def remedy(findings: Iterable[Finding]) -> str:
+    """What to do where no node is to be excluded."""
+    checks = {finding.check for finding in findings if not finding.node}
+    told = {"storage": "make space, or set other directories", "bandwidth": "see the switches between them"}
+    return "; ".join(text for check, text in told.items() if check in checks)
 
 
 def _links(facts: list[Facts], ratio: float) -> list[Finding]:
@@ -153,7 +220,7 @@ def _groups(facts: list[Facts], launcher: LauncherConfig, cluster: ClusterConfig
             slow = {}
             for first, speed in sorted(speeds.items()):
                 expected = _least(what, members[first], len(facts), launcher, cluster)
-                if speed * launcher.slow_ratio < usual or speed < expected:
+                if speed * relaxed(launcher.slow_ratio, facts) < usual or speed < expected:
                     slow[first] = f", expected {expected:.3g}" + _source(launcher, cluster) if expected else ""
             healthy = {node for first in nodes if first not in slow for node in nodes[first]}
             for first, wanted in slow.items():
@@ -208,8 +275,6 @@ def table(facts: list[Facts], findings: list[Finding]) -> list[str]:
     """A line for each check: what was measured, and what is wrong."""
     nodes = {f.node for f in facts}
     usual = Counter(tuple(sorted(f.versions.items())) for f in facts).most_common(1)[0][0]
-    writes = [f.write_mb_s for f in facts if f.write_mb_s is not None]
-    reads = [f.read_mb_s for f in facts if f.read_mb_s is not None]
     clocks = [f.clock_s for f in facts]
     times = sorted(f.matmul_s for f in facts)
     speeds = [f.link_gb_s for f in facts if f.link_gb_s is not None]
@@ -218,18 +283,34 @@ def table(facts: list[Facts], findings: list[Finding]) -> list[str]:
         "clock": f"{max(clocks) - min(clocks):.3f} s between the first and the last",
         "GPU": f"{facts[0].gpus} on each node" if facts[0].gpus is not None else "none is used",
         "memory": f"{min(f.memory_free for f in facts):.0%} is free where it is least",
-        "storage": f"slowest node writes {min(writes, default=0):,.0f} and reads {min(reads, default=0):,.0f} MB/s",
+        "storage": _storages(facts),
         "matmul": f"median {median(times) * 1e3:.3g} ms, slowest {times[-1] * 1e3:.3g} ms",
         "links": f"slowest node {min(speeds):.2f} GB/s" if speeds else "one node",
         "bandwidth": _bandwidths(facts),
     }
+    noted = {"GPU": notes(facts), "storage": _disk_notes(facts), "matmul": _contended(facts)}
     lines = [f"preflight of {len(facts)} ranks on {len(nodes)} nodes"]
     for check, text in rows.items():
         wrong = [finding for finding in findings if finding.check == check]
+        nowhere = "every node" if check == "storage" else "some node"
         lines.append(f"  {'BAD' if wrong else 'ok':<4}{check:<10}{text}")
-        lines += [f"      {finding.node or 'some node'}: {finding.text}" for finding in wrong]
-        lines += [f"      note: {note}" for note in notes(facts) if check == "GPU"]
+        lines += [f"      {finding.node or nowhere}: {finding.text}" for finding in wrong]
+        lines += [f"      note: {note}" for note in noted.get(check, [])]
     return lines
+
+
+def _storages(facts: list[Facts]) -> str:
+    """Of each directory what the node with the least finds."""
+    texts = []
+    for field in dict.fromkeys(disk.field for f in facts for disk in f.disks):
+        disks = [disk for f in facts for disk in f.disks if disk.field == field]
+        speeds = [(disk.write_mb_s, disk.read_mb_s or 0.0) for disk in disks if disk.write_mb_s is not None]
+        text = f"{field} {_size(min(disk.free_bytes for disk in disks))} free"
+        if speeds:
+            write, read = (min(each) for each in zip(*speeds, strict=True))
+            text += f", writes {write:,.0f} and reads {read:,.0f} MB/s"
+        texts.append(text)
+    return "; ".join(texts)
 
 
 def _bandwidths(facts: list[Facts]) -> str:

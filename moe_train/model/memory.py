@@ -10,7 +10,7 @@ from moe_train.config.rules.facts import Facts, gather_facts
 from moe_train.config.rules.precision import high_precision_layers, recipe
 from moe_train.config.rules.recompute import grouped_experts
 from moe_train.config.schema import Config
-from moe_train.model.arithmetic import parameters_on_rank
+from moe_train.model.arithmetic import count_parameters, parameters_on_rank
 from parallel import pipeline
 from parallel.layout import ParallelLayout
 from parallel.planner.job import Job
@@ -62,6 +62,12 @@ def job_of(cfg: Config, layout: ParallelLayout) -> Job:
         frees_outputs=facts.runtime == "cuda",
         on_cpu=facts.runtime == "cpu",
     )
+
+
+def checkpoint_bytes(cfg: Config, job: Job) -> float:
+    """A whole checkpoint: weights, main weights and moments, once each."""
+    each = job.element + (0 if job.dtype == "fp32" else 4) + 2 * job.moment_bytes
+    return each * count_parameters(cfg.model).total_with_mtp
 
 
 def weights_on(cfg: Config, job: Job, stage: int) -> Weights:

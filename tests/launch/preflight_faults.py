@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from dataclasses import replace
+
+import torch
 
 from launch import forkserver, main
 from launch.preflight import facts, measure, rank
@@ -32,9 +36,34 @@ def clock(cfg: Config, info: RankInfo) -> None:
 
 
 def slow(cfg: Config, info: RankInfo) -> None:
-    before = measure.matmul
+    """The clock of its processor is low."""
+    before = measure.products
     if info.rank == BROKEN:
-        measure.matmul = lambda *args: 1000 * before(*args)
+
+        def products(device: torch.device) -> measure.Products:
+            found = before(device)
+            return replace(found, mean_s=2 * found.mean_s, median_s=2 * found.median_s)
+
+        measure.products = products
+    none(cfg, info)
+
+
+def stopped(cfg: Config, info: RankInfo) -> None:
+    """Nine tenths of the time it is stopped, and runs for longer at a stretch than a product takes."""
+    if info.rank == BROKEN:
+        steps = (("SIGSTOP", 0.45), ("SIGCONT", 0.05))
+        cycle = [f" os.kill(pid, signal.{name}); time.sleep({seconds})\n" for name, seconds in steps]
+        script = "import os, signal, sys, time; pid = int(sys.argv[1])\nwhile True:\n" + "".join(cycle)
+        subprocess.Popen([sys.executable, "-c", script, str(os.getpid())], stderr=subprocess.DEVNULL)
+    none(cfg, info)
+
+
+def crowded(cfg: Config, info: RankInfo) -> None:
+    """Other processes compute on the cores, more of them on those of one rank."""
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[info.rank % 2]})
+    script = "import os, sys\nwhile os.path.exists(f'/proc/{sys.argv[1]}/exe'): sum(range(100000))"
+    for _ in range(3 if info.rank == BROKEN else 0):
+        subprocess.Popen([sys.executable, "-c", script, str(os.getpid())], stderr=subprocess.DEVNULL)
     none(cfg, info)
 
 
@@ -47,4 +76,4 @@ def storage(cfg: Config, info: RankInfo) -> None:
 
 if __name__ == "__main__":
     forkserver.PRELOAD = ("torch",)
-    sys.exit(main.run(f"tests.launch.preflight_faults:{sys.argv.pop(1)}"))
+    main.main(f"tests.launch.preflight_faults:{sys.argv.pop(1)}")

@@ -6,8 +6,8 @@ import contextlib
 from dataclasses import dataclass, field, replace
 
 from moe_train.config.schema import Config
-from moe_train.model.arithmetic import count_parameters, flops_per_token
-from moe_train.model.memory import job_of, weights_on
+from moe_train.model.arithmetic import flops_per_token
+from moe_train.model.memory import checkpoint_bytes, job_of, weights_on
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
 from parallel.planner import cost, software
@@ -248,12 +248,6 @@ def given(cfg: Config, base: Job, machine: Machine, gpus: int, weights_of: objec
         )
     found.plans.sort(key=lambda plan: plan.step.seconds)
     return found
-
-
-def checkpoint_bytes(cfg: Config, job: Job) -> float:
-    """A whole checkpoint: weights, main weights and moments, once each."""
-    each = job.element + (0 if job.dtype == "fp32" else 4) + 2 * job.moment_bytes
-    return each * count_parameters(cfg.model).total_with_mtp
 
 
 def stage_bill(result: Answer, stage: Stage, machine: Machine, weights_of: object) -> cost.Bill:
