@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench import fault_commands, results
 from bench.fault_cases import GUARDED, INTERVAL, LAYOUT, STEPS, Case, cases
 from bench.fault_runs import Seen, data_overrides, events, injected_at, losses, train
 
@@ -129,6 +129,13 @@ def main() -> None:
             if arguments.only in case.name:
                 rows.append(run_case(case, directory, data, reference))
                 print(_line(rows[-1]), flush=True)
+        for check in fault_commands.checks():
+            if arguments.only in check.name:
+                rows.append(fault_commands.run_check(check, directory))
+                print(_line(rows[-1]), flush=True)
+        if arguments.only in "chain" and (row := fault_commands.chain(directory, data)):
+            rows.append(row)
+            print(_line(row), flush=True)
         if arguments.only:
             return
         kills = random_kills(directory, data, arguments.steps, arguments.kills, draw) if arguments.kills else {}

@@ -102,6 +102,7 @@ def cases(draw: random.Random, directory: Path) -> list[Case]:
         Case("storm of SIGTERM", meanwhile=_at_step(INTERVAL, _storm(signal.SIGTERM)), code=143),
         Case("Ctrl-C", meanwhile=_at_step(INTERVAL, _storm(signal.SIGINT, 1)), code=130),
         Case("storm of SIGUSR1", (f"term:rank=1:step={step()}:factor=50",), code=75),
+        Case("SIGUSR1 after the last step until the end", meanwhile=_at_step(STEPS, _until_the_end), harmless=True),
         Case("clock that jumps by days", environment={"PYTHONPATH": f"{jumping}:{ROOT}"}, harmless=True),
         Case("disk full while saving", meanwhile=_fill_disk, around=_small_disk, mend=_free_disk, code=2,
              most_lost=STEPS - INTERVAL),
@@ -188,6 +189,14 @@ def _storm(number: int, times: int = 50) -> Meanwhile:
                 os.killpg(process.pid, number)
 
     return send
+
+
+def _until_the_end(process: subprocess.Popen[str], seen: Seen, run_dir: Path) -> None:
+    seen.injected = time.monotonic()
+    while process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGUSR1)
+        time.sleep(0.005)
 
 
 def _remove_data(process: subprocess.Popen[str], seen: Seen, run_dir: Path) -> None:
