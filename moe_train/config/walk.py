@@ -7,6 +7,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import isfinite
 from typing import Any
 
 from moe_train.config.schema import Config
@@ -63,8 +64,12 @@ def misfit(name: str, value: Any) -> str:
         return "" if bool in kinds and isinstance(value, bool) else f"no {_KINDS.get(kinds[0], 'value of it')}"
     if (int in kinds or float in kinds) and not isinstance(value, int if float not in kinds else (int, float)):
         return f"no {_KINDS[kinds[0]]}"
+    if str in kinds and not isinstance(value, str):
+        return "no text"
     if str in kinds:
-        return "" if isinstance(value, str) else "no text"
+        return "" if not info.choices or value in info.choices else f"not one of {', '.join(info.choices)}"
+    if not isfinite(value):
+        return "not finite"
     if info.minimum is not None and value < info.minimum:
         return f"below {info.minimum:g}"
     return f"above {info.maximum}" if info.maximum is not None and value > info.maximum else ""

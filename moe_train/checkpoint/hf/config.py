@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face checkpoint <-> ModelConfig, by one table of settings for each family. No torch import.
+"""config.json of a Hugging Face checkpoint <-> ModelConfig, by the tables in `schemas`. No torch import.
 
 What the model code here cannot compute is refused by name: a checkpoint must never load as another model.
 """
@@ -6,227 +6,25 @@ What the model code here cannot compute is refused by name: a checkpoint must ne
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moe_train.checkpoint.hf import rope
+from moe_train.checkpoint.hf.rope import UNSUPPORTED, YARN_FIELDS
+from moe_train.checkpoint.hf.schemas import NEUTRAL, OMITTED, SCHEMAS, Json, Schema, Setting
 from moe_train.config.model import ModelConfig
-from moe_train.config.walk import misfit
+from moe_train.config.rules import model as model_rules
+from moe_train.config.walk import all_fields, misfit
 from parallel.errors import CheckpointError, ConfigError
-from parallel.suggest import override_value
+from parallel.suggest import Impossible, override_value
 
-Json = dict[str, Any]
 FILE = "config.json"
-_MISSING = object()
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One field of config.json and the field of ModelConfig that it is."""
-
-    hf: str
-    field: str
-    default: Any = _MISSING
-    """Value where config.json leaves it out; without a default it must be there."""
-    read: Callable[[Any], Any] = lambda value: value
-    write: Callable[[Any], Any] = lambda value: value
-    aliases: tuple[str, ...] = ()
-    """Other names that versions of transformers write or take for it."""
-
-    def value(self, config: Json) -> Any:
-        """What the config says, or the default, or `_MISSING`."""
-        return next((config[name] for name in (self.hf, *self.aliases) if name in config), self.default)
-
-
-@dataclass(frozen=True)
-class Schema:
-    """How one family writes its config."""
-
-    model_types: tuple[str, ...]
-    architecture: str
-    settings: tuple[Setting, ...]
-    fixed: Mapping[str, Any]
-    """ModelConfig fields that are the same in every model of the family."""
-    required: Mapping[str, tuple[Any, ...]]
-    """config.json fields that must have one of these values where present; the first is written."""
-    rope_base: float = 10000.0
-    """Where config.json names none."""
-    rotary_share: float = 1.0
-    """Of a head, where config.json does not say (`partial_rotary_factor`)."""
-    unnormalised_topk: bool = False
-    """The weights of the chosen experts are those of a softmax over all, and `norm_topk_prob` can change that."""
-
-
-def _none_as_zero(value: Any) -> Any:
-    return value or 0
-
-
-def _zero_as_none(value: Any) -> Any:
-    return value or None
-
-
-_BACKBONE = (
-    Setting("num_hidden_layers", "num_layers"),
-    Setting("hidden_size", "hidden_size"),
-    Setting("vocab_size", "vocab_size"),
-    Setting("max_position_embeddings", "max_position_embeddings"),
-    Setting("tie_word_embeddings", "tie_embeddings", False),
-    Setting("rms_norm_eps", "norm_epsilon"),
-    Setting("initializer_range", "init_std", 0.02),
-    Setting("num_attention_heads", "num_attention_heads"),
-)
-_FFN = Setting("intermediate_size", "ffn_hidden_size")
-_GROUPS = Setting("num_key_value_heads", "num_query_groups", None, _none_as_zero)
-_HEAD_DIM = Setting("head_dim", "head_dim", 0, _none_as_zero, _zero_as_none)
-_MLA = (
-    Setting("q_lora_rank", "q_lora_rank", None, _none_as_zero, _zero_as_none),
-    Setting("kv_lora_rank", "kv_lora_rank"),
-    Setting("qk_nope_head_dim", "qk_nope_head_dim"),
-    Setting("qk_rope_head_dim", "qk_rope_head_dim"),
-    Setting("v_head_dim", "v_head_dim"),
-)
-_DEEPSEEK_EXPERTS = (
-    Setting("n_routed_experts", "num_experts", aliases=("num_local_experts", "num_experts")),
-    Setting("num_experts_per_tok", "topk"),
-    Setting("moe_intermediate_size", "moe_ffn_hidden_size"),
-    Setting("n_shared_experts", "num_shared_experts", 0, _none_as_zero, _zero_as_none),
-    Setting("first_k_dense_replace", "num_dense_layers", 0),
-)
-_EXPERT_GROUPS = (
-    Setting("n_group", "router_num_groups", 1, lambda n: n if n and n > 1 else 0, lambda n: n or 1),
-    Setting("topk_group", "router_topk_groups", 1, _none_as_zero, lambda n: n or 1),
-    Setting("routed_scaling_factor", "router_scaling_factor", 1.0),
-)
-_MTP = Setting("num_nextn_predict_layers", "mtp_num_layers", 0, _none_as_zero, aliases=("num_mtp_layers",))
-_SIGMOID = {"router_score": "sigmoid", "router_bias": True, "router_group_score": "sum"}
-_GQA = {"attention": "gqa"}
-_ACTIVATION = {"hidden_act": ("silu",)}
-_EVERY_LAYER = {"moe_layer_freq": (1,)}
-
-SCHEMAS: dict[str, Schema] = {
-    "deepseek_v3": Schema(
-        ("deepseek_v3", "kimi_k2"),
-        "DeepseekV3ForCausalLM",
-        (*_BACKBONE, _FFN, *_MLA, *_DEEPSEEK_EXPERTS, *_EXPERT_GROUPS, _MTP),
-        {"attention": "mla", **_SIGMOID},
-        _ACTIVATION | _EVERY_LAYER | {
-            "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "norm_topk_prob": (True,),
-            "attention_bias": (False,), "rope_interleave": (True,),
-        },
-    ),
-    "deepseek_v2": Schema(
-        ("deepseek_v2",),
-        "DeepseekV2ForCausalLM",
-        (*_BACKBONE, _FFN, *_MLA, *_DEEPSEEK_EXPERTS, *_EXPERT_GROUPS),
-        {"attention": "mla", "router_score": "softmax", "router_pre_softmax": True, "router_group_score": "max"},
-        _ACTIVATION | _EVERY_LAYER | {
-            "scoring_func": ("softmax",), "norm_topk_prob": (False,), "attention_bias": (False,),
-            "mlp_bias": (False,),
-        },
-    ),
-    "deepseek_moe": Schema(
-        ("deepseek",),
-        "DeepseekForCausalLM",
-        (*_BACKBONE, _FFN, _GROUPS, *_DEEPSEEK_EXPERTS),
-        _GQA | {"router_score": "softmax", "router_pre_softmax": True},
-        _ACTIVATION | _EVERY_LAYER | {
-            "scoring_func": ("softmax",), "norm_topk_prob": (False, True), "attention_bias": (False,),
-        },
-        unnormalised_topk=True,
-    ),
-    "mixtral": Schema(
-        ("mixtral",),
-        "MixtralForCausalLM",
-        (
-            *_BACKBONE, _GROUPS, _HEAD_DIM,
-            Setting("intermediate_size", "moe_ffn_hidden_size"),
-            Setting("num_local_experts", "num_experts", aliases=("num_experts",)),
-            Setting("num_experts_per_tok", "topk"),
-        ),
-        _GQA | {"router_score": "softmax", "router_pre_softmax": False},
-        _ACTIVATION | {"sliding_window": (None,), "attention_bias": (False,)},
-        rope_base=1e6,
-    ),
-    "qwen3_moe": Schema(
-        ("qwen3_moe",),
-        "Qwen3MoeForCausalLM",
-        (
-            *_BACKBONE, _FFN, _GROUPS, _HEAD_DIM,
-            Setting("moe_intermediate_size", "moe_ffn_hidden_size"),
-            Setting("num_experts", "num_experts", aliases=("num_local_experts",)),
-            Setting("num_experts_per_tok", "topk"),
-        ),
-        _GQA | {"router_score": "softmax", "qk_norm": "head"},
-        _ACTIVATION | {
-            "decoder_sparse_step": (1,), "norm_topk_prob": (False, True), "attention_bias": (False,),
-            "use_sliding_window": (False,),
-        },
-        unnormalised_topk=True,
-    ),
-    "qwen2_moe": Schema(
-        ("qwen2_moe",),
-        "Qwen2MoeForCausalLM",
-        (
-            *_BACKBONE, _FFN, _GROUPS,
-            Setting("moe_intermediate_size", "moe_ffn_hidden_size"),
-            Setting("shared_expert_intermediate_size", "shared_expert_ffn_hidden_size"),
-            Setting("num_experts", "num_experts", aliases=("num_local_experts",)),
-            Setting("num_experts_per_tok", "topk"),
-            Setting("qkv_bias", "qkv_bias", True),
-        ),
-        _GQA | {"router_score": "softmax", "num_shared_experts": 1, "shared_expert_gate": True},
-        _ACTIVATION | {
-            "decoder_sparse_step": (1,), "norm_topk_prob": (False, True), "use_sliding_window": (False,),
-        },
-        unnormalised_topk=True,
-    ),
-    "olmoe": Schema(
-        ("olmoe",),
-        "OlmoeForCausalLM",
-        (
-            *_BACKBONE, _GROUPS,
-            Setting("intermediate_size", "moe_ffn_hidden_size"),
-            Setting("num_experts", "num_experts", aliases=("num_local_experts",)),
-            Setting("num_experts_per_tok", "topk"),
-        ),
-        _GQA | {"router_score": "softmax", "qk_norm": "full"},
-        _ACTIVATION | {"norm_topk_prob": (False, True), "attention_bias": (False,), "clip_qkv": (None,)},
-        unnormalised_topk=True,
-    ),
-    "glm4_moe": Schema(
-        ("glm4_moe",),
-        "Glm4MoeForCausalLM",
-        (
-            *_BACKBONE, _FFN, _GROUPS, _HEAD_DIM, *_DEEPSEEK_EXPERTS, *_EXPERT_GROUPS, _MTP,
-            Setting("attention_bias", "qkv_bias", False),
-            Setting("use_qk_norm", "qk_norm", False, lambda on: "head" if on else "none", lambda norm: norm == "head"),
-        ),
-        _GQA | _SIGMOID,
-        _ACTIVATION | {"norm_topk_prob": (True,)},
-        rotary_share=0.5,
-    ),
-    "llama": Schema(
-        ("llama",),
-        "LlamaForCausalLM",
-        (*_BACKBONE, _FFN, _GROUPS, _HEAD_DIM),
-        _GQA | {"num_experts": 0},
-        _ACTIVATION | {"attention_bias": (False,), "mlp_bias": (False,)},
-    ),
-}  # fmt: skip
+_RESTORE = "restore the field from the released config.json"
 
 # DeepSeek's code and transformers use this for the norms of latents, whatever rms_norm_eps says.
 _LATENT_EPSILON = 1e-6
-_YARN = {
-    "factor": "yarn_factor",
-    "original_max_position_embeddings": "yarn_original_max_position",
-    "beta_fast": "yarn_beta_fast",
-    "beta_slow": "yarn_beta_slow",
-    "mscale": "yarn_mscale",
-    "mscale_all_dim": "yarn_mscale_all_dim",
-}
-_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def read(directory: Path) -> Json:
@@ -248,7 +46,7 @@ def read(directory: Path) -> Json:
 
 
 def to_model(config: Json, where: Path | str = FILE) -> ModelConfig:
-    """The model that a config.json describes.
+    """The model that a config.json describes. A key that is left out has the value that its family gives it.
 
     Raises:
         CheckpointError: its family is unknown, a field is missing, or it asks for what the model code does not have.
@@ -258,48 +56,141 @@ def to_model(config: Json, where: Path | str = FILE) -> ModelConfig:
     if not found:
         known = ", ".join(t for schema in SCHEMAS.values() for t in schema.model_types)
         raise CheckpointError(f"{where} has model_type={kind!r}, which is not supported", f"supported are {known}")
-    schema = SCHEMAS[found[0]]
-    for name, allowed in schema.required.items():
-        if name in config and config[name] not in allowed:
-            raise CheckpointError(
-                f"{where} has {name}={config[name]!r}, and the {found[0]} models here have {allowed[0]!r}",
-                "such a model cannot be trained or converted here",
-            )
-    values: Json = {"name": str(kind), "family": found[0], **schema.fixed}
+    family, schema = found[0], SCHEMAS[found[0]]
+    _refuse_other_computations(config, family, where)
+    values: Json = {"name": str(kind), "family": family, **schema.fixed}
     for setting in schema.settings:
-        value = setting.value(config)
-        if value is _MISSING:
-            raise CheckpointError(f"{where} has no {setting.hf}", "restore the field from the released config.json")
-        try:
-            values[setting.field] = setting.read(value)
-        except TypeError:
-            values[setting.field] = value
-        if why := misfit(f"model.{setting.field}", values[setting.field]):
-            raise _wrong(where, setting.hf, value, why)
-    if schema.unnormalised_topk:
-        values["router_pre_softmax"] = not config.get("norm_topk_prob", False)
-    if values.get("router_num_groups") == 0:
-        values["router_topk_groups"] = 0
-    if found[0] == "deepseek_v2" and config.get("topk_method", "greedy") == "greedy":
-        values |= {"router_num_groups": 0, "router_topk_groups": 0, "router_group_score": "sum"}
-    if "mlp_only_layers" in config and found[0].startswith("qwen"):
-        values["num_dense_layers"] = _leading_layers(config["mlp_only_layers"] or [], where)
-    if values.get("attention") == "mla" and values["norm_epsilon"] != _LATENT_EPSILON:
-        values["latent_norm_epsilon"] = _LATENT_EPSILON
-    if found[0] in ("mixtral", "olmoe"):
-        values["ffn_hidden_size"] = values["moe_ffn_hidden_size"]
+        values[setting.field] = _read(setting, config, schema, where)
+    values |= _of_family(config, family, values, where)
     try:
-        values |= _rope(config, schema, where)
+        values |= rope.read(config, schema, where)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         scaling = {name: config[name] for name in ("rope_theta", "rope_scaling", "rope_parameters") if name in config}
         raise _wrong(where, "rotary position", scaling, f"not complete ({type(error).__name__}: {error})") from error
     for field, value in values.items():
         if why := misfit(f"model.{field}", value):
             raise _wrong(where, field, value, why)
-    model = ModelConfig(**values)
+    model = ModelConfig(**{field: _typed(field, value) for field, value in values.items()})
     if wrong := _unlike_transformers(model):
-        raise CheckpointError(f"{where} has {wrong}", "such a model cannot be trained or converted here")
+        raise CheckpointError(f"{where} has {wrong}", UNSUPPORTED)
+    _check_rules(model, schema, where)
     return model
+
+
+def _refuse_other_computations(config: Json, family: str, where: Path | str) -> None:
+    """Raise CheckpointError where a key asks for what the model code of the family does not compute."""
+    schema = SCHEMAS[family]
+    for name, allowed in schema.required.items():
+        if name in config and config[name] not in allowed:
+            raise CheckpointError(
+                f"{where} has {name}={config[name]!r}, and the {family} models here have {allowed[0]!r}", UNSUPPORTED
+            )
+    read = {name for setting in schema.settings for name in setting.names} | schema.required.keys()
+    read |= {"topk_method"} if family == "deepseek_v2" else set()
+    read |= {"mlp_only_layers"} if family.startswith("qwen") else set()
+    for name, neutral in NEUTRAL.items():
+        if name not in config or name in read:
+            continue
+        harmless = schema.harmless.get(name, neutral)
+        if harmless is not None and config[name] not in harmless:
+            raise CheckpointError(
+                f"{where} has {name}={str(config[name])[:100]}, which the {family} models here do not have", UNSUPPORTED
+            )
+    layers = config.get("layer_types")
+    if layers is not None and (not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)):
+        raise CheckpointError(
+            f"{where} has layer_types={str(layers)[:100]}, and every layer here is full_attention", UNSUPPORTED
+        )
+    count = config.get("num_hidden_layers", schema.defaults["num_hidden_layers"])
+    if layers is not None and len(layers) != count:
+        raise CheckpointError(
+            f"{where} has layer_types of {len(layers)} layers and num_hidden_layers={count}", _RESTORE
+        )
+    heads = (
+        config.get("num_key_value_heads"),
+        config.get("num_attention_heads", schema.defaults["num_attention_heads"]),
+    )
+    if schema.attention == "mla" and None not in heads and heads[0] != heads[1]:
+        raise CheckpointError(
+            f"{where} has num_key_value_heads={heads[0]} and num_attention_heads={heads[1]}, which are the same in "
+            f"{family} models",
+            UNSUPPORTED,
+        )
+
+
+def _read(setting: Setting, config: Json, schema: Schema, where: Path | str) -> Any:
+    """The ModelConfig value of one setting."""
+    given = {name: config[name] for name in setting.names if name in config}
+    if len({repr(value) for value in given.values()}) > 1:
+        shown = " and ".join(f"{name}={value!r}" for name, value in given.items())
+        raise CheckpointError(f"{where} has {shown}, which are two names of one field", "keep the right one")
+    value = next(iter(given.values()), schema.defaults.get(setting.hf, OMITTED))
+    if value is OMITTED:
+        raise CheckpointError(f"{where} has no {setting.hf}", _RESTORE)
+    name = next(iter(given), setting.hf)
+    if value is None and not setting.nullable:
+        raise CheckpointError(f"{where} has {name}=null, which means nothing there", _RESTORE)
+    below = setting.minimum is not None and type(value) is int and value < setting.minimum
+    if below:
+        raise _wrong(where, name, value, f"below {setting.minimum}")
+    try:
+        result = setting.read(value)
+    except TypeError:
+        result = value
+    if why := misfit(f"model.{setting.field}", result):
+        raise _wrong(where, name, value, why)
+    return result
+
+
+def _of_family(config: Json, family: str, values: Json, where: Path | str) -> Json:
+    """Fields that follow from several keys, or from one in one family only."""
+    found: Json = {}
+    if SCHEMAS[family].unnormalised_topk:
+        found["router_pre_softmax"] = not config.get("norm_topk_prob", False)
+    if values.get("router_num_groups") == 0:
+        found["router_topk_groups"] = 0
+    if family == "deepseek_v2":
+        found |= _groups_of_v2(config, values, where)
+    if family.startswith("qwen"):
+        found["num_dense_layers"] = _leading_layers(config.get("mlp_only_layers") or [], where)
+    if values["attention"] == "mla" and values["norm_epsilon"] != _LATENT_EPSILON:
+        found["latent_norm_epsilon"] = _LATENT_EPSILON
+    if family in ("mixtral", "olmoe"):
+        found["ffn_hidden_size"] = values["moe_ffn_hidden_size"]
+    return found
+
+
+def _groups_of_v2(config: Json, values: Json, where: Path | str) -> Json:
+    """Routing by groups is chosen by `topk_method`, and without it the groups mean nothing."""
+    method = config.get("topk_method", "greedy")
+    if method not in ("greedy", "group_limited_greedy"):
+        raise CheckpointError(
+            f"{where} has topk_method={method!r}, and deepseek_v2 models here have 'greedy' or 'group_limited_greedy'",
+            UNSUPPORTED,
+        )
+    if method == "group_limited_greedy":
+        for name in ("n_group", "topk_group"):
+            if config.get(name) is None:
+                raise CheckpointError(f"{where} has topk_method={method!r} and no {name}", _RESTORE)
+        if values["router_num_groups"]:
+            return {}
+    return {"router_num_groups": 0, "router_topk_groups": 0, "router_group_score": "sum"}
+
+
+def _typed(field: str, value: Any) -> Any:
+    """A whole number where JSON has one for a float: transformers insists on the type that it writes."""
+    return float(value) if all_fields()[f"model.{field}"].type is float else value
+
+
+def _check_rules(model: ModelConfig, schema: Schema, where: Path | str) -> None:
+    """Raise CheckpointError where no model can be like that, in the words of config.json."""
+    names = {setting.field: setting.hf for setting in schema.settings} | {"rope_base": "rope_theta"}
+    names |= {field: name for name, field in YARN_FIELDS.items()}
+    try:
+        model_rules.check(model)
+    except Impossible as problem:
+        cause = re.sub(r"model\.(\w+)", lambda match: names.get(match[1], match[0]), problem.cause)
+        raise CheckpointError(f"{where} cannot be: {cause}", _RESTORE) from None
 
 
 def _unlike_transformers(model: ModelConfig) -> str | None:
@@ -308,7 +199,7 @@ def _unlike_transformers(model: ModelConfig) -> str | None:
         return None
     if model.topk == 1:
         return "num_experts_per_tok=1, whose weight the family makes 1 and Megatron-Core leaves as it is"
-    if model.router_num_groups and model.topk // model.router_topk_groups != 2:
+    if model.router_topk_groups and model.topk // model.router_topk_groups != 2:
         best = model.topk // model.router_topk_groups
         return (
             f"num_experts_per_tok={model.topk} and topk_group={model.router_topk_groups}: Megatron-Core would rank a "
@@ -318,9 +209,7 @@ def _unlike_transformers(model: ModelConfig) -> str | None:
 
 
 def _wrong(where: Path | str, name: str, value: Any, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{where} has {name}={str(value)[:100]!r}, which is {why}", "restore the field from the released config.json"
-    )
+    return CheckpointError(f"{where} has {name}={str(value)[:100]!r}, which is {why}", _RESTORE)
 
 
 def _leading_layers(layers: Any, where: Path | str) -> int:
@@ -332,47 +221,6 @@ def _leading_layers(layers: Any, where: Path | str) -> int:
             "such a model cannot be trained or converted here",
         )
     return len(layers)
-
-
-def _rope(config: Json, schema: Schema, where: Path | str) -> Json:
-    """Position fields, from `rope_theta` and `rope_scaling` or, as transformers 5 writes them, `rope_parameters`."""
-    scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    share = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or schema.rotary_share
-    if share != 1 and schema.rotary_share == 1:
-        raise CheckpointError(
-            f"{where} has partial_rotary_factor={share}, and models of its family here have 1",
-            "such a model cannot be trained or converted here",
-        )
-    base = scaling.get("rope_theta") or config.get("rope_theta") or schema.rope_base
-    values: Json = {"rope_base": float(base), "rotary_percent": float(share)}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return values | {"rope_type": "rope"}
-    if kind not in ("yarn", "llama3"):
-        raise CheckpointError(
-            f"{where} scales rotary positions by {kind!r}",
-            "supported are default, yarn and llama3 with its usual factors",
-        )
-    if scaling.get("factor") is None:
-        raise CheckpointError(
-            f"{where} scales rotary positions by {kind!r} and has no factor", "restore the released config.json"
-        )
-    given = {name: value for name, value in scaling.items() if value is not None}
-    usual = _LLAMA3 if kind == "llama3" else {"truncate": True}
-    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "finetuned", "factor", *usual}
-    known |= _YARN.keys() if kind == "yarn" else set()
-    odd = {name: value for name, value in given.items() if name not in known or value != usual.get(name, value)}
-    odd |= {name: None for name in (_LLAMA3 if kind == "llama3" else ()) if name not in given}
-    if odd:
-        shown = " ".join(f"{name}={value}" for name, value in odd.items())
-        raise CheckpointError(
-            f"{where} scales rotary positions by {kind!r} with {shown}",
-            "supported are default, yarn and llama3 with its usual factors",
-        )
-    if kind == "llama3":
-        return values | {"rope_type": "llama3", "llama3_factor": float(given["factor"])}
-    yarn = {"original_max_position_embeddings": config.get("max_position_embeddings"), **_YARN_DEFAULTS, **given}
-    return values | {"rope_type": "yarn"} | {field: yarn[name] for name, field in _YARN.items()}
 
 
 def to_hf(model: ModelConfig, dtype: str, original: Json | None = None) -> Json:
@@ -397,9 +245,11 @@ def to_hf(model: ModelConfig, dtype: str, original: Json | None = None) -> Json:
         "model_type": (original or {}).get("model_type", schema.model_types[0]),
     }
     for setting in schema.settings:
-        for name in setting.aliases:
+        for name in setting.names:
             config.pop(name, None)
-        config[setting.hf] = setting.write(getattr(model, setting.field))
+        written = setting.write(model) if setting.write else getattr(model, setting.field)
+        if written is not OMITTED:
+            config[setting.hf] = written
     config["num_key_value_heads"] = model.kv_heads if model.attention == "gqa" else model.num_attention_heads
     if schema.unnormalised_topk:
         config["norm_topk_prob"] = not model.router_pre_softmax
@@ -407,9 +257,9 @@ def to_hf(model: ModelConfig, dtype: str, original: Json | None = None) -> Json:
         config["topk_method"] = "group_limited_greedy" if model.router_num_groups else "greedy"
     if model.family.startswith("qwen"):
         config["mlp_only_layers"] = list(range(model.num_dense_layers))
-    for name in ("rope_parameters", "quantization_config", "partial_rotary_factor"):
+    for name in ("rope_parameters", "original_max_position_embeddings", "quantization_config", "partial_rotary_factor"):
         config.pop(name, None)
-    config |= {"rope_theta": model.rope_base, "rope_scaling": _rope_scaling(model)}
+    config |= rope.write(model)
     if schema.rotary_share != 1:
         config["partial_rotary_factor"] = model.rotary_percent
     config |= {"torch_dtype": dtype, "dtype": dtype, "use_cache": True}
@@ -420,21 +270,12 @@ def to_hf(model: ModelConfig, dtype: str, original: Json | None = None) -> Json:
     return config
 
 
-def _rope_scaling(model: ModelConfig) -> Json | None:
-    if model.rope_type == "yarn":
-        kind = {"type": "yarn", "rope_type": "yarn"}
-        return kind | {name: getattr(model, field) for name, field in _YARN.items()}
-    if model.rope_type == "llama3":
-        return {"type": "llama3", "rope_type": "llama3", "factor": model.llama3_factor, **_LLAMA3}
-    return None
-
-
 def differences(ours: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[Any, Any]]:
     """Fields that decide what the weights compute, by name, where two models differ: (ours, theirs)."""
     compared = [s.field for s in SCHEMAS[theirs.family].settings] + list(SCHEMAS[theirs.family].fixed)
     compared += ["family", "router_pre_softmax", "num_dense_layers", "latent_norm_epsilon"]
     compared += ["rope_type", "rope_base", "rotary_percent"]
-    compared += {"yarn": list(_YARN.values()), "llama3": ["llama3_factor"]}.get(theirs.rope_type, [])
+    compared += {"yarn": list(YARN_FIELDS.values()), "llama3": ["llama3_factor"]}.get(theirs.rope_type, [])
     ours = replace(ours, latent_norm_epsilon=ours.latent_norm_epsilon or ours.norm_epsilon)
     theirs = replace(theirs, latent_norm_epsilon=theirs.latent_norm_epsilon or theirs.norm_epsilon)
     skipped = {"init_std", "max_position_embeddings", "mtp_num_layers"}

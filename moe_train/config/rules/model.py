@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from moe_train.config.rules.facts import Facts, Rule
+from moe_train.config.model import ModelConfig
+from moe_train.config.rules.facts import Facts, Rule, gather_facts
+from moe_train.config.schema import Config
+from parallel.layout import ParallelLayout
 from parallel.suggest import Fix, Impossible, divisors, fixes_of, multiples, nearest
 
 
@@ -265,3 +268,14 @@ def balance(facts: Facts) -> None:
 RULES: tuple[Rule, ...] = (
     positive_numbers, attention_heads, experts_of_a_token, shared_experts, expert_groups, capacity, balance,
 )  # fmt: skip
+
+
+def check(model: ModelConfig) -> None:
+    """Every rule of a model that came from another place than the configuration.
+
+    Raises:
+        Impossible: no model can be like that.
+    """
+    facts = gather_facts(Config(model=model), ParallelLayout(tp=1, pp=1, vpp=1, cp=1, ep=1, etp=1, dp=1), trains=False)
+    for rule in RULES:
+        rule(facts)

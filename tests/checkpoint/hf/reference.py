@@ -53,3 +53,16 @@ def add_experts(llama: Any, settings: dict[str, Any]) -> None:
     """Make DeepSeek-MoE-16B's architecture of a Llama model with as many key/value heads as heads."""
     for layer in llama.model.layers[settings["first_k_dense_replace"] :]:
         layer.mlp = DeepSeekMoE(llama.config.hidden_size, settings)
+
+
+# configuration_deepseek.py of huggingface.co/deepseek-ai/deepseek-moe-16b-base: transformers has no such class.
+DEEPSEEK_MOE_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008, "moe_intermediate_size": 1407,
+    "num_hidden_layers": 30, "num_attention_heads": 32, "num_key_value_heads": 32, "n_shared_experts": None,
+    "n_routed_experts": None, "num_experts_per_tok": None, "moe_layer_freq": 1, "first_k_dense_replace": 0,
+    "norm_topk_prob": False, "scoring_func": "softmax", "aux_loss_alpha": 0.001, "seq_aux": True, "hidden_act": "silu",
+    "max_position_embeddings": 2048, "initializer_range": 0.02, "rms_norm_eps": 1e-6, "use_cache": True,
+    "pad_token_id": None, "bos_token_id": 100000, "eos_token_id": 100001, "pretraining_tp": 1,
+    "tie_word_embeddings": False, "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False,
+    "attention_dropout": 0.0,
+}  # fmt: skip
