@@ -12,7 +12,7 @@ import megatron.core
 import torch
 import torch.distributed as dist
 
-from moe_train.checkpoint import compat, directory, exchange, local, manifest, metadata, state, storage
+from moe_train.checkpoint import compat, directory, exchange, local, manifest, metadata, origin, state, storage
 from moe_train.checkpoint.collective import free_bytes, on_main, say, together, warn
 from moe_train.checkpoint.hf import config as hf_config
 from moe_train.checkpoint.hf import writer
@@ -224,6 +224,9 @@ def _saved_scales(wanted: storage.StateDict, contents: metadata.Metadata, warnin
 
 def _load_weights(run: Run, path: Path) -> None:
     """Only the model of a checkpoint; the run starts at step 0."""
+    for warning in together(run, lambda: origin.check(run.cfg.model, path), f"read {path}"):
+        if run.is_main:
+            warn(warning)
     if (path / hf_config.FILE).is_file():
         if (path / directory.MANIFEST).is_file() and run.cfg.checkpoint.verify:
             rank, size = run.rank.rank, run.layout.world_size

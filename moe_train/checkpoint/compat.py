@@ -17,7 +17,7 @@ from parallel.errors import CheckpointError
 # Model fields that say nothing about weights that exist.
 _LABELS = {"name", "family", "init_std"}
 # Model fields that papers change while training: losses, their weights, dropping of tokens, context extension.
-_TUNABLE = {
+TUNABLE = {
     "balance_losses", "balance_loss_coeffs", "z_loss_coeff", "mtp_loss_coeff", "router_bias_update_rate",
     "router_dtype", "capacity_factor", "pad_to_capacity", "token_drop_policy", "max_position_embeddings", "rope_type",
     "rope_base", "yarn_factor", "yarn_original_max_position", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale",
@@ -87,7 +87,7 @@ def check(saved: dict[str, Any], cfg: Config, directory: Path) -> list[str]:
     """
     now = asdict(cfg)
     model = _differences(saved["model"], now["model"], "model", None)
-    wrong = [d for d in model if d[0] not in _LABELS | _TUNABLE]
+    wrong = [d for d in model if d[0] not in _LABELS | TUNABLE]
     if wrong:
         theirs = " ".join(f"{field}={_text(old)}" for _, field, old, _ in wrong)
         ours = " ".join(f"{field}={_text(new)}" for _, field, _, new in wrong)
@@ -95,7 +95,7 @@ def check(saved: dict[str, Any], cfg: Config, directory: Path) -> list[str]:
             f"checkpoint {directory} is of another model: {theirs} in the checkpoint, {ours} in the run",
             f"set {theirs}, or start another run with resume=never and another run_dir",
         )
-    found = [d for d in model if d[0] in _TUNABLE]
+    found = [d for d in model if d[0] in TUNABLE]
     for group, names in _TRAINING.items():
         found += _differences(saved.get(group), now[group], group, names)
     return [

@@ -176,6 +176,8 @@ def _mapped(path: Path, model: ModelConfig | None) -> Tensors:
     used: set[str] = set()
     for piece in pieces(model):
         for part in piece.parts:
+            if part.other in found and part.name not in found:
+                found[part.name] = found.pop(part.other)
             name = _fused_name(source, piece, part)
             if name is not None and part.fused is not None:
                 expert = source.extents[name].index(part.fused.expert)

@@ -155,6 +155,8 @@ def _hugging_face_parts(model: ModelConfig) -> dict[str, str]:
     for piece in pieces(model):
         for part in piece.parts:
             names = [part.name]
+            if part.other is not None:
+                names.append(part.other)
             if part.fused is not None:
                 names += [part.fused.name, part.fused.name + ".weight"]
             parts |= dict.fromkeys(names, part_of(piece.key)) | dict.fromkeys(part.copies, COPIES)

@@ -271,18 +271,49 @@ def to_hf(model: ModelConfig, dtype: str, original: Json | None = None) -> Json:
 
 
 def differences(ours: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """Fields that decide what the weights compute, by name, where two models differ: (ours, theirs)."""
-    compared = [s.field for s in SCHEMAS[theirs.family].settings] + list(SCHEMAS[theirs.family].fixed)
-    compared += ["family", "router_pre_softmax", "num_dense_layers", "latent_norm_epsilon"]
-    compared += ["rope_type", "rope_base", "rotary_percent"]
-    compared += {"yarn": list(YARN_FIELDS.values()), "llama3": ["llama3_factor"]}.get(theirs.rope_type, [])
-    ours = replace(ours, latent_norm_epsilon=ours.latent_norm_epsilon or ours.norm_epsilon)
-    theirs = replace(theirs, latent_norm_epsilon=theirs.latent_norm_epsilon or theirs.norm_epsilon)
-    skipped = {"init_std", "max_position_embeddings", "mtp_num_layers"}
-    pairs = {f: (_shown(ours, f), _shown(theirs, f)) for f in dict.fromkeys(compared) if f not in skipped}
-    return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
+    """Fields that decide what the weights compute, by name, where two models differ: (ours, theirs).
+
+    With the values of `theirs` in its place, `ours` is that model: nothing else of it counts or contradicts them.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    while True:  # a value that follows from others, such as head_dim, may differ once they are set
+        pairs = {field: (_shown(ours, field, theirs), _shown(theirs, field, theirs)) for field in _deciding(theirs)}
+        differing = {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
+        if not differing:
+            return found
+        found |= differing
+        ours = replace(ours, **{field: pair[1] for field, pair in differing.items()})
 
 
-def _shown(model: ModelConfig, field: str) -> Any:
-    defaults = {"num_query_groups": model.kv_heads, "head_dim": model.attention_head_dim}
-    return defaults.get(field, getattr(model, field)) if model.attention == "gqa" else getattr(model, field)
+def _deciding(model: ModelConfig) -> list[str]:
+    """Fields that say what weights of `model` compute."""
+    fields = ["family", "num_layers", "hidden_size", "vocab_size", "tie_embeddings", "norm_epsilon", "attention"]
+    fields += ["num_attention_heads", "qk_norm", "qkv_bias", "latent_norm_epsilon"]
+    if model.attention == "gqa":
+        fields += ["num_query_groups", "head_dim"]
+    else:
+        fields += ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
+    fields += ["rope_type", "rope_base", "rotary_percent"]
+    fields += {"yarn": list(YARN_FIELDS.values()), "llama3": ["llama3_factor"]}.get(model.rope_type, [])
+    fields += ["num_experts", "num_dense_layers"] if model.is_moe else ["num_experts"]
+    if not model.is_moe or model.num_dense_layers:
+        fields.append("ffn_hidden_size")
+    if model.is_moe:
+        fields += ["topk", "moe_ffn_hidden_size", "num_shared_experts", "router_score", "router_bias"]
+        fields += ["router_scaling_factor", "router_num_groups", "router_topk_groups"]
+        fields += ["router_pre_softmax"] if model.router_score == "softmax" else []
+        fields += ["router_group_score"] if model.router_num_groups else []
+    return [*fields, "shared_expert_ffn_hidden_size", "shared_expert_gate"]
+
+
+def _shown(model: ModelConfig, field: str, theirs: ModelConfig) -> Any:
+    """The field's value, or what it stands for."""
+    if field == "latent_norm_epsilon" and theirs.attention == "mla":
+        return model.latent_norm_epsilon or model.norm_epsilon
+    if field == "num_query_groups":
+        return model.kv_heads
+    if field == "head_dim":
+        return model.attention_head_dim
+    if field == "shared_expert_ffn_hidden_size" and theirs.num_shared_experts:
+        return model.shared_expert_width
+    return getattr(model, field)

@@ -34,7 +34,9 @@ class Rule:
     quantised: bool = False
     """Whether releases in FP8 hold it in FP8."""
     fused: tuple[str, int, int] | None = None
-    """A tensor of all experts that can stand instead of `names`: its name, which part of it this is, of how many."""
+    """A tensor of all experts that can replace `names`: its name, which part of it this is, of how many."""
+    others: tuple[str, ...] = ()
+    """Names of another layout of the same tensors, in the order of `names`: read, not written."""
 
 
 Table = dict[str, Rule]
@@ -94,11 +96,12 @@ _DENSE: Table = {
 
 
 def _moe(block: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Table:
-    """Router and routed experts below `block`."""
+    """Router and routed experts below `block`. transformers also saves them as `mlp`, as its own modules are called."""
     expert = f"{block}.experts.{{expert}}"
+    renamed = () if block == "mlp" else ("mlp.gate.weight",)
     return {
         "pre_mlp_layernorm.weight": _whole("post_attention_layernorm.weight"),
-        "mlp.router.weight": _whole(f"{block}.gate.weight"),
+        "mlp.router.weight": Rule(Kind.REPLICATED, (f"{block}.gate.weight",), others=renamed),
         "mlp.router.expert_bias": _whole(f"{block}.gate.e_score_correction_bias"),
         EXPERTS + "linear_fc1.weight": Rule(
             Kind.GATED,

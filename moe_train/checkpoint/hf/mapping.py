@@ -45,6 +45,8 @@ class Part:
     fused: Fused | None = None
     copies: tuple[str, ...] = ()
     """Other names under which a checkpoint may hold the same numbers again."""
+    other: str | None = None
+    """Name of the tensor in another layout of the same family, where `name` is not there."""
 
     @cached_property
     def rows(self) -> int:
@@ -128,7 +130,8 @@ def _parts(
         fused = None
         if expert is not None and rule.fused is not None:
             fused = Fused(names + rule.fused[0], expert, rule.fused[1] + number, rule.fused[2])
-        yield Part(names + name.format(expert=expert), blocks, fused, _copies(model, key))
+        other = names + rule.others[number] if rule.others else None
+        yield Part(names + name.format(expert=expert), blocks, fused, _copies(model, key), other)
 
 
 def _copies(model: ModelConfig, key: str) -> tuple[str, ...]:

@@ -101,7 +101,8 @@ class MappedSource:
             for part in piece.parts:
                 name = self._stored(part)
                 known |= {name, *part.copies}
-                expected = _fused_shape(piece, part) if name != part.name else piece.part_shape(part)
+                whole = name in (part.name, part.other)
+                expected = piece.part_shape(part) if whole else _fused_shape(piece, part)
                 if name not in extents:
                     raise CheckpointError(f"{directory} has no tensor {name}", self._remedy(name))
                 for stored in (name, *part.copies):
@@ -135,7 +136,9 @@ class MappedSource:
         return "restore the missing files or the config.json that belongs to these weights"
 
     def _stored(self, part: Part) -> str:
-        """The tensor that holds this part: its own, or one of all experts."""
+        """The tensor that holds this part: its own, that of another layout, or one of all experts."""
+        if part.other is not None and part.name not in self.source.extents and part.other in self.source.extents:
+            return part.other
         if part.fused is not None and part.name not in self.source.extents:
             for name in (part.fused.name, part.fused.name + ".weight"):
                 if name in self.source.extents:
@@ -177,7 +180,7 @@ class MappedSource:
     def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> Rows:
         """Rows of the Hugging Face tensor `part`, in `out` where it is given and they are stored as they are read."""
         name = self._stored(part)
-        if name != part.name and part.fused is not None:
+        if part.fused is not None and name not in (part.name, part.other):
             return self._fused_rows(name, part.fused, part.rows, start, stop, out)
         rows = self.source.read(name, start, stop, out)
         for copy in part.copies:

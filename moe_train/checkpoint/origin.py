@@ -1,0 +1,58 @@
+"""Whether a run may start from the weights at `init_from`: compares the two models. No torch import."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from moe_train.checkpoint import compat, directory
+from moe_train.checkpoint.hf import config
+from moe_train.config.model import ModelConfig
+from moe_train.config.walk import misfit
+from parallel.errors import CheckpointError
+from parallel.suggest import override_value
+
+_ONLY_NAMES = {"name", "family"}
+
+
+def check(model: ModelConfig, path: Path) -> list[str]:
+    """Warnings, one line each, about settings that change what the weights at `path` compute in this run.
+
+    A checkpoint of a run may go on with other positions, as for a longer context. Weights in Hugging Face format carry
+    no such history: there every difference is refused.
+
+    Raises:
+        CheckpointError: nothing can be read there, or it holds another model.
+    """
+    theirs, is_run = _model_at(path)
+    found = config.differences(model, theirs)
+    if model.mtp_num_layers > theirs.mtp_num_layers:  # fewer are fine: the others are left out
+        found["mtp_num_layers"] = (model.mtp_num_layers, theirs.mtp_num_layers)
+    allowed = compat.TUNABLE | _ONLY_NAMES if is_run else set()
+    if wrong := {field: pair for field, pair in found.items() if field not in allowed}:
+        there = _overrides({field: pair[1] for field, pair in wrong.items()})
+        here = _overrides({field: pair[0] for field, pair in wrong.items()})
+        raise CheckpointError(f"init_from={path} is of another model: {there} there, {here} in the run", f"set {there}")
+    return [
+        f"model.{field} is {override_value(theirs)} in {path} and {override_value(ours)} now"
+        for field, (ours, theirs) in found.items()
+        if field not in _ONLY_NAMES
+    ]
+
+
+def _model_at(path: Path) -> tuple[ModelConfig, bool]:
+    """The model, and whether a run's checkpoint describes it."""
+    if (path / config.FILE).is_file():
+        return config.to_model(config.read(path), path / config.FILE), False
+    found = directory.resolve(path, "init_from")[0]
+    directory.check_files(found)
+    known = {field.name for field in fields(ModelConfig)}  # another version may have had others
+    written = {name: value for name, value in compat.read(found)["model"].items() if name in known}
+    for name, value in written.items():
+        if why := misfit(f"model.{name}", value):
+            raise directory.damaged(found, f"{directory.CONFIG} has model.{name}={value}, which is {why}")
+    return ModelConfig(**written), True
+
+
+def _overrides(values: dict[str, object]) -> str:
+    return " ".join(f"model.{field}={override_value(value)}" for field, value in values.items())
