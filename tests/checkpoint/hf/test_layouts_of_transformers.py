@@ -1,4 +1,4 @@
-"""What `save_pretrained` of transformers 5 writes in its own layout: 3-D tensors of experts, Mixtral's router in `mlp`."""
+"""What `save_pretrained` of transformers 5 writes in its own layout: 3-D experts, and Mixtral's router in `mlp`."""
 
 from __future__ import annotations
 
