@@ -20,6 +20,8 @@ from parallel.errors import CheckpointError, MoeTrainError
 T = TypeVar("T")
 
 REMEDY = "check free space and permissions, or set checkpoint.dir"
+LIMITS = "raise the limits on memory and processes: ulimit -v, ulimit -u, or those of the batch job's cgroup"
+_NO_THREAD = "can't start new thread"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def attempt(action: Callable[[], Any], what: str) -> Outcome:
         return Outcome(error=type(error)(error.cause, error.remedy))
     except OSError as error:
         return Outcome(error=CheckpointError(f"cannot {what}: {error.strerror or error}", REMEDY))
+    except MemoryError:
+        return Outcome(error=CheckpointError(f"cannot {what}: not enough memory", LIMITS))
     except CheckpointException as error:  # torch gathers the errors of all ranks in one, with their tracebacks
         rank, (cause, _) = next(iter(sorted(error.failures.items())))
         first_line = str(cause).strip().partition("\n")[0]
@@ -73,13 +77,20 @@ def attempt(action: Callable[[], Any], what: str) -> Outcome:
 
 
 def attempt_aside(action: Callable[[], Any], what: str) -> Outcome:
-    """`attempt` for a thread beside training, where a bug would otherwise go unnoticed and leave ranks waiting."""
+    """`attempt` in a background thread, where a bug would otherwise go unnoticed and leave ranks waiting."""
     try:
         return attempt(action, what)
     except Exception as error:
+        if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
+            return Outcome(error=no_thread(error, what))
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = f"cannot {what}: {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
         return Outcome(error=MoeTrainError(text, "this is a bug"))
+
+
+def no_thread(error: RuntimeError, what: str) -> CheckpointError:
+    """The error where a thread that the work needs cannot be started."""
+    return CheckpointError(f"cannot {what}: {error}", LIMITS)
 
 
 def full_disk(error: OSError) -> bool:

@@ -1,4 +1,4 @@
-"""A checkpoint on its way to disk, beside training or while it waits.
+"""A checkpoint that is being written, while training goes on or while it waits.
 
 Saving is a row of stages. Every rank does its part of a stage in a thread of its own; when all have, the ranks exchange
 what came of it, in the main thread and between two steps, and begin the next. No thread talks to another rank: two
@@ -23,7 +23,7 @@ from moe_train.checkpoint import collective, directory, local, manifest, metadat
 from moe_train.checkpoint.collective import Outcome
 from moe_train.checkpoint.storage import Share, Written
 from moe_train.loop.run import Run
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, MoeTrainError
 
 _POLL_S = 0.05
 """How long a waiting rank lets pass before it asks the others again. They must not wait in a collective meanwhile:
@@ -166,13 +166,14 @@ class Saving:
         Raises:
             CheckpointError: on every rank, where a rank could not write. Nothing of the checkpoint is left.
         """
-        done = torch.tensor(float(not self._thread.is_alive()), device=self.job.run.device)
+        running = self._thread is not None and self._thread.is_alive()
+        done = torch.tensor(float(not running), device=self.job.run.device)
         dist.all_reduce(done, op=dist.ReduceOp.MIN)
         if not done.item():
             return False
         try:
             values = collective.gathered(self.job.run, self._outcome)
-        except CheckpointError:
+        except MoeTrainError:
             self.job.undo()
             raise
         try:
@@ -184,16 +185,16 @@ class Saving:
 
     def wait(self) -> Path:
         """Wait until everything is done; returns the checkpoint's directory. Raises as `advance`."""
-        self._thread.join(_POLL_S)
+        self._join()
         while not self.advance():
-            self._thread.join(_POLL_S)
+            self._join()
         return self.job.final
 
     def abandon(self) -> None:
         """Have this rank's thread end soon, where ranks do not agree any more. The checkpoint appears only if
         all that was left was to give it its name."""
         self.job.stop.set()
-        self._thread.join(_POLL_S)
+        self._join()
 
     def _begin(self, stage: tuple[str, Callable[[], Any]]) -> None:
         what, action = stage
@@ -202,5 +203,14 @@ class Saving:
         def work() -> None:
             self._outcome = collective.attempt_aside(action, what)
 
-        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread: threading.Thread | None = thread
+        try:
+            thread.start()
+        except RuntimeError as error:  # an exception here would leave the other ranks waiting in their next collective
+            self._thread, self._outcome = None, Outcome(error=collective.no_thread(error, what))
+
+    def _join(self) -> None:
+        """Wait a moment for this rank's thread."""
+        if self._thread is not None:
+            self._thread.join(_POLL_S)

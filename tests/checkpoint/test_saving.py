@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from moe_train.checkpoint import checkpoint, manifest, metadata, storage
+from moe_train.loop.callbacks import checkpoint as module
 from moe_train.loop.callbacks.checkpoint import CheckpointCallback
 from moe_train.loop.run import Run
 from parallel.errors import CheckpointError
@@ -149,6 +151,42 @@ def test_too_many_failures_in_a_row_end_the_run_on_every_rank_in_one_step(tmp_pa
     assert first == second
     assert first[0] == 3  # noticed when the next is due, at the latest
     assert first[1].endswith("/.step_00000002.partial/__1_0.distcp: File too large")
+
+
+def fail_to_start_a_thread(run_dir: Path) -> list[Any]:
+    """Rank 1 has no address space for the stack of another thread at step 2. What each rank is told, how long it took,
+    and the checkpoints after step 3."""
+    run, callback = small_run.prepare(small_run.config(run_dir, {}, checkpoint__interval_steps=1)), CheckpointCallback()
+    told: list[str] = []
+    warn, module.warn = module.warn, told.append
+    small_run.train(run, 1)
+    callback.on_step_end(run, {})
+    small_run.train(run, 1)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if dist.get_rank() == 1:
+        threading.stack_size(2**30)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, before[1]))
+    began = time.monotonic()
+    callback.on_step_end(run, {})
+    seconds = time.monotonic() - began
+    threading.stack_size(0)
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    small_run.train(run, 1)
+    callback.on_step_end(run, {})
+    module.warn = warn
+    return [told, seconds, sorted(os.listdir(checkpoint.root_of(run)))]
+
+
+def test_a_thread_that_cannot_start_is_a_failed_checkpoint_on_every_rank_at_once(tmp_path: Path) -> None:
+    first, second = run_distributed(fail_to_start_a_thread, 2, tmp_path, timeout_s=60)
+    assert second[0] == []  # the first rank speaks for all
+    (line,) = first[0]
+    assert "can't start new thread; raise the limits on memory and processes" in line
+    assert "not saved; 1 in a row" in line
+    for _, seconds, left in (first, second):
+        assert seconds < 20
+        assert left == ["latest", "step_00000001", "step_00000003"]
 
 
 def on_two_nodes(run_dir: Path, **changes: Any) -> Run:
