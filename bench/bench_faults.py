@@ -40,7 +40,7 @@ def run_case(case: Case, directory: Path, data: tuple[str, ...], reference: dict
                 case.mend(run_dir)
             continued = train(run_dir, overrides)
         began = injected_at(run_dir) or seen.injected or seen.began
-        ours, told = losses(run_dir), events(run_dir)
+        ours, told, as_it_should_be = losses(run_dir), events(run_dir), case.check(run_dir)
     found = seen.first(case.found)
     restarted = bool(continued is not seen or case.between or seen.first("starting again"))
     since = found[0] if found and continued is seen else 0.0
@@ -60,6 +60,7 @@ def run_case(case: Case, directory: Path, data: tuple[str, ...], reference: dict
         "final_loss_equal": ours.get(STEPS) == reference[STEPS],
         "equal_steps": sum(ours.get(step) == loss for step, loss in reference.items()),
         "changes_losses_by_design": case.changes_losses,
+        "directory_as_it_should_be": as_it_should_be,
     }
     return {**row, "holds": _holds(case, row)}
 
@@ -88,6 +89,7 @@ def _holds(case: Case, row: dict[str, Any]) -> bool:
         and (row["final_loss_equal"] or case.changes_losses)
         and row["steps_lost"] <= case.most_lost
         and kept
+        and row["directory_as_it_should_be"]
     )
 
 

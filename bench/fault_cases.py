@@ -5,6 +5,7 @@ The layout is tp=2 pp=2 ep=2 on four ranks: 0 and 1 hold the first pipeline stag
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -16,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.fault_runs import ROOT, Seen
+from bench.fault_runs import ROOT, Seen, losses
 
 STEPS, INTERVAL = 16, 4
 LAYOUT = ("parallel.tp=2", "parallel.pp=2", "parallel.ep=2", "launcher.threads_per_rank=1")
@@ -48,6 +49,7 @@ class Case:
         changes_losses: whether the fault is meant to change later losses, as a step that is left out does.
         most_lost: steps that may have to be done again.
         harmless: nothing needs to be noticed.
+        check: whether the run directory is as it should be at the end.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Case:
     changes_losses: bool = False
     most_lost: int = INTERVAL
     harmless: bool = False
+    check: Callable[[Path], bool] = lambda run_dir: True
 
 
 def cases(draw: random.Random, directory: Path) -> list[Case]:
@@ -72,9 +75,10 @@ def cases(draw: random.Random, directory: Path) -> list[Case]:
     def step() -> int:
         return draw.randint(2, STEPS - 2)
 
-    jumping = directory / "jumping"
-    jumping.mkdir(exist_ok=True)
-    (jumping / "sitecustomize.py").write_text(_JUMPING_CLOCK)
+    jumping, threadless = directory / "jumping", directory / "threadless"
+    for place, code in ((jumping, _JUMPING_CLOCK), (threadless, _NO_THREAD)):
+        place.mkdir(exist_ok=True)
+        (place / "sitecustomize.py").write_text(code)
     rows = [Case(f"kill -9 of rank {rank}", (f"kill:rank={rank}:step={step()}",)) for rank in range(4)]
     rows += [
         Case(
@@ -111,6 +115,19 @@ def cases(draw: random.Random, directory: Path) -> list[Case]:
             meanwhile=_at_step(INTERVAL, _remove_data), found=r"\.bin is missing", code=2,
             mend=lambda run_dir: shutil.rmtree(run_dir / "data"),  # as the error says
         ),
+        Case("kill -9 of a rank in the export", settings=("export_hf=true",), meanwhile=_at_step(STEPS, _kill_rank),
+             check=_is_exported, most_lost=0),
+        Case("disk full in the export", settings=("export_hf=true",), around=_small_export, mend=_more_for_export,
+             code=2, check=_is_exported, most_lost=0),
+        Case("run_dir full while metrics are written", settings=("checkpoint.dir={run_dir}_checkpoints",
+             "telemetry.tensorboard=true"), around=_small_run_dir, meanwhile=_fill_run_dir,
+             found="cannot be written: No space left", check=_has_every_step, most_lost=0),
+        Case("second run in the directory", meanwhile=_at_step(INTERVAL, _start_another), harmless=True,
+             check=_refused_another, most_lost=0),
+        Case("kill -9 of the launcher, which leaves its lock", meanwhile=_at_step(INTERVAL, _kill_launcher),
+             harmless=True, code=-signal.SIGKILL),
+        Case("a thread that cannot start while saving", environment={"PYTHONPATH": f"{threadless}:{ROOT}"},
+             most_lost=0),
         Case("latest deleted", between=lambda run_dir: (run_dir / "checkpoints" / "latest").unlink(),
              harmless=True, most_lost=0),
         *(Case(f"{name} of the newest checkpoint truncated", between=_truncate(name)) for name in _FILES),
@@ -128,6 +145,19 @@ def _jumping():
     _calls[0] += 1
     return _wall() + (1e6 if _calls[0] // 50 % 2 else 0)
 time.time = _jumping
+"""
+
+
+_NO_THREAD = """
+import os, threading
+_start, _begun = threading.Thread.start, [0]
+def _refuse_second(self):
+    if self.name == "checkpoint" and os.environ.get("RANK") == "1":
+        _begun[0] += 1
+        if _begun[0] == 2:
+            raise RuntimeError("can't start new thread")
+    _start(self)
+threading.Thread.start = _refuse_second
 """
 
 
@@ -204,16 +234,9 @@ def _remove_data(process: subprocess.Popen[str], seen: Seen, run_dir: Path) -> N
     file.unlink()
 
 
-@contextmanager
-def _small_disk(run_dir: Path) -> Iterator[None]:
-    """A file system of 16 MB for the checkpoints. Needs root."""
-    place = run_dir / "checkpoints"
-    place.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", place], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", place], check=True)
+def _small_disk(run_dir: Path) -> AbstractContextManager[None]:
+    """A file system of 16 MB for the checkpoints."""
+    return _mounted(run_dir / "checkpoints", "16m")
 
 
 def _fill_disk(process: subprocess.Popen[str], seen: Seen, run_dir: Path) -> None:
@@ -235,6 +258,73 @@ def _fill_disk(process: subprocess.Popen[str], seen: Seen, run_dir: Path) -> Non
 
 def _free_disk(run_dir: Path) -> None:
     (run_dir / "checkpoints" / "filler").unlink()
+
+
+def _kill_rank(process: subprocess.Popen[str], seen: Seen, run_dir: Path) -> None:
+    seen.injected = time.monotonic()
+    os.kill(json.loads((run_dir / "heartbeats" / "rank_1.json").read_text())["pid"], signal.SIGKILL)
+
+
+def _kill_launcher(process: subprocess.Popen[str], seen: Seen, run_dir: Path) -> None:
+    seen.injected = time.monotonic()
+    process.kill()
+
+
+def _is_exported(run_dir: Path) -> bool:
+    return (run_dir / "hf" / f"step_{STEPS:08d}" / "manifest.json").exists()
+
+
+@contextmanager
+def _mounted(place: Path, size: str) -> Iterator[None]:
+    """A file system of that size. Needs root."""
+    place.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def _small_export(run_dir: Path) -> AbstractContextManager[None]:
+    return _mounted(run_dir / "hf", "64k")
+
+
+def _more_for_export(run_dir: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m", run_dir / "hf"], check=True)
+
+
+def _small_run_dir(run_dir: Path) -> AbstractContextManager[None]:
+    return _mounted(run_dir, "4m")
+
+
+def _fill_run_dir(process: subprocess.Popen[str], seen: Seen, run_dir: Path) -> None:
+    """Between the first and the third checkpoint nothing can be written to the run directory."""
+    filler = run_dir / "filler"
+
+    def fill(*_: object) -> None:
+        seen.injected = time.monotonic()
+        with filler.open("wb", buffering=0) as file, suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+
+    _at_step(INTERVAL, fill)(process, seen, run_dir)
+    _at_step(3 * INTERVAL, lambda *_: filler.unlink())(process, seen, run_dir)
+
+
+def _has_every_step(run_dir: Path) -> bool:
+    return sorted(losses(run_dir)) == list(range(1, STEPS + 1))
+
+
+def _start_another(process: subprocess.Popen[str], seen: Seen, run_dir: Path) -> None:
+    """The same command a second time."""
+    seen.injected = time.monotonic()
+    done = subprocess.run(process.args, cwd=ROOT, capture_output=True, text=True, check=False)
+    (run_dir / "another.txt").write_text(f"{done.returncode} {done.stderr}")
+
+
+def _refused_another(run_dir: Path) -> bool:
+    told = (run_dir / "another.txt").read_text()
+    return told.startswith("2 ") and "is in use by process" in told
 
 
 def _other_code_on_rank_3(run_dir: Path) -> list[str]:

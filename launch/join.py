@@ -7,6 +7,7 @@ value for all ranks.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch import env, failures, job, local, rank, rendezvous, restarts, slurm
+from launch import env, failures, job, local, lock, rank, rendezvous, restarts, slurm, streams
 from moe_train.config.fallback import fitting
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError, HardwareError, LaunchError, MoeTrainError
@@ -38,6 +39,7 @@ _REPORT_S = 3600  # and while it reads all metrics of the run for its report
 
 def run(info: RankInfo, entry: str | None = None) -> int:
     """Be rank `info` of a job that trains, or that runs `entry` without data. Returns the exit code of this process."""
+    streams.tolerate()
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell has it for what runs in the background
         # At once, also inside a collective; Python's own handler would wait for it. The launcher ends the other ranks.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -56,30 +58,41 @@ def run(info: RankInfo, entry: str | None = None) -> int:
 
 
 def _lead(info: RankInfo, store: TCPStore, entry: str | None) -> int:
+    from moe_train.checkpoint import continuing
     from moe_train.config import compose
 
     published = False
 
-    def work(cfg: Config) -> None:
+    def work(asked: Config) -> None:
         nonlocal published
+        cfg = asked
         if cfg.runtime == "simulated":
             raise ConfigError(
                 f"runtime=simulated is one process, and {info.launcher} started {info.world_size}",
                 "run moe-train runtime=simulated alone",
             )
+        if entry is None and (why := continuing.nothing_to_do(cfg)):
+            print(why, flush=True)
+            return
         cfg = fitting(cfg, info.world_size)
         with failures.packages():
             job.resolve_runtime(cfg)
             if entry is None:
                 slurm.warn_unheard(cfg.launcher)
                 job.prepare_data(cfg)
-        path = job.save_config(cfg)
-        restarts.remember(cfg)
-        store.set(_CONFIG, json.dumps({"config": compose.to_yaml(cfg)}))
-        published = True
-        _train(cfg, path, info, store, entry)
+        with contextlib.nullcontext() if entry else lock.held(cfg, _leave_to_another_run):
+            if entry is None:
+                continuing.set_aside(cfg)
+                # A later start begins with the layout that was asked for, not with the one that fits these ranks.
+                job.save_config(dataclasses.replace(asked, runtime=cfg.runtime))
+            restarts.remember(cfg)
+            text = compose.to_yaml(cfg)
+            store.set(_CONFIG, json.dumps({"config": text}))
+            published = True
+            _train_with(text, info, store, entry)
 
-    code = compose.hydra_entry(work, argv=[*sys.argv[1:], *restarts.overrides()])
+    words = [*sys.argv[1:], *restarts.overrides()]
+    code = compose.hydra_entry(work, argv=words, revise=continuing.continued)
     if not published:  # a wrong config, or --cfg and --help: hydra_entry has said all there is to say
         store.set(_CONFIG, json.dumps({"exit": code}))
         _await(store, _READ, info.world_size - 1)
@@ -89,8 +102,6 @@ def _lead(info: RankInfo, store: TCPStore, entry: str | None) -> int:
 def _follow(info: RankInfo, store: TCPStore, entry: str | None) -> int:
     from datetime import timedelta
 
-    from moe_train.config import compose
-
     try:
         store.wait([_CONFIG], timedelta(seconds=_PREPARATION_S))
         message: dict[str, Any] = json.loads(store.get(_CONFIG))
@@ -99,12 +110,17 @@ def _follow(info: RankInfo, store: TCPStore, entry: str | None) -> int:
         return 1  # rank 0 is gone, and has said why or been reported by the launcher
     if "exit" in message:
         return int(message["exit"])
+    _train_with(message["config"], info, store, entry)
+    return 0
+
+
+def _train_with(text: str, info: RankInfo, store: TCPStore, entry: str | None) -> None:
+    from moe_train.config import compose
+
     with tempfile.TemporaryDirectory() as directory:  # run_dir need not be visible from this node yet
         path = Path(directory, "config.yaml")
-        path.write_text(message["config"], encoding="utf-8")
-        cfg = compose.from_yaml(path)
-        _train(cfg, path, info, store, entry)
-    return 0
+        path.write_text(text, encoding="utf-8")
+        _train(compose.from_yaml(path), path, info, store, entry)
 
 
 def _train(cfg: Config, path: Path, info: RankInfo, store: TCPStore, entry: str | None) -> None:
@@ -192,7 +208,14 @@ def refusal(found: Sequence[Mapping[str, Any]]) -> MoeTrainError | None:
     return None
 
 
+def _leave_to_another_run(why: str) -> NoReturn:
+    """At once: a signal would have the ranks save over what the other run has there."""
+    print(f"error: {why}; this run ends, so that not two write there", file=sys.stderr, flush=True)
+    os._exit(LaunchError.exit_code)
+
+
 def _leave(code: int) -> NoReturn:
+    lock.release_all()
     failures.leave_code(code)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import tempfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -61,16 +62,17 @@ def _run(cfg: Config, layout: ParallelLayout, entry: str | None) -> None:
     store = TCPStore(_HOST, 0, None, True, timedelta(seconds=cfg.launcher.timeout_s), wait_for_workers=False)
     threads = cfg.launcher.threads_per_rank or threads_for(world_size)
     infos = [RankInfo(i, world_size, i, world_size, _HOST, store.port, "local") for i in range(world_size)]
-    setups = [_setup(info, cfg.launcher, logs, threads) for info in infos]
     args = [(str(config_path), entry or ENTRY, info) for info in infos]
-    processes = RankProcesses(rank.train, args, setups, forked=cfg.runtime != "cuda")
-    try:
-        processes.run()
-    finally:
-        _restore_terminal()
+    with tempfile.TemporaryDirectory(prefix="moe-") as errors:  # not in run_dir, which may be full
+        setups = [_setup(info, cfg.launcher, logs, errors, threads) for info in infos]
+        processes = RankProcesses(rank.train, args, setups, forked=cfg.runtime != "cuda")
+        try:
+            processes.run()
+        finally:
+            _restore_terminal()
 
 
-def _setup(info: RankInfo, cfg: LauncherConfig, logs: Path, threads: int) -> rank.Setup:
+def _setup(info: RankInfo, cfg: LauncherConfig, logs: Path, errors: str, threads: int) -> rank.Setup:
     environment = dict(os.environ) | info.environment() | env.variables(cfg, info)
     # torch then connects to the store that the launcher hosts, where rank 0 would start one of its own.
     environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"
@@ -83,7 +85,7 @@ def _setup(info: RankInfo, cfg: LauncherConfig, logs: Path, threads: int) -> ran
         environment=environment,
         threads=threads,
         log=str(log),
-        error_file=str(log.with_suffix(".error.json")),
+        error_file=f"{errors}/rank_{info.rank}.json",
         own_terminal=info.rank == 0,
         cores=env.cores(cfg, info),
     )

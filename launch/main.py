@@ -46,12 +46,13 @@ def _run(entry: str | None) -> int:
         from launch import join
 
         return join.run(info, entry)
+    from moe_train.checkpoint import continuing
     from moe_train.config import compose
 
     try:
         with signals.interruptible(last=True):
             words = [*sys.argv[1:], *restarts.overrides()]
-            return compose.hydra_entry(partial(train_here, entry=entry), argv=words)
+            return compose.hydra_entry(partial(train_here, entry=entry), argv=words, revise=continuing.continued)
     except signals.Interrupted as interrupt:
         told = f"\ninterrupted by {interrupt.signal.name}; every rank has ended"
         if interrupt.signal == signals.WARNING:
@@ -76,6 +77,7 @@ def train_here(cfg: Config, entry: str | None = None) -> None:
 
 
 def _train_here(cfg: Config, entry: str | None) -> None:
+    from moe_train.checkpoint import continuing
     from moe_train.config.validate import validate
 
     layout = validate(cfg)
@@ -84,18 +86,25 @@ def _train_here(cfg: Config, entry: str | None) -> None:
 
         simulate.run(cfg)
         return
+    if entry is None and (why := continuing.nothing_to_do(cfg)):
+        print(why, flush=True)
+        return
     if cfg.runtime == "cpu" or not any(Path("/dev").glob("nvidia*")):
         forkserver.begin()  # it imports torch while this process does so too, and makes the data
-    from launch import job, local, slurm
+    from launch import job, local, lock, slurm
 
     job.resolve_runtime(cfg)
     if cfg.runtime == "cuda":
         job.check_gpus(layout, job.visible_gpus())
-    restarts.remember(cfg)
-    if entry is None:
-        slurm.warn_unheard(cfg.launcher)
-        job.prepare_data(cfg)
-    local.start(cfg, layout, entry)
+    if entry is not None:
+        local.start(cfg, layout, entry)
+        return
+    slurm.warn_unheard(cfg.launcher)
+    job.prepare_data(cfg)
+    with lock.held(cfg):
+        continuing.set_aside(cfg)
+        restarts.remember(cfg)
+        local.start(cfg, layout)
 
 
 if __name__ == "__main__":

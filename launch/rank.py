@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from typing import IO, Any
 
-from launch import env, failures, quiet, signals
+from launch import env, failures, quiet, signals, streams
 from moe_train.config.schema import Config
 from moe_train.resilience import stop
 from parallel.errors import LaunchError
@@ -57,10 +57,12 @@ def enter(setup: Setup, work: Callable[..., None], args: tuple[Any, ...]) -> Non
     os.environ.update(setup.environment)
     env.settle(setup.cores)
     log = open(setup.log, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as the process lives
-    log.write(f"--- rank {setup.rank}, process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    with contextlib.suppress(OSError):  # a full disk
+        log.write(f"--- rank {setup.rank}, process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     faulthandler.enable(log)
     if not setup.own_terminal:
         _redirect_output(log)
+    streams.tolerate()
     quiet.silence()
     code = 0
     try:
@@ -69,8 +71,10 @@ def enter(setup: Setup, work: Callable[..., None], args: tuple[Any, ...]) -> Non
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
     except BaseException as error:
-        failures.record(error, setup.error_file)
-        traceback.print_exception(error, file=log)
+        with contextlib.suppress(OSError):
+            failures.record(error, setup.error_file)
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error, file=log)
         code = failures.exit_code_of(error)
     signal.signal(signals.WARNING, signal.SIG_IGN)  # the handlers of a spawned process are gone while it ends
     sys.stdout.flush()

@@ -23,8 +23,9 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from launch import checks, container, elastic, follow, placement, slurm, snapshot
+from launch import checks, container, elastic, follow, lock, placement, slurm, snapshot
 from launch.estimate import Estimate, check_memory, estimate
+from moe_train.checkpoint import continuing
 from moe_train.config.compose import hydra_entry
 from moe_train.config.fallback import fitting
 from moe_train.config.schema import Config
@@ -82,11 +83,12 @@ def run(words: Sequence[str]) -> int:
             submit([checked], Path(cfg.run_dir).resolve(), dry)
             _tidy(cfg, dry)
 
-    code = hydra_entry(job, argv=rest)
+    code = hydra_entry(job, argv=rest, revise=continuing.continued)
     if code or not sweep:
         return code
     directory = Path(sweep[0].cfg.run_dir).resolve().parent
     try:
+        follow.refuse_active(str(directory))
         submit(sweep, directory, dry)
     except MoeTrainError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -134,6 +136,7 @@ def check(cfg: Config) -> Checked:
             follow.refuse_active(cfg.run_dir)
     except LaunchError as error:
         unchecked = error.cause
+    lock.refuse_live(cfg)
     words = list(HydraConfig.get().overrides.task)
     return Checked(cfg, words, layout, nodes, gpus, found, choices, unchecked, notes)
 

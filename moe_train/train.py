@@ -9,7 +9,8 @@ import torch
 from megatron.core import parallel_state as ps
 from torch import nn
 
-from moe_train.checkpoint import checkpoint
+from moe_train.checkpoint import checkpoint, continuing, exchange
+from moe_train.checkpoint.collective import on_main, say_on_main
 from moe_train.config.schema import Config
 from moe_train.config.validate import total_steps, validate
 from moe_train.data.datasets import build_datasets
@@ -33,11 +34,24 @@ def run(cfg: Config, rank: RankInfo) -> None:
     """
     run = prepare(cfg, rank)
     checkpoint.resume(run)
+    set_length(run)
     checkpoint.check_places(run)
-    if run.is_main and run.state.step >= run.total_steps:
-        print(f"nothing to do: the run is at step {run.state.step} of {run.total_steps}; more train.steps continue it, "
-              "and resume=never begins anew", flush=True)  # fmt: skip
+    if run.state.step >= run.total_steps:
+        say_on_main(run, f"no steps to do: the run is at step {run.state.step} of {run.total_steps}")
+        if cfg.export_hf and not on_main(run, checkpoint.path_of(run).exists, "read checkpoints"):
+            checkpoint.save(run)  # the weights are of another run's checkpoint
+        exchange.export_last(run)
+        if on_main(run, lambda: continuing.is_reported(cfg, checkpoint.path_of(run)), "read run_dir"):
+            return
     train(run)
+
+
+def set_length(run: Run) -> None:
+    """How many steps are to do, which with a token budget depends on the tokens that were consumed."""
+    state, updates = run.state, run.schedule.num_steps
+    run.total_steps = total_steps(run.cfg, state.step, state.consumed_tokens)
+    run.schedule = build_schedule(run.cfg, run.optimizer, run.total_steps)
+    run.schedule.step(increment=updates)
 
 
 def prepare(cfg: Config, rank: RankInfo) -> Run:
@@ -79,7 +93,9 @@ def train(run: Run) -> None:
     cfg = run.cfg
     eval_count = cfg.train.eval_batches
     batch = cfg.batch.global_batch_size
-    train_data, run.valid_data, _ = build_datasets(cfg, run.total_steps * batch, eval_count * batch, 0)
+    # Samples of the steps so far, whose batches may have had another size, and of those to come.
+    samples = run.state.consumed_tokens // cfg.train.seq_length + (run.total_steps - run.state.step) * batch
+    train_data, run.valid_data, _ = build_datasets(cfg, samples, eval_count * batch, 0)
     # A run that passed over data needs more than its steps take, and uses its first samples again.
     batches = iterators(run, train_data, run.state.consumed_samples, wrap=True)
 

@@ -21,6 +21,7 @@ SHORT = [
     "train.eval_batches=1",
     "train.sample_continuations=0",
     "train.seq_length=32",
+    "schedule.on_resume=override",  # each command of a block is a step longer than the one before
 ]
 
 

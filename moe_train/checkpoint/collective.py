@@ -109,6 +109,12 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def say_on_main(run: Run, line: str) -> None:
+    """One line of the run, once for all ranks."""
+    if run.is_main:
+        say(line)
+
+
 def warn(line: str) -> None:
     """One line of warning."""
     print(f"warning: {line}", file=sys.stderr, flush=True)

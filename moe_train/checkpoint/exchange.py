@@ -9,7 +9,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
-from moe_train.checkpoint import state, storage
+from moe_train.checkpoint import continuing, directory, state, storage
+from moe_train.checkpoint.collective import on_main
 from moe_train.checkpoint.dtypes import of_torch
 from moe_train.checkpoint.hf import config, convert, distcp
 from moe_train.checkpoint.hf.mapping import Piece, pieces
@@ -54,13 +55,29 @@ def _shard(
     return data
 
 
+def export_last(run: Run) -> None:
+    """With `export_hf`, export the checkpoint of the current step, the last, unless that was done. Every rank calls it.
+
+    Raises:
+        CheckpointError: it cannot be written, or there is no checkpoint of this step.
+    """
+    if not run.cfg.export_hf:
+        return
+    path = run.cfg.checkpoint_root / directory.name_of(run.state.step)
+    if on_main(run, lambda: continuing.is_exported(run.cfg, path), f"read {continuing.export_of(run.cfg, path)}"):
+        return
+    exported = export(run, path)
+    if run.is_main:
+        print(f"Hugging Face weights in {exported}", flush=True)
+
+
 def export(run: Run, checkpoint: Path) -> Path:
     """Write the weights of the run's `checkpoint` to run_dir/hf/step_N, all ranks together. Returns the directory.
 
     Raises:
         CheckpointError: it cannot be written.
     """
-    target = run.run_dir / "hf" / checkpoint.name
+    target = continuing.export_of(run.cfg, checkpoint)
     team = TorchTeam()
     together(team, lambda: _remove(target) if run.is_main else None)
     plan = together(team, lambda: _export_plan(run, checkpoint, target))

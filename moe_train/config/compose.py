@@ -38,7 +38,11 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra then raises its errors instead of prin
 _INTERRUPTED = 130
 _MORE_HELP = """\
 moe-train --help lists the groups of the configuration and Hydra's options, docs/configuration.md every field."""
-_TRAINS = ContextVar("trains", default=True)  # for the callback, which Hydra makes without arguments of ours
+Revise = Callable[[Config, Sequence[str], Callable[[Sequence[str]], Config]], Config]
+"""Makes another config of one, the overrides that led to it, and a function that composes others."""
+# For the callback, which Hydra makes without arguments of ours.
+_TRAINS = ContextVar("trains", default=True)
+_REVISE: ContextVar[Revise | None] = ContextVar("revise", default=None)
 
 store.register()
 
@@ -118,7 +122,7 @@ class ValidateBeforeOutput(Callback):
             task = copy.deepcopy(config)
             with read_write(task), open_dict(task):
                 del task["hydra"]
-            validate(to_config(task), trains=_TRAINS.get())
+            validate(_revised(to_config(task), config), trains=_TRAINS.get())
             _make_run_dir(run_dir)
         except Exception as error:
             raise _Stop(error) from error
@@ -129,6 +133,19 @@ class ValidateBeforeOutput(Callback):
             _make_run_dir(config.hydra.sweep.dir)
         except Exception as error:
             raise _Stop(error) from error
+
+
+def _revised(cfg: Config, composed: DictConfig) -> Config:
+    """`cfg` as the command wants it. `composed` is all of Hydra's config of the job."""
+    revise = _REVISE.get()
+    if revise is None:
+        return cfg
+    name = str(composed.hydra.job.config_name)
+
+    def again(words: Sequence[str]) -> Config:
+        return to_config(hydra.compose(name, overrides=list(words)))
+
+    return revise(cfg, list(composed.hydra.overrides.task), again)
 
 
 def _make_run_dir(name: str) -> None:
@@ -153,6 +170,7 @@ def hydra_entry(
     trains: bool = True,
     runs: bool = True,
     about: str | None = None,
+    revise: Revise | None = None,
 ) -> int:
     """Run `fn` on the config of the command line, once, or once for each job of a sweep (-m). Returns the exit code.
 
@@ -166,14 +184,16 @@ def hydra_entry(
         runs: whether it has a use for the output directory. Else, where the command line has none of Hydra's options,
             the config is composed once and Hydra makes no job of it, which saves a fifth of a second.
         about: what --help prints, in the place of Hydra's page.
+        revise: makes the config that is validated and run of the composed one, for each job.
     """
-    before = _TRAINS.set(trains)
+    before, before_revise = _TRAINS.set(trains), _REVISE.set(revise)
     if sys.stdout is None:  # closed by whoever started it: what is printed goes nowhere
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         return _run(fn, config_name, argv, runs, about)
     finally:
         _TRAINS.reset(before)
+        _REVISE.reset(before_revise)
 
 
 def _run(
@@ -229,7 +249,7 @@ class _Entry:
         def config() -> Config:
             cfg = to_config(composed)
             cfg.run_dir = str(output)
-            return cfg
+            return _revised(cfg, OmegaConf.create({"hydra": hydra_config}))
 
         self.work(config)
         _remove_empty(output)  # not every command writes there

@@ -19,6 +19,10 @@ class LauncherConfig:
         "load first.", minimum=1,
     )  # fmt: skip
     timeout_s: int = doc(600, "Longest wait of a collective operation, seconds.", minimum=1)
+    lock_timeout_s: float = doc(
+        60, "Time without a heartbeat after which the lock that a run on another machine left in run_dir is taken "
+        "over, seconds.", minimum=5,
+    )  # fmt: skip
 
     ranks_per_node: int = doc(8, "Ranks of a batch job on one node, one for each GPU.", minimum=1, maximum=10_000)
     bind: str = doc(

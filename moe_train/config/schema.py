@@ -148,6 +148,11 @@ class ScheduleConfig:
     warmup_steps: int = doc(20, "Steps of linear warm-up from 0.", minimum=0)
     decay_steps: int | None = doc(None, "Step at which the decay ends; null means the last step.", minimum=1)
     min_lr_ratio: float = doc(0.1, "Final over peak learning rate.", minimum=0)
+    on_resume: str = doc(
+        "match", "A schedule that differs from the checkpoint's: refuse it (match), take the checkpoint's as "
+        "Megatron-LM's --use-checkpoint-opt-param-scheduler does (checkpoint), or this run's as its "
+        "--override-opt-param-scheduler does (override).", choices=("match", "checkpoint", "override"),
+    )  # fmt: skip
 
 
 @dataclass
@@ -189,6 +194,10 @@ class DataConfig:
         False, "Text that spells a special token becomes that token; false keeps it plain text."
     )
     reset_at_eod: bool = doc(False, "Restart positions and mask attention and loss at document ends.")
+    on_resume: str = doc(
+        "match", "Data, sequence length or seed that differ from the checkpoint's: refuse them (match), or go on with "
+        "them (change).", choices=("match", "change"),
+    )  # fmt: skip
     prepare_workers: int | None = doc(
         None, "Processes that tokenise; null means one for each core.", minimum=1, maximum=10_000
     )

@@ -72,7 +72,6 @@ def test_a_chain_ends_with_the_link_that_completes_the_run(jobs: Jobs, tmp_path:
     assert len(losses(run_dir)) == 20
 
 
-@pytest.mark.skip(reason="run_dir has no lock yet")
 def test_a_second_job_in_the_same_run_dir_is_refused(jobs: Jobs, tmp_path: Path) -> None:
     """In one line that names who has it, and without another try; the first job goes on."""
     run_dir = tmp_path / "run"

@@ -62,13 +62,18 @@ def gather_facts(cfg: Config, layout: ParallelLayout, trains: bool = True) -> Fa
     )
 
 
-def total_steps(cfg: Config) -> int:
-    """Optimizer steps of the run: `train.steps`, or as many as `train.tokens` needs, or 200 where neither is given."""
+def total_steps(cfg: Config, step: int = 0, consumed_tokens: int = 0) -> int:
+    """Optimizer steps of the run: `train.steps`, or as many as `train.tokens` needs, or 200 where neither is given.
+
+    A token budget counts all tokens of the run. What is left of it after `consumed_tokens` in `step` steps is divided
+    by the tokens of one step now, so that a changed global batch changes only the steps to come.
+    """
     if cfg.train.steps is not None:
         return cfg.train.steps
     if cfg.train.tokens is None:
         return DEFAULT_STEPS
-    return -(-cfg.train.tokens // (cfg.batch.global_batch_size * cfg.train.seq_length))
+    left = max(0, cfg.train.tokens - consumed_tokens)
+    return step - (-left // (cfg.batch.global_batch_size * cfg.train.seq_length))
 
 
 def gpu_visible() -> bool:

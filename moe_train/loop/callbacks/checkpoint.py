@@ -66,11 +66,9 @@ class CheckpointCallback(Callback):
             self._tolerate(run, lambda: self._wait(run), always=True)
             self._begin(run, copy=False)
         self._wait(run)
-        if run.cfg.export_hf and run.state.step >= run.total_steps:
+        if run.state.step >= run.total_steps:
             with self._holding(run):
-                exported = exchange.export(run, checkpoint.path_of(run))
-            if run.is_main:
-                say(f"Hugging Face weights in {exported}")
+                exchange.export_last(run)
 
     def finish(self, run: Run) -> None:
         """Wait for the checkpoint that is being written, if there is one. Every rank calls it.

@@ -6,10 +6,13 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from moe_train.checkpoint.collective import warn
 from moe_train.loop.run import Callback, Metrics, Run
+from moe_train.telemetry.patient_file import PatientFile
 from moe_train.telemetry.throughput import is_logged
 
 NAME = "metrics.jsonl"
@@ -17,7 +20,8 @@ _LAST = "expert_load"  # the longest value, at the end of its line
 
 
 class MetricsFile(Callback):
-    """Writes a line for each logged step and each evaluation, flushed at once.
+    """Writes a line for each logged step and each evaluation, flushed at once. A disk that is full or read-only does
+    not end the run (`PatientFile`).
 
     Training lines: `step`, `tokens` (consumed so far), `lm_loss` (nats a token, before any auxiliary loss), `grad_norm`
     (before clipping), `lr`, `global_batch_size` (sequences), `step_time_s`, `tokens_per_s` (all ranks),
@@ -36,7 +40,7 @@ class MetricsFile(Callback):
     """
 
     def __init__(self) -> None:
-        self._file: IO[str] | None = None
+        self._file: PatientFile | None = None
         self._last_evaluation = -1
 
     def on_start(self, run: Run) -> None:
@@ -49,14 +53,19 @@ class MetricsFile(Callback):
         path = run.run_dir / NAME
         self._last_evaluation = -1
         part = path.with_name(NAME + ".part")
-        with part.open("w", encoding="utf-8") as file:
-            for line in read(path) if keep else ():
-                if line["step"] <= run.state.step or (events and "event" in line):
-                    file.write(encode(line))
-                    if "valid_loss" in line:
-                        self._last_evaluation = max(self._last_evaluation, line["step"])
-        os.replace(part, path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                for line in read(path) if keep else ():
+                    if line["step"] <= run.state.step or (events and "event" in line):
+                        file.write(encode(line))
+                        if "valid_loss" in line:
+                            self._last_evaluation = max(self._last_evaluation, line["step"])
+            os.replace(part, path)
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink()
+            warn(f"{path} keeps its lines after step {run.state.step}: {error.strerror or error}")
+        self._file = PatientFile(path)
 
     def on_step_end(self, run: Run, metrics: Metrics) -> None:
         if self._file is not None and is_logged(run):

@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 
 from moe_train.loop.run import Callback, Metrics, Run
+from moe_train.telemetry.patient_file import PatientFile
 
 log = logging.getLogger("moe_train")
+
+
+class _Handler(logging.Handler):
+    """Appends records to a file. Python's own prints a traceback for each one that cannot be written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = PatientFile(path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._file.write(self.format(record) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class RunLog(Callback):
@@ -15,11 +32,11 @@ class RunLog(Callback):
     run_dir/run.log. It starts when it is made, so that building and resuming are in it."""
 
     def __init__(self, run: Run) -> None:
-        self._handler: logging.FileHandler | None = None
+        self._handler: _Handler | None = None
         if not run.is_main:
             return
         run.run_dir.mkdir(parents=True, exist_ok=True)
-        self._handler = logging.FileHandler(run.run_dir / "run.log", encoding="utf-8")
+        self._handler = _Handler(run.run_dir / "run.log")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(self._handler)
         log.setLevel(logging.INFO)

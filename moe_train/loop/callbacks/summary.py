@@ -15,6 +15,9 @@ from rich.console import Console
 
 from moe_train.checkpoint import directory
 from moe_train.checkpoint.checkpoint import root_of
+from moe_train.checkpoint.collective import warn
+from moe_train.checkpoint.continuing import SUMMARY as NAME
+from moe_train.checkpoint.directory import replace_file
 from moe_train.data.statistics import unigram_entropy
 from moe_train.data.tokenizer import load_tokenizer
 from moe_train.loop.callbacks import metrics_file
@@ -24,7 +27,6 @@ from moe_train.telemetry.throughput import speed
 
 log = logging.getLogger(__name__)
 
-NAME = "summary.json"
 _LOAD_STEPS = 20
 """Newest steps over which the load of experts is added up."""
 
@@ -51,7 +53,10 @@ class Summary(Callback):
             return
         summary = {**self._numbers(run), "continuations": continuations}
         path = run.run_dir / NAME
-        path.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        try:
+            replace_file(path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        except OSError as error:
+            warn(f"{path} cannot be written: {error.strerror or error}; the same command writes it")
         console = Console(highlight=False, soft_wrap=True)
         for line in (*lines(summary), f"  {'summary':<18}{path}", *_texts(continuations)):
             console.print(line, markup=False)

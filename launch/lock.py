@@ -1,0 +1,333 @@
+"""One run at a time writes to a run directory: run_dir/run.lock names its host, job and process. No torch import.
+
+A run that ends removes its lock. One that was killed leaves it, and the next run takes it over:
+
+* on the same machine at once, when the process is gone;
+* in a later start of the same job at once;
+* on another machine when Slurm no longer knows the job, or when no heartbeat came for `launcher.lock_timeout_s`.
+
+The lock appears by `link(2)`, which is atomic on NFS too, and its heartbeat is its time of modification. No clock of
+another machine is compared: a lock is left behind when its heartbeat does not change for as long as we watch it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moe_train.config.schema import Config
+from parallel.errors import ConfigError, LaunchError
+
+NAME = "run.lock"
+_BEATS = 6  # in launcher.lock_timeout_s
+_POLL_S = 0.5
+_OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+         "TIMEOUT")  # fmt: skip
+"""States of a Slurm job that has ended."""
+
+
+class InUseError(ConfigError):
+    """Another run writes to the directory. Starting again would not change that."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock."""
+
+    host: str
+    kernel: str
+    """Boot and process namespace: only there does `pid` mean this process."""
+    pid: int
+    started: str
+    """When the process started, in the kernel's words: process ids are used again."""
+    job: str
+    attempt: int
+    """Starts of the job before this one."""
+    token: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}" + (f" ({self.job})" if self.job else "")
+
+
+class Lock:
+    """A lock that this process holds, with a thread for its heartbeat."""
+
+    def __init__(self, path: Path, owner: Owner, timeout_s: float, lost: Callable[[str], None]) -> None:
+        self.path, self.owner, self._lost = path, owner, lost
+        self._interval_s = timeout_s / _BEATS
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._remove()
+            raise LaunchError(f"the lock of run_dir needs a thread: {error}", "raise ulimit -u and ulimit -v") from None
+
+    def release(self) -> None:
+        """Let another run have the directory."""
+        self._end.set()
+        self._remove()
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            if _owner(self.path) == self.owner:
+                self.path.unlink()
+
+    def _beat(self) -> None:
+        missed = 0
+        while not self._end.wait(self._interval_s if not missed else _POLL_S):
+            try:
+                os.utime(self.path)
+                there = _owner(self.path)
+            except FileNotFoundError:
+                there = None
+            except OSError:  # a storage that does not answer, or is read-only: the run goes on
+                continue
+            missed = 0 if there == self.owner else missed + 1
+            if missed > 2 and not self._end.is_set():  # who takes a lock over may hold it for a moment to look at it
+                self._lost(f"run_dir={self.path.parent} was taken over by {there or 'a user who removed its lock'}")
+                return
+
+
+_held: list[Lock] = []
+
+
+@contextlib.contextmanager
+def held(cfg: Config, lost: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the lock of `cfg.run_dir` inside the block. `lost` is called where another run takes it.
+
+    Raises:
+        InUseError: another run holds it.
+        LaunchError: run_dir cannot be written.
+    """
+    lock = acquire(Path(cfg.run_dir), cfg.launcher.lock_timeout_s, lost or _end_this_process)
+    _held.append(lock)
+    try:
+        yield
+    finally:
+        _held.remove(lock)
+        lock.release()
+
+
+def release_all() -> None:
+    """Release what this process holds, before it ends without unwinding."""
+    for lock in _held:
+        lock.release()
+
+
+def _end_this_process(why: str) -> None:
+    print(f"error: {why}; this run ends, so that not two write there", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def acquire(run_dir: Path, timeout_s: float, lost: Callable[[str], None]) -> Lock:
+    """Take the lock of `run_dir`, waiting at most `timeout_s` for one that was left behind on another machine.
+
+    Raises:
+        InUseError: another run holds it.
+        LaunchError: run_dir cannot be written.
+    """
+    path, me = run_dir / NAME, _me()
+    watch = _Watched(path, me, timeout_s)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        while not _create(path, me):
+            found = _owner(path)
+            if found is None:
+                if not path.exists():
+                    continue
+                found = Owner("an unknown host", "", 0, "", "", 0, "")  # damaged: its heartbeat tells
+            if gone := watch.why_gone(found):
+                _remove_stale(path, found)
+                print(f"warning: run_dir={run_dir} was left locked by {found}: {gone}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(_POLL_S)
+    except OSError as error:
+        raise LaunchError(f"run_dir={run_dir} cannot be written: {error.strerror}", "set run_dir=PATH") from error
+    return Lock(path, me, timeout_s, lost)
+
+
+def refuse_live(cfg: Config) -> None:
+    """Raise InUseError where a run here, or a job that Slurm knows, holds the lock of run_dir. Does not wait."""
+    path = Path(cfg.run_dir, NAME)
+    found = _owner(path)
+    if found is not None and _state(found, _me())[0] == "lives":
+        raise _in_use(path, found)
+
+
+class _Watched:
+    """What is known of the lock that another process holds."""
+
+    def __init__(self, path: Path, me: Owner, timeout_s: float) -> None:
+        self._path, self._me, self._timeout_s = path, me, timeout_s
+        self._seen: tuple[str, float] | None = None
+        self._since = time.monotonic()
+
+    def why_gone(self, found: Owner) -> str:
+        """Why `found` no longer runs; "" while that is not known.
+
+        Raises:
+            InUseError: it runs.
+        """
+        state, why = _state(found, self._me)
+        if state == "gone":
+            return why
+        same_job = bool(found.job) and found.job == self._me.job
+        if state == "lives" and not same_job:
+            raise _in_use(self._path, found)
+        try:
+            beat = found.token, self._path.stat().st_mtime
+        except OSError:
+            return ""
+        waited_s = time.monotonic() - self._since
+        if self._seen is None:
+            self._seen = beat
+        elif beat != self._seen and not same_job:
+            raise _in_use(self._path, found)
+        if waited_s < self._timeout_s:
+            return ""
+        if state == "lives":  # an earlier start of this job that does not end
+            raise LaunchError(f"{found} still writes to run_dir={self._path.parent}", "see why it does not end")
+        return f"no heartbeat for {waited_s:.0f} s (launcher.lock_timeout_s)"
+
+
+def _state(found: Owner, me: Owner) -> tuple[str, str]:
+    """("lives" | "gone" | "unknown", why)."""
+    if found.kernel and found.kernel == me.kernel:
+        if found.pid and _started(found.pid) == found.started:
+            return "lives", ""
+        return "gone", "its process has ended"
+    if found.job and found.job == me.job and found.attempt < me.attempt:
+        return "gone", "it was an earlier start of this job"
+    if found.job.startswith("Slurm job ") and found.job != me.job:
+        return _job_state(found.job.removeprefix("Slurm job "))
+    return "unknown", ""
+
+
+def _job_state(job: str) -> tuple[str, str]:
+    if shutil.which("squeue") is None:
+        return "unknown", ""
+    words = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown", ""
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return "unknown", ""
+    states = set(done.stdout.split())
+    return ("gone", "its job has ended") if states <= set(_OVER) else ("lives", "")
+
+
+def _in_use(path: Path, found: Owner) -> InUseError:
+    with contextlib.suppress(OSError):
+        age_s = max(0.0, time.time() - path.stat().st_mtime)
+        return InUseError(
+            f"run_dir={path.parent} is in use by {found}, last heartbeat {age_s:.0f} s ago",
+            f"use another run_dir, or end that run; if it has ended, remove {path}",
+        )
+    return InUseError(f"run_dir={path.parent} is in use by {found}", "use another run_dir, or try again")
+
+
+def _create(path: Path, me: Owner) -> bool:
+    """Whether the lock is ours now."""
+    part = path.with_name(f".{NAME}.{me.token}")
+    try:
+        part.write_text(json.dumps(asdict(me)) + "\n", encoding="utf-8")
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            return False
+        except OSError:
+            if part.stat().st_nlink == 2:  # NFS: the answer was lost, and not the link
+                return True
+            return _create_exclusively(path, part.read_text(encoding="utf-8"))
+        return True
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _create_exclusively(path: Path, text: str) -> bool:
+    """For a file system without links."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _remove_stale(path: Path, found: Owner) -> None:
+    """Remove the lock of `found`, and not one that another process has put in its place meanwhile."""
+    aside = path.with_name(f".{NAME}.{secrets.token_hex(8)}.stale")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, aside)
+        there = _owner(aside)
+        if there is not None and there.token != found.token:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+        aside.unlink()
+
+
+def _owner(path: Path) -> Owner | None:
+    """Who holds the lock; None where there is none, or it cannot be read."""
+    try:
+        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def _me() -> Owner:
+    job = attempt = ""
+    if number := os.environ.get("SLURM_JOB_ID"):
+        job, attempt = f"Slurm job {number}", os.environ.get("SLURM_RESTART_COUNT", "")
+    elif (name := os.environ.get("TORCHELASTIC_RUN_ID", "none")) != "none":
+        job = f"torchrun {name}"
+    starts = (
+        int(text) if text.isdigit() else 0 for text in (attempt, os.environ.get("TORCHELASTIC_RESTART_COUNT", ""))
+    )
+    first, second = starts
+    pid = os.getpid()
+    return Owner(
+        socket.gethostname(), _kernel(), pid, _started(pid), job, 10_000 * first + second, secrets.token_hex(8)
+    )
+
+
+def _kernel() -> str:
+    """The same for two processes that see each other's process ids, and for no others."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return f"{socket.gethostname()} {sys.platform}"
+
+
+def _started(pid: int) -> str:
+    """When a process started; "" where there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except FileNotFoundError:
+        if sys.platform == "linux":
+            return ""
+    except OSError:
+        return ""
+    else:
+        return "" if fields[0] in "ZX" else fields[19]
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return "running"

@@ -1,0 +1,278 @@
+"""What a run goes on from: its checkpoint, and its own config with what a command line changes. No torch import.
+
+`moe-train run_dir=R` continues R as it was. Everything that the command line does not name keeps its value from
+R/config.yaml; what a run must not change unnoticed is refused here, before a process starts.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_train.checkpoint import compat, directory
+from moe_train.config.rules.facts import total_steps
+from moe_train.config.schema import Config
+from moe_train.config.walk import all_fields, get, group_names, misfit, with_values
+from parallel.errors import CheckpointError, ConfigError
+
+SUMMARY, EXPORTS = "summary.json", "hf"
+"""Names in run_dir."""
+_EARLIER = "earlier"
+_OF_THE_COMMAND = ("run_dir", "resume", "verbose", "rank", "launcher.dependency")
+_NO_GROUPS_OF_A_RUN = ("convert", "inspect", "plan")
+_OF_A_RUN = ("metrics.jsonl", "events.out.*", "config.yaml", SUMMARY, EXPORTS, "injected", "heartbeats", "hung.txt")
+_LENGTHS = ("train.steps", "train.tokens")
+_PERMISSIONS = ("schedule.on_resume", "data.on_resume")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint that a run goes on from."""
+
+    path: Path
+    config: dict[str, Any]
+    """As the checkpoint has it."""
+    position: compat.Position
+
+
+def continued(cfg: Config, words: Sequence[str], compose: Callable[[Sequence[str]], Config]) -> Config:
+    """`cfg`, or where it goes on from a checkpoint the config of that run with what `words` change.
+
+    Args:
+        cfg: what the command line makes of the defaults.
+        words: the overrides of the command line.
+        compose: makes a config of overrides.
+
+    Raises:
+        CheckpointError: the run may not continue the checkpoint.
+        ConfigError: run_dir holds another run than `resume` names.
+    """
+    if cfg.resume == "never":
+        return cfg
+    named, optional = _asked(cfg, words, compose)
+    base = _base(cfg)
+    if base is None:
+        return cfg
+    merged = _merged(base, cfg, named, optional)
+    found = find(merged)
+    if found is None:
+        return cfg
+    if cfg.resume != "auto":
+        _refuse_another_run(merged, found)
+    before = config_of(found.config, found.path / directory.CONFIG)
+    consumed = {name: get(Config(), name) for name in _PERMISSIONS if get(before, name) == get(base, name)}
+    merged = with_values(merged, {name: value for name, value in consumed.items() if name not in named})
+    compat.check_model(found.config, merged, found.path)
+    compat.check_data(found.config, merged, found.path)
+    asked = {name for name in all_fields() if name in named or get(merged, name) == get(base, name)}
+    return compat.check_schedule(before, merged, found.position, asked)
+
+
+def find(cfg: Config) -> Found | None:
+    """The checkpoint that `resume` means and that this machine can read; None where there is none.
+
+    Ranks look closer: they verify its bytes, and take an earlier one where it is damaged.
+    """
+    for path in _candidates(cfg):
+        try:
+            config, state = compat.read(path), directory.read_state(path)
+            progress, schedule = state["progress"], state["schedule"]
+            position = compat.Position(
+                int(progress["step"]), int(progress["consumed_tokens"]), int(schedule["num_steps"])
+            )
+        except (CheckpointError, KeyError, TypeError, ValueError):
+            continue
+        return Found(path, config, position)
+    return None
+
+
+def nothing_to_do(cfg: Config) -> str:
+    """Why no rank needs to start, in one line; "" where there is something to train, report or export."""
+    found = None if cfg.resume == "never" else find(cfg)
+    if found is None or not _is_within(found.path, cfg.checkpoint_root):
+        return ""
+    total = total_steps(cfg, found.position.step, found.position.tokens)
+    if found.position.step < total or not is_reported(cfg, found.path):
+        return ""
+    if cfg.export_hf and not is_exported(cfg, found.path):
+        return ""
+    return (
+        f"nothing to do: run_dir={cfg.run_dir} is at step {found.position.step} of {total}; a larger train.steps or "
+        "train.tokens continues it, another run_dir starts another run"
+    )
+
+
+def is_reported(cfg: Config, checkpoint: Path) -> bool:
+    """Whether the summary was written after this checkpoint, the last of the run."""
+    return _is_newer(Path(cfg.run_dir, SUMMARY), checkpoint)
+
+
+def is_exported(cfg: Config, checkpoint: Path) -> bool:
+    """Whether this checkpoint was exported, completely."""
+    return _is_newer(export_of(cfg, checkpoint) / directory.MANIFEST, checkpoint)
+
+
+def export_of(cfg: Config, checkpoint: Path) -> Path:
+    """Where a checkpoint is exported to."""
+    return Path(cfg.run_dir, EXPORTS, checkpoint.name)
+
+
+def set_aside(cfg: Config) -> Path | None:
+    """Move what an earlier run left in run_dir to a directory of its own, where resume=never begins another one there.
+
+    Two runs in one directory would mix: a damaged checkpoint of one is replaced by an older one of the other.
+
+    Raises:
+        ConfigError: it cannot be moved.
+    """
+    root = cfg.checkpoint_root
+    if cfg.resume != "never" or not directory.candidates(root):
+        return None
+    stamp = f"{_EARLIER}_{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
+    place = Path(cfg.run_dir, stamp)
+    try:
+        if _is_within(root, Path(cfg.run_dir)):
+            _move(root, place / root.name)
+        else:
+            for path in [*directory.candidates(root), root / directory.LATEST]:
+                _move(path, root / stamp / path.name)
+        for pattern in _OF_A_RUN:
+            for path in Path(cfg.run_dir).glob(pattern):
+                _move(path, place / path.name)
+    except OSError as error:
+        raise ConfigError(
+            f"resume=never begins another run in run_dir={cfg.run_dir}, and what is there cannot be moved: {error}",
+            "set another run_dir",
+        ) from error
+    print(f"run_dir={cfg.run_dir} held an earlier run, which is now in {place}", file=sys.stderr, flush=True)
+    return place
+
+
+def _move(path: Path, target: Path) -> None:
+    if os.path.lexists(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(path, target)
+
+
+def _base(cfg: Config) -> Config | None:
+    """The config of the run that `cfg` goes on with; None where there is none that can be read."""
+    own = Path(cfg.run_dir, directory.CONFIG)
+    stored: Config | None = None
+    if own.is_file():
+        try:
+            stored = config_of(yaml.safe_load(own.read_text(encoding="utf-8")), own)
+        except (OSError, ValueError, yaml.YAMLError, CheckpointError) as error:
+            print(f"warning: {own} cannot be read ({str(error).splitlines()[0]}), and the newest checkpoint's config "
+                  "takes its place", file=sys.stderr, flush=True)  # fmt: skip
+    if cfg.resume == "auto" and stored is not None:
+        return stored
+    found = find(cfg)
+    if found is None:
+        return None
+    base = config_of(found.config, found.path / directory.CONFIG)
+    if cfg.resume == "auto":
+        return base
+    # The run that wrote the checkpoint keeps its own places.
+    elsewhere = cfg if stored is None else stored
+    return with_values(base, {"init_from": None, "checkpoint.dir": elsewhere.checkpoint.dir})
+
+
+def _merged(base: Config, cfg: Config, named: set[str], optional: set[str]) -> Config:
+    """`base` with the values of `cfg` for the fields that the command line names, or sets through an option."""
+    taken = named | optional
+    if given := [name for name in _LENGTHS if name in taken and get(cfg, name) is not None]:
+        taken |= set(_LENGTHS) if len(given) == 1 else set()
+    taken |= {name for name in all_fields() if name in _OF_THE_COMMAND or name.split(".")[0] in _NO_GROUPS_OF_A_RUN}
+    merged = with_values(base, {name: get(cfg, name) for name in taken})
+    if merged.init_from and "init_from" not in named and not os.path.exists(merged.init_from):
+        merged = replace(merged, init_from=None)  # it began the run long ago
+    return merged
+
+
+def _asked(
+    cfg: Config, words: Sequence[str], compose: Callable[[Sequence[str]], Config]
+) -> tuple[set[str], set[str]]:  # fmt: skip
+    """Fields that `words` name, and those that they set through an option of a group or an experiment."""
+    named: set[str] = set()
+    optional: set[str] = set()
+    for word in words:
+        name = word.partition("=")[0].lstrip("+~").partition("@")[0]
+        if name in group_names():
+            optional |= {field for field in all_fields() if field.startswith(f"{name}.")}
+        else:
+            named |= {field for field in all_fields() if field == name or name.startswith(f"{field}.")}
+    if any(_is_experiment(word) for word in words):
+        without = compose([word for word in words if not _is_experiment(word)])
+        optional |= {field for field in all_fields() if get(without, field) != get(cfg, field)}
+    return named, optional - named
+
+
+def _is_experiment(word: str) -> bool:
+    return word.partition("=")[0].lstrip("+") == "experiment"
+
+
+def config_of(values: Any, where: Path) -> Config:
+    """The config in `values`. Fields of other versions are left out, and those that are missing have their default.
+
+    Raises:
+        CheckpointError: a field has a value that it cannot have.
+    """
+    found = {}
+    for name in all_fields():
+        value = values
+        for part in name.split("."):
+            value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
+        if value is _MISSING:
+            continue
+        if why := misfit(name, value):
+            raise CheckpointError(f"{where} has {name}={value}, which is {why}", "restore the file from a copy")
+        found[name] = value
+    return with_values(Config(), found)
+
+
+_MISSING = object()
+
+
+def _candidates(cfg: Config) -> Iterator[Path]:
+    """Checkpoints that `cfg` may go on from, best first: of those on this node's disk the ones that are newer."""
+    if cfg.resume not in ("auto", "never"):
+        try:
+            yield from directory.resolve(Path(cfg.resume), "resume")
+        except (CheckpointError, OSError):  # which a rule or a rank tells
+            return
+        return
+    root = cfg.checkpoint_root
+    shared = directory.candidates(root)
+    near = directory.near_of(cfg, root)
+    newest = directory.step_of(shared[0].name) if shared else -1
+    yield from [] if near is None else [p for p in directory.candidates(near) if directory.step_of(p.name) > newest]
+    yield from shared
+
+
+def _refuse_another_run(cfg: Config, found: Found) -> None:
+    """Raise ConfigError where run_dir holds a run of its own that `resume=PATH` is not about."""
+    root = cfg.checkpoint_root
+    there = directory.candidates(root)
+    if there and not _is_within(found.path, root):
+        raise ConfigError(
+            f"resume={cfg.resume} would begin another run in run_dir={cfg.run_dir}, whose own is at {there[0].name}",
+            "set another run_dir, or leave resume out to continue the one that is there",
+        )
+
+
+def _is_within(path: Path, place: Path) -> bool:
+    return path.resolve().is_relative_to(place.resolve())
+
+
+def _is_newer(file: Path, checkpoint: Path) -> bool:
+    try:
+        return file.stat().st_mtime_ns >= (checkpoint / directory.STATE).stat().st_mtime_ns
+    except OSError:
+        return False

@@ -1,0 +1,29 @@
+"""The learning rate of a step, as Megatron-Core's OptimizerParamScheduler computes it. No torch import."""
+
+from __future__ import annotations
+
+import math
+
+from moe_train.config.schema import OptimizerConfig, ScheduleConfig
+
+
+def learning_rate(optimizer: OptimizerConfig, schedule: ScheduleConfig, decay_end: int, updates: int) -> float:
+    """Learning rate of the update that follows `updates` others.
+
+    Source: megatron/core/optimizer_param_scheduler.py, `get_lr`.
+
+    Args:
+        decay_end: step at which the decay ends; `schedule.decay_steps`, or the last step of the run.
+    """
+    peak, warmup = optimizer.lr, schedule.warmup_steps
+    if updates <= warmup and warmup:
+        return peak * updates / warmup
+    if schedule.decay == "constant":
+        return peak
+    least = peak * schedule.min_lr_ratio
+    end = max(decay_end, warmup + 1)
+    if updates > end:
+        return least
+    share = (updates - warmup) / (end - warmup)
+    height = 1.0 - share if schedule.decay == "linear" else 0.5 * (math.cos(math.pi * share) + 1.0)
+    return least + height * (peak - least)

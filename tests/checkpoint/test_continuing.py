@@ -1,0 +1,257 @@
+"""What a command line makes of a run that exists: continued as it was, changed as asked, or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moe_train.checkpoint import continuing, directory
+from moe_train.config import compose as compose_module
+from moe_train.config.compose import compose, from_yaml, hydra_entry, to_yaml
+from moe_train.config.rules.facts import total_steps
+from moe_train.config.schema import Config
+from parallel.errors import ConfigError, MoeTrainError
+
+FIRST = ("train.steps=10", "schedule.warmup_steps=2", "data=text", "data.path=a.txt", "data.dir=d", "parallel.ep=2")
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def begin(*words: str, step: int = 10, run_dir: str = "R", tokens: int | None = None) -> Config:
+    """As if a run with these overrides had saved at `step`."""
+    cfg = compose([*(words or FIRST), f"run_dir={run_dir}"])
+    tokens = step * cfg.batch.global_batch_size * cfg.train.seq_length if tokens is None else tokens
+    Path(run_dir).mkdir(exist_ok=True)
+    Path(run_dir, "config.yaml").write_text(to_yaml(cfg))
+    path = cfg.checkpoint_root / directory.name_of(step)
+    path.mkdir(parents=True)
+    (path / directory.CONFIG).write_text(yaml.safe_dump(asdict(cfg)))
+    progress = {"step": step, "consumed_samples": 0, "consumed_tokens": tokens}
+    (path / directory.STATE).write_text(json.dumps({"progress": progress, "schedule": {"num_steps": step}}))
+    return cfg
+
+
+def again(*words: str, run_dir: str = "R") -> Config:
+    """What the command line of another start makes."""
+    words = (*words, f"run_dir={run_dir}")
+    return continuing.continued(compose(words), words, compose)
+
+
+def test_a_run_goes_on_as_it_was() -> None:
+    assert again() == compose(["run_dir=R"])  # there is none yet
+    first = begin()
+    assert again() == first
+    assert again(*FIRST) == first  # a requeued job says all of it again
+    assert again("resume=never") == compose(["run_dir=R", "resume=never"])
+
+
+def test_a_run_without_a_checkpoint_begins_with_the_defaults() -> None:
+    Path("R").mkdir()
+    Path("R/config.yaml").write_text(to_yaml(compose([*FIRST, "run_dir=R"])))
+    assert again() == compose(["run_dir=R"])
+
+
+@pytest.mark.parametrize(
+    ("words", "fields"),
+    [
+        (("parallel.pp=2", "batch.micro_batch_size=2"), {"parallel.pp": 2, "parallel.ep": 2}),
+        (("parallel=single",), {"parallel.ep": 1}),  # an option replaces all fields of its group
+        (("precision=bf16",), {"precision.dtype": "bf16", "train.steps": 10}),
+        (("recompute=full", "launcher.restarts=3"), {"recompute.mode": "full", "launcher.restarts": 3}),
+        (("optimizer.lr=5e-4",), {"optimizer.lr": 5e-4}),  # asked for by name
+        (("batch.global_batch_size=16",), {"batch.global_batch_size": 16, "train.steps": 10}),
+        (("train.steps=20", "schedule.decay_steps=10"), {"train.steps": 20, "schedule.decay_steps": 10}),
+        (("train.steps=20", "schedule.on_resume=override"), {"train.steps": 20, "schedule.decay_steps": None}),
+        (("train.steps=20", "schedule.on_resume=checkpoint"), {"train.steps": 20, "schedule.decay_steps": 10}),
+        (("train.tokens=20480", "schedule.decay_steps=20"), {"train.tokens": 20480, "train.steps": None}),
+        (("schedule=constant", "schedule.on_resume=override"), {"schedule.decay": "constant"}),
+        (("data.path=b.txt", "data.on_resume=change"), {"data.path": "b.txt", "data.dir": "d"}),
+        (("seed=7", "data.on_resume=change"), {"seed": 7}),
+        (("export_hf=true",), {"export_hf": True, "train.steps": 10}),
+    ],
+    ids=" ".join,
+)
+def test_what_the_command_line_names_changes_and_nothing_else(words: Sequence[str], fields: dict[str, Any]) -> None:
+    first = begin()
+    cfg = again(*words)
+    for name, value in fields.items():
+        assert continuing.get(cfg, name) == value
+    assert (cfg.data.source, cfg.model) == (first.data.source, first.model)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("model.num_layers=2",), "is of another model: model.num_layers=4 in the checkpoint"),
+        (("data=stdlib",), "other data than R/checkpoints/step_00000010: data.source was files and is stdlib"),
+        (("data.dir=e",), "data.dir was d and is e now; use data.dir=d, or add data.on_resume=change"),
+        (("seed=7",), "seed was 1234 and is 7 now"),
+        (("train.seq_length=64",), "train.seq_length was 128 and is 64"),
+        (
+            ("train.steps=20",),
+            "0.000628 instead of 0.0001 at step 10: this command changes the end of its decay from step 10 to 20; add",
+        ),
+        (("train.tokens=20480", "batch.global_batch_size=16"), "the end of its decay from step 10 to 15"),
+        (("schedule=linear",), "schedule.decay from cosine to linear"),
+        (("experiment=tiny_tp2_pp2_ep2",), "the end of its decay"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_must_not_change_unnoticed_is_refused(words: Sequence[str], told: str) -> None:
+    begin()
+    with pytest.raises(MoeTrainError) as error:
+        again(*words)
+    assert told in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_an_option_does_not_change_the_learning_rate_that_was_asked_for() -> None:
+    begin(*FIRST, "optimizer.lr=3e-4")
+    with pytest.raises(MoeTrainError, match=r"optimizer\.lr from 0\.0003 to 0\.001"):
+        again("optimizer=adamw")
+    assert again("optimizer=adamw", "optimizer.lr=3e-4").optimizer.lr == 3e-4
+
+
+def test_a_constant_rate_has_no_end_that_could_move() -> None:
+    begin(*FIRST, "schedule=constant")
+    assert again("train.steps=20").train.steps == 20
+
+
+def test_what_was_asked_for_holds_until_the_next_checkpoint_and_no_longer() -> None:
+    begin()
+    accepted = again("train.steps=20", "schedule.on_resume=override")
+    Path("R/config.yaml").write_text(to_yaml(accepted))  # and then the run is killed
+    assert again() == accepted
+    begin("train.steps=20", *FIRST[1:], "schedule.on_resume=override", step=12)
+    assert again().schedule.on_resume == "match"
+    with pytest.raises(MoeTrainError, match="the end of its decay from step 20 to 30"):
+        again("train.steps=30")
+
+
+@pytest.mark.parametrize(
+    ("words", "step", "tokens", "steps"),
+    [
+        (("train.tokens=20480",), 0, 0, 20),
+        (("train.tokens=20480",), 10, 10240, 20),
+        (("train.tokens=20480", "batch.global_batch_size=16"), 10, 10240, 15),  # the example of docs/checkpoints.md
+        (("train.tokens=20481", "batch.global_batch_size=16"), 10, 10240, 16),
+        (("train.tokens=20480", "batch.global_batch_size=16"), 13, 10240 + 3 * 2048, 15),
+        (("train.tokens=20480",), 30, 30720, 30),
+        (("train.steps=12", "batch.global_batch_size=16"), 10, 10240, 12),
+    ],
+)
+def test_a_token_budget_counts_the_tokens_that_were_consumed(
+    words: Sequence[str], step: int, tokens: int, steps: int
+) -> None:
+    assert total_steps(compose(words), step, tokens) == steps
+
+
+def test_a_config_of_another_version_or_none_at_all_is_made_up_for(capsys: pytest.CaptureFixture[str]) -> None:
+    first = begin()
+    own = Path("R/config.yaml")
+    values = yaml.safe_load(own.read_text())
+    values["of_the_future"] = 1
+    del values["checkpoint"]
+    own.write_text(yaml.safe_dump(values))
+    assert again() == first
+    for text in ("model: [", "seed: text\n"):
+        own.write_text(text)
+        assert again() == first
+        assert "R/config.yaml cannot be read" in capsys.readouterr().err
+    own.unlink()
+    assert again() == first
+
+
+def test_checkpoints_elsewhere_are_found_by_the_runs_own_config() -> None:
+    first = begin(*FIRST, "checkpoint.dir=elsewhere")
+    assert again() == first
+
+
+def test_another_runs_checkpoint_brings_its_config_but_not_its_places() -> None:
+    begin(*FIRST, "checkpoint.dir=elsewhere", "init_from=.")
+    cfg = again("resume=elsewhere/step_00000010", run_dir="S")
+    assert (cfg.train.steps, cfg.data.path, cfg.checkpoint.dir, cfg.init_from) == (10, "a.txt", None, None)
+    begin(run_dir="S", step=3)
+    with pytest.raises(ConfigError, match="would begin another run in run_dir=S, whose own is at step_00000003"):
+        again("resume=elsewhere/step_00000010", run_dir="S")
+
+
+def test_a_finished_run_needs_no_rank_until_something_is_left_to_do() -> None:
+    cfg = begin()
+    assert continuing.nothing_to_do(cfg) == ""  # its last evaluation and its summary are missing
+    Path("R/summary.json").touch()
+    assert continuing.nothing_to_do(cfg).startswith("nothing to do: run_dir=R is at step 10 of 10")
+    exporting = again("export_hf=true")
+    assert continuing.nothing_to_do(exporting) == ""
+    checkpoint = cfg.checkpoint_root / "step_00000010"
+    manifest = continuing.export_of(cfg, checkpoint) / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
+    assert continuing.nothing_to_do(exporting) != ""
+    os.utime(checkpoint / directory.STATE)  # the last steps were done again, and what was exported is older
+    assert continuing.nothing_to_do(exporting) == ""
+    assert continuing.nothing_to_do(again("train.steps=11", "schedule.decay_steps=10")) == ""
+
+
+def test_what_an_earlier_run_left_is_set_aside_and_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = begin()
+    Path("R/metrics.jsonl").write_text("{}\n")
+    assert continuing.set_aside(cfg) is None  # resume=auto
+    place = continuing.set_aside(again("resume=never"))
+    assert place is not None
+    assert sorted(path.name for path in place.iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl"]
+    assert [path.name for path in Path("R").iterdir()] == [place.name]
+    assert "held an earlier run, which is now in R/earlier_" in capsys.readouterr().err
+    assert continuing.set_aside(again("resume=never")) is None
+
+
+def test_checkpoints_elsewhere_are_set_aside_where_they_are() -> None:
+    begin(*FIRST, "checkpoint.dir=elsewhere")
+    assert continuing.set_aside(again("resume=never", "checkpoint.dir=elsewhere"))
+    assert directory.candidates(Path("elsewhere")) == []
+    assert len(list(Path("elsewhere").glob("earlier_*/step_00000010"))) == 1
+
+
+@pytest.mark.parametrize("options", [[], ["-m"]])
+def test_a_command_gets_the_config_of_the_run_that_it_continues(options: list[str]) -> None:
+    run_dir = "R/0" if options else "R"
+    Path("R").mkdir(exist_ok=True)
+    begin(run_dir=run_dir)
+    seen: list[Config] = []
+    code = hydra_entry(seen.append, argv=[*options, "run_dir=R", "parallel.pp=2"], revise=continuing.continued)
+    assert code == 0
+    (cfg,) = seen
+    assert (cfg.train.steps, cfg.data.path, cfg.parallel.pp, cfg.parallel.ep) == (10, "a.txt", 2, 2)
+    assert Path(cfg.run_dir) == Path(run_dir).absolute()
+
+
+def test_a_refusal_is_one_line_before_anything_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    first = begin()
+    assert hydra_entry(_never, argv=["run_dir=R", "train.steps=20"], revise=continuing.continued) == 2
+    assert capsys.readouterr().err.startswith("error: the run would go on with another learning rate")
+    assert from_yaml("R/config.yaml") == first
+
+
+def _never(cfg: Config) -> None:
+    raise AssertionError("it must not run")
+
+
+def test_the_command_composes_again_where_an_experiment_is_named() -> None:
+    """Its fields are those that are not the same without it."""
+    begin("experiment=tiny_tp2_pp2_ep2", step=10)
+    revise: Callable[..., Config] = continuing.continued
+    seen: list[Config] = []
+    words = ["run_dir=R", "experiment=tiny_tp2_pp2_ep2"]
+    assert hydra_entry(seen.append, argv=words, revise=revise) == 0
+    assert seen[0].parallel.tp == 2
+    assert compose_module._REVISE.get() is None
