@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+_LONGEST = 2000
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and terminal controls, which names in files can have, and of a readable length."""
+    shown = text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}..."
+
 
 class MoeTrainError(Exception):
     """Base of every error a command explains in one line.
@@ -14,8 +22,8 @@ class MoeTrainError(Exception):
     exit_code = 1
 
     def __init__(self, cause: str, remedy: str = "") -> None:
-        self.cause, self.remedy = cause, remedy
-        super().__init__(f"{cause}; {remedy}" if remedy else cause)
+        self.cause, self.remedy = one_line(cause), one_line(remedy)
+        super().__init__(f"{self.cause}; {self.remedy}" if remedy else self.cause)
 
 
 class ConfigError(MoeTrainError):

@@ -71,7 +71,7 @@ def run(cfg: Config, line: CommandLine, team: Team) -> None:
     if line.command == _VERIFY:
         if cfg.convert.target is not None:
             raise ConfigError(f"moe-convert verify takes one directory, not also {cfg.convert.target}", "verify each")
-        _verify(writer.together(team, lambda: _written(source)), threads, team)
+        _verify(writer.together(team, lambda: _written(source)), threads, team, cfg.convert.allow_nonfinite)
         return
     if cfg.convert.target is None:
         raise ConfigError("convert.target=null names no directory to write", "use moe-convert SOURCE TARGET")
@@ -80,21 +80,35 @@ def run(cfg: Config, line: CommandLine, team: Team) -> None:
     share = sum(job.bytes for job in plan.jobs[team.rank :: team.size])
     with _bar("converting", share, team) as advance:
         outcome = writer.run(plan, team, threads, advance)
+    notes = [note for notes in team.gather(plan.notes) for note in notes]
     if team.rank == 0:
+        for note in notes:
+            print(f"warning: {note}", file=sys.stderr)
         kept = f", {outcome.reused} of them from an earlier try" if outcome.reused else ""
         print(f"{plan.target}: {outcome.files} files{kept}, {outcome.bytes / 1e9:,.2f} GB")
 
 
-def _verify(source: Path, threads: int, team: Team) -> None:
-    from moe_train.checkpoint.hf import writer
+def _verify(source: Path, threads: int, team: Team, allow_nonfinite: bool) -> None:
+    from moe_train.checkpoint import inventory, nonfinite
+    from moe_train.checkpoint.hf import convert, writer
+
+    tally = nonfinite.Tally()
 
     def check() -> tuple[int, int]:
         total = sum(entry["bytes"] for entry in writer.manifest_of(source).values())
+        spans = inventory.spans(source)
         with _bar("verifying", total // team.size, team) as advance:
-            return writer.verify(source, threads, advance, team.rank, team.size)
+            return writer.verify(source, threads, advance, team.rank, team.size, spans=spans, tally=tally)
 
     checked = team.gather(writer.together(team, check))
+    found = nonfinite.Tally()
+    for part in team.gather(tally.found):
+        found.merge(part)
+    if not allow_nonfinite:
+        found.refuse(f"{source}: the bytes are those that were written, and not all numbers are finite", convert.ALLOW)
     if team.rank == 0:
+        if found.found:
+            print(f"warning: {found}", file=sys.stderr)
         files, size = (sum(column) for column in zip(*checked, strict=True))
         print(f"{source}: {files} files, {size / 1e9:,.2f} GB, as they were written")
 
@@ -139,6 +153,7 @@ def make_plan(
         None if cfg.convert.file_gb is None else int(cfg.convert.file_gb * 1e9),
         cfg.convert.optimizer,
         cfg.convert.power_of_two_scales,
+        cfg.convert.allow_nonfinite,
     )
     share = (team.rank, team.size) if team else (0, 1)
     if (source / config.FILE).is_file():
@@ -162,6 +177,7 @@ def _open_megatron(source: Path) -> distcp.Checkpoint:
 
     path = directory.resolve(source, "convert.source")[0]
     directory.check_files(path)
+    directory.read_state(path)  # names of tensors differ between formats
     checkpoint = distcp.Checkpoint(path, distcp.Checks())
     if (path / writer.MANIFEST).is_file():
         writer.verify(path, 1, leave_out={file.name for file in checkpoint.files})
@@ -171,13 +187,14 @@ def _open_megatron(source: Path) -> distcp.Checkpoint:
 def _plan_of_megatron(
     cfg: Config, checkpoint: distcp.Checkpoint, target: Path, words: Sequence[str], options: convert.Options
 ) -> Plan:
-    from moe_train.checkpoint import compat
+    from moe_train.checkpoint import compat, directory
     from moe_train.checkpoint.hf import config, convert, mapping
 
     path = checkpoint.directory
     if cfg.convert.to == "megatron":
         return convert.copy_megatron(checkpoint, target, options)
     model = _chosen(cfg, words, lambda: compat.model_of(path))
+    mapping.refuse_larger(model, checkpoint.numbers, path / directory.CONFIG)
     all_pieces = mapping.pieces(model)
     reader = convert.MegatronReader(checkpoint, all_pieces, fp32=options.dtype == "fp32")
     kept = path / convert.KEPT

@@ -29,6 +29,7 @@ from tools.words import parse
 if TYPE_CHECKING:
     from moe_train.checkpoint.difference import Comparison, Difference
     from moe_train.checkpoint.inventory import Inventory
+    from moe_train.checkpoint.nonfinite import Tally
 
 _DIFF = "--diff"
 
@@ -70,6 +71,7 @@ def run(cfg: Config, compared: bool) -> bool:
 
 def _describe(found: Inventory, threads: int) -> None:
     from moe_train.checkpoint.inventory import MASTERS, MOMENTS, sizes
+    from moe_train.checkpoint.nonfinite import Tally
 
     files, size = sizes(found.path)
     facts = {"checkpoint": str(found.path), "format": found.format, "model": found.name}
@@ -88,7 +90,9 @@ def _describe(found: Inventory, threads: int) -> None:
     console.print(table)
     console.print(_parts(found))
     console.print(_dtypes(found))
-    console.print(f"integrity: {_integrity(found, threads)}", markup=False)
+    tally = Tally()
+    console.print(f"integrity: {_integrity(found, threads, tally)}", markup=False)
+    tally.refuse("not all numbers are finite", "convert them with convert.allow_nonfinite=true")
 
 
 def _parts(found: Inventory) -> Table:
@@ -131,7 +135,7 @@ def _dtypes(found: Inventory) -> Table:
     return table
 
 
-def _integrity(found: Inventory, threads: int) -> str:
+def _integrity(found: Inventory, threads: int, tally: Tally) -> str:
     """Raises CheckpointError, which names the file, where one is damaged."""
     from moe_train.checkpoint import inventory
     from moe_train.checkpoint.hf import writer
@@ -142,7 +146,10 @@ def _integrity(found: Inventory, threads: int) -> str:
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("verifying", total=total)
-        files, size = writer.verify(found.path, threads, lambda done: progress.advance(task, done))
+        files, size = writer.verify(
+            found.path, threads, lambda done: progress.advance(task, done), spans=inventory.spans(found.path),
+            tally=tally,
+        )  # fmt: skip
     return f"{files:,} files, {size:,} bytes, as their manifest says (SHA-256)"
 
 

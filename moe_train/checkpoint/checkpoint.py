@@ -175,8 +175,8 @@ def _open(run: Run, path: Path) -> metadata.Metadata:
 
     def look() -> manifest.Files | None:
         directory.check_files(path)
-        files = manifest.read(path)
-        if files is None and directory.read_state(path).get("manifest"):
+        facts, files = directory.read_state(path), manifest.read(path)
+        if files is None and facts.get("manifest"):
             raise directory.damaged(path, f"{directory.MANIFEST} is missing")
         if files is None:
             warn(f"checkpoint {path} has no {directory.MANIFEST}: its bytes cannot be verified")
@@ -277,26 +277,16 @@ def _facts(run: Run) -> dict[str, Any]:
 def _check(run: Run, path: Path) -> tuple[dict[str, Any], list[str]]:
     """Facts of the checkpoint, and warnings about settings that differ from it."""
     directory.check_files(path)
+    facts = directory.read_state(path)
+    if facts.get("weights_only"):
+        raise CheckpointError(f"checkpoint {path} holds weights only", f"set init_from={path}")
     try:
-        facts = json.loads((path / directory.STATE).read_text())
-        version = facts["format"]
-        if facts.get("weights_only"):
-            raise CheckpointError(f"checkpoint {path} holds weights only", f"set init_from={path}")
         TrainState(**facts["progress"])
         if missing := {"schedule", "loss_scale", "layout", "device"} - facts.keys():
             raise KeyError(f"no {', '.join(sorted(missing))}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        int(facts["schedule"]["num_steps"])
+    except (ValueError, KeyError, TypeError) as error:
         raise directory.damaged(path, f"{directory.STATE} cannot be read: {error}") from error
-    if version > directory.FORMAT:
-        raise CheckpointError(
-            f"checkpoint {path} has format {version}, and this version of moe-train reads up to {directory.FORMAT}",
-            "update moe-train",
-        )
-    if version < directory.FORMAT:
-        raise CheckpointError(
-            f"checkpoint {path} has format {version}, and this version of moe-train reads format {directory.FORMAT}",
-            "continue it with the version that wrote it, or start another run with resume=never and another run_dir",
-        )
     return facts, compat.check(compat.read(path), run.cfg, path)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from moe_train.checkpoint import untrusted
 from moe_train.checkpoint.directory import CONFIG, damaged
 from moe_train.config.learning_rate import learning_rate
 from moe_train.config.model import ModelConfig
@@ -65,8 +66,8 @@ def read(directory: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read.
     """
     try:
-        config = yaml.safe_load((directory / CONFIG).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        config = untrusted.read_yaml(directory / CONFIG)
+    except (OSError, ValueError) as error:
         raise damaged(directory, f"{CONFIG} cannot be read: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise damaged(directory, f"{CONFIG} is no config of a run")

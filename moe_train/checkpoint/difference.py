@@ -20,7 +20,7 @@ from moe_train.checkpoint import compat, directory
 from moe_train.checkpoint.dtypes import Dtype
 from moe_train.checkpoint.hf import config, distcp, safetensors
 from moe_train.checkpoint.hf.convert import MegatronReader
-from moe_train.checkpoint.hf.mapping import Part, Piece, pieces
+from moe_train.checkpoint.hf.mapping import Part, Piece, pieces, refuse_larger
 from moe_train.checkpoint.hf.rows import Extent, Rows
 from moe_train.checkpoint.hf.source import HuggingFace
 from moe_train.checkpoint.inventory import is_hugging_face
@@ -117,6 +117,7 @@ def _model(path: Path) -> ModelConfig | None:
     """The checkpoint's model; None for a Hugging Face family that is not one of ours."""
     if not is_hugging_face(path):
         directory.check_files(path)
+        directory.read_state(path, oldest=1)
         return compat.model_of(path)
     written = config.read(path)
     try:
@@ -168,10 +169,13 @@ def _mapped(path: Path, model: ModelConfig | None) -> Tensors:
     if model is None:
         model = config.to_model(config.read(path), path / config.FILE)  # says why it cannot be
     if not is_hugging_face(path):
+        checkpoint = distcp.Checkpoint(path)
+        refuse_larger(model, checkpoint.numbers, path / directory.CONFIG)
         all_pieces = pieces(model)
-        reader = MegatronReader(distcp.Checkpoint(path), all_pieces)
+        reader = MegatronReader(checkpoint, all_pieces)
         return {part.name: _of_piece(reader, piece, part) for piece in all_pieces for part in piece.parts}
     source = HuggingFace(path)
+    refuse_larger(model, source.numbers, path / config.FILE)
     found = {name: _of_source(source, name) for name in source.names}
     used: set[str] = set()
     for piece in pieces(model):

@@ -16,7 +16,6 @@ It gets another hidden name before it is removed.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from moe_train.checkpoint import untrusted
 from moe_train.config.schema import Config
 from parallel.errors import CheckpointError
 
@@ -37,6 +37,7 @@ FORMAT = 2
 
 2: norms that Transformer Engine fuses with a projection have its names for them with every backend.
 """
+_LARGEST_STATE_BYTES = 1 << 24
 _NAME = re.compile(r"step_\d{8,}")
 
 
@@ -86,7 +87,10 @@ def sweep(root: Path) -> None:
     """Remove what writing and removing left when they were cut short. Only for the run that owns the directory."""
     for pattern in (".step_*.partial", ".step_*.removed"):
         for leftover in root.glob(pattern):
-            shutil.rmtree(leftover)
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()  # a link goes, and what it leads to stays
 
 
 def publish(root: Path, name: str) -> Path:
@@ -118,7 +122,9 @@ def write_latest(root: Path, name: str) -> None:
 def replace_file(path: Path, text: str) -> None:
     """Write a small file that appears whole."""
     part = path.with_name(f".{path.name}.partial")
-    part.write_text(text)
+    part.unlink(missing_ok=True)  # a symbolic link of that name would choose what is overwritten
+    with part.open("x") as file:
+        file.write(text)
     sync(part)
     os.replace(part, path)
 
@@ -162,18 +168,32 @@ def check_files(directory: Path) -> None:
             raise damaged(directory, f"{name} is missing")
 
 
-def read_state(directory: Path) -> dict[str, Any]:
+def read_state(directory: Path, oldest: int = FORMAT) -> dict[str, Any]:
     """state.json of a checkpoint.
 
+    Args:
+        oldest: earliest format that the caller reads.
+
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or is of a version with another format.
     """
     try:
-        state = json.loads((directory / STATE).read_text(encoding="utf-8"))
+        state = untrusted.read_json(directory / STATE, _LARGEST_STATE_BYTES)
+        if not isinstance(state, dict) or type(state.get("format")) is not int:
+            raise ValueError("it has no format")
     except (OSError, ValueError) as error:
         raise damaged(directory, f"{STATE} cannot be read: {error}") from error
-    if not isinstance(state, dict):
-        raise damaged(directory, f"{STATE} is no JSON object")
+    version = state["format"]
+    if version > FORMAT:
+        raise CheckpointError(
+            f"checkpoint {directory} has format {version}, and this version of moe-train reads up to {FORMAT}",
+            "update moe-train",
+        )
+    if version < oldest:
+        raise CheckpointError(
+            f"checkpoint {directory} has format {version}, and this version of moe-train reads format {FORMAT}",
+            "continue it with the version that wrote it, or start another run with resume=never and another run_dir",
+        )
     return state
 
 

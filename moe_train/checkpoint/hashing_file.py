@@ -116,7 +116,8 @@ class HashingFile:
 
 def _open(path: Path) -> tuple[int, bool]:
     """Descriptor of an empty file, and whether it is written past the page cache."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    # A symbolic link that someone put there would choose the file that is overwritten, and a named pipe would block.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     if _DIRECT:
         try:
             return os.open(path, flags | _DIRECT, 0o666), True

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from moe_train.checkpoint import compat, directory
 from moe_train.checkpoint.dtypes import Dtype
 from moe_train.checkpoint.hf import block_fp8, config, distcp, safetensors, writer
-from moe_train.checkpoint.hf.mapping import pieces
+from moe_train.checkpoint.hf.mapping import pieces, refuse_larger
+from moe_train.checkpoint.hf.rows import Extent
 from moe_train.checkpoint.hf.tensors import EMBEDDING, EXPERTS, HEAD
 from moe_train.config.model import ModelConfig
 from moe_train.model.arithmetic import ParameterCount, count_parameters
 from parallel.errors import CheckpointError, MoeTrainError
 
+_OLDEST_FORMAT = 1
+"""Of a checkpoint of a run. Nothing but names has changed since."""
 HUGGING_FACE, MEGATRON = "Hugging Face", "Megatron"
 BIAS, COPIES, SCALES, OTHER = "expert_bias", "copies", "fp8_scales", "other"
 MOMENTS, MASTERS, RANDOM = "moments", "fp32_weights", "random_streams"
@@ -137,6 +138,7 @@ def _hugging_face(path: Path) -> Inventory:
     parts: dict[str, str] = {}
     try:
         found.model = config.to_model(written, path / config.FILE)
+        refuse_larger(found.model, sum(prod(extent.shape) for extent in extents.values()), path / config.FILE)
         parts = _hugging_face_parts(found.model)
     except MoeTrainError as error:
         found.facts["parts"] = f"cannot be told: {error.cause}"
@@ -179,7 +181,7 @@ def _megatron(path: Path) -> Inventory:
 def _facts(path: Path) -> dict[str, str]:
     """state.json, in words."""
     try:
-        state: dict[str, Any] = json.loads((path / directory.STATE).read_text(encoding="utf-8"))
+        state = directory.read_state(path, _OLDEST_FORMAT)
         progress = state["progress"]
         facts = {
             "step": f"{progress['step']:,}",
@@ -195,7 +197,7 @@ def _facts(path: Path) -> dict[str, str]:
             facts["seed"] = str(state["seed"])
         if "versions" in state:
             facts["software"] = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise directory.damaged(path, f"{directory.STATE} cannot be read: {error}") from error
     return facts
 
@@ -204,6 +206,24 @@ def sizes(path: Path) -> tuple[int, int]:
     """Files below the directory and their bytes."""
     found = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
     return len(found), sum(found)
+
+
+def spans(path: Path) -> dict[str, list[tuple[str, Extent]]]:
+    """Where the tensors of each file of a checkpoint are: file -> (tensor, place). Nothing for other directories.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    found: dict[str, list[tuple[str, Extent]]] = {}
+    if is_hugging_face(path):
+        for name, extent in safetensors.open_directory(path).items():
+            found.setdefault(extent.path.name, []).append((name, extent))
+    elif (path / directory.METADATA).is_file():
+        checkpoint = distcp.Checkpoint(path)
+        for key in checkpoint.tensors:
+            for chunk in checkpoint.chunks(key):
+                found.setdefault(chunk.file.name, []).append((key, chunk.extent))
+    return found
 
 
 def has_manifest(path: Path) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from moe_train.checkpoint import untrusted
 from moe_train.checkpoint.directory import MANIFEST, damaged, replace_file
 
 _BLOCK_BYTES = 1 << 22
@@ -49,8 +50,8 @@ def read(directory: Path) -> Files | None:
         CheckpointError: it is not what was written.
     """
     try:
-        text = (directory / MANIFEST).read_bytes().decode()
-        entries = json.loads(text)["files"]
+        data = untrusted.read_bytes(directory / MANIFEST, untrusted.LARGEST_JSON_BYTES)
+        text, entries = data.decode(), untrusted.parse_json(data)["files"]
         files = {str(name): Entry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
             raise ValueError("it names files elsewhere")
@@ -92,7 +93,7 @@ def difference(path: Path, entry: Entry) -> str:
 def entry_of(path: Path, also: Callable[[memoryview], object] = lambda _: None) -> Entry:
     """Size and digest of a file. `also` gets its blocks."""
     digest, position, block = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK_BYTES))
-    with path.open("rb", buffering=0) as file:
+    with os.fdopen(untrusted.open_regular(path), "rb", buffering=0) as file:
         while count := file.readinto(block):
             digest.update(block[:count])
             also(block[:count])

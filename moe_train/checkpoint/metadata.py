@@ -1,9 +1,9 @@
 """Reads a checkpoint's table of contents without running code from it, and checks the files against it.
 
 torch.distributed.checkpoint pickles that table (filesystem.py `FileSystemReader.read_metadata`), and a pickle can call
-any function. It is therefore loaded here first, with nothing but the table's own types allowed, and into the classes
-below, which have the fields of torch's (metadata.py, filesystem.py) and spare a tool the second and more that those
-take to import. `dump` writes a table from them. No torch import.
+any function. It is therefore read by `pickled.load`, with nothing but the table's own types allowed, and into the
+classes below, which have the fields of torch's (metadata.py, filesystem.py) and spare a tool the second and more that
+those take to import. `dump` writes a table from them. No torch import.
 """
 
 from __future__ import annotations
@@ -11,18 +11,38 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_train.checkpoint import pickled, untrusted
 from moe_train.checkpoint.directory import METADATA, damaged
 from moe_train.checkpoint.dtypes import DTYPES, Dtype
+from moe_train.checkpoint.pickled import Plain
 from parallel.errors import CheckpointError
 
 if TYPE_CHECKING:  # tools read checkpoints without the seconds that Megatron-Core takes to import
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 
-class Other:
+_LARGEST_BYTES = 1 << 30
+"""Of a table of contents. That of DeepSeek-V3 with its optimizer, over 2,048 ranks, has some 30 MB."""
+_MOST_AXES, _LARGEST_SIZE = 64, 1 << 62
+_MOST_FIELDS = 32
+
+
+class _Fields(Plain):
+    """An object with named fields, of which the annotated ones are kept."""
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict) or len(state) > _MOST_FIELDS:
+            raise pickle.UnpicklingError(f"{type(self).__name__} has other fields")
+        for name in self.__annotations__:
+            if name in state:
+                object.__setattr__(self, name, state[name])
+
+
+class Other(Plain):
     """An entry that is not a tensor, or a fact about the writing: what a class or function made of its arguments."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -31,6 +51,9 @@ class Other:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments
 
+    def __setstate__(self, state: Any) -> None:
+        """What it says of itself is of no interest."""
+
 
 class _Layout(Other): ...
 
@@ -38,15 +61,22 @@ class _Layout(Other): ...
 class _MemoryFormat(Other): ...
 
 
-class Size(tuple[int, ...]):
-    """A shape."""
+class Size(Plain, tuple[int, ...]):
+    """A shape, or a place in a tensor."""
+
+    __slots__ = ()
+
+    def __new__(cls, numbers: Any = ()) -> Size:
+        if not isinstance(numbers, tuple) or len(numbers) > _MOST_AXES or not all(map(_is_size, numbers)):
+            raise ValueError("a shape has something other than sizes")
+        return tuple.__new__(cls, numbers)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Size, (tuple(self),)
 
 
 @dataclass
-class ChunkStorageMetadata:
+class ChunkStorageMetadata(_Fields):
     """A box of a tensor."""
 
     offsets: tuple[int, ...]
@@ -54,7 +84,7 @@ class ChunkStorageMetadata:
 
 
 @dataclass
-class TensorProperties:
+class TensorProperties(Plain):
     """Of a tensor, only what is not deprecated."""
 
     dtype: Dtype
@@ -67,7 +97,7 @@ class TensorProperties:
 
 
 @dataclass
-class TensorStorageMetadata:
+class TensorStorageMetadata(_Fields):
     """A tensor and its parts."""
 
     properties: TensorProperties
@@ -76,17 +106,22 @@ class TensorStorageMetadata:
 
 
 @dataclass(frozen=True)
-class MetadataIndex:
+class MetadataIndex(_Fields):
     """Names a part of a tensor."""
 
     fqn: str
     offset: tuple[int, ...] | None = None
     index: int | None = field(compare=False, default=None)
 
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        if type(self.fqn) is not str or not (self.offset is None or isinstance(self.offset, Size)):
+            raise ValueError("a part has no name")  # and its hash might take for ever
+
 
 @dataclass
-class StorageInfo:
-    """Where a part stands."""
+class StorageInfo(_Fields):
+    """Where a part is."""
 
     relative_path: str
     offset: int
@@ -94,7 +129,7 @@ class StorageInfo:
 
 
 @dataclass
-class Metadata:
+class Metadata(_Fields):
     """A table of contents: entries by name, and the place of each part."""
 
     state_dict_metadata: dict[str, TensorStorageMetadata | Other]
@@ -118,20 +153,19 @@ _READ = _WRITTEN | {
     ("torch.distributed.checkpoint.metadata", "StorageMeta"): Other,
     ("torch.distributed.checkpoint.filesystem", "StorageMeta"): Other,
 }
-_BUILTIN = {
-    "builtins": {"set", "list", "dict", "tuple"},
-    "collections": {"OrderedDict", "defaultdict"},
-    "pathlib": {"Path", "PosixPath"},  # where the writer stood
+
+
+def _empty(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
+_NAMES = _READ | {
+    **{(module, name): Other for module in ("builtins", "__builtin__") for name in ("set", "list", "dict", "tuple")},
+    ("collections", "OrderedDict"): _empty,
+    ("collections", "defaultdict"): _empty,
+    # Where the writer put the checkpoint. Python 3.13 names another module than those before and after it.
+    **{(module, name): Other for module in ("pathlib", "pathlib._local") for name in ("Path", "PosixPath")},
 }
-
-
-class _TableUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _READ:
-            return _READ[module, name]
-        if name in _BUILTIN.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint")
 
 
 def dump(contents: Metadata) -> bytes:
@@ -157,10 +191,8 @@ def read(directory: Path) -> Metadata:
         CheckpointError: it is missing, unreadable or holds anything but a table of contents; or a part of a tensor is
             in no file; or a file is missing or too short.
     """
-    path = directory / METADATA
     try:
-        with path.open("rb") as file:
-            contents = _TableUnpickler(file).load()
+        contents = pickled.load(untrusted.read_bytes(directory / METADATA, _LARGEST_BYTES), _NAMES)
     except FileNotFoundError:
         raise damaged(directory, f"{METADATA} is missing") from None
     except Exception as error:  # a damaged pickle raises nearly anything
@@ -178,19 +210,30 @@ def read(directory: Path) -> Metadata:
 def _check_parts(directory: Path, contents: Metadata) -> None:
     for name, entry in contents.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
-            if not isinstance(entry.properties.dtype, Dtype) or not all(_is_size(n) for n in entry.size):
+            if not isinstance(entry.properties.dtype, Dtype) or not isinstance(entry.size, Size):
                 raise ValueError(f"{name} has no shape")
             for chunk in entry.chunks:
-                if not len(chunk.offsets) == len(chunk.sizes) == len(entry.size) or not all(
-                    map(_is_size, (*chunk.offsets, *chunk.sizes))
-                ):
-                    raise ValueError(f"a part of {name} has no shape")
-                if MetadataIndex(name, chunk.offsets) not in contents.storage_data:
-                    raise damaged(directory, f"the part of {name} at {tuple(chunk.offsets)} is in no file")
+                _check_part(directory, contents, name, entry, chunk)
+
+
+def _check_part(
+    directory: Path, contents: Metadata, name: str, entry: TensorStorageMetadata, chunk: ChunkStorageMetadata
+) -> None:
+    if not isinstance(chunk.offsets, Size) or not isinstance(chunk.sizes, Size):
+        raise ValueError(f"a part of {name} has no shape")
+    inside = (at + size <= whole for at, size, whole in zip(chunk.offsets, chunk.sizes, entry.size, strict=True))
+    if not all(inside):
+        raise damaged(directory, f"the part of {name} at {tuple(chunk.offsets)} is not inside {tuple(entry.size)}")
+    place = contents.storage_data.get(MetadataIndex(name, chunk.offsets))
+    if place is None:
+        raise damaged(directory, f"the part of {name} at {tuple(chunk.offsets)} is in no file")
+    needed = prod(chunk.sizes) * entry.properties.dtype.itemsize
+    if not isinstance(place, StorageInfo) or not _is_size(place.length) or place.length < needed:
+        raise damaged(directory, f"the part of {name} at {tuple(chunk.offsets)} does not fit into its item")
 
 
 def _is_size(number: Any) -> bool:
-    return isinstance(number, int) and number >= 0
+    return type(number) is int and 0 <= number < _LARGEST_SIZE
 
 
 def _check_sizes(directory: Path, contents: Metadata) -> None:

@@ -40,7 +40,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
@@ -119,6 +119,16 @@ class _File(HashingFile):
         return super().write(data)
 
 
+class _TableWriter(FileSystemWriter):
+    """Writes a table of contents that every version of Python can read.
+
+    Upstream notes the directory as a `Path`, whose class has another module in Python 3.13 than in others.
+    """
+
+    def storage_meta(self) -> StorageMeta | None:
+        return None
+
+
 @dataclass(frozen=True)
 class Share:
     """The parts of tensors that this rank writes, all in one file, and on the first rank the table of contents."""
@@ -181,7 +191,7 @@ class Share:
         """Write the table of contents, on the first rank, from what every rank has `written`."""
         if self.table is None:
             raise RuntimeError("only the first rank has the table of contents")
-        FileSystemWriter(directory).finish(self.table, [part.items for part in written])
+        _TableWriter(directory).finish(self.table, [part.items for part in written])
         torch.save({}, directory / _COMMON)  # Megatron-Core takes a directory without it for no checkpoint
         save_config(CheckpointingConfig(_Plan.backend, _Plan.version), str(directory))
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moe_train.checkpoint import untrusted
 from moe_train.checkpoint.hf import rope
 from moe_train.checkpoint.hf.rope import UNSUPPORTED, YARN_FIELDS
 from moe_train.checkpoint.hf.schemas import NEUTRAL, OMITTED, SCHEMAS, Json, Schema, Setting
@@ -21,6 +22,7 @@ from parallel.errors import CheckpointError, ConfigError
 from parallel.suggest import Impossible, override_value
 
 FILE = "config.json"
+_LARGEST_BYTES = 1 << 24
 _RESTORE = "restore the field from the released config.json"
 
 # DeepSeek's code and transformers use this for the norms of latents, whatever rms_norm_eps says.
@@ -35,7 +37,7 @@ def read(directory: Path) -> Json:
     """
     path = directory / FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = untrusted.read_json(path, _LARGEST_BYTES)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing", "name the directory of a Hugging Face checkpoint") from None
     except (OSError, ValueError) as error:

@@ -23,12 +23,14 @@ from moe_train.checkpoint.hf.mapping import Part, Piece
 from moe_train.checkpoint.hf.rows import BLOCK_BYTES, Rows
 from moe_train.checkpoint.hf.source import HuggingFace, MappedSource, narrowed
 from moe_train.checkpoint.hf.writer import MANIFEST, FileJob, Plan
+from moe_train.checkpoint.nonfinite import Tally
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config, ConvertConfig
 from parallel.errors import CheckpointError, ConfigError
 
 FP32, BF16 = DTYPES["float32"], DTYPES["bfloat16"]
 _CHOICES = {"fp32": FP32, "bf16": BF16, "fp16": DTYPES["float16"], "fp8": block_fp8.DTYPE}
+ALLOW = "set convert.allow_nonfinite=true to take them as they are"
 KEPT = "hf"
 """Folder of a Megatron checkpoint with the small files of the Hugging Face one that it came from."""
 
@@ -65,6 +67,8 @@ class Options:
     optimizer: bool = True
     """Whether a Megatron copy of a Megatron checkpoint keeps the optimizer."""
     power_of_two_scales: bool = True
+    allow_nonfinite: bool = False
+    """Whether NaN and infinite numbers are written as they are."""
 
 
 class MegatronReader:
@@ -167,8 +171,9 @@ def to_megatron(source: MappedSource, target: Path, cfg: Config, options: Option
         chunk for piece in source.pieces for chunk in _chunks(piece, _wanted(options, piece, source.dtype(piece)))
     ]
     files = _pack(chunks, lambda chunk: chunk.bytes, options.file_bytes)
+    tallies = _Tallies(options)
     jobs = [
-        FileJob(f"__{i}_0.distcp", sum(c.bytes for c in file), partial(_write_chunks, source, file))
+        FileJob(f"__{i}_0.distcp", sum(c.bytes for c in file), partial(_write_chunks, source, file, tallies))
         for i, file in enumerate(files)
     ]
     # Nothing of where and how it was converted: the same weights make the same bytes.
@@ -191,7 +196,23 @@ def to_megatron(source: MappedSource, target: Path, cfg: Config, options: Option
     kept = {f"{KEPT}/{path.name}": path for path in small_files(directory)}
     used = {extent.path for extent in source.source.extents.values()}
     identity = {"format": "megatron", **_identity(directory, used, options, source.model, jobs)}
-    return Plan(target, identity, jobs, finish, kept)
+    return Plan(target, identity, jobs, finish, kept, tallies.notes)
+
+
+class _Tallies:
+    """What becomes of numbers that are not finite."""
+
+    def __init__(self, options: Options) -> None:
+        self.allowed = options.allow_nonfinite
+        self.notes: list[str] = []
+        """What was written in spite of them, a line for each file."""
+
+    def settle(self, tally: Tally) -> None:
+        """Raise CheckpointError where a file got such numbers and must not have them."""
+        if not self.allowed:
+            tally.refuse("the weights are not all finite", ALLOW)
+        elif tally.found:
+            self.notes.append(str(tally))
 
 
 @dataclass(frozen=True)
@@ -214,20 +235,23 @@ def _chunks(piece: Piece, dtype: Dtype) -> Iterator[_Chunk]:
         yield _Chunk(piece, start, min(start + step, piece.rows), dtype)
 
 
-def _write_chunks(source: MappedSource, chunks: list[_Chunk], out: HashingFile) -> list[list[Any]]:
+def _write_chunks(source: MappedSource, chunks: list[_Chunk], tallies: _Tallies, out: HashingFile) -> list[list[Any]]:
     """Writes one item for each chunk; returns what `_items` needs."""
     facts: list[list[Any]] = []
+    tally = Tally()
     for chunk in chunks:
         piece = chunk.piece
         lead, tail = ((), ()) if piece.index is None else ((piece.index,), (1,))
         offsets = (*lead, chunk.start, *[0] * (len(piece.shape) - 1))
         shape = (*tail, chunk.stop - chunk.start, *piece.shape[1:])
         row_bytes = prod(piece.shape[1:]) * chunk.dtype.itemsize
-        rows = (
+        rows: Iterator[Rows] = (
             source.read(piece, first, last, chunk.dtype, out.scratch((last - first) * row_bytes))
             for first, last in _blocks(chunk, chunk.bytes)
         )
+        rows = tally.checked(piece.key, rows)
         facts.append(_save(out, chunk.dtype, shape, rows, piece.key, piece.global_shape, offsets))
+    tallies.settle(tally)
     return facts
 
 
@@ -280,23 +304,26 @@ def copy_megatron(checkpoint: distcp.Checkpoint, target: Path, options: Options)
     stored = {key: checkpoint.master(key) if options.dtype == "fp32" else key for key in keys}
     boxes = [box for key in keys for chunk in checkpoint.chunks(stored[key]) for box in _boxes(key, chunk)]
     files = _pack(boxes, lambda box: box.bytes, options.file_bytes)
+    tallies = _Tallies(options)
 
     def write(file: list[_Box], out: HashingFile) -> list[list[Any]]:
-        facts = []
+        facts, tally = [], Tally()
         for box in file:
             extent, dtype = box.chunk.extent, box.chunk.extent.dtype
             if options.dtype and is_model_tensor(box.key) and not box.key.endswith("expert_bias"):
                 dtype = _CHOICES[options.dtype]
             parts = (extent.row_range(first, last) for first, last in _blocks(box, box.bytes))
-            rows = (
+            rows: Iterator[Rows] = (
                 narrowed(checkpoint.read_part(box.chunk, part, out.scratch(part.bytes)), dtype, box.key)
                 for part in parts
             )
             shape = (box.stop - box.start, *extent.shape[1:])
             offsets = [box.chunk.offsets[0] + box.start, *box.chunk.offsets[1:]]
+            rows = tally.checked(box.key, rows)
             facts.append(_save(out, dtype, shape, rows, box.key, checkpoint.tensors[box.key].size, offsets))
         if checkpoint.checks:
             checkpoint.checks.settle()
+        tallies.settle(tally)
         return facts
 
     jobs = [
@@ -311,7 +338,7 @@ def copy_megatron(checkpoint: distcp.Checkpoint, target: Path, options: Options)
 
     kept = {f"{KEPT}/{path.name}": path for path in small_files(directory / KEPT)}
     identity = {"format": "megatron", **_identity(directory, checkpoint.files, options, None, jobs)}
-    return Plan(target, identity, jobs, finish, kept)
+    return Plan(target, identity, jobs, finish, kept, tallies.notes)
 
 
 @dataclass(frozen=True)
@@ -342,7 +369,7 @@ class _Output:
     name: str
     dtype: Dtype
     shape: tuple[int, ...]
-    blocks: Callable[[HashingFile], Iterator[Rows]]
+    blocks: Callable[[HashingFile, Tally], Iterator[Rows]]
 
     @property
     def bytes(self) -> int:
@@ -368,9 +395,10 @@ def to_hf(
     ]
     packed = _pack(groups, lambda group: sum(output.bytes for output in group), options.file_bytes)
     names = [f"model-{i:05d}-of-{len(packed):05d}.safetensors" for i in range(1, len(packed) + 1)]
+    tallies = _Tallies(options)
     outputs = {name: [o for group in file for o in group] for name, file in zip(names, packed, strict=True)}
     jobs = [
-        FileJob(name, sum(o.bytes for o in held), partial(_write_outputs, reader, held))
+        FileJob(name, sum(o.bytes for o in held), partial(_write_outputs, reader, held, tallies))
         for name, held in outputs.items()
     ]
     weights = {o.dtype for held in outputs.values() for o in held if len(o.shape) == 2 and o.dtype != block_fp8.DTYPE}
@@ -391,7 +419,7 @@ def to_hf(
         }
 
     identity = {"format": "hf", **_identity(origin, files, options, model, jobs)}
-    return Plan(target, identity, jobs, finish, {path.name: path for path in kept})
+    return Plan(target, identity, jobs, finish, {path.name: path for path in kept}, tallies.notes)
 
 
 def _outputs(reader: Reader, piece: Piece, part: Part, dtype: Dtype, options: Options) -> list[_Output]:
@@ -401,17 +429,17 @@ def _outputs(reader: Reader, piece: Piece, part: Part, dtype: Dtype, options: Op
         return [_Output(n, dtype, shape, _rows(reader, piece, part, dtype)) for n in (part.name, *copies)]
     scales: list[Rows] = []
 
-    def weight(out: HashingFile) -> Iterator[Rows]:
+    def weight(out: HashingFile, tally: Tally) -> Iterator[Rows]:
         scales.clear()
-        for rows in _rows(reader, piece, part, None)(out):
+        for rows in _rows(reader, piece, part, None)(out, tally):
             values = rows.tensor()
-            if values.isinf().any():  # by the rule of training it would become 448
+            if options.allow_nonfinite and values.isinf().any():  # by the rule of training it would become 448
                 raise CheckpointError(f"{part.name} has infinities, and FP8 (E4M3) has none", "set convert.dtype=bf16")
             quantised, scale = block_fp8.quantise(values, options.power_of_two_scales)
             scales.append(Rows.of(scale))
             yield Rows.of(quantised)
 
-    def scale(_: HashingFile) -> Iterator[Rows]:  # written after the weight, in the same file
+    def scale(*_: Any) -> Iterator[Rows]:  # written after the weight, in the same file
         yield from scales
 
     scale_shape = block_fp8.scale_shape(shape)
@@ -421,27 +449,31 @@ def _outputs(reader: Reader, piece: Piece, part: Part, dtype: Dtype, options: Op
     ]
 
 
-def _rows(reader: Reader, piece: Piece, part: Part, dtype: Dtype | None) -> Callable[[HashingFile], Iterator[Rows]]:
+def _rows(
+    reader: Reader, piece: Piece, part: Part, dtype: Dtype | None
+) -> Callable[[HashingFile, Tally], Iterator[Rows]]:
     """The rows of a part, a few at a time; as they are stored and in whole FP8 blocks where no `dtype` is given."""
     row_bytes = prod(piece.shape[1:]) * reader.dtype(piece).itemsize
     whole = block_fp8.BLOCK if dtype is None else 1
     step = max(1, BLOCK_BYTES // row_bytes // whole) * whole
 
-    def blocks(out: HashingFile) -> Iterator[Rows]:
+    def blocks(out: HashingFile, tally: Tally) -> Iterator[Rows]:
         for start in range(0, part.rows, step):
             stop = min(start + step, part.rows)
             rows = reader.part_rows(piece, part, start, stop, out.scratch((stop - start) * row_bytes))
-            yield rows if dtype is None else narrowed(rows, dtype, part.name)
+            yield tally.add(part.name, rows if dtype is None else narrowed(rows, dtype, part.name))
 
     return blocks
 
 
-def _write_outputs(reader: Reader, outputs: list[_Output], out: HashingFile) -> None:
+def _write_outputs(reader: Reader, outputs: list[_Output], tallies: _Tallies, out: HashingFile) -> None:
+    tally = Tally()
     out.write(safetensors.header([(o.name, o.dtype, o.shape) for o in outputs]))
     for output in outputs:
-        for block in output.blocks(out):
+        for block in output.blocks(out, tally):
             out.write(block.data)
     reader.settle()
+    tallies.settle(tally)
 
 
 def _wanted(options: Options, piece: Piece, stored: Dtype) -> Dtype:
@@ -499,7 +531,7 @@ def _identity(
     return {
         "source": str(directory.resolve()),
         "files": stats,
-        "options": asdict(options),
+        "options": {name: value for name, value in asdict(options).items() if name != "allow_nonfinite"},
         "model": None if model is None else asdict(model),
         "written": {job.name: job.bytes for job in jobs},
     }

@@ -7,6 +7,7 @@ so items are written here, with `zipfile`, a few rows at a time.
 
 from __future__ import annotations
 
+import bisect
 import io
 import os
 import pickle
@@ -20,19 +21,17 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, BinaryIO, Protocol, cast
 
-from moe_train.checkpoint import metadata
+from moe_train.checkpoint import metadata, untrusted
 from moe_train.checkpoint.directory import METADATA, damaged
-from moe_train.checkpoint.dtypes import DTYPES, Dtype, of_torch
+from moe_train.checkpoint.dtypes import DTYPES, Dtype
+from moe_train.checkpoint.hf import torch_item
 from moe_train.checkpoint.hf.rows import BLOCK_BYTES, Extent, Rows
 
 _LOCAL_HEADER = 30  # bytes of a zip entry's own header before its name (APPNOTE.TXT, 4.3.7)
-_STORAGES = {
-    "float32": "FloatStorage", "bfloat16": "BFloat16Storage", "float16": "HalfStorage", "float64": "DoubleStorage",
-    "int64": "LongStorage", "int32": "IntStorage", "int16": "ShortStorage", "int8": "CharStorage",
-    "uint8": "ByteStorage", "bool": "BoolStorage",
-}  # fmt: skip
+_LARGEST_TABLE_BYTES = 1 << 18
+"""Read of an item before its numbers. What torch.save writes has less than 2 KB."""
 
 
 @dataclass(frozen=True)
@@ -73,43 +72,47 @@ class Chunk:
     @cached_property
     def _located(self) -> tuple[Extent, int]:
         """Where its numbers are, and their CRC-32. Reads the item's table of contents; they must lie in one piece."""
-        with self.file.open("rb") as file:
-            window = _Window(file, self.start, self.length)
-            try:
-                with zipfile.ZipFile(window) as archive:
-                    entries = {entry.filename.split("/", 1)[-1]: entry for entry in archive.infolist()}
-                    as_expected = archive.read(entries["data.pkl"]) == _pickled(self.dtype, self.sizes)
-                entry = entries["data/0"]
-                dtype = self.dtype if as_expected else self._described(window, entry.file_size)
-                window.seek(entry.header_offset + 26)
-                name, extra = (int.from_bytes(window.read(2), "little") for _ in range(2))
-            except Exception as error:  # a damaged zip or pickle raises nearly anything
-                raise damaged(
-                    self.file.parent, f"an item of {self.file.name} cannot be read: {type(error).__name__}: {error}"
-                ) from error
-        if dtype is None or entry.compress_type or entry.file_size != prod(self.sizes) * dtype.itemsize:
+        try:
+            with untrusted.open_binary(self.file) as file:
+                dtype, entry, data = self._opened(_Window(file, self.start, self.length))
+        except Exception as error:  # a damaged zip or pickle raises nearly anything
+            raise damaged(
+                self.file.parent, f"an item of {self.file.name} cannot be read: {type(error).__name__}: {error}"
+            ) from error
+        if dtype is None or entry.file_size != prod(self.sizes) * dtype.itemsize:
             raise damaged(self.file.parent, f"an item of {self.file.name} is not what its table of contents says")
-        data = self.start + entry.header_offset + _LOCAL_HEADER + name + extra
-        if data + entry.file_size > self.start + self.length:
+        if not 0 <= data <= self.length - entry.file_size:
             raise damaged(self.file.parent, f"an item of {self.file.name} is cut off")
-        return Extent(self.file, data, dtype, self.sizes), entry.CRC
+        return Extent(self.file, self.start + data, dtype, self.sizes), entry.CRC
 
-    def _described(self, window: _Window, size: int) -> Dtype | None:
-        """Format of the numbers as torch reads the item; None if it is not these rows in one piece of `size` bytes."""
-        import torch
-
-        window.seek(0)
-        tensor = torch.load(cast(IO[bytes], window), map_location="meta", weights_only=True)
-        whole = tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == tensor.nbytes == size
-        fits = whole and tensor.is_contiguous() and tuple(tensor.shape) == self.sizes
-        return of_torch(tensor.dtype) if fits else None
+    def _opened(self, window: _Window) -> tuple[Dtype | None, zipfile.ZipInfo, int]:
+        """Format of the numbers (None where they are not these rows in one piece), their entry, where they begin."""
+        with zipfile.ZipFile(window) as archive:
+            entries = {entry.filename.split("/", 1)[-1]: entry for entry in archive.infolist()}
+            for entry in entries.values():
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                    raise ValueError(f"{entry.filename} is compressed, and torch.save compresses nothing")
+            pickled_tensor = archive.read(entries["data.pkl"])  # `window` bounds it
+            order = archive.read(entries["byteorder"]).decode() if "byteorder" in entries else sys.byteorder
+        if order != sys.byteorder:
+            raise ValueError(f"its numbers are in {order} endian order")
+        numbers = entries["data/0"]
+        dtype: Dtype | None = self.dtype
+        if pickled_tensor != _pickled(self.dtype, self.sizes):
+            found = torch_item.described(pickled_tensor)
+            fits = found.is_whole and found.shape == self.sizes and found.bytes == numbers.file_size
+            dtype = found.dtype if fits else None
+        window.seek(numbers.header_offset + _LOCAL_HEADER - 4)
+        name, extra = (int.from_bytes(window.read(2), "little") for _ in range(2))
+        return dtype, numbers, numbers.header_offset + _LOCAL_HEADER + name + extra
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file of its own."""
+    """A part of a file as a file of its own, of which a table of contents is read and not more."""
 
-    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
+        self._left = _LARGEST_TABLE_BYTES
 
     def readable(self) -> bool:
         return True
@@ -124,12 +127,16 @@ class _Window(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
-    def readinto(self, buffer: Any) -> int:
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._length - self._at)
+        size = left if size < 0 else min(size, left)
+        self._left -= size
+        if self._left < 0:
+            raise ValueError("its table of contents is too large")
         self._file.seek(self._start + self._at)
-        with memoryview(buffer) as view, view[: max(0, self._length - self._at)] as wanted:
-            count = self._file.readinto(wanted)
-        self._at += count
-        return count
+        data = self._file.read(size)
+        self._at += len(data)
+        return data
 
 
 class Checks:
@@ -190,12 +197,18 @@ class Checkpoint:
             if isinstance(entry, metadata.TensorStorageMetadata)
         }
         self._chunks: dict[str, list[Chunk]] = {}
-        self._slices: dict[str, dict[int, list[Chunk]]] = {}
+        self._ordered: dict[str, tuple[list[Chunk], int]] = {}
+        """Chunks in the order of their places on the first axis, and the size of the longest there."""
 
     @property
     def files(self) -> set[Path]:
         """Files that hold tensors."""
         return {self.directory / place.relative_path for place in self.contents.storage_data.values()}
+
+    @property
+    def numbers(self) -> int:
+        """How many are stored."""
+        return sum(prod(entry.size) for entry in self.tensors.values())
 
     def master(self, key: str) -> str:
         """Name of the fp32 weights of the parameter `key`, or `key` where the checkpoint has none."""
@@ -211,13 +224,14 @@ class Checkpoint:
 
     def _holding(self, key: str, index: int) -> list[Chunk]:
         """Chunks with a part of the `index`-th slice on the first axis."""
-        if key not in self._slices:
-            slices: dict[int, list[Chunk]] = defaultdict(list)
-            for chunk in self.chunks(key):
-                for number in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
-                    slices[number].append(chunk)
-            self._slices[key] = slices
-        return self._slices[key].get(index, [])
+        if key not in self._ordered:
+            chunks = sorted(self.chunks(key), key=_first)
+            self._ordered[key] = chunks, max((chunk.sizes[0] for chunk in chunks), default=0)
+        chunks, longest = self._ordered[key]
+        # By the ends of chunks, not by their rows: a table of contents can name any number of rows.
+        start = bisect.bisect_right(chunks, index - longest, key=_first)
+        stop = bisect.bisect_right(chunks, index, key=_first)
+        return [chunk for chunk in chunks[start:stop] if index < chunk.offsets[0] + chunk.sizes[0]]
 
     def _chunk(self, key: str, chunk: metadata.ChunkStorageMetadata) -> Chunk:
         place = self.contents.storage_data[metadata.MetadataIndex(key, chunk.offsets)]
@@ -256,6 +270,11 @@ class Checkpoint:
         if filled != prod(whole.shape):
             raise damaged(self.directory, f"{prod(whole.shape) - filled:,} elements of {key} are in no file")
         return whole
+
+
+def _first(chunk: Chunk) -> int:
+    """Where a chunk begins on the first axis."""
+    return chunk.offsets[0]
 
 
 def _put(rows: Rows, target: Rows, offsets: tuple[int, ...]) -> None:
@@ -339,7 +358,8 @@ def _pickled(dtype: Dtype, shape: tuple[int, ...]) -> bytes:
     """`data.pkl` of a contiguous tensor, as torch.save writes it."""
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=2).dump(_Described(shape))
-    names = {("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2, ("torch", _STORAGES[dtype.name]): _Storage}
+    storage = torch_item.STORAGES[dtype.name]
+    names = {("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2, ("torch", storage): _Storage}
     return metadata.renamed(buffer.getvalue(), names)
 
 

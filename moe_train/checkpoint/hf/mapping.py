@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from moe_train.checkpoint.hf.families import FAMILIES, Kind, Rule, Table
 from moe_train.checkpoint.hf.tensors import (
@@ -21,7 +22,12 @@ from moe_train.checkpoint.hf.tensors import (
     mtp_shapes,
 )
 from moe_train.config.model import ModelConfig
-from parallel.errors import ConfigError
+from moe_train.model.arithmetic import count_parameters
+from parallel.errors import CheckpointError, ConfigError
+
+_MOST_EXPERTS = 1_000_000
+"""In all layers. The largest released models have some 25,000."""
+_FEW_EXPERTS, _SURPLUS = 10_000, 4
 
 Blocks = tuple[tuple[int, int], ...]
 
@@ -86,12 +92,31 @@ class Piece:
         return (part.rows, *self.shape[1:])
 
 
+def refuse_larger(model: ModelConfig, stored: int, where: Path) -> None:
+    """Raise CheckpointError where a large `model` has far more parameters than a checkpoint has numbers `stored`.
+
+    Every tensor of a model is listed before one is read, and a config can describe any number of them.
+    """
+    parameters = count_parameters(model).total
+    if model.num_layers * model.num_experts > _FEW_EXPERTS and parameters > _SURPLUS * stored:
+        raise CheckpointError(
+            f"{where} describes a model of {parameters:,} parameters, and the checkpoint holds {stored:,} numbers",
+            f"restore the missing files, or the {where.name} that belongs to these weights",
+        )
+
+
 def pieces(model: ModelConfig) -> list[Piece]:
     """Every piece of `model`, in the order of its layers.
 
     Raises:
-        ConfigError: the model has a part for which its family has no name.
+        ConfigError: the model has a part for which its family has no name, or too many tensors.
     """
+    if model.num_layers * max(1, model.num_experts) > _MOST_EXPERTS:
+        raise ConfigError(
+            f"model.num_layers={model.num_layers} with model.num_experts={model.num_experts} has more than "
+            f"{_MOST_EXPERTS:,} experts",
+            "restore the config that belongs to these weights",
+        )
     family = FAMILIES[model.family]
     found = [*_rename(model, model_shapes(model), family.model, "", "", None, 1)]
     stacked = 1 if model.is_moe else model.num_layers

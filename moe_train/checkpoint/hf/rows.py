@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_train.checkpoint import untrusted
 from moe_train.checkpoint.dtypes import Dtype, of_torch
 from parallel.errors import CheckpointError
 
@@ -98,7 +99,7 @@ class Extent:
         rows = Rows.empty(self.dtype, self.shape, out)
         view = rows.data
         try:
-            descriptor = os.open(self.path, os.O_RDONLY)
+            descriptor = untrusted.open_regular(self.path)
         except OSError as error:
             raise CheckpointError(
                 f"{self.path} cannot be read: {error.strerror}", "restore the file from a copy"

@@ -7,12 +7,14 @@ memory is bounded by one tensor. The format (github.com/huggingface/safetensors)
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from moe_train.checkpoint import untrusted
 from moe_train.checkpoint.dtypes import DTYPES, Dtype
 from moe_train.checkpoint.hf.rows import Extent, truncated
 from parallel.errors import CheckpointError
@@ -23,8 +25,8 @@ _DTYPES = {
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_LARGEST_HEADER_BYTES = 100_000_000  # as the library
 _ALIGNMENT = 8
+_MOST_AXES = 64
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -48,19 +50,19 @@ def contents(path: Path) -> dict[str, Extent]:
         CheckpointError: the file is missing, no safetensors file, damaged or cut off.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with untrusted.open_binary(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else -1
-            if not 0 < length <= min(size - 8, _LARGEST_HEADER_BYTES):
+            if not 0 < length <= min(size - 8, untrusted.LARGEST_JSON_BYTES):
                 raise _damaged(path, "its header does not fit into the file")
-            table = json.loads(file.read(length))
+            table = untrusted.parse_json(file.read(length))
         table.pop("__metadata__", None)
         found = {name: _extent(path, 8 + length, entry) for name, entry in table.items()}
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", "restore the file from a copy") from error
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     position = 8 + length
     for extent in sorted(found.values(), key=lambda e: (e.offset, prod(e.shape))):  # an empty one ends where it begins
@@ -80,9 +82,11 @@ def _extent(path: Path, base: int, entry: dict[str, Any]) -> Extent:
             f"{path} has numbers of format {entry['dtype']}, which cannot be read",
             f"supported are {', '.join(_DTYPES)}",
         )
-    dtype, shape = DTYPES[_DTYPES[entry["dtype"]]], tuple(int(n) for n in entry["shape"])
+    dtype, shape = DTYPES[_DTYPES[entry["dtype"]]], tuple(entry["shape"])
     start, stop = entry["data_offsets"]
-    if any(n < 0 for n in shape) or stop - start != prod(shape) * dtype.itemsize:
+    if len(shape) > _MOST_AXES or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        raise ValueError("a shape or a place has something other than sizes")
+    if stop - start != prod(shape) * dtype.itemsize:
         raise ValueError(f"{entry['dtype']} {list(shape)} does not take {stop - start} bytes")
     return Extent(path, base + start, dtype, shape)
 
@@ -106,11 +110,11 @@ def open_directory(directory: Path) -> dict[str, Extent]:
             raise CheckpointError(f"{directory} has no .safetensors file{why}", "name a directory that has them")
         return _merged(files)
     try:
-        wanted: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        wanted: dict[str, str] = untrusted.read_json(index)["weight_map"]
         names = sorted(set(wanted.values()))
         if any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise ValueError("it names files outside the directory")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} cannot be read: {error}", "restore the file from a copy") from error
     found = _merged([directory / file for file in names])
     for name in sorted(wanted.keys() ^ found.keys()):

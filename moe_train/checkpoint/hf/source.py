@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 
+from moe_train.checkpoint import nonfinite
 from moe_train.checkpoint.dtypes import DTYPES, Dtype
 from moe_train.checkpoint.hf import block_fp8, config, safetensors
 from moe_train.checkpoint.hf.families import FAMILIES
-from moe_train.checkpoint.hf.mapping import Fused, Part, Piece, pieces
+from moe_train.checkpoint.hf.mapping import Fused, Part, Piece, pieces, refuse_larger
 from moe_train.checkpoint.hf.rows import Extent, Rows
 from moe_train.config.model import ModelConfig
 from parallel.errors import CheckpointError
@@ -59,6 +61,11 @@ class HuggingFace:
         """Every tensor but the scales of FP8 weights."""
         return [n for n in self.extents if not self._is_scale(n)]
 
+    @property
+    def numbers(self) -> int:
+        """How many are stored."""
+        return sum(prod(extent.shape) for extent in self.extents.values())
+
     def _is_scale(self, name: str) -> bool:
         weight = self.extents.get(name.removesuffix(block_fp8.SUFFIX))
         return name.endswith(block_fp8.SUFFIX) and weight is not None and weight.dtype in _FP8
@@ -91,6 +98,7 @@ class MappedSource:
 
     def __init__(self, source: HuggingFace, model: ModelConfig) -> None:
         self.source, self.model = source, model
+        refuse_larger(model, source.numbers, source.directory / config.FILE)
         self.pieces = pieces(model)
         self._check()
 
@@ -201,19 +209,25 @@ def narrowed(rows: Rows, dtype: Dtype, name: str) -> Rows:
     """The rows of the tensor `name` in another precision.
 
     Raises:
-        CheckpointError: it has numbers that fp16 cannot hold; they would become infinite.
+        CheckpointError: it has numbers that the other one cannot hold; they would become infinite.
     """
     if rows.dtype == dtype:
         return rows
     tensor = rows.tensor()
     result = tensor.to(dtype.torch)
-    if dtype.name == "float16":
+    narrow = Rows.of(result)
+    if nonfinite.count(dtype, narrow.data).infinite:
         lost = result.isinf() & tensor.isfinite()
         if lost.any():
+            import torch
+
+            short, largest = ("fp16", "bf16") if dtype.name == "float16" else (dtype.name, "fp32")
+            end = torch.finfo(dtype.torch).max
             raise CheckpointError(
-                f"{name} has {tensor[lost].abs().max().item():.3g}, and fp16 ends at 65504", "set convert.dtype=bf16"
+                f"{name} has {tensor[lost].abs().max().item():.3g}, and {short} ends at {end:.5g}",
+                f"set convert.dtype={largest}",
             )
-    return Rows.of(result)
+    return narrow
 
 
 def _fused_shape(piece: Piece, part: Part) -> tuple[int, ...]:

@@ -1,12 +1,15 @@
 """Writes a directory of many files so that it appears whole or not at all, can be continued, and can be verified.
 
-    .NAME.partial/        while it is being written, beside the target
-        plan.json         what is being written; another plan starts anew
-        done/FILE.json    a file that is complete: size, SHA-256, what the table of contents needs
-    NAME/                 the same directory, renamed, with manifest.json
+    .NAME.partial/            while it is being written, next to the target
+        .writing/lock         held by the process that writes
+        .writing/plan.json    what is being written; for another plan everything is written again
+        .writing/done/F.json  the file F is complete: size, SHA-256, what the table of contents needs
+    NAME/                     the same directory, renamed, with manifest.json
 
-A file is written under a name of its own and renamed when it is on disk. `kill -9` at any moment leaves the hidden
-directory, and the next try writes only what is not complete.
+A file is written under a hidden name and renamed when it is on disk. `kill -9` at any moment leaves the hidden
+directory, and the next try writes only what is not complete. No file that is written has a hidden name but `.metadata`,
+so that bookkeeping and content do not meet, whatever the files of the source are called. No symbolic link is followed:
+whoever can put one next to the target would choose what is overwritten.
 """
 
 from __future__ import annotations
@@ -16,21 +19,23 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moe_train.checkpoint import untrusted
 from moe_train.checkpoint.directory import MANIFEST, sync
 from moe_train.checkpoint.hashing_file import HashingFile
 from moe_train.checkpoint.hf.workers import Team
-from moe_train.checkpoint.manifest import entry_of
+from moe_train.checkpoint.nonfinite import Spans, Tally, entry_of
 from parallel.errors import CheckpointError, MoeTrainError
 
-_PLAN, _DONE, _LOCK, _PART = "plan.json", "done", ".lock", ".part"
+_BOOKS, _PLAN, _DONE, _LOCK, _PART = ".writing", "plan.json", "done", "lock", ".part"
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -58,6 +63,8 @@ class Plan:
     """Small files (name -> content) from what the jobs returned, by name."""
     copies: dict[str, Path] = field(default_factory=dict)
     """Small files that are taken over: name -> source."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know of the files that this process has written."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ def _attempt(action: Callable[[], Any], team: Team) -> _Result:
         return _Result(error=type(error)(error.cause, error.remedy))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        remedy = "free space or mend permissions and run the same command again (or name another target)"
+        remedy = "free space or correct permissions and run the same command again (or name another target)"
         return _Result(error=CheckpointError(f"{where}{error.strerror or error}", remedy), resumable=True)
     except Exception as error:
         if team.size == 1:
@@ -150,7 +157,7 @@ def _given_up(plan: Plan, held: list[int], failed: list[_Result]) -> MoeTrainErr
     partial = partial_of(plan.target)
     kept = len(list(_complete(plan, partial))) if first.resumable else 0
     if not kept:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)  # it refuses a symbolic link
         return error
     return type(error)(error.cause, f"{error.remedy}: the {kept} complete files in {partial} are kept for it")
 
@@ -163,17 +170,18 @@ def _open(plan: Plan, held: list[int]) -> int:
     held.append(_locked(partial))
     refuse_existing(plan.target)  # another process has finished it while this one waited for nothing
     identity = json.dumps(plan.identity, sort_keys=True, indent=1)
-    plan_file = partial / _PLAN
-    if not _says(plan_file, identity):
-        for entry in partial.iterdir():
-            if entry.name != _LOCK:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    books = partial / _BOOKS
+    if not _says(books / _PLAN, identity):
+        for entry in [*partial.iterdir(), *books.iterdir()]:
+            if entry not in (books, books / _LOCK):
+                _remove(entry)
         _check_space(plan, set())
-        (partial / _DONE).mkdir()
-        _write_whole(plan_file, identity.encode())
-    for entry in [*partial.iterdir(), *(partial / _DONE).iterdir()]:
+        (books / _DONE).mkdir()
+        _write_whole(books / _PLAN, identity.encode())
+    _make_own(books / _DONE)
+    for entry in [*partial.iterdir(), *(books / _DONE).iterdir()]:
         if entry.name.endswith(_PART):
-            entry.unlink()
+            _remove(entry)
     complete = set(_complete(plan, partial))
     _check_space(plan, complete)
     return len(complete)
@@ -186,16 +194,46 @@ def refuse_existing(target: Path) -> None:
 
 
 def _says(file: Path, text: str) -> bool:
-    return file.is_file() and file.read_bytes() == text.encode()
+    return _is_file(file) and file.read_bytes() == text.encode()
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file itself, and not a link to one."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a directory; what a link leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _make_own(directory: Path) -> bool:
+    """Make a directory where there is none; whether there was none."""
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        if not stat.S_ISDIR(os.lstat(directory).st_mode):
+            raise CheckpointError(
+                f"{directory} is no directory, and files are collected in a directory of that name",
+                "remove it, or name another target",
+            ) from None
+        return False
+    return True
 
 
 def _locked(partial: Path) -> int:
-    created = not partial.exists()
-    partial.mkdir(exist_ok=True)
-    descriptor = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT)
+    created, lock = _make_own(partial), partial / _BOOKS / _LOCK
+    _make_own(partial / _BOOKS)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(descriptor), os.stat(partial / _LOCK)):
+        if not os.path.samestat(os.fstat(descriptor), os.lstat(lock)):
             raise FileExistsError(f"{partial} was replaced")
     except OSError as error:
         os.close(descriptor)
@@ -220,15 +258,25 @@ def _check_space(plan: Plan, complete: set[str]) -> None:
 
 def _complete(plan: Plan, partial: Path) -> Iterator[str]:
     for job in plan.jobs:
-        record, file = partial / _DONE / f"{job.name}.json", partial / job.name
-        if not record.is_file() or not file.is_file():
-            continue
-        try:
-            size = json.loads(record.read_text())["bytes"]
-        except (ValueError, KeyError, TypeError):
-            size = -1
-        if file.stat().st_size == size:
+        file, record = partial / job.name, _record_of(job, partial)
+        if record is not None and _is_file(file) and file.stat().st_size == record["bytes"]:
             yield job.name
+
+
+def _record_path(job: FileJob, partial: Path) -> Path:
+    return partial / _BOOKS / _DONE / f"{job.name}.json"
+
+
+def _record_of(job: FileJob, partial: Path) -> Json | None:
+    """What is noted of a file that is complete; None where it is not, or the note is cut off."""
+    path = _record_path(job, partial)
+    if not _is_file(path):
+        return None
+    try:
+        record: Json = untrusted.read_json(path)
+        return record if record.keys() == {"bytes", "sha256", "facts"} else None
+    except (ValueError, AttributeError):
+        return None
 
 
 def _share(jobs: list[FileJob], team: Team) -> list[FileJob]:
@@ -263,7 +311,7 @@ def _write_all(plan: Plan, jobs: list[FileJob], threads: int, progress: Callable
 
 
 def _write_file(job: FileJob, partial: Path) -> None:
-    part = partial / (job.name + _PART)
+    part = _part_of(partial / job.name)
     file = HashingFile(part)
     try:
         facts = job.write(file)
@@ -271,7 +319,7 @@ def _write_file(job: FileJob, partial: Path) -> None:
         os.replace(part, partial / job.name)
         record = {"bytes": file.position, "sha256": file.sha256.hexdigest(), "facts": facts}
         # A record that a power cut takes away or leaves empty only has its file written again.
-        _write_whole(partial / _DONE / f"{job.name}.json", json.dumps(record).encode(), wait=False)
+        _write_whole(_record_path(job, partial), json.dumps(record).encode(), wait=False)
     except BaseException as error:
         file.abandon()
         part.unlink(missing_ok=True)
@@ -283,28 +331,35 @@ def _write_file(job: FileJob, partial: Path) -> None:
 
 def _publish(plan: Plan, reused: int) -> Outcome:
     partial = partial_of(plan.target)
-    records = {job.name: json.loads((partial / _DONE / f"{job.name}.json").read_text()) for job in plan.jobs}
+    records = {job.name: json.loads(_record_path(job, partial).read_text()) for job in plan.jobs}
     small = plan.finish({name: record["facts"] for name, record in records.items()})
     small |= {name: path.read_bytes() for name, path in plan.copies.items() if name not in small}
     files = {name: {"bytes": record["bytes"], "sha256": record["sha256"]} for name, record in records.items()}
     for name, content in small.items():
-        (partial / name).parent.mkdir(exist_ok=True)
+        if Path(name).parent.name:
+            _make_own((partial / name).parent)
         _write_whole(partial / name, content)
         files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     manifest = {"format": 1, "files": dict(sorted(files.items()))}
     _write_whole(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
-    (partial / _PLAN).unlink()  # first: what is left without it starts anew, and a plan without its records never ends
-    shutil.rmtree(partial / _DONE)
+    books = partial / _BOOKS
+    (books / _PLAN).unlink()  # first: without it everything is written again; a plan without its records never ends
+    shutil.rmtree(books / _DONE)
     for directory in {partial / Path(name).parent for name in files} | {partial}:
         sync(directory)
     os.rename(partial, plan.target)
-    (plan.target / _LOCK).unlink()  # only now: without it another process would take the hidden directory for its own
+    shutil.rmtree(plan.target / _BOOKS)  # only now: without the lock another process would take the hidden directory
     sync(plan.target.parent)
     return Outcome(len(plan.jobs), sum(record["bytes"] for record in records.values()), reused)
 
 
+def _part_of(path: Path) -> Path:
+    """Where a file grows."""
+    return path.with_name(f".{path.name}{_PART}")
+
+
 def _write_whole(path: Path, content: bytes, wait: bool = True) -> None:
-    part = path.with_name(path.name + _PART)
+    part = _part_of(path)
     file = HashingFile(part)
     try:
         file.write(content)
@@ -318,10 +373,10 @@ def _write_whole(path: Path, content: bytes, wait: bool = True) -> None:
 
 def verify(
     directory: Path, threads: int, progress: Callable[[int], None] = lambda _: None, rank: int = 0, size: int = 1,
-    leave_out: Collection[str] = (),
+    leave_out: Collection[str] = (), spans: Mapping[str, Spans] | None = None, tally: Tally | None = None,
 ) -> tuple[int, int]:  # fmt: skip
     """Compare every file but those to `leave_out` with the manifest; returns how many files and bytes that were. Of
-    `size` processes each compares its share.
+    `size` processes each compares its share. `tally` gets the numbers that are not finite in the tensors at `spans`.
 
     Raises:
         CheckpointError: there is no manifest, or a file is missing, has another size or other bytes.
@@ -329,8 +384,11 @@ def verify(
     files = {name: entry for name, entry in manifest_of(directory).items() if name not in leave_out}
     files = dict(list(files.items())[rank::size])
     with ThreadPoolExecutor(threads) as pool:
-        for checked in pool.map(lambda name: _check_file(directory / name, files[name]), files):
+        work = pool.map(lambda name: _check_file(directory / name, files[name], (spans or {}).get(name, ())), files)
+        for checked, found in work:
             progress(checked)
+            if tally is not None:
+                tally.merge(found.found)
     return len(files), sum(entry["bytes"] for entry in files.values())
 
 
@@ -338,11 +396,12 @@ def manifest_of(directory: Path) -> dict[str, Json]:
     """The files of a directory that `run` has written, with `bytes` and `sha256` of each."""
     path = directory / MANIFEST
     try:
-        files: dict[str, Json] = json.loads(path.read_text(encoding="utf-8"))["files"]
+        files: dict[str, Json] = untrusted.read_json(path)["files"]
         for name, entry in files.items():
-            if Path(name).is_absolute() or ".." in Path(name).parts:
+            if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
                 raise ValueError(f"it names {name}")
-            int(entry["bytes"]), str(entry["sha256"])
+            if type(entry["bytes"]) is not int or type(entry["sha256"]) is not str:
+                raise ValueError(f"the entry of {name} has no size and digest")
     except FileNotFoundError:
         raise CheckpointError(
             f"{directory} has no {MANIFEST}",
@@ -353,15 +412,15 @@ def manifest_of(directory: Path) -> dict[str, Json]:
     return files
 
 
-def _check_file(path: Path, entry: Json) -> int:
+def _check_file(path: Path, entry: Json, spans: Spans) -> tuple[int, Tally]:
     restore = "restore the file from a copy, or convert again"
     try:
-        size = path.stat().st_size
+        size = os.stat(path).st_size
         if size != entry["bytes"]:
             raise CheckpointError(f"{path} has {size:,} bytes, and the manifest says {entry['bytes']:,}", restore)
-        found = entry_of(path)
+        found, tally = entry_of(path, spans)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", restore) from error
     if found.sha256 != entry["sha256"]:
         raise CheckpointError(f"{path} is damaged: its bytes are not those that were written", restore)
-    return size
+    return size, tally

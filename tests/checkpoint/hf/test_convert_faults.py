@@ -397,9 +397,9 @@ def test_a_target_that_another_process_writes_is_left_alone(
     sources: dict[str, Path], tmp_path: Path, convert: Command
 ) -> None:
     partial = partial_of(tmp_path / "target")
-    partial.mkdir()
+    (partial / ".writing").mkdir(parents=True)
     (partial / "theirs").write_text("data")
-    with (partial / ".lock").open("w") as lock:
+    with (partial / ".writing" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         fails(convert(sources["hf"], tmp_path / "target"), "is being written by another process")
         assert (partial / "theirs").read_text() == "data"
@@ -516,7 +516,7 @@ def test_a_disk_that_fills_up_keeps_complete_files_for_the_next_try(
     fails(done, "No space left on device", ".distcp", "complete files in", "are kept")
     assert not (small_disk / "target").exists()
     monkeypatch.undo()
-    kept = len(list((partial_of(small_disk / "target") / "done").iterdir()))
+    kept = len(list((partial_of(small_disk / "target") / ".writing" / "done").iterdir()))
     assert f"the {kept} complete files" in done.err
     assert kept >= 2
     (small_disk / "filler").unlink()

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
 from moe_train.checkpoint.dtypes import DTYPES
-from moe_train.checkpoint.hf import distcp
+from moe_train.checkpoint.hf import distcp, torch_item
 from moe_train.checkpoint.hf.rows import Rows
 from parallel.errors import CheckpointError
 
@@ -32,7 +32,7 @@ def records(file: io.BytesIO) -> dict[str, bytes]:
         return {name.split("/", 1)[1]: archive.read(name) for name in archive.namelist()}
 
 
-@pytest.mark.parametrize("dtype", distcp._STORAGES)
+@pytest.mark.parametrize("dtype", torch_item.STORAGES)
 @pytest.mark.parametrize("shape", [(5, 3), (1, 4, 2), (7,), (0, 3)])
 def test_item_is_that_of_torch_save(dtype: str, shape: tuple[int, ...]) -> None:
     tensor = torch.randint(2, shape).to(DTYPES[dtype].torch)

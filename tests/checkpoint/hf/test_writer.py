@@ -124,7 +124,7 @@ def test_a_crash_between_any_two_calls_leaves_nothing_that_looks_complete(
         crashes += 1
         if target.exists():
             published += 1
-            assert {n: b for n, b in files_of(target).items() if n != ".lock"} == good
+            assert {n: b for n, b in files_of(target).items() if n != ".writing/lock"} == good
         else:
             assert in_child(lambda: write(toy(target, files=2))) == 0
             assert files_of(target) == good
@@ -149,7 +149,7 @@ def many_small_files(tmp_path: Path, direction: str) -> list[str]:
 
 def complete_in(partial: Path) -> set[str]:
     try:
-        records = os.listdir(partial / "done")
+        records = os.listdir(partial / ".writing" / "done")
     except FileNotFoundError:
         return set()
     return {name.removesuffix(".json") for name in records if name.endswith(".json")}
@@ -239,7 +239,7 @@ def test_the_same_plan_goes_on(tmp_path: Path, good: dict[str, bytes]) -> None:
     special = {f"file_{i}": untouched for i in (0, 3)}
     partial = partial_of(target)
     (partial / "1.bin").write_bytes(b"short")
-    (partial / "done" / "2.bin.json").write_text("[]")
+    (partial / ".writing" / "done" / "2.bin.json").write_text("[]")
     assert write(toy(target, **special)).reused == 2
     assert files_of(target) == good
 

@@ -1,0 +1,183 @@
+"""Reads files of a checkpoint that anyone may have written: bounds come before work. No torch import.
+
+A checkpoint is downloaded, copied and mounted. Its files are opened only where they are regular files (a named pipe
+would block for ever, a device never ends); symbolic links are followed, because the snapshots of the Hugging Face cache
+consist of them. Text has a largest size, numbers a largest value and structures a largest depth, so that no file costs
+more time or memory than its size justifies.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+LARGEST_JSON_BYTES = 100_000_000
+"""As the safetensors library bounds a header. The largest released index has some 10 MB."""
+
+_LARGEST_YAML_BYTES = 1 << 18
+_LARGEST_YAML_NODES = 20_000
+_DEEPEST = 64
+_LARGEST_NUMBER = 1 << 64
+_LARGEST_PARSED_BYTES = 512 << 20
+# About what Python needs for one container, one entry of an object and one item of a list.
+_CONTAINER_BYTES, _ENTRY_BYTES, _ITEM_BYTES = 64, 100, 16
+_KINDS = {
+    stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
+
+
+def open_regular(path: Path) -> int:
+    """Descriptor for reading a regular file, or what a symbolic link leads to.
+
+    Raises:
+        OSError: it cannot be opened, or is a pipe, a device, a socket or a directory.
+    """
+    _check_regular(path, os.stat(path).st_mode)  # before it is opened, which can have an effect on a device
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_regular(path, os.fstat(descriptor).st_mode)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind} and not a file", str(path))
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """A regular file, for reading. Raises as `open_regular`."""
+    return os.fdopen(open_regular(path), "rb")
+
+
+def read_bytes(path: Path, largest: int) -> bytes:
+    """The content of a small regular file.
+
+    Raises:
+        OSError: as `open_regular`.
+        ValueError: it has more than `largest` bytes.
+    """
+    with open_binary(path) as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise ValueError(f"it has more than {largest:,} bytes")
+    return data
+
+
+def read_json(path: Path, largest: int = LARGEST_JSON_BYTES) -> Any:
+    """The value in a JSON file. Raises as `read_bytes` and `parse_json`."""
+    return parse_json(read_bytes(path, largest))
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of a JSON text, by the letter of the standard (RFC 8259).
+
+    Raises:
+        ValueError: it is no JSON text in UTF-8, or has NaN, an infinite number, a whole number of more than 64 bits,
+            the same name twice in an object, too many levels, or more items than fit into memory.
+    """
+    containers = data.count(b"{") + data.count(b"[")
+    size = containers * _CONTAINER_BYTES + data.count(b":") * _ENTRY_BYTES + data.count(b",") * _ITEM_BYTES
+    if size > _LARGEST_PARSED_BYTES:
+        raise ValueError(f"it would take some {size / 1e9:.1f} GB of memory")
+    try:
+        value = json.loads(
+            data.decode(), parse_constant=_no_number, parse_float=_finite, parse_int=_bounded, object_pairs_hook=_object
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    _check_depth(value)
+    return value
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return value
+
+
+def _bounded(text: str) -> int:
+    value = int(text) if len(text) <= 20 else _LARGEST_NUMBER  # a long one takes quadratic time
+    if abs(value) >= _LARGEST_NUMBER:
+        raise ValueError(f"{text[:40]} is too large a number")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"it has {twice[:200]!r} twice")
+    return found
+
+
+def _check_depth(value: Any) -> None:
+    """What is parsed is walked recursively elsewhere."""
+    level: list[Any] = [value]
+    for _ in range(_DEEPEST):
+        level = list(_inside(level))
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
+
+
+def _inside(values: list[Any]) -> Iterator[Any]:
+    """Containers one level further in."""
+    for value in values:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        for item in inner:
+            if isinstance(item, dict | list):
+                yield item
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's loader of plain values, with a bound on what it builds."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._nodes = self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for any amount of memory
+            raise yaml.YAMLError("it has references (*name)")
+        self._nodes, self._depth = self._nodes + 1, self._depth + 1
+        if self._nodes > _LARGEST_YAML_NODES:
+            raise yaml.YAMLError(f"it has more than {_LARGEST_YAML_NODES:,} values")
+        if self._depth > _DEEPEST:
+            raise yaml.YAMLError("it is nested too deeply")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+
+def read_yaml(path: Path) -> Any:
+    """The value in a YAML file of plain values.
+
+    Raises:
+        OSError: as `open_regular`.
+        ValueError: it is too large or no such YAML.
+    """
+    data = read_bytes(path, _LARGEST_YAML_BYTES)
+    try:
+        return yaml.load(data.decode(), Loader=_Loader)  # a safe one
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
