@@ -1,0 +1,67 @@
+"""Bounds on files that anyone may have written."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from moe_train.checkpoint import untrusted
+
+REFUSED = {
+    "Infinity": b"[Infinity]",
+    "NaN": b'{"a": NaN}',
+    "infinite": b"[1e999]",
+    "long number": b"[" + b"1" * 100_000 + b"]",
+    "number of 65 bits": b"[18446744073709551616]",
+    "a name twice": b'{"a": 1, "b": {"c": 1, "c": 2}}',
+    "100,000 levels": b"[" * 100_000,
+    "65 levels": b"[" * 65 + b"]" * 65,
+    "levels in names": b'{"a":' * 70 + b"1" + b"}" * 70,
+    "too much memory": b"[" + b"[]," * 9_000_000 + b"[]]",
+    "no UTF-8": b'"\xff"',
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_json_that_is_refused(name: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - the reasons differ
+        untrusted.parse_json(REFUSED[name])
+
+
+def test_json_that_is_read() -> None:
+    assert untrusted.parse_json(b'{"a": [1, -2.5e3, null, true, "\\u00e9"], "b": 18446744073709551615}') == {
+        "a": [1, -2500.0, None, True, "\u00e9"],
+        "b": 2**64 - 1,
+    }
+
+
+@pytest.mark.parametrize(
+    "text", ["a: &x [1]\nb: *x", "[" * 100, "[" + "[]," * 30_000 + "]", "a: [", "a: !!python/name:os.system", "\x00"]
+)
+def test_yaml_that_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the reasons differ
+        untrusted.read_yaml(tmp_path / "file")
+    assert "\n" not in str(error.value)
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        for path, kind in ((tmp_path / "pipe", "named pipe"), (tmp_path / "socket", "socket"),
+                           (Path("/dev/zero"), "device"), (tmp_path, "directory")):  # fmt: skip
+            with pytest.raises(OSError, match=f"it is a {kind} and not a file"):
+                untrusted.read_bytes(path, 10)
+
+
+def test_links_are_followed_and_sizes_are_bounded(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"123")
+    (tmp_path / "link").symlink_to("blob")
+    assert untrusted.read_bytes(tmp_path / "link", 3) == b"123"
+    with pytest.raises(ValueError, match="more than 2 bytes"):
+        untrusted.read_bytes(tmp_path / "link", 2)
