@@ -33,7 +33,8 @@ BLOCKED_S = 120
 
 ODD: tuple[Any, ...] = (
     None, True, -1, 0, 1, 7, 2**31, 2**63, 2**70, 10**10, 1e300, float("inf"), float("nan"), "", "x",
-    "../../etc/passwd", "/etc/passwd", "a\nb\x1b[31m", "\0", "F32", "x" * 5000, [], {}, [[]], [-1], [10**10, 10**10], {"a": 1},
+    "../../etc/passwd", "/etc/passwd", "a\nb\x1b[31m", "\0", "F32", "x" * 5000, [], {}, [[]], [-1], [10**10, 10**10],
+    {"a": 1},
 )  # fmt: skip
 Draw = random.Random
 

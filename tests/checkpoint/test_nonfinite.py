@@ -23,9 +23,8 @@ def test_every_pattern_is_judged_as_torch_does(dtype: torch.dtype) -> None:
         bits = torch.from_numpy(np.arange(1 << 8 * size, dtype=f"u{size}").view(f"i{size}"))
     else:
         edges = torch.finfo(dtype).max, torch.finfo(dtype).tiny, 0.0, float("inf"), float("nan")
-        bits = torch.tensor([*edges, *(-edge for edge in edges)], dtype=dtype).view(
-            {4: torch.int32, 8: torch.int64}[size]
-        )
+        whole_numbers = {4: torch.int32, 8: torch.int64}[size]
+        bits = torch.tensor([*edges, *(-edge for edge in edges)], dtype=dtype).view(whole_numbers)
     for pattern in bits[:: max(1, len(bits) // 2048)].tolist() + bits[bits.view(dtype).float().isnan()].tolist()[:3]:
         value = torch.tensor([pattern], dtype=bits.dtype).view(dtype)
         found = nonfinite.count(of_torch(dtype), Rows.of(value).data)

@@ -12,8 +12,8 @@ from moe_train.checkpoint import metadata, pickled
 from moe_train.checkpoint.dtypes import DTYPES
 
 VALUES: list[Any] = [
-    None, True, 0, 255, 256, 70_000, -1, -(2**40), 2**62, 1.5, "", "\u00e9" * 300, b"bytes", (), (1,), (1, 2), (1, 2, 3),
-    (1, 2, 3, 4), [], [1], [1, [2, (3,)]], {}, {"a": 1}, {"a": {"b": [1]}, "c": (None, True)},
+    None, True, 0, 255, 256, 70_000, -1, -(2**40), 2**62, 1.5, "", "\u00e9" * 300, b"bytes", (), (1,), (1, 2),
+    (1, 2, 3), (1, 2, 3, 4), [], [1], [1, [2, (3,)]], {}, {"a": 1}, {"a": {"b": [1]}, "c": (None, True)},
 ]  # fmt: skip
 
 

@@ -5,7 +5,6 @@ What the model code here cannot compute is refused by name: a checkpoint must ne
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
