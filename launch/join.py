@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from launch import env, failures, job, local, lock, rank, rendezvous, restarts, slurm, streams
 from moe_train.config.fallback import fitting
 from moe_train.config.schema import Config
+from moe_train.resilience import stop
 from parallel.errors import ConfigError, HardwareError, LaunchError, MoeTrainError
 from parallel.rank_info import RankInfo
 
@@ -80,6 +81,9 @@ def _lead(info: RankInfo, store: TCPStore, entry: str | None) -> int:
             if entry is None:
                 slurm.warn_unheard(cfg.launcher)
                 job.prepare_data(cfg)
+        if entry is None and stop.asked():  # while the data were made, which can take hours
+            print(f"stopped by {stop.asked()} before the first step; the same command continues", file=sys.stderr)
+            raise stop.Stopped
         with contextlib.nullcontext() if entry else lock.held(cfg, _leave_to_another_run):
             if entry is None:
                 continuing.set_aside(cfg)

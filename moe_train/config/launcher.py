@@ -69,7 +69,7 @@ class LauncherConfig:
         None, "Most times that ranks are started again in one job after one has failed; null means 3 in a batch job, "
         "and 0 where moe-train starts the ranks itself.", minimum=0,
     )  # fmt: skip
-    chain: int = doc(1, "Jobs submitted one after another; each runs only if the one before did not finish.", minimum=1)
+    chain: int = doc(1, "Jobs submitted at once; each runs only if none before it completed the run.", minimum=1)
     array_limit: int | None = doc(None, "Jobs of a sweep (-m) that run at a time; null means all.", minimum=1)
     container: str | None = doc(None, "Container image that ranks run in; null means none.")
     container_runtime: str = doc("pyxis", "What runs the image.", choices=("pyxis", "apptainer"))

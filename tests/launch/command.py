@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch import forkserver, local, main
+from launch import forkserver, local, main, signals
 from launch.preflight import facts
 from moe_train.data import prepare
 
@@ -27,6 +27,8 @@ if __name__ == "__main__":
     if "TEST_LINGER" in os.environ:
         sys.modules["lingering"] = Lingering(Path(os.environ["TEST_LINGER"]))  # type: ignore[assignment]
     prepare.check_prepared = lambda *_: None  # the fake jobs read no data
+    if "TEST_WARNED_BEFORE" in os.environ:
+        prepare.check_prepared = lambda *_: os.kill(os.getpid(), signals.WARNING)
     local.ENTRY = f"tests.launch.fake_job:{sys.argv.pop(1)}"
     forkserver.PRELOAD = ("torch",)  # all that the fake jobs need
     if os.environ.get("SLURM_PROCID") in os.environ.get("TEST_ODD_RANKS", "").split(","):

@@ -226,7 +226,7 @@ def test_a_chain_ends_where_the_next_job_could_do_no_better(
 
 
 def test_a_chain_goes_on_where_a_run_that_had_begun_could_not_read(batch: Batch) -> None:
-    """Storage that was away for a while; a diverged run is as hopeless as before."""
+    """Storage that was away for a while; a run that diverged would do so again."""
     chain = {"MOE_SUBMITTED": "monday", "MOE_REQUEUES": "0"}
     began = "echo {} >run/metrics.jsonl"
     assert batch.run(f"{began}; exit 2", "run_dir=run", **chain)[0] == 2

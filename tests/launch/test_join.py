@@ -109,6 +109,13 @@ def test_a_rank_that_is_told_to_stop_takes_the_others_with_it(tmp_path: Path) ->
     assert [(code, errors) for code, _, errors in ends] == [(75, ""), (75, "")]
 
 
+def test_a_warning_while_data_are_made_ends_all_ranks_as_saved(tmp_path: Path) -> None:
+    ends = _srun(commands.arguments("report", tmp_path, 2), TEST_WARNED_BEFORE="1")
+    assert [code for code, _, _ in ends] == [75, 75], ends
+    assert ends[0][2] == "stopped by SIGUSR1 before the first step; the same command continues\n"
+    assert not list(tmp_path.glob("rank_*.json"))
+
+
 def test_a_rank_with_other_code_is_named_and_nothing_is_built(tmp_path: Path) -> None:
     told = {"TEST_ODD_RANKS": "1", "MOE_EXIT_CODE": f"{tmp_path}/code"}
     (code0, _, errors0), (code1, _, errors1) = _srun(commands.arguments("report", tmp_path, 2), **told)
