@@ -42,7 +42,7 @@ class Facts:
         sees_run_dir: whether it found the file that rank 0 wrote, and rank 0 its own.
         disks: directories that the run writes; none on all ranks of a node but the first.
         matmul_s: mean time of a multiplication while all others multiply too, without what the rank waited for a core.
-        matmul_median_s, matmul_worst_s: of single ones.
+        matmul_median_s, matmul_worst_s: the same, of single ones.
         waited: share of that time in which the rank waited for a core that other processes had.
         link_gb_s: bandwidth to other nodes, best of those tried; None where it measured none.
         groups: {dimension: (first rank of the group, all-reduce GB/s, all-to-all GB/s)}.

@@ -87,8 +87,7 @@ class Products:
     """Matrix multiplications, one after another for a while.
 
     Args:
-        mean_s: of one, without the time in which this rank waited for a core.
-        median_s, worst_s: of single ones.
+        mean_s, median_s, worst_s: of one, without the time in which this rank waited for a core.
         waited: share of all the time in which it waited for a core.
     """
 
@@ -112,15 +111,16 @@ def products(device: torch.device, seconds: float = PRODUCTS_S) -> Products:
         torch.set_num_threads(1)  # the kernel tells of each thread how long it waited
     try:
         _timed(lambda: left @ left, device)  # loads the library
-        times: list[float] = []
-        began, waited_before = time.perf_counter(), _waited_s()
-        while time.perf_counter() - began < seconds:
-            times.append(_timed(lambda: left @ left, device))
-        whole = time.perf_counter() - began
-        waited = min(_waited_s() - waited_before, whole)
+        whole, waiting, times = 0.0, 0.0, []
+        while whole < seconds:
+            before = _waited_s()
+            taken = _timed(lambda: left @ left, device)
+            waited = min(_waited_s() - before, taken)
+            whole, waiting = whole + taken, waiting + waited
+            times.append(taken - waited)
     finally:
         torch.set_num_threads(threads)
-    return Products((whole - waited) / len(times), median(times), max(times), waited / whole)
+    return Products(sum(times) / len(times), median(times), max(times), waiting / whole)
 
 
 def _waited_s() -> float:

@@ -53,7 +53,7 @@ def test_healthy_ranks_pass(machine: str, tmp_path: Path) -> None:
         ("version", "broken: code is 0123456789ab, elsewhere "),
         ("clock", "broken: +60.0 s against the other nodes"),
         ("slow", "broken: rank 2 takes "),
-        ("stopped", "and between them it stands still"),
+        ("stopped", "broken: rank 2 takes "),
         ("storage", "broken: run_dir there is not the directory that rank 0 sees"),
     ],
 )
