@@ -97,7 +97,7 @@ def _last_step(directory: Path) -> str:
                     last = line
     if last is None:
         return ""
-    total = total_steps(compose.from_yaml(directory / "config.yaml"))
+    total = total_steps(compose.from_yaml(directory / "config.yaml"), last["step"], last.get("tokens", 0))
     return (
         f"step {last['step']:,} of {total:,}, loss {last['lm_loss']:.4f}, {last.get('tokens_per_s') or 0:,.0f} tokens/s"
     )

@@ -194,6 +194,8 @@ class _Watched:
         waited_s = time.monotonic() - self._since
         if self._seen is None:
             self._seen = beat
+            print(f"{self._path} is held by {found}: waiting for a heartbeat, {self._timeout_s:g} s at most",
+                  file=sys.stderr, flush=True)  # fmt: skip
         elif beat != self._seen and not same_job:
             raise _in_use(self._path, found)
         if waited_s < self._timeout_s:

@@ -144,4 +144,5 @@ def _end_with_parent() -> None:
         connection.wait([sentinel])
         os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+    with contextlib.suppress(RuntimeError):  # no thread can be started: what the kernel does must be enough
+        threading.Thread(target=watch, name="parent-watch", daemon=True).start()

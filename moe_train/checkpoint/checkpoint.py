@@ -119,7 +119,10 @@ def resume(run: Run) -> None:
     """
     if run.cfg.resume not in ("auto", "never"):
         _load(run, on_main(run, lambda: directory.resolve(Path(run.cfg.resume), "resume")[0], "read checkpoints"))
-    elif (run.cfg.resume == "never" or not _continue_newest(run)) and run.cfg.init_from:
+        return
+    if run.cfg.resume == "never":
+        local.set_aside(run, root_of(run))
+    if (run.cfg.resume == "never" or not _continue_newest(run)) and run.cfg.init_from:
         _load_weights(run, Path(run.cfg.init_from))
 
 

@@ -169,8 +169,8 @@ def _base(cfg: Config) -> Config | None:
         try:
             stored = config_of(yaml.safe_load(own.read_text(encoding="utf-8")), own)
         except (OSError, ValueError, yaml.YAMLError, CheckpointError) as error:
-            print(f"warning: {own} cannot be read ({str(error).splitlines()[0]}), and the newest checkpoint's config "
-                  "takes its place", file=sys.stderr, flush=True)  # fmt: skip
+            why = str(error).splitlines()[0]
+            _warn_once(f"{own} cannot be read ({why}), and the newest checkpoint's config takes its place")
     if cfg.resume == "auto" and stored is not None:
         return stored
     found = find(cfg)
@@ -182,6 +182,16 @@ def _base(cfg: Config) -> Config | None:
     # The run that wrote the checkpoint keeps its own places.
     elsewhere = cfg if stored is None else stored
     return with_values(base, {"init_from": None, "checkpoint.dir": elsewhere.checkpoint.dir})
+
+
+_told: set[str] = set()
+
+
+def _warn_once(line: str) -> None:
+    """A config is looked at before its directory is made, and again when its job begins."""
+    if line not in _told:
+        _told.add(line)
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _merged(base: Config, cfg: Config, named: set[str], optional: set[str]) -> Config:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,26 @@ def prepare(run: Run, shared: Path, step: int, own_bytes: int) -> Path | None:
     if run.is_main:
         collective.warn(f"{root} has no space on some node for the checkpoint of step {step}, which goes to {shared}")
     return None
+
+
+def set_aside(run: Run, shared: Path) -> None:
+    """Move what an earlier run left on the nodes' disks, where resume=never begins another one with the same `shared`.
+
+    Its later steps would be taken for those of this run. Every rank calls it.
+
+    Raises:
+        CheckpointError: it cannot be moved.
+    """
+    root = root_of(run, shared)
+    if root is None:
+        return
+
+    def move() -> None:
+        if run.rank.local_rank == 0 and _steps(root):
+            with suppress(FileNotFoundError):  # two nodes that share the disk
+                os.rename(root, root.with_name(f"{root.name}.earlier_{time.time_ns()}"))
+
+    collective.together(run, move, f"write to {root.parent}")
 
 
 def copy(source: Path, target: Path, entry: manifest.Entry, stop: threading.Event | None = None) -> None:

@@ -321,7 +321,10 @@ class Config:
     rank: int = doc(0, "Which rank runtime=simulated builds.", minimum=0)
     seed: int = doc(1234, "Seed of weights and data order.", minimum=0)
     run_dir: str = doc("runs/run", "Directory of everything that the run writes.")
-    resume: str = doc("auto", "auto (newest checkpoint of run_dir), never, or the path of a checkpoint.")
+    resume: str = doc(
+        "auto", "auto (the newest checkpoint of run_dir), never (another run; the earlier one is moved aside), or the "
+        "path of a checkpoint.",
+    )  # fmt: skip
     init_from: str | None = doc(
         None, "Checkpoint or Hugging Face directory whose weights start the run, at step 0; null means random."
     )

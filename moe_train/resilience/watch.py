@@ -6,6 +6,7 @@ jump of the wall clock has no effect.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +89,9 @@ class Watch(threading.Thread):
 
     def start(self) -> None:
         """Say that this rank lives, and begin."""
-        (self.run_dir / "heartbeats").mkdir(parents=True, exist_ok=True)
-        self._stacks.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # what is written there says so
+            (self.run_dir / "heartbeats").mkdir(parents=True, exist_ok=True)
+            self._stacks.parent.mkdir(parents=True, exist_ok=True)
         self._write(self._state(stuck=False))
         super().start()
 
@@ -108,7 +111,7 @@ class Watch(threading.Thread):
         """Look until `stop`."""
         seen, silent_s, before = self.pulse.count, 0.0, time.monotonic()
         written, armed, limit_before = 0, 0.0, 0.0
-        with self._stacks.open("a", encoding="utf-8") as stacks:
+        with _opened(self._stacks) as stacks:
             while not self._end.wait(_POLL_S):
                 now, limit = time.monotonic(), self._limit_s()
                 self._look()
@@ -182,8 +185,18 @@ class Watch(threading.Thread):
             log.warning("heartbeat: %s", error)
 
     def _remove_empty(self) -> None:
-        if self._stacks.stat().st_size == 0:
-            self._stacks.unlink()
+        with contextlib.suppress(OSError):
+            if self._stacks.stat().st_size == 0:
+                self._stacks.unlink()
+
+
+def _opened(stacks: Path) -> IO[str]:
+    """The file for stacks, or the standard error where a full or read-only run_dir takes none."""
+    try:
+        return stacks.open("a", encoding="utf-8")
+    except OSError as error:
+        log.warning("stacks of a hang go to the standard error: %s", error)
+        return os.fdopen(os.dup(2), "w")
 
 
 def waits(frame: FrameType | None) -> bool:

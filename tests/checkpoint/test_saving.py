@@ -245,3 +245,21 @@ def test_the_nodes_disks_are_written_first_and_used_while_no_node_is_lost(tmp_pa
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000002")
     lost = run_distributed(resume_on_two_nodes, 2, tmp_path / "run")
     assert [[step, shared] for step, _, shared in lost] == [[1, names[:2]]] * 2
+
+
+def begin_again(run_dir: Path) -> None:
+    """One step of another run in the directories of the one before."""
+    run = on_two_nodes(run_dir, resume="never")
+    checkpoint.resume(run)
+    assert run.state.step == 0
+    small_run.train(run, 1)
+    checkpoint.save(run)
+
+
+def test_another_run_does_not_go_on_from_what_an_earlier_one_left_on_the_nodes(tmp_path: Path) -> None:
+    run_distributed(save_near_only, 2, tmp_path)
+    shutil.move(tmp_path / "checkpoints", tmp_path / "earlier")  # as the launcher does
+    run_distributed(begin_again, 2, tmp_path)
+    assert [step for step, *_ in run_distributed(resume_on_two_nodes, 2, tmp_path)] == [1, 1]
+    for node in ("node0", "node1"):
+        assert sum("earlier" in path.name for path in (tmp_path / node).iterdir()) == 1
