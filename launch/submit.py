@@ -109,6 +109,8 @@ def check(cfg: Config) -> Checked:
         raise ConfigError(f"runtime={cfg.runtime} runs on one machine alone", "use runtime=cuda or runtime=cpu")
     fitted = cfg if world_size is None else fitting(cfg, world_size)
     layout = validate(fitted, world_size)
+    if why := continuing.nothing_to_do(cfg):
+        raise ConfigError(why)
     if cfg.runtime == "cuda" and (refusal := Hardware.of(cfg.cluster).refusal(cfg.precision.fp8)):
         raise refusal
     checks.job(cfg)

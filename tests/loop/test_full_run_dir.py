@@ -29,6 +29,7 @@ def test_a_run_goes_on_while_its_directory_is_full_and_tells_the_rest_later(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    run.callbacks = callbacks
     for callback in callbacks:
         callback.on_start(run)
     take_step(run, callbacks)
@@ -36,10 +37,10 @@ def test_a_run_goes_on_while_its_directory_is_full_and_tells_the_rest_later(
     for _ in range(3):
         take_step(run, callbacks)
     logging.getLogger("moe_train").warning("a record")
-    run.announce("skipped")
+    run.announce("skipped", reason="a drill")
     evaluate(run, callbacks, 4.0)
     warnings = [line for line in capsys.readouterr().err.splitlines() if "cannot be written" in line]
-    assert len(warnings) == 2  # each file once: metrics and events; nothing was logged through the run's callbacks
+    assert len(warnings) == 3  # metrics, events and log, each once
     monkeypatch.setattr(os, "write", write)
     take_step(run, callbacks)
     run.completed = True
@@ -50,9 +51,10 @@ def test_a_run_goes_on_while_its_directory_is_full_and_tells_the_rest_later(
     assert [line["valid_loss"] for line in lines if "valid_loss" in line] == [4.0]
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("lm_loss")] == [1, 2, 3, 4, 5]
+    assert [line["event"] for line in lines if "event" in line] == ["skipped"]
     assert "a record" in (tmp_path / "run.log").read_text()
     errors = capsys.readouterr().err
-    assert errors.count("can be written again") == 2
+    assert errors.count("can be written again") == 3
     assert "Traceback" not in errors
 
 
