@@ -92,24 +92,21 @@ def _verify(source: Path, threads: int, team: Team, allow_nonfinite: bool) -> No
     from moe_train.checkpoint import inventory, nonfinite
     from moe_train.checkpoint.hf import convert, writer
 
-    tally = nonfinite.Tally()
-
-    def check() -> tuple[int, int]:
+    def check() -> tuple[int, int, nonfinite.Tally]:
         total = sum(entry["bytes"] for entry in writer.manifest_of(source).values())
-        spans = inventory.spans(source)
         with _bar("verifying", total // team.size, team) as advance:
-            return writer.verify(source, threads, advance, team.rank, team.size, spans=spans, tally=tally)
+            return inventory.verify(source, threads, advance, team.rank, team.size)
 
     checked = team.gather(writer.together(team, check))
     found = nonfinite.Tally()
-    for part in team.gather(tally.found):
-        found.merge(part)
+    for _, _, tally in checked:
+        found.merge(tally.found)
     if not allow_nonfinite:
         found.refuse(f"{source}: the bytes are those that were written, and not all numbers are finite", convert.ALLOW)
     if team.rank == 0:
         if found.found:
             print(f"warning: {found}", file=sys.stderr)
-        files, size = (sum(column) for column in zip(*checked, strict=True))
+        files, size = (sum(part[i] for part in checked) for i in (0, 1))
         print(f"{source}: {files} files, {size / 1e9:,.2f} GB, as they were written")
 
 

@@ -146,10 +146,8 @@ def _integrity(found: Inventory, threads: int, tally: Tally) -> str:
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("verifying", total=total)
-        files, size = writer.verify(
-            found.path, threads, lambda done: progress.advance(task, done), spans=inventory.spans(found.path),
-            tally=tally,
-        )  # fmt: skip
+        files, size, held = inventory.verify(found.path, threads, lambda done: progress.advance(task, done))
+    tally.merge(held.found)
     return f"{files:,} files, {size:,} bytes, as their manifest says (SHA-256)"
 
 

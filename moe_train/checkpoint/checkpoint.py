@@ -15,7 +15,7 @@ import torch.distributed as dist
 from moe_train.checkpoint import compat, directory, exchange, local, manifest, metadata, origin, state, storage
 from moe_train.checkpoint.collective import free_bytes, on_main, say, together, warn
 from moe_train.checkpoint.hf import config as hf_config
-from moe_train.checkpoint.hf import writer
+from moe_train.checkpoint.hf import distcp, writer
 from moe_train.checkpoint.saving import Job, Saving
 from moe_train.loop.run import Run, TrainState
 from parallel.errors import CheckpointError
@@ -234,23 +234,34 @@ def _load_weights(run: Run, path: Path) -> None:
         if (path / directory.MANIFEST).is_file() and run.cfg.checkpoint.verify:
             rank, size = run.rank.rank, run.layout.world_size
             together(run, lambda: writer.verify(path, threads=1, rank=rank, size=size), f"read {path}")
-        state.load_model(run, together(run, lambda: exchange.read_weights(run, path), f"read {path}"))
-        run.optimizer.reload_model_params()
-        if run.is_main:
-            say(f"weights from {path}")
-        return
-    path = on_main(run, lambda: directory.resolve(path, "init_from")[0], f"read {path}")
-    contents = _open(run, path)
-    state.load_model(run, _read(run, state.model_state(run), contents, path))
+        weights = together(run, lambda: exchange.read_weights(run, path), f"read {path}")
+    else:
+        path = on_main(run, lambda: directory.resolve(path, "init_from")[0], f"read {path}")
+        weights = _read(run, state.model_state(run), _open(run, path), path)
+    state.load_model(run, weights)
+    together(run, lambda: _check_finite(run, path), f"read {path}")
     run.optimizer.reload_model_params()
     if run.is_main:
         say(f"weights from {path}")
+
+
+def _check_finite(run: Run, path: Path) -> None:
+    """Raise CheckpointError where a run would begin with weights that make every loss NaN."""
+    for model in state.models(run):
+        for name, weight in model.named_parameters():
+            if not torch.isfinite(weight.detach().sum(dtype=torch.float32)):
+                raise CheckpointError(
+                    f"init_from={path}: {name} has NaN or infinite numbers, and every loss would be NaN",
+                    "restore the weights from a copy, or start from another checkpoint",
+                )
 
 
 def _read(run: Run, wanted: storage.StateDict, contents: metadata.Metadata, path: Path) -> storage.StateDict:
     request = storage.Request(wanted)
     state.find_masters(request, contents, fp32=run.cfg.precision.dtype == "fp32")
     together(run, lambda: metadata.check_tensors(contents, request.tensors, path), f"read {path}")
+    # torch would unpack any item that a file has in its place.
+    together(run, lambda: distcp.Checkpoint(path, contents=contents).check_items(request.tensors), f"read {path}")
     try:
         return together(run, lambda: request.read(path), f"read {path}")
     except CheckpointError as error:

@@ -14,6 +14,7 @@ from moe_train.checkpoint.hf import block_fp8, config, distcp, safetensors, writ
 from moe_train.checkpoint.hf.mapping import pieces, refuse_larger
 from moe_train.checkpoint.hf.rows import Extent
 from moe_train.checkpoint.hf.tensors import EMBEDDING, EXPERTS, HEAD
+from moe_train.checkpoint.nonfinite import Tally
 from moe_train.config.model import ModelConfig
 from moe_train.model.arithmetic import ParameterCount, count_parameters
 from parallel.errors import CheckpointError, MoeTrainError
@@ -208,12 +209,28 @@ def sizes(path: Path) -> tuple[int, int]:
     return len(found), sum(found)
 
 
-def spans(path: Path) -> dict[str, list[tuple[str, Extent]]]:
-    """Where the tensors of each file of a checkpoint are: file -> (tensor, place). Nothing for other directories.
+def verify(
+    path: Path, threads: int, progress: Callable[[int], None], rank: int = 0, size: int = 1
+) -> tuple[int, int, Tally]:
+    """Compare every file with the manifest; returns how many files and bytes that were, and the numbers in their
+    tensors that are not finite. Of `size` processes each compares its share.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: there is no manifest, or a file is missing, damaged or not what its table of contents says.
     """
+    tally, problem = Tally(), None
+    try:
+        places = _places(path)
+    except CheckpointError as error:  # the manifest says which file is not what was written
+        places, problem = {}, error
+    files, checked = writer.verify(path, threads, progress, rank, size, places=places, tally=tally)
+    if problem is not None:
+        raise problem
+    return files, checked, tally
+
+
+def _places(path: Path) -> dict[str, list[tuple[str, Extent]]]:
+    """Where the tensors of each file of a checkpoint are: file -> (tensor, place). Nothing for other directories."""
     found: dict[str, list[tuple[str, Extent]]] = {}
     if is_hugging_face(path):
         for name, extent in safetensors.open_directory(path).items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,16 +102,16 @@ class Tally:
             raise CheckpointError(f"{where}: {self}", f"restore the weights from a copy, or {remedy}")
 
 
-Spans = Sequence[tuple[str, Extent]]
+Places = Sequence[tuple[str, Extent]]
 """(tensor, where its numbers are) in one file. They do not overlap."""
 
 
-def entry_of(path: Path, spans: Spans, progress: Callable[[int], object] = lambda _: None) -> tuple[Entry, Tally]:
+def entry_of(path: Path, places: Places) -> tuple[Entry, Tally]:
     """Size and digest of a file, and the numbers of its tensors that are not finite, in one reading."""
     digest, tally, block = hashlib.sha256(), Tally(), memoryview(bytearray(_BLOCK_BYTES))
     descriptor, position = untrusted.open_regular(path), 0
     try:
-        for name, extent in [*sorted(spans, key=lambda span: span[1].offset), ("", None)]:
+        for name, extent in [*sorted(places, key=lambda place: place[1].offset), ("", None)]:
             end = None if extent is None else extent.offset
             for data in _read(descriptor, position, end, block):  # what is between tensors
                 digest.update(data)

@@ -1,5 +1,6 @@
 """What can go wrong with checkpoints: each ends in one line, and nothing that was saved is lost."""
 
+import io
 import json
 import os
 import pickle
@@ -7,6 +8,7 @@ import resource
 import shutil
 import signal
 import threading
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from moe_train.checkpoint import checkpoint, metadata, storage
+from moe_train.checkpoint.hf import distcp
 from parallel.errors import CheckpointError
 from tests.checkpoint import small_run
 from tests.distributed.helper import run_distributed
@@ -303,6 +306,42 @@ def test_loading_runs_no_code_from_a_checkpoint(copy: Path, tmp_path: Path) -> N
         metadata.read(directory)
     assert resume(copy, unverified) == [1]
     assert not witness.exists()
+
+
+def compress_items(directory: Path) -> None:
+    """Put compressed archives of the same length in the place of the items of one tensor."""
+    for index, place in metadata.read(directory).storage_data.items():
+        if index.fqn == "output_layer.weight":
+            packed = io.BytesIO()
+            with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr("archive/data.pkl", bytes(1 << 20))
+                archive.writestr(zipfile.ZipInfo("archive/data/0"), bytes(place.length - 4096))
+            with (directory / place.relative_path).open("r+b") as file:
+                file.seek(place.offset)
+                file.write(packed.getvalue().rjust(place.length, b"\0"))
+
+
+def test_items_that_are_compressed_are_not_unpacked(copy: Path, tmp_path: Path) -> None:
+    directory = copy / "checkpoints" / "step_00000002"
+    compress_items(directory)
+    unverified = {"checkpoint__verify": False}
+    elsewhere = unverified | {"run_dir": str(tmp_path / "new"), "init_from": str(directory)}
+    for code, line in resume(copy, unverified | {"resume": str(directory)}, elsewhere):
+        assert code == 2
+        assert "is compressed, and torch.save compresses nothing" in line
+
+
+def test_weights_that_are_not_finite_are_no_beginning(copy: Path, tmp_path: Path) -> None:
+    directory = copy / "checkpoints" / "step_00000002"
+    checkpoint_ = distcp.Checkpoint(directory)
+    for chunk in checkpoint_.chunks(checkpoint_.master("output_layer.weight")):
+        with chunk.file.open("r+b") as file:
+            file.seek(chunk.extent.offset)
+            file.write(b"\xff\xff\xff\x7f")  # NaN
+    changes = {"checkpoint__verify": False, "run_dir": str(tmp_path / "new"), "init_from": str(directory)}
+    ((code, line),) = resume(copy, changes)
+    assert code == 2
+    assert "output_layer.weight has NaN or infinite numbers" in line
 
 
 def die_while_saving(run_dir: Path, beside: bool) -> None:

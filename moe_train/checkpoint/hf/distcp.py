@@ -21,13 +21,16 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Protocol, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 from moe_train.checkpoint import metadata, untrusted
 from moe_train.checkpoint.directory import METADATA, damaged
 from moe_train.checkpoint.dtypes import DTYPES, Dtype
 from moe_train.checkpoint.hf import torch_item
 from moe_train.checkpoint.hf.rows import BLOCK_BYTES, Extent, Rows
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 _LOCAL_HEADER = 30  # bytes of a zip entry's own header before its name (APPNOTE.TXT, 4.3.7)
 _LARGEST_TABLE_BYTES = 1 << 18
@@ -186,11 +189,17 @@ class Checks:
 
 
 class Checkpoint:
-    """A Megatron checkpoint, for reading. `checks` compare what is read with its checksums."""
+    """A Megatron checkpoint, for reading. `checks` compare what is read with its checksums.
 
-    def __init__(self, directory: Path, checks: Checks | None = None) -> None:
+    Args:
+        contents: its table of contents, where that has been read already.
+    """
+
+    def __init__(
+        self, directory: Path, checks: Checks | None = None, contents: metadata.Metadata | None = None
+    ) -> None:
         self.directory, self.checks = directory, checks
-        self.contents = metadata.read(directory)
+        self.contents = contents or metadata.read(directory)
         self.tensors: dict[str, metadata.TensorStorageMetadata] = {
             key: entry
             for key, entry in self.contents.state_dict_metadata.items()
@@ -237,6 +246,23 @@ class Checkpoint:
         place = self.contents.storage_data[metadata.MetadataIndex(key, chunk.offsets)]
         file, dtype = self.directory / place.relative_path, self.tensors[key].properties.dtype
         return Chunk(tuple(chunk.offsets), tuple(chunk.sizes), dtype, file, place.offset, place.length)
+
+    def check_items(self, wanted: Iterable[ShardedTensor]) -> None:
+        """Look at the items that hold a part of a `wanted` shard, and not at their numbers.
+
+        Raises:
+            CheckpointError: one is compressed, cut off, or not what the table of contents says.
+        """
+        for shard in wanted:
+            sizes = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
+            for chunk in self.chunks(shard.key):
+                if all(
+                    start < offset + size and offset < start + length
+                    for start, length, offset, size in zip(
+                        shard.global_offset, sizes, chunk.offsets, chunk.sizes, strict=True
+                    )
+                ):
+                    _ = chunk.extent
 
     def read_part(self, chunk: Chunk, part: Extent, out: memoryview | None = None) -> Rows:
         """A part of a chunk, read into `out` where given."""

@@ -32,7 +32,7 @@ from moe_train.checkpoint import untrusted
 from moe_train.checkpoint.directory import MANIFEST, sync
 from moe_train.checkpoint.hashing_file import HashingFile
 from moe_train.checkpoint.hf.workers import Team
-from moe_train.checkpoint.nonfinite import Spans, Tally, entry_of
+from moe_train.checkpoint.nonfinite import Places, Tally, entry_of
 from parallel.errors import CheckpointError, MoeTrainError
 
 _BOOKS, _PLAN, _DONE, _LOCK, _PART = ".writing", "plan.json", "done", "lock", ".part"
@@ -373,10 +373,10 @@ def _write_whole(path: Path, content: bytes, wait: bool = True) -> None:
 
 def verify(
     directory: Path, threads: int, progress: Callable[[int], None] = lambda _: None, rank: int = 0, size: int = 1,
-    leave_out: Collection[str] = (), spans: Mapping[str, Spans] | None = None, tally: Tally | None = None,
+    leave_out: Collection[str] = (), places: Mapping[str, Places] | None = None, tally: Tally | None = None,
 ) -> tuple[int, int]:  # fmt: skip
     """Compare every file but those to `leave_out` with the manifest; returns how many files and bytes that were. Of
-    `size` processes each compares its share. `tally` gets the numbers that are not finite in the tensors at `spans`.
+    `size` processes each compares its share. `tally` gets the numbers that are not finite in the tensors at `places`.
 
     Raises:
         CheckpointError: there is no manifest, or a file is missing, has another size or other bytes.
@@ -384,7 +384,7 @@ def verify(
     files = {name: entry for name, entry in manifest_of(directory).items() if name not in leave_out}
     files = dict(list(files.items())[rank::size])
     with ThreadPoolExecutor(threads) as pool:
-        work = pool.map(lambda name: _check_file(directory / name, files[name], (spans or {}).get(name, ())), files)
+        work = pool.map(lambda name: _check_file(directory / name, files[name], (places or {}).get(name, ())), files)
         for checked, found in work:
             progress(checked)
             if tally is not None:
@@ -412,13 +412,13 @@ def manifest_of(directory: Path) -> dict[str, Json]:
     return files
 
 
-def _check_file(path: Path, entry: Json, spans: Spans) -> tuple[int, Tally]:
+def _check_file(path: Path, entry: Json, places: Places) -> tuple[int, Tally]:
     restore = "restore the file from a copy, or convert again"
     try:
         size = os.stat(path).st_size
         if size != entry["bytes"]:
             raise CheckpointError(f"{path} has {size:,} bytes, and the manifest says {entry['bytes']:,}", restore)
-        found, tally = entry_of(path, spans)
+        found, tally = entry_of(path, places)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", restore) from error
     if found.sha256 != entry["sha256"]:
