@@ -1,8 +1,18 @@
-"""`moe-train`: trains on the ranks that a launcher started, or starts the ranks itself on this machine."""
+"""`moe-train`: train a model on ranks that it starts on this machine, or that a launcher has started.
+
+    moe-train experiment=tiny_tp2_pp2_ep2 run_dir=runs/first
+    moe-train data=text data.path=corpus/ data.dir=data/mine train.tokens=10M
+    moe-train parallel.tp=2 parallel.pp=2 optimizer.lr=3e-4
+    moe-train -m optimizer.lr=1e-3,2e-3 run_dir=runs/sweep    one run for each
+    srun moe-train ...               as ranks of a job; moe-submit does this
+
+The same run_dir continues the run; resume=never starts it again.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -12,15 +22,30 @@ from moe_train.config.schema import Config
 from moe_train.resilience import stop
 from parallel.errors import MoeTrainError
 
+COMMON = (
+    "experiment", "model", "parallel", "precision", "recompute", "data", "run_dir", "resume", "init_from",
+    "train.tokens", "train.steps", "train.seq_length", "batch.global_batch_size", "batch.micro_batch_size",
+    "optimizer.lr", "schedule.warmup_steps", "parallel.tp", "parallel.pp", "parallel.ep", "parallel.dp",
+    "data.path", "data.dir", "checkpoint.interval_steps", "export_hf", "seed", "runtime",
+)  # fmt: skip
+"""What --help explains."""
 
-def main(entry: str | None = None) -> NoReturn:
-    """Console script, with `entry` as of `run`. Exits with the codes of docs/slurm.md: 0 when done, 2 where the user's
+
+def main(entry: str | None = None, about: str | None = __doc__, common: Sequence[str] = COMMON) -> NoReturn:
+    """Console script, with arguments as of `run`. Exits with the codes of docs/slurm.md: 0 when done, 2 where the user's
     input is wrong, ..."""
-    signals.leave(run(entry))
+    signals.leave(run(entry, about, common))
 
 
-def run(entry: str | None = None) -> int:
-    """What `main` does, returning the exit code. Each rank runs `entry`, which reads no data, in place of training."""
+def run(entry: str | None = None, about: str | None = __doc__, common: Sequence[str] = COMMON) -> int:
+    """What `main` does, returning the exit code. Each rank runs `entry`, which reads no data, in place of training.
+
+    `about` and `common` are for --help.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        from moe_train.config import compose
+
+        return compose.hydra_entry(train_here, about=about, common=common) if rendezvous.speaks() else 0
     from launch import failures
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -17,6 +18,31 @@ NOTICES = (
     r".*`torch\.jit\.script(_method)?` is deprecated.*",
 )
 
+# Log records by their logger, and how they begin. Other records of these loggers are shown.
+RECORDS = {
+    # megatron-core 0.19: the migration to HybridModel is ours to make, in moe_train/model/build.py.
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    # torch: a machine with the CUDA toolkit and without a GPU.
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+}
+
+
+class _Without(logging.Filter):
+    """Drops the records that begin with `start`."""
+
+    def __init__(self, start: str) -> None:
+        super().__init__()
+        self.start = start
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(self.start)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Without) and other.start == self.start
+
+    def __hash__(self) -> int:
+        return hash(self.start)
+
 
 def silence() -> None:
     """Filter the notices of libraries in this process. Call it before they are imported."""
@@ -26,3 +52,5 @@ def silence() -> None:
         warnings.filterwarnings("ignore", message=notice)
     for category in (DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(torch|megatron)(\..*)?")
+    for name, start in RECORDS.items():
+        logging.getLogger(name).addFilter(_Without(start))  # which adds no second filter that is equal

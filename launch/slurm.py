@@ -164,7 +164,7 @@ def flags(cfg: Config, nodes: int, gpus: int, run_dir: Path) -> list[str]:
         f"--time={launcher.time_limit_min}",
         f"--signal=B:USR1@{launcher.grace_s}",
         "--requeue" if launcher.requeues and not chained else "--no-requeue",
-        f"--output={run_dir}/slurm-%j.out",
+        f"--output={no_pattern(run_dir)}/slurm-%j.out",
         "--exclusive" if launcher.exclusive else "--oversubscribe",
         f"--mem={launcher.memory_gib}G" if launcher.memory_gib else "--mem=0",  # all: the default may be a share
     ]
@@ -176,6 +176,11 @@ def flags(cfg: Config, nodes: int, gpus: int, run_dir: Path) -> list[str]:
     if launcher.exclude:
         found.append(f"--exclude={','.join(launcher.exclude)}")
     return found
+
+
+def no_pattern(directory: Path) -> str:
+    """A directory as sbatch takes it in --output, where % begins a pattern such as %j."""
+    return str(directory).replace("%", "%%")
 
 
 def environment(cfg: Config, place: Path, counts: Sequence[int]) -> dict[str, str]:

@@ -1,11 +1,12 @@
-"""`moe-submit`: checks a run on a login node, says what it will need, and gives it to Slurm.
+"""`moe-submit`: check a run on a login node, say what it will need, and give it to Slurm.
 
-    moe-submit experiment=deepseek_v3/pretrain data=indexed data.dir=/shared/corpus run_dir=/shared/runs/v3
-    moe-submit --dry-run ...         the same without submitting: prints the command
+    moe-submit experiment=deepseek_v3/pretrain data=indexed \\
+        data.dir=/shared/corpus run_dir=/shared/runs/v3
+    moe-submit --dry-run ...         print the command without submitting it
     moe-submit -m seed=1,2,3 ...     one array of jobs, one for each value
     moe-submit status RUN_DIR        also cancel, logs
 
-It takes the overrides of moe-train; where they do not say runtime=cpu, the nodes have GPUs. No torch import.
+It takes the overrides of moe-train; where they do not say runtime=cpu, the nodes have GPUs.
 """
 
 from __future__ import annotations
@@ -22,19 +23,27 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 
-from launch import checks, container, elastic, follow, lock, placement, slurm, snapshot
+from launch import checks, container, elastic, follow, lock, node_count, placement, slurm, snapshot
 from launch.estimate import Estimate, check_memory, estimate
 from moe_train.checkpoint import continuing
+from moe_train.config.command_line import PATHS, field_of, is_text, text_override
 from moe_train.config.compose import hydra_entry
 from moe_train.config.fallback import fitting
 from moe_train.config.schema import Config
 from moe_train.config.validate import validate
+from moe_train.config.walk import get
 from parallel.errors import ConfigError, LaunchError, MoeTrainError
 from parallel.layout import ParallelLayout
 from parallel.planner.hardware import Hardware
 
 _DRY = "--dry-run"
+_COMMON = (
+    "experiment", "model", "parallel", "precision", "data", "data.dir", "run_dir", "train.tokens", "launcher.nodes",
+    "launcher.ranks_per_node", "launcher.partition", "launcher.account", "launcher.time_limit_min", "launcher.chain",
+    "launcher.requeues", "launcher.container", "launcher.preflight", "checkpoint.interval_steps",
+)  # fmt: skip
 _VERBS = {"status": follow.status, "cancel": follow.cancel, "logs": follow.logs}
 
 
@@ -65,9 +74,6 @@ def run(words: Sequence[str]) -> int:
     """What `main` does with these words, returning the exit code."""
     if words and words[0] in _VERBS:
         return _follow(words)
-    if list(words) in (["--help"], ["-h"]):
-        print((__doc__ or "").partition("\n\n")[2].rstrip())
-        return 0
     dry = _DRY in words
     rest = [word for word in words if word != _DRY]
     if not any(word.partition("=")[0].lstrip("+") == "runtime" for word in rest):
@@ -83,7 +89,7 @@ def run(words: Sequence[str]) -> int:
             submit([checked], Path(cfg.run_dir).resolve(), dry)
             _tidy(cfg, dry)
 
-    code = hydra_entry(job, argv=rest, revise=continuing.continued)
+    code = hydra_entry(job, argv=rest, about=__doc__, common=_COMMON, flags=[_DRY], revise=continuing.continued)
     if code or not sweep:
         return code
     directory = Path(sweep[0].cfg.run_dir).resolve().parent
@@ -107,8 +113,12 @@ def check(cfg: Config) -> Checked:
     world_size = None if launcher.nodes is None else launcher.nodes * launcher.ranks_per_node
     if cfg.runtime not in ("cuda", "cpu"):
         raise ConfigError(f"runtime={cfg.runtime} runs on one machine alone", "use runtime=cuda or runtime=cpu")
-    fitted = cfg if world_size is None else fitting(cfg, world_size)
-    layout = validate(fitted, world_size)
+    try:
+        fitted = cfg if world_size is None else fitting(cfg, world_size)
+        layout = validate(fitted, world_size)
+    except ConfigError as error:
+        raise (error if world_size is None else node_count.refused(cfg, error)) from error
+    _parseable(cfg.run_dir)
     if why := continuing.nothing_to_do(cfg):
         raise ConfigError(why)
     if cfg.runtime == "cuda" and (refusal := Hardware.of(cfg.cluster).refusal(cfg.precision.fp8)):
@@ -139,7 +149,8 @@ def check(cfg: Config) -> Checked:
     except LaunchError as error:
         unchecked = error.cause
     lock.refuse_live(cfg)
-    words = list(HydraConfig.get().overrides.task)
+    # Unresolved: a reference in a word is the job's to read, or is replaced below by its value.
+    words = [str(word) for word in OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False) or []]
     return Checked(cfg, words, layout, nodes, gpus, found, choices, unchecked, notes)
 
 
@@ -165,7 +176,7 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
     words = _overrides(first)
     if len(runs) > 1:
         limit = f"%{launcher.array_limit}" if launcher.array_limit else ""
-        flags += [f"--array=0-{len(runs) - 1}{limit}", f"--output={directory}/slurm-%A_%a.out"]
+        flags += [f"--array=0-{len(runs) - 1}{limit}", f"--output={slurm.no_pattern(directory)}/slurm-%A_%a.out"]
         variables["MOE_SWEEP"], words = str(place / "sweep"), []
     script = str((place / "code/launch/train.sbatch") if not dry else slurm.SCRIPT)
     command = ["sbatch", "--parsable", *flags, script, *words]
@@ -188,7 +199,7 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
     if len(runs) > 1:
         (place / "sweep").mkdir()
         for number, run in enumerate(runs):
-            (place / "sweep" / str(number)).write_text("".join(f"{word}\n" for word in _overrides(run)))
+            (place / "sweep" / str(number)).write_text("".join(f"{word}\0" for word in _overrides(run)))
     record = snapshot.Submission(command, variables)
     _give(record, first_after, launcher.chain, place)
     print(f"submitted {', '.join(record.jobs)}; follow with: moe-submit status {directory}")
@@ -212,9 +223,32 @@ def _give(record: snapshot.Submission, first_after: list[str], count: int, place
 
 
 def _overrides(run: Checked) -> list[str]:
-    """The words of the command line for `train.sbatch`, with the directory of this job."""
-    kept = [word for word in run.overrides if not word.startswith("run_dir=")]
-    return [*kept, f"run_dir={Path(run.cfg.run_dir).resolve()}"]
+    """The words of the command line for `train.sbatch`: paths absolute, references replaced by what they refer to."""
+    kept = [_for_job(word, run.cfg) for word in run.overrides if not word.startswith("run_dir=")]
+    return [*kept, text_override("run_dir", str(Path(run.cfg.run_dir).resolve()))]
+
+
+def _for_job(word: str, cfg: Config) -> str:
+    info = field_of(word)
+    if info is None:
+        return word
+    value = get(cfg, info.name)
+    if info.name == "data.blend":
+        entries = [entry.split(maxsplit=1) for entry in value]
+        return text_override(info.name, [f"{weight} {os.path.abspath(prefix)}" for weight, prefix in entries])
+    if not is_text(info) or value is None:
+        return word
+    if info.name in PATHS and value and (info.name, value) not in (("resume", "auto"), ("resume", "never")):
+        value = os.path.abspath(value)
+    return text_override(info.name, value)
+
+
+def _parseable(run_dir: str) -> None:
+    """The code of the job is found through PYTHONPATH, whose entries a colon separates; sbatch takes no line break."""
+    path = str(Path(run_dir).resolve())
+    if wrong := [name for char, name in {":": "a colon", "\n": "a line break"}.items() if char in path]:
+        raise ConfigError(f"run_dir={run_dir!r} has {wrong[0]} in its path, with which a batch job cannot start",
+                          "choose another run_dir")  # fmt: skip
 
 
 def _report(run: Checked) -> None:

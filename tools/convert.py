@@ -1,8 +1,9 @@
-"""`moe-convert`: checkpoints from Hugging Face to Megatron and back, in other precisions and file sizes.
+"""`moe-convert`: convert checkpoints from Hugging Face to Megatron and back, in other precisions and file sizes.
 
-    moe-convert SOURCE TARGET [convert.dtype=bf16] [convert.to=hf|megatron] [model=NAME]
-    moe-convert verify DIR
-    mpirun -n 4 moe-convert SOURCE TARGET
+    moe-convert SOURCE TARGET [convert.dtype=bf16] [convert.to=hf|megatron]
+    moe-convert runs/mine mine-hf                   the newest checkpoint
+    moe-convert verify DIR                          compare with its checksums
+    mpirun -n 4 moe-convert SOURCE TARGET           several processes
 
 It takes the overrides of `moe-train`; SOURCE and TARGET are short for convert.source= and convert.target=.
 """
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 _VERIFY = "verify"
 
+_COMMON = ("model", "convert.to", "convert.dtype", "convert.file_gb", "convert.optimizer", "convert.threads")
+
 
 def main() -> None:
     """Console script. Of several MPI ranks only the first speaks, and all end with its exit code."""
@@ -53,7 +56,7 @@ def main() -> None:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-convert-"))
         line = parse(words, [_VERIFY])
         argv = [*line.argv("convert.source", "convert.target"), f"run_dir={scratch}/run"]
-        sys.exit(hydra_entry(partial(run, line=line, team=team), argv=argv, runs=False, about=__doc__))
+        sys.exit(hydra_entry(partial(run, line=line, team=team), argv=argv, runs=False, about=__doc__, common=_COMMON))
 
 
 def run(cfg: Config, line: CommandLine, team: Team) -> None:

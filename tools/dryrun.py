@@ -1,6 +1,9 @@
-"""`moe-dryrun`: build every distinct rank of a layout with Megatron-Core on the meta device, and add up its parameters.
+"""`moe-dryrun`: build every distinct rank of a layout on the meta device, and add up its parameters.
 
-It takes the overrides of `moe-train`: `moe-dryrun model=deepseek_v3 parallel=deepseek_v3_h800`.
+    moe-dryrun model=deepseek_v3 parallel=deepseek_v3_h800
+    moe-dryrun model=mixtral_8x7b parallel.pp=4 parallel.ep=8
+
+It takes the overrides of `moe-train`.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ from moe_train.config.validate import validate
 from parallel.errors import MoeTrainError
 from parallel.layout import ParallelLayout
 
+_COMMON = ("model", "parallel", "precision", "model.mtp_num_layers", "parallel.pp", "parallel.ep")
+
 
 def main() -> None:
     """Console script. Exits with 1 if the ranks do not add up to the model."""
-    sys.exit(hydra_entry(run, argv=[*sys.argv[1:], "runtime=simulated"], about=__doc__))
+    sys.exit(hydra_entry(run, argv=[*sys.argv[1:], "runtime=simulated"], about=__doc__, common=_COMMON))
 
 
 def run(cfg: Config) -> None:

@@ -1,4 +1,4 @@
-"""`moe-inspect`: what a checkpoint holds, and where two checkpoints differ. Either may be Hugging Face or Megatron.
+"""`moe-inspect`: what a checkpoint holds, and where two checkpoints differ, in Hugging Face or Megatron format.
 
     moe-inspect DIR
     moe-inspect --diff A B [inspect.rows=20]
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _DIFF = "--diff"
 
+_COMMON = ("inspect.rows", "inspect.threads")
+
 
 def main() -> None:
     """Console script."""
@@ -40,7 +42,9 @@ def main() -> None:
     equal: list[bool] = []
     compared = _DIFF in line.flags
     argv = line.argv("inspect.path", "inspect.other")
-    code = hydra_entry(lambda cfg: equal.append(run(cfg, compared)), argv=argv, about=__doc__)
+    code = hydra_entry(
+        lambda cfg: equal.append(run(cfg, compared)), argv=argv, about=__doc__, common=_COMMON, flags=[_DIFF]
+    )
     sys.exit(code or int(not all(equal)))
 
 

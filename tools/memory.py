@@ -1,8 +1,11 @@
-"""`moe-memory`: what one rank of each pipeline stage holds, from the configuration alone, without torch.
+"""`moe-memory`: what one rank of each pipeline stage holds, from the configuration alone.
 
-It takes the overrides of `moe-train`: `moe-memory model=deepseek_v3 parallel=deepseek_v3_h800 recompute=deepseek_v3`.
-Where they say nothing else it looks at GPUs with Transformer Engine (runtime=cuda) and, without an experiment, at
-sequences of 4,096 tokens in DeepSeek-V3's global batch (train.seq_length=4096 batch=large).
+    moe-memory model=deepseek_v3 parallel=deepseek_v3_h800 recompute=deepseek_v3
+    moe-memory model=qwen3_30b_a3b parallel.ep=8 precision=bf16 cluster=h100
+
+It takes the overrides of `moe-train`. Where they say nothing else it looks at GPUs with Transformer Engine
+(runtime=cuda) and, without an experiment, at sequences of 4,096 tokens in DeepSeek-V3's global batch
+(train.seq_length=4096 batch=large).
 """
 
 from __future__ import annotations
@@ -36,10 +39,15 @@ PARTS = {
     "total": "total",
 }
 
+_COMMON = ("model", "parallel", "precision", "recompute", "cluster", "experiment", "train.seq_length",
+          "batch.micro_batch_size", "parallel.tp", "parallel.pp", "parallel.ep", "parallel.dp")  # fmt: skip
+
 
 def main() -> None:
     """Console script."""
-    sys.exit(hydra_entry(run, argv=with_defaults(sys.argv[1:]), trains=False, runs=False, about=__doc__))
+    sys.exit(
+        hydra_entry(run, argv=with_defaults(sys.argv[1:]), trains=False, runs=False, about=__doc__, common=_COMMON)
+    )
 
 
 def with_defaults(words: Sequence[str]) -> list[str]:

@@ -1,13 +1,14 @@
-"""`moe-plan`: what a run needs before it is rented: layout, memory, step time, days, dollars, energy. No torch.
+"""`moe-plan`: what a run needs before it is rented: layout, memory, step time, days, dollars, energy.
 
-    moe-plan model=NAME cluster=NAME gpus=N tokens=14.8T [top=10] [output=DIR] [write=FILE]
-    moe-plan model=NAME cluster=NAME parallel=NAME search=false ...      one layout, as it is
-    moe-plan validate runs=FILE.csv [models=DIR] [results=FILE.json]     against published runs
+    moe-plan model=deepseek_v3 cluster=h800 gpus=2048 tokens=14.8T
+    moe-plan model=NAME cluster=NAME gpus=N top=20 output=DIR write=FILE
+    moe-plan model=NAME cluster=NAME parallel=NAME search=false   one layout
+    moe-plan validate runs=FILE.csv [models=DIR] [results=FILE.json]
 
-It takes the overrides of `moe-train`; gpus, top, output, write, search, runs, models and results are short for plan.*,
-tokens for train.tokens. Where the command line says nothing else it looks at GPUs with Transformer Engine
-(runtime=cuda), BF16, and without an experiment at sequences of 4,096 tokens in DeepSeek-V3's global batch
-(train.seq_length=4096 batch=large).
+`validate` compares with published runs. It takes the overrides of `moe-train`; gpus, top, output, write, search, runs,
+models and results are short for plan.*, tokens for train.tokens. Where the command line says nothing else it looks at
+GPUs with Transformer Engine (runtime=cuda), BF16, and without an experiment at sequences of 4,096 tokens in
+DeepSeek-V3's global batch (train.seq_length=4096 batch=large).
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ SHORT = {
 }  # fmt: skip
 COUNTED = ("plan.gpus", "train.tokens")
 
+_COMMON = ("model", "cluster", "precision", "experiment", "plan.gpus", "train.tokens", "train.seq_length",
+          "batch.global_batch_size", "plan.search", "plan.top", "plan.output", "plan.write")  # fmt: skip
+
 
 def main() -> None:
     """Console script. Exits with 0, or with 2 where the configuration is wrong or nothing fits."""
@@ -42,7 +46,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     work = run_validation if line.command else run
-    sys.exit(hydra_entry(work, argv=overrides, trains=False, runs=False, about=__doc__))
+    sys.exit(hydra_entry(work, argv=overrides, trains=False, runs=False, about=__doc__, common=_COMMON))
 
 
 def translated(words: Sequence[str]) -> list[str]:

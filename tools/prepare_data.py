@@ -1,6 +1,10 @@
-"""`moe-data`: make the tokenised dataset of a config before training, on one machine.
+"""`moe-data`: make the tokenised dataset of a configuration before training, on one machine.
 
-It takes the overrides of `moe-train`: `moe-data data=text data.path=corpus/ data.dir=data/corpus`.
+    moe-data data=text data.path=corpus/ data.dir=data/mine
+    moe-data data=text 'data.path=corpus/*.jsonl' data.dir=data/mine \\
+        data.tokenizer=/models/tokenizer.json
+
+It takes the overrides of `moe-train`, which reads the same data.dir.
 """
 
 from __future__ import annotations
@@ -14,10 +18,13 @@ from moe_train.config.compose import hydra_entry
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError
 
+_COMMON = ("data", "data.path", "data.dir", "data.text_key", "data.tokenizer", "data.tokenizer_vocab_size",
+          "data.append_eod", "data.prepare_workers")  # fmt: skip
+
 
 def main() -> None:
     """Console script."""
-    sys.exit(hydra_entry(run, about=__doc__))
+    sys.exit(hydra_entry(run, about=__doc__, common=_COMMON))
 
 
 def run(cfg: Config) -> None:

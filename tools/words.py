@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-# Hydra's options that take the next word (hydra/_internal/utils.py, get_args_parser).
-_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
-               "--experimental-rerun"}  # fmt: skip
+from moe_train.config.command_line import WITH_VALUE, literal
+from moe_train.config.walk import all_fields, group_names
 
 
 @dataclass
@@ -29,15 +28,15 @@ class CommandLine:
 
         Options come first, since argparse takes no more positional words after an option that stands behind some.
         """
-        given = [f"{name}={_quoted(path)}" for name, path in zip(fields, self.paths, strict=False)]
+        given = [f"{name}={literal(path)}" for name, path in zip(fields, self.paths, strict=False)]
         options, last = self.options, []
-        if options and options[-1] in _WITH_VALUE:  # without it: argparse must not take the next word
+        if options and options[-1] in WITH_VALUE:  # without it: argparse must not take the next word
             options, last = options[:-1], options[-1:]
         return [*options, *given, *self.overrides, *self.paths[len(fields) :], *last]
 
 
 def parse(words: Sequence[str], commands: Collection[str] = (), flags: Collection[str] = ()) -> CommandLine:
-    """Sort the words. One with `=` is an override: a path that has it is given as its field, quoted."""
+    """Sort the words into options, overrides and paths; `_is_override` tells the last two apart."""
     line = CommandLine()
     takes_value = False
     for word in words:
@@ -48,8 +47,8 @@ def parse(words: Sequence[str], commands: Collection[str] = (), flags: Collectio
             line.flags.add(word)
         elif word.startswith("-"):
             line.options.append(word)
-            takes_value = word in _WITH_VALUE
-        elif word.startswith(("~", "+")) or "=" in word:
+            takes_value = word in WITH_VALUE
+        elif _is_override(word):
             line.overrides.append(word)
         elif word in commands and line.command is None and not line.paths:
             line.command = word
@@ -58,7 +57,12 @@ def parse(words: Sequence[str], commands: Collection[str] = (), flags: Collectio
     return line
 
 
-def _quoted(path: str) -> str:
-    """The path as a string of Hydra's grammar, where backslashes count only before a quote and ${} is a reference."""
-    text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), path)
-    return "'" + text.replace("${", r"\${") + "'"
+def _is_override(word: str) -> bool:
+    """Whether a word is an override. One with `=`, or that begins with ~ or +, is a path where it has a slash before
+    the `=`, or where a file of that name exists and no field does."""
+    key = word.partition("=")[0].lstrip("+~")
+    if "=" not in word and not word.startswith(("+", "~")):
+        return False
+    if key in all_fields() or key in group_names() or key.split("/")[0].split(".")[0] in ("hydra", "experiment"):
+        return True
+    return "/" not in key and not os.path.lexists(word)

@@ -16,6 +16,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,8 +27,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 
-from moe_train.config import store
-from moe_train.config.explain import CONF_DIR, explain, one_line, refuse_lost_groups, unknown_field
+from moe_train.config import help, store
+from moe_train.config.command_line import escaped, for_hydra, sorted_words
+from moe_train.config.explain import CONF_DIR, explain, one_line, refuse_lost_groups, unknown_field, unknown_option
 from moe_train.config.schema import Config
 from moe_train.config.validate import validate
 from moe_train.config.walk import all_fields, group_names
@@ -36,8 +38,6 @@ from parallel.suggest import override_value
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra then raises its errors instead of printing them in its own way
 _INTERRUPTED = 130
-_MORE_HELP = """\
-moe-train --help lists the groups of the configuration and Hydra's options, docs/configuration.md every field."""
 Revise = Callable[[Config, Sequence[str], Callable[[Sequence[str]], Config]], Config]
 """Makes another config of one, the overrides that led to it, and a function that composes others."""
 # For the callback, which Hydra makes without arguments of ours.
@@ -56,7 +56,7 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> Config
     try:
         refuse_lost_groups(overrides)
         with hydra.initialize_config_dir(str(CONF_DIR), job_name="moe-train", version_base="1.3"):
-            return to_config(hydra.compose(config_name, overrides=list(overrides)))
+            return to_config(hydra.compose(config_name, overrides=for_hydra(overrides)))
     except Exception as error:
         raise explain(error, overrides) or error from error
 
@@ -92,7 +92,7 @@ def from_yaml(path: str | Path) -> Config:
         ConfigError: the file is missing, is not YAML, or does not fit the schema.
     """
     try:
-        loaded = OmegaConf.load(path)
+        loaded = _literal(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
         return to_config(cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), loaded)))
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist", "name the config.yaml of a run directory") from error
@@ -101,6 +101,15 @@ def from_yaml(path: str | Path) -> Config:
         raise ConfigError(
             f"{path}: {cause.cause if cause else one_line(error)}", cause.remedy if cause else ""
         ) from error
+
+
+def _literal(node: Any) -> Any:
+    """The values of a resolved config, in which `${` is text and not a reference."""
+    if isinstance(node, dict):
+        return {key: _literal(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_literal(value) for value in node]
+    return escaped(node) if isinstance(node, str) else node
 
 
 class _Stop(SystemExit):
@@ -153,6 +162,8 @@ def _make_run_dir(name: str) -> None:
     remedy = f"use run_dir={Config().run_dir}"
     if not name.strip():
         raise ConfigError(f"run_dir={override_value(name)} names no directory", remedy)
+    if "${" in name:
+        raise ConfigError(f"run_dir={name} has ${{ in its name, which Hydra takes for a reference", remedy)
     try:
         Path(name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -171,6 +182,8 @@ def hydra_entry(
     runs: bool = True,
     about: str | None = None,
     revise: Revise | None = None,
+    common: Sequence[str] = (),
+    flags: Sequence[str] = (),
 ) -> int:
     """Run `fn` on the config of the command line, once, or once for each job of a sweep (-m). Returns the exit code.
 
@@ -185,29 +198,36 @@ def hydra_entry(
             the config is composed once and Hydra makes no job of it, which saves a fifth of a second.
         about: what --help prints, in the place of Hydra's page.
         revise: makes the config that is validated and run of the composed one, for each job.
+        common: the groups and fields that --help explains.
+        flags: options of the command itself, which it has taken from `argv`, to suggest one that is misspelled.
     """
     before, before_revise = _TRAINS.set(trains), _REVISE.set(revise)
     if sys.stdout is None:  # closed by whoever started it: what is printed goes nowhere
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
-        return _run(fn, config_name, argv, runs, about)
+        return _run(fn, config_name, argv, runs, partial(help.page, about, common) if about else None, flags)
     finally:
         _TRAINS.reset(before)
         _REVISE.reset(before_revise)
 
 
 def _run(
-    fn: Callable[[Config], None], config_name: str, argv: Sequence[str] | None, runs: bool, about: str | None
-) -> int:  # fmt: skip
+    fn: Callable[[Config], None],
+    config_name: str,
+    argv: Sequence[str] | None,
+    runs: bool,
+    page: Callable[[], str] | None,
+    flags: Sequence[str],
+) -> int:
     options = [
         "verbose=true" if word in ("-v", "--verbose") else word for word in (sys.argv[1:] if argv is None else argv)
     ]
-    entry = _Entry(fn, [word for word in options if not word.startswith("-")])
+    entry = _Entry(fn, [word for word, is_override in sorted_words(options) if is_override])
     try:
-        if about and {"-h", "--help"} & set(options):
-            print(f"{about.strip()}\n\n{_MORE_HELP}", flush=True)
+        if page and {"-h", "--help"} & set(options):
+            print(page(), flush=True)
             return 0
-        with _one_line_usage():
+        with _one_line_usage(options, flags):
             get_args_parser().parse_args(options)
         refuse_lost_groups(entry.overrides)
         if not runs and options == entry.overrides:
@@ -216,7 +236,7 @@ def _run(
         with contextlib.ExitStack() as stack:
             if not runs and {"-m", "--multirun"} & set(options):  # a sweep has a directory, where nothing is to stay
                 options += [f"run_dir={stack.enter_context(tempfile.TemporaryDirectory(prefix='moe-'))}/run"]
-            stack.enter_context(_replaced_argv(options))
+            stack.enter_context(_replaced_argv(for_hydra(options)))
             stack.enter_context(_environment(_FULL_ERROR, "1"))
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(entry.job)()
     except _Stop as stop:
@@ -313,7 +333,7 @@ def _remove_empty(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _one_line_usage() -> Iterator[None]:
+def _one_line_usage(options: Sequence[str], flags: Sequence[str]) -> Iterator[None]:
     """argparse prints its usage, many lines long, before an error: keep the error."""
     captured = io.StringIO()
     try:
@@ -323,9 +343,10 @@ def _one_line_usage() -> Iterator[None]:
         if not end.code:
             raise
         message = captured.getvalue().strip().splitlines()[-1].partition("error: ")[2]
-        raise ConfigError(
-            f"command line: {message}", "use KEY=VALUE overrides and the options of moe-train --help"
-        ) from None
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if message != unknown:
+            raise unknown_option(unknown.split()[0], options, flags) from None
+        raise ConfigError(f"command line: {message}", "use KEY=VALUE overrides and the options of --help") from None
 
 
 @contextlib.contextmanager

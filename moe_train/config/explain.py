@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,17 +15,23 @@ from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
     ConfigTypeError,
+    GrammarParseError,
     InterpolationKeyError,
     OmegaConfBaseException,
 )
 
+from moe_train.config.aliases import ABSENT, FIELDS
+from moe_train.config.command_line import field_of, is_list, is_text, plain
 from moe_train.config.schema import Config
-from moe_train.config.validate import validate
-from moe_train.config.walk import all_fields, get, group_names, with_values
+from moe_train.config.walk import all_fields, get, group_names
 from parallel.errors import ConfigError, MoeTrainError
 from parallel.suggest import override_value
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+_HYDRA_OPTIONS = (
+    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info",
+    "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--shell-completion", "--verbose",
+)  # fmt: skip
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
@@ -37,8 +42,10 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> MoeTrainError | 
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"cannot read the override {error.override!r}", "use KEY=VALUE, such as train.steps=100")
+        return _unreadable(error.override, overrides)
     inner = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
+    if isinstance(inner, GrammarParseError) or isinstance(error, GrammarParseError):
+        return _broken_reference(str(error), overrides)
     if isinstance(inner, OmegaConfBaseException):
         return _omegaconf(inner, str(error), overrides)
     if str(error).startswith("Ambiguous value for argument"):
@@ -62,6 +69,8 @@ def one_line(error: object) -> str:
 def unknown_field(name: str, value: str | None = None) -> ConfigError:
     """An error for a field that does not exist, with the fields that may have been meant."""
     shown = "VALUE" if value is None else value
+    if remedy := ABSENT.get(_leaf(name)):
+        return ConfigError(f"{name} is not a field of the configuration", remedy)
     near = [near for near in similar_fields(name) if near in all_fields() or value in (None, *group_options(near))]
     remedy = " or ".join(f"{field}={shown}" for field in near)
     return ConfigError(
@@ -73,6 +82,8 @@ def unknown_field(name: str, value: str | None = None) -> ConfigError:
 def similar_fields(name: str) -> list[str]:
     """Up to three existing names like `name`, best first: same last part, then similar spelling."""
     known = [*all_fields(), *(group for group in group_names() if group_options(group))]
+    if alias := FIELDS.get(_leaf(name)):
+        return [alias]
     group, _, leaf = name.rpartition(".")
     same_leaf = [full for full in known if full.rpartition(".")[2] == leaf]
     if group in group_names():  # what the group shares with each of its fields, its own name, says nothing
@@ -85,10 +96,69 @@ def similar_fields(name: str) -> list[str]:
     return list(dict.fromkeys([*same_leaf, *spelling, *near_leaf]))[:3]
 
 
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2].lower().replace("-", "_")
+
+
+def unknown_option(option: str, words: Sequence[str] = (), flags: Sequence[str] = ()) -> ConfigError:
+    """An error for an option such as --partition=gpu or --lr 1e-3 that a command does not have.
+
+    Args:
+        words: the command line, whose next word may be the value.
+        flags: options of the command itself.
+    """
+    name, equals, value = option.partition("=")
+    cause = f"command line: there is no option {name}"
+    if near := difflib.get_close_matches(name, flags, n=1, cutoff=0.7):
+        return ConfigError(cause, f"use {near[0]}")
+    if name in ("--dryrun", "--dry-run", "--dry_run"):
+        return ConfigError(
+            cause, "use moe-submit --dry-run to see what a job needs, or --cfg job for the configuration"
+        )
+    fields = similar_fields(name.lstrip("-").replace("-", "_")) if name.startswith("--") else []
+    if near := difflib.get_close_matches(name, _HYDRA_OPTIONS, n=1, cutoff=0.8):
+        return ConfigError(cause, f"use {near[0]}")
+    if fields:
+        after = words[words.index(option) + 1 :][:1] if option in words and not equals else []
+        following = after[0] if after and "=" not in after[0] and not after[0].startswith("-") else "VALUE"
+        return ConfigError(cause, f"use {fields[0]}={value if equals else following}")
+    return ConfigError(cause, "use KEY=VALUE overrides and the options of --help")
+
+
 def group_options(group: str) -> list[str]:
     """Names of the YAML files of a group, such as tiny, deepseek_v3, ... for `model`."""
     folder = CONF_DIR / group
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def _unreadable(override: str, overrides: Sequence[str]) -> ConfigError:
+    """An override that Hydra's grammar does not accept."""
+    key = override.partition("=")[0]
+    name = key.lstrip("+~")
+    given = next((word for word in reversed(overrides) if word.partition("=")[0] == key), override)
+    value = given.partition("=")[2]
+    if "=" not in override or not re.fullmatch(r"[\w./@-]+", name):
+        return ConfigError(f"cannot read the override {given!r}", "use KEY=VALUE, such as train.steps=100")
+    if name in all_fields():
+        info = all_fields()[name]
+        what = f"one of {', '.join(info.choices)}" if info.choices else _type_name(info.type)
+        return ConfigError(f"{given} is not {what}", f"use {_works(name)}")
+    if name in group_names() or name == "experiment":
+        return ConfigError(f"{given} is not the name of one option of {name}", f"use {_works(name)}")
+    if name.startswith("hydra"):
+        return ConfigError(f"cannot read the override {given!r}", f"quote its value: \"{key}='...'\"")
+    return unknown_field(name, value)
+
+
+def _broken_reference(message: str, overrides: Sequence[str]) -> ConfigError:
+    """`${` in a value that is not followed by a name and `}`."""
+    for word in overrides:
+        info = field_of(word)
+        if info is not None and is_text(info) and "${" in word:
+            return ConfigError(f"{word} has a reference that cannot be read", "write \\${ where ${ is text")
+    return ConfigError(
+        f"a reference cannot be read: {one_line(message)}", "write ${NAME} with the full name of a field"
+    )
 
 
 def _missing_option(error: MissingConfigException) -> ConfigError:
@@ -131,27 +201,13 @@ def _ambiguous(message: str) -> ConfigError:
     name, _, value = (match.group(1) if match else message).partition("=")
     name = name.lstrip("+~")
     first = value.split(",")[0]
-    if name in all_fields() and _is_list(all_fields()[name].type):
+    if name in all_fields() and plain(all_fields()[name].type) is int and re.fullmatch(r"\d{1,3}(,\d{3})+", value):
+        return ConfigError(f"{name}={value} has several values", f"use {name}={value.replace(',', '')}")
+    if name in all_fields() and is_list(all_fields()[name].type):
         remedy = f"use {name}=[{value}]"
-    elif name in all_fields() and _plain(all_fields()[name].type) is str and not all_fields()[name].choices:
-        text = _text_that_works(name, value)
-        remedy = f'use "{name}={override_value(text)}"'
-        remedy += " for one value with commas, or -m to run each" if text == value else ""
     else:
         remedy = f"use {name}={first}, or -m to run each"
     return ConfigError(f"{name}={value} has several values", remedy)
-
-
-def _text_that_works(name: str, value: str) -> str:
-    """`value`, or the default of the field where that is a string too and `value` cannot work."""
-    default = get(Config(), name)
-    if not isinstance(default, str):
-        return value
-    try:
-        validate(with_values(Config(), {name: value}))
-    except ConfigError:
-        return default
-    return value
 
 
 def refuse_lost_groups(overrides: Sequence[str]) -> None:
@@ -198,25 +254,14 @@ def _works(name: str, given: str | None = None) -> str:
         number = max(round(float(given or "")), round(info.minimum or 0))
     except (ValueError, OverflowError):
         number = None
-    if number is not None and _plain(info.type) is int:
+    if number is not None and plain(info.type) is int:
         return f"{name}={number}"
     return f"{name}={override_value(get(Config(), name))}"
 
 
-def _plain(kind: Any) -> Any:
-    """`int` of `int | None`."""
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        return next(arg for arg in typing.get_args(kind) if arg is not type(None))
-    return kind
-
-
-def _is_list(kind: Any) -> bool:
-    return typing.get_origin(_plain(kind)) is list
-
-
 def _type_name(kind: Any) -> str:
-    plain = _plain(kind)
-    if _is_list(kind):
-        return f"a list such as [{'0.1,0.2' if typing.get_args(plain)[0] is float else 'a,b'}]"
-    text = _TYPE_NAMES.get(plain, str(plain))
-    return text if plain is kind else f"{text} or null"
+    inner = plain(kind)
+    if is_list(kind):
+        return f"a list such as [{'0.1,0.2' if typing.get_args(inner)[0] is float else 'a,b'}]"
+    text = _TYPE_NAMES.get(inner, str(inner))
+    return text if inner is kind else f"{text} or null"

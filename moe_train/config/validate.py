@@ -7,6 +7,7 @@ configuration passes.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from moe_train.config.rules import checkpoint as checkpoint_rules
@@ -29,6 +30,7 @@ _RULES = (
     *checkpoint_rules.RULES, *resilience_rules.RULES, *unused_rules.RULES,
 )  # fmt: skip
 _MOST_TRIALS = 64
+_DEEPEST, _WIDEST, _MOST_COMBINED = 5, 12, 400  # fields of a combined fix; fixes of each; checks in all
 
 
 def validate(cfg: Config, world_size: int | None = None, *, trains: bool = True) -> ParallelLayout:
@@ -101,15 +103,54 @@ def check_value(info: FieldInfo, value: Any) -> None:
 
 
 def _working(cfg: Config, world_size: int | None, trains: bool, fixes: list[Fix], stage: int) -> list[Fix]:
-    """The first two fixes with which everything passes; failing that, those that get past this problem."""
+    """The first two fixes with which everything passes; failing that, one that also fixes what it then fails on;
+    failing that, those that get past this problem."""
     passing: list[Fix] = []
-    further: list[Fix] = []
+    failing: list[_Attempt] = []
     for fix in fixes[:_MOST_TRIALS]:
         problem, reached, _ = _check(with_values(cfg, fix), world_size, trains)
         if problem is None:
             passing.append(fix)
-        elif reached > stage:
-            further.append(fix)
+        else:
+            failing.append(_Attempt(fix, problem, reached))
         if len(passing) == 2:
             break
-    return passing or further[:2] or fixes[:2]
+    if passing:
+        return passing
+    if combined := _combined(cfg, world_size, trains, failing):
+        return [combined]
+    return [attempt.fix for attempt in failing if attempt.reached > stage][:2] or fixes[:2]
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A fix that does not suffice: the problem that is left with it, and how far the checks came."""
+
+    fix: Fix
+    problem: Impossible
+    reached: int
+
+
+def _combined(cfg: Config, world_size: int | None, trains: bool, failing: list[_Attempt]) -> Fix | None:
+    """The smallest set of values with which everything passes, found by fixing what is left after each attempt.
+
+    A value once chosen is kept, so that two rules cannot undo each other's remedies.
+    """
+    level, trials = failing, 0
+    for _ in range(_DEEPEST - 1):
+        deeper: list[_Attempt] = []
+        # Those that get furthest are closest to passing; the order of a rule's fixes decides between equals.
+        for attempt in sorted(level, key=lambda attempt: -attempt.reached)[:_WIDEST]:
+            for fix in attempt.problem.fixes[:_WIDEST]:
+                if fix.keys() & attempt.fix.keys():
+                    continue
+                both = attempt.fix | fix
+                problem, reached, _ = _check(with_values(cfg, both), world_size, trains)
+                trials += 1
+                if problem is None:
+                    return both
+                deeper.append(_Attempt(both, problem, reached))
+                if trials == _MOST_COMBINED:
+                    return None
+        level = deeper
+    return None

@@ -1,32 +1,68 @@
-"""`--help` of every tool is about the tool, not about the framework that composes its configuration."""
+"""`--help` of every command: what it is for, the common overrides with their meaning, within a second."""
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tools import convert, dryrun, inspect, memory, plan, prepare_data
-
-TOOLS = {"moe-plan": plan, "moe-memory": memory, "moe-convert": convert, "moe-inspect": inspect,
-         "moe-data": prepare_data, "moe-dryrun": dryrun}  # fmt: skip
+COMMANDS = {
+    "moe-train": "launch.main", "moe-submit": "launch.submit", "moe-preflight": "launch.preflight",
+    "moe-plan": "tools.plan", "moe-memory": "tools.memory", "moe-convert": "tools.convert",
+    "moe-inspect": "tools.inspect", "moe-data": "tools.prepare_data", "moe-dryrun": "tools.dryrun",
+}  # fmt: skip
+# A field that the page of a command must explain, with words of its doc in the schema.
+EXPLAINED = {
+    "moe-train": ("train.tokens=null", "Training tokens"), "moe-submit": ("launcher.nodes=null", "Nodes of the job"),
+    "moe-preflight": ("launcher.slow_ratio=1.5", "times the median"),
+    "moe-plan": ("plan.gpus=null", "GPUs to plan for"),
+    "moe-memory": ("parallel.pp=1", "Pipeline-parallel degree"), "moe-convert": ("convert.dtype=null", "bf16 for FP8"),
+    "moe-inspect": ("inspect.rows=20", "Differing tensors"), "moe-data": ("data.text_key=text", "holds the text"),
+    "moe-dryrun": ("model.mtp_num_layers=0", "prediction"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
-@pytest.mark.parametrize("command", TOOLS)
-def test_help_says_what_the_command_is_for(
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_the_command(
     command: str, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [command, "model=tiny", option])
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
-        TOOLS[command].main()
+        importlib.import_module(COMMANDS[command]).main()
     assert end.value.code == 0
     said = capsys.readouterr()
     assert said.out.startswith(f"`{command}`: ")
+    assert f"\n    {command} " in said.out, "an example"
     assert "docs/configuration.md" in said.out
+    field, meaning = EXPLAINED[command]
+    assert f"\n  {field}" in said.out
+    assert meaning in " ".join(said.out.split())
+    assert max(map(len, said.out.splitlines())) <= 80
+    assert len(said.out.splitlines()) < 80
     assert said.err == ""
+
+
+@pytest.mark.parametrize("command", ["moe-train", "moe-preflight", "moe-plan"])
+def test_help_imports_nothing_slow(command: str) -> None:
+    """It takes a second of wall time on an idle machine: half a second of processor time, without torch."""
+    program = (
+        f"import sys, time; sys.argv = [{command!r}, '--help']\n"
+        f"import importlib; main = importlib.import_module({COMMANDS[command]!r}).main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+        "print(time.process_time(), file=sys.stderr)"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stderr) < 1.0, f"{time.monotonic() - started:.1f} s of wall time"
 
 
 def test_help_for_a_full_disk_is_one_line() -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 
+from moe_train.config.numbers import as_integer
 from parallel.errors import ConfigError
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 FIELDS = ("tokens", "seq", "batch", "steps", "cp", "gpu_hours", "failures")
 
 
@@ -32,24 +30,21 @@ class Stage:
         return self.seq is None and self.batch is None and self.cp is None
 
 
-def count(text: str, field: str = "") -> int:
-    """A number such as 14.8T, 1_000 or 4e9, of a field.
+def count(text: str, field: str = "", thousand: int = 1000) -> int:
+    """A number such as 14.8T, 1_000 or 4e9, of a field; `thousand` is what k multiplies by.
 
     Raises:
         ConfigError: it is none.
     """
-    found = re.fullmatch(r"([0-9_.]+(?:e[+-]?\d+)?)([kmbt]?)", text.strip().lower())
     try:
-        if not found:
-            raise ValueError
-        number = Decimal(found[1].replace("_", "")) * UNITS[found[2]]
-        if number % 1:
-            raise ValueError
-        return int(number)
-    except (ValueError, ArithmeticError):
+        number = as_integer(text, thousand)
+    except ValueError:
+        number = -1
+    if number < 0:
         raise ConfigError(
             f"{field}{'=' if field else ''}{text!r} is no whole number above 0", "write it as 14.8T, 500B, 2048 or 4e9"
-        ) from None
+        )
+    return number
 
 
 def parse(recipe: Sequence[str], tokens: int | None) -> list[Stage]:
@@ -78,7 +73,7 @@ def _stage(entry: str) -> Stage:
                 f"plan.recipe: {word} of '{entry}' is not one of {', '.join(FIELDS)}", "write NAME tokens=14.8T"
             )
         else:
-            values[name] = count(value, f"plan.recipe: {name}")
+            values[name] = count(value, f"plan.recipe: {name}", 1024 if name == "seq" else 1000)
     if zero := [name for name in ("seq", "batch", "cp", "steps") if values.get(name) == 0]:
         raise ConfigError(f"plan.recipe: {zero[0]}=0 of '{entry}'", "leave it out, or make it at least 1")
     if len(sizes := [name for name in ("tokens", "steps", "gpu_hours") if name in values]) != 1:

@@ -6,16 +6,19 @@ import os
 import re
 
 from moe_train.config.rules.facts import Facts, Rule
-from parallel.suggest import Impossible, fixes_of, override_value
+from parallel.suggest import Fix, Impossible, fixes_of, override_value
 
 
 def run_length(facts: Facts) -> None:
     """Either steps or tokens, and a warm-up that ends before the decay does."""
     train, schedule = facts.cfg.train, facts.cfg.schedule
     if train.steps is not None and train.tokens is not None:
+        by_steps: Fix = {"train.tokens": None}
+        if schedule.decay_steps is None and schedule.warmup_steps > train.steps:
+            by_steps["schedule.warmup_steps"] = train.steps // 10
         raise Impossible(
             f"train.steps={train.steps} and train.tokens={train.tokens} both say how long the run is",
-            [{"train.steps": None}, {"train.tokens": None}],
+            [by_steps, {"train.steps": None}],
         )
     end = facts.total_steps if schedule.decay_steps is None else schedule.decay_steps
     if facts.trains and schedule.warmup_steps > end:
@@ -80,7 +83,12 @@ def data_split(facts: Facts) -> None:
     if abs(sum(shares) - 100) > 1e-6:
         sums = " + ".join(f"{share:g}" for share in shares)
         rest = 100 - shares[1] - shares[2]
-        fitting = [{"data.split": f"{rest:g},{shares[1]:g},{shares[2]:g}"}] if rest > 0 else []
+        fitting = []
+        if 0 < sum(shares) < float("inf") and shares[0]:  # in proportion, as Megatron-LM's --split is read
+            train, valid = (round(100 * share / sum(shares), 4) for share in shares[:2])
+            fitting.append({"data.split": f"{train:g},{valid:g},{round(100 - train - valid, 4):g}"})
+        if rest > 0 and shares[0] <= 100:
+            fitting.append({"data.split": f"{rest:g},{shares[1]:g},{shares[2]:g}"})
         raise Impossible(f"data.split={text} does not make 100: {sums} = {sum(shares):g}", [*fitting, *usual])
     if shares[0] == 0:
         raise Impossible(f"data.split={text} leaves nothing to train on", usual)
@@ -144,7 +152,15 @@ def where_to_start(facts: Facts) -> None:
     """What a run starts from exists and is one thing."""
     cfg = facts.cfg
     if cfg.init_from is not None and not os.path.exists(cfg.init_from):
-        raise Impossible(f"init_from={override_value(cfg.init_from)} does not exist", [{"init_from": None}])
+        shown = override_value(cfg.init_from)
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.init_from):
+            folder = cfg.init_from.rpartition("/")[2]
+            raise Impossible(
+                f"init_from={shown} does not exist on this machine, and weights are not downloaded",
+                otherwise=f"first `hf download {cfg.init_from} --local-dir {folder}`, then init_from={folder}",
+            )
+        raise Impossible(f"init_from={shown} does not exist", [],
+                         "name the directory of a checkpoint, or init_from=null for random weights")  # fmt: skip
     if cfg.resume in ("auto", "never"):
         return
     if not os.path.exists(cfg.resume):

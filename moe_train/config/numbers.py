@@ -1,0 +1,30 @@
+"""How integers may be written in every command: 2T, 14.8T, 100B, 8k, 2e12, 1_000. No torch import."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal, InvalidOperation
+
+SEQUENCE_FIELDS = ("train.seq_length", "model.max_position_embeddings", "model.yarn_original_max_position")
+"""Fields in which k is 1,024, as in "a context of 8k": lengths of sequences. Elsewhere it is 1,000."""
+
+_UNITS = ("", "k", "m", "b", "t")
+_NUMBER = re.compile(r"([+-]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?)([kmbt]?)", re.IGNORECASE)
+
+
+def as_integer(text: str, thousand: int = 1000) -> int:
+    """The integer that `text` means; `thousand` is what k multiplies by.
+
+    Raises:
+        ValueError: it is not a number, or not a whole one.
+    """
+    found = _NUMBER.fullmatch(text.strip())
+    if not found:
+        raise ValueError(f"{text!r} is not a number")
+    try:
+        value = Decimal(found[1].replace("_", "")) * thousand ** _UNITS.index(found[2].lower())
+    except InvalidOperation:
+        raise ValueError(f"{text!r} is not a number") from None
+    if value != int(value):
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(value)

@@ -1,0 +1,26 @@
+"""Notices of libraries that are kept off the terminal, and those that are not."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from launch import quiet
+
+
+@pytest.mark.parametrize(
+    ("logger", "notice"),
+    [
+        ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes"),
+        ("torch.utils.cpp_extension", "No CUDA runtime is found, using CUDA_HOME='%s'"),
+    ],
+)
+def test_exactly_the_notice_is_dropped(logger: str, notice: str, caplog: pytest.LogCaptureFixture) -> None:
+    quiet.silence()
+    quiet.silence()
+    log = logging.getLogger(logger)
+    log.warning(notice, *["/usr/local/cuda"] * notice.count("%s"))
+    log.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
+    assert len(log.filters) == 1
