@@ -32,8 +32,8 @@ COMMON = (
 
 
 def main(entry: str | None = None, about: str | None = __doc__, common: Sequence[str] = COMMON) -> NoReturn:
-    """Console script, with arguments as of `run`. Exits with the codes of docs/slurm.md: 0 when done, 2 where the user's
-    input is wrong, ..."""
+    """Console script, with the arguments of `run`. Exits with the codes of docs/slurm.md: 0 when done, 2 where the
+    user's input is wrong, ..."""
     signals.leave(run(entry, about, common))
 
 
@@ -45,7 +45,9 @@ def run(entry: str | None = None, about: str | None = __doc__, common: Sequence[
     if {"-h", "--help"} & set(sys.argv[1:]):
         from moe_train.config import compose
 
-        return compose.hydra_entry(train_here, about=about, common=common) if rendezvous.speaks() else 0
+        if not rendezvous.speaks():
+            return 0
+        return compose.hydra_entry(train_here, trains=False, about=about, common=common)
     from launch import failures
 
     try:

@@ -37,12 +37,12 @@ def test_a_path_is_taken_as_the_shell_passes_it(name: str) -> None:
 def test_any_text_survives_quoting() -> None:
     rng = random.Random(0)
     pieces = [*"ab/=,[]{}()'\"\\$ :;~+-@#%*?!&|<>.0123_éß漢\n\t🙂", "${", "\\${", "null", "1e3", "''", '"x"', "${seed}"]
-    for _ in range(2000):
+    for _ in range(300):
         text = "".join(rng.choice(pieces) for _ in range(rng.randint(1, 10)))
         assert _read(f"data.dir={literal(text)}") == text
         assert _read(text_override("data.dir", text)) == text
         blend = PARSER.parse_overrides(for_hydra([text_override("data.blend", [text, "a"])]))[0].value()
-        assert OmegaConf.create({"value": blend}).value == [text, "a"]
+        assert list(OmegaConf.create({"value": blend}).value) == [text, "a"]
         quoted_or_reference = text[0] in "'\"" or "${" in text or text.lower() == "null"
         if not quoted_or_reference:
             assert _read(f"data.dir={text}") == text
