@@ -23,13 +23,12 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import OmegaConf
 
 from launch import checks, container, elastic, follow, lock, node_count, placement, slurm, snapshot
 from launch.estimate import Estimate, check_memory, estimate
 from moe_train.checkpoint import continuing
 from moe_train.config.command_line import PATHS, field_of, is_text, text_override
-from moe_train.config.compose import hydra_entry
+from moe_train.config.compose import hydra_entry, job_words
 from moe_train.config.fallback import fitting
 from moe_train.config.schema import Config
 from moe_train.config.validate import validate
@@ -149,8 +148,7 @@ def check(cfg: Config) -> Checked:
     except LaunchError as error:
         unchecked = error.cause
     lock.refuse_live(cfg)
-    # Unresolved: a reference in a word is the job's to read, or is replaced below by its value.
-    words = [str(word) for word in OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False) or []]
+    words = job_words(HydraConfig.get())
     return Checked(cfg, words, layout, nodes, gpus, found, choices, unchecked, notes)
 
 

@@ -154,7 +154,12 @@ def _revised(cfg: Config, composed: DictConfig) -> Config:
     def again(words: Sequence[str]) -> Config:
         return to_config(hydra.compose(name, overrides=list(words)))
 
-    return revise(cfg, list(composed.hydra.overrides.task), again)
+    return revise(cfg, job_words(composed.hydra), again)
+
+
+def job_words(hydra_config: DictConfig) -> list[str]:
+    """The overrides of one job as Hydra has read them, references included."""
+    return [str(word) for word in cast(list[str], OmegaConf.to_container(hydra_config.overrides.task, resolve=False))]
 
 
 def _make_run_dir(name: str) -> None:
