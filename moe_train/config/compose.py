@@ -157,7 +157,7 @@ def _revised(cfg: Config, composed: DictConfig) -> Config:
     return revise(cfg, job_words(composed.hydra), again)
 
 
-def job_words(hydra_config: DictConfig) -> list[str]:
+def job_words(hydra_config: Any) -> list[str]:
     """The overrides of one job as Hydra has read them, references included."""
     return [str(word) for word in cast(list[str], OmegaConf.to_container(hydra_config.overrides.task, resolve=False))]
 
