@@ -128,6 +128,11 @@ def cases(draw: random.Random, directory: Path) -> list[Case]:
              harmless=True, code=-signal.SIGKILL),
         Case("a thread that cannot start while saving", environment={"PYTHONPATH": f"{threadless}:{ROOT}"},
              most_lost=0),
+        Case(
+            "data file damaged at equal size before a restart", (f"kill:rank=1:step={INTERVAL + 3}",),
+            ("data.dir={run_dir}/data",), meanwhile=_at_step(INTERVAL, _damage_data),
+            found=r"text_document\.bin is damaged", code=2, mend=lambda run_dir: shutil.rmtree(run_dir / "data"),
+        ),
         Case("latest deleted", between=lambda run_dir: (run_dir / "checkpoints" / "latest").unlink(),
              harmless=True, most_lost=0),
         *(Case(f"{name} of the newest checkpoint truncated", between=_truncate(name)) for name in _FILES),
@@ -232,6 +237,16 @@ def _until_the_end(process: subprocess.Popen[str], seen: Seen, run_dir: Path) ->
 def _remove_data(process: subprocess.Popen[str], seen: Seen, run_dir: Path) -> None:
     (file,) = (run_dir / "data").glob("*.bin")
     file.unlink()
+
+
+def _damage_data(process: subprocess.Popen[str], seen: Seen, run_dir: Path) -> None:
+    """Flip one bit of the tokens."""
+    (file,) = (run_dir / "data").glob("*.bin")
+    with file.open("r+b") as stream:
+        stream.seek(file.stat().st_size // 2)
+        byte = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte ^ 0x10]))
 
 
 def _small_disk(run_dir: Path) -> AbstractContextManager[None]:
