@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launch import container, env, placement
 from launch.estimate import Estimate
+from moe_train.config import blend
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError
@@ -81,7 +82,12 @@ def job(cfg: Config) -> None:
 
 
 def data(cfg: Config, tokens: int) -> None:
-    """The dataset, or the text that it is made from, can be read, and is not far too small for `tokens`."""
+    """The dataset, or the text that it is made from, can be read, and is not far too small for `tokens`.
+
+    The tokenizer has no more tokens than the model.
+    """
+    from moe_train.data import prepare
+
     source = cfg.data
     if source.source == "stdlib" and tokens > _MOST_EPOCHS * _STDLIB_TOKENS:
         raise ConfigError(
@@ -91,10 +97,13 @@ def data(cfg: Config, tokens: int) -> None:
         )
     if source.source == "files" and source.path and not any(c in source.path for c in "*?["):
         _readable(Path(source.path), f"data.path={source.path}", "correct data.path")
+    vocabulary = prepare.known_vocabulary(source)
+    if vocabulary is not None:
+        prepare.check_vocabulary(vocabulary, cfg.model.vocab_size)
     if source.source != "none":
         return
     for entry in source.blend:
-        prefix = entry.split(maxsplit=1)[1]
+        prefix = blend.parse(entry)[1]
         for suffix in (".bin", ".idx"):
             _readable(Path(prefix + suffix), f"data.blend: {prefix}{suffix}", "correct the prefix in data.blend")
     if not source.blend:
@@ -153,8 +162,8 @@ def in_container(cfg: Config) -> None:
 def _shared(cfg: Config) -> dict[str, str]:
     """Paths by field that every node reads or writes; `checkpoint.local_dir` is each node's own."""
     found = {"run_dir": cfg.run_dir, "checkpoint.dir": cfg.checkpoint.dir, "data.dir": cfg.data.dir}
-    found |= {"data.path": cfg.data.path}
-    found |= {f"data.blend[{i}]": entry.split(maxsplit=1)[1] for i, entry in enumerate(cfg.data.blend)}
+    found |= {"data.path": cfg.data.path, "data.cache_dir": cfg.data.cache_dir}
+    found |= {f"data.blend[{i}]": blend.parse(entry)[1] for i, entry in enumerate(cfg.data.blend)}
     return {name: path for name, path in found.items() if path is not None}
 
 

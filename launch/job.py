@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 from pathlib import Path
 
 from moe_train.config.schema import Config
@@ -22,14 +23,17 @@ def prepare_data(cfg: Config) -> None:
     """Make the tokenised dataset where it is not made yet, or check that it is there where it is not ours to make.
 
     Raises:
-        DataError: the text cannot be read or the dataset cannot be written.
+        DataError: the text cannot be read, the dataset cannot be written or is damaged, or the vocabulary is too small.
     """
     from moe_train.data import prepare
 
+    progress = cfg.telemetry.progress
     if cfg.data.source == "none":
-        prepare.check_prepared(cfg.data, cfg.model.padded_vocab_size)
+        prepare.check_prepared(cfg.data, cfg.model.vocab_size)
     else:
-        prepare.prepare(cfg.data, cfg.model.padded_vocab_size, progress=cfg.telemetry.progress)
+        prepare.prepare(cfg.data, cfg.model.vocab_size, progress=progress)
+    for warning in prepare.examine(cfg.data, cfg.model, progress=progress):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def save_config(cfg: Config) -> Path:

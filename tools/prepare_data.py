@@ -16,7 +16,6 @@ from rich.console import Console
 from launch import quiet
 from moe_train.config.compose import hydra_entry
 from moe_train.config.schema import Config
-from parallel.errors import ConfigError
 
 _COMMON = ("data", "data.path", "data.dir", "data.text_key", "data.tokenizer", "data.tokenizer_vocab_size",
           "data.append_eod", "data.prepare_workers")  # fmt: skip
@@ -28,23 +27,34 @@ def main() -> None:
 
 
 def run(cfg: Config) -> None:
-    """Make the dataset, or check the checksums of one that is there.
+    """Make the dataset, or compare every byte of datasets that are there with their checksums.
 
     Raises:
-        ConfigError: the config has no text to make it from.
-        DataError: the text, the tokenizer or the dataset is at fault.
+        DataError: the text, the tokenizer or a dataset is at fault.
     """
     quiet.silence()
-    from moe_train.data.prepare import prepare, read_manifest
+    from moe_train.data import manifest, prepare
+    from moe_train.data.index_file import read_index
+    from moe_train.data.tokenizer import load_tokenizer
 
     if cfg.data.source == "none":
-        raise ConfigError("data.source=none has no text to prepare", "set data=text data.path=... or data=stdlib")
-    prepare(cfg.data, cfg.model.padded_vocab_size, progress=True, verify=True)
-    manifest = read_manifest(cfg.data)
-    Console(soft_wrap=True).print(
-        f"{cfg.data.dir}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens of a vocabulary of "
-        f"{manifest['vocab_size']:,}"
-    )
+        prepare.check_prepared(cfg.data, cfg.model.vocab_size)
+    else:
+        prepare.prepare(cfg.data, cfg.model.vocab_size, progress=True)
+    prepare.compare(cfg.data, progress=True)
+    vocabulary = load_tokenizer(cfg.data).vocab_size
+    console = Console(soft_wrap=True, highlight=False)
+    for prefix in manifest.prefixes(cfg.data):
+        index, made = read_index(prefix), manifest.manifest_of(prefix)
+        name = cfg.data.dir if not cfg.data.blend else prefix
+        unknown = "" if made else "; it has no manifest.json, so its bytes were compared with nothing"
+        console.print(
+            f"{name}: {len(index.lengths):,} documents, {index.tokens:,} tokens of a vocabulary of {vocabulary:,}"
+            f"{unknown}",
+            markup=False,
+        )
+        for line in prepare.summary(made or {}):
+            console.print(f"  {line}", markup=False)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ _TRAINING = {
     "schedule": ("decay", "warmup_steps", "decay_steps", "min_lr_ratio"),
 }  # fmt: skip
 # What of `data` does not change what a run reads, or in which order.
-_FREE_OF_DATA = {"data.name", "data.prepare_workers", "data.loader_workers", "data.on_resume"}
+_FREE_OF_DATA = {
+    "data.name", "data.verify", "data.cache_dir", "data.prepare_workers", "data.loader_workers", "data.on_resume",
+}  # fmt: skip
 _RATE = ("optimizer.lr", "schedule.decay", "schedule.warmup_steps", "schedule.min_lr_ratio")
 
 

@@ -177,10 +177,25 @@ class DataConfig:
     )
     path: str | None = doc(None, "File, directory or glob of txt, md, jsonl, jsonl.gz, jsonl.zst, parquet.")
     text_key: str = doc("text", "Field of a jsonl line or column of a parquet file that holds the text.")
+    encoding: str = doc("utf-8", "Encoding of txt, md and jsonl files, such as latin-1; one that keeps line ends.")
+    follow_links: bool = doc(True, "Read directories behind symbolic links too, each once.")
+    deduplicate: str = doc(
+        "exact", "Which repeated documents are left out: none, equal ones, or those that differ only in case and white "
+        "space too.", choices=("none", "exact", "normalized"),
+    )  # fmt: skip
+    min_characters: int = doc(1, "Shorter documents are left out, white space at both ends not counted.", minimum=0)
+    null_text: str = doc("skip", "Records whose text is null: leave them out, or stop.", choices=("skip", "error"))
+    bad_records: str = doc(
+        "error", "Records without text, and files that are damaged or in another encoding: stop, or leave them out.",
+        choices=("error", "skip"),
+    )  # fmt: skip
     tokenizer: str | None = doc(None, "Directory or tokenizer.json of an existing tokenizer; null trains one.")
     tokenizer_vocab_size: int = doc(4096, "Size of the tokenizer that is trained.", minimum=257, maximum=100_000_000)
     dir: str = doc("data/stdlib", "Directory of the tokenised dataset: tokenizer.json and .bin/.idx files.")
-    blend: list[str] = doc([], "Other datasets to mix, as 'WEIGHT PREFIX' with the prefix of a .bin/.idx pair.")
+    blend: list[str] = doc(
+        [], "Datasets to mix in the place of that in dir, as 'WEIGHT PREFIX' with the prefix of a .bin/.idx pair, or "
+        "all as 'PREFIX', which weighs them by their tokens."
+    )  # fmt: skip
     split: str = doc("90,5,5", "Shares of train, validation and test documents, percent.")
     append_eod: bool = doc(True, "End each document with the end-of-document token.")
     eod_token: str | None = doc(
@@ -198,6 +213,13 @@ class DataConfig:
         "match", "Data, sequence length or seed that differ from the checkpoint's: refuse them (match), or go on with "
         "them (change).", choices=("match", "change"),
     )  # fmt: skip
+    verify: str = doc(
+        "auto", "Which files with a checksum are compared with it before a run starts, once until they change: all up "
+        "to 32 GiB, all, or none (sizes only).", choices=("auto", "full", "size"),
+    )  # fmt: skip
+    cache_dir: str | None = doc(
+        None, "Directory of the sample indices that Megatron-Core makes; null means dir/cache. All nodes share it."
+    )
     prepare_workers: int | None = doc(
         None, "Processes that tokenise; null means one for each core.", minimum=1, maximum=10_000
     )

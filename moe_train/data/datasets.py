@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import struct
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+from moe_train.config import blend
 from moe_train.config.schema import Config, DataConfig
-from moe_train.data.prepare import PREFIX, check_vocabulary, read_manifest
+from moe_train.data import manifest
+from moe_train.data.index_file import read_index
+from moe_train.data.prepare import check_vocabulary
+from moe_train.data.sequences import Sequences, SequencesConfig
 from moe_train.data.tokenizer import load_tokenizer
 from parallel.errors import DataError
 
-# As megatron/core/datasets/indexed_dataset.py writes it: magic, version, token type, numbers of sequences, documents.
-_HEADER, _MAGIC = struct.Struct("<9sQBQQ"), b"MMIDIDX\0\0"
 _MOST_EPOCHS = 100  # of the training text, before a warning
 log = logging.getLogger(__name__)
 SPLITS = ("training", "validation", "test")
@@ -39,11 +41,15 @@ def build_datasets(cfg: Config, train_samples: int, valid_samples: int, test_sam
     """
     data = cfg.data
     tokenizer = load_tokenizer(data)
-    check_vocabulary(tokenizer.vocab_size, cfg.model.padded_vocab_size)
-    prefixes, weights = _blend(data)
-    _warn_of_epochs(cfg, train_samples * cfg.train.seq_length)
-    cache = Path(data.dir) / "cache" / _identity(prefixes)
-    config = GPTDatasetConfig(
+    check_vocabulary(tokenizer.vocab_size, cfg.model.vocab_size)
+    prefixes = manifest.prefixes(data)
+    if _is_main():  # the others wait for it below
+        manifest.verify(data)
+    indices = [read_index(prefix) for prefix in prefixes]
+    _warn_of_epochs(cfg, train_samples * cfg.train.seq_length, sum(index.tokens for index in indices))
+    weights = _weights(data, [index.tokens for index in indices])
+    cache = Path(data.cache_dir or Path(data.dir) / "cache") / _identity(prefixes)
+    config = SequencesConfig(
         random_seed=cfg.seed,
         sequence_length=cfg.train.seq_length,
         blend=(prefixes, weights),
@@ -54,6 +60,8 @@ def build_datasets(cfg: Config, train_samples: int, valid_samples: int, test_sam
         reset_attention_mask=data.reset_at_eod,
         eod_mask_loss=data.reset_at_eod,
         create_attention_mask=data.reset_at_eod,
+        model_vocab_size=cfg.model.vocab_size,
+        tokenizer_path=str(tokenizer.path),
     )
     sizes = (train_samples, valid_samples, test_samples)
     # Upstream counts epochs of a split without text for ever, so it only sees splits that are asked for and have text.
@@ -62,10 +70,14 @@ def build_datasets(cfg: Config, train_samples: int, valid_samples: int, test_sam
             config.split_matrix[i] = None
         elif config.split_matrix[i] is None:
             raise DataError(f"data.split={data.split} has no {SPLITS[i]} text", "give it a share in data.split")
-    for prefix in prefixes:
-        _check(prefix, config, data.split)
+    for prefix, index in zip(prefixes, indices, strict=True):
+        _check_splits(prefix, index.lengths, config, data.split)
+    if _is_main():
+        _make_directory(cache)
+    if weights is not None:
+        config.mid_level_dataset_surplus = _surplus(weights, sizes, config.mid_level_dataset_surplus)
     try:
-        train, valid, test = BlendedMegatronDatasetBuilder(GPTDataset, list(sizes), lambda: True, config).build()
+        train, valid, test = BlendedMegatronDatasetBuilder(Sequences, list(sizes), lambda: True, config).build()
     except RuntimeError:  # another rank is gone, and its own error says why
         raise
     except Exception as error:
@@ -73,59 +85,57 @@ def build_datasets(cfg: Config, train_samples: int, valid_samples: int, test_sam
     return train, valid, test
 
 
-def _warn_of_epochs(cfg: Config, tokens: int) -> None:
-    """A line of rank 0 where the run would read the dataset at `data.dir` very often."""
-    if cfg.data.blend or (dist.is_initialized() and dist.get_rank()):
-        return
-    held = read_manifest(cfg.data)["tokens"]
-    if tokens > _MOST_EPOCHS * held:
+def _make_directory(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"the indices of the samples cannot be written to {cache}: {error.strerror}",
+            "set data.cache_dir to a directory that this user can write and all nodes share",
+        ) from error
+
+
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _warn_of_epochs(cfg: Config, tokens: int, held: int) -> None:
+    """A line of rank 0 where the run would read its datasets very often."""
+    if tokens > _MOST_EPOCHS * held and _is_main():
         log.warning(
-            "the run of %s tokens reads the %s tokens of data.dir=%s %s times: set data=... to a larger corpus",
-            *(f"{tokens:,}", f"{held:,}", cfg.data.dir, f"{tokens // held:,}"),
+            "the run of %s tokens reads the %s tokens of %s %s times: set data=... to a larger corpus",
+            *(f"{tokens:,}", f"{held:,}", "data.blend" if cfg.data.blend else f"data.dir={cfg.data.dir}"),
+            f"{tokens // held:,}",
         )
 
 
-def _blend(data: DataConfig) -> tuple[list[str], list[float] | None]:
-    """The dataset at `data.dir`, or those of `data.blend` with their weights."""
+def _weights(data: DataConfig, tokens: Sequence[int]) -> list[float] | None:
+    """Weights of the datasets of `data.blend`, by their `tokens` where it has none; None without a blend."""
     if not data.blend:
-        read_manifest(data)
-        return [str(Path(data.dir) / PREFIX)], None
-    entries = [entry.split(maxsplit=1) for entry in data.blend]
-    return [prefix for _, prefix in entries], [float(weight) for weight, _ in entries]
+        return None
+    weights = [blend.parse(entry)[0] for entry in data.blend]
+    return [float(size) if weight is None else weight for weight, size in zip(weights, tokens, strict=True)]
 
 
 def _identity(prefixes: Sequence[str]) -> str:
-    """A name for the caches of these datasets, another one when a dataset is made anew at the same place."""
+    """A name for the caches of these datasets, another one when a dataset is made again at the same place."""
     digest = hashlib.sha256()
     for prefix in prefixes:
         for suffix in (".bin", ".idx"):
             file = Path(prefix + suffix)
-            if not file.is_file():
-                raise DataError(f"data.blend names {file}, which is not there", "correct the prefix in data.blend")
             digest.update(f"{file}|{file.stat().st_size}|".encode())
         with open(f"{prefix}.idx", "rb") as index:
             digest.update(index.read(2**20))  # lengths of the first documents
     return digest.hexdigest()[:16]
 
 
-def _check(prefix: str, config: GPTDatasetConfig, split: str) -> None:
-    """Raise DataError if the dataset is cut off, or a split of it has no text for one sequence."""
-    size = Path(f"{prefix}.bin").stat().st_size
-    if size == 0:
-        raise DataError(f"{prefix}.bin is empty", "make it again")
-    _check_index(Path(f"{prefix}.idx"))
-    index = GPTDataset.build_low_level_dataset(prefix, config).index
-    lengths = index.sequence_lengths
-    needed = int(index.sequence_pointers[-1]) + int(lengths[-1]) * index.dtype_size if len(lengths) else 0
-    if size < needed:
-        raise DataError(
-            f"{prefix}.bin is cut off: its index needs {needed} bytes, it has {size}", "make or copy it again"
-        )
+def _check_splits(prefix: str, lengths: np.ndarray, config: SequencesConfig, split: str) -> None:
+    """Raise DataError if a split of the dataset has no text for one sequence."""
     for name, share in zip(SPLITS, config.split_matrix, strict=True):
         if share is None:
             continue
         begin, end = (round(edge * float(len(lengths))) for edge in share)  # as upstream does
-        tokens = int(lengths[begin:end].sum())
+        tokens = int(lengths[begin:end].sum(dtype=np.int64))
         if tokens <= config.sequence_length:
             raise DataError(
                 f"the {name} split of data.split={split} has no sequence of {config.sequence_length} tokens: it is "
@@ -134,11 +144,16 @@ def _check(prefix: str, config: GPTDatasetConfig, split: str) -> None:
             )
 
 
-def _check_index(file: Path) -> None:
-    """Raise DataError if `file` is not whole, before upstream fails on it with an assertion and noise."""
-    with open(file, "rb") as stream:
-        header = stream.read(_HEADER.size)
-    magic, _, _, sequences, documents = _HEADER.unpack(header.ljust(_HEADER.size, b"\0"))
-    # Lengths of sequences are 4 bytes, where each begins 8, where each document begins 8.
-    if magic != _MAGIC or file.stat().st_size < _HEADER.size + 12 * sequences + 8 * documents:
-        raise DataError(f"{file} is not a whole index of a Megatron dataset", "make or copy it again")
+def _surplus(weights: Sequence[float], sizes: Sequence[int], usual: float) -> float:
+    """Share of samples that upstream must draw in excess from each dataset of a blend, so that none runs out.
+
+    Upstream rounds the samples of each dataset up and then distributes the sum of them by weight. With few samples and
+    many datasets, or very unequal weights, that asks a dataset for more than the usual 0.5 % in excess.
+    """
+    total = sum(weights)
+    needed = usual
+    for size in filter(None, sizes):
+        asked = [math.ceil(size * weight / total) for weight in weights]
+        for own, weight in zip(asked, weights, strict=True):
+            needed = max(needed, (sum(asked) * weight / total + 1) / own - 1)
+    return needed

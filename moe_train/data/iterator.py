@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from parallel.errors import DataError
+
 Batch = dict[str, Tensor]
 
 
@@ -26,6 +28,7 @@ class BatchIterator:
 
     Raises:
         ValueError: the global batch is not whole micro-batches on every rank.
+        DataError: while iterating, where `dataset` raises one, also in a worker process.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class BatchIterator:
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self._start, self._taken = start_sample, 0
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator[Batch | DataError] | None = None
 
     @property
     def consumed_samples(self) -> int:
@@ -70,6 +73,8 @@ class BatchIterator:
         if self._batches is None:
             self._batches = self._read_ahead() if self.workers else self._read()
         batch = next(self._batches)
+        if isinstance(batch, DataError):
+            raise batch
         self._taken += 1
         if self.device is None:
             return batch
@@ -83,14 +88,14 @@ class BatchIterator:
                 yield [index % length for index in range(first + sample, first + sample + size)]
             first += self.global_batch_size
 
-    def _read(self) -> Iterator[Batch]:
+    def _read(self) -> Iterator[Batch | DataError]:
         for indices in self._indices():
-            samples = [self.dataset[i] for i in indices]
-            yield {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+            yield _collate([self.dataset[i] for i in indices])
 
-    def _read_ahead(self) -> Iterator[Batch]:
+    def _read_ahead(self) -> Iterator[Batch | DataError]:
         loader = DataLoader(
-            self.dataset,
+            _ErrorsAsSamples(self.dataset),
+            collate_fn=_collate,
             batch_sampler=self._indices(),
             num_workers=self.workers,
             # A rank's own default is how it was started itself: a worker would import torch and Megatron-Core anew.
@@ -100,3 +105,28 @@ class BatchIterator:
             generator=torch.Generator(),  # else each loader takes a number from the generator that training uses
         )
         return iter(loader)
+
+
+class _ErrorsAsSamples(Dataset[Any]):
+    """Hands typed errors on to the process that trains: torch makes RuntimeErrors with a traceback of them."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._dataset[index]
+        except DataError as error:
+            return error
+
+
+def _collate(samples: list[Any]) -> Batch | DataError:
+    """The tensors of samples, stacked; the first error where there is one.
+
+    What is no tensor is left out: `dataset_id` of a blend, a numpy integer, is not split over the sequence as the rest.
+    """
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+    names = [name for name, value in samples[0].items() if isinstance(value, Tensor)]
+    return {name: torch.stack([sample[name] for sample in samples]) for name in names}

@@ -24,6 +24,7 @@ from rich.progress import Progress
 
 from moe_train.config.schema import DataConfig
 from moe_train.data import corpus
+from moe_train.data.report import Report
 from moe_train.data.tokenizer import Tokenizer
 from parallel.errors import DataError
 
@@ -32,9 +33,13 @@ _SHUFFLE_SEED = 0  # fixed, so that every run splits the same documents into tra
 
 
 def tokenize(
-    data: DataConfig, files: list[Path], tokenizer: Path, parts: Path, dtype: np.dtype[Any], bar: Progress
-) -> int:
+    data: DataConfig, files: list[Path], tokenizer: Path, parts: Path, dtype: np.dtype[Any], bar: Progress,
+    report: Report,
+) -> int:  # fmt: skip
     """Write every part that is not there yet; returns how many parts the corpus has.
+
+    Args:
+        report: counts what is read and left out, also of parts that are there already.
 
     Raises:
         DataError: the corpus cannot be read, or a process was killed.
@@ -48,7 +53,8 @@ def tokenize(
     waiting: deque[Future[None]] = deque()  # bounded, so that the text in memory is too
     task = bar.add_task("tokenising", total=sum(file.stat().st_size for file in files))
     try:
-        for texts in _batches(corpus.documents(data, files, lambda f: bar.advance(task, f.stat().st_size))):
+        texts_of = corpus.documents(data, files, lambda f: bar.advance(task, f.stat().st_size), report)
+        for texts in _batches(texts_of):
             if not _lengths(parts, count).exists():
                 if len(waiting) >= 2 * workers:
                     waiting.popleft().result()

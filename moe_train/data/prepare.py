@@ -7,11 +7,10 @@ again.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +20,22 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from moe_train.config.model import ModelConfig
 from moe_train.config.schema import DataConfig
-from moe_train.data import corpus, parts
+from moe_train.data import corpus, lock, parts
+from moe_train.data.files import fingerprint, source_files
+from moe_train.data.index_file import read_index
+from moe_train.data.manifest import (
+    MANIFEST,
+    PREFIX,
+    identity,
+    manifest_of,
+    prefixes,
+    read_manifest,
+    sha256_of,
+    verify,
+)
+from moe_train.data.report import Reason, Report, lines
 from moe_train.data.tokenizer import (
     COMPANIONS,
     TOKENIZER,
@@ -33,14 +46,17 @@ from moe_train.data.tokenizer import (
     train_tokenizer,
 )  # fmt: skip
 from parallel.errors import DataError
+from parallel.suggest import override_value
 
-PREFIX = "text_document"
-MANIFEST = "manifest.json"
+_MOST_VOCABULARY = 1.2  # of the model, over that of the tokenizer, before a warning
 _TOKENIZER_SAMPLE_CHARACTERS = 8_000_000
 _SETTINGS = (
-    "source", "path", "text_key", "tokenizer", "tokenizer_vocab_size", "append_eod", "eod_token", "prepend_bos",
+    "source", "path", "text_key", "encoding", "follow_links", "deduplicate", "min_characters", "null_text",
+    "bad_records", "tokenizer", "tokenizer_vocab_size", "append_eod", "eod_token", "prepend_bos",
     "bos_token", "parse_special_tokens",
 )  # fmt: skip
+# What a manifest means that lacks a setting, being older than it.
+_DEFAULTS: dict[str, Any] = vars(DataConfig()) | {"deduplicate": "normalized", "follow_links": False}
 _FORMAT = 2  # of the documents that are made from one corpus; raise it when this code makes others
 
 
@@ -48,7 +64,7 @@ def prepare(data: DataConfig, model_vocab_size: int, progress: bool, verify: boo
     """Make the dataset of `data` unless it is there already.
 
     Args:
-        model_vocab_size: rows of the model's embedding; the tokenizer may not have more tokens.
+        model_vocab_size: tokens of the model; the tokenizer may not have more.
         progress: show a bar where standard error is a terminal.
         verify: also compare the checksums of a dataset that is there already.
 
@@ -56,27 +72,41 @@ def prepare(data: DataConfig, model_vocab_size: int, progress: bool, verify: boo
         DataError: the text, the tokenizer or the dataset is missing, damaged or does not fit; nothing is overwritten.
     """
     directory = Path(data.dir)
-    files = corpus.source_files(data)
+    report = Report()
+    files = source_files(data, report)
     settings = _settings(data, files)
-    if (directory / MANIFEST).exists():
-        manifest = read_manifest(data, verify)
-        changed = _changed(manifest["settings"], settings)
-        if changed:
-            names = ", ".join(f"data.{key}" if key in _SETTINGS else key for key in changed)
-            raise DataError(
-                f"data.dir={directory} was made with other settings ({names})",
-                f"set data.dir=NEW_DIRECTORY, or delete {directory}",
-            )
-        check_vocabulary(manifest["vocab_size"], model_vocab_size)
-        return
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with _only_one(directory):
-            if not (directory / MANIFEST).exists():  # another process may have made it just now
-                _make(data, directory, files, settings, model_vocab_size, progress)
+        if not (directory / MANIFEST).exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            with lock.only_one(directory, _tell):
+                if not (directory / MANIFEST).exists():  # another process may have made it in the meantime
+                    _make(data, directory, files, settings, model_vocab_size, progress, report)
+                    if report.counts and data.source == "files":
+                        for line in lines(report.to_dict()):
+                            _tell(line)
+                    return
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(f"data.dir={directory} cannot be written: {reason}", "free space or set data.dir") from error
+    manifest = read_manifest(data, verify)
+    changed = _changed(manifest["settings"], settings)
+    if changed:
+        names = ", ".join(f"data.{key}" if key in _SETTINGS else key for key in changed)
+        remedy = f"set data.dir=NEW_DIRECTORY, or delete {directory}"
+        if set(changed) <= set(_SETTINGS):
+            made = _DEFAULTS | manifest["settings"]
+            remedy += f", or set {' '.join(f'data.{key}={override_value(made[key])}' for key in changed)} again"
+        raise DataError(f"data.dir={directory} was made with other settings ({names})", remedy)
+    check_vocabulary(manifest["vocab_size"], model_vocab_size)
+
+
+def summary(manifest: dict[str, Any]) -> list[str]:
+    """Lines about what was read for a dataset, left out and changed; none for datasets of older versions."""
+    return lines(manifest["corpus"]) if "corpus" in manifest else []
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _settings(data: DataConfig, files: list[Path]) -> dict[str, Any]:
@@ -85,46 +115,14 @@ def _settings(data: DataConfig, files: list[Path]) -> dict[str, Any]:
     settings = {key: values[key] for key in _SETTINGS}
     if data.tokenizer:
         source = find_tokenizer(data.tokenizer)
-        settings["tokenizer files"] = [_sha256(file) for file in (source, *companions(source))]
+        settings["tokenizer files"] = [sha256_of(file) for file in (source, *companions(source))]
         del settings["tokenizer_vocab_size"]  # of one that is trained
-    return settings | {"corpus": corpus.fingerprint(data, files), "format": _FORMAT}
+    return settings | {"corpus": fingerprint(data, files), "format": _FORMAT}
 
 
 def _changed(made: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """Settings that differ from those a dataset was made with. Older manifests lack fields that are newer than they."""
-    defaults = vars(DataConfig())
-    return sorted(key for key, value in settings.items() if made.get(key, defaults.get(key)) != value)
-
-
-def read_manifest(data: DataConfig, verify: bool = False) -> dict[str, Any]:
-    """The manifest of a complete dataset: settings, documents, tokens, vocab_size, and bytes and sha256 of its files.
-
-    Args:
-        verify: compare the checksums too, which reads every byte.
-
-    Raises:
-        DataError: there is none, or a file has changed since.
-    """
-    directory = Path(data.dir)
-    path = directory / MANIFEST
-    remedy = f"delete {directory} and run moe-data"
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        recorded = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()}
-        dict(manifest["settings"]), int(manifest["vocab_size"]), int(manifest["documents"]), int(manifest["tokens"])
-    except FileNotFoundError:
-        raise DataError(f"data.dir={directory} has no dataset ({MANIFEST})", "make it with moe-data") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", "make it readable, or set data.dir") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged", remedy) from error
-    for name, (size, sha256) in recorded.items():
-        file = directory / name
-        if not file.is_file():
-            raise DataError(f"{file} is missing", remedy)
-        if file.stat().st_size != size or (verify and _sha256(file) != sha256):
-            raise DataError(f"{file} is damaged: it is not the file that {MANIFEST} describes", remedy)
-    return manifest
+    return sorted(key for key, value in settings.items() if made.get(key, _DEFAULTS.get(key)) != value)
 
 
 def check_vocabulary(tokens: int, model_vocab_size: int) -> None:
@@ -136,28 +134,93 @@ def check_vocabulary(tokens: int, model_vocab_size: int) -> None:
         )
 
 
+def known_vocabulary(data: DataConfig) -> int | None:
+    """Tokens of the tokenizer that `data` trains with, as far as that is known before the dataset is made.
+
+    Raises:
+        DataError: its files are damaged, or the tokenizer that data.tokenizer names does not exist.
+    """
+    own = Path(data.dir) / TOKENIZER
+    if (Path(data.dir) / MANIFEST).exists() or (data.source == "none" and own.is_file()):
+        return load_tokenizer(data).vocab_size if own.is_file() else None
+    if data.source == "none":
+        return None
+    if data.tokenizer:
+        return Tokenizer(find_tokenizer(data.tokenizer), data.eod_token, data.bos_token).vocab_size
+    return data.tokenizer_vocab_size
+
+
+def unused_vocabulary(tokens: int, model: ModelConfig) -> str | None:
+    """A warning where the model has many more embeddings than the tokenizer has tokens; None where it has not."""
+    needed = -(-tokens // 128) * 128
+    if model.vocab_size <= _MOST_VOCABULARY * needed:
+        return None
+    matrices = 1 if model.tie_embeddings else 2
+    unused = (model.padded_vocab_size - needed) * model.hidden_size * matrices
+    return (
+        f"model.vocab_size={model.vocab_size} is far above the {tokens} tokens of the tokenizer: {unused:,} parameters "
+        f"of the embedding are never used (model.vocab_size={tokens} has none)"
+    )
+
+
 def check_prepared(data: DataConfig, model_vocab_size: int) -> None:
-    """Raise DataError unless the datasets of `data.source=none` are there. It reads no text and starts no process."""
-    check_vocabulary(load_tokenizer(data).vocab_size, model_vocab_size)
-    if not data.blend:
-        read_manifest(data)
-    for entry in data.blend:
-        for file in (Path(entry.split(maxsplit=1)[1] + suffix) for suffix in (".bin", ".idx")):
-            if not file.is_file():
-                raise DataError(f"data.blend names {file}, which is not there", "correct the prefix in data.blend")
+    """Check the datasets of `data.source=none`. It reads no text and starts no process.
+
+    Raises:
+        DataError: one is missing, not whole, or made with another tokenizer than that in `data.dir`.
+    """
+    tokenizer = load_tokenizer(data)
+    check_vocabulary(tokenizer.vocab_size, model_vocab_size)
+    for prefix in prefixes(data):
+        read_index(prefix)
+        manifest_of(prefix)
+        own = Path(prefix).with_name(TOKENIZER)
+        if data.blend and own.is_file() and not _same_vocabulary(tokenizer, own):
+            raise DataError(
+                f"{prefix} of data.blend was made with {own}, whose vocabulary is not that of {tokenizer.path}",
+                f"make it again with data.tokenizer={data.dir}, or set data.dir to the directory of its tokenizer",
+            )
 
 
-@contextlib.contextmanager
-def _only_one(directory: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, so that two commands never write one dataset."""
-    import fcntl
+def _same_vocabulary(tokenizer: Tokenizer, other: Path) -> bool:
+    if other.read_bytes() == tokenizer.path.read_bytes():
+        return True
+    return Tokenizer(other, tokenizer.eod_token).same_vocabulary(tokenizer)
 
-    with open(directory / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another process is making data.dir={directory}", "wait for it to end") from None
-        yield
+
+def examine(data: DataConfig, model: ModelConfig, progress: bool) -> list[str]:
+    """Compare datasets that are there with their checksums, as `data.verify` says, and with the model.
+
+    Args:
+        progress: show a bar where standard error is a terminal.
+
+    Returns:
+        warnings, one line each.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    with _bar(progress) as bar:
+        task = bar.add_task("comparing checksums", total=None)
+        warnings = verify(data, lambda count: bar.advance(task, count))
+    unused = unused_vocabulary(load_tokenizer(data).vocab_size, model)
+    return [*warnings, unused] if unused else warnings
+
+
+def compare(data: DataConfig, progress: bool) -> None:
+    """Compare every byte of the datasets with their checksums, also where that was done before.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    with _bar(progress) as bar:
+        task = bar.add_task("comparing checksums", total=None)
+        verify(data, lambda count: bar.advance(task, count), again=True)
+
+
+def _bar(progress: bool) -> Progress:
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not (progress and console.is_terminal))
 
 
 def _make(
@@ -167,6 +230,7 @@ def _make(
     settings: dict[str, Any],
     model_vocab_size: int,
     progress: bool,
+    report: Report,
 ) -> None:
     pieces = directory / "parts"
     built = {suffix: directory / f"{PREFIX}.{suffix}" for suffix in ("bin", "idx")}
@@ -187,23 +251,26 @@ def _make(
     vocab_size = made.vocab_size
     check_vocabulary(vocab_size, model_vocab_size)
     dtype = np.dtype(np.uint16 if vocab_size <= 65_536 else np.int32)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
-        count = parts.tokenize(data, files, tokenizer, pieces, dtype, bar)
+    with _bar(progress) as bar:
+        count = parts.tokenize(data, files, tokenizer, pieces, dtype, bar, report)
         if count == 0:
-            raise DataError("the corpus has no text", "add text or correct data.path")
+            read = "; ".join(lines(report.to_dict()))
+            raise DataError(f"the corpus has no text: {read}", "add text or correct data.path")
         part = {suffix: path.with_name(f"{path.name}.part") for suffix, path in built.items()}
         documents, tokens = parts.merge(pieces, count, part["bin"], part["idx"], dtype, bar)
+    report.add(Reason.NO_TOKENS, directory, report.kept - documents)
+    report.kept = documents
     for suffix, path in built.items():
         os.replace(part[suffix], path)
     found = [tokenizer, *companions(tokenizer), *built.values()]
     manifest = {
         "settings": settings,
+        "corpus": report.to_dict(),
         "documents": documents,
         "tokens": tokens,
         "vocab_size": vocab_size,
         "special_tokens": {"eod": made.eod_token, "bos": made.bos_token},
-        "files": {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in found},
+        "files": {f.name: {"bytes": f.stat().st_size, "sha256": sha256_of(f), "identity": identity(f)} for f in found},
     }
     _write(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
     shutil.rmtree(pieces)
@@ -244,11 +311,6 @@ def _sample(data: DataConfig, files: list[Path]) -> Iterator[str]:
         left -= len(text)
         if left <= 0:
             return
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:

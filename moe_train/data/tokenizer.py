@@ -200,7 +200,10 @@ def load_tokenizer(data: DataConfig) -> Tokenizer:
     """
     path = Path(data.dir) / TOKENIZER
     if not path.exists():
-        raise DataError(f"data.dir={data.dir} has no {TOKENIZER}", "make the dataset with moe-data")
+        raise DataError(
+            f"data.dir={data.dir} has no {TOKENIZER}",
+            "make the dataset with moe-data data=text data.path=..., or correct data.dir",
+        )
     eod_token, bos_token = data.eod_token, data.bos_token
     if eod_token is None or bos_token is None:
         recorded = _recorded_tokens(path.with_name("manifest.json"))

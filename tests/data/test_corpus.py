@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,15 +12,17 @@ import zstandard
 
 from moe_train.config.schema import DataConfig
 from moe_train.data import corpus
+from moe_train.data.files import source_files
+from moe_train.data.report import Reason, Report
 from parallel.errors import DataError
-from tests.data.corpora import config, texts, write_txt
+from tests.data.corpora import config, texts
 
 TEXTS = ["first text\n", "zweiter Text: ä ß 漢字 🙂\n", "third\r\nwith three\n\nlines\n"]
 
 
 def read(path: Path, **changes: object) -> list[str]:
     data = config(path, path.parent / "unused", **changes)
-    return list(corpus.documents(data, corpus.source_files(data)))
+    return list(corpus.documents(data, source_files(data)))
 
 
 def jsonl(documents: list[str], key: str = "text") -> bytes:
@@ -82,20 +83,88 @@ def test_text_without_blank_lines_is_cut_at_line_ends(tmp_path: Path) -> None:
     assert all(piece.endswith(".\n") for piece in found)
 
 
-def test_directories_and_globs_are_read_in_one_order_and_leave_the_dataset_out(tmp_path: Path) -> None:
-    write_txt(tmp_path / "b", ["b"])
-    write_txt(tmp_path / "a", ["a"])
-    write_txt(tmp_path / "out" / "cache", ["of the dataset"])
-    (tmp_path / "notes.rst").write_text("not text of the corpus")
-    assert read(tmp_path, dir=str(tmp_path / "out")) == ["a", "b"]
-    assert read(tmp_path / "**" / "*.txt", dir=str(tmp_path / "out")) == ["a", "b"]
+REPEATED = ["One  two\nthree", "one two three", " ONE TWO THREE ", "One  two\nthree", "one two", "", " \n"]
 
 
-def test_documents_that_differ_only_in_spaces_and_case_are_taken_once(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(
-        jsonl(["One  two\nthree", "one two three", " ONE TWO THREE ", "one two", "", " \n"])
+def counted(path: Path, **changes: object) -> tuple[list[str], dict[str, int], Report]:
+    """Documents, how often something was left out, and the report."""
+    data, report = config(path, path.parent / "unused", **changes), Report()
+    found = list(corpus.documents(data, source_files(data, report), report=report))
+    assert report.kept == len(found)
+    return found, {reason.name: count for reason, count in report.counts.items()}, report
+
+
+@pytest.mark.parametrize(("deduplicate", "kept", "duplicates"), [("exact", 4, 1), ("none", 5, 0), ("normalized", 2, 3)])
+def test_only_equal_documents_are_left_out_and_counted_unless_asked_otherwise(
+    tmp_path: Path, deduplicate: str, kept: int, duplicates: int
+) -> None:
+    """Case and indentation are part of source code."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(REPEATED))
+    usual, counts, report = counted(tmp_path / "a.jsonl", deduplicate=deduplicate)
+    assert len(usual) == kept
+    assert counts == {"SHORT": 2} | ({"DUPLICATE": duplicates} if duplicates else {})
+    assert (report.files, report.documents) == (1, 7)
+    if duplicates == 1:
+        assert report.first[Reason.DUPLICATE] == f"{tmp_path}/a.jsonl line 4"
+
+
+def test_short_documents_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(REPEATED))
+    assert counted(tmp_path / "a.jsonl", min_characters=8, deduplicate="none")[:2] == (
+        REPEATED[:4],
+        {"SHORT": 3},
     )
-    assert read(tmp_path / "a.jsonl") == ["One  two\nthree", "one two"]
+    assert len(counted(tmp_path / "a.jsonl", min_characters=0, deduplicate="none")[0]) == 7
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_null_text_is_counted_or_named_by_its_place(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        file.write_text('{"text": "a"}\n{"text": null}\n{"text": null}\n')
+    else:
+        parquet(["a", None, None], file)
+    found, counts, report = counted(file)
+    assert (found, counts) == (["a"], {"NULL": 2})
+    place = f"{file} {'line' if kind == 'jsonl' else 'row'} 2"
+    assert report.first[Reason.NULL] == place
+    with pytest.raises(DataError) as caught:
+        read(file, null_text="error")
+    assert str(caught.value) == f"{place} has null under 'text'; correct the record, or set data.null_text=skip"
+
+
+def test_bad_records_and_files_are_counted_where_that_is_asked_for(tmp_path: Path) -> None:
+    """What is before the damage in a file is kept."""
+    lines = [b'{"text": "a"}', b"{", b'{"body": "x"}', b'{"text": 5}', b'{"text": "\xe4"}', b"[]", b'{"text": "b"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "b.jsonl.gz").write_bytes(cut(gzip.compress(jsonl(["c"]), mtime=0)))
+    (tmp_path / "c.txt").write_bytes("\xe4\n".encode("latin-1"))
+    (tmp_path / "d.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError, match=r"a\.jsonl line 2 is not JSON.*data\.bad_records=skip"):
+        read(tmp_path)
+    found, counts, report = counted(tmp_path, bad_records="skip")
+    assert found == ["a", "b"]
+    assert counts == {"BAD_RECORD": 5, "BAD_FILE": 3}
+    assert report.first[Reason.BAD_RECORD].startswith(f"{tmp_path}/a.jsonl line 2 is not JSON")
+    assert report.first[Reason.BAD_FILE].startswith(f"{tmp_path}/b.jsonl.gz cannot be read")
+
+
+def test_parquet_text_in_another_encoding_is_named_by_its_row(tmp_path: Path) -> None:
+    wrong = pyarrow.array([b"a", b"\xe4"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": wrong}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet row 2 is not UTF-8 text \(byte 0\).*data\.bad_records=skip"):
+        read(tmp_path)
+    assert counted(tmp_path, bad_records="skip")[:2] == (["a"], {"BAD_RECORD": 1})
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_another_encoding_is_read_where_it_is_named(tmp_path: Path, name: str) -> None:
+    text = "\xe4 \xf6\n"
+    content = json.dumps({"text": text}, ensure_ascii=False) if name.endswith("jsonl") else text
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(DataError, match=r"line 1 is not UTF-8 text .*set data\.encoding"):
+        read(tmp_path)
+    assert read(tmp_path, encoding="latin-1") == [text]
 
 
 def test_half_of_a_surrogate_pair_becomes_a_replacement_character(tmp_path: Path) -> None:
@@ -162,23 +231,4 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"data\.path=.* has no .*\.parquet file; correct data\.path"):
             read(path)
     with pytest.raises(DataError, match=r"data\.path is not set"):
-        corpus.source_files(DataConfig(source="files"))
-
-
-def test_the_standard_library_has_its_own_sources_and_nobody_elses() -> None:
-    files = corpus.source_files(DataConfig())
-    root = Path(sysconfig.get_path("stdlib"))
-    names = {str(file.relative_to(root)) for file in files}
-    assert {"json/decoder.py", "asyncio/base_events.py", "dataclasses.py"} <= names
-    assert not any("site-packages" in name or name.startswith("encodings/") for name in names)
-    assert files == sorted(files)
-    assert max(file.stat().st_size for file in files) <= 300_000
-
-
-def test_the_fingerprint_changes_with_the_files_and_not_with_the_order_of_reading(tmp_path: Path) -> None:
-    write_txt(tmp_path, ["a", "b"])
-    data = config(tmp_path, tmp_path / "out")
-    before = corpus.fingerprint(data, corpus.source_files(data))
-    assert corpus.fingerprint(data, corpus.source_files(data)) == before
-    (tmp_path / "00001.txt").write_text("c2")
-    assert corpus.fingerprint(data, corpus.source_files(data)) != before
+        source_files(DataConfig(source="files"))

@@ -218,3 +218,46 @@ def test_a_cut_index_of_the_cache_is_explained(directory: Path) -> None:
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(DataError, match=r"the indices in .*cache.* cannot be made or read.*; delete .*cache"):
         build_datasets(cfg, 10, 0, 0)
+
+
+def sizes_of(cfg: Config, samples: int) -> tuple[int, int]:
+    train = build_datasets(cfg, samples, 0, 0)[0]
+    return len(train), sum(len(train[i]["tokens"]) == LENGTH for i in range(len(train)))
+
+
+def test_a_blend_of_many_small_datasets_with_unequal_weights_runs_out_of_none(directory: Path, tmp_path: Path) -> None:
+    """Each has ten sequences. Upstream rounds the samples of each up, and then asks the first one for 26 of ten."""
+    prefixes = [write(tmp_path / f"{i}", [[i] * 50] * 7) for i in range(21)]
+    blend = [f"90 {prefixes[0]}", *(f"0.5 {prefix}" for prefix in prefixes[1:])]
+    ((length, whole),) = run_distributed(sizes_of, 1, settings(directory, blend=blend, split="100,0,0"), 10)
+    assert length >= 10
+    assert whole == length
+
+
+def test_a_blend_without_weights_takes_each_dataset_by_its_tokens(directory: Path, tmp_path: Path) -> None:
+    low = write(tmp_path / "low", [[i % 100] * 50 for i in range(300)])
+    high = write(tmp_path / "high", [[100 + i % 100] * 50 for i in range(100)])
+    ((counts, _),) = run_distributed(both_kinds, 1, settings(directory, blend=[low, high]))
+    assert counts == [150, 50]
+
+
+def test_indices_can_be_kept_elsewhere_and_a_directory_that_cannot_be_written_is_explained(
+    directory: Path, tmp_path: Path
+) -> None:
+    cfg = settings(directory, cache_dir=str(tmp_path / "indices"))
+    cfg.seed = 79
+    build_datasets(cfg, 10, 0, 0)
+    assert list((tmp_path / "indices").rglob("*shuffle_index.npy"))
+    (tmp_path / "file").write_text("")
+    cfg.data.cache_dir = str(tmp_path / "file")
+    with pytest.raises(DataError, match=r"cannot be written to .*: Not a directory; set data\.cache_dir"):
+        build_datasets(cfg, 10, 0, 0)
+
+
+def test_a_dataset_of_other_than_integers_is_refused(directory: Path, tmp_path: Path) -> None:
+    prefix = write(tmp_path / "a", [[5] * 50] * 40)
+    index = bytearray(Path(f"{prefix}.idx").read_bytes())
+    index[17] = 7  # float32
+    Path(f"{prefix}.idx").write_bytes(index)
+    with pytest.raises(DataError, match=r"a\.idx says that tokens are of type 7, which is no integer"):
+        build_datasets(settings(directory, blend=[f"1 {prefix}"]), 4, 0, 0)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from moe_train.config.schema import DataConfig
 from moe_train.data import parts
-from moe_train.data.prepare import PREFIX, prepare, read_manifest
+from moe_train.data import prepare as prepare_module
+from moe_train.data.manifest import PREFIX, read_manifest
+from moe_train.data.prepare import prepare
 from moe_train.data.tokenizer import load_tokenizer, train_tokenizer
 from parallel.errors import DataError
 from tests.data.corpora import config, die, texts, write_txt
@@ -225,7 +228,6 @@ def test_a_file_that_is_cut_or_missing_is_noticed_at_once_and_a_flipped_bit_by_i
     whole = file.read_bytes()
     middle = len(whole) // 2
     file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    prepare(copy, 300, progress=False)
     with pytest.raises(DataError, match=rf"{name} is damaged.*delete .* and run moe-data"):
         prepare(copy, 300, progress=False, verify=True)
     file.write_bytes(whole[:-1])
@@ -251,11 +253,29 @@ def test_a_dataset_of_another_program_is_not_overwritten(copy: DataConfig) -> No
     assert content(copy) == before
 
 
-def test_two_commands_do_not_write_one_dataset(made: DataConfig, tmp_path: Path) -> None:
-    with open(tmp_path / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match=r"another process is making data\.dir=.*wait"):
-            prepare(replace(made, dir=str(tmp_path)), 300, progress=False)
+def test_a_command_waits_for_another_one_that_makes_the_dataset(
+    made: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both then have it, and it was made once."""
+    data = replace(made, dir=str(tmp_path / "out"))
+    started = threading.Event()
+    make, calls = prepare_module._make, []
+
+    def slowly(*args: Any) -> None:
+        calls.append(threading.get_ident())
+        started.set()
+        time.sleep(0.5)
+        make(*args)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor() as pool:
+        patch.setattr(prepare_module, "_make", slowly)
+        first = pool.submit(prepare, data, 300, False)
+        assert started.wait(30)
+        prepare(data, 300, progress=False)
+        first.result()
+    assert len(calls) == 1
+    assert content(data) == content(made)
+    assert f"waiting for process {os.getpid()} on " in capsys.readouterr().err
 
 
 def test_a_killed_worker_is_explained(made: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,3 +331,33 @@ def test_documents_begin_and_end_with_the_chosen_tokens_and_the_dataset_remember
     assert [sum(d.count(token) for d in parsed) for token in (begin, end)] == [1, 1]
     with pytest.raises(DataError, match=r"data\.prepend_bos=true, .* name no beginning.*data\.bos_token"):
         documents("none", prepend_bos=True)
+
+
+def test_the_manifest_tells_what_was_left_out_and_for_what_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = write_txt(tmp_path / "text", [*texts(30), *texts(5), " \n"])
+    data = config(text, tmp_path / "out")
+    prepare(data, 300, progress=False)
+    manifest = read_manifest(data)
+    assert manifest["documents"] == 30
+    assert manifest["corpus"]["documents"] == 36
+    assert {name: row["count"] for name, row in manifest["corpus"]["left_out_or_changed"].items()} == {
+        "short": 1, "duplicate": 5,
+    }  # fmt: skip
+    told = capsys.readouterr().err
+    assert told == "\n".join(prepare_module.summary(manifest)) + "\n"
+    assert "36 files with 36 documents were read, 30 are kept" in told
+    assert re.search(r"left out +5 documents that repeat .*00030\.txt line 1\); data\.deduplicate=none", told)
+
+
+def test_a_dataset_of_an_older_version_can_be_gone_on_with(copy: DataConfig) -> None:
+    """It was made without documents that differ only in case."""
+    path = Path(copy.dir, "manifest.json")
+    manifest = json.loads(path.read_text())
+    for name in ("deduplicate", "follow_links", "min_characters", "eod_token"):
+        del manifest["settings"][name]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"set data\.deduplicate=normalized data\.follow_links=false again$"):
+        prepare(copy, 300, progress=False)
+    prepare(replace(copy, deduplicate="normalized", follow_links=False), 300, progress=False)

@@ -27,6 +27,7 @@ if __name__ == "__main__":
     if "TEST_LINGER" in os.environ:
         sys.modules["lingering"] = Lingering(Path(os.environ["TEST_LINGER"]))  # type: ignore[assignment]
     prepare.check_prepared = lambda *_: None  # the fake jobs read no data
+    prepare.examine = lambda *_, **__: []
     if "TEST_WARNED_BEFORE" in os.environ:
         prepare.check_prepared = lambda *_: os.kill(os.getpid(), signals.WARNING)
     local.ENTRY = f"tests.launch.fake_job:{sys.argv.pop(1)}"

@@ -41,10 +41,13 @@ def test_the_command_makes_a_dataset_checks_it_and_explains_damage(tmp_path: Pat
     assert wrong.stderr.startswith(f"error: {tmp_path}/a.jsonl line 2 is not JSON")
     assert wrong.stderr.count("\n") == 1
 
+    checked = moe_data("data=indexed", f"data.dir={tmp_path}/out", f"data.blend=['{tmp_path}/out/text_document']")
+    assert checked.returncode == 2, "what is tokenised already is compared with its checksums too"
+    assert checked.stderr.startswith(f"error: {tokens} is damaged")
 
-def test_what_is_tokenised_already_has_no_text_to_prepare() -> None:
-    result = moe_data("data=indexed")
+
+def test_a_dataset_that_is_not_there_is_explained(tmp_path: Path) -> None:
+    result = moe_data("data=indexed", f"data.dir={tmp_path}")
     assert result.returncode == 2
-    assert (
-        result.stderr == "error: data.source=none has no text to prepare; set data=text data.path=... or data=stdlib\n"
-    )
+    assert result.stderr.startswith(f"error: data.dir={tmp_path} has no tokenizer.json; make the dataset with moe-data")
+    assert result.stderr.count("\n") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 
+from moe_train.config import blend
 from moe_train.config.rules.facts import Facts, Rule
 from parallel.suggest import Fix, Impossible, fixes_of, override_value
 
@@ -63,11 +64,21 @@ def data_source(facts: Facts) -> None:
     if data.source != "files" and data.path:
         raise Impossible(f"data.path={data.path} is not read with data.source={data.source}",
                          [{"data.source": "files"}, {"data.path": None}])  # fmt: skip
+    if not _keeps_lines(data.encoding):
+        raise Impossible(f"data.encoding={data.encoding} is no encoding that writes line ends as ASCII does",
+                         [{"data.encoding": "utf-8"}, {"data.encoding": "latin-1"}])  # fmt: skip
     if data.source != "none" and data.tokenizer is None and data.tokenizer_vocab_size > model.vocab_size:
         raise Impossible(
             f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} exceeds model.vocab_size={model.vocab_size}",
             [{"data.tokenizer_vocab_size": model.vocab_size}, {"model.vocab_size": data.tokenizer_vocab_size}],
         )
+
+
+def _keeps_lines(encoding: str) -> bool:
+    try:
+        return "\n".encode(encoding) == b"\n"
+    except (LookupError, ValueError):
+        return False
 
 
 def data_split(facts: Facts) -> None:
@@ -100,24 +111,22 @@ def data_split(facts: Facts) -> None:
 
 
 def data_blend(facts: Facts) -> None:
-    """Each entry of a blend is a weight and a prefix."""
-    blend = facts.cfg.data.blend
-    for number, entry in enumerate(blend):
-        match = re.fullmatch(r"(\S+) +(\S.*)", entry.strip())
-        try:
-            weight = float(match.group(1)) if match else 0.0
-        except ValueError:
-            weight = 0.0
-        if not match or not 0 < weight < float("inf"):
-            prefix = match.group(2) if match else entry.strip() or "PREFIX"
-            fixed = [*blend[:number], f"1.0 {prefix}", *blend[number + 1 :]]
-            raise Impossible(f"data.blend has {entry!r}, which is not 'WEIGHT PREFIX' with a weight above 0",
-                             [{"data.blend": fixed}])  # fmt: skip
+    """Each entry of a blend is a weight and a prefix, or all are prefixes, and nothing else is trained on."""
+    data = facts.cfg.data
+    if found := blend.problem(data.blend):
+        cause, fixed = found
+        raise Impossible(cause, [{"data.blend": fixed}])
+    if data.blend and data.source != "none":
+        raise Impossible(f"data.blend names datasets that are made already, but data.source={data.source} makes one",
+                         [{"data.source": "none", "data.path": None}, {"data.blend": []}])  # fmt: skip
 
 
 def document_masks(facts: Facts) -> None:
-    """Masks at document ends need whole sequences."""
+    """Masks at document ends need whole sequences, and tokens that end documents."""
     cfg = facts.cfg
+    if cfg.data.reset_at_eod and not cfg.data.append_eod and cfg.data.source != "none":
+        raise Impossible("data.reset_at_eod=true needs end-of-document tokens, but data.append_eod=false writes none",
+                         [{"data.append_eod": True}, {"data.reset_at_eod": False}])  # fmt: skip
     if cfg.data.reset_at_eod and cfg.parallel.cp > 1:
         raise Impossible(
             f"data.reset_at_eod=true needs whole sequences on each rank, but parallel.cp={cfg.parallel.cp} splits them",
