@@ -56,10 +56,10 @@ def continued(cfg: Config, words: Sequence[str], compose: Callable[[Sequence[str
     """
     if cfg.resume == "never":
         return cfg
-    named, optional = _asked(cfg, words, compose)
     base = _base(cfg)
     if base is None:
         return cfg
+    named, optional = _asked(cfg, words, compose)  # which may compose again, and that takes a while
     merged = _merged(base, cfg, named, optional)
     found = find(merged)
     if found is None:
