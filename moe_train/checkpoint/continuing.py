@@ -14,9 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from moe_train.checkpoint import compat, directory
+from moe_train.checkpoint import compat, directory, untrusted
 from moe_train.config.rules.facts import total_steps
 from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields, get, group_names, misfit, with_values
@@ -62,8 +60,8 @@ def continued(cfg: Config, words: Sequence[str], compose: Callable[[Sequence[str
     named, optional = _asked(cfg, words, compose)  # which may compose again, and that takes a while
     merged = _merged(base, cfg, named, optional)
     found = find(merged)
-    if found is None:
-        return cfg
+    if found is None:  # none of them can be read here, and ranks say why
+        return merged if any(_candidates(merged)) else cfg
     if cfg.resume != "auto":
         _refuse_another_run(merged, found)
     before = config_of(found.config, found.path / directory.CONFIG)
@@ -79,6 +77,9 @@ def find(cfg: Config) -> Found | None:
     """The checkpoint that `resume` means and that this machine can read; None where there is none.
 
     Ranks look closer: they verify its bytes, and take an earlier one where it is damaged.
+
+    Raises:
+        CheckpointError: it is of a version with another format.
     """
     for path in _candidates(cfg):
         try:
@@ -87,7 +88,7 @@ def find(cfg: Config) -> Found | None:
             position = compat.Position(
                 int(progress["step"]), int(progress["consumed_tokens"]), int(schedule["num_steps"])
             )
-        except (CheckpointError, KeyError, TypeError, ValueError):
+        except (directory.DamagedCheckpoint, KeyError, TypeError, ValueError):
             continue
         return Found(path, config, position)
     return None
@@ -167,8 +168,8 @@ def _base(cfg: Config) -> Config | None:
     stored: Config | None = None
     if own.is_file():
         try:
-            stored = config_of(yaml.safe_load(own.read_text(encoding="utf-8")), own)
-        except (OSError, ValueError, yaml.YAMLError, CheckpointError) as error:
+            stored = config_of(untrusted.read_yaml(own), own)
+        except (OSError, ValueError, CheckpointError) as error:
             why = str(error).splitlines()[0]
             _warn_once(f"{own} cannot be read ({why}), and the newest checkpoint's config takes its place")
     if cfg.resume == "auto" and stored is not None:

@@ -38,7 +38,8 @@ def begin(*words: str, step: int = 10, run_dir: str = "R", tokens: int | None = 
     path.mkdir(parents=True)
     (path / directory.CONFIG).write_text(yaml.safe_dump(asdict(cfg)))
     progress = {"step": step, "consumed_samples": 0, "consumed_tokens": tokens}
-    (path / directory.STATE).write_text(json.dumps({"progress": progress, "schedule": {"num_steps": step}}))
+    state = {"format": directory.FORMAT, "progress": progress, "schedule": {"num_steps": step}}
+    (path / directory.STATE).write_text(json.dumps(state))
     return cfg
 
 
@@ -173,6 +174,18 @@ def test_a_config_of_another_version_or_none_at_all_is_made_up_for(capsys: pytes
         assert capsys.readouterr().err == ""
     own.unlink()
     assert again() == first
+
+
+def test_a_run_whose_checkpoints_are_damaged_is_not_begun_with_the_defaults() -> None:
+    """Its ranks say what is wrong with them, or find an earlier one that is whole."""
+    first = begin(step=10)
+    state = first.checkpoint_root / "step_00000010" / directory.STATE
+    for text in ("{", '{"format": 2}', f'{{"format": {directory.FORMAT}, "progress": 3}}'):
+        state.write_text(text)
+        assert again() == first
+    state.write_text(f'{{"format": {directory.FORMAT + 1}}}')
+    with pytest.raises(MoeTrainError, match="update moe-train"):
+        again()
 
 
 def test_checkpoints_elsewhere_are_found_by_the_runs_own_config() -> None:
