@@ -1,7 +1,7 @@
 """Layout invariance: one seed and data give the same loss, gradient norm and expert loads on every layout of ranks.
 
-`make parity` runs every layout below, with multi-token prediction off and on, prints a table and writes
-bench/results/parity.json. `LAYOUTS` is also what the tests take their smaller set from.
+`make parity` runs every layout below, with multi-token prediction off and on, and every division of the batch, prints a
+table and writes bench/results/parity.json. The tests take their smaller sets from `LAYOUTS` and `DIVISIONS`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,47 @@ LAYOUTS: dict[str, list[str]] = {
     "tp2 ep2, allgather": ["parallel.tp=2", "parallel.ep=2", "parallel.dispatcher=allgather"],
     "tp2 ep2, experts one by one": ["parallel.tp=2", "parallel.ep=2", "backend.grouped_gemm=false"],
     "dp2 ep2, overlapped": ["parallel.ep=2", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],
+}
+
+
+@dataclass(frozen=True)
+class Division:
+    """The same global batch in two divisions into micro-batches, with an auxiliary loss large enough to be seen."""
+
+    loss: list[str]
+    one: list[str]
+    other: list[str]
+
+
+def _balance(*losses: str, z_loss: float = 0.0) -> list[str]:
+    coefficients = ",".join("1.0" for _ in losses)
+    return [
+        f"model.balance_losses=[{','.join(losses)}]", f"model.balance_loss_coeffs=[{coefficients}]",
+        f"model.z_loss_coeff={z_loss}", "model.mtp_num_layers=0",
+    ]  # fmt: skip
+
+
+def _micro_batches(size: int) -> str:
+    return f"batch.micro_batch_size={size}"
+
+
+# `aux_loss` is defined over a rank's micro-batch, `global_aux_loss` over those of all data-parallel ranks: their divisions
+# differ only in what these definitions leave open (docs/metrics.md).
+DIVISIONS = {
+    "seq_aux_loss, 2 sequences": Division(_balance("seq_aux_loss"), [], [_micro_batches(2)]),
+    "seq_aux_loss, 4 sequences": Division(_balance("seq_aux_loss"), [], [_micro_batches(4)]),
+    "seq_aux_loss, 4 sequences, dp2": Division(_balance("seq_aux_loss"), [], [_micro_batches(4), "parallel.dp=2"]),
+    "aux_loss, 2 sequences, dp2": Division(
+        _balance("aux_loss"), [_micro_batches(2)], [_micro_batches(2), "parallel.dp=2"]
+    ),
+    "global_aux_loss, dp2": Division(_balance("global_aux_loss"), [_micro_batches(2)], ["parallel.dp=2"]),
+    "global_aux_loss, 2 sequences, dp2": Division(
+        _balance("global_aux_loss"), [_micro_batches(4)], [_micro_batches(2), "parallel.dp=2"]
+    ),
+    "z_loss, 2 sequences": Division(_balance(z_loss=0.1), [], [_micro_batches(2)]),
+    "z_loss, 4 sequences, dp2": Division(_balance(z_loss=0.1), [], [_micro_batches(4), "parallel.dp=2"]),
+    "expert bias alone, 4 sequences": Division(_balance(), [], [_micro_batches(4)]),
+    "multi-token prediction, 4 sequences": Division(["model.mtp_num_layers=2"], [], [_micro_batches(4)]),
 }
 COMMON = [
     "model=tiny",
@@ -119,11 +161,26 @@ def run(layouts: Sequence[str], steps: int, mtp_depths: Sequence[int]) -> list[d
     return rows
 
 
+def run_divisions(names: Sequence[str], steps: int) -> list[dict[str, Any]]:
+    """One row for each division of the batch, against the other division of it."""
+    rows = []
+    for name in names:
+        case = DIVISIONS[name]
+        common = [f"train.steps={steps}", *case.loss]
+        row = {
+            "layout": name,
+            "mtp": int("multi" in name),
+            **compare(measure([*common, *case.one]), measure([*common, *case.other])),
+        }
+        rows.append(row | {"holds": holds(row)})
+        Console(stderr=True).print(f"{name}: {'holds' if rows[-1]['holds'] else 'FAILS'}")
+    return rows
+
+
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows for a person."""
-    shown = Table(
-        title=f"Against one rank, tolerance {LOSS_TOLERANCE:g} loss and {GRAD_NORM_TOLERANCE:g} gradient norm"
-    )
+    tolerances = f"tolerance {LOSS_TOLERANCE:g} loss and {GRAD_NORM_TOLERANCE:g} gradient norm"
+    shown = Table(title=f"Against one rank, or another division of the batch; {tolerances}")
     for column in ("layout", "MTP", "loss", "gradient norm", "expert load", "holds"):
         shown.add_column(column)
     for row in rows:
@@ -143,17 +200,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--layout", action="append", choices=LAYOUTS, help="only these layouts (repeat the option)")
+    parser.add_argument("--division", action="append", choices=DIVISIONS, help="only these divisions of the batch")
     parser.add_argument("--mtp", type=int, action="append", help="only these prediction depths (default: 0 and 1)")
     arguments = parser.parse_args()
-    layouts, depths = arguments.layout or list(LAYOUTS), arguments.mtp or [0, 1]
+    everything = arguments.layout is None and arguments.division is None
+    layouts = list(LAYOUTS) if everything else arguments.layout or []
+    divisions = list(DIVISIONS) if everything else arguments.division or []
+    depths = arguments.mtp or [0, 1]
     forkserver.begin()
     try:
-        rows = run(layouts, arguments.steps, depths)
+        rows = run(layouts, arguments.steps, depths) if layouts else []
+        rows += run_divisions(divisions, arguments.steps)
     finally:
         forkserver.kill()
     Console().print(table(rows))
     ok = all(row["holds"] for row in rows)
-    if (arguments.layout, arguments.mtp, arguments.steps) == (None, None, 20):
+    if everything and (arguments.mtp, arguments.steps) == (None, 20):
         worst = {key: max(row[key] for row in rows) for key in rows[0] if key.startswith("max_")}
         print(f"wrote {write('parity', {'all_hold': ok, 'steps': arguments.steps, **worst}, rows)}")
     sys.exit(0 if ok else 1)

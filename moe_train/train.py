@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as ps
-from torch import nn
 
 from moe_train.checkpoint import checkpoint, continuing, exchange
 from moe_train.checkpoint.collective import on_main, say_on_main
@@ -20,8 +19,9 @@ from moe_train.loop.run import Run
 from moe_train.model import backend
 from moe_train.model.build import build, transformer_config
 from moe_train.model.init import initialise
+from moe_train.model.precision import in_training_precision
 from moe_train.optim.optimizer import build_optimizer, build_schedule, data_parallel
-from moe_train.telemetry.model_metrics import DispatchTraffic, ExpertLoad
+from moe_train.telemetry.model_metrics import DispatchTraffic, ExpertLoad, PredictionLoss
 from parallel import groups, runtime
 from parallel.rank_info import RankInfo
 
@@ -65,27 +65,20 @@ def prepare(cfg: Config, rank: RankInfo) -> Run:
 
     run = Run(cfg, layout, rank, device, name, implementation, total_steps(cfg), Path(cfg.run_dir))
     run.config = transformer_config(cfg, layout, implementation, name, layout.coordinates(rank.rank).pp)
-    model: list[nn.Module] = [to_precision(chunk, run) for chunk in build(cfg, run.config, implementation, layout.vpp)]
+    model = [in_training_precision(chunk, run.config) for chunk in build(cfg, run.config, implementation, layout.vpp)]
     initialise(model, cfg.model, cfg.seed)
     if cfg.model.is_moe:
         layers = cfg.model.num_layers + cfg.model.mtp_num_layers
         run.expert_load = ExpertLoad(model, layers, cfg.model.num_experts, device)
         if layout.ep > 1 and implementation == "local" and cfg.parallel.dispatcher == "alltoall":
             run.traffic = DispatchTraffic(model, device)
+    if cfg.model.mtp_num_layers:
+        run.prediction_loss = PredictionLoss(model, cfg.model.mtp_num_layers, device)
     run.chunks = data_parallel(model, run.config, cfg)
     run.optimizer = build_optimizer(cfg, run.config, run.chunks)
     run.schedule = build_schedule(cfg, run.optimizer, run.total_steps)
     run.callbacks = callbacks.from_config(run)
     return run
-
-
-def to_precision(chunk: nn.Module, run: Run) -> nn.Module:
-    """The model in its training precision; the router's bias stays fp32, as Megatron-Core keeps it."""
-    if run.config.bf16 or run.config.fp16:
-        from megatron.core.transformer.module import Float16Module
-
-        chunk = Float16Module(run.config, chunk)
-    return chunk
 
 
 def train(run: Run) -> None:
@@ -103,6 +96,9 @@ def train(run: Run) -> None:
         if eval_count and run.valid_data is not None:
             with run.clock.paused():
                 loss = step.evaluate(run, iterators(run, run.valid_data, 0), eval_count)
+            if loss is None:
+                run.announce("evaluation_skipped", reason="no token of the validation batches counts towards the loss")
+                return
             state = run.state
             run.evaluations.append({"step": state.step, "tokens": state.consumed_tokens, "valid_loss": loss})
             for callback in run.callbacks:

@@ -69,6 +69,7 @@ class Run:
     optimizer: Any = None  # megatron.core MegatronOptimizer
     schedule: Any = None  # megatron.core OptimizerParamScheduler
     expert_load: Any = None  # moe_train.telemetry.model_metrics.ExpertLoad of an MoE model
+    prediction_loss: Any = None  # moe_train.telemetry.model_metrics.PredictionLoss with multi-token prediction
     traffic: Any = None  # moe_train.telemetry.model_metrics.DispatchTraffic where tokens leave their rank
     state: TrainState = field(default_factory=TrainState)
     callbacks: list[Callback] = field(default_factory=list)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -21,12 +20,15 @@ from parallel import sequence
 
 Batch = dict[str, Tensor]
 
+NO_TOKENS = "no token of the global batch counts towards the loss: its loss mask is all zero"
+
 
 def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
     """One optimizer step. `batches` has an iterator for each model chunk. Returns global values, equal on all ranks.
 
     A bad step (`bad_step` in the metrics says why) leaves weights, router biases and optimizer as they were; its data
-    counts as used, and the step as done.
+    counts as used, and the step as done. So does a step whose batch has no token that counts; it is not a bad one, and
+    its loss and gradient norm are 0.
     """
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
@@ -37,8 +39,13 @@ def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
     run.pulse.beat(run.state.step, "update")
     norm = update.gradient_norm(run.optimizer)
     loss, doubted = _mean(losses, run.device, doubt=bool(run.bad_steps.doubt(norm)))
-    bad = run.bad_steps.judge(loss, norm, doubted)
-    if bad:
+    bad = ""
+    if loss is None:
+        # Upstream then leaves gradients undivided, and those of auxiliary losses are sums over tokens.
+        norm = None
+    else:
+        bad = run.bad_steps.judge(loss, norm, doubted)
+    if bad or loss is None:
         for bias, before in zip(biases, biases_before, strict=True):
             bias.copy_(before)
         delayed_scaling.discard(run.chunks)
@@ -51,17 +58,20 @@ def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
     run.state.step += 1
     run.state.consumed_samples += run.cfg.batch.global_batch_size
     run.state.consumed_tokens += run.cfg.batch.global_batch_size * run.cfg.train.seq_length
-    metrics = {"lm_loss": loss, "grad_norm": norm or 0.0, "lr": learning_rate}
+    metrics = {"lm_loss": loss or 0.0, "grad_norm": norm or 0.0, "lr": learning_rate}
     if not updated:
         metrics["skipped"] = True
     if bad:
         metrics["bad_step"] = bad
+    if loss is None:
+        metrics["no_tokens"] = True
+        run.announce("skipped", reason=NO_TOKENS)
     return {**metrics, **model_metrics.collect(run)}
 
 
 @torch.no_grad()
-def evaluate(run: Run, batches: Sequence[Iterator[Batch]], count: int) -> float:
-    """Mean loss over `count` global batches of held-out text, nats a token."""
+def evaluate(run: Run, batches: Sequence[Iterator[Batch]], count: int) -> float | None:
+    """Mean loss over `count` global batches of held-out text, nats a token; None where none of their tokens counts."""
     for chunk in run.chunks:
         chunk.eval()
     losses: list[Tensor] = []
@@ -94,7 +104,9 @@ def _forward_step(run: Run, batches: Iterator[Batch], chunk: Any) -> tuple[Tenso
         batch["position_ids"],
         batch.get("attention_mask"),
         labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
+        # Upstream counts tokens with it for multi-token prediction, and would cast fp32 to the training precision first
+        # (`Float16Module`): bf16 cannot count beyond 256, and fp16 ends at 65,504.
+        loss_mask=batch["loss_mask"].double(),
     )
     return losses, partial(_loss, batch["loss_mask"])
 
@@ -102,18 +114,18 @@ def _forward_step(run: Run, batches: Iterator[Batch], chunk: Any) -> tuple[Tenso
 def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum over the tokens of a micro-batch, [b, s] each; Megatron-Core divides by the tokens of the global batch."""
     total = (losses.float() * mask).sum()
-    tokens = mask.sum().to(torch.int)
-    # A clone, because the schedule scales the returned loss in place.
-    return total, tokens, {"loss": torch.stack([total.detach().clone(), tokens.float()])}
+    tokens = mask.sum(dtype=torch.float64).to(torch.int)
+    # Copies, because the schedule scales the returned loss in place. fp32 would not count beyond 2^24 tokens.
+    return total, tokens, {"loss": torch.stack([total.detach().double(), tokens.double()])}
 
 
-def _mean(losses: list[Tensor], device: torch.device, doubt: bool = False) -> tuple[float, bool]:
-    """Mean over all tokens of all ranks, and whether any rank has a doubt. Only tensor rank 0 of the last stage adds
-    its losses: others hold copies."""
+def _mean(losses: list[Tensor], device: torch.device, doubt: bool = False) -> tuple[float | None, bool]:
+    """Mean over all tokens of all ranks, None where none counts, and whether any rank has a doubt. Only tensor rank 0
+    of the last stage adds its losses: others hold copies."""
     total = torch.zeros(3, dtype=torch.float64, device=device)
     if losses and ps.get_tensor_model_parallel_rank() == 0:
         total[:2] += torch.stack(losses).sum(dim=0)
     total[2] = float(doubt)
     dist.all_reduce(total)
     loss, tokens, doubts = total.tolist()
-    return loss / tokens if tokens else math.nan, doubts > 0
+    return loss / tokens if tokens else None, doubts > 0

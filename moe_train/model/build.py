@@ -210,7 +210,9 @@ def _fusions(cfg: Config, backend: str, runtime: str) -> dict[str, Any]:
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": fused,
         "apply_rope_fusion": te and cfg.model.attention == "gqa",  # for mla upstream calls it experimental
-        "cross_entropy_loss_fusion": fused,  # upstream's own kernel ("native"), which its guide recommends
+        # Upstream's own kernel ("native"), which its guide recommends. It rounds gradients to bf16, whatever the dtype
+        # of the logits (fusions/fused_cross_entropy.py).
+        "cross_entropy_loss_fusion": fused and cfg.precision.dtype == "bf16",
         "moe_permute_fusion": te and cfg.model.is_moe,
         # The fused kernel adds up a group's best experts, whatever router_group_score says.
         "moe_router_fusion": te and cfg.model.is_moe and not scores_groups_by_best(cfg.model),
@@ -272,9 +274,10 @@ def build(cfg: Config, config: TransformerConfig, backend: str, vpp: int) -> lis
         _place_shared_expert_gates(chunks[-1], config)
         if backend == "local":
             dispatch.use_in(chunks[-1])
+        if post:
+            loss.use_in(chunks[-1], cfg.model.vocab_size, own=backend == "local")
         if post and backend == "local":
             gemm.use_in(chunks[-1].output_layer)
-            loss.use_in(chunks[-1])
         if cfg.recompute.offload != "none" and backend == "local":
             offload.use_in(chunks[-1], cfg.recompute.offload, Path(cfg.run_dir), cfg.recompute.offload_min_bytes)
     return chunks

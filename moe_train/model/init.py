@@ -17,9 +17,13 @@ from torch import Tensor, nn
 
 from moe_train.config.model import ModelConfig
 
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
 
 def initialise(chunks: Iterable[nn.Module], model: ModelConfig, seed: int) -> None:
     """Draw every matrix of this rank's `chunks` in place: N(0, init_std). Norms stay at one and biases at zero.
+
+    Rows that pad the vocabulary are zero. They get no gradient (loss.py), and weight decay leaves zeros as they are.
 
     Raises:
         RuntimeError: a parameter has no entry in the sharded state dict, so it would keep a layout-dependent value.
@@ -32,7 +36,8 @@ def initialise(chunks: Iterable[nn.Module], model: ModelConfig, seed: int) -> No
         apply_factories(state)  # splits gate and up of SwiGLU, each of which has a name of its own
         for shard in nested_values(state):
             if isinstance(shard, ShardedTensor) and shard.data is not None and len(_own_shape(shard)) >= 2:
-                _draw(shard, model.init_std, seed)
+                rows = model.vocab_size if shard.key.endswith(_VOCABULARY) else None
+                _draw(shard, model.init_std, seed, rows)
                 parameters.pop(shard.data.data_ptr(), None)
         if parameters and not next(iter(chunk.parameters())).is_meta:
             raise RuntimeError(f"parameters without a global name: {sorted(parameters.values())}")
@@ -44,7 +49,8 @@ def _own_shape(shard: ShardedTensor) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _draw(shard: ShardedTensor, std: float, seed: int) -> None:
+def _draw(shard: ShardedTensor, std: float, seed: int, rows: int | None) -> None:
+    """Fill `shard` with its part of the whole tensor, which has zeros from row `rows` on."""
     lead = shard.prepend_axis_num
     name = f"{seed}/{shard.key}/{tuple(shard.global_offset[:lead])}"
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
@@ -53,6 +59,8 @@ def _draw(shard: ShardedTensor, std: float, seed: int) -> None:
     whole = torch.empty(_own_shape(shard), dtype=torch.float32, device=data.device).normal_(
         0.0, std, generator=generator
     )
+    if rows is not None:
+        whole[rows:] = 0
     for dim, (offset, size) in enumerate(zip(shard.global_offset[lead:], data.shape, strict=True)):
         whole = whole.narrow(dim, offset, size)
     data.copy_(whole)

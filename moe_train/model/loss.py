@@ -1,4 +1,4 @@
-"""Cross entropy of the `local` backend on a CPU: a few rows at a time, which stay in the cache."""
+"""Cross entropy over the tokens of the vocabulary, without the rows that pad it (`ModelConfig.padded_vocab_size`)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ _BLOCK_BYTES = 1 << 20
 
 
 class CrossEntropy(torch.autograd.Function):
-    """-log softmax(logits)[label] of each row, and its gradient: logits [t, v], labels [t] -> fp32 [t]."""
+    """-log softmax(logits)[label] over the first `valid` columns, and its gradient, which is zero in the others.
+
+    logits [t, v], labels [t] -> fp32 [t]. A few rows at a time, which stay in the cache of a CPU.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, valid: int) -> Tensor:
         losses = logits.new_empty(len(labels), dtype=torch.float32)
         wanted = ctx.needs_input_grad[0]
         grad = torch.empty_like(logits) if wanted else None
@@ -23,34 +26,54 @@ class CrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), rows):
             part = slice(start, start + rows)
             index = labels[part].unsqueeze(1)
-            log_probs = torch.log_softmax(logits[part], dim=-1, dtype=torch.float32)
+            log_probs = torch.log_softmax(logits[part, :valid], dim=-1, dtype=torch.float32)
             losses[part] = -log_probs.gather(1, index).squeeze(1)
             if grad is not None:
                 softmax = log_probs.exp_()
-                grad[part] = softmax.scatter_add_(1, index, -torch.ones_like(index, dtype=torch.float32))
-        ctx.save_for_backward(grad)  # so that whoever counts what a step keeps sees it
+                grad[part, :valid] = softmax.scatter_add_(1, index, -torch.ones_like(index, dtype=torch.float32))
+                grad[part, valid:] = 0
+        ctx.save_for_backward(grad)  # as a saved tensor, the memory profiler counts it
         return losses
 
     @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad.mul_(grad_losses.unsqueeze(1)), None
+        return grad.mul_(grad_losses.unsqueeze(1)), None, None
 
 
-def use_in(model: Any) -> None:
-    """Have a GPT model use this loss where every rank has the whole vocabulary and a CPU computes.
+def use_in(model: Any, vocab_size: int, own: bool) -> None:
+    """Have a GPT model compute its loss over the first `vocab_size` tokens, in multi-token prediction too.
 
-    Upstream's (tensor_parallel/cross_entropy.py) passes eight times over fp32 logits: a sixth of a small model's step.
+    Args:
+        own: use `CrossEntropy` where every rank has the whole vocabulary and a CPU computes. Upstream's
+            (tensor_parallel/cross_entropy.py) passes eight times over fp32 logits: a sixth of a small model's step.
     """
     upstream = model.compute_language_model_loss
 
     def loss(labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [b, s] and logits [s, b, v] -> [b, s]."""
-        if logits.device.type != "cpu" or ps.get_tensor_model_parallel_world_size() > 1:
-            result: Tensor = upstream(labels, logits)
-            return result
-        rows = labels.t().reshape(-1)
-        losses: Tensor = CrossEntropy.apply(logits.flatten(0, 1), rows)
-        return losses.view(logits.shape[:2]).t().contiguous()
+        """labels [b, s] and logits [s, b, v / tp] -> [b, s]."""
+        columns = logits.size(-1)
+        first = ps.get_tensor_model_parallel_rank() * columns
+        valid = min(max(vocab_size - first, 0), columns)
+        whole = ps.get_tensor_model_parallel_world_size() == 1
+        if own and whole and logits.device.type == "cpu":
+            rows = labels.t().reshape(-1)
+            losses: Tensor = CrossEntropy.apply(logits.flatten(0, 1), rows, valid)
+            return losses.view(logits.shape[:2]).t().contiguous()
+        _exclude(logits, valid)
+        result: Tensor = upstream(labels, logits)
+        return result
 
     model.compute_language_model_loss = loss
+
+
+@torch.no_grad()
+def _exclude(logits: Tensor, valid: int) -> None:
+    """Give the columns of `logits` [..., v / tp] from `valid` on a probability of zero, in place.
+
+    Autograd need not know: a softmax of exactly zero has a gradient of zero. Only these columns are written, where a
+    narrower view of the logits would cost a copy of their gradient. The value is finite because a kernel that keeps a
+    running maximum would make NaN of a rank that has padding alone.
+    """
+    if valid < logits.size(-1):
+        logits[..., valid:] = torch.finfo(logits.dtype).min

@@ -1,4 +1,4 @@
-"""PrecisionConfig -> what Megatron-Core, Transformer Engine and the emulation on CPUs are told.
+"""PrecisionConfig -> options of Megatron-Core, Transformer Engine and the emulation on CPUs; the cast of a model.
 
 The emulation itself: fp8.py (numbers), fp8_products.py (the three products of a linear layer), delayed_scaling.py.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
 from moe_train.config.rules.precision import power_of_two_scales
 from moe_train.config.schema import PrecisionConfig
@@ -63,3 +66,20 @@ def emulated_recipe(precision: PrecisionConfig) -> Recipe | None:
         precision.fp8, hybrid=precision.fp8_format == "hybrid", power_of_two=power_of_two_scales(precision),
         history=precision.amax_history_len, dispatch=precision.fp8_dispatch,
     )  # fmt: skip
+
+
+def in_training_precision(chunk: nn.Module, config: TransformerConfig) -> nn.Module:
+    """`chunk` with parameters and activations in the 16-bit dtype of `config`; unchanged in fp32.
+
+    Buffers keep their dtype. Upstream's `Float16Module` casts them too, and routers count in them: bf16 cannot count
+    beyond 256, nor tell 2,001 tokens from 2,000.
+    """
+    if not (config.bf16 or config.fp16):
+        return chunk
+    buffers = [
+        (module, name, buffer) for module in chunk.modules() for name, buffer in module.named_buffers(recurse=False)
+    ]
+    cast = Float16Module(config, chunk)
+    for module, name, buffer in buffers:
+        setattr(module, name, buffer)
+    return cast

@@ -34,7 +34,7 @@ from moe_train.model.experts import GroupedExperts
 from moe_train.model.fp8_products import Recipe, in_fp8, with_linears
 from moe_train.model.gemm import ColumnParallelLinear, RowParallelLinear
 from moe_train.model.norm import ApexRMSNorm, KeyAllHeadsRMSNorm, QueryAllHeadsRMSNorm, RMSNorm
-from moe_train.model.router import BestExpertOfGroupRouter, scores_groups_by_best, set_router
+from moe_train.model.router import set_router
 
 
 class LocalBackend(LocalSpecProvider):
@@ -101,8 +101,7 @@ def _local_layer(backend: LocalBackend, model: ModelConfig, moe: bool, grouped_g
     mlp = get_mlp_module_spec_for_backend(
         backend, num_experts=model.num_experts if moe else None, moe_grouped_gemm=grouped_gemm and moe
     )
-    if scores_groups_by_best(model):
-        set_router(mlp, BestExpertOfGroupRouter)
+    set_router(mlp, model)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -192,5 +191,4 @@ def _as_the_model_asks(layer: ModuleSpec, model: ModelConfig) -> None:
     elif model.qk_norm == "full":
         attention.submodules.q_layernorm = QueryAllHeadsRMSNorm
         attention.submodules.k_layernorm = KeyAllHeadsRMSNorm
-    if scores_groups_by_best(model):
-        set_router(layer.submodules.mlp, BestExpertOfGroupRouter)
+    set_router(layer.submodules.mlp, model)

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor, nn
 
 from moe_train.loop.run import Metrics, Run
@@ -52,6 +54,56 @@ class ExpertLoad:
         return counts
 
 
+class PredictionLoss:
+    """Adds up the losses of multi-token prediction over the tokens that count, in the micro-batches of a step.
+
+    Upstream's own record (`MTPLossLoggingHelper`) is a mean of the means of micro-batches: where they have unequally
+    many tokens that count it depends on their size, and one without any makes it NaN.
+    """
+
+    def __init__(self, chunks: list[Any], depths: int, device: torch.device) -> None:
+        self.sums = torch.zeros(depths, 2, dtype=torch.float64, device=device)  # loss and tokens of each depth
+        self._masks: list[Tensor] = []  # of the depths whose loss comes next in this micro-batch
+        for chunk in chunks:
+            for module in chunk.modules():
+                if isinstance(module, GPTModel) and module.post_process:
+                    self._watch(module)
+
+    def _watch(self, model: GPTModel) -> None:
+        compute = model.compute_language_model_loss
+
+        def before(module: nn.Module, _: Any, inputs: dict[str, Any]) -> None:
+            self._masks = self._shifted(inputs["loss_mask"]) if module.training else []
+
+        def loss(labels: Tensor, logits: Tensor) -> Tensor:
+            losses: Tensor = compute(labels, logits)  # [b, s]; of each depth, and at last of the next token
+            if self._masks:
+                mask = self._masks.pop(0).double()
+                self.sums[-1 - len(self._masks)] += torch.stack([(losses.detach() * mask).sum(), mask.sum()])
+            return losses
+
+        model.register_forward_pre_hook(before, with_kwargs=True)
+        model.compute_language_model_loss = loss
+
+    def _shifted(self, mask: Tensor) -> list[Tensor]:
+        """The loss mask [b, s/cp] of each depth: that of one token further on."""
+        masks, mask = [], mask.long()  # as integers upstream's `roll_tensor` adds up no counts
+        for _ in self.sums:
+            mask, _ = multi_token_prediction.roll_tensor(mask, cp_group=ps.get_context_parallel_group())
+            masks.append(mask)
+        return masks
+
+    def take(self) -> float:
+        """Mean over the tokens of all ranks, then over depths, and start again at zero. 0 where no token counts."""
+        sums = self.sums.clone()
+        self.sums.zero_()
+        if ps.get_tensor_model_parallel_rank() > 0:  # these ranks have copies
+            sums.zero_()
+        dist.all_reduce(sums)
+        total, tokens = sums.unbind(dim=1)
+        return float((total / tokens.clamp(min=1)).mean())
+
+
 class DispatchTraffic:
     """Bytes of tokens that ranks send to experts on other ranks, over the micro-batches of a step."""
 
@@ -78,7 +130,7 @@ def collect(run: Run) -> Metrics:
         if run.traffic is not None:
             metrics["dispatch_bytes"] = run.traffic.take()
     if cfg.model.mtp_num_layers:
-        metrics["mtp_loss"] = _mtp_loss(run, run.micro_batches)
+        metrics["mtp_loss"] = run.prediction_loss.take()
     return metrics
 
 
@@ -95,14 +147,3 @@ def _balance_losses(run: Run, micro_batches: int) -> Metrics:
     dist.all_reduce(totals)
     layers = (sum(model.moe_layer_pattern) + model.mtp_num_layers) * micro_batches
     return {name: float(total) / layers for name, total in zip(_BALANCE_LOSSES, totals, strict=True) if total != 0}
-
-
-def _mtp_loss(run: Run, micro_batches: int) -> float:
-    """Mean over prediction depths; only the last pipeline stage knows it."""
-    losses: dict[str, Any] = {}
-    MTPLossLoggingHelper.track_mtp_metrics(1.0 / micro_batches, run.state.step, writer=None, total_loss_dict=losses)
-    mean = torch.zeros(1, dtype=torch.float64, device=run.device)
-    if losses:
-        mean += torch.stack([loss.double() for loss in losses.values()]).mean()
-    dist.all_reduce(mean, op=dist.ReduceOp.MAX)
-    return float(mean)

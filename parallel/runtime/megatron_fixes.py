@@ -144,12 +144,13 @@ def parts_of_unequal_length(device: torch.device, replace: Replace) -> None:
 
 
 def predicted_tokens_of_whole_sequences(device: torch.device, replace: Replace) -> None:
-    """The loss of multi-token prediction is a mean over the tokens of whole sequences when context parallelism splits
-    them.
+    """The loss of multi-token prediction weighs the same wherever the tokens of a batch are.
 
-    Upstream: transformer/multi_token_prediction.py and models/gpt/gpt_model.py divide by the predicted tokens that each
-    rank happens to have, and only one rank has the end of the sequence, which predicts fewer. 0.16 logs another mean
-    than one rank would, 0.19 also trains on it. Goes when upstream sums the counts over the context-parallel group.
+    Upstream: transformer/multi_token_prediction.py and models/gpt/gpt_model.py take the tokens that each rank predicts
+    in a micro-batch. From 0.19 on the loss is multiplied by the tokens that count over those that are predicted, so its
+    weight changes with the micro-batch size where a mask leaves tokens out, and on the context-parallel rank that has
+    the end of the sequence. Here that ratio is the one of sequences in which every token counts. Goes when upstream
+    sums the counts over the global batch.
     """
     from megatron.core.models.gpt import gpt_model
     from megatron.core.transformer import multi_token_prediction
@@ -161,13 +162,13 @@ def predicted_tokens_of_whole_sequences(device: torch.device, replace: Replace) 
     ) -> tuple[Any, Any]:
         rolled, count = original(tensor, shifts, dims, cp_group, packed_seq_params)
         is_loss_mask = torch.is_tensor(tensor) and tensor.is_floating_point()  # the others are token ids and positions
-        if not is_loss_mask or cp_group is None or cp_group.size() == 1:
+        if not is_loss_mask:
             return rolled, count
-        # This rank's tokens before the first roll: upstream compares every depth with them.
-        rolled.tokens_before = getattr(tensor, "tokens_before", tensor.sum())
-        sums = torch.stack([rolled.tokens_before, count])
-        torch.distributed.all_reduce(sums, group=cp_group)
-        return rolled, rolled.tokens_before * sums[1] / sums[0].clamp(min=1)
+        # A mask carries the tokens of before its first roll, and how often it was rolled.
+        tokens, depth = getattr(tensor, "tokens_and_depth", (tensor.sum(), 0))
+        rolled.tokens_and_depth = tokens, depth + 1
+        length = tensor.size(dims) * (1 if cp_group is None else cp_group.size())
+        return rolled, tokens * (length - depth - 1) / length
 
     replace(multi_token_prediction, "roll_tensor", roll)
     if hasattr(gpt_model, "roll_tensor"):

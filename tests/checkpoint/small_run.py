@@ -17,8 +17,9 @@ from moe_train.loop import step
 from moe_train.loop.run import Run
 from moe_train.model.build import build, transformer_config
 from moe_train.model.init import initialise
+from moe_train.model.precision import in_training_precision
 from moe_train.optim.optimizer import build_optimizer, build_schedule, data_parallel
-from moe_train.telemetry.model_metrics import ExpertLoad
+from moe_train.telemetry.model_metrics import ExpertLoad, PredictionLoss
 from parallel import groups, runtime
 from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
@@ -63,13 +64,11 @@ def prepare(cfg: Config) -> Run:
     torch.manual_seed(cfg.seed)
     run = Run(cfg, layout, rank, device, "cpu", "local", STEPS, Path(cfg.run_dir))
     run.config = transformer_config(cfg, layout, "local", "cpu", layout.coordinates(rank.rank).pp)
-    chunks = build(cfg, run.config, "local", layout.vpp)
-    if cfg.precision.dtype != "fp32":
-        from megatron.core.transformer.module import Float16Module
-
-        chunks = [Float16Module(run.config, chunk) for chunk in chunks]
+    chunks = [in_training_precision(chunk, run.config) for chunk in build(cfg, run.config, "local", layout.vpp)]
     initialise(chunks, cfg.model, cfg.seed)
     run.expert_load = ExpertLoad(chunks, cfg.model.num_layers + cfg.model.mtp_num_layers, cfg.model.num_experts, device)
+    if cfg.model.mtp_num_layers:
+        run.prediction_loss = PredictionLoss(chunks, cfg.model.mtp_num_layers, device)
     run.chunks = data_parallel(chunks, run.config, cfg)
     run.optimizer = build_optimizer(cfg, run.config, run.chunks)
     run.schedule = build_schedule(cfg, run.optimizer, STEPS)

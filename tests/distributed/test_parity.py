@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.parity import COMMON, LAYOUTS, compare, holds, measure
+from bench.parity import COMMON, DIVISIONS, LAYOUTS, compare, holds, measure
 from parallel.errors import MoeTrainError
 
 # The model of `make parity`, narrower, for fewer steps: each layout takes seconds.
@@ -44,6 +44,15 @@ def test_layout_changes_nothing_without_multi_token_prediction(layout: str, smal
     """The same for a model that ends with its last layer."""
     off = "model.mtp_num_layers=0"
     row = compare(reference(small_data, off), measure([*SMALL, *small_data, off, *LAYOUTS[layout]]))
+    assert holds(row), row
+
+
+@pytest.mark.parametrize("name", ["seq_aux_loss, 4 sequences, dp2", "global_aux_loss, 2 sequences, dp2"])
+def test_division_of_the_batch_changes_nothing(name: str, small_data: tuple[str, ...]) -> None:
+    """Losses that upstream weighs by micro-batch size and by ranks; test_micro_batches.py covers all losses."""
+    case = DIVISIONS[name]
+    expected = measure([*SMALL, *small_data, *case.loss, *case.one])
+    row = compare(expected, measure([*SMALL, *small_data, *case.loss, *case.other]))
     assert holds(row), row
 
 

@@ -33,7 +33,7 @@ SCORES = [1.0, -2.0, -3.0, -4.0, 0.9, -2.5, -3.0, -4.0, 0.8, 0.8, -3.0, -4.0, 0.
 def choices(*overrides: str) -> list[dict[int, float]]:
     """Expert -> weight of a token with these scores, of the router of each layer."""
     found = []
-    for router in _modules(("TopKRouter", "BestExpertOfGroupRouter"), *overrides):
+    for router in _modules(("Router", "BestExpertOfGroupRouter"), *overrides):
         weights, chosen = router.routing(torch.tensor(SCORES).view(1, 1, 16))
         found.append({int(expert): float(weights[0, expert]) for expert in chosen[0].nonzero()})
     return found

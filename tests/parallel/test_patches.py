@@ -168,6 +168,10 @@ def _tokens_of_a_split_sequence() -> None:
         mask, count = multi_token_prediction.roll_tensor(mask, shifts=-1, dims=-1, cp_group=group)
         found.append(count.item())
     assert found == [3.5, 3.0]  # of 8 tokens on two ranks 7 have a next one, and 6 one after that
+    _, count = multi_token_prediction.roll_tensor(torch.tensor([[1.0, 1, 0, 0]]), cp_group=group)
+    assert count.item() == 1.75  # the same share of the tokens that count, wherever those are
+    _, count = multi_token_prediction.roll_tensor(torch.tensor([[0.0, 1, 1, 1]]))
+    assert count.item() == 3 * 3 / 4
 
 
 SCENARIOS: dict[str, Callable[[], None]] = {

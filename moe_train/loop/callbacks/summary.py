@@ -67,7 +67,7 @@ class Summary(Callback):
         memory_peak = 0
         for line in metrics_file.read(path):
             for name, ends in losses.items():
-                if name in line:
+                if name in line and not line.get("no_tokens"):
                     ends[1:] = [line[name]]  # the first stays
             memory_peak = max(memory_peak, line.get("memory_peak_bytes", 0))
         step_time_s = run.clock.mean_s
@@ -107,7 +107,7 @@ class Summary(Callback):
 
 
 def held_out_entropy(run: Run) -> float | None:
-    """Unigram entropy, nats, of the tokens that an evaluation predicts; None where there is no evaluation.
+    """Unigram entropy, nats, of the tokens that an evaluation predicts; None where there are none.
 
     It is the loss of the best model that knows how frequent each of these tokens is, and nothing else.
     """
@@ -117,7 +117,8 @@ def held_out_entropy(run: Run) -> float | None:
     for i in range(run.cfg.train.eval_batches * run.cfg.batch.global_batch_size):
         sample = run.valid_data[i]
         parts.append(np.asarray(sample["labels"])[np.asarray(sample["loss_mask"]) > 0])
-    return unigram_entropy(np.concatenate(parts))
+    tokens = np.concatenate(parts)
+    return unigram_entropy(tokens) if tokens.size else None
 
 
 def _ends(losses: list[float | None]) -> dict[str, float | None] | None:

@@ -66,10 +66,10 @@ DEEPSEEK_MOE = {
 }  # fmt: skip
 
 
-def build(name: str) -> Any:
-    """A transformers model with random weights of every kind: no norm is 1, no bias is 0."""
+def build(name: str, **changes: Any) -> Any:
+    """A transformers model with random weights of every kind: no norm is 1, no bias is 0. `changes` are settings."""
     stem, settings = MODELS[name]
-    config = getattr(transformers, f"{stem}Config")(**(SMALL | settings))
+    config = getattr(transformers, f"{stem}Config")(**(SMALL | settings | changes))
     torch.manual_seed(len(name))
     model = getattr(transformers, f"{stem}ForCausalLM")(config).eval()
     if name == "deepseek_moe":
@@ -85,14 +85,19 @@ def build(name: str) -> Any:
     return model
 
 
-def save(name: str, directory: Path) -> Any:
-    """Write the model of that name as transformers does; returns it."""
-    model = build(name)
+def save(name: str, directory: Path, **changes: Any) -> Any:
+    """Write the model of that name, with `changes` of its settings, as transformers does; returns it."""
+    model = build(name, **changes)
+    write(model, name, directory)
+    return model
+
+
+def write(model: Any, name: str, directory: Path) -> None:
+    """Write a model that `build` made."""
     model.save_pretrained(directory)
     if name == "deepseek_moe":
         held = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         edit(directory, lambda old: (old.clear(), old.update(held)), **DEEPSEEK_MOE)
-    return model
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
