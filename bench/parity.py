@@ -73,8 +73,8 @@ def _micro_batches(size: int) -> str:
     return f"batch.micro_batch_size={size}"
 
 
-# `aux_loss` is defined over a rank's micro-batch, `global_aux_loss` over those of all data-parallel ranks: their divisions
-# differ only in what these definitions leave open (docs/metrics.md).
+# By definition `aux_loss` sees the micro-batch of a rank, and `global_aux_loss` those of all data-parallel ranks. The
+# divisions of these two differ only in what that leaves open (docs/metrics.md).
 DIVISIONS = {
     "seq_aux_loss, 2 sequences": Division(_balance("seq_aux_loss"), [], [_micro_batches(2)]),
     "seq_aux_loss, 4 sequences": Division(_balance("seq_aux_loss"), [], [_micro_batches(4)]),

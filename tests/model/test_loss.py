@@ -62,7 +62,7 @@ def kernel(vocabulary: int, own: bool, fused: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_kernels_compute_the_cross_entropy_of_the_vocabulary_alone(world: int) -> None:
     """Also where some ranks have padding alone."""
-    for rank, results in enumerate(run_distributed(kernels, world)):
+    for rank, results in enumerate(run_distributed(kernels, world, timeout_s=300)):
         for (name, vocabulary), found in results.items():
             tolerance = {"rtol": 1e-2, "atol": 1e-3} if "fused" in name else {"rtol": 1e-5, "atol": 1e-6}
             torch.testing.assert_close(found["losses"], found["expected"], rtol=1e-5, atol=1e-5)
@@ -118,7 +118,7 @@ def test_a_run_reports_the_loss_of_its_vocabulary(degrees: small_run.Degrees, tm
     """Against torch's cross entropy of the run's own logits, in multi-token prediction too; padding stays zero."""
     (alone,) = run_distributed(trained, 1, tmp_path, {}, {})
     world = degrees.get("tp", 1) * degrees.get("pp", 1)
-    for found in run_distributed(trained, world, tmp_path, degrees, {}):
+    for found in run_distributed(trained, world, tmp_path, degrees, {}, timeout_s=300):
         if found["expected"] is not None:
             assert (found["valid"], found["predicted"]) == pytest.approx(found["expected"], rel=1e-5)
         assert found["valid"] == pytest.approx(alone["valid"], rel=1e-6)
