@@ -84,21 +84,23 @@ def test_short_attention() -> None:
     assert_same(lambda q, k, v: ShortAttention.apply(q, k, v, 0.3), plain, inputs)
 
 
-@pytest.mark.parametrize("vocabulary", [50, 4096])
-def test_cross_entropy(vocabulary: int) -> None:
+@pytest.mark.parametrize(("vocabulary", "padded"), [(50, 50), (50, 128), (4096, 4096), (4001, 4096)])
+def test_cross_entropy(vocabulary: int, padded: int) -> None:
     """In one block of rows and in several, also where the label's probability is too small for fp32."""
     labels = torch.randint(0, vocabulary, (200,))
-    logits = torch.randn(200, vocabulary)
+    logits = torch.randn(200, padded)
     logits[0, labels[0]] = -200.0
     assert_same(
-        lambda x: CrossEntropy.apply(x, labels), lambda x: F.cross_entropy(x, labels, reduction="none"), [logits]
+        lambda x: CrossEntropy.apply(x, labels, vocabulary),
+        lambda x: F.cross_entropy(x[:, :vocabulary], labels, reduction="none"),
+        [logits],
     )
-    assert math.isfinite(CrossEntropy.apply(logits.detach(), labels).max())
+    assert math.isfinite(CrossEntropy.apply(logits.detach(), labels, vocabulary).max())
 
 
 def test_cross_entropy_of_bf16_logits_is_as_precise_as_fp32() -> None:
     labels = torch.randint(0, 512, (64,))
     logits = torch.randn(64, 512).bfloat16()
-    found = CrossEntropy.apply(logits, labels)
+    found = CrossEntropy.apply(logits, labels, 512)
     assert found.dtype is torch.float32
     assert torch.allclose(found, F.cross_entropy(logits.float(), labels, reduction="none"), atol=1e-5)

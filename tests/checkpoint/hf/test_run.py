@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from bench.parity import COMMON
@@ -18,10 +19,11 @@ from launch import local
 from launch.failures import RankError
 from moe_train.config.compose import compose
 from moe_train.config.validate import validate
+from moe_train.data.datasets import build_datasets
 
 STEPS = 2
 SHORT = [
-    "train.steps=2", "train.seq_length=32", "schedule.warmup_steps=1", "model.hidden_size=64", "model.vocab_size=512",
+    "train.steps=2", "train.seq_length=32", "schedule.warmup_steps=1", "model.hidden_size=64", "model.vocab_size=515",
     "model.ffn_hidden_size=128", "model.moe_ffn_hidden_size=32", "batch.global_batch_size=4",
     "checkpoint.save_at_end=true", "train.eval_batches=2",
 ]  # fmt: skip
@@ -53,15 +55,32 @@ def test_another_layout_starts_where_the_run_ended(
     assert abs(untrained - last) > 1e-4, "or the equality above says nothing"
 
 
-def test_transformers_reads_the_export(trained: tuple[Path, float]) -> None:
-    """Its loss on a text is that of a language model that has seen a little: finite, and the tokenizer is there."""
-    directory, _ = trained
+def held_out(run_dir: Path, *overrides: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels [samples, s] of the evaluations of `train`."""
+    cfg = compose([*COMMON, *SHORT, *overrides, f"run_dir={run_dir}"])
+    batch = cfg.batch.global_batch_size
+    _, valid, _ = build_datasets(cfg, STEPS * batch, cfg.train.eval_batches * batch, 0)
+    samples = [valid[i] for i in range(cfg.train.eval_batches * batch)]
+    tokens, labels = (
+        torch.stack([torch.as_tensor(sample[name]) for sample in samples]) for name in ("tokens", "labels")
+    )
+    return tokens, labels
+
+
+def test_transformers_reads_the_export_and_has_its_loss(
+    trained: tuple[Path, float], small_data: tuple[str, ...], tmp_path: Path
+) -> None:
+    """On the held-out text of the run. The vocabulary of 515 is padded to 640 rows, which must not count."""
+    directory, last = trained
     model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not report["missing_keys"]
     assert all(key.startswith("model.layers.4.") for key in report["unexpected_keys"]), "prediction layers only"
     assert (directory / "tokenizer.json").is_file()
+    tokens, labels = held_out(tmp_path, *small_data)
     with torch.no_grad():
-        assert torch.isfinite(model(torch.arange(32)[None], labels=torch.arange(32)[None]).loss)
+        logits = model(tokens).logits
+    assert logits.size(-1) == 515
+    assert float(cross_entropy(logits.flatten(0, 1), labels.flatten())) == pytest.approx(last, rel=1e-5)
 
 
 def test_a_conversion_of_the_run_has_the_tokenizer_too(trained: tuple[Path, float], tmp_path: Path) -> None:
