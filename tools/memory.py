@@ -4,8 +4,8 @@
     moe-memory model=qwen3_30b_a3b parallel.ep=8 precision=bf16 cluster=h100
 
 It takes the overrides of `moe-train`. Where they say nothing else it looks at GPUs with Transformer Engine
-(runtime=cuda) and, without an experiment, at sequences of 4,096 tokens in DeepSeek-V3's global batch
-(train.seq_length=4096 batch=large).
+(runtime=cuda) in BF16 (precision=bf16) and, without an experiment, at sequences of 4,096 tokens in DeepSeek-V3's
+global batch (train.seq_length=4096 batch=large).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import yaml
 from rich.table import Table
 
+from moe_train.config.assumed import names_of, on_gpus
 from moe_train.config.cluster import ClusterConfig
 from moe_train.config.compose import hydra_entry
 from moe_train.config.explain import CONF_DIR
@@ -59,10 +60,8 @@ def with_defaults(words: Sequence[str]) -> list[str]:
 
 def assume(line: CommandLine) -> None:
     """Put before the overrides what `moe-memory` and `moe-plan` assume where these say nothing."""
-    given = {word.partition("=")[0].lstrip("+") for word in line.overrides}
-    added = []
-    if "runtime" not in given:
-        added.append("runtime=cuda")
+    given = names_of(line.overrides)
+    added = on_gpus(line.overrides)
     if "experiment" not in given:
         if not given & {"batch", "batch.global_batch_size"}:
             added.append("batch=large")

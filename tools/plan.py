@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_train.config.compose import hydra_entry
 from moe_train.config.schema import Config
@@ -26,6 +27,9 @@ from tools import terminal
 from tools.memory import assume
 from tools.planning.recipe import count
 from tools.words import parse
+
+if TYPE_CHECKING:
+    from tools.planning.answer import Answer
 
 SHORT = {
     "gpus": "plan.gpus", "top": "plan.top", "output": "plan.output", "write": "plan.write", "runs": "plan.runs",
@@ -64,8 +68,6 @@ def translated(words: Sequence[str]) -> list[str]:
             value = ",".join(str(count(one, name)) for one in (value.split(",") if sweeps else [value]))
         found.append(f"{name}{equals}{value}")
     given = {word.partition("=")[0].lstrip("+") for word in found}
-    if not given & {"precision", "experiment", "precision.dtype"}:
-        found.insert(0, "precision=bf16")
     if "train.tokens" in given and "train.steps" not in given:
         found.append("train.steps=null")
     line.overrides = found
@@ -77,21 +79,24 @@ def run(cfg: Config) -> None:
     """Answer, and write what was asked for.
 
     Raises:
-        ConfigError: nothing fits, or a file cannot be written.
+        ConfigError: nothing fits, the layout that was asked for does not, or a file cannot be written.
     """
-    from tools.planning import pictures, show
-    from tools.planning.answer import answer, parallel_yaml
+    from tools.planning import experiment, pictures, show
+    from tools.planning.answer import answer
 
-    _writable(cfg.plan.write, "plan.write")
+    file = experiment.target(cfg.plan.write) if cfg.plan.write else None
+    _writable(str(file) if file and file.is_absolute() else cfg.plan.write, "plan.write")
     _writable(cfg.plan.output, "plan.output")
-    if cfg.plan.write and cfg.plan.output and Path(cfg.plan.write).absolute() == Path(cfg.plan.output).absolute():
+    if file and cfg.plan.output and file.absolute() == Path(cfg.plan.output).absolute():
         raise ConfigError(f"plan.write and plan.output are both {cfg.plan.write}", "name a file and a directory")
     result = answer(cfg, validate(cfg, trains=False))
     console = terminal.console()
     show.show(result, console)
-    if cfg.plan.write:
-        _write(Path(cfg.plan.write), parallel_yaml(result.cfg, result.best))
-        console.print(f"wrote {cfg.plan.write}", soft_wrap=True)
+    if not result.fits:
+        raise does_not_fit(result)
+    if file:
+        _write(file, experiment.as_yaml(result.cfg, result.best))
+        console.print(f"wrote {file}; {experiment.how_to_run(file)}", soft_wrap=True)
     if cfg.plan.output:
         from tools.planning import report
 
@@ -102,6 +107,16 @@ def run(cfg: Config) -> None:
         _write(folder / "plan.json", report.as_json(result))
         _write(folder / "report.html", report.html(result, (folder / "pipeline.svg").read_text(encoding="utf-8")))
         console.print(f"wrote report.html, pipeline.svg, trace.json and plan.json to {folder}", soft_wrap=True)
+
+
+def does_not_fit(result: Answer) -> ConfigError:
+    """The layout that was asked for needs more memory than its GPUs have."""
+    needed, room = result.best.memory_bytes / 2**30, result.hardware.usable_bytes / 2**30
+    return ConfigError(
+        f"the layout of parallel.* needs {needed:,.1f} GiB on its fullest GPU, and {room:,.1f} of "
+        f"cluster={result.hardware.name} can be used",
+        "recompute more (recompute=full), use a larger parallel.pp, ep or tp, or plan.search=true to find what fits",
+    )
 
 
 def run_validation(cfg: Config) -> None:

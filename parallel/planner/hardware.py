@@ -67,15 +67,15 @@ class Hardware:
         return self.fp8_tflops > BLACKWELL_TFLOPS
 
     def refusal(self, recipe: str | None) -> ConfigError | None:
-        """Why its tensor cores cannot compute in an FP8 recipe (None: 16 or 32 bits), and what they can."""
+        """Why its tensor cores cannot compute in an FP8 or FP4 recipe (None: 16 or 32 bits), and what they can."""
         if recipe is None:
             return None
         if self.fp8_tflops <= self.bf16_tflops:
-            return ConfigError(f"cluster={self.name} has no FP8, which {recipe} needs", "use precision=bf16")
-        if recipe == "mxfp8" and not self.blackwell:
+            return ConfigError(f"cluster={self.name} has no FP8 or FP4, which {recipe} needs", "use precision=bf16")
+        if recipe in ("mxfp8", "nvfp4") and not self.blackwell:
             return ConfigError(
-                f"cluster={self.name} has no MXFP8, which needs Blackwell", "use precision=fp8_block"
-            )  # fmt: skip
+                f"cluster={self.name} has no {recipe.upper()}, which needs Blackwell", "use precision=fp8_block"
+            )
         return None
 
     @property

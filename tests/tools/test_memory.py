@@ -71,10 +71,12 @@ def test_a_wrong_configuration_is_one_line_and_exit_code_2(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "added"),
     [
-        ([], ["runtime=cuda", "batch=large", "train.seq_length=4096"]),
+        ([], ["runtime=cuda", "precision=bf16", "batch=large", "train.seq_length=4096"]),
+        (["precision=fp8_block"], ["runtime=cuda", "batch=large", "train.seq_length=4096"]),
+        (["precision.dtype=fp32"], ["runtime=cuda", "batch=large", "train.seq_length=4096"]),
         (["runtime=cpu", "batch.global_batch_size=8"], ["train.seq_length=4096"]),
         (["experiment=tiny_tp2_pp2_ep2"], ["runtime=cuda"]),
-        (["batch=small", "train.seq_length=128", "++runtime=cuda"], []),
+        (["batch=small", "train.seq_length=128", "++runtime=cuda"], ["precision=bf16"]),
     ],
 )
 def test_what_is_given_is_not_assumed(words: list[str], added: list[str]) -> None:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import hydra
 import pytest
-import yaml
 
-from moe_train.config.compose import compose
+from moe_train.config.compose import compose, to_config
+from moe_train.config.explain import CONF_DIR
 from moe_train.config.validate import validate
 from moe_train.model.memory import predict as memory
 from parallel.errors import ConfigError
 from parallel.planner import cost
 from tools import plan
-from tools.planning import models
+from tools.planning import experiment, models
 from tools.planning.answer import answer
 from tools.planning.pictures import COLOURS
 from tools.planning.recipe import count, parse
@@ -69,7 +69,7 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path: Path, command
 def answered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The files and the text of one plan."""
     folder = tmp_path_factory.mktemp("plan")
-    done = run(folder, *V3, "top=3", "output=out", "write=best.yaml", "plan.precisions=[block]")
+    done = run(folder, *V3, "top=3", "output=out", "write=own/experiment/best.yaml", "plan.precisions=[block]")
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -86,23 +86,25 @@ def test_the_answer_says_what_was_asked(answered: tuple[Path, str]) -> None:
     assert sum(first["components_s"].values()) == pytest.approx(first["step_s"])
     assert found["total"]["dollars"] == pytest.approx(found["total"]["gpu_hours"] * 2)
     assert found["bills"][0]["tokens"] == 14.8e12
-    assert {"best.yaml", "out"} == {path.name for path in folder.iterdir()} - {"own"}
-    assert "wrote best.yaml" in text
+    assert {"own", "out"} == {path.name for path in folder.iterdir()}
+    assert f"wrote own/experiment/best.yaml; run it with --config-dir {folder}/own experiment=best" in text
 
 
 def test_the_winner_is_a_layout_that_a_run_accepts(answered: tuple[Path, str]) -> None:
-    """With the overrides that its file names it passes validation over 2,048 ranks, and needs the memory that the plan
-    says."""
+    """Its experiment alone passes validation over 2,048 ranks, and needs the memory and the time that the plan says."""
     folder, _ = answered
-    text = (folder / "best.yaml").read_text()
     best = json.loads((folder / "out/plan.json").read_text())["plans"][0]
-    words = [word for line in text.splitlines() if line.startswith("#   ") for word in shlex.split(line[1:])]
-    assert words[:4] == ["--config-dir", "DIR", "parallel=NAME", "model=deepseek_v3"]
-    cfg = compose([*(f"parallel.{name}={value}" for name, value in yaml.safe_load(text).items()), *words[3:]])
-    (folder / "own/parallel").mkdir(parents=True)
-    (folder / "own/parallel/best.yaml").write_text(text)
-    taken = run(folder, "--config-dir", "own", "parallel=best", *words[3:], tool="memory")
+    own = ["--config-dir", "own", "experiment=best"]
+    taken = run(folder, *own, tool="memory")
     assert f"with {max(best['memory_bytes_by_stage']) / 2**30:,.2f} GiB" in taken.stdout, taken.stderr
+    timed = run(folder, *own, "search=false", "output=again", tool="plan")
+    assert timed.returncode == 0, timed.stderr
+    again = json.loads((folder / "again/plan.json").read_text())["plans"][0]
+    assert again["step_s"] == pytest.approx(best["step_s"], rel=1e-6)
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        search_path = [f"hydra.searchpath=[file://{folder}/own]"]
+        cfg = to_config(hydra.compose("train", overrides=["experiment=best", *search_path]))
+    assert (cfg.train.tokens, cfg.train.seq_length, cfg.batch.global_batch_size) == (14_800_000_000_000, 4096, 15360)
     layout = validate(cfg, world_size=2048)
     assert [getattr(layout, name) for name in ("tp", "pp", "vpp", "ep")] == [best[n] for n in ("tp", "pp", "vpp", "ep")]
     assert cfg.precision.fp8 == "block"
@@ -122,7 +124,7 @@ def test_the_pictures_show_every_rank(answered: tuple[Path, str]) -> None:
     assert len(colours["B"]) == sum(event["cat"] == "B" for event in passes) + 1
     page = (folder / "out/report.html").read_text()
     assert "<svg" in page
-    assert "conf/parallel file" in page
+    assert "conf/experiment file" in page
     assert "&lt;svg" not in page
 
 
@@ -244,7 +246,11 @@ def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:
         (["model=tiny", "gpus=1", "output=a_file/out"], "error: plan.output=a_file/out cannot be written"),
         (["model=tiny", "gpus=1", "output=a_file"], "error: plan.output=a_file cannot be written: it is no directory"),
         (["model=tiny", "gpus=1", "write=new/"], "error: plan.write=new/ cannot be written: it names no file"),
-        (["model=tiny", "gpus=1", "write=x", "output=x"], "error: plan.write and plan.output are both x"),
+        (["model=tiny", "gpus=1", "write=./x", "output=x"], "error: plan.write and plan.output are both ./x"),
+        (
+            ["model=tiny", "gpus=1", "write=continue"],
+            "error: plan.write=continue is an experiment that moe-plan did not",
+        ),
         (["model=tiny", "gpus=1", "--package"], "error: command line: argument --package/-p: expected one argument"),
         (
             ["model=tiny", "gpus=1", "tokens=1T", "plan.recipe=['a tokens=2T']"],
@@ -319,10 +325,53 @@ def test_a_stage_of_longer_sequences_gets_the_smallest_ring_that_can_run_it() ->
 
 
 def test_a_layout_that_does_not_fit_is_not_offered(tmp_path: Path) -> None:
-    done = run(tmp_path, "model=qwen3_30b_a3b", "cluster=h100", "gpus=64", "search=false", "write=bad.yaml")
+    """It is shown with its memory, and has no bill, no files and an exit code."""
+    words = ("model=qwen3_30b_a3b", "cluster=h100", "gpus=64", "search=false", "tokens=1T")
+    done = run(tmp_path, *words, "write=bad.yaml", "output=out")
+    assert done.returncode == 2
     assert "IT DOES NOT FIT" in done.stdout
-    assert "Plans that fit" not in done.stdout
-    assert "IT DOES NOT FIT" in (tmp_path / "bad.yaml").read_text()
+    assert "Memory of one rank" in done.stdout
+    for absent in ("Plans that fit", "dollars", "kWh", "Goodput"):
+        assert absent not in done.stdout
+    assert done.stderr.startswith("error: the layout of parallel.* needs ")
+    assert "78.6 of cluster=h100 can be used" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bare_name_becomes_an_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the user gave is in the file: fields of the model, of the cluster, and a precision that was searched."""
+    monkeypatch.setattr(experiment, "FOLDER", tmp_path / "conf/experiment")
+    file = experiment.target("mine-2")
+    assert file == tmp_path / "conf/experiment/mine-2.yaml"
+    assert experiment.how_to_run(file) == "run it with experiment=mine-2"
+    words = ["model=qwen3_30b_a3b", "model.num_layers=24", "cluster=h200", "cluster.dollars_per_gpu_hour=1.5",
+             "plan.gpus=64", "plan.precisions=[block]", "runtime=cuda", "precision=bf16", "batch.global_batch_size=512",
+             "train.seq_length=4096", "optimizer.lr=3e-4", "seed=7"]  # fmt: skip
+    cfg = compose(words)
+    found = answer(cfg, validate(cfg, trains=False))
+    file.parent.mkdir(parents=True)
+    file.write_text(experiment.as_yaml(cfg, found.best))
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        overrides = ["experiment=mine-2", f"hydra.searchpath=[file://{tmp_path}/conf]"]
+        again = to_config(hydra.compose("train", overrides=overrides))
+    wanted = experiment.planned(cfg, found.best)
+    wanted.plan, wanted.run_dir = again.plan, again.run_dir
+    assert again == wanted
+    assert again.precision.name == "fp8_block"
+    assert validate(again).world_size == 64
+
+
+def test_tools_assume_the_same_precision(tmp_path: Path) -> None:
+    """moe-memory and moe-plan count BF16 on GPUs where nothing is said, as moe-submit trains."""
+    words = ("model=qwen3_30b_a3b", "parallel.pp=2", "parallel.ep=8", "parallel.dp=32", "cluster=h200")
+    held = run(tmp_path, *words, "batch.global_batch_size=4096", tool="memory").stdout
+    planned = run(tmp_path, *words, "batch.global_batch_size=4096", "search=false").stdout
+    assert "qwen3_30b_a3b, 64 ranks, bf16" in held
+    assert "Memory of one rank, bf16" in planned
+    totals = [
+        next(line for line in text.splitlines() if line.strip(" │").startswith("total")) for text in (held, planned)
+    ]
+    assert totals[0].split("│")[2:] == totals[1].split("│")[2:]
 
 
 def test_a_cpu_gets_no_dispatcher_for_gpus() -> None:

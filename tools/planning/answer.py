@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, field, replace
 
+from moe_train.config.rules.precision import recipe
 from moe_train.config.schema import Config
 from moe_train.model.arithmetic import flops_per_token
 from moe_train.model.memory import checkpoint_bytes, job_of, weights_on
@@ -26,7 +27,6 @@ MODULES = (
     (), ("moe_act",), ("mla_up_proj",), ("layernorm",), ("layernorm", "moe_act"), ("layernorm", "mla_up_proj"),
     ("layernorm", "moe_act", "mla_up_proj"), ("layernorm", "moe_act", "mla_up_proj", "mlp"),
 )  # fmt: skip
-RUN = ("1f1b", "interleaved")  # schedules of Megatron-Core
 SPARES = (1, 8, 64, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -57,6 +57,11 @@ class Answer:
     bills: list[cost.Bill] = field(default_factory=list)
     plans_of_stages: dict[str, Plan] = field(default_factory=dict)
     what_if: list[tuple[str, float, float, float]] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the best plan fits the memory of its GPUs: always after a search, which offers no other."""
+        return self.best.memory_bytes <= self.hardware.usable_bytes
 
     @property
     def used(self) -> int:
@@ -115,6 +120,8 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
     if cfg.plan.search and max(layout.tp, layout.pp, layout.cp, layout.ep) > 1:
         with contextlib.suppress(ConfigError):  # a layout for another number of GPUs is nothing to compare with
             result.asked = given(cfg, base, machine, gpus, weights_of).plans[0]
+    if not result.fits:  # what cannot run has no bill
+        return result
     for stage in recipe:
         result.bills.append(stage_bill(result, stage, machine, weights_of))
     result.what_if = what_if(result)
@@ -122,13 +129,13 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
 
 
 def _check(cfg: Config, hardware: Hardware) -> None:
-    recipes = [name for name in (cfg.precision.fp8, *cfg.plan.precisions) if name not in (None, "none")]
-    if cfg.precision.fp4:
-        raise ConfigError(f"precision.fp4={cfg.precision.fp4} is not timed by moe-plan", "use precision=mxfp8")
+    recipes = [name for name in (recipe(cfg.precision), *cfg.plan.precisions) if name not in (None, "none")]
     if cfg.runtime != "cpu":  # on a CPU the `local` backend computes in FP8 too: it rounds
         for refusal in map(hardware.refusal, recipes):
             if refusal:
                 raise refusal
+    if cfg.precision.fp4:
+        raise ConfigError(f"precision.fp4={cfg.precision.fp4} is not timed by moe-plan", "use precision=mxfp8")
     for name in ("schedules", "micro_batch_sizes"):
         if not getattr(cfg.plan, name):
             raise ConfigError(f"plan.{name}=[] leaves nothing to try", f"leave plan.{name} out")
@@ -345,31 +352,3 @@ def what_if(result: Answer) -> list[tuple[str, float, float, float]]:
 def duration(seconds: float) -> str:
     """In minutes, or in seconds where it has few."""
     return f"{seconds / 60:.0f} min" if seconds >= 300 else f"{seconds:.3g} s"
-
-
-def parallel_yaml(cfg: Config, plan: Plan) -> str:
-    """The plan as a file for `conf/parallel/`; what the run needs beside, as overrides in comments."""
-    job, one = plan.job, plan.job.layout
-    fits = "" if plan.memory_bytes <= Hardware.of(cfg.cluster).usable_bytes else ": IT DOES NOT FIT"
-    modules = ",".join(sorted(job.recompute_modules))
-    again = f"recompute.mode={job.recompute}" + (f" 'recompute.modules=[{modules}]'" if modules else "")
-    if job.recompute_of_chunks:
-        again = f"'recompute.stages=[{job.recomputes.replace('|', ',')}]'"
-    lines = [
-        f"# Planned for {one.world_size:,} GPUs by moe-plan: {plan.step.tokens_per_s_per_gpu:,.0f} tokens/s/GPU,",
-        f"# {plan.memory_bytes / 2**30:.1f} GiB on the fullest{fits}. In DIR/parallel/NAME.yaml it goes with",
-        f"#   --config-dir DIR parallel=NAME model={cfg.model.name} cluster={cfg.cluster.name}",
-        f"#   precision={cfg.precision.name} precision.dtype={job.dtype} precision.fp8={job.fp8 or 'null'} {again}",
-        f"#   train.seq_length={job.seq_length} batch.global_batch_size={cfg.batch.global_batch_size}",
-        f"#   batch.micro_batch_size={job.micro_batch_size} runtime={cfg.runtime}",
-    ]
-    if plan.schedule not in RUN:
-        lines.append(f"# Time and memory are those of {plan.schedule}; moe-train has only {' and '.join(RUN)}.")
-    lines += [
-        *(f"{name}: {getattr(one, name)}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")),
-        f"dispatcher: {plan.software.dispatcher if job.model.num_experts else 'alltoall'}",
-        "distributed_optimizer: true",
-        "overlap_grad_reduce: true",
-        "overlap_param_gather: true",
-    ]
-    return "\n".join(lines) + "\n"

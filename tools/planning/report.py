@@ -10,8 +10,8 @@ from typing import Any
 from rich.table import Table
 
 from parallel.planner.search import Plan
-from tools.planning import show
-from tools.planning.answer import Answer, parallel_yaml
+from tools.planning import experiment, show
+from tools.planning.answer import Answer
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
@@ -31,7 +31,7 @@ pre { background: #f5f5f5; padding: 1em } .picture { overflow-x: auto }
 {% endfor %}
 <h2>Why other layouts do not fit</h2><ul>{% for text in refusals %}<li>{{ text }}</li>{% endfor %}</ul>
 <h2>The pipeline, first micro-batches</h2><div class="picture">{{ picture | safe }}</div>
-<h2>conf/parallel file</h2><pre>{{ yaml }}</pre>
+<h2>conf/experiment file</h2><pre>{{ yaml }}</pre>
 </body></html>
 """
 
@@ -51,7 +51,7 @@ def html(result: Answer, picture: str) -> str:
         headline=[*show.headline(result).splitlines(), *([show.why(result, result.asked)] if result.asked else [])],
         tables=[_plain(table) for table in tables],
         refusals=show.refusals(result), picture=picture[picture.index("<svg") :],
-        yaml=parallel_yaml(result.cfg, result.best),
+        yaml=experiment.as_yaml(result.cfg, result.best),
     )  # fmt: skip
 
 

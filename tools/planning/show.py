@@ -41,6 +41,8 @@ def show(result: Answer, console: Console) -> None:
     console.print(where(result, best))
     console.print(memory(result, _shown(best)))
     console.print(groups(result))
+    if not result.fits:
+        return
     if result.bills:
         console.print(bills(result))
         console.print(changes(result))
@@ -81,7 +83,7 @@ def headline(result: Answer) -> str:
         f"step {best.step.seconds:.3f} s, {rate:,.1f} tokens/s/GPU; {tflops[0]:.0f} TFLOPS with causal attention "
         f"counted as such, {tflops[1]:.0f} as if it were not: MFU {causal:.1%} or {whole:.1%} of BF16; bubble "
         f"{best.step.pipeline.bubble_fraction:.1%}; {used:.1f} of {room:.1f} GiB on the fullest GPU"
-        + (": IT DOES NOT FIT" if used > room else "")
+        + ("" if result.fits else ": IT DOES NOT FIT")
     )
 
 
