@@ -21,9 +21,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch import env, failures, job, local, lock, rank, rendezvous, restarts, slurm, streams
+from launch import env, failures, job, local, lock, rank, rendezvous, restarts, room, slurm, streams
 from moe_train.config.fallback import fitting
 from moe_train.config.schema import Config
+from moe_train.config.validate import validate
 from moe_train.resilience import stop
 from parallel.errors import ConfigError, HardwareError, LaunchError, MoeTrainError
 from parallel.rank_info import RankInfo
@@ -79,6 +80,7 @@ def _lead(info: RankInfo, store: TCPStore, entry: str | None) -> int:
         with failures.packages():
             job.resolve_runtime(cfg)
             if entry is None:
+                room.check(cfg, validate(cfg, info.world_size), range(info.local_world_size))
                 slurm.warn_unheard(cfg.launcher)
                 job.prepare_data(cfg)
         if entry is None and stop.asked():  # while the data were made, which can take hours

@@ -113,9 +113,13 @@ def _train_here(cfg: Config, entry: str | None) -> None:
 
         simulate.run(cfg)
         return
-    if entry is None and (why := continuing.nothing_to_do(cfg)):
-        print(why, flush=True)
-        return
+    if entry is None:
+        from launch import room
+
+        if why := continuing.nothing_to_do(cfg):
+            print(why, flush=True)
+            return
+        room.check(cfg, layout)
     if cfg.runtime == "cpu" or not any(Path("/dev").glob("nvidia*")):
         forkserver.begin()  # it imports torch while this process does so too, and makes the data
     from launch import job, local, lock, slurm

@@ -23,6 +23,9 @@ class LauncherConfig:
         60, "Time without a heartbeat after which the lock that a run on another machine left in run_dir is taken "
         "over, seconds.", minimum=5,
     )  # fmt: skip
+    check_memory: bool = doc(
+        True, "Refuse a model that needs more memory than this machine has available, before it is built."
+    )
 
     ranks_per_node: int = doc(8, "Ranks of a batch job on one node, one for each GPU.", minimum=1, maximum=10_000)
     bind: str = doc(
