@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,8 +16,6 @@ from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
 
 _OF_ONE_MACHINE = ("/dev/shm", "/run", "/proc")
-_STDLIB_TOKENS = 9_000_000  # of Python 3.11, with the tokenizer of 4096 entries
-_MOST_EPOCHS = 100  # of a corpus, before it is taken for a mistake
 
 
 def nodes_of(cfg: Config, layout: ParallelLayout) -> int:
@@ -81,63 +77,6 @@ def job(cfg: Config) -> None:
     container.check(launcher)
 
 
-def data(cfg: Config, tokens: int) -> None:
-    """The dataset, or the text that it is made from, can be read, and is not far too small for `tokens`.
-
-    The tokenizer has no more tokens than the model.
-    """
-    from moe_train.data import prepare
-
-    source = cfg.data
-    if source.source == "stdlib" and tokens > _MOST_EPOCHS * _STDLIB_TOKENS:
-        raise ConfigError(
-            f"data=stdlib has about {_STDLIB_TOKENS:,} tokens, and the run of {tokens:,} would read them "
-            f"{tokens // _STDLIB_TOKENS:,} times",
-            "use data=indexed data.dir=DIRECTORY or data=text data.path=FILES, or a smaller train.tokens",
-        )
-    if source.source == "files" and source.path and not any(c in source.path for c in "*?["):
-        _readable(Path(source.path), f"data.path={source.path}", "correct data.path")
-    vocabulary = prepare.known_vocabulary(source)
-    if vocabulary is not None:
-        prepare.check_vocabulary(vocabulary, cfg.model.vocab_size)
-    if source.source != "none":
-        return
-    for entry in source.blend:
-        prefix = blend.parse(entry)[1]
-        for suffix in (".bin", ".idx"):
-            _readable(Path(prefix + suffix), f"data.blend: {prefix}{suffix}", "correct the prefix in data.blend")
-    if not source.blend:
-        manifest = Path(source.dir, "manifest.json")
-        what = f"data.dir={source.dir} holds no dataset: manifest.json"
-        _readable(manifest, what, "make it with moe-data, or correct data.dir")
-        _complete(manifest)
-
-
-def _complete(manifest: Path) -> None:
-    """The files that the manifest of a dataset names are there, whole (their checksums are not compared)."""
-    remedy = "make the dataset again with moe-data"
-    try:
-        read = json.loads(manifest.read_text(encoding="utf-8"))
-        sizes = {str(name): int(file["bytes"]) for name, file in read["files"].items()}
-        found = int(read["tokens"]) > 0 and any(name.endswith(".bin") for name in sizes)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{manifest} is damaged: {type(error).__name__} {error}", remedy) from error
-    if not found:
-        raise ConfigError(f"{manifest} is damaged: it names no tokens", remedy)
-    for name, size in sizes.items():
-        path = manifest.parent / name
-        _readable(path, f"{path}, which {manifest.name} names,", remedy)
-        if path.stat().st_size != size:
-            raise ConfigError(f"{path} has {path.stat().st_size:,} bytes, not {size:,} as when it was made", remedy)
-
-
-def _readable(path: Path, what: str, remedy: str) -> None:
-    if not path.exists():
-        raise ConfigError(f"{what} does not exist", remedy)
-    if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
-        raise ConfigError(f"{what} cannot be read by this user", remedy)
-
-
 def directories(cfg: Config) -> None:
     """Other nodes will see the directories of the run, its checkpoints and its data."""
     own = (*_OF_ONE_MACHINE, *([cfg.launcher.scratch_dir] if cfg.launcher.scratch_dir else []))
@@ -183,6 +122,8 @@ def notes(cfg: Config, layout: ParallelLayout, found: Estimate) -> list[str]:
         lines.append("a crash loses everything since the last time limit: set checkpoint.interval_steps")
     lines += [f"{name}={path} is under /tmp, which most clusters have on each node for itself"
               for name, path in _shared(cfg).items() if _under(path, "/tmp")]  # fmt: skip
+    if cfg.precision.fp4:
+        lines.append("time and cost are those of MXFP8: NVFP4, which is faster, is not timed")
     return lines + spans(layout, launcher.ranks_per_node)
 
 

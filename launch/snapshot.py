@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+
 from launch import slurm
 from moe_train.config import compose
 from moe_train.config.schema import Config
@@ -20,6 +22,7 @@ PACKAGES = ("parallel", "moe_train", "launch", "tools", "conf")
 _OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
               "CUDA_VISIBLE_DEVICES", "MOE_RENDEZVOUS")  # fmt: skip
 _OF_A_JOB = ("SLURM_", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "MPI_", "HYDI_")
+_CONFIG_NAME = "train"
 FOLDER, FACTS = "submissions", "submission.json"
 
 
@@ -52,8 +55,39 @@ def clean(environment: Mapping[str, str]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def take(cfg: Config, directory: Path) -> Path:
-    """Copy the project's code to `directory`/code, with the commit, what differs from it, and the resolved config.
+@dataclass(frozen=True)
+class Options:
+    """Where the command line told Hydra to find YAML files: the job finds copies of them.
+
+    Args:
+        config_dir: directory of `--config-dir`, or None.
+        config_name: of `--config-name`, or None for the usual one.
+    """
+
+    config_dir: str | None = None
+    config_name: str | None = None
+
+    def words(self, directory: Path) -> list[str]:
+        """The options of a job whose submission is kept in `directory`."""
+        found = [] if self.config_dir is None else [f"--config-dir={directory / 'conf'}"]
+        return found + ([] if self.config_name is None else [f"--config-name={self.config_name}"])
+
+
+def options() -> Options:
+    """Those of this process, in a Hydra job."""
+    hydra = HydraConfig.get()
+    given = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    name = hydra.job.config_name
+    return Options(given[0] if given else None, None if name in (None, _CONFIG_NAME) else name)
+
+
+def _only_yaml(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if not name.endswith((".yaml", ".yml")) and not Path(folder, name).is_dir()]
+
+
+def take(cfg: Config, directory: Path, given: Options | None = None) -> Path:
+    """Copy the project's code to `directory`/code, with the commit, what differs from it, and the resolved config; and
+    YAML files of `--config-dir` to `directory`/conf.
 
     Raises:
         LaunchError: it cannot be written.
@@ -62,6 +96,8 @@ def take(cfg: Config, directory: Path) -> Path:
         for name in PACKAGES:
             ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
             shutil.copytree(ROOT / name, directory / "code" / name, ignore=ignored)
+        if given is not None and given.config_dir is not None:
+            shutil.copytree(given.config_dir, directory / "conf", ignore=_only_yaml)
         (directory / "config.yaml").write_text(compose.to_yaml(cfg), encoding="utf-8")
         for name, words in {"commit.txt": ["rev-parse", "HEAD"], "changes.diff": ["diff", "HEAD"]}.items():
             git = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, check=False)

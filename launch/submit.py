@@ -24,12 +24,14 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from launch import checks, container, elastic, follow, lock, node_count, placement, slurm, snapshot
+from launch import checks, chosen, container, corpus, elastic, follow, lock, node_count, placement, slurm, snapshot
 from launch.estimate import Estimate, check_memory, estimate
 from moe_train.checkpoint import continuing
+from moe_train.config.assumed import on_gpus
 from moe_train.config.command_line import PATHS, field_of, is_text, text_override
 from moe_train.config.compose import hydra_entry, job_words
 from moe_train.config.fallback import fitting
+from moe_train.config.rules.precision import recipe
 from moe_train.config.schema import Config
 from moe_train.config.validate import validate
 from moe_train.config.walk import get
@@ -56,12 +58,16 @@ class Checked:
     nodes: int
     gpus: int
     found: Estimate
+    data: str
+    """What the run reads, in a line; "" where the data are not there yet."""
     choices: list[elastic.Choice]
     """Of the layout on each number of nodes with which it may start."""
     unchecked: str
     """Why the limits of the cluster could not be looked at; "" where they were."""
     notes: list[str]
     """On the nodes, for the user."""
+    options: snapshot.Options
+    """Options of the command line that the job needs too."""
 
 
 def main() -> None:
@@ -75,12 +81,11 @@ def run(words: Sequence[str]) -> int:
         return _follow(words)
     dry = _DRY in words
     rest = [word for word in words if word != _DRY]
-    if not any(word.partition("=")[0].lstrip("+") == "runtime" for word in rest):
-        rest = [*rest, "runtime=cuda"]
+    rest += _assumed([word for word in rest if not word.startswith("-")])
     sweep: list[Checked] = []
 
     def job(cfg: Config) -> None:
-        checked = check(cfg)
+        checked = check(cfg, dry)
         _report(checked)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             sweep.append(checked)
@@ -101,8 +106,17 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def check(cfg: Config) -> Checked:
-    """Everything that must hold before nodes are asked for.
+def _assumed(overrides: Sequence[str]) -> list[str]:
+    """What the words leave open: GPUs, and BF16. A run that is continued keeps its own precision."""
+    words = on_gpus(overrides)
+    given = {word.partition("=")[0]: word.partition("=")[2].strip("'\"") for word in overrides}
+    if "resume" in given or Path(given.get("run_dir", ""), "config.yaml").is_file():
+        words = [word for word in words if not word.startswith("precision=")]
+    return words
+
+
+def check(cfg: Config, dry: bool = False) -> Checked:
+    """Everything that must hold before nodes are asked for; with `dry` the data need not be there.
 
     Raises:
         ConfigError: with a cause and values that would work.
@@ -120,15 +134,26 @@ def check(cfg: Config) -> Checked:
     _parseable(cfg.run_dir)
     if why := continuing.nothing_to_do(cfg):
         raise ConfigError(why)
-    if cfg.runtime == "cuda" and (refusal := Hardware.of(cfg.cluster).refusal(cfg.precision.fp8)):
+    if cfg.runtime == "cuda" and (refusal := Hardware.of(cfg.cluster).refusal(recipe(cfg.precision))):
         raise refusal
+    words = job_words(HydraConfig.get())
+    if continuing.find(cfg) is None:  # what a run began with is its user's choice
+        chosen.check(cfg, layout, words)
     checks.job(cfg)
     nodes = launcher.nodes or checks.nodes_of(cfg, layout)
     choices = elastic.choices(cfg, nodes)
     own = next(choice for choice in choices if nodes in choice.counts)
     found = own.found if own.counts[0] == nodes else estimate(fitted, layout)
     check_memory(found, layout)
-    checks.data(cfg, found.tokens)
+    notes = checks.cores(launcher)
+    data = ""
+    try:
+        data, more = corpus.check(cfg, found.tokens)
+        notes += more
+    except corpus.NotThere as error:
+        if not dry:
+            raise
+        notes.append(f"the data are not checked: {error.cause}")
     checks.directories(cfg)
     checks.in_container(cfg)
     gpus = launcher.gpus_per_node
@@ -139,7 +164,6 @@ def check(cfg: Config) -> Checked:
             f"launcher.ranks_per_node={launcher.ranks_per_node} exceeds launcher.gpus_per_node={gpus}",
             f"use launcher.ranks_per_node={gpus or 1}",
         )
-    notes = checks.cores(launcher)
     unchecked = "" if slurm.installed() else "Slurm is not on this machine"
     try:
         if not unchecked:
@@ -148,8 +172,7 @@ def check(cfg: Config) -> Checked:
     except LaunchError as error:
         unchecked = error.cause
     lock.refuse_live(cfg)
-    words = job_words(HydraConfig.get())
-    return Checked(cfg, words, layout, nodes, gpus, found, choices, unchecked, notes)
+    return Checked(cfg, words, layout, nodes, gpus, found, data, choices, unchecked, notes, snapshot.options())
 
 
 def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
@@ -171,7 +194,7 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
     counts = sorted(count for choice in first.choices for count in choice.counts)
     variables = slurm.environment(first.cfg, place, counts)
     flags = slurm.flags(first.cfg, first.nodes, first.gpus, directory)
-    words = _overrides(first)
+    words = [*first.options.words(place), *_overrides(first)]
     if len(runs) > 1:
         limit = f"%{launcher.array_limit}" if launcher.array_limit else ""
         flags += [f"--array=0-{len(runs) - 1}{limit}", f"--output={slurm.no_pattern(directory)}/slurm-%A_%a.out"]
@@ -193,11 +216,12 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
         return
     if not slurm.installed():
         raise LaunchError("sbatch is not on this machine", f"run on a login node of the cluster, or with {_DRY}")
-    snapshot.take(first.cfg, place)
+    snapshot.take(first.cfg, place, first.options)
     if len(runs) > 1:
         (place / "sweep").mkdir()
         for number, run in enumerate(runs):
-            (place / "sweep" / str(number)).write_text("".join(f"{word}\0" for word in _overrides(run)))
+            own = [*run.options.words(place), *_overrides(run)]
+            (place / "sweep" / str(number)).write_text("".join(f"{word}\0" for word in own))
     record = snapshot.Submission(command, variables)
     _give(record, first_after, launcher.chain, place)
     print(f"submitted {', '.join(record.jobs)}; follow with: moe-submit status {directory}")
@@ -257,6 +281,7 @@ def _report(run: Checked) -> None:
         memory += f", of {found.usable_gib:,.1f} that a GPU has"
     rows = [
         ("run", f"{cfg.model.name} in {cfg.precision.name}, {found.tokens:,} tokens, {cfg.run_dir}"),
+        *([("data", run.data)] if run.data else []),
         (
             "nodes",
             f"{run.nodes:,} x {launcher.ranks_per_node} = {layout.world_size:,} ranks, started by {launcher.start}",

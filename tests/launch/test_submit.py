@@ -61,12 +61,12 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "log"
 
 
-def _prepared(directory: Path) -> str:
+def _prepared(directory: Path, tokens: int = 20_000_000_000_000) -> str:
     directory.mkdir(exist_ok=True)
     files = {name: {"bytes": 4, "sha256": ""} for name in ("text_document.bin", "text_document.idx")}
     for name in files:
         (directory / name).write_bytes(b"text")
-    (directory / "manifest.json").write_text(json.dumps({"files": files, "tokens": 2}))
+    (directory / "manifest.json").write_text(json.dumps({"files": files, "tokens": tokens, "vocab_size": 1000}))
     return str(directory)
 
 
@@ -87,8 +87,12 @@ WRONG = {
     "warning longer than the job": (["launcher.time_limit_min=8"], "less than half of launcher.time_limit_min=8"),
     "meeting longer than the job": (["launcher.time_limit_min=20", "launcher.meet_timeout_s=900"],
                                     "launcher.meet_timeout_s=900 leaves less than half"),
-    "no FP8": (["cluster=a100"], "cluster=a100 has no FP8"),
+    "no FP8": (["cluster=a100"], "cluster=a100 has no FP8 or FP4"),
     "no MXFP8": (["cluster=h100", "precision=mxfp8"], "cluster=h100 has no MXFP8"),
+    "no NVFP4": (["cluster=h800", "precision=nvfp4"], "cluster=h800 has no NVFP4, which needs Blackwell"),
+    "vocabulary below the tokenizer's": (["model.vocab_size=900"], "is below the 1,000 entries of the tokenizer of"),
+    "corpus that is read too often": (["data.dir=little"], "and the run of 14,800"),
+    "text that is read too often": (["data=text", "data.path=page.txt", "data.dir=none"], "page.txt has 18 bytes"),
     "unknown partition": (["launcher.partition=h900"], "launcher.partition=h900 is not a partition"),
     "more GPUs than a node has": (["launcher.ranks_per_node=16"], "exceeds the 8 GPUs of a node"),
     "fewer GPUs than ranks": (["launcher.gpus_per_node=4"], "exceeds launcher.gpus_per_node=4"),
@@ -97,7 +101,7 @@ WRONG = {
     "dataset of nothing": (["data=indexed", "data.dir=empty"], "manifest.json is damaged: KeyError 'files'"),
     "dataset without its text": (["data=indexed", "data.dir=lost"], "text_document.bin, which manifest.json names,"),
     "dataset cut off": (["data=indexed", "data.dir=cut"], "text_document.bin has 2 bytes, not 4"),
-    "corpus far too small": (["data=stdlib", "data.dir=stdlib"], "would read them 1,644,446 times"),
+    "corpus far too small": (["data=stdlib", "data.dir=stdlib"], "would read them 1,827,163 times"),
     "checkpoints of one node": (["checkpoint.dir=/dev/shm/ck"], "checkpoint.dir=/dev/shm/ck is under /dev/shm"),
     "data of one node": (["launcher.scratch_dir=scratch", "data.dir=scratch/corpus"], "data.dir=scratch/corpus is"),
     "partition that is down": (["launcher.partition=down"], "partition down is DOWN"),
@@ -170,6 +174,8 @@ def test_a_wrong_submission_is_refused_with_a_reason(
     for name in ("corpus", "lost", "cut", "scratch"):
         _prepared(tmp_path / name)
     _prepared(tmp_path / "scratch/corpus")
+    _prepared(tmp_path / "little", tokens=1_500_000)
+    (tmp_path / "page.txt").write_text("eighteen bytes: 18")
     (tmp_path / "lost/text_document.bin").unlink()
     (tmp_path / "cut/text_document.bin").write_bytes(b"te")
     base = [word for word in V3 if word.partition("=")[0] not in {w.partition("=")[0] for w in words}]
@@ -271,6 +277,114 @@ def test_a_dry_run_of_2048_gpus_says_what_they_are_for(
     assert not (tmp_path / "v3").exists()
 
 
+def test_a_dry_run_says_what_the_data_are(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """90 % of 20T tokens are trained on; of a tokenizer of 1,000 entries most rows of the model have no token."""
+    words = ["--dry-run", *V3[:-1], f"data.dir={_prepared(tmp_path / 'corpus')}", f"run_dir={tmp_path}/v3"]
+    assert submit.run(words) == 0
+    text = capsys.readouterr().out
+    assert "corpus: 18,000,000,000,000 tokens to train on, read 0.82 times, tokenizer of 1,000 entries" in text
+    assert "128,280 of 129,280 rows of the vocabulary (model.vocab_size) have no token" in text
+    _prepared(tmp_path / "corpus", 1_500_000_000_000)
+    assert submit.run(words) == 0
+    assert "note    11.0 epochs: repeated data add little after 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "data", [["data=indexed", "data.dir=later"], ["data=text", "data.path=later.txt", "data.dir=none"],
+             ["data=text", "data.path=later/*.txt", "data.dir=none"], ["data=indexed", "data.blend=['1.0 later']"]]
+)  # fmt: skip
+def test_a_dry_run_needs_no_data(
+    data: list[str], cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nodes, memory, time and cost are shown, and a note; a submission is refused."""
+    words = ["experiment=deepseek_v3/pretrain", "launcher.scratch_dir=null", *data, f"run_dir={tmp_path}/v3"]
+    assert submit.run(["--dry-run", *words]) == 0
+    text = capsys.readouterr().out
+    for expected in ("256 x 8 = 2,048 ranks", "GiB on the fullest rank", "hours: a step", "cost    $", "sbatch"):
+        assert expected in text
+    assert "note    the data are not checked: data." in text
+    assert submit.run(words) == 2
+    assert "later" in capsys.readouterr().err
+
+
+def test_a_blend_is_counted(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the size of its .bin files: 2 bytes a token in one, 4 in the other."""
+    for name, code, size in (("a", 8, 400_000), ("b", 4, 800_000)):
+        (tmp_path / f"{name}.bin").write_bytes(bytes(size))
+        (tmp_path / f"{name}.idx").write_bytes(b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + bytes([code]) + bytes(16))
+    words = ["--dry-run", *TINY, "data=indexed", "data.blend=['0.5 a','0.5 b']", f"run_dir={tmp_path}/run"]
+    assert submit.run(words) == 0
+    assert "2 datasets: 360,000 tokens to train on, read 0.028 times" in capsys.readouterr().out
+    (tmp_path / "a.idx").write_bytes(b"nothing")
+    assert submit.run(words) == 2
+    assert "a.idx is no index of a Megatron dataset" in capsys.readouterr().err
+
+
+def test_nvfp4_has_a_time_and_a_cost(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    costs = []
+    for precision in ("mxfp8", "nvfp4"):
+        words = ["--dry-run", *V3[:-1], f"data.dir={_prepared(tmp_path / 'corpus')}", f"run_dir={tmp_path}/v3",
+                 "cluster=b200", f"precision={precision}"]  # fmt: skip
+        assert submit.run(words) == 0
+        text = capsys.readouterr().out
+        found = re.search(r"cost +\$([\d,]+) at", text)
+        assert found, text
+        costs.append(found[1])
+    assert costs[0] == costs[1]
+    assert "note    time and cost are those of MXFP8: NVFP4, which is faster, is not timed" in text
+
+
+def test_a_large_model_trains_in_bf16_where_nothing_is_said(
+    cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As moe-memory and moe-plan assume; the job is told. What was chosen by name is not refused."""
+    words = ["--dry-run", "model=qwen3_30b_a3b", "parallel.pp=2", "parallel.dp=32", "parallel.ep=8", "cluster=h200",
+             "train.seq_length=128", "optimizer.lr=1e-3", "batch=small", "batch.global_batch_size=64",
+             "train.steps=100", "data=stdlib", f"run_dir={tmp_path}/run"]  # fmt: skip
+    assert submit.run(words) == 0, capsys.readouterr().err
+    text = capsys.readouterr().out
+    assert "qwen3_30b_a3b in bf16" in text
+    assert " precision=bf16 " in text.splitlines()[-1]
+    assert submit.run([word for word in words if not word.startswith("optimizer")]) == 2
+    assert "would train with defaults for a laptop: optimizer.lr=0.001; use" in capsys.readouterr().err
+    few = ["model=qwen3_30b_a3b", "parallel.dp=64", "parallel.ep=8", "batch.global_batch_size=64"]
+    assert submit.run([*few, f"run_dir={tmp_path}/run"]) == 2
+    assert capsys.readouterr().err.strip() == (
+        "error: qwen3_30b_a3b on 64 GPUs would train with defaults for a laptop: train.seq_length=128, "
+        "optimizer.lr=0.001, data.source=stdlib, train.tokens=null; use experiment=qwen3_30b_a3b/pretrain, or give "
+        "each of them"
+    )
+
+
+def test_a_run_that_is_continued_keeps_its_precision(tmp_path: Path) -> None:
+    """BF16 is for new runs: the command line would change that of one that began in FP8."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/config.yaml").write_text("precision: {name: fp8_block}\n")
+    assert submit._assumed(["model=tiny", f"run_dir={tmp_path}/new"]) == ["runtime=cuda", "precision=bf16"]
+    for words in ([f"run_dir={tmp_path}/old"], [f"run_dir='{tmp_path}/old'"], ["resume=/somewhere", "run_dir=new"]):
+        assert submit._assumed(words) == ["runtime=cuda"]
+
+
+def test_files_of_config_dir_go_with_the_job(cluster: Path, tmp_path: Path) -> None:
+    """The job reads the copy of the submission, whatever becomes of the directory."""
+    own = tmp_path / "own"
+    (own / "experiment").mkdir(parents=True)
+    (own / "experiment/mine.yaml").write_text("# @package _global_\ntrain: {steps: 30}\n")
+    (own / "notes.bin").write_bytes(b"not YAML")
+    assert submit.run(["--config-dir", "own", *TINY[:-2], "experiment=mine", f"run_dir={tmp_path}/run"]) == 0
+    kept = next((tmp_path / "run/submissions").iterdir())
+    words = cluster.read_text().splitlines()
+    assert f"--config-dir={kept}/conf" in words
+    assert (kept / "conf/experiment/mine.yaml").read_text() == (own / "experiment/mine.yaml").read_text()
+    assert not (kept / "conf/notes.bin").exists()
+    script = words.index(f"--config-dir={kept}/conf")
+    shown = subprocess.run(
+        [sys.executable, "-m", "launch.main", *words[script:], "--cfg", "job"], cwd=tmp_path, capture_output=True,
+        text=True, env=environment(), timeout=120,
+    )  # fmt: skip
+    assert "  steps: 30" in shown.stdout, shown.stderr
+
+
 def test_what_is_submitted_is_kept(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     words = [*TINY, f"run_dir={run_dir}", "launcher.exclude=[node3,node4]", "launcher.exclusive=false"]
@@ -291,7 +405,9 @@ def test_what_is_submitted_is_kept(cluster: Path, tmp_path: Path, capsys: pytest
     assert {"--nodes=2", "--ntasks-per-node=2", "--exclude=node3,node4"} <= set(arguments)
     assert {"--oversubscribe", "--mem=64G", "--cpus-per-task=6"} <= set(arguments)
     overrides = arguments[arguments.index(f"{code}/launch/train.sbatch") + 1 :]
-    assert overrides == [*TINY, *words[-4:], "runtime=cuda", f"run_dir={run_dir}"]
+    assert [word.replace("'", "") for word in overrides] == [
+        *TINY, *words[-4:], "runtime=cuda", "precision=bf16", f"run_dir={run_dir}",
+    ]  # fmt: skip
     assert json.loads((kept / "submission.json").read_text())["jobs"] == ["71"]
 
 

@@ -1,0 +1,185 @@
+"""The data of a submission: what is there, how often the run reads it, and whether its tokenizer suits the model. No
+torch import.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_train.config import blend
+from moe_train.config.schema import Config
+from parallel.errors import ConfigError
+
+STDLIB_TOKENS = 9_000_000  # of Python 3.11, with the tokenizer of 4096 entries
+MOST_EPOCHS = 100  # of a corpus, before it is taken for a mistake
+USEFUL_EPOCHS = 4  # after which repeated data add little (arXiv 2305.16264)
+_TEXT = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_HEADER = struct.Struct("<9sQB")  # of an .idx file: magic, version, code of the token type
+_BYTES_OF_CODE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
+
+
+class NotThere(ConfigError):
+    """Data that may be made before the job starts."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Args:
+    name: what it is, for the user.
+    tokens: in all of its documents; None where it is not tokenised yet.
+    most_tokens: that it can have at most, where that is known: text has no more tokens than bytes.
+    vocab_size: entries of its tokenizer; None where it is not known.
+    """
+
+    name: str
+    tokens: int | None
+    most_tokens: int | None = None
+    vocab_size: int | None = None
+
+
+def of(cfg: Config) -> Corpus:
+    """The corpus of a run.
+
+    Raises:
+        NotThere: the dataset, or the text that it is made from, is not there.
+        ConfigError: it cannot be read, or is damaged.
+    """
+    source = cfg.data
+    manifest = Path(source.dir, "manifest.json")
+    if source.blend:
+        prefixes = [blend.parse(entry)[1] for entry in source.blend]
+        tokens = sum(_tokens_at(prefix) for prefix in prefixes)
+        sizes = [_vocabulary(Path(prefix).parent) for prefix in prefixes]
+        known = [size for size in [*sizes, _vocabulary(Path(source.dir))] if size is not None]
+        return Corpus(f"{len(prefixes)} datasets", tokens, vocab_size=max(known, default=None))
+    if source.source == "none":
+        what = f"data.dir={source.dir} holds no dataset: manifest.json"
+        _readable(manifest, what, "make it with moe-data, or correct data.dir")
+        return _prepared(manifest)
+    if source.source == "files":
+        size = _text_bytes(source.path)
+        if manifest.exists():
+            return _prepared(manifest)
+        vocabulary = source.tokenizer_vocab_size if source.tokenizer is None else _vocabulary(Path(source.tokenizer))
+        return Corpus(str(source.path), None, size, vocabulary)
+    return Corpus("the standard library of Python", STDLIB_TOKENS, vocab_size=source.tokenizer_vocab_size)
+
+
+def check(cfg: Config, tokens: int) -> tuple[str, list[str]]:
+    """What a run of `tokens` reads, in a line, with notes.
+
+    Raises:
+        NotThere, ConfigError: as `of`; the corpus is far too small, or its tokenizer has more entries than the model.
+    """
+    corpus = of(cfg)
+    share = _share(cfg.data.split)
+    entries, rows = corpus.vocab_size, cfg.model.vocab_size
+    if entries is not None and entries > rows:
+        raise ConfigError(
+            f"model.vocab_size={rows} is below the {entries:,} entries of the tokenizer of {corpus.name}",
+            f"use model.vocab_size={entries}, or data that were made with the model's tokenizer",
+        )
+    notes = []
+    tokenizer = "" if entries is None else f", tokenizer of {entries:,} entries for model.vocab_size={rows:,}"
+    if entries is not None and entries < rows / 2:
+        notes.append(f"{rows - entries:,} of {rows:,} rows of the vocabulary (model.vocab_size) have no token")
+    if corpus.tokens is None:
+        most = int((corpus.most_tokens or 0) * share)
+        _refuse_many(f"{corpus.name} has {corpus.most_tokens:,} bytes, and so at most as many tokens", tokens, most)
+        size = (corpus.most_tokens or 0) / 1e9
+        return f"{corpus.name}: {size:,.3g} GB of text, tokenised when the job starts{tokenizer}", notes
+    read = int(corpus.tokens * share)
+    _refuse_many(f"{corpus.name} has {read:,} tokens to train on", tokens, read)
+    epochs = tokens / max(1, read)
+    if epochs > USEFUL_EPOCHS:
+        notes.append(f"{epochs:,.1f} epochs: repeated data add little after {USEFUL_EPOCHS} (arXiv 2305.16264)")
+    line = f"{corpus.name}: {read:,} tokens to train on, read {epochs:,.2g} times{tokenizer}"
+    return line, notes
+
+
+def _refuse_many(what: str, tokens: int, read: int) -> None:
+    if tokens > MOST_EPOCHS * read:
+        raise ConfigError(
+            f"{what}, and the run of {tokens:,} would read them {tokens // max(1, read):,} times",
+            "use data=indexed data.dir=DIRECTORY or data=text data.path=FILES, or a smaller train.tokens",
+        )
+
+
+def _share(split: str) -> float:
+    """The part of the documents that is trained on."""
+    shares = [float(part) for part in split.split(",")]
+    return shares[0] / sum(shares)
+
+
+def _prepared(manifest: Path) -> Corpus:
+    """The dataset that a manifest describes: its files are there, whole (their checksums are not compared)."""
+    remedy = "make the dataset again with moe-data"
+    _readable(manifest, str(manifest), remedy)
+    try:
+        read: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+        sizes = {str(name): int(file["bytes"]) for name, file in read["files"].items()}
+        tokens, entries = int(read["tokens"]), read.get("vocab_size")
+        found = tokens > 0 and any(name.endswith(".bin") for name in sizes)
+        vocabulary = _vocabulary(manifest.parent) if entries is None else int(entries)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{manifest} is damaged: {type(error).__name__} {error}", remedy) from error
+    if not found:
+        raise ConfigError(f"{manifest} is damaged: it names no tokens", remedy)
+    for name, size in sizes.items():
+        path = manifest.parent / name
+        _readable(path, f"{path}, which {manifest.name} names,", remedy, ConfigError)
+        if path.stat().st_size != size:
+            raise ConfigError(f"{path} has {path.stat().st_size:,} bytes, not {size:,} as when it was made", remedy)
+    return Corpus(str(manifest.parent), tokens, vocab_size=vocabulary)
+
+
+def _tokens_at(prefix: str) -> int:
+    """Tokens of a .bin/.idx pair, by their size."""
+    for suffix in (".bin", ".idx"):
+        _readable(Path(prefix + suffix), f"data.blend: {prefix}{suffix}", "correct the prefix in data.blend")
+    with open(f"{prefix}.idx", "rb") as stream:
+        header = stream.read(_HEADER.size)
+    magic, _, code = _HEADER.unpack(header.ljust(_HEADER.size, b"\0"))
+    if magic != b"MMIDIDX\0\0" or code not in _BYTES_OF_CODE:
+        raise ConfigError(f"data.blend: {prefix}.idx is no index of a Megatron dataset", "make or copy it again")
+    return Path(f"{prefix}.bin").stat().st_size // _BYTES_OF_CODE[code]
+
+
+def _vocabulary(place: Path) -> int | None:
+    """Entries of the tokenizer.json at `place`, or in it; None where none can be read."""
+    file = place if place.is_file() else place / "tokenizer.json"
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+        entries = read["model"]["vocab"]
+        numbers = entries.values() if isinstance(entries, dict) else range(len(entries))
+        added = [int(token["id"]) for token in read.get("added_tokens", [])]
+        return 1 + max([*map(int, numbers), *added])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _text_bytes(path: str | None) -> int:
+    """Bytes of the text at a file, a directory or a glob; compressed files count for twenty times their size."""
+    if path is None:
+        raise ConfigError("data.source=files needs data.path", "use data.path=FILES")
+    if any(char in path for char in "*?["):
+        files = [Path(name) for name in glob.glob(path, recursive=True)]
+        if not files:
+            raise NotThere(f"data.path={path} matches no file", "correct data.path")
+    else:
+        _readable(Path(path), f"data.path={path}", "correct data.path")
+        files = [Path(path)] if Path(path).is_file() else [f for f in Path(path).rglob("*") if f.name.endswith(_TEXT)]
+    return sum(file.stat().st_size * (20 if file.suffix in (".gz", ".zst", ".parquet") else 1) for file in files)
+
+
+def _readable(path: Path, what: str, remedy: str, missing: type[ConfigError] = NotThere) -> None:
+    if not path.exists():
+        raise missing(f"{what} does not exist", remedy)
+    if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        raise ConfigError(f"{what} cannot be read by this user", remedy)
