@@ -193,7 +193,7 @@ class DataConfig:
     tokenizer_vocab_size: int = doc(4096, "Size of the tokenizer that is trained.", minimum=257, maximum=100_000_000)
     dir: str = doc("data/stdlib", "Directory of the tokenised dataset: tokenizer.json and .bin/.idx files.")
     blend: list[str] = doc(
-        [], "Datasets to mix in the place of that in dir, as 'WEIGHT PREFIX' with the prefix of a .bin/.idx pair, or "
+        [], "Datasets to mix instead of the one in dir, as 'WEIGHT PREFIX' with the prefix of a .bin/.idx pair, or "
         "all as 'PREFIX', which weighs them by their tokens."
     )  # fmt: skip
     split: str = doc("90,5,5", "Shares of train, validation and test documents, percent.")

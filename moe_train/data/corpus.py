@@ -125,7 +125,7 @@ def _source(file: Path, report: Report) -> _Document:
 
 
 def _lines(file: Path, encoding: str) -> Iterator[tuple[int, str | _BadRecordError]]:
-    """Lines with their numbers from 1, their ends being \\n; an error in the place of one that cannot be decoded."""
+    """Lines with their numbers from 1, with \\n as line end; an error instead of a line that cannot be decoded."""
     with open_binary(file) as stream:
         for number, raw in enumerate(stream, 1):
             mark = number == 1 and encoding == "utf-8"
@@ -244,7 +244,7 @@ def _parquet(file: Path, data: DataConfig, report: Report) -> Iterator[_Document
 
 
 def _values(column: Any) -> Iterator[Any]:
-    """The values of a column; an error in the place of text that is not UTF-8, which the format does not exclude."""
+    """The values of a column; an error instead of text that is not UTF-8, which the format does not exclude."""
     try:
         yield from column.to_pylist()
     except UnicodeDecodeError:

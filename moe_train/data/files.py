@@ -60,7 +60,7 @@ def source_files(data: DataConfig, report: Report | None = None) -> list[Path]:
 
 
 def _walk(root: Path, follow: bool, report: Report) -> Iterator[Path]:
-    """All that is no directory under `root`. A directory that links lead to twice, or around, is entered once."""
+    """Files, links and special files under `root`. A directory with several paths is entered once."""
     waiting, links, entered = [root], list[Path](), set[tuple[int, int]]()
     while waiting or links:
         directory = waiting.pop() if waiting else links.pop(0)  # by its own path first, where it has one in `root`

@@ -56,7 +56,7 @@ def _read(prefix: str, index: Path, tokens: Path) -> Index:
     if magic != _MAGIC or index.stat().st_size < _HEADER.size + 12 * sequences + 8 * documents:
         raise DataError(f"{index} is not a whole index of a Megatron dataset", "make or copy it again")
     if code not in _INTEGERS:
-        raise DataError(f"{index} says that tokens are of type {code}, which is no integer", "make it again")
+        raise DataError(f"{index} says that tokens are of type {code}, not an integer", "make it again")
     if not sequences:
         raise DataError(f"{index} has no sequences", "make it again")
     lengths = np.memmap(index, np.int32, "r", _HEADER.size, (sequences,))

@@ -98,7 +98,7 @@ class BatchIterator:
             collate_fn=_collate,
             batch_sampler=self._indices(),
             num_workers=self.workers,
-            # A rank's own default is how it was started itself: a worker would import torch and Megatron-Core anew.
+            # A rank's own default is how it was started itself: a worker would import torch and Megatron-Core again.
             # It only reads mapped files and never touches a device, so a fork is safe.
             multiprocessing_context="fork",
             pin_memory=self.device is not None and self.device.type == "cuda",
@@ -123,7 +123,7 @@ class _ErrorsAsSamples(Dataset[Any]):
 def _collate(samples: list[Any]) -> Batch | DataError:
     """The tensors of samples, stacked; the first error where there is one.
 
-    What is no tensor is left out: `dataset_id` of a blend, a numpy integer, is not split over the sequence as the rest.
+    Other values are left out, such as `dataset_id` of a blend, a numpy integer without a sequence dimension.
     """
     for sample in samples:
         if isinstance(sample, DataError):

@@ -9,7 +9,7 @@ def unigram_entropy(tokens: np.ndarray) -> float:
     """Entropy of the token frequencies, nats a token: the loss of the best model that ignores context.
 
     Raises:
-        ValueError: there is no token.
+        ValueError: `tokens` is empty.
     """
     if tokens.size == 0:
         raise ValueError("no tokens have no entropy")

@@ -34,7 +34,7 @@ class SpecialTokens:
         bos: begins a sequence.
         eos: ends a sequence.
         pad: fills up a batch.
-        unk: stands for text that the vocabulary cannot express.
+        unk: replaces text that the vocabulary cannot express.
         adds_bos: whether the tokenizer itself puts `bos` before each text.
     """
 
@@ -153,7 +153,7 @@ def _special_tokens(path: Path, tokenizer: tokenizers.Tokenizer) -> SpecialToken
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, empty where there is no file."""
+    """The JSON object in `path`, empty without a file."""
     if not path.exists():
         return {}
     try:

@@ -364,7 +364,7 @@ TABLE = [
     Wrong("data.blend=['1 corpus/a','corpus/b']", "data.blend", "weights for some of its datasets only",
           "data.source=none"),
     Wrong("data.blend=['1 corpus/a','2 corpus/a']", "data.blend", "names corpus/a more than once", "data.source=none"),
-    Wrong("data.encoding=utf-16", "data.encoding", "no encoding that writes line ends as ASCII does; use "
+    Wrong("data.encoding=utf-16", "data.encoding", "does not encode line ends as ASCII does; use "
           "data.encoding=utf-8"),
     Wrong("data.append_eod=false", "data.reset_at_eod", "use data.append_eod=true", "data.reset_at_eod=true"),
     Wrong("data.source=files", "data.path", "data.source=files", applies=False),

@@ -197,7 +197,7 @@ def test_a_model_with_fewer_tokens_than_the_tokenizer_is_refused(directory: Path
         build_datasets(cfg, 4, 0, 0)
 
 
-def test_a_dataset_made_anew_at_the_same_place_is_not_read_through_old_indices(tmp_path: Path, directory: Path) -> None:
+def test_a_dataset_made_again_at_one_place_is_not_read_through_old_indices(tmp_path: Path, directory: Path) -> None:
     """Upstream names its caches after the path of a dataset."""
     (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
     cfg = settings(tmp_path, blend=[f"1 {tmp_path / PREFIX}"])
@@ -259,5 +259,5 @@ def test_a_dataset_of_other_than_integers_is_refused(directory: Path, tmp_path: 
     index = bytearray(Path(f"{prefix}.idx").read_bytes())
     index[17] = 7  # float32
     Path(f"{prefix}.idx").write_bytes(index)
-    with pytest.raises(DataError, match=r"a\.idx says that tokens are of type 7, which is no integer"):
+    with pytest.raises(DataError, match=r"a\.idx says that tokens are of type 7, not an integer"):
         build_datasets(settings(directory, blend=[f"1 {prefix}"]), 4, 0, 0)

@@ -351,7 +351,7 @@ def test_the_manifest_tells_what_was_left_out_and_for_what_option(
     assert re.search(r"left out +5 documents that repeat .*00030\.txt line 1\); data\.deduplicate=none", told)
 
 
-def test_a_dataset_of_an_older_version_can_be_gone_on_with(copy: DataConfig) -> None:
+def test_a_dataset_of_an_older_version_can_still_be_used(copy: DataConfig) -> None:
     """It was made without documents that differ only in case."""
     path = Path(copy.dir, "manifest.json")
     manifest = json.loads(path.read_text())

@@ -52,7 +52,7 @@ def test_any_text_comes_back_and_text_is_never_taken_for_the_end_of_a_document(t
     assert tokenizer.decode(ids) == ANY
     assert tokenizer.eod not in ids
     assert tokenizer.encode_batch([ANY, "", "x"]) == [ids, [], tokenizer.encode("x")]
-    assert tokenizer.decode([*ids, tokenizer.eod]) == ANY, "the end itself is no text"
+    assert tokenizer.decode([*ids, tokenizer.eod]) == ANY, "the end token has no text"
 
 
 def test_training_compresses_and_keeps_to_its_size(trained: Path) -> None:

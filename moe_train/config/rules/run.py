@@ -65,7 +65,7 @@ def data_source(facts: Facts) -> None:
         raise Impossible(f"data.path={data.path} is not read with data.source={data.source}",
                          [{"data.source": "files"}, {"data.path": None}])  # fmt: skip
     if not _keeps_lines(data.encoding):
-        raise Impossible(f"data.encoding={data.encoding} is no encoding that writes line ends as ASCII does",
+        raise Impossible(f"data.encoding={data.encoding} does not encode line ends as ASCII does",
                          [{"data.encoding": "utf-8"}, {"data.encoding": "latin-1"}])  # fmt: skip
     if data.source != "none" and data.tokenizer is None and data.tokenizer_vocab_size > model.vocab_size:
         raise Impossible(
