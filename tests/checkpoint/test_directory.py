@@ -130,3 +130,18 @@ def test_no_torch_is_imported() -> None:
         "import sys, moe_train.checkpoint.directory, moe_train.checkpoint.compat; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_links_among_leftovers_are_removed_and_not_followed(tmp_path: Path) -> None:
+    victim, root = tmp_path / "victim", tmp_path / "checkpoints"
+    victim.mkdir()
+    (victim / "data").write_text("data")
+    root.mkdir()
+    (root / ".step_00000001.partial").symlink_to(victim)
+    (root / ".step_00000002.removed").symlink_to(victim / "data")
+    (root / ".latest.partial").symlink_to(victim / "data")
+    assert list(directory.prepare(root, "step_00000001").iterdir()) == []
+    directory.write_latest(root, "step_00000001")
+    assert (root / "latest").read_text() == "step_00000001\n"
+    assert not (root / ".step_00000002.removed").is_symlink()
+    assert [path.read_text() for path in victim.iterdir()] == ["data"]

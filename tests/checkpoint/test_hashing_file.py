@@ -153,3 +153,17 @@ def test_the_end_of_a_file_that_no_disk_takes_is_an_error(tmp_path: Path, monkey
     with pytest.raises(OSError, match="full"):
         file.close()
     file.abandon()
+
+
+def test_a_symbolic_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("data")
+    (tmp_path / "file").symlink_to("victim")
+    with pytest.raises(OSError, match="symbolic link"):
+        HashingFile(tmp_path / "file")
+    assert (tmp_path / "victim").read_text() == "data"
+
+
+def test_a_named_pipe_in_its_place_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "file")
+    with pytest.raises(OSError, match="No such device"):
+        HashingFile(tmp_path / "file")

@@ -270,13 +270,13 @@ FAULTS = {
     "no model_type": Fault("hf", edit("config.json", lambda c: c.pop("model_type") and None), ("model_type=None",)),
     "an unknown model_type": Fault("hf", change_config(model_type="gpt2"), ("model_type='gpt2'", "deepseek_v3")),
     "another family": Fault(
-        "hf", change_config(model_type="mixtral", num_local_experts=4), ("has no tensor", "self_attn.q_proj")
+        "hf", change_config(model_type="mixtral", num_local_experts=4), ("n_shared_experts=1", "the mixtral models")
     ),
-    "a field is missing": Fault("hf", edit("config.json", lambda c: c.pop("kv_lora_rank") and None), ("kv_lora_rank",)),
+    "a field is missing": Fault("hf", edit("config.json", lambda c: c.pop("kv_lora_rank") and None), ("kv_a_proj",)),
     "a field is text": Fault("hf", change_config(hidden_size="200"), ("hidden_size='200'", "no whole number")),
     "a field is null": Fault("hf", change_config(num_hidden_layers=None), ("num_hidden_layers",)),
     "a field is a list": Fault("hf", change_config(n_group=[2]), ("n_group",)),
-    "a field is zero": Fault("hf", change_config(num_attention_heads=0), ("num_attention_heads", "below 1")),
+    "a field is zero": Fault("hf", change_config(num_attention_heads=0), ("num_attention_heads=0",)),
     "a field is a fraction": Fault("hf", change_config(moe_intermediate_size=136.5), ("moe_intermediate_size",)),
     "a field is huge": Fault("hf", change_config(num_hidden_layers=10**9), ("num_hidden_layers", "above")),
     "rope_scaling is text": Fault("hf", change_config(rope_scaling="yarn"), ("rotary position",)),
