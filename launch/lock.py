@@ -300,10 +300,8 @@ def _me() -> Owner:
         int(text) if text.isdigit() else 0 for text in (attempt, os.environ.get("TORCHELASTIC_RESTART_COUNT", ""))
     )
     first, second = starts
-    pid = os.getpid()
-    return Owner(
-        socket.gethostname(), _kernel(), pid, _started(pid), job, 10_000 * first + second, secrets.token_hex(8)
-    )
+    pid, host = os.getpid(), os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    return Owner(host, _kernel(), pid, _started(pid), job, 10_000 * first + second, secrets.token_hex(8))
 
 
 def _kernel() -> str:
