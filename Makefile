@@ -5,6 +5,9 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Index of PyTorch's wheels, such as https://download.pytorch.org/whl/cpu for those without CUDA; empty: pip's own.
+TORCH_INDEX ?=
+PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
 # Most of a test is waiting for something to start; many tests start several ranks themselves.
 TEST_WORKERS ?= 2
 # Tests must not depend on what else the machine's Python warns about.
@@ -15,16 +18,24 @@ export PYTHONWARNINGS := ignore
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
-setup: $(VENV)/.ready ## Make .venv with everything (quick when nothing changed)
+setup: $(VENV)/.ready ## Make .venv with everything, tests included (quick when nothing changed)
 
-$(VENV)/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "error: Python 3.11, 3.12 or 3.13 is needed; set PYTHON=...")'
+# What training needs; the stamp of the rest is .ready.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@echo "Installing PyTorch from $(or $(TORCH_INDEX),the default index). Without a GPU, CPU wheels may be a smaller download: TORCH_INDEX, see README.md"
+	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP_INSTALL) --editable .
+	@echo "Installed in $(VENV): $$(du -sh $(VENV) | cut -f 1)"
 	@touch $@
 
-train: setup ## Train a small MoE on real text over 4 ranks (tp=2 pp=2 ep=2) and show that it learned
+$(VENV)/.ready: $(VENV)/.installed
+	@echo "Installing what tests and conversions are compared with"
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+train: $(VENV)/.installed ## Train a small MoE on real text over 4 ranks (tp=2 pp=2 ep=2) and show that it learned
 	$(BIN)/moe-train experiment=tiny_tp2_pp2_ep2 run_dir=runs/make-train resume=never
 
 test: setup ## Run the whole suite

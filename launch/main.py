@@ -73,13 +73,16 @@ def _run(entry: str | None) -> int:
         from launch import join
 
         return join.run(info, entry)
+    from launch import sweep
     from moe_train.checkpoint import continuing
     from moe_train.config import compose
 
     try:
         with signals.interruptible(last=True):
             words = [*sys.argv[1:], *restarts.overrides()]
-            return compose.hydra_entry(partial(train_here, entry=entry), argv=words, revise=continuing.continued)
+            after = sweep.show if entry is None else None
+            work = partial(train_here, entry=entry)
+            return compose.hydra_entry(work, argv=words, revise=continuing.continued, after_sweep=after)
     except signals.Interrupted as interrupt:
         told = f"\ninterrupted by {interrupt.signal.name}; every rank has ended"
         if interrupt.signal == signals.WARNING:

@@ -13,6 +13,7 @@ import io
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -189,6 +190,7 @@ def hydra_entry(
     revise: Revise | None = None,
     common: Sequence[str] = (),
     flags: Sequence[str] = (),
+    after_sweep: Callable[[list[Job]], None] | None = None,
 ) -> int:
     """Run `fn` on the config of the command line, once, or once for each job of a sweep (-m). Returns the exit code.
 
@@ -205,19 +207,25 @@ def hydra_entry(
         revise: makes the config that is validated and run of the composed one, for each job.
         common: the groups and fields that --help explains.
         flags: options of the command itself, which it has taken from `argv`, to suggest one that is misspelled.
+        after_sweep: is given the jobs of a sweep once all have ended.
     """
     before, before_revise = _TRAINS.set(trains), _REVISE.set(revise)
     if sys.stdout is None:  # closed by whoever started it: what is printed goes nowhere
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
-        return _run(fn, config_name, argv, runs, partial(help.page, about, common) if about else None, flags)
+        entry = _Entry(fn)
+        page = partial(help.page, about, common) if about else None
+        code = _run(entry, config_name, argv, runs, page, flags)
+        if after_sweep is not None and len(entry.jobs) > 1:
+            after_sweep(entry.jobs)
+        return code
     finally:
         _TRAINS.reset(before)
         _REVISE.reset(before_revise)
 
 
 def _run(
-    fn: Callable[[Config], None],
+    entry: _Entry,
     config_name: str,
     argv: Sequence[str] | None,
     runs: bool,
@@ -227,7 +235,7 @@ def _run(
     options = [
         "verbose=true" if word in ("-v", "--verbose") else word for word in (sys.argv[1:] if argv is None else argv)
     ]
-    entry = _Entry(fn, [word for word, is_override in sorted_words(options) if is_override])
+    entry.given([word for word, is_override in sorted_words(options) if is_override])
     try:
         if page and {"-h", "--help"} & set(options):
             print(page(), flush=True)
@@ -256,14 +264,31 @@ def _run(
     return entry.exit_code
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """How one job of a sweep ended."""
+
+    words: list[str]
+    """Its overrides."""
+    run_dir: str
+    exit_code: int
+    seconds: float
+
+
 class _Entry:
     """Runs jobs for Hydra and reports their errors; Hydra itself sees every job succeed, or it would print its own."""
 
-    def __init__(self, fn: Callable[[Config], None], overrides: list[str]) -> None:
-        self.fn, self.overrides, self.exit_code = fn, overrides, 0
-        self.verbose = "verbose=true" in overrides or os.environ.get(_FULL_ERROR) == "1"
+    def __init__(self, fn: Callable[[Config], None]) -> None:
+        self.fn, self.exit_code, self.prefix = fn, 0, ""
+        self.overrides: list[str] = []
+        self.jobs: list[Job] = []
         self.user_environment = os.environ.get(_FULL_ERROR)
-        self.prefix = ""
+        self.verbose = self.user_environment == "1"
+
+    def given(self, overrides: list[str]) -> None:
+        """What the command line has, for messages."""
+        self.overrides = overrides
+        self.verbose = self.verbose or "verbose=true" in overrides
 
     def job(self, composed: DictConfig) -> None:
         """One job. Its error is reported, and the next job of a sweep still runs."""
@@ -276,7 +301,10 @@ class _Entry:
             cfg.run_dir = str(output)
             return _revised(cfg, OmegaConf.create({"hydra": hydra_config}))
 
+        started, before, self.exit_code = time.monotonic(), self.exit_code, 0
         self.work(config)
+        self.jobs.append(Job(job_words(hydra_config), str(output), self.exit_code, time.monotonic() - started))
+        self.exit_code = before or self.exit_code
         _remove_empty(output)  # not every command writes there
 
     def work(self, config: Callable[[], Config]) -> None:

@@ -89,7 +89,8 @@ def check_value(info: FieldInfo, value: Any) -> None:
                 fitting = [[e if e in info.choices else next(unused, info.choices[0]) for e in value]]
             raise Impossible(f"{info.name}={entry} is not one of {names}", fixes_of(info.name, fitting))
         if isinstance(entry, float) and not math.isfinite(entry):
-            raise Impossible(f"{info.name}={entry} is not a finite number", [], f"use a finite {info.name}")
+            usual = fixes_of(info.name, [get(Config(), info.name)])
+            raise Impossible(f"{info.name}={entry} is not a finite number", usual)
         if info.minimum is not None and entry is not None and entry < info.minimum:
             smallest = info.minimum
             raise Impossible(

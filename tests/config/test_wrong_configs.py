@@ -272,7 +272,7 @@ TABLE = [
     Wrong("schedule.decay_steps=10", "schedule.warmup_steps", "schedule.decay_steps=10"),
     Wrong("schedule.min_lr_ratio=2", "schedule.min_lr_ratio", "above the peak"),
     Wrong("optimizer.beta2=1", "optimizer.beta2", "[0, 1)"),
-    Wrong("optimizer.lr=nan", "optimizer.lr", "finite", applies=False),
+    Wrong("optimizer.lr=nan", "optimizer.lr", "finite number; use optimizer.lr=0.001"),
     Wrong("optimizer.lr=-1", "optimizer.lr", "smallest value 0"),
     Wrong("precision.dtype=fp8", "precision.dtype", "fp32, bf16, fp16"),
     Wrong("precision.fp8=block", "precision.fp8", "needs precision.dtype=bf16 for the rest, not fp32"),

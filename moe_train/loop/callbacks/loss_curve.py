@@ -1,8 +1,8 @@
-"""run_dir/loss.svg: the losses of a run over its tokens."""
+"""run_dir/loss.svg: training and validation loss over the steps of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,40 +10,65 @@ NAME = "loss.svg"
 _MOST_POINTS = 2000  # of a curve: more cannot be seen, and make the file large
 
 
-def draw(lines: Iterable[Mapping[str, Any]], path: Path, title: str, entropy: float | None = None) -> bool:
-    """Draw training and validation loss of the lines of metrics.jsonl. Returns False where none has a finite loss.
+class LossCurve:
+    """Collects the losses of the lines of metrics.jsonl, in constant memory, and draws them."""
 
-    Args:
-        entropy: unigram entropy of the validation tokens, nats, drawn as a dashed line.
-    """
-    curves: dict[str, list[tuple[float, float]]] = {"lm_loss": [], "valid_loss": []}
-    for line in lines:
-        for name, points in curves.items():
+    def __init__(self) -> None:
+        self._curves = {"lm_loss": _Points(), "valid_loss": _Points()}
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl, in the order of steps. Losses that are not finite (null) leave a gap."""
+        for name, points in self._curves.items():
             if line.get(name) is not None and "step" in line:
-                points.append((line["step"], line[name]))
-    if not any(curves.values()):
-        return False
-    import matplotlib
-    from matplotlib.figure import Figure
+                points.add(line["step"], line[name])
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 9}):
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot()
-        training, validation = (_thinned(points) for points in curves.values())
-        if training:
-            axes.plot(*zip(*training, strict=True), linewidth=1, label="training")
-        if validation:
-            axes.plot(*zip(*validation, strict=True), marker="o", markersize=3, label="validation")
-        if entropy is not None:
-            axes.axhline(entropy, linestyle="--", linewidth=1, color="gray", label="unigram entropy")
-        axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(path, format="svg", metadata={"Date": None})
-    return True
+    def draw(self, path: Path, title: str, entropy: float | None = None) -> bool:
+        """Write the picture. Returns False where there is no loss.
+
+        Args:
+            entropy: unigram entropy of the validation tokens, nats, drawn as a dashed line.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        training, validation = (points.kept() for points in self._curves.values())
+        if not training and not validation:
+            return False
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 9}):
+            figure = Figure(figsize=(7, 4), layout="constrained")
+            axes = figure.add_subplot()
+            if training:
+                axes.plot(*zip(*training, strict=True), linewidth=1, label="training")
+            if validation:
+                axes.plot(*zip(*validation, strict=True), marker="o", markersize=3, label="validation")
+            if entropy is not None:
+                axes.axhline(entropy, linestyle="--", linewidth=1, color="gray", label="unigram entropy")
+            axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+            axes.grid(alpha=0.3)
+            axes.legend()
+            figure.savefig(path, format="svg", metadata={"Date": None})
+        return True
 
 
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `_MOST_POINTS` of them, evenly, and the last."""
-    stride = -(-len(points) // _MOST_POINTS) or 1
-    return points[::stride] if not points or points[::stride][-1] == points[-1] else [*points[::stride], points[-1]]
+class _Points:
+    """Every point at first, then every second, every fourth, ..., and always the last."""
+
+    def __init__(self) -> None:
+        self._stride, self._count = 1, 0
+        self._points: list[tuple[float, float]] = []
+        self._last: tuple[float, float] | None = None
+
+    def add(self, x: float, y: float) -> None:
+        self._last = (x, y)
+        if self._count % self._stride == 0:
+            self._points.append(self._last)
+        self._count += 1
+        if len(self._points) > _MOST_POINTS:
+            self._points, self._stride = self._points[::2], 2 * self._stride
+
+    def kept(self) -> list[tuple[float, float]]:
+        more = [] if self._last is None or self._points[-1] == self._last else [self._last]
+        return [*self._points, *more]

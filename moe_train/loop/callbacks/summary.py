@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shlex
+import shutil
+import sys
 import time
 from collections import deque
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +25,8 @@ from moe_train.checkpoint.continuing import SUMMARY as NAME
 from moe_train.checkpoint.directory import replace_file
 from moe_train.data.statistics import unigram_entropy
 from moe_train.data.tokenizer import load_tokenizer
-from moe_train.loop.callbacks import metrics_file
+from moe_train.loop.callbacks import loss_curve, metrics_file
+from moe_train.loop.callbacks.loss_curve import LossCurve
 from moe_train.loop.run import Callback, Metrics, Run
 from moe_train.telemetry import sampling
 from moe_train.telemetry.throughput import speed
@@ -51,21 +57,25 @@ class Summary(Callback):
         continuations = _continuations(run)  # by all ranks together
         if not run.is_main:
             return
-        summary = {**self._numbers(run), "continuations": continuations}
+        curve = LossCurve()
+        summary = {**self._numbers(run, curve), "continuations": continuations}
         path = run.run_dir / NAME
         try:
             replace_file(path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         except OSError as error:
             warn(f"{path} cannot be written: {error.strerror or error}; the same command writes it")
         console = Console(highlight=False, soft_wrap=True)
-        for line in (*lines(summary), f"  {'summary':<18}{path}", *_texts(continuations)):
+        more = [("summary", str(path)), ("loss curve", _picture(run, curve, summary)), *_next(run, summary)]
+        rows = [f"  {name:<18}{text}" for name, text in more if text]
+        for line in (*lines(summary), *rows, *_texts(continuations)):
             console.print(line, markup=False)
 
-    def _numbers(self, run: Run) -> dict[str, Any]:
+    def _numbers(self, run: Run, curve: LossCurve) -> dict[str, Any]:
         path = run.run_dir / metrics_file.NAME
         losses: dict[str, list[float | None]] = {"lm_loss": [], "valid_loss": []}
         memory_peak = 0
         for line in metrics_file.read(path):
+            curve.add(line)
             for name, ends in losses.items():
                 if name in line and not line.get("no_tokens"):
                     ends[1:] = [line[name]]  # the first stays
@@ -104,6 +114,43 @@ class Summary(Callback):
         load = metrics_file.moe_layers(run, np.sum(self._loads, axis=0).tolist())
         shares = [tokens * len(row) / max(1, sum(row)) for row in load.values() for tokens in row]
         return {"most": max(shares), "least": min(shares), "steps": len(self._loads)}
+
+
+def _picture(run: Run, curve: LossCurve, summary: dict[str, Any]) -> str:
+    """Path of the picture of the losses; "" where there is none to draw, or it cannot be written."""
+    path = run.run_dir / loss_curve.NAME
+    try:
+        drawn = curve.draw(path, run.cfg.model.name, summary["valid_tokens_unigram_entropy"])
+    except OSError as error:
+        warn(f"{path} cannot be written: {error.strerror or error}")
+        return ""
+    return str(path) if drawn else ""
+
+
+def _next(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Commands that look at the run, go on with it, and take its weights elsewhere."""
+    cfg, run_dir = run.cfg, shlex.quote(str(run.run_dir))
+    found = [("watch", f"{_program('tensorboard')} --logdir {run_dir}")] if cfg.telemetry.tensorboard else []
+    if summary["checkpoint"] is None or cfg.checkpoint.dir is not None:
+        return found
+    length = f"train.steps={2 * summary['steps']}"
+    if cfg.train.tokens is not None:
+        length = f"train.tokens={2 * summary['tokens']}"
+    rest = " schedule.on_resume=override" if cfg.schedule.decay != "constant" else ""
+    return [
+        *found,
+        ("continue", f"{_program('moe-train')} run_dir={run_dir} {length}{rest}"),
+        ("convert", f"{_program('moe-convert')} {run_dir} {shlex.quote(f'{run.run_dir}-hf')}"),
+    ]
+
+
+def _program(name: str) -> str:
+    """A command of this environment, with its directory where the shell would not find it."""
+    own = Path(sys.executable).with_name(name)
+    found = shutil.which(name)
+    if not own.exists() or (found and Path(found).resolve() == own.resolve()):
+        return name
+    return shlex.quote(os.path.relpath(own) if own.is_relative_to(Path.cwd()) else str(own))
 
 
 def held_out_entropy(run: Run) -> float | None:

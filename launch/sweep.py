@@ -1,0 +1,56 @@
+"""The end of a sweep (-m): one row for each job, with what differs between them and how they ended. No torch import."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_train.checkpoint.continuing import SUMMARY
+from moe_train.config.compose import Job
+
+
+def show(jobs: Sequence[Job]) -> None:
+    """Print the table. A job that failed has its exit code in the place of losses."""
+    Console(highlight=False).print(table(jobs))
+
+
+def table(jobs: Sequence[Job]) -> Table:
+    """Overrides, losses, time and directory of each job."""
+    common = set(jobs[0].words).intersection(*(job.words for job in jobs))
+    result = Table("job", "overrides", "training loss", "validation loss", "time", "run_dir", title="Sweep")
+    for number, job in enumerate(jobs):
+        words = " ".join(word for word in job.words if word not in common)
+        losses = (f"failed: exit code {job.exit_code}", "") if job.exit_code else _losses(Path(job.run_dir, SUMMARY))
+        cells = (str(number), words, *losses, _duration(job.seconds), job.run_dir)
+        result.add_row(*(_text(cell) for cell in cells))
+    return result
+
+
+def _losses(summary: Path) -> tuple[str, str]:
+    try:
+        found: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
+        train, valid = (found.get(name) or {} for name in ("train_loss", "valid_loss"))
+    except (OSError, ValueError, AttributeError):
+        return "", ""  # the summary could not be written, of which the run has warned
+    return _ends(train), _ends(valid)
+
+
+def _ends(loss: dict[str, float | None]) -> str:
+    if not loss:
+        return ""
+    first, last = ("not finite" if value is None else f"{value:.4f}" for value in (loss["first"], loss["last"]))
+    return f"{first} to {last}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _text(cell: str) -> str:
+    return cell.replace("[", "\\[")  # rich would take it for a style
