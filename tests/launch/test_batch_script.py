@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ class Batch:
                "PATH": f"{self.dir / 'bin'}:{os.environ['PATH']}"}  # fmt: skip
         command, env = ["bash", str(slurm.SCRIPT), *overrides], environment(**(job | variables))
         with (self.dir / "out").open("w") as out:  # not a pipe, which what outlives the script would hold open
-            done = subprocess.run(command, env=env, cwd=self.dir, stdout=out, stderr=out, text=True, timeout=30)
+            done = subprocess.run(command, env=env, cwd=self.dir, stdout=out, stderr=out, text=True, timeout=120)
         return done.returncode, (self.dir / "out").read_text()
 
     def lines(self) -> list[str]:
@@ -234,3 +235,23 @@ def test_a_chain_goes_on_where_a_run_that_had_begun_could_not_read(batch: Batch)
     code, text = batch.run("", "run_dir=run", SLURM_JOB_ID="9", **chain)
     assert code == 5
     assert "job 8 of this chain" in text
+
+
+@pytest.mark.parametrize(
+    ("word", "directory"),
+    [("run_dir=epoch=9", "epoch=9"), ("run_dir=a b [1]", "a b [1]"), ("run_dir='a b'", "a b"),
+     ("run_dir=${oc.env:PLACE}/x=1", "here/x=1")],
+)  # fmt: skip
+def test_the_directory_is_that_of_the_ranks(word: str, directory: str, batch: Batch) -> None:
+    place = {"PLACE": "here", "MOE_PYTHON": sys.executable, "MOE_CODE": str(slurm.SCRIPT.parents[1])}
+    code, text = batch.run("", word, **place)
+    assert code == 0, text
+    assert (batch.dir / directory / "logs").is_dir()
+    made = {path.relative_to(batch.dir).parts[0] for path in batch.dir.glob("**/logs")}
+    assert made == {Path(directory).parts[0]}, "no stray directory"
+
+
+def test_a_directory_with_the_time_in_its_name_is_refused(batch: Batch) -> None:
+    code, text = batch.run("", "run_dir=runs/${now:%H-%M}")
+    assert code == 2
+    assert "would be another directory after a requeue" in text

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import placement, slurm, submit
+from launch import node_count, placement, slurm, submit
+from moe_train.config.compose import compose
+from moe_train.config.validate import validate
+from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
 from tests.launch.commands import ROOT, environment
 
@@ -427,7 +430,7 @@ def test_a_sweep_is_one_array(cluster: Path, tmp_path: Path) -> None:
     assert "--array=0-2%2" in arguments
     kept = next((tmp_path / "sweep/submissions").iterdir())
     for number in range(3):
-        overrides = (kept / "sweep" / str(number)).read_text().splitlines()
+        overrides = (kept / "sweep" / str(number)).read_text().split("\0")
         assert f"seed={number + 1}" in overrides
         assert f"run_dir={tmp_path}/sweep/{number}" in overrides
 
@@ -508,3 +511,39 @@ def test_groups_on_their_nodes() -> None:
     found = {one.name: (one.size, one.groups, one.nodes, one.per_node) for one in placement.placements(layout, 4)}
     # Ranks 0-3, 4-7 | 8-11, 12-15 are nodes; a stage is eight ranks; tp pairs neighbours.
     assert found == {"tp": (2, 8, 1, 2), "ep": (4, 4, 1, 1), "dp": (4, 4, 2, 2), "pp": (2, 8, 2, 4)}
+
+
+@pytest.mark.parametrize("name", ["epoch=9", "a b, c", "ü [1]{2}", "2024_01_02", "it's", "100%"])
+def test_the_job_reads_the_paths_that_were_submitted(
+    name: str, cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Absolute, without references, and the log of Slurm goes into the same directory."""
+    monkeypatch.setenv("PLACE", name)
+    words = [*TINY, f"run_dir={name}/${{model.name}}", "data.dir=${oc.env:PLACE}/data", "resume=never"]
+    assert submit.run(words) == 0
+    _, *arguments = cluster.read_text().split("\n")
+    script = next(i for i, word in enumerate(arguments) if word.endswith("train.sbatch"))
+    job = [word for word in arguments[script + 1 :] if word]
+    cfg = compose(job)
+    assert (cfg.run_dir, cfg.data.dir) == (str(tmp_path / name / "tiny"), str(tmp_path / name / "data"))
+    assert cfg.resume == "never"
+    assert job[-1] == f"run_dir={cfg.run_dir}", "the batch script reads it without Python"
+    assert f"--output={cfg.run_dir.replace('%', '%%')}/slurm-%j.out" in arguments
+
+
+@pytest.mark.parametrize("name", ["a:b", "a\nb"])
+def test_a_directory_that_a_job_cannot_use_is_refused(
+    name: str, cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit.run([*TINY, f"run_dir={name}"]) == 2
+    assert "with which a batch job cannot start; choose another run_dir" in capsys.readouterr().err
+    assert not cluster.exists()
+
+
+@pytest.mark.parametrize("nodes", [2, 200])
+def test_the_remedy_for_a_number_of_nodes_can_be_submitted(nodes: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its ranks fit their GPUs too; following one hint does not lead to another that undoes it."""
+    cfg = compose(["experiment=deepseek_v3/pretrain", "runtime=cuda", f"launcher.nodes={nodes}"])
+    with pytest.raises(ConfigError) as first:
+        validate(cfg, 8 * nodes)
+    assert str(node_count.refused(cfg, first.value)).endswith("; use launcher.nodes=256")
