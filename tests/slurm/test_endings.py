@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -81,11 +82,10 @@ def test_a_second_job_in_the_same_run_dir_is_refused(jobs: Jobs, tmp_path: Path)
     second = jobs.submit(run_dir, steps=60, MOE_PYTHON=slow)
     facts = jobs.end(second)
     output = (tmp_path / f"slurm-{second}.out").read_text()
-    assert facts["JobState"] == "FAILED", output
+    assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "2:0"), output
     assert output.count(", attempt ") == 1, output
     (told,) = {line for line in output.splitlines() if line.startswith("error: ") and "run_dir" in line}
-    assert first in told
-    assert "node" in told
+    assert re.search(rf"is in use by process \d+ on node\d \(Slurm job {first}\)", told), told
     assert jobs.facts(first)["JobState"] == "RUNNING", jobs.logs(first)
     jobs.finish(first)
     assert len(losses(run_dir)) == 60
