@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, median_low
 
 from launch.preflight.disks import Disk
 from launch.preflight.facts import UNKNOWN, Facts
@@ -158,7 +158,7 @@ def _size(count: float) -> str:
 
 def _products(facts: list[Facts], ratio: float) -> list[Finding]:
     """Ranks whose multiplications take much longer than those of most."""
-    usual = median(f.matmul_s for f in facts)
+    usual = median_low(f.matmul_s for f in facts)  # of two ranks the faster one
     found = []
     for f in facts:
         if usual > 0 and f.matmul_s > ratio * usual:

@@ -155,6 +155,13 @@ def test_ranks_that_wait_for_cores_are_compared_less_strictly() -> None:
     assert [f.check for f in judged(ranks)] == ["links"]
 
 
+def test_of_two_ranks_the_slow_one_is_found() -> None:
+    """Half of its own time would be in a mean of both."""
+    ranks = [replace(f, groups={}) for f in healthy(2, 1)]
+    ranks[1].matmul_s = ranks[1].matmul_median_s = 0.016
+    assert [(f.check, f.node) for f in judged(ranks)] == [("matmul", "n1")]
+
+
 def test_a_gpu_bound_to_each_rank_is_no_node_that_lost_the_others() -> None:
     ranks = healthy()
     for f in ranks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from launch import main
+from launch import local, main
 from moe_train.config.schema import Config
 from parallel.rank_info import RankInfo
 
@@ -27,4 +27,5 @@ def run(cfg: Config, info: RankInfo) -> None:
 
 
 if __name__ == "__main__":
-    main.main("tests.slurm.slowly:run")
+    local.ENTRY = "tests.slurm.slowly:run"  # not as an entry of `main`, which would leave out the lock of run_dir
+    main.main()
