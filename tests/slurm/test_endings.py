@@ -84,7 +84,7 @@ def test_a_second_job_in_the_same_run_dir_is_refused(jobs: Jobs, tmp_path: Path)
     output = (tmp_path / f"slurm-{second}.out").read_text()
     assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "2:0"), output
     assert output.count(", attempt ") == 1, output
-    (told,) = {line for line in output.splitlines() if line.startswith("error: ") and "run_dir" in line}
+    (told,) = {line for line in output.splitlines() if line.startswith("error: ") and "in use" in line}
     assert re.search(rf"is in use by process \d+ on node\d \(Slurm job {first}\)", told), told
     assert jobs.facts(first)["JobState"] == "RUNNING", jobs.logs(first)
     jobs.finish(first)
