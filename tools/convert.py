@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any
 from launch import quiet
 from moe_train.config.compose import hydra_entry
 from moe_train.config.model import ModelConfig
-from moe_train.config.schema import Config
+from moe_train.config.schema import Config, DataConfig
 from moe_train.config.walk import get
 from parallel.errors import CheckpointError, ConfigError, MoeTrainError
 from tools.words import CommandLine, parse
 
 if TYPE_CHECKING:
     from moe_train.checkpoint.hf import convert, distcp
+    from moe_train.checkpoint.hf.small_files import SmallFiles
     from moe_train.checkpoint.hf.workers import Team
     from moe_train.checkpoint.hf.writer import Plan
 
@@ -145,7 +146,7 @@ def make_plan(
     Raises:
         ConfigError, CheckpointError: the source cannot be read, or the target cannot hold it.
     """
-    from moe_train.checkpoint.hf import config, convert, writer
+    from moe_train.checkpoint.hf import config, convert, small_files, writer
 
     writer.refuse_existing(target)  # before anything large is read
     options = convert.Options(
@@ -166,8 +167,9 @@ def make_plan(
             return convert.to_megatron(mapped, target, cfg, options)
         reader: Any = convert.HuggingFaceReader(mapped)
         files = {extent.path for extent in tensors.extents.values()}
-        kept = convert.small_files(source)
-        return convert.to_hf(reader, mapped.pieces, model, target, options, source, files, tensors.config, kept)
+        return convert.to_hf(
+            reader, mapped.pieces, model, target, options, source, files, small_files.of_directory(source)
+        )
     return _plan_of_megatron(cfg, _open_megatron(source), target, words, options)
 
 
@@ -188,7 +190,7 @@ def _plan_of_megatron(
     cfg: Config, checkpoint: distcp.Checkpoint, target: Path, words: Sequence[str], options: convert.Options
 ) -> Plan:
     from moe_train.checkpoint import compat, directory
-    from moe_train.checkpoint.hf import config, convert, mapping
+    from moe_train.checkpoint.hf import convert, mapping
 
     path = checkpoint.directory
     if cfg.convert.to == "megatron":
@@ -197,12 +199,25 @@ def _plan_of_megatron(
     mapping.refuse_larger(model, checkpoint.numbers, path / directory.CONFIG)
     all_pieces = mapping.pieces(model)
     reader = convert.MegatronReader(checkpoint, all_pieces, fp32=options.dtype == "fp32")
-    kept = path / convert.KEPT
-    original = config.read(kept) if (kept / config.FILE).is_file() else None
-    small = convert.small_files(kept)
-    if not any(file.name == "tokenizer.json" for file in small):
-        small += convert.tokenizer_files((compat.read(path).get("data") or {}).get("dir") or kept)
-    return convert.to_hf(reader, all_pieces, model, target, options, path, checkpoint.files, original, small)
+    small = _small_files(cfg, path, model, words)
+    return convert.to_hf(reader, all_pieces, model, target, options, path, checkpoint.files, small)
+
+
+def _small_files(cfg: Config, path: Path, model: ModelConfig, words: Sequence[str]) -> SmallFiles:
+    """Those that a conversion to Megatron kept, else those of the run, whose data can be elsewhere now: data.dir."""
+    from moe_train.checkpoint import compat
+    from moe_train.checkpoint.hf import config, small_files
+
+    if (path / small_files.KEPT / config.FILE).is_file():
+        return small_files.of_directory(path / small_files.KEPT)
+    saved = compat.read(path)
+    written = saved.get("data") if isinstance(saved.get("data"), dict) else {}
+    known = {field.name for field in fields(DataConfig)}
+    data = DataConfig(**{name: value for name, value in (written or {}).items() if name in known})
+    if any(word.startswith("data.dir=") for word in words):
+        data = replace(data, dir=cfg.data.dir)
+    first = saved.get("init_from")
+    return small_files.of_run(model, data, first if isinstance(first, str) else None)
 
 
 def _chosen(cfg: Config, words: Sequence[str], described: Callable[[], ModelConfig]) -> ModelConfig:

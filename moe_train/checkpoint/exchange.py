@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_train.checkpoint import continuing, directory, state, storage
 from moe_train.checkpoint.collective import on_main
 from moe_train.checkpoint.dtypes import of_torch
-from moe_train.checkpoint.hf import config, convert, distcp
+from moe_train.checkpoint.hf import convert, distcp, small_files
 from moe_train.checkpoint.hf.mapping import Piece, pieces
 from moe_train.checkpoint.hf.source import HuggingFace, MappedSource
 from moe_train.checkpoint.hf.workers import TorchTeam
@@ -95,16 +95,7 @@ def _export_plan(run: Run, checkpoint: Path, target: Path) -> Plan:
     stored = distcp.Checkpoint(checkpoint)
     all_pieces = pieces(run.cfg.model)
     reader = convert.MegatronReader(stored, all_pieces)
+    small = small_files.of_run(run.cfg.model, run.cfg.data, run.cfg.init_from)
     return convert.to_hf(
-        reader, all_pieces, run.cfg.model, target, convert.Options(), checkpoint, stored.files, _original(run),
-        convert.tokenizer_files(run.cfg.data.dir),
+        reader, all_pieces, run.cfg.model, target, convert.Options(), checkpoint, stored.files, small
     )  # fmt: skip
-
-
-def _original(run: Run) -> config.Json | None:
-    """config.json that the run's first weights came with: from Hugging Face, or converted from there."""
-    if not run.cfg.init_from:
-        return None
-    origin = Path(run.cfg.init_from)
-    found = [path for path in (origin, origin / convert.KEPT) if (path / config.FILE).is_file()]
-    return config.read(found[0]) if found else None

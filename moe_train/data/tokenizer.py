@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from moe_train.config.schema import DataConfig
 from parallel.errors import DataError
@@ -113,6 +113,19 @@ class Tokenizer:
             f"{self.path} names no end-of-document token",
             f"set data.eod_token, or name eos_token in {CONFIG} next to it",
         )
+
+    def token_id(self, token: str | None) -> int | None:
+        """Id of the token with this text, None where there is none."""
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def beginning_with(self, token: str) -> str:
+        """Content of a tokenizer.json that puts `token` before each text, as documents of the dataset have it."""
+        changed = tokenizers.Tokenizer.from_file(str(self.path))
+        single, pair = f"{token}:0 $A:0", f"{token}:0 $A:0 {token}:1 $B:1"
+        first = processors.TemplateProcessing(single, pair, [(token, self.token_id(token))])
+        others = [] if changed.post_processor is None else [changed.post_processor]
+        changed.post_processor = processors.Sequence([*others, first])
+        return str(changed.to_str(pretty=True))
 
     def same_vocabulary(self, other: Tokenizer) -> bool:
         """Whether both give each id to the same token."""

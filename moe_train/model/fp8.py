@@ -40,8 +40,8 @@ class Quantised:
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """The values, [..., rows, columns]. Exact in fp32, and in bf16 where scales are powers of two."""
-        tiles = _in_tiles(self.data.float(), self.tile)
-        return _whole(tiles.mul_(self.scale_inv[..., :, None, :, None]), self.data.shape).to(dtype)
+        tiles = in_tiles(self.data.float(), self.tile)
+        return whole(tiles.mul_(self.scale_inv[..., :, None, :, None]), self.data.shape).to(dtype)
 
 
 def scale_of(amax: Tensor, largest: float, dtype: torch.dtype, power_of_two: bool) -> Tensor:
@@ -99,7 +99,7 @@ def quantise(
     """Each tile of `x` [..., rows, columns] with a scale of its own. `mx` gives E8M0 scales."""
     tile = _fitting(tile, x)
     tiles, inverse = _scaled(x, tile, dtype, power_of_two, mx)
-    return Quantised(_whole(round_to(tiles, dtype), x.shape).contiguous(), inverse, tile)
+    return Quantised(whole(round_to(tiles, dtype), x.shape).contiguous(), inverse, tile)
 
 
 def rounded(
@@ -117,7 +117,7 @@ def rounded(
         return torch.stack(matrices)
     tiles, inverse = _scaled(x, _fitting(tile, x), dtype, power_of_two, mx)
     values = round_values(tiles, dtype).mul_(inverse[..., :, None, :, None])
-    return _whole(values.to(result), x.shape)
+    return whole(values.to(result), x.shape)
 
 
 def _fitting(tile: tuple[int, int], x: Tensor) -> tuple[int, int]:
@@ -130,7 +130,7 @@ def _scaled(
     x: Tensor, tile: tuple[int, int], dtype: torch.dtype, power_of_two: bool, mx: bool
 ) -> tuple[Tensor, Tensor]:
     """Tiles of `x` in fp32 times their scales, and the inverse scales."""
-    tiles = _in_tiles(x.float(), tile)
+    tiles = in_tiles(x.float(), tile)
     amax = tiles.abs().amax(dim=(-3, -1))
     if mx:
         scale, inverse = mx_scale_of(amax, LARGEST[dtype])
@@ -140,7 +140,7 @@ def _scaled(
     return tiles * scale[..., :, None, :, None], inverse
 
 
-def _in_tiles(x: Tensor, tile: tuple[int, int]) -> Tensor:
+def in_tiles(x: Tensor, tile: tuple[int, int]) -> Tensor:
     """[..., rows, columns] -> [..., tiles, rows of a tile, tiles, columns of a tile], filled up with zeros."""
     (r, c), (rows, columns) = tile, x.shape[-2:]
     if rows % r or columns % c:
@@ -148,6 +148,6 @@ def _in_tiles(x: Tensor, tile: tuple[int, int]) -> Tensor:
     return x.reshape(*x.shape[:-2], -(-rows // r), r, -(-columns // c), c)
 
 
-def _whole(tiles: Tensor, shape: torch.Size) -> Tensor:
-    """The reverse of `_in_tiles`."""
+def whole(tiles: Tensor, shape: torch.Size) -> Tensor:
+    """The reverse of `in_tiles`."""
     return tiles.flatten(-2).flatten(-3, -2)[..., : shape[-2], : shape[-1]]

@@ -1,7 +1,7 @@
 """Block FP8 of DeepSeek-V3's releases: E4M3 with one scale for each 128 x 128 block of a weight.
 
 A weight is `fp8 * weight_scale_inv`. Quantising follows the published rule (arXiv 2412.19437, section 3.3), which
-training shares: moe_train/model/fp8.py.
+training shares (moe_train/model/fp8.py), but for what makes the way FP8 -> bf16 -> FP8 an identity.
 """
 
 from __future__ import annotations
@@ -40,8 +40,92 @@ def dequantise(quantised: Tensor, scale_inv: Tensor, first_row: int = 0, dtype: 
 
 
 def quantise(weight: Tensor, power_of_two: bool = True) -> tuple[Tensor, Tensor]:
-    """FP8 weight [out, in] and `weight_scale_inv`. `weight` begins at a multiple of 128 rows of the whole."""
+    """FP8 weight [out, in] and `weight_scale_inv`. `weight` begins at a multiple of 128 rows of the whole.
+
+    What FP8 numbers stand for becomes the same numbers again: with powers of two, because the scale is chosen from the
+    largest number as E4M3 holds it; else because a scale is looked for that gives exactly the bf16 numbers of a block.
+    """
     from moe_train.model import fp8
 
     quantised = fp8.quantise(weight, (BLOCK, BLOCK), power_of_two=power_of_two)
+    if power_of_two:
+        return _full_range(weight, quantised.data, quantised.scale_inv)
+    if weight.dtype is DTYPES["bfloat16"].torch:
+        return _as_before(weight, quantised.data, quantised.scale_inv)
     return quantised.data, quantised.scale_inv
+
+
+def _full_range(weight: Tensor, data: Tensor, scale_inv: Tensor) -> tuple[Tensor, Tensor]:
+    """With half the scale where the largest number of a block has become 224.
+
+    It was a little more before, and then 448 with half the scale is the nearest number too. What 224 stands for would
+    get that scale when it is quantised again: so the first time has to choose it as well.
+    """
+    import torch
+
+    from moe_train.model import fp8
+
+    largest = fp8.LARGEST[fp8.E4M3]
+    half = fp8.in_tiles(data.float(), _tile(weight)).abs().amax(dim=(-3, -1)) == largest / 2
+    if not half.any():
+        return data, scale_inv
+    halved = torch.where(half, scale_inv / 2, scale_inv)
+    scaled = fp8.in_tiles(weight.float(), _tile(weight)) / halved[:, None, :, None]  # powers of two: exact
+    finer = fp8.whole(fp8.round_to(scaled, fp8.E4M3), weight.shape).contiguous()
+    return finer, halved
+
+
+def _as_before(weight: Tensor, data: Tensor, scale_inv: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks of bf16 numbers that came from FP8, with a scale that gives exactly them.
+
+    bf16 rounds `fp8 * scale`, so the largest number of a block says only about what the scale was. The bytes follow
+    from that; each number then bounds the scale, and any within all bounds stands for the block.
+    """
+    import torch
+
+    from moe_train.model import fp8
+
+    tile = _tile(weight)
+    values, codes = (fp8.in_tiles(t.float(), tile) for t in (weight, data))
+
+    def exact(codes: Tensor, scale: Tensor) -> Tensor:
+        found = (codes * scale[:, None, :, None]).bfloat16().float()
+        return (found == values).all(dim=-1).all(dim=-2)
+
+    published = exact(codes, scale_inv)
+    result, found = scale_inv, published
+    low, high = _bounds(weight, codes, tile)
+    amax = values.abs().amax(dim=(-3, -1))
+    for candidate in (amax / fp8.LARGEST[fp8.E4M3], ((low + high) / 2).float()):
+        better = ~found & exact(codes, candidate)
+        result, found = torch.where(better, candidate, result), found | better
+    other_data, other_scale = quantise(weight, power_of_two=True)  # what was made with powers of two
+    other_codes = fp8.in_tiles(other_data.float(), tile)
+    other = exact(other_codes, other_scale) & ~published
+    if other.any():
+        chosen = torch.where(other[:, None, :, None], other_codes, codes)
+        data = fp8.whole(chosen, weight.shape).to(fp8.E4M3).contiguous()
+        result = torch.where(other, other_scale, result)
+    return data, result
+
+
+def _bounds(weight: Tensor, codes: Tensor, tile: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Smallest and largest scale of each block with which every number rounds to that of bf16, fp64."""
+    import torch
+
+    from moe_train.model import fp8
+
+    bits = weight.contiguous().view(torch.int16) & 0x7FFF
+    size = bits.view(torch.bfloat16).float()
+    below, above = ((bits + step).clamp(min=0).view(torch.bfloat16).float() for step in (-1, 1))
+    lowest, highest = (fp8.in_tiles((size + other) / 2, tile).double() for other in (below, above))
+    empty = codes == 0
+    low = (lowest / codes.abs()).masked_fill(empty, 0.0).amax(dim=(-3, -1))
+    high = (highest / codes.abs()).masked_fill(empty, torch.inf).amin(dim=(-3, -1))
+    return low, high
+
+
+def _tile(weight: Tensor) -> tuple[int, int]:
+    """Rows and columns of a block; none is larger than the whole."""
+    rows, columns = weight.shape
+    return min(BLOCK, max(rows, 1)), min(BLOCK, max(columns, 1))

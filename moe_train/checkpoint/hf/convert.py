@@ -21,8 +21,9 @@ from moe_train.checkpoint.hashing_file import HashingFile
 from moe_train.checkpoint.hf import block_fp8, config, distcp, safetensors
 from moe_train.checkpoint.hf.mapping import Part, Piece
 from moe_train.checkpoint.hf.rows import BLOCK_BYTES, Rows
+from moe_train.checkpoint.hf.small_files import KEPT, SmallFiles, beside
 from moe_train.checkpoint.hf.source import HuggingFace, MappedSource, narrowed
-from moe_train.checkpoint.hf.writer import MANIFEST, FileJob, Plan
+from moe_train.checkpoint.hf.writer import FileJob, Plan
 from moe_train.checkpoint.nonfinite import Tally
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config, ConvertConfig
@@ -31,13 +32,9 @@ from parallel.errors import CheckpointError, ConfigError
 FP32, BF16 = DTYPES["float32"], DTYPES["bfloat16"]
 _CHOICES = {"fp32": FP32, "bf16": BF16, "fp16": DTYPES["float16"], "fp8": block_fp8.DTYPE}
 ALLOW = "set convert.allow_nonfinite=true to take them as they are"
-KEPT = "hf"
-"""Folder of a Megatron checkpoint with the small files of the Hugging Face one that it came from."""
 
 _CHUNK_BYTES = 128 << 20  # largest item of a .distcp file, which a loader takes whole
 _LARGEST_FILE_BYTES, _SMALLEST_FILE_BYTES, _FILES = 4 << 30, 16 << 20, 32
-_LARGEST_KEPT_BYTES = 64 << 20
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 class Reader(Protocol):
@@ -193,7 +190,7 @@ def to_megatron(source: MappedSource, target: Path, cfg: Config, options: Option
         }
 
     directory = source.source.directory
-    kept = {f"{KEPT}/{path.name}": path for path in small_files(directory)}
+    kept = {f"{KEPT}/{path.name}": path for path in beside(directory)}
     used = {extent.path for extent in source.source.extents.values()}
     identity = {"format": "megatron", **_identity(directory, used, options, source.model, jobs)}
     return Plan(target, identity, jobs, finish, kept, tallies.notes)
@@ -336,7 +333,7 @@ def copy_megatron(checkpoint: distcp.Checkpoint, target: Path, options: Options)
         small = {METADATA: distcp.table(_items(facts)), STATE: json.dumps(state, indent=1).encode(), **upstream_files()}
         return small | {CONFIG: (directory / CONFIG).read_bytes()}
 
-    kept = {f"{KEPT}/{path.name}": path for path in small_files(directory / KEPT)}
+    kept = {f"{KEPT}/{path.name}": path for path in beside(directory / KEPT)}
     identity = {"format": "megatron", **_identity(directory, checkpoint.files, options, None, jobs)}
     return Plan(target, identity, jobs, finish, kept, tallies.notes)
 
@@ -378,15 +375,14 @@ class _Output:
 
 def to_hf(
     reader: Reader, all_pieces: Sequence[Piece], model: ModelConfig, target: Path, options: Options,
-    origin: Path, files: Iterable[Path], original: config.Json | None, kept: Iterable[Path],
+    origin: Path, files: Iterable[Path], small: SmallFiles,
 ) -> Plan:  # fmt: skip
     """Anything -> Hugging Face.
 
     Args:
         origin: directory that `reader` reads.
         files: those of it that hold tensors.
-        original: config.json that the weights once came with.
-        kept: small files, such as the tokenizer's, to stand beside the weights.
+        small: what else the directory gets, such as the tokenizer.
     """
     groups = [
         _outputs(reader, piece, part, _wanted(options, piece, reader.dtype(piece)), options)
@@ -403,7 +399,7 @@ def to_hf(
     ]
     weights = {o.dtype for held in outputs.values() for o in held if len(o.shape) == 2 and o.dtype != block_fp8.DTYPE}
     common = BF16 if options.dtype == "fp8" else min(weights, key=lambda d: d.itemsize)
-    written = config.to_hf(model, common.name, original)
+    written = config.to_hf(model, common.name, small.original) | small.tokens
     if options.dtype == "fp8":
         written["quantization_config"] = {
             "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
@@ -416,10 +412,11 @@ def to_hf(
         return {
             safetensors.INDEX: json.dumps(index, indent=1).encode(),
             config.FILE: (json.dumps(written, indent=2) + "\n").encode(),
+            **small.made,
         }
 
     identity = {"format": "hf", **_identity(origin, files, options, model, jobs)}
-    return Plan(target, identity, jobs, finish, {path.name: path for path in kept}, tallies.notes)
+    return Plan(target, identity, jobs, finish, small.copied, tallies.notes)
 
 
 def _outputs(reader: Reader, piece: Piece, part: Part, dtype: Dtype, options: Options) -> list[_Output]:
@@ -501,26 +498,6 @@ def _pack(things: Sequence[Any], size_of: Callable[[Any], int], wanted: int | No
         files[-1].append(thing)
         held += size
     return files
-
-
-def small_files(directory: Path) -> list[Path]:
-    """Files beside the weights that a copy should have too: tokenizer, generation settings, model code."""
-    if not directory.is_dir():
-        return []
-    return [
-        path
-        for path in sorted(directory.iterdir())
-        if path.is_file()
-        and not path.name.startswith(".")
-        and path.name not in (safetensors.INDEX, MANIFEST)
-        and not path.name.endswith(_WEIGHTS)
-        and path.stat().st_size <= _LARGEST_KEPT_BYTES
-    ]
-
-
-def tokenizer_files(data_dir: str | Path) -> list[Path]:
-    """The tokenizer of prepared data, to stand beside weights that were trained on it."""
-    return [path for name in ("tokenizer.json", "tokenizer_config.json") if (path := Path(data_dir, name)).is_file()]
 
 
 def _identity(

@@ -43,7 +43,8 @@ def encode(value: float) -> int:
 
 
 def reference_scale(block: np.ndarray, largest: float, power_of_two: bool) -> np.float32:
-    """Scale of a block by the published rule, in float32."""
+    """Scale of a block by the published rule, in float32. As a power of two it is doubled where the largest number
+    would become 224: that is 448 of the doubled scale."""
     amax = np.float32(np.abs(block).max())
     if amax == 0 or not np.isfinite(amax):
         return np.float32(1)
@@ -52,6 +53,8 @@ def reference_scale(block: np.ndarray, largest: float, power_of_two: bool) -> np
     scale = np.float32(largest) if np.isinf(scale) else scale
     if power_of_two:
         scale = np.float32(2.0 ** (math.frexp(float(scale))[1] - 1))
+        if NUMBERS[encode(float(amax * scale))] == 224:
+            scale *= np.float32(2)
     return scale
 
 
@@ -136,10 +139,48 @@ def test_quantising_again_in_bf16_changes_nothing_with_powers_of_two() -> None:
         assert same_bits(once, block_fp8.dequantise(*block_fp8.quantise(once)))
 
 
+def test_bf16_from_fp8_is_the_same_fp8_again() -> None:
+    """Bytes and scales, where the scale is a power of two; 8 % of blocks of ordinary numbers had others before."""
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn((400, 520), generator=generator) * 10.0 ** (seed - 6)
+        for dtype in (torch.float32, BF16):
+            codes, inverse = block_fp8.quantise(weight.to(dtype))
+            again, inverse_again = block_fp8.quantise(block_fp8.dequantise(codes, inverse))
+            assert same_bits(again, codes)
+            assert same_bits(inverse_again, inverse)
+
+
+def test_a_largest_number_just_above_224_uses_the_whole_range() -> None:
+    """It is 224 of one scale and 448 of half of it, and the smaller numbers of the block are finer with that."""
+    weight = torch.tensor([[224.3, 1.0, 2.0**-9 * 1.5]])
+    codes, inverse = block_fp8.quantise(weight)
+    assert inverse.item() == 0.5
+    assert block_fp8.dequantise(codes, inverse, dtype=torch.float32).tolist() == [[224.0, 1.0, 2.0**-9 * 1.5]]
+
+
+@pytest.mark.parametrize("kind", ["bf16 weights", "fp32 weights", "powers of two", "any scale"])
+def test_fp8_with_fp32_scales_comes_back(kind: str) -> None:
+    """The bytes always, and numbers that are the same in bf16. The scale itself where it was made of bf16 weights or is
+    a power of two: of others bf16 keeps less than they have."""
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn((200, 300), generator=generator)
+        weight = weight.to(BF16) if kind == "bf16 weights" else weight
+        codes, inverse = block_fp8.quantise(weight, power_of_two=kind == "powers of two")
+        if kind == "any scale":
+            inverse = inverse * torch.exp2(torch.rand(inverse.shape, generator=generator))
+        once = block_fp8.dequantise(codes, inverse)
+        again, inverse_again = block_fp8.quantise(once, power_of_two=False)
+        assert same_bits(again, codes)
+        assert same_bits(block_fp8.dequantise(again, inverse_again), once)
+        torch.testing.assert_close(inverse_again, inverse, rtol=2**-8, atol=0)
+        if kind in ("bf16 weights", "powers of two"):
+            assert same_bits(inverse_again, inverse)
+
+
 def test_quantising_again_with_fp32_scales_changes_nothing_once_the_weights_are_bf16() -> None:
-    """The largest number of a block comes back as it was if bf16 holds it, and with it the scale. An fp32 number moves
-    by half a step of bf16 the first time, and its block with it."""
-    moved = 0
+    """bf16 rounds what an fp32 scale makes, and a scale that gives just those numbers is found again."""
     for seed in range(8):
         weight = torch.randn((200, 300), generator=torch.Generator().manual_seed(seed))
         codes, inverse = block_fp8.quantise(weight, power_of_two=False)
@@ -148,11 +189,10 @@ def test_quantising_again_with_fp32_scales_changes_nothing_once_the_weights_are_
         twice = block_fp8.dequantise(codes_again, inverse_again)
         assert same_bits(codes_again, codes)
         torch.testing.assert_close(inverse_again, inverse, rtol=2**-8, atol=0)
-        moved += int((twice != once).sum())
+        assert same_bits(twice, once)
         assert same_bits(block_fp8.dequantise(*block_fp8.quantise(twice, power_of_two=False)), twice)
         of_bf16 = block_fp8.dequantise(*block_fp8.quantise(weight.to(BF16), power_of_two=False))
         assert same_bits(block_fp8.dequantise(*block_fp8.quantise(of_bf16, power_of_two=False)), of_bf16)
-    assert moved > 0
 
 
 @pytest.mark.parametrize("start", [0, 1, 127, 128, 129, 255, 256])
@@ -244,7 +284,7 @@ def test_exported_fp8_has_the_tensors_of_the_release_and_its_numbers(tmp_path: P
     again, twice = tiny_v3.read(tmp_path / "again"), tiny_v3.read(tmp_path / "fp8-again")
     expected = meaning(found)
     assert [name for name in expected if not same_bits(again[name], expected[name])] == []
-    assert [name for name in expected if not same_bits(meaning(twice)[name], expected[name])] == []
+    assert [name for name in found if not same_bits(twice[name], found[name])] == []
 
 
 def test_fp32_scales_are_written_on_request(tmp_path: Path, convert: Command) -> None:

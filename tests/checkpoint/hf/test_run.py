@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.parity import COMMON
 from launch import local
@@ -20,6 +20,7 @@ from launch.failures import RankError
 from moe_train.config.compose import compose
 from moe_train.config.validate import validate
 from moe_train.data.datasets import build_datasets
+from moe_train.data.prepare import prepare
 
 STEPS = 2
 SHORT = [
@@ -122,3 +123,22 @@ def test_where_checkpoints_cannot_go_is_said_before_the_first_step(small_data: t
             train(tmp_path / "run", *small_data, f"{field}={tmp_path}/file/there")
         assert caught.value.exit_code == 2
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_trained_model_ends_its_texts_by_itself(tmp_path: Path) -> None:
+    """Short documents of one form, which even a tiny model learns to end."""
+    (tmp_path / "text").mkdir()
+    lines = [json.dumps({"text": f"The number {n} is followed by {n + 1}."}) for n in range(2000)]
+    (tmp_path / "text" / "numbers.jsonl").write_text("\n".join(lines))
+    data = ("data=text", f"data.path={tmp_path}/text", f"data.dir={tmp_path}/data", "data.tokenizer_vocab_size=300")
+    prepare(compose([*data, "data.prepare_workers=1"]).data, 512, progress=False)
+    steps = ("train.steps=100", "optimizer.lr=1e-2", "schedule.warmup_steps=10", "batch.global_batch_size=8")
+    train(tmp_path / "run", *data, *steps, "train.seq_length=64", "export_hf=true")
+    directory = tmp_path / "run" / "hf" / "step_00000100"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    prompt = tokenizer("The number 7", return_tensors="pt")
+    found = model.generate(**prompt, max_new_tokens=200, do_sample=False)[0].tolist()
+    assert found[-1] == tokenizer.eos_token_id
+    assert len(found) < 100
+    assert tokenizer.decode(found, skip_special_tokens=True).startswith("The number 7 is followed by")
