@@ -1,10 +1,12 @@
 """`moe-inspect`: what a checkpoint holds, and where two checkpoints differ, in Hugging Face or Megatron format.
 
     moe-inspect DIR
-    moe-inspect --diff A B [inspect.rows=20]
+    moe-inspect --diff A B [inspect.rows=20] [inspect.weights_only=true]
+    moe-inspect --diff A B inspect.norm_rtol=0.03
+    moe-inspect --diff A B inspect.atol=1e-6 inspect.rtol=0.01
 
-It takes the overrides of `moe-train`; DIR and A are short for inspect.path=, B for inspect.other=. Exit codes: 0 whole
-or equal, 1 different, 2 damaged or no checkpoint.
+It takes the overrides of `moe-train`; DIR and A are short for inspect.path=, B for inspect.other=. Exit codes: 0 whole,
+equal, or within the tolerances that are given; 1 different; 2 damaged or no checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from rich.table import Table
 
 from launch import quiet
 from moe_train.config.compose import hydra_entry
-from moe_train.config.schema import Config
+from moe_train.config.schema import Config, InspectConfig
 from parallel.errors import ConfigError
 from tools import terminal
 from tools.words import parse
@@ -70,7 +72,7 @@ def run(cfg: Config, compared: bool) -> bool:
     if other is None:
         _describe(inventory.take(first), threads)
         return True
-    return _compare(first, inventory.find(Path(other), "inspect.other"), threads, cfg.inspect.rows)
+    return _compare(first, inventory.find(Path(other), "inspect.other"), threads, cfg.inspect)
 
 
 def _describe(found: Inventory, threads: int) -> None:
@@ -155,43 +157,50 @@ def _integrity(found: Inventory, threads: int, tally: Tally) -> str:
     return f"{files:,} files, {size:,} bytes, as their manifest says (SHA-256)"
 
 
-def _compare(first: Path, second: Path, threads: int, rows: int) -> bool:
+def _compare(first: Path, second: Path, threads: int, options: InspectConfig) -> bool:
     from moe_train.checkpoint import difference
 
+    tolerances = difference.Tolerances(options.atol, options.rtol, options.norm_rtol)
     columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("comparing tensors", total=None)
         found = difference.compare(
-            first, second, threads, lambda done, of: progress.update(task, completed=done, total=of)
-        )
+            first, second, threads, lambda done, of: progress.update(task, completed=done, total=of), tolerances,
+            options.weights_only,
+        )  # fmt: skip
     console = terminal.console(highlight=False, soft_wrap=True)
     console.print(f"A {first}\nB {second}", markup=False)
     if found.mapped:
         console.print("compared as Hugging Face tensors, one for each expert")
     for name, (a, b) in found.settings.items():
         console.print(f"model.{name} is {a} in A and {b} in B", markup=False)
+    rows = options.rows
     if found.differences and rows:
-        console.print(_rows(found.differences[:rows]))
+        console.print(_rows(found.differences[:rows], tolerances.given))
     if len(found.differences) > rows:
         console.print(f"and {len(found.differences) - rows:,} more")
-    console.print(_totals(found), markup=False)
-    return not found.differences
+    console.print(_totals(found, tolerances.given), markup=False)
+    return found.passes
 
 
-def _rows(differences: list[Difference]) -> Table:
-    table = Table("tensor", "what", "A", "B", "numbers", "absolute", "relative")
+def _rows(differences: list[Difference], tolerances: bool) -> Table:
+    verdict = ["passes"] if tolerances else []
+    table = Table("tensor", "what", "A", "B", "numbers", "absolute", "relative", "norm", *verdict)
     for column in table.columns[4:]:
         column.justify = "right"
     table.columns[0].overflow = "fold"
     for d in differences:
         of_values = (
-            [f"{d.numbers:,}", f"{d.absolute:.3g}", f"{d.relative:.3g}"] if d.what in ("values", "dtype") else []
+            [f"{d.numbers:,}", f"{d.absolute:.3g}", f"{d.relative:.3g}", f"{d.norm:.3g}"]
+            if d.what in ("values", "dtype")
+            else [""] * 4
         )
-        table.add_row(d.name, d.what, *(text or "-" for text in d.texts), *of_values)
+        passes = ["yes" if d.within else "no"] if tolerances else []
+        table.add_row(d.name, d.what, *(text or "-" for text in d.texts), *of_values, *passes)
     return table
 
 
-def _totals(found: Comparison) -> str:
+def _totals(found: Comparison, tolerances: bool) -> str:
     kinds = [d.what for d in found.differences]
     counts = ", ".join(f"{kinds.count(kind):,} {kind}" for kind in dict.fromkeys(kinds))
     equal = found.tensors - len(kinds)
@@ -199,8 +208,13 @@ def _totals(found: Comparison) -> str:
         return f"all {found.tensors:,} tensors are equal, bit by bit"
     measured = [d for d in found.differences if isfinite(d.absolute)]
     worst = max((d.absolute for d in measured), default=0.0), max((d.relative for d in measured), default=0.0)
-    largest = f"; largest difference {worst[0]:.3g} absolute, {worst[1]:.3g} relative" if measured else ""
-    return f"{equal:,} of {found.tensors:,} tensors are equal; differing: {counts}{largest}"
+    norm = max((d.norm for d in measured), default=0.0)
+    largest = ""
+    if measured:
+        largest = f"; largest difference {worst[0]:.3g} absolute, {worst[1]:.3g} relative, {norm:.3g} of a norm"
+    beyond = sum(not d.within for d in found.differences)
+    verdict = f"; beyond the tolerances: {beyond:,}" if tolerances else ""
+    return f"{equal:,} of {found.tensors:,} tensors are equal; differing: {counts}{largest}{verdict}"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from math import inf, prod
+from math import inf, prod, sqrt
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from moe_train.checkpoint import compat, directory
 from moe_train.checkpoint.dtypes import Dtype
 from moe_train.checkpoint.hf import config, distcp, safetensors
-from moe_train.checkpoint.hf.convert import MegatronReader
+from moe_train.checkpoint.hf.convert import MegatronReader, is_model_tensor
 from moe_train.checkpoint.hf.mapping import Part, Piece, pieces, refuse_larger
 from moe_train.checkpoint.hf.rows import Extent, Rows
 from moe_train.checkpoint.hf.source import HuggingFace
@@ -73,6 +73,33 @@ class Difference:
     """Largest |a - b|; inf also where one of them is no number."""
     relative: float = inf
     """Largest |a - b| / max(|a|, |b|)."""
+    norm: float = inf
+    """|A - B| / |A| of the whole tensor, in 2-norms."""
+    within: bool = False
+    """Whether tolerances that were given cover it."""
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """How far numbers may be apart. Without any, tensors are equal bit by bit or differ."""
+
+    absolute: float = 0.0
+    relative: float = 0.0
+    """A number passes with |a - b| <= absolute + relative x max(|a|, |b|)."""
+    norm: float | None = None
+    """A tensor passes with |A - B| <= norm x |A|; with one of the others too, it must pass both."""
+
+    @property
+    def given(self) -> bool:
+        """Whether anything but equal bits passes."""
+        return bool(self.absolute or self.relative or self.norm is not None)
+
+    def cover(self, beyond: int, norm: float) -> bool:
+        """Whether a tensor passes of which `beyond` numbers do not, and with this norm-relative difference."""
+        passes = [norm <= self.norm] if self.norm is not None else []
+        if self.absolute or self.relative or self.norm is None:
+            passes.append(beyond == 0)
+        return self.given and all(passes)
 
 
 @dataclass(frozen=True)
@@ -88,9 +115,20 @@ class Comparison:
     settings: dict[str, tuple[object, object]]
     """Settings of the models that change what the weights compute, by name, where they differ."""
 
+    @property
+    def passes(self) -> bool:
+        """Whether both compute the same, as far as the tolerances ask."""
+        return not self.settings and all(difference.within for difference in self.differences)
 
-def compare(a: Path, b: Path, threads: int, progress: Callable[[int, int], None] = lambda *_: None) -> Comparison:
+
+def compare(
+    a: Path, b: Path, threads: int, progress: Callable[[int, int], None] = lambda *_: None,
+    tolerances: Tolerances = Tolerances(), weights_only: bool = False,
+) -> Comparison:  # fmt: skip
     """Compare the checkpoints at `a` and `b`, which `inventory.find` returned. `progress` gets (done, of) tensors.
+
+    Args:
+        weights_only: leave out optimizer state, random streams and scales of FP8 training.
 
     Raises:
         CheckpointError: one of them is damaged, or cannot be mapped to the format of the other.
@@ -102,13 +140,15 @@ def compare(a: Path, b: Path, threads: int, progress: Callable[[int, int], None]
         for model in filter(None, models):
             _add_copies(model, ours, theirs)
     names = sorted({*ours, *theirs})
+    if weights_only:
+        names = [name for name in names if is_model_tensor(name)]
     found: list[Difference] = []
     with ThreadPoolExecutor(threads) as pool:
-        futures = pool.map(lambda name: _compare(name, ours.get(name), theirs.get(name)), names)
+        futures = pool.map(lambda name: _compare(name, ours.get(name), theirs.get(name), tolerances), names)
         for done, difference in enumerate(futures, 1):
             found += [] if difference is None else [difference]
             progress(done, len(names))
-    found.sort(key=lambda d: (-d.absolute, -d.numbers, d.name))
+    found.sort(key=lambda d: (d.within, -d.absolute, -d.numbers, d.name))
     settings = config.differences(models[0], models[1]) if models[0] and models[1] else {}
     return Comparison(len(names), found, mapped, settings)
 
@@ -223,34 +263,70 @@ def _add_copies(model: ModelConfig, a: Tensors, b: Tensors) -> None:
                         other[copy] = other[part.name]
 
 
-def _compare(name: str, a: Stored | None, b: Stored | None) -> Difference | None:
+def _compare(name: str, a: Stored | None, b: Stored | None, tolerances: Tolerances) -> Difference | None:
     if a is None or b is None:
         return Difference(name, "only in B" if a is None else "only in A", (a.text if a else "", b.text if b else ""))
     texts = a.text, b.text
     if a.shape != b.shape:
         return Difference(name, "shape", texts)
-    numbers, absolute, relative = 0, 0.0, 0.0
+    total, equal = _Measured(), []
     for block in a.blocks():
         x, y = a.read(*block).tensor(), b.read(*block).tensor()
         if a.dtype != b.dtype or not torch.equal(_bytes(x), _bytes(y)):
-            found = _measure(x, y)
-            numbers, absolute, relative = numbers + found[0], max(absolute, found[1]), max(relative, found[2])
-    if numbers:
-        return Difference(name, "values", texts, numbers, absolute, relative)
-    return None if a.dtype == b.dtype else Difference(name, "dtype", texts, 0, 0.0, 0.0)
+            total += _measure(x, y, tolerances)
+        else:
+            equal.append(block)
+    if total.numbers:
+        for block in equal:  # again: tensors are nearly always equal as a whole
+            total += _Measured(square=_square(a.read(*block).tensor().double()))
+        norm = total.norm
+        within = tolerances.cover(total.beyond, norm)
+        return Difference(name, "values", texts, total.numbers, total.absolute, total.relative, norm, within)
+    return None if a.dtype == b.dtype else Difference(name, "dtype", texts, 0, 0.0, 0.0, 0.0, tolerances.given)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _measure(x: Tensor, y: Tensor) -> tuple[int, float, float]:
-    """How many numbers differ, and the largest absolute and relative difference.
+@dataclass(frozen=True)
+class _Measured:
+    """Differences of a part of a tensor."""
+
+    numbers: int = 0
+    absolute: float = 0.0
+    relative: float = 0.0
+    beyond: int = 0
+    """Numbers that are further apart than the tolerances allow."""
+    square_of_gap: float = 0.0
+    square: float = 0.0
+
+    def __add__(self, other: _Measured) -> _Measured:
+        return _Measured(
+            self.numbers + other.numbers, max(self.absolute, other.absolute), max(self.relative, other.relative),
+            self.beyond + other.beyond, self.square_of_gap + other.square_of_gap, self.square + other.square,
+        )  # fmt: skip
+
+    @property
+    def norm(self) -> float:
+        """Of the difference, over that of the first tensor."""
+        if not self.square_of_gap:
+            return 0.0
+        return sqrt(self.square_of_gap / self.square) if 0 < self.square < inf else inf
+
+
+def _square(numbers: Tensor) -> float:
+    return float(numbers.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).square().sum())
+
+
+def _measure(x: Tensor, y: Tensor, tolerances: Tolerances) -> _Measured:
+    """How many numbers differ, and by how much.
 
     Numbers of one dtype differ where their bits do: 0 and -0 count, with a difference of 0. Across dtypes their values
     are compared.
     """
     u, v = x.reshape(-1).double(), y.reshape(-1).double()
+    square = _square(u)
     if x.dtype == y.dtype:
         bits = _BITS[x.dtype.itemsize]
         differ = _bytes(x).view(bits) != _bytes(y).view(bits)
@@ -258,9 +334,11 @@ def _measure(x: Tensor, y: Tensor) -> tuple[int, float, float]:
         differ = (u != v) & ~(u.isnan() & v.isnan())
     u, v = u[differ], v[differ]
     if not len(u):
-        return 0, 0.0, 0.0
+        return _Measured(square=square)
     same = (u == v) | (u.isnan() & v.isnan())
     gap = torch.where(same, 0.0, (u - v).abs().nan_to_num(nan=inf, posinf=inf))
     size = torch.maximum(u.abs(), v.abs())
     share = torch.where(gap == 0, 0.0, torch.where(gap.isinf(), inf, gap / size))
-    return len(u), float(gap.max()), float(share.max())
+    allowed = tolerances.absolute + tolerances.relative * size
+    beyond = int(((gap > allowed) | gap.isinf()).sum())
+    return _Measured(len(u), float(gap.max()), float(share.max()), beyond, float(gap.square().sum()), square)

@@ -294,6 +294,14 @@ class InspectConfig:
     path: str | None = doc(None, "Checkpoint: a Hugging Face directory, one of a run, or a run (its newest).")
     other: str | None = doc(None, "Second checkpoint, to compare the first with; null describes the first.")
     rows: int = doc(20, "Differing tensors that are shown; all are counted.", minimum=0)
+    atol: float = doc(
+        0.0, "Absolute part of the tolerance for each number: |a - b| <= atol + rtol max(|a|, |b|).", minimum=0
+    )
+    rtol: float = doc(0.0, "Relative part of the tolerance for each number; 0 in both allows no difference.", minimum=0)
+    norm_rtol: float | None = doc(
+        None, "Largest norm-relative difference of a tensor, |A - B| / |A|; null asks for none.", minimum=0
+    )
+    weights_only: bool = doc(False, "Leave optimizer state, random streams and FP8 scales of training out of --diff.")
     threads: int | None = doc(
         None, "Files or tensors read at a time; null takes as many as there are cores.", minimum=1, maximum=1_000
     )

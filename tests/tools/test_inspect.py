@@ -296,7 +296,8 @@ def test_one_flipped_bit_is_one_number_of_one_tensor(
     assert code == 1
     relative = gap / max(abs(before), abs(float(changed[5, 7])))
     shape = f"bfloat16 {list(changed.shape)}"
-    assert rows(out) == {EXPERT: ["values", shape, shape, "1", f"{gap:.3g}", f"{relative:.3g}"]}
+    norm = gap / float(changed.double().norm())
+    assert rows(out) == {EXPERT: ["values", shape, shape, "1", f"{gap:.3g}", f"{relative:.3g}", f"{norm:.3g}"]}
     assert f"{len(tensors) - 1} of {len(tensors)} tensors are equal; differing: 1 values" in out
 
 
@@ -307,7 +308,7 @@ def test_minus_zero_and_nan_are_differences(tmp_path: Path, command: Command) ->
     b = write_hf(tmp_path / "b", {"w": torch.tensor([-0.0, 1.0, 2.0, float("inf")]), "same": values}, other)
     code, out, _ = command("--diff", a, b)
     assert code == 1
-    assert rows(out) == {"w": ["values", "float32 [4]", "float32 [4]", "2", "inf", "inf"]}
+    assert rows(out) == {"w": ["values", "float32 [4]", "float32 [4]", "2", "inf", "inf", "inf"]}
 
 
 @pytest.mark.parametrize("against", ["hf", "megatron"])
@@ -327,7 +328,7 @@ def test_missing_misshaped_and_other_dtypes_have_a_row_each(
     assert found[EXPERT][:3] == ["only in B", "-", "bfloat16 [32, 16]"]
     assert found["lm_head.weight"][:3] == ["shape", "bfloat16 [199, 32]", "bfloat16 [200, 32]"]
     assert found["model.extra"][:3] == ["only in A", "float32 [2]", "-"]
-    assert found["model.norm.weight"] == ["dtype", "float32 [32]", "bfloat16 [32]", "0", "0", "0"]
+    assert found["model.norm.weight"] == ["dtype", "float32 [32]", "bfloat16 [32]", "0", "0", "0", "0"]
     assert list(found)[-1] == "model.norm.weight"  # worst first
 
 
@@ -395,7 +396,7 @@ def test_settings_that_change_what_weights_compute_are_shown(
 ) -> None:
     settings = config.to_hf(replace(MODEL, rope_base=5e5), "bfloat16")
     code, out, _ = command("--diff", made.hf, write_hf(tmp_path / "hf", weights(), settings))
-    assert code == 0
+    assert code == 1  # the same weights, and another model
     assert "model.rope_base is 10000.0 in A and 500000.0 in B" in out
 
 
@@ -406,3 +407,63 @@ def test_a_family_that_is_not_ours_cannot_be_compared_with_megatron(
     code, _, err = command("--diff", directory, made.megatron)
     assert code == 2
     assert "'gpt2'" in err
+
+
+def test_tolerances_let_a_lossy_copy_pass(made: SimpleNamespace, tmp_path: Path, command: Command) -> None:
+    """bf16 -> FP8 moves a number by 1/16 at most, those near 0 by more of themselves, and a tensor by about 1/40."""
+    cfg = compose(["convert.to=hf", "convert.dtype=fp8"])
+    writer.run(make_plan(cfg, made.hf, tmp_path / "fp8"), Alone(), 1)
+    compare = ("--diff", made.hf, tmp_path / "fp8")
+    code, out, _ = command(*compare)
+    assert code == 1
+    norms = [float(cells[6]) for cells in rows(out).values()]
+    assert 0.015 < max(norms) < 0.035
+    assert command(*compare, "inspect.norm_rtol=0.035")[0] == 0
+    code, out, _ = command(*compare, "inspect.norm_rtol=0.001")
+    assert code == 1
+    assert "differing: 48 values" in out
+    assert "beyond the tolerances: 48" in out
+    assert command(*compare, "inspect.rtol=0.0626", "inspect.atol=1e-3")[0] == 0
+    assert command(*compare, "inspect.rtol=0.0626", "inspect.atol=1e-3", "inspect.norm_rtol=0.001")[0] == 1
+    assert command(*compare, "inspect.rtol=0.01")[0] == 1
+
+
+def test_the_norm_is_that_of_the_whole_tensor(made: SimpleNamespace, tmp_path: Path, command: Command) -> None:
+    """Also of the part that is equal, and measured against A."""
+    tensors = weights()
+    changed = tensors["lm_head.weight"].clone()
+    changed[5] *= 2
+    expected = float(tensors["lm_head.weight"][5].double().norm() / tensors["lm_head.weight"].double().norm())
+    other = write_hf(tmp_path / "hf", tensors | {"lm_head.weight": changed})
+    _, out, _ = command("--diff", made.hf, other)
+    assert float(rows(out)["lm_head.weight"][6]) == pytest.approx(expected, rel=5e-3)
+    for share, code in ((1.01, 0), (0.99, 1)):
+        assert command("--diff", made.hf, other, f"inspect.norm_rtol={expected * share}")[0] == code
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_tolerance_covers_what_is_not_finite_or_not_there(
+    value: float, made: SimpleNamespace, tmp_path: Path, command: Command
+) -> None:
+    wide = ("inspect.atol=1e9", "inspect.rtol=1e9", "inspect.norm_rtol=1e9")
+    broken = weights()
+    broken[EXPERT] = broken[EXPERT].clone()
+    broken[EXPERT][1, 1] = value
+    assert command("--diff", made.hf, write_hf(tmp_path / "broken", broken), *wide)[0] == 1
+    fewer = weights()
+    del fewer["model.norm.weight"]
+    assert command("--diff", made.hf, write_hf(tmp_path / "fewer", fewer), *wide)[0] == 1
+
+
+def test_precisions_may_differ_where_a_tolerance_is_given(
+    made: SimpleNamespace, tmp_path: Path, command: Command
+) -> None:
+    wider = write_hf(tmp_path / "fp32", {name: tensor.float() for name, tensor in weights().items()})
+    assert command("--diff", made.hf, wider)[0] == 1
+    assert command("--diff", made.hf, wider, "inspect.norm_rtol=0")[0] == 0
+
+
+def test_only_weights_are_compared_on_request(made: SimpleNamespace, command: Command) -> None:
+    """A copy for `init_from` has no optimizer."""
+    assert command("--diff", made.step, made.megatron)[0] == 1
+    assert command("--diff", made.step, made.megatron, "inspect.weights_only=true")[0] == 0
