@@ -28,6 +28,7 @@ PATHS = ("run_dir", "init_from", "resume", "data.path", "data.dir", "data.tokeni
 """Fields of a run that hold a path; `data.blend` holds several."""
 _SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # what Hydra reads as text, or as null
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
 
 
@@ -133,7 +134,8 @@ def _reader(info: FieldInfo) -> Callable[[str], str] | None:
 
 
 def _text(value: str) -> str:
-    return value if value.lower() == "null" or _QUOTED.fullmatch(value) else quoted(value)
+    kept = _PLAIN.fullmatch(value) and value.lower() not in ("true", "false", "inf", "nan")
+    return value if kept or _QUOTED.fullmatch(value) else quoted(value)
 
 
 def _integer(value: str, name: str) -> str:
