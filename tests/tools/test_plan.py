@@ -86,6 +86,9 @@ def test_the_answer_says_what_was_asked(answered: tuple[Path, str]) -> None:
     assert sum(first["components_s"].values()) == pytest.approx(first["step_s"])
     assert found["total"]["dollars"] == pytest.approx(found["total"]["gpu_hours"] * 2)
     assert found["bills"][0]["tokens"] == 14.8e12
+    best = next(line for line in text.splitlines() if f" {first['tokens_per_s_per_gpu']:,.0f} " in line)
+    hours = 14.8e12 / first["tokens_per_s_per_gpu"] / 3600
+    assert [cell.strip() for cell in best.split("│")][-3:-1] == [f"{hours / 2048 / 24:,.1f}", f"{hours * 2:,.0f}"]
     assert {"own", "out"} == {path.name for path in folder.iterdir()}
     assert f"wrote own/experiment/best.yaml; run it with --config-dir {folder}/own experiment=best" in text
 
@@ -123,6 +126,8 @@ def test_the_pictures_show_every_rank(answered: tuple[Path, str]) -> None:
     assert len(colours["F"]) == sum(event["cat"] == "F" for event in passes) + 1  # and the legend
     assert len(colours["B"]) == sum(event["cat"] == "B" for event in passes) + 1
     page = (folder / "out/report.html").read_text()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert page.count('<div class="table"><table>') == page.count("<table>") > 4  # which scroll by themselves
     assert "<svg" in page
     assert "conf/experiment file" in page
     assert "&lt;svg" not in page

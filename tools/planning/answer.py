@@ -73,6 +73,17 @@ class Answer:
         rate = plan.step.tokens_per_s_per_gpu / (self.hardware.bf16_tflops * 1e12)
         return rate * self.flops_causal, rate * self.flops_whole
 
+    def price(self, plan: Plan) -> tuple[float, float] | None:
+        """Days and dollars in which a plan trains the tokens of the recipe that run as planned, without failures.
+
+        None where the question names no tokens. GPUs that the plan leaves idle are paid for.
+        """
+        tokens = sum(stage.tokens for stage in self.recipe if stage.as_planned and stage.tokens)
+        if not tokens:
+            return None
+        hours = cost.gpu_hours(tokens, plan.step.tokens_per_s_per_gpu) * self.gpus / plan.job.layout.world_size
+        return hours / self.gpus / 24, hours * self.hardware.dollars_per_gpu_hour
+
     def total(self) -> cost.Bill:
         """The sum of all stages."""
         bills = self.bills

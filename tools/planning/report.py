@@ -14,20 +14,23 @@ from tools.planning import experiment, show
 from tools.planning.answer import Answer
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
 <style>
-body { font: 14px sans-serif; margin: 2em auto; max-width: 1420px; color: #222 }
+body { font: 14px/1.4 sans-serif; margin: 0 auto; padding: 1.5em max(1.2em, 4vw) 3em; max-width: 1420px; color: #222 }
+.table, .picture, pre { overflow-x: auto } p, li, caption { overflow-wrap: anywhere }
 table { border-collapse: collapse; margin: 1em 0 } caption { text-align: left; font-weight: bold; padding: .3em 0 }
 td, th { border: 1px solid #ccc; padding: .25em .6em; text-align: right }
 td:first-child, th:first-child { text-align: left }
-pre { background: #f5f5f5; padding: 1em } .picture { overflow-x: auto }
+pre { background: #f5f5f5; padding: 1em }
+@media (max-width: 640px) { body { font-size: 12px } h1 { font-size: 1.5em } td, th { padding: .2em .35em } }
 </style></head><body>
 <h1>{{ title }}</h1>
 {% for line in headline %}<p>{{ line }}</p>{% endfor %}
-{% for table in tables %}<table><caption>{{ table.title }}</caption>
+{% for table in tables %}<div class="table"><table><caption>{{ table.title }}</caption>
 <tr>{% for cell in table.columns %}<th>{{ cell }}</th>{% endfor %}</tr>
 {% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table>
+{% endfor %}</table></div>
 {% endfor %}
 <h2>Why other layouts do not fit</h2><ul>{% for text in refusals %}<li>{{ text }}</li>{% endfor %}</ul>
 <h2>The pipeline, first micro-batches</h2><div class="picture">{{ picture | safe }}</div>

@@ -91,13 +91,17 @@ def plans(result: Answer) -> Table:
     """The plans that fit, fastest (and so cheapest) first."""
     searched = f"Plans that fit, of {result.found.tried:,} layouts, cheapest first"
     shown = Table(title=searched if result.cfg.plan.search else "The layout of parallel.*")
-    for column in ("plan", "precision", "step s", "tokens/s/GPU", "MFU", "bubble", "GiB"):
+    priced = result.fits and result.price(result.best) is not None
+    columns = ["plan", "precision", "step s", "tokens/s/GPU", "MFU", "bubble", "GiB"]
+    for column in [*columns, *(["days", "dollars"] if priced else [])]:
         shown.add_column(column, justify="left" if column in ("plan", "precision") else "right", overflow="fold")
     for plan in result.found.plans:
+        price = result.price(plan) if priced else None
         shown.add_row(
             plan.label, plan.job.fp8 or plan.job.dtype, f"{plan.step.seconds:.2f}",
             f"{plan.step.tokens_per_s_per_gpu:,.0f}", f"{result.mfu(plan)[0]:.1%}",
             f"{plan.step.pipeline.bubble_fraction:.1%}", f"{plan.memory_bytes / GIB:.1f}",
+            *([f"{price[0]:,.1f}", f"{price[1]:,.0f}"] if price else []),
         )  # fmt: skip
     return shown
 
