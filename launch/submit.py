@@ -26,7 +26,7 @@ from hydra.types import RunMode
 
 from launch import checks, chosen, container, corpus, elastic, follow, lock, node_count, placement, slurm, snapshot
 from launch.estimate import Estimate, check_memory, estimate
-from moe_train.checkpoint import continuing
+from moe_train.checkpoint import continuing, origin
 from moe_train.config.assumed import on_gpus
 from moe_train.config.command_line import PATHS, field_of, is_text, text_override
 from moe_train.config.compose import hydra_entry, job_words
@@ -137,15 +137,17 @@ def check(cfg: Config, dry: bool = False) -> Checked:
     if cfg.runtime == "cuda" and (refusal := Hardware.of(cfg.cluster).refusal(recipe(cfg.precision))):
         raise refusal
     words = job_words(HydraConfig.get())
+    notes = checks.cores(launcher)
     if continuing.find(cfg) is None:  # what a run began with is its user's choice
         chosen.check(cfg, layout, words)
+        if cfg.init_from is not None:
+            notes += origin.check(cfg.model, Path(cfg.init_from))
     checks.job(cfg)
     nodes = launcher.nodes or checks.nodes_of(cfg, layout)
     choices = elastic.choices(cfg, nodes)
     own = next(choice for choice in choices if nodes in choice.counts)
     found = own.found if own.counts[0] == nodes else estimate(fitted, layout)
     check_memory(found, layout)
-    notes = checks.cores(launcher)
     data = ""
     try:
         data, more = corpus.check(cfg, found.tokens)

@@ -8,11 +8,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch import node_count, placement, slurm, submit
+from moe_train.checkpoint.hf import config as hf_config
 from moe_train.config.compose import compose
 from moe_train.config.validate import validate
 from parallel.errors import ConfigError
@@ -357,6 +359,22 @@ def test_a_large_model_trains_in_bf16_where_nothing_is_said(
         "optimizer.lr=0.001, data.source=stdlib, train.tokens=null; use experiment=qwen3_30b_a3b/pretrain, or give "
         "each of them"
     )
+
+
+def test_weights_of_another_model_are_refused(
+    cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By config.json, before nodes are asked for."""
+    model = compose(["model=tiny"]).model
+    (tmp_path / "weights").mkdir()
+    words = ["--dry-run", *TINY, "init_from=weights", f"run_dir={tmp_path}/run"]
+    for layers, code in ((2, 2), (4, 0)):
+        config = hf_config.to_hf(replace(model, num_layers=layers), "bf16")
+        (tmp_path / "weights/config.json").write_text(json.dumps(config))
+        found = submit.run(words)
+        errors = capsys.readouterr().err
+        assert bool(found) == bool(code), errors
+        assert ("is of another model: model.num_layers=2 there, model.num_layers=4 in the run" in errors) == bool(code)
 
 
 def test_a_run_that_is_continued_keeps_its_precision(tmp_path: Path) -> None:
