@@ -30,8 +30,9 @@ def prepare_data(cfg: Config) -> None:
     progress = cfg.telemetry.progress
     if cfg.data.source == "none":
         prepare.check_prepared(cfg.data, cfg.model.vocab_size)
-    else:
-        prepare.prepare(cfg.data, cfg.model.vocab_size, progress=progress)
+    elif prepare.prepare(cfg.data, cfg.model.vocab_size, progress=progress) and cfg.data.source == "files":
+        for line in prepare.left_out(cfg.data):
+            print(line, file=sys.stderr, flush=True)
     for warning in prepare.examine(cfg.data, cfg.model, progress=progress):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 

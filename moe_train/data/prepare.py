@@ -60,13 +60,16 @@ _DEFAULTS: dict[str, Any] = vars(DataConfig()) | {"deduplicate": "normalized", "
 _FORMAT = 2  # of the documents that are made from one corpus; raise it when this code makes others
 
 
-def prepare(data: DataConfig, model_vocab_size: int, progress: bool, verify: bool = False) -> None:
+def prepare(data: DataConfig, model_vocab_size: int, progress: bool, verify: bool = False) -> bool:
     """Make the dataset of `data` unless it is there already.
 
     Args:
         model_vocab_size: tokens of the model; the tokenizer may not have more.
         progress: show a bar where standard error is a terminal.
         verify: also compare the checksums of a dataset that is there already.
+
+    Returns:
+        whether it was made now; the manifest then says what was left out of the text.
 
     Raises:
         DataError: the text, the tokenizer or the dataset is missing, damaged or does not fit; nothing is overwritten.
@@ -81,10 +84,7 @@ def prepare(data: DataConfig, model_vocab_size: int, progress: bool, verify: boo
             with lock.only_one(directory, _tell):
                 if not (directory / MANIFEST).exists():  # another process may have made it in the meantime
                     _make(data, directory, files, settings, model_vocab_size, progress, report)
-                    if report.counts and data.source == "files":
-                        for line in lines(report.to_dict()):
-                            _tell(line)
-                    return
+                    return True
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(f"data.dir={directory} cannot be written: {reason}", "free space or set data.dir") from error
@@ -98,11 +98,18 @@ def prepare(data: DataConfig, model_vocab_size: int, progress: bool, verify: boo
             remedy += f", or set {' '.join(f'data.{key}={override_value(made[key])}' for key in changed)} again"
         raise DataError(f"data.dir={directory} was made with other settings ({names})", remedy)
     check_vocabulary(manifest["vocab_size"], model_vocab_size)
+    return False
 
 
 def summary(manifest: dict[str, Any]) -> list[str]:
     """Lines about what was read for a dataset, left out and changed; none for datasets of older versions."""
     return lines(manifest["corpus"]) if "corpus" in manifest else []
+
+
+def left_out(data: DataConfig) -> list[str]:
+    """The lines of `summary` for the dataset at `data.dir`, where anything was left out or changed."""
+    manifest = read_manifest(data)
+    return summary(manifest) if manifest.get("corpus", {}).get("left_out_or_changed") else []
 
 
 def _tell(line: str) -> None:
