@@ -81,6 +81,14 @@ def test_every_model_passes_megatron_cores_own_checks() -> None:
         assert options["moe_router_fusion"] == (moe and name != "deepseek_v2"), name
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_the_fused_loss_is_for_bf16_alone(dtype: str) -> None:
+    """It rounds gradients to bf16, whatever the dtype of the logits."""
+    (options,) = run_distributed(cuda_options, 1, "model=tiny", f"precision={dtype}")
+    assert options["bias_activation_fusion"]
+    assert not options["cross_entropy_loss_fusion"]
+
+
 def test_deepep_overlap_and_apex_reach_megatron_core() -> None:
     """Each option of the config is the one that Megatron-Core documents for it."""
     overrides = ("model=deepseek_v3", "parallel.ep=8", "parallel.dispatcher=flex", "batch.global_batch_size=16")
@@ -214,9 +222,9 @@ def test_transformer_engine_layers_are_composed_as_upstream_composes_them() -> N
     """Through upstream's own spec functions, with stand-ins for Transformer Engine's classes."""
     (v3,) = run_distributed(te_layers, 1, "model=deepseek_v3")
     assert v3[:2] == (61, 2)
-    assert v3[3:] == (True, "SpecifiedLatentAttention", "TopKRouter")
+    assert v3[3:] == (True, "SpecifiedLatentAttention", "Router")
     (olmoe,) = run_distributed(te_layers, 1, "model=olmoe_7b")
-    assert olmoe == (16, 1, "QueryAllHeadsRMSNorm", False, "SelfAttention", "TopKRouter")
+    assert olmoe == (16, 1, "QueryAllHeadsRMSNorm", False, "SelfAttention", "Router")
     (v2,) = run_distributed(te_layers, 1, "model=deepseek_v2", "model.mtp_num_layers=1")
     assert v2[3:] == (True, "SpecifiedLatentAttention", "BestExpertOfGroupRouter")
 
