@@ -1,11 +1,12 @@
-"""Our training step beside that of Hugging Face transformers, on this machine's CPU, in fp32 and in bf16.
+"""Our training step compared with that of Hugging Face transformers, on this machine's CPU, in fp32 and in bf16.
 
-Both train the same DeepSeek-V3-shaped model (`model=tiny` without what transformers does not train with), from the same
-weights, on the same tokens, with the same AdamW and clipping. transformers runs with both of its implementations of
-experts. In bf16 it keeps weights and moments in bf16, its fastest way; ours keep fp32 master weights. Each side has its
-own process; they take turns, a few steps each. Losses must agree, or the comparison fails.
+Both train the same DeepSeek-V3-shaped models (`model=tiny` without what transformers does not train with, and one of
+63 M parameters), from the same weights, on the same tokens, with the same AdamW and clipping. transformers runs with
+both of its implementations of experts. In bf16 it keeps weights and moments in bf16, its fastest way; ours keep fp32
+master weights. Each side has its own process; they take turns, a few steps each. Losses must agree, or the comparison
+fails.
 
-`make bench-step` prints one table and where the time of our step goes, and writes bench/results/step.json.
+`make bench-step` prints one table, and where the time of both sides goes, and writes bench/results/step.json.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import step_transformers
+from bench import step_data, step_profile, step_transformers
 from bench.results import write
 from bench.step_data import Task
 from bench.step_workers import OURS, Worker
@@ -35,11 +36,11 @@ LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 
 
 Profile = tuple[list[dict[str, Any]], list[dict[str, Any]]]
-Found = tuple[list[dict[str, Any]], Profile, list[dict[str, Any]]]
+Found = tuple[list[dict[str, Any]], dict[str, Profile], list[dict[str, Any]]]
 
 
 def measure(task: Task, rounds: int) -> Found:
-    """One row for each side; the profile of ours (parts of the model, operations); grouped products beside torch's."""
+    """One row for each side; the profile of each (parts of the model, operations); our grouped GEMMs and torch's."""
     with tempfile.TemporaryDirectory(prefix="bench-step-") as directory:
         weights = Path(directory, "weights.pt")
         workers: dict[str, Worker] = {}
@@ -53,14 +54,14 @@ def measure(task: Task, rounds: int) -> Found:
                 peaks.append(workers[OURS].ask("gemm"))
                 for side, worker in workers.items():
                     steps[side] += worker.ask("steps", TURN_STEPS)
-            profile = workers[OURS].ask("profile", TURN_STEPS)
+            profiles = {side: worker.ask("profile", TURN_STEPS) for side, worker in workers.items()}
             grouped = workers[OURS].ask("grouped")
         finally:
             for worker in workers.values():
                 worker.stop()
     reference = [loss for loss, _ in steps[OURS]]
     rows = [row(side, task, taken, reference, statistics.median(peaks)) for side, taken in steps.items()]
-    return rows, profile, grouped
+    return rows, profiles, grouped
 
 
 def row(
@@ -73,6 +74,7 @@ def row(
     model = task.config().model
     tflops = task.tokens * flops_per_token(model, task.seq_length) / median / 1e12
     return {
+        "model": task.model,
         "side": side,
         "precision": task.dtype,
         "tokens_per_s": task.tokens / median,
@@ -90,25 +92,30 @@ def row(
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Ours over the faster variant of transformers, by precision, and the lower of our fractions of the peak."""
-    summary: dict[str, Any] = {}
+    """Ours over the faster variant of transformers, by precision: the lowest of all models, then each model's."""
+    ratios: dict[str, dict[str, float]] = {}
     for dtype in ("bf16", "fp32"):
-        speeds = {r["side"]: r["tokens_per_s"] for r in rows if r["precision"] == dtype}
-        if speeds:
+        for model in dict.fromkeys(r["model"] for r in rows if r["precision"] == dtype):
+            found = [r for r in rows if r["precision"] == dtype and r["model"] == model]
+            speeds = {r["side"]: r["tokens_per_s"] for r in found}
             ours = speeds.pop(OURS)
-            summary[f"ratio_{dtype}"] = ours / max(speeds.values())
+            ratios.setdefault(dtype, {})[model] = ours / max(speeds.values())
+    summary: dict[str, Any] = {f"ratio_{dtype}": min(by_model.values()) for dtype, by_model in ratios.items()}
+    for dtype, by_model in ratios.items():
+        summary |= {f"ratio_{dtype}_{model}": ratio for model, ratio in by_model.items()}
     summary["fraction_of_gemm_peak"] = min(r["fraction_of_gemm_peak"] for r in rows if r["side"] == OURS)
     summary["losses_agree"] = all(r["max_relative_loss_difference"] <= LOSS_TOLERANCE[r["precision"]] for r in rows)
     return summary
 
 
-def table(rows: Sequence[dict[str, Any]], task: Task) -> Table:
+def table(rows: Sequence[dict[str, Any]], threads: int) -> Table:
     """The rows for a person."""
-    shown = Table(title=f"{task.sequences} x {task.seq_length} tokens a step, {task.threads} threads")
-    for column in ("", "precision", "tokens/s", "step, ms", "fastest", "spread", "of GEMM peak", "loss difference"):
-        shown.add_column(column, justify="left" if column in ("", "precision") else "right")
+    shown = Table(title=f"Training steps, {threads} threads")
+    for column in ("model", "", "precision", "tokens/s", "step, ms", "fastest", "spread", "of GEMM peak", "loss diff."):
+        shown.add_column(column, justify="left" if column in ("model", "", "precision") else "right")
     for r in rows:
         shown.add_row(
+            r["model"],
             r["side"] if r["side"] == OURS else f"transformers, {r['side']}",
             r["precision"],
             f"{r['tokens_per_s']:,.0f}",
@@ -121,33 +128,32 @@ def table(rows: Sequence[dict[str, Any]], task: Task) -> Table:
     return shown
 
 
-def profile_table(profiles: dict[str, Profile]) -> Table:
-    """Time of our step by part of the model."""
-    shown = Table(title="Where the time of our step goes (the profiler slows it down)")
-    for column in ("precision", "part", "ms", "share"):
-        shown.add_column(column, justify="left" if column in ("precision", "part") else "right")
-    for dtype, (parts, _) in profiles.items():
-        for one in parts:
-            shown.add_row(dtype, one["part"], f"{one['ms']:.1f}", f"{one['share']:.0%}")
-        shown.add_section()
+def profile_table(task: Task, profiles: dict[str, Profile]) -> Table:
+    """Milliseconds of a step of every side, by part of the model; they add up to the step under the profiler."""
+    shown = Table(title=f"Where the time goes, ms: {task.model}, {task.dtype} (the profiler slows all sides down)")
+    shown.add_column("part")
+    for side in profiles:
+        shown.add_column(side if side == OURS else f"transformers, {side}", justify="right")
+    parts = {side: {one["part"]: one["ms"] for one in found} for side, (found, _) in profiles.items()}
+    for part in sorted(step_profile.PARTS, key=lambda name: -parts[OURS].get(name, 0)):
+        shown.add_row(part, *(f"{found.get(part, 0):.1f}" for found in parts.values()))
+    shown.add_row("step", *(f"{sum(found.values()):.1f}" for found in parts.values()), style="bold")
     return shown
 
 
-def operations_table(profiles: dict[str, Profile], count: int = 10) -> Table:
-    """The operations that take most time in themselves."""
-    shown = Table(title="Its operations, time in themselves")
-    for column in ("precision", "operation", "calls", "ms"):
-        shown.add_column(column, justify="left" if column in ("precision", "operation") else "right")
-    for dtype, (_, operations) in profiles.items():
-        for one in operations[:count]:
-            shown.add_row(dtype, one["operation"], f"{one['calls']:.0f}", f"{one['ms']:.1f}")
-        shown.add_section()
+def operations_table(task: Task, profiles: dict[str, Profile], count: int = 10) -> Table:
+    """The operations of our step that take most time in themselves."""
+    shown = Table(title=f"Our operations, time in themselves: {task.model}, {task.dtype}")
+    for column in ("operation", "calls", "ms"):
+        shown.add_column(column, justify="left" if column == "operation" else "right")
+    for one in profiles[OURS][1][:count]:
+        shown.add_row(one["operation"], f"{one['calls']:.0f}", f"{one['ms']:.1f}")
     return shown
 
 
 def grouped_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Grouped products, ours and torch's."""
-    shown = Table(title="Grouped products of the experts' first layer, with new counts in every call")
+    """Grouped GEMMs, ours and torch's."""
+    shown = Table(title="Grouped GEMMs of the experts' first layer, with new counts in every call")
     for column in ("precision", "experts", "tokens", "product", "ours, ms", "torch._grouped_mm, ms", "torch / ours"):
         shown.add_column(column, justify="left" if column in ("precision", "product") else "right")
     for r in rows:
@@ -161,8 +167,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help=f"turns of {TURN_STEPS} steps for each side")
     parser.add_argument("--precision", action="append", choices=LOSS_TOLERANCE, help="only this one")
-    parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--model", action="append", choices=step_data.MODELS, help="only this one")
+    parser.add_argument("--sequences", type=int, help="in a step; 8 for tiny, 4 for 60m")
+    parser.add_argument("--seq-length", type=int, help="tokens; 256 for tiny, 512 for 60m")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("overrides", nargs="*", help="of our config, such as backend.grouped_gemm=false")
     options = parser.parse_args()
@@ -172,22 +179,24 @@ def main() -> None:
         sys.exit(f"error: {error}")
     rows: list[dict[str, Any]] = []
     grouped: list[dict[str, Any]] = []
-    profiles: dict[str, Profile] = {}
-    for dtype in options.precision or ["fp32", "bf16"]:
-        task = Task(dtype, options.sequences, options.seq_length, options.threads, tuple(options.overrides))
-        found, profiles[dtype], products = measure(task, options.rounds)
-        rows += found
-        grouped += products
-    summary = summarise(rows)
+    shares: list[dict[str, Any]] = []
     console = Console()
-    console.print(table(rows, task))
-    console.print(profile_table(profiles))
-    console.print(operations_table(profiles))
-    console.print(grouped_table(grouped))
+    for model in options.model or step_data.MODELS:
+        sequences, seq_length = step_data.SHAPES[model]
+        for dtype in options.precision or ["fp32", "bf16"]:
+            shape = options.sequences or sequences, options.seq_length or seq_length
+            task = Task(dtype, *shape, options.threads, model, tuple(options.overrides))
+            found, profiles, gemms = measure(task, options.rounds)
+            rows += found
+            grouped += gemms
+            for side, (parts, _) in profiles.items():
+                shares.append({"model": model, "precision": dtype, "side": side, "parts": parts})
+            console.print(profile_table(task, profiles), operations_table(task, profiles))
+    summary = summarise(rows)
+    console.print(grouped_table(grouped), table(rows, options.threads))
     for name, value in summary.items():
         print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
     if sys.argv[1:] == []:
-        shares = {dtype: parts for dtype, (parts, _) in profiles.items()}
         about = {"loss_tolerance": LOSS_TOLERANCE, "transformers": version, "profile": shares, "grouped": grouped}
         print(f"wrote {write('step', {**summary, **about}, rows)}")
     sys.exit(0 if summary["losses_agree"] else 1)

@@ -28,6 +28,19 @@ LIKE_TRANSFORMERS = [
     "train.eval_batches=0",
 ]
 
+MODELS = {
+    "tiny": (),
+    # 63 M parameters: experts as fine-grained as DeepSeek-V3's, in a width that a laptop trains.
+    "60m": (
+        "model.num_layers=6", "model.num_dense_layers=3", "model.hidden_size=512", "model.ffn_hidden_size=1536",
+        "model.num_experts=64", "model.topk=8", "model.moe_ffn_hidden_size=176", "model.router_num_groups=8",
+        "model.router_topk_groups=4", "model.num_attention_heads=8", "model.q_lora_rank=192", "model.kv_lora_rank=128",
+    ),
+}  # fmt: skip
+"""Overrides of `model=tiny` by the name of the benchmark's model."""
+SHAPES = {"tiny": (8, 256), "60m": (4, 512)}
+"""Sequences in a step, and tokens in a sequence."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -39,6 +52,8 @@ class Task:
     """Sequences in one step, in one forward pass."""
     seq_length: int
     threads: int
+    model: str = "tiny"
+    """A key of `MODELS`."""
     overrides: tuple[str, ...] = ()
     """Further overrides of our config, such as backend.grouped_gemm=false."""
 
@@ -51,7 +66,7 @@ class Task:
         """The config of our run, which also says the shape and the hyperparameters of the other side's."""
         batch = [f"batch.global_batch_size={self.sequences}", f"batch.micro_batch_size={self.sequences}"]
         length = [f"train.seq_length={self.seq_length}", f"precision={self.dtype}"]
-        return compose([*LIKE_TRANSFORMERS, *batch, *length, *self.overrides])
+        return compose([*LIKE_TRANSFORMERS, *MODELS[self.model], *batch, *length, *self.overrides])
 
 
 def batches(task: Task, vocabulary: int) -> Iterator[dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Our grouped product on the CPU beside `torch._grouped_mm`, in the shapes of an experts' layer.
+"""Our grouped GEMM on the CPU and `torch._grouped_mm`, in the shapes of an experts' layer.
 
 Every call gets new counts of tokens, as routing gives them: a library that compiles a kernel for each new size looks
 twice as fast while the counts stay the same. The two take turns.
@@ -32,7 +32,7 @@ def counts_of(tokens: int, experts: int, rng: random.Random) -> list[int]:
 
 
 def measure(task: Task) -> list[dict[str, Any]]:
-    """Milliseconds of the three products of fc1: in the task's shape, and with few tokens an expert."""
+    """Milliseconds of the three GEMMs of fc1: in the task's shape, and with few tokens an expert."""
     model, rows = task.config().model, []
     inner = 2 * model.moe_ffn_hidden_size
     for tokens, experts in ((task.tokens * model.topk, model.num_experts), (2048, 64)):
@@ -44,7 +44,7 @@ def measure(task: Task) -> list[dict[str, Any]]:
                 taken.append((_ms(ours, counts), _ms(theirs, counts)))
             ours_ms, theirs_ms = (statistics.median(pair[side] for pair in taken[WARM_UP:]) for side in (0, 1))
             rows.append({
-                "precision": task.dtype, "experts": experts, "tokens": tokens, "product": name,
+                "model": task.model, "precision": task.dtype, "experts": experts, "tokens": tokens, "product": name,
                 "ours_ms": ours_ms, "torch_ms": theirs_ms, "torch_over_ours": theirs_ms / ours_ms,
             })  # fmt: skip
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,16 @@ from bench.step_data import Task
 
 Step = Callable[[], float]
 OURS = "moe-train"
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one process trains."""
+
+    step: Step
+    modules: list[Any]
+    optimizer: Any = None
+    """Megatron-Core's; None for torch's."""
 
 
 class Worker:
@@ -36,7 +47,7 @@ class Worker:
         try:
             return self._pipe.recv()
         except EOFError:
-            raise RuntimeError("a process of the benchmark ended early; its error stands above") from None
+            raise RuntimeError("a process of the benchmark ended early; its error is printed above") from None
 
     def stop(self) -> None:
         """End the process."""
@@ -51,10 +62,10 @@ def _serve(pipe: Any, side: str, task: Task, weights: Path) -> None:
     from bench import step_grouped
 
     torch.set_num_threads(task.threads)
-    step: Any = _ours(task, weights) if side == OURS else _transformers(side, task, weights)
+    trained = _ours(task, weights) if side == OURS else _transformers(side, task, weights)
     requests: dict[str, Callable[..., Any]] = {
-        "steps": lambda count: [_timed(step) for _ in range(count)],
-        "profile": lambda count: step_profile.profile(step.args[0], step, count),
+        "steps": lambda count: [_timed(trained.step) for _ in range(count)],
+        "profile": lambda count: step_profile.profile(trained.modules, trained.optimizer, trained.step, count),
         "grouped": lambda: step_grouped.measure(task),
         "gemm": lambda: _gemm_tflops(task.dtype),
     }
@@ -72,8 +83,8 @@ def _timed(step: Step) -> tuple[float, float]:
     return loss, time.perf_counter() - began
 
 
-def _ours(task: Task, weights: Path) -> partial[float]:
-    """The training step of this project, after its initial weights were written to `weights`."""
+def _ours(task: Task, weights: Path) -> Side:
+    """This project, after its initial weights were written to `weights`."""
     import torch
 
     from bench import step_data
@@ -88,7 +99,7 @@ def _ours(task: Task, weights: Path) -> partial[float]:
     state = {name: value.detach().clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
     torch.save(from_megatron(state, cfg.model), weights)
     data = [step_data.batches(task, cfg.model.vocab_size)]
-    return partial(_step, run, data)
+    return Side(partial(_step, run, data), run.chunks, run.optimizer)
 
 
 def _step(run: Any, data: list[Any]) -> float:
@@ -97,7 +108,7 @@ def _step(run: Any, data: list[Any]) -> float:
     return float(step.train_step(run, data)["lm_loss"])
 
 
-def _transformers(experts: str, task: Task, weights: Path) -> Step:
+def _transformers(experts: str, task: Task, weights: Path) -> Side:
     import torch
 
     from bench import step_data, step_transformers
@@ -107,11 +118,11 @@ def _transformers(experts: str, task: Task, weights: Path) -> Step:
     cfg = task.config()
     model = step_transformers.build(cfg, torch.load(weights, weights_only=True), experts)
     data, step = step_data.batches(task, cfg.model.vocab_size), step_transformers.train_step(cfg, model)
-    return lambda: step(next(data))
+    return Side(lambda: step(next(data)), [model])
 
 
 def _gemm_tflops(dtype: str) -> float:
-    """Best of some short runs of the square product that also stands for the peak in MFU."""
+    """Best of some short runs of the square GEMM whose speed is also the peak in MFU."""
     from moe_train.model.precision import DTYPES
     from moe_train.telemetry import peak
 

@@ -46,7 +46,7 @@ def test_both_sides_start_from_the_same_weights_and_stay_together(tmp_path: Path
     for number, (side, overrides) in enumerate(
         [(OURS, ()), ("grouped_mm", ()), (OURS, ("backend.grouped_gemm=false",)), ("eager", ())]
     ):
-        worker = Worker(side, Task("fp32", 2, 32, 1, overrides), tmp_path / f"{number // 2}.pt")
+        worker = Worker(side, Task("fp32", 2, 32, 1, overrides=overrides), tmp_path / f"{number // 2}.pt")
         losses.append([loss for loss, _ in worker.ask("steps", 2)])
         worker.stop()
     for other in losses[1:]:
