@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 import torch
@@ -174,6 +175,25 @@ def _tokens_of_a_split_sequence() -> None:
     assert count.item() == 3 * 3 / 4
 
 
+def _clipped_gradients() -> None:
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    operations: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            operations.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    weight = torch.nn.Parameter(torch.zeros(3))
+    weight.grad = torch.full((3,), 4.0)
+    with Record():
+        clip_grad_by_total_norm_fp32([weight], 1.0, 2.0)
+    torch.testing.assert_close(weight.grad, torch.full((3,), 2.0))
+    assert "aten::copy_" not in operations
+
+
 SCENARIOS: dict[str, Callable[[], None]] = {
     "device_of_this_rank": _rotary_frequencies,
     "constructors_with_literal_cuda": _gradient_scaler,
@@ -188,6 +208,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "recompute_without_transformer_engine": _recomputed_norm,
     "recomputed_outputs_without_a_compiler": _recomputed_without_compiling,
     "chunks_in_order_stay": _tokens_in_order,
+    "gradients_scaled_in_place": _clipped_gradients,
     "parts_of_unequal_length": _unequal_parts,
     "predicted_tokens_of_whole_sequences": _tokens_of_a_split_sequence,
 }
