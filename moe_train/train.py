@@ -16,10 +16,10 @@ from moe_train.data.datasets import build_datasets
 from moe_train.data.iterator import BatchIterator
 from moe_train.loop import callbacks, step
 from moe_train.loop.run import Run
-from moe_train.model import backend
+from moe_train.model import backend, cpu_kernels
 from moe_train.model.build import build, transformer_config
 from moe_train.model.init import initialise
-from moe_train.model.precision import in_training_precision
+from moe_train.model.precision import DTYPES, in_training_precision
 from moe_train.optim.optimizer import build_optimizer, build_schedule, data_parallel
 from moe_train.telemetry.model_metrics import DispatchTraffic, ExpertLoad, PredictionLoss
 from parallel import groups, runtime
@@ -62,6 +62,9 @@ def prepare(cfg: Config, rank: RankInfo) -> Run:
     device = runtime.start(name, rank, cfg.launcher.timeout_s)
     groups.create(layout, cfg.seed)
     torch.manual_seed(cfg.seed)
+    if name == "cpu":
+        for dtype in {DTYPES[cfg.precision.dtype], torch.float32}:  # emulated FP8 multiplies in fp32
+            cpu_kernels.choose(dtype)
 
     run = Run(cfg, layout, rank, device, name, implementation, total_steps(cfg), Path(cfg.run_dir))
     run.config = transformer_config(cfg, layout, implementation, name, layout.coordinates(rank.rank).pp)

@@ -207,6 +207,7 @@ def _fusions(cfg: Config, backend: str, runtime: str) -> dict[str, Any]:
     te = fused and backend == "te"
     return {
         "bias_activation_fusion": fused,
+        "use_te_activation_func": backend == "local" and runtime == "cpu" and not fused,  # ours: specs.LocalBackend
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": fused,
         "apply_rope_fusion": te and cfg.model.attention == "gqa",  # for mla upstream calls it experimental

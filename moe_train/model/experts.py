@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -17,6 +16,7 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 
 from moe_train.model import gemm
+from moe_train.model.swiglu import WeightedSwiGLU
 
 StateDict = dict[str, Any]
 
@@ -114,25 +114,3 @@ class GroupedExperts(MegatronModule):
 
         key, replica = f"{prefix}experts.{name}.weight", (0, 0, self.dp_group.rank())
         return ShardedTensorFactory(key, weight, build, merge, replica)
-
-
-class WeightedSwiGLU(torch.autograd.Function):
-    """silu(gate) * up * probability: [t, 2n], [t] -> [t, n], in the precision of the probabilities (fp32)."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_and_up: Tensor, probs: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_and_up, probs)
-        gate, up = gate_and_up.chunk(2, dim=-1)
-        return (F.silu(gate).mul_(up) * probs.unsqueeze(-1)).to(gate_and_up.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate_and_up, probs = ctx.saved_tensors
-        gate, up = gate_and_up.chunk(2, dim=-1)
-        activated = F.silu(gate)
-        grad_probs = torch.linalg.vecdot(activated * up, grad)
-        weighted = (grad * probs.unsqueeze(-1)).to(grad.dtype)
-        result = torch.empty_like(gate_and_up)
-        torch.mul(weighted, activated, out=result[:, up.size(1) :])
-        torch.ops.aten.silu_backward.grad_input(weighted.mul_(up), gate, grad_input=result[:, : up.size(1)])
-        return result, grad_probs.to(probs.dtype)

@@ -1,7 +1,7 @@
-"""Matrix products of the `local` backend, and the linear layers made of them.
+"""GEMMs of the `local` backend, and the linear layers made of them.
 
-On a CPU upstream's linear layers reach MKL for fp32, which runs at half the speed of oneDNN on AMD processors (measured
-with torch 2.13: 230 against 450 GFLOP/s on two Zen 5 cores). bf16 goes to oneDNN already.
+On a CPU upstream's linear layers reach one library for each precision. Here the fastest kernel of this processor runs
+(`cpu_gemm.py`).
 """
 
 from __future__ import annotations
@@ -15,94 +15,33 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-Counts = Sequence[int] | None
+from moe_train.model import cpu_gemm
 
-_SMALL_GROUP = 48  # rows, on average
+Counts = Sequence[int] | None
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """[m, k] x [k, n] -> [m, n], with the faster library. Not differentiable: for use in `autograd.Function`s."""
-    if _onednn(a):
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-        return product
-    return torch.mm(a, b)
+    """[m, k] x [k, n] -> [m, n]. Not differentiable: for use in `autograd.Function`s."""
+    return cpu_gemm.matmul(a, b) if a.device.type == "cpu" else torch.mm(a, b)
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
     """a^T b: [t, m] and [t, n] -> [m, n]. Not differentiable."""
-    if _onednn(a) and a.size(1) > b.size(1):  # oneDNN copies its transposed left side: let that be the smaller one
-        return matmul(b.t(), a).t().contiguous()
-    return matmul(a.t(), b)
-
-
-def _onednn(a: Tensor) -> bool:
-    cpu_fp32 = a.device.type == "cpu" and a.dtype is torch.float32
-    return cpu_fp32 and torch.backends.mkldnn.is_available() and a.numel() > 0
+    return cpu_gemm.outer(a, b) if a.device.type == "cpu" else torch.mm(a.t(), b)
 
 
 def grouped_matmul(a: Tensor, b: Tensor, counts: Sequence[int]) -> Tensor:
-    """Rows of `a` [t, k] in groups of `counts` rows, each times its matrix of `b` [groups, k, n]: [t, n].
-
-    On CUDA one kernel. On the CPU torch's own has a loop, too; the one here meets few distinct sizes (`_padded`).
-    """
-    if a.is_cuda or (not _onednn(a) and _small_groups(a, b, counts)):
-        return torch._grouped_mm(a, b, offs=_ends(counts, a.device))
-    total, start = a.size(0), 0
-    out = a.new_empty(total, b.size(2))
-    for count, matrix in zip(counts, b, strict=True):
-        end, padded = start + count, _padded(count, total)
-        if start + padded <= total:  # rows of the next groups come along; their own turn overwrites what comes out
-            _into(a[start : start + padded], matrix, out[start : start + padded])
-        else:
-            out[start:end] = matmul(a[total - padded :], matrix)[start - total + padded :][:count]
-        start = end
-    return out
+    """Rows of `a` [t, k] in groups of `counts` rows, each times its matrix of `b` [groups, k, n]: [t, n]."""
+    if a.device.type == "cpu":
+        return cpu_gemm.grouped_matmul(a, b, counts)
+    return cpu_gemm.torch_grouped_matmul(a, b, counts)
 
 
 def grouped_outer(a: Tensor, b: Tensor, counts: Sequence[int]) -> Tensor:
     """a^T b of each group of rows: `a` [t, m] and `b` [t, n] -> [groups, m, n]; zero for a group without rows."""
-    if a.is_cuda or _small_groups(a, b, counts):
-        return torch._grouped_mm(a.t(), b, offs=_ends(counts, a.device))
-    total, start = a.size(0), 0
-    out = a.new_empty(len(counts), a.size(1), b.size(1))
-    for count, result in zip(counts, out, strict=True):
-        padded = _padded(count, total)
-        first = min(start, total - padded)
-        rows = a.new_zeros(padded, a.size(1))  # zeros for the rows of other groups that come along
-        rows[start - first :][:count] = a[start : start + count]
-        if _onednn(rows):
-            result.copy_(outer(rows, b[first : first + padded]))
-        else:
-            torch.mm(rows.t(), b[first : first + padded], out=result)
-        start += count
-    return out
-
-
-def _padded(count: int, total: int) -> int:
-    """`count` rounded up by an eighth at most (16 at least), so that few sizes occur: oneDNN compiles a kernel for
-    every size that it meets, which takes longer than a small product, and how many tokens an expert gets is always
-    new. All rows are there to be read, up to `total`."""
-    step = max(16, 1 << max(0, count.bit_length() - 4))
-    padded = -(-count // step) * step
-    return padded if padded <= total else count
-
-
-def _small_groups(a: Tensor, b: Tensor, counts: Sequence[int]) -> bool:
-    """Whether torch's own loop is the faster one on a CPU (`make bench-step`): groups are so small that starting a
-    product takes longer than compiling it. It takes rows of whole 16 bytes only."""
-    aligned = all(step == 1 or step * t.element_size() % 16 == 0 for t in (a, b) for step in t.stride())
-    return 0 < a.size(0) <= _SMALL_GROUP * len(counts) and aligned
-
-
-def _ends(counts: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(counts, device=device).cumsum(0, dtype=torch.int32)
-
-
-def _into(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if _onednn(a):
-        out.copy_(matmul(a, b))
-    else:
-        torch.mm(a, b, out=out)
+    if a.device.type == "cpu":
+        return cpu_gemm.grouped_outer(a, b, counts)
+    return cpu_gemm.torch_grouped_outer(a, b, counts)
 
 
 def product(a: Tensor, b: Tensor, counts: Counts) -> Tensor:
@@ -144,13 +83,19 @@ class GroupedLinear(torch.autograd.Function):
     ) -> Tensor:
         """`counts` is the number of rows of each group; they add up to t."""
         ctx.save_for_backward(x, weight)
-        ctx.counts, ctx.products = counts, products
+        ctx.counts, ctx.products, ctx.parameter = counts, products, weight
         return products.forward(x, weight, counts, learn)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return *ctx.products.backward(grad.contiguous(), x, weight, ctx.counts), None, None, None
+        grad = grad.contiguous()
+        if ctx.products is PLAIN and accumulates_into_main_grad(ctx.parameter):
+            rows = zip(ctx.parameter.main_grad, grad.split(list(ctx.counts)), x.split(list(ctx.counts)), strict=True)
+            for main_grad, grad_rows, x_rows in rows:
+                main_grad.addmm_(grad_rows.t(), x_rows)
+            return product(grad, weight, ctx.counts), _already_added(ctx.parameter), None, None, None
+        return *ctx.products.backward(grad, x, weight, ctx.counts), None, None, None
 
 
 class _Linear(torch.autograd.Function):
@@ -166,13 +111,18 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, gather: Any, add_up: Any, products: Products, learn: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.gather, ctx.add_up, ctx.products = gather, add_up, products
+        ctx.gather, ctx.add_up, ctx.products, ctx.parameter = gather, add_up, products, weight
         return products.forward(_gathered(x, gather), weight, None, learn)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x, grad_weight = ctx.products.backward(grad, _gathered(x, ctx.gather), weight, None)
+        whole_x = _gathered(x, ctx.gather)
+        if ctx.products is PLAIN and accumulates_into_main_grad(ctx.parameter):
+            ctx.parameter.main_grad.addmm_(grad.t(), whole_x)
+            grad_x, grad_weight = product(grad, weight, None), _already_added(ctx.parameter)
+        else:
+            grad_x, grad_weight = ctx.products.backward(grad, whole_x, weight, None)
         if ctx.gather is not None:
             part = torch.empty_like(x)
             dist.reduce_scatter_tensor(part, grad_x, group=ctx.gather)
@@ -180,6 +130,26 @@ class _Linear(torch.autograd.Function):
         elif ctx.add_up is not None:
             dist.all_reduce(grad_x, group=ctx.add_up)
         return grad_x, grad_weight, None, None, None, None
+
+
+def accumulates_into_main_grad(weight: Tensor) -> bool:
+    """Whether the GEMM of the weight gradient can add to the gradient buffer of Megatron-Core's DDP itself.
+
+    That saves a gradient of its own and two passes over memory. Upstream does it with a CUDA extension of apex
+    (`gradient_accumulation_fusion`, tensor_parallel/layers.py). Here it needs a buffer in the precision of the weight,
+    and a weight that the embedding does not share: the embedding's gradient comes the usual way.
+    """
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None or weight.device.type != "cpu" or main_grad.dtype is not weight.dtype:
+        return False
+    shared = any(getattr(weight, name, False) for name in ("shared", "shared_embedding", "zero_out_wgrad"))
+    return not shared and weight.dtype is torch.float32 and hasattr(weight, "grad_added_to_main_grad")
+
+
+def _already_added(weight: Any) -> Tensor:
+    """Tell DDP's hook that the gradient is in its buffer, and give autograd a tensor so that it calls the hook."""
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
 
 
 def _gathered(x: Tensor, group: Any) -> Tensor:

@@ -24,10 +24,38 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype is torch.float32:
+            normalised: Tensor = NormOnCPU.apply(x, self.weight, self.eps)
+            return normalised
         # Torch makes the norm of several operations that read x. Through a view their gradients are added up before
         # that of the residual is, which recomputation does too: so it changes no bit.
         x = x.view_as(x)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class NormOnCPU(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32. It keeps x and one number a row; torch's,
+    composed of six operations on a CPU, also keeps the normalised x and takes 1.5 times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """[..., h] and [h] -> [..., h]."""
+        rows = x.reshape(-1, x.size(-1))
+        inverse_root = torch.linalg.vecdot(rows, rows).div_(rows.size(1)).add_(eps).rsqrt_().unsqueeze(1)
+        ctx.save_for_backward(x, weight, inverse_root)
+        return (rows * inverse_root).mul_(weight).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse_root = ctx.saved_tensors
+        normalised = x.reshape(-1, x.size(-1)) * inverse_root
+        grad_rows = grad.reshape(normalised.shape)
+        aligned = grad_rows * normalised
+        grad_weight = aligned.sum(0)
+        # d(x / root)/dx removes from the gradient its part along x.
+        along_x = torch.mv(aligned, weight).div_(-x.size(-1)).unsqueeze(1)
+        grad_x = (grad_rows * weight).addcmul_(normalised, along_x).mul_(inverse_root)
+        return grad_x.view(x.shape), grad_weight, None
 
 
 class ApexRMSNorm:

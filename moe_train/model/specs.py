@@ -35,6 +35,7 @@ from moe_train.model.fp8_products import Recipe, in_fp8, with_linears
 from moe_train.model.gemm import ColumnParallelLinear, RowParallelLinear
 from moe_train.model.norm import ApexRMSNorm, KeyAllHeadsRMSNorm, QueryAllHeadsRMSNorm, RMSNorm
 from moe_train.model.router import set_router
+from moe_train.model.swiglu import SwiGLU
 
 
 class LocalBackend(LocalSpecProvider):
@@ -61,6 +62,10 @@ class LocalBackend(LocalSpecProvider):
     def row_parallel_linear(self) -> type:
         """Upstream's, with faster products on the CPU."""
         return in_fp8(RowParallelLinear, self.recipe)
+
+    def activation_func(self) -> type:
+        """SwiGLU of a CPU, which upstream takes where its config has `use_te_activation_func`."""
+        return SwiGLU
 
     def latent_attention(self) -> type:
         """Multi-head latent attention."""
@@ -99,7 +104,10 @@ def _local_layer(backend: LocalBackend, model: ModelConfig, moe: bool, grouped_g
         qkv = SelfAttentionSubmodules(linear_qkv=linear, **common, q_layernorm=q_norm, k_layernorm=k_norm)
         attention = ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, qkv)
     mlp = get_mlp_module_spec_for_backend(
-        backend, num_experts=model.num_experts if moe else None, moe_grouped_gemm=grouped_gemm and moe
+        backend,
+        num_experts=model.num_experts if moe else None,
+        moe_grouped_gemm=grouped_gemm and moe,
+        use_te_activation_func=True,
     )
     set_router(mlp, model)
     return ModuleSpec(

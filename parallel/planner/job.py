@@ -11,6 +11,21 @@ from parallel.layout import ParallelLayout
 # Up to here the `local` backend keeps attention's probabilities on a CPU, tokens: faster there, but they grow with the
 # square of the length.
 SHORT_TOKENS = 512
+
+
+def query_block(element: int) -> int:
+    """Queries that short attention takes at once, from the bytes of an element: smaller blocks skip more of the scores
+    above the diagonal, larger ones make faster GEMMs (measured: 64 in fp32, 128 in bf16)."""
+    return 64 if element == 4 else 128
+
+
+def short_attention_scores(tokens: int, element: int) -> int:
+    """Scores that short attention computes and keeps for a head and a sequence of `tokens`."""
+    block = query_block(element)
+    ends = (min(start + block, tokens) for start in range(0, tokens, block))
+    return sum((end - start) * end for start, end in zip(range(0, tokens, block), ends, strict=True))
+
+
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # none, full or selective, and the modules of the last.
 Recompute = tuple[str, frozenset[str]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallel.planner.compact import compacted
-from parallel.planner.job import Job
+from parallel.planner.job import Job, short_attention_scores
 
 Saved = dict[str, float]
 INDEX = 8  # bytes of an int64 index
@@ -75,12 +75,22 @@ def norm(job: Job, name: str, tokens: float, width: float, source: str, source_w
     """RMSNorm over `width`. `source` names its input, which may be a part of a tensor that is `source_width` wide."""
     input_bytes = job.element * tokens * (source_width or width)
     root = {f"{name}: 1 / root": FP32 * tokens}
-    if not BACKENDS[job.backend].norm_keeps_fp32:
+    if not _norm_keeps_fp32(job):
         return {source: input_bytes, **root}
     normalised = {f"{name}: normalised": FP32 * tokens * width}
     if job.dtype == "fp32":
         return {source: input_bytes, **normalised, **root}
     return {f"{name}: input in fp32": FP32 * tokens * width, **normalised, **root}
+
+
+def _norm_keeps_fp32(job: Job) -> bool:
+    """In fp32 on a CPU the local backend has a norm of its own (moe_train.model.norm.NormOnCPU)."""
+    return BACKENDS[job.backend].norm_keeps_fp32 and not (job.on_cpu and job.dtype == "fp32")
+
+
+def _own_swiglu(job: Job) -> bool:
+    """Whether the activation keeps gate and up alone (moe_train.model.swiglu)."""
+    return job.on_cpu and job.backend == "local"
 
 
 def swiglu(
@@ -93,10 +103,10 @@ def swiglu(
         kept[f"{name}: router weights"] = FP32 * tokens
     if recomputed:
         return kept
-    if not fused:
+    if not fused and not _own_swiglu(job):
         kept |= {f"{name}: silu": e * tokens * inner, f"{name}: up": e * tokens * inner}
-        if weighted:
-            kept[f"{name}: silu x up"] = e * tokens * inner
+    if not fused and weighted:
+        kept[f"{name}: silu x up"] = e * tokens * inner
     return kept | linear_input(job, f"{name}: down input", tokens, inner)
 
 
@@ -186,8 +196,9 @@ def _mla_core(job: Job, modules: frozenset[str]) -> Saved:
 
 
 def _probabilities(job: Job, heads: float) -> Saved:
-    """What short attention keeps beside queries, keys and values (moe_train.model.attention)."""
-    return {"attention probabilities": job.element * job.tokens * heads * job.seq_length}
+    """What short attention keeps in addition to queries, keys and values (moe_train.model.attention)."""
+    scores = short_attention_scores(job.seq_length, job.element)
+    return {"attention probabilities": job.element * job.micro_batch_size * heads * scores}
 
 
 def _gathered(job: Job, heads: float, key: float, value: float, queries: bool) -> Saved:
@@ -253,7 +264,7 @@ def _qk_norms(job: Job, heads: float, groups: float, mixed: Saved) -> Saved:
             kept[f"{name} norm"] = FP32 * n + (FP32 * copies + (e if copies == 2 else 0)) * n * wide
         else:
             kept[f"{name} norm"] = FP32 * n * wide / size
-            tables = copies if BACKENDS[job.backend].norm_keeps_fp32 else 0
+            tables = copies if _norm_keeps_fp32(job) else 0
             kept |= {f"{name} norm {table}": FP32 * n * wide for table in range(tables)}
     return kept
 

@@ -100,16 +100,23 @@ def test_a_dense_layer_on_transformer_engine_keeps_what_one_can_count() -> None:
 
 
 def test_grouped_experts_keep_only_the_input_of_their_activation() -> None:
-    """Their function is fused on both backends; that of dense and shared experts is not on the local one."""
+    """Their function is fused on both backends, and on a CPU that of dense and shared experts is too. Experts one by
+    one also keep what their weights multiply."""
     one, grouped = (layer(job("runtime=cpu", f"backend.grouped_gemm={on}"), True) for on in ("false", "null"))
-    assert set(one) - set(grouped) == {f"routed experts: {name}" for name in ("silu", "up", "silu x up")}
+    assert set(one) - set(grouped) == {"routed experts: silu x up"}
+    unfused = ("runtime=cuda", "backend.name=local", "backend.fusions=false")
+    elsewhere = [layer(job(*unfused, f"backend.grouped_gemm={on}"), True) for on in ("false", "null")]
+    assert set(elsewhere[0]) - set(elsewhere[1]) == {f"routed experts: {name}" for name in ("silu", "up", "silu x up")}
 
 
 def test_the_cpu_keeps_attention_probabilities_of_short_sequences_only() -> None:
-    """Beyond 512 tokens, and wherever it is not one CPU rank's whole sequence, attention works block by block."""
+    """Beyond 512 tokens, and wherever it is not one CPU rank's whole sequence, flash attention keeps none. Four blocks
+    of 128 queries see 128, 256, 384 and 512 keys; in fp32 a block has 64 queries."""
     short = job("runtime=cpu", "precision=bf16", "train.seq_length=512")
-    name = "attention probabilities"
-    assert layer(short, False)[name] == 2 * 512 * short.model.num_attention_heads * 512
+    name, heads = "attention probabilities", short.model.num_attention_heads
+    assert layer(short, False)[name] == 2 * heads * 128 * (128 + 256 + 384 + 512)
+    fp32 = job("runtime=cpu", "precision=fp32", "train.seq_length=96")
+    assert layer(fp32, False)[name] == 4 * heads * (64 * 64 + 32 * 96)
     assert "log-sum-exp" not in layer(short, False)
     for other in ("runtime=cuda", "runtime=cpu train.seq_length=640", "runtime=cpu parallel.cp=2"):
         kept_by = layer(job("precision=bf16", "train.seq_length=512", *other.split()), False)
