@@ -45,7 +45,7 @@ def _recorded(tmp_path: Path, rank: int, error: Exception) -> failures.Failure:
 
 def test_a_typed_error_keeps_its_text_and_exit_code(tmp_path: Path) -> None:
     failure = _recorded(tmp_path, 3, ConfigError("seed=0\nis odd", "set seed=1"))
-    assert failure.message == "rank 3: seed=0 is odd; set seed=1"
+    assert failure.message == "rank 3: seed=0\\nis odd; set seed=1"
     assert failures.RankError(failure).exit_code == 2
 
 
