@@ -119,7 +119,7 @@ def test_a_wrong_job_of_a_sweep_is_named_and_the_others_run(capsys: pytest.Captu
 
 def test_a_typed_error_of_a_run_is_one_line_with_its_own_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert hydra_entry(Jobs(HardwareError("no GPU\nhere", "plug one in")), argv=[]) == 3
-    assert capsys.readouterr().err == "error: no GPU here; plug one in\n"
+    assert capsys.readouterr().err == "error: no GPU\\nhere; plug one in\n"
     assert hydra_entry(Jobs(ConfigError("wrong", "use right")), argv=[]) == 2
     assert capsys.readouterr().err == "error: wrong; use right\n"
 
