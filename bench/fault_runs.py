@@ -70,14 +70,17 @@ def train(
         words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         env=dict(os.environ) | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"} | (environment or {}),
     )  # fmt: skip
-    if during:
-        threading.Thread(target=during, args=(process, seen, run_dir), daemon=True).start()
+    acting = threading.Thread(target=during, args=(process, seen, run_dir), daemon=True) if during else None
+    if acting:
+        acting.start()
     limit = threading.Timer(timeout_s, os.killpg, (process.pid, signal.SIGKILL))
     limit.start()
     for line in process.stdout or ():
         seen.lines.append((time.monotonic(), line.rstrip()))
     seen.code = process.wait()
     limit.cancel()
+    if acting:
+        acting.join(60)
     seen.seconds = time.monotonic() - seen.began
     return seen
 
