@@ -435,7 +435,7 @@ TABLE = [
     Wrong("run_dir='runs/${modl.name}'", "run_dir", "modl.name", applies=False),
     Wrong("~model.topk", "model.topk", "cannot be deleted", replaces=True),
     Wrong("train.steps", "cannot read", "KEY=VALUE", replaces=True),
-    Wrong("--stepz 3", "command line", "--stepz; use train.steps=3", replaces=True),
+    Wrong("--stepz 30", "command line", "--stepz; use train.steps=30", replaces=True),
 ]  # fmt: skip
 
 
