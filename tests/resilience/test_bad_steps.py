@@ -38,6 +38,44 @@ def test_a_spike_is_far_above_the_median_of_a_full_window() -> None:
     assert found == ["", "", "", "lm_loss is 10.1, 2.02 times the median of 3 steps", ""]
 
 
+@pytest.mark.parametrize("quantity", ["loss", "norm"])
+def test_bad_steps_do_not_enter_the_window(quantity: str) -> None:
+    """However many spikes follow each other, the median stays that of the good steps before them, which is 1."""
+    values = [1.0, 1.0, 1.0, *[30.0] * 6, 2.1, 1.9, 1.0]
+    steps = [(value, 1.0) if quantity == "loss" else (5.0, value) for value in values]
+    found = judged(steps, spike_factor=2.0, grad_spike_factor=2.0)
+    name = {"loss": "lm_loss", "norm": "grad_norm"}[quantity]
+    spikes = [f"{name} is 30, 30 times the median of 3 steps"] * 6 + [f"{name} is 2.1, 2.1 times the median of 3 steps"]
+    assert found == ["", "", "", *spikes, "", ""]
+
+
+def test_neither_value_of_a_bad_step_enters_the_window() -> None:
+    """The norm is bad, so the loss of the same step, which is no spike, does not raise the median of the losses."""
+    guard = BadSteps(ResilienceConfig(spike_window=3, spike_factor=2.0))
+    for _ in range(3):
+        assert guard.judge(1.0, 1.0, doubted=False) == ""
+    for _ in range(3):
+        assert guard.judge(1.9, math.nan, doubted=False) == "grad_norm is nan"
+        assert guard.judge(1.9, 1.0, doubted=True) == "grad_norm is bad on another rank"
+    assert guard.judge(2.1, 1.0, doubted=False) == "lm_loss is 2.1, 2.1 times the median of 3 steps"
+
+
+def test_the_window_holds_the_latest_good_steps() -> None:
+    """The median follows the run: after 3 steps at 2, a loss of 3.9 is no spike, and one of 4.1 is."""
+    found = judged([(1.0, 1.0)] * 3 + [(2.0, 1.0)] * 3 + [(3.9, 1.0), (4.1, 1.0)], spike_factor=2.0)
+    assert found == [""] * 7 + ["lm_loss is 4.1, 2.05 times the median of 3 steps"]
+
+
+def test_overflows_of_fp16_do_not_fill_the_window_of_norms() -> None:
+    steps: list[tuple[float, float | None]] = (
+        [(5.0, None)] * 5 + [(5.0, 1.0)] * 2 + [(5.0, 9.0), (5.0, 9.0), (5.0, 19.0)]
+    )
+    # Norms 1, 1, 9 fill the window: 9 is nine times their median.
+    assert judged(steps, grad_spike_factor=2.0)[-2:] == [
+        "grad_norm is 9, 9 times the median of 3 steps", "grad_norm is 19, 19 times the median of 3 steps",
+    ]  # fmt: skip
+
+
 def test_the_doubt_of_another_rank_counts() -> None:
     guard = BadSteps(ResilienceConfig())
     assert guard.judge(5.0, 1.0, doubted=True) == "grad_norm is bad on another rank"
