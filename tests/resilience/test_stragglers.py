@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from moe_train.resilience.stragglers import Judge, Slow
 
 EVEN = (0.4, 0.01, 1.0)
@@ -31,6 +33,18 @@ def test_the_matrix_product_is_compared_over_all_stages() -> None:
     assert judge.slow([EVEN, EVEN, EVEN, DULL]) == [Slow(3, "matrix product", 0.03, 0.01)]
 
 
-def test_what_is_little_in_a_step_does_not_matter() -> None:
+def test_a_rank_is_not_compared_with_itself() -> None:
+    """Of two ranks, the one that takes 2.5 times as long as the other is slow; it is 1.4 times the median of both."""
+    judge = Judge([0, 1], ratio=2.0, intervals=1)
+    assert judge.slow([(0.4, 0.010, 1.0), (0.4, 0.025, 1.0)]) == [Slow(1, "matrix product", 0.025, 0.010)]
+    judge = Judge([0, 0], ratio=2.0, intervals=1)
+    assert judge.slow([(0.2, 0.01, 1.0), (0.5, 0.01, 1.0)]) == [Slow(1, "own time of a step", 0.5, 0.2)]
+
+
+@pytest.mark.parametrize("step_s", [0.1, 1.0, 20.0])
+def test_what_is_little_in_a_step_does_not_matter(step_s: float) -> None:
+    """A tenth of the time of a step beyond the median is the least that counts, however long a step is."""
+    usual = (0.001 * step_s, 0.01, step_s)
     judge = Judge([0, 0, 0], ratio=2.0, intervals=1)
-    assert judge.slow([(0.001, 0.01, 1.0), (0.09, 0.01, 1.0), (0.001, 0.01, 1.0)]) == []
+    assert judge.slow([usual, (0.100 * step_s, 0.01, step_s), usual]) == []
+    assert [one.rank for one in judge.slow([usual, (0.102 * step_s, 0.01, step_s), usual])] == [1]

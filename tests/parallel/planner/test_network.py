@@ -52,6 +52,11 @@ def test_one_place_is_always_visited() -> None:
     assert network.places_visited(8, Routing(8, 8, 1)) == 1
 
 
+def test_without_a_limit_on_groups_a_token_reaches_all_places() -> None:
+    for routing in (Routing(2, 8, 0), Routing(2, 8, 8), Routing(2)):
+        assert network.places_visited(8, routing) == pytest.approx(8 * (1 - (7 / 8) ** 2))
+
+
 def test_dispatch_takes_the_slower_of_both_networks() -> None:
     """Once a node over the network and once a rank over NVLink, or once an expert over both; two latencies."""
     tokens, width, group, routing = 4096, 14336, Group(64), Routing(8, 8, 4)
