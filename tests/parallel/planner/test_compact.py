@@ -53,5 +53,7 @@ def test_the_published_layout_fits_the_memory_it_ran_in() -> None:
 def test_the_embedding_is_held_once() -> None:
     one = job(compact=True)
     assert shared_embedding_bytes(one) == (2 + 4) * one.model.padded_vocab_size * one.model.hidden_size
+    halved = replace(one, layout=replace(one.layout, tp=2))
+    assert shared_embedding_bytes(halved) == shared_embedding_bytes(one) / 2
     assert shared_embedding_bytes(job()) == 0
     assert shared_embedding_bytes(replace(one, stages=[["E", "t"], ["t", "L"]])) == 0

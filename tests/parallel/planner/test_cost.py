@@ -26,6 +26,13 @@ def test_the_published_bill_of_pre_training() -> None:
     assert cost.gpu_hours(14.8e12, 1543.2) == pytest.approx(2.664e6, rel=0.001)
 
 
+def test_idle_gpus_are_paid_for_and_take_no_energy() -> None:
+    full, half = (cost.bill(H800, "pre-training", 1e6, 2048, busy=busy) for busy in (1.0, 0.5))
+    assert half.kwh == full.kwh / 2
+    assert half.kg_co2 == full.kg_co2 / 2
+    assert (half.dollars, half.days) == (full.dollars, full.days)
+
+
 def test_llama_3_failed_as_often_as_published() -> None:
     """419 stops in 54 days on 16,384 GPUs (arXiv 2407.21783, table 5)."""
     assert 54 * cost.failures_per_day(cluster("h100"), 16384) == pytest.approx(419, rel=0.01)
