@@ -39,7 +39,8 @@ def gemm(
     ramp = inner / (inner + constants.gemm_half_k)
     compute = 2 * rows * columns * inner * copies / (peak * best * ramp)
     element = {"fp8": 1, "bf16": 2, "fp32": 4}[precision]
-    moved = copies * (element * (rows * inner + inner * columns) + 2 * rows * columns)
+    output = max(2, element)  # FP8 products are accumulated and written in 16 bits or more
+    moved = copies * (element * (rows * inner + inner * columns) + output * rows * columns)
     return max(compute, moved / hardware.memory_bytes_per_s)
 
 

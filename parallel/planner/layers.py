@@ -368,6 +368,7 @@ def embedding_times(job: Job, machine: Machine) -> Times:
     layer = _Layer(job, machine)
     size = job.element * job.tokens * job.model.hidden_size
     layer.moved(2 * size, 3 * size)
+    layer.times.recompute.clear()  # full recomputation covers transformer layers alone
     return layer.times
 
 

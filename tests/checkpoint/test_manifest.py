@@ -1,3 +1,4 @@
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,16 @@ def test_only_one_rank_looks_at_a_file(tmp_path: Path) -> None:
         except CheckpointError:
             found.append(rank)
     assert len(found) == 1
+
+
+def test_a_file_is_read_once_for_its_digest_and_another_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other reader gets every byte in order, also where the last block is not full."""
+    monkeypatch.setattr(manifest, "_BLOCK_BYTES", 64)
+    content, seen = bytes(range(256)) + b"end", bytearray()
+    (tmp_path / "a").write_bytes(content)
+    entry = manifest.entry_of(tmp_path / "a", also=seen.extend)
+    assert bytes(seen) == content
+    assert entry == manifest.Entry(259, hashlib.sha256(content).hexdigest())
 
 
 def test_it_is_the_format_of_the_tools(tmp_path: Path) -> None:

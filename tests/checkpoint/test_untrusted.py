@@ -49,6 +49,21 @@ def test_yaml_that_is_refused(text: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_yaml_up_to_each_bound_is_read(tmp_path: Path) -> None:
+    """64 levels and 20,000 values. The list around the values is a value too."""
+    file = tmp_path / "file"
+    file.write_text("[" + "1," * 19_999 + "]")
+    assert untrusted.read_yaml(file) == [1] * 19_999
+    file.write_text("[" * 64 + "]" * 64)
+    assert str(untrusted.read_yaml(file)) == "[" * 64 + "]" * 64
+    file.write_text("[" * 65 + "]" * 65)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        untrusted.read_yaml(file)
+    file.write_text("[" + "1," * 20_000 + "]")
+    with pytest.raises(ValueError, match="more than 20,000 values"):
+        untrusted.read_yaml(file)
+
+
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as listener:

@@ -83,6 +83,21 @@ def test_text_without_blank_lines_is_cut_at_line_ends(tmp_path: Path) -> None:
     assert all(piece.endswith(".\n") for piece in found)
 
 
+def test_where_a_text_file_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first blank line after 20 characters, else at the first line end after 40. Lines have 8 characters."""
+    monkeypatch.setattr(corpus, "_SMALLEST_PIECE_CHARACTERS", 20)
+    lines = ["1234567\n"] * 13
+    lines[1], lines[3] = "\n", "\n"  # the first one comes too early; the second one after 18 characters
+    lines[4] = "\n"  # after 19
+    lines[5] = "\n"  # after 20: cut
+    (tmp_path / "a.txt").write_text("".join(lines))
+    data = config(tmp_path / "a.txt", tmp_path / "unused")
+    (file,) = source_files(data)
+    found = list(corpus._read(file, data, 20, Report()))
+    assert [piece.text for piece in found] == ["".join(lines[:6]), "".join(lines[6:11]), "".join(lines[11:])]
+    assert [piece.where for piece in found] == [f"{file} line {first}" for first in (1, 7, 12)]
+
+
 REPEATED = ["One  two\nthree", "one two three", " ONE TWO THREE ", "One  two\nthree", "one two", "", " \n"]
 
 

@@ -160,6 +160,16 @@ def test_a_run_whose_lock_is_taken_hears_of_it(tmp_path: Path) -> None:
     assert (tmp_path / lock.NAME).exists()  # which is not its own
 
 
+def test_a_run_that_gave_its_lock_back_is_not_told_that_it_lost_it(tmp_path: Path) -> None:
+    """Its heartbeat ends, so neither the missing file nor the lock of the next run looks like a takeover."""
+    told: list[str] = []
+    taken = lock.acquire(tmp_path, 0.06, told.append)
+    taken.release()
+    taken._thread.join(5)
+    assert not taken._thread.is_alive()
+    assert told == []
+
+
 def test_two_that_find_the_same_lock_do_not_both_get_it(tmp_path: Path) -> None:
     """The second takes the new lock of the first aside, sees that, and puts it back."""
     stale = lock._owner(_left(tmp_path))

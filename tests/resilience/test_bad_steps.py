@@ -7,7 +7,7 @@ import math
 import pytest
 
 from moe_train.config.resilience import ResilienceConfig
-from moe_train.resilience.bad_steps import BadSteps
+from moe_train.resilience.bad_steps import BadSteps, DivergedError
 
 
 def judged(steps: list[tuple[float, float | None]], **settings: float) -> list[str]:
@@ -74,6 +74,11 @@ def test_overflows_of_fp16_do_not_fill_the_window_of_norms() -> None:
     assert judged(steps, grad_spike_factor=2.0)[-2:] == [
         "grad_norm is 9, 9 times the median of 3 steps", "grad_norm is 19, 19 times the median of 3 steps",
     ]  # fmt: skip
+
+
+def test_a_run_that_diverged_has_an_exit_code_of_its_own() -> None:
+    """docs/resilience.md: 5 means that starting again would not help."""
+    assert DivergedError("cause", "remedy").exit_code == 5
 
 
 def test_the_doubt_of_another_rank_counts() -> None:

@@ -46,6 +46,12 @@ def test_many_small_experts_are_one_grouped_product() -> None:
     assert rate(512, 4096, 7168, copies=32) > 2 * rate(512, 512, 7168)
 
 
+@pytest.mark.parametrize("shape", [(0, 4096, 4096), (4096, 0, 4096), (4096, 4096, 0)])
+def test_a_gemm_without_elements_takes_no_time(shape: tuple[int, int, int]) -> None:
+    """Such as that of a rank whose experts get no token."""
+    assert kernels.gemm(H800, FITTED, "bf16", *shape) == 0.0
+
+
 def test_a_thin_product_is_bound_by_memory() -> None:
     moved = 2 * (16384 * 16384 + 16384 + 16384)
     assert kernels.gemm(H800, FITTED, "bf16", 1, 16384, 16384) >= moved / H800.memory_bytes_per_s
@@ -109,6 +115,23 @@ def test_a_core_of_a_cpu_has_no_large_tiles_to_fill() -> None:
     core = cluster("local_cpu")
     few, many = (kernels.gemm(core, FITTED, "fp32", rows, 512, 512) for rows in (64, 640))
     assert many == pytest.approx(10 * few)
+
+
+def test_attention_on_a_core_of_a_cpu_has_no_units_to_fill() -> None:
+    """Its speed does not depend on the length of the sequence."""
+    core = cluster("local_cpu")
+    short, long = (kernels.attention(core, FITTED, 1e9, keys) for keys in (16, 16384))
+    assert short == pytest.approx(long, rel=1e-9)
+
+
+@pytest.mark.parametrize(("precision", "operand", "output"), [("fp8", 1, 2), ("bf16", 2, 2), ("fp32", 4, 4)])
+def test_bytes_that_a_gemm_moves(precision: str, operand: int, output: int) -> None:
+    """Two operands in their precision, and an output in 16 bits at least. With one row they bound the time."""
+    rows, columns, inner = 1, 8192, 4096
+    slow = replace(H800, memory_tb_per_s=1e-3)
+    moved = operand * (rows * inner + inner * columns) + output * rows * columns
+    expected = 3 * moved / slow.memory_bytes_per_s
+    assert kernels.gemm(slow, FITTED, precision, rows, columns, inner, 3) == pytest.approx(expected, rel=1e-12)
 
 
 def test_messages_one_after_another_wait_each_for_the_first_byte() -> None:

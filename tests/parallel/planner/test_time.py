@@ -83,6 +83,39 @@ def test_recomputation_adds_forward_work_to_the_backward_pass() -> None:
     assert full[1] - none[1] == pytest.approx(none[0] - waits)
 
 
+def test_full_recomputation_covers_the_layers_that_are_asked_for() -> None:
+    """Every layer with uniform groups of any size; with blocks, the first layers of each pipeline stage."""
+
+    def recomputed(*words: str) -> float:
+        model = ("model=mixtral_8x7b", "runtime=cuda", "precision=bf16", "train.seq_length=4096", "parallel.pp=2")
+        cfg = compose([*model, *words])
+        job = job_of(cfg, validate(cfg))
+        machine = Machine(cluster("h800"), software.of_date(202604), FITTED)
+        return plan_step(job, machine, "1f1b", [weights_on(cfg, job, rank) for rank in range(2)]).parts["recompute"]
+
+    every = recomputed("recompute=full")  # 16 equal layers on each of the 2 stages, and neither embedding nor loss
+    assert recomputed("recompute=full", "recompute.num_layers=4") == pytest.approx(every)
+    for layers in (1, 4, 16):
+        found = recomputed("recompute=full", "recompute.method=block", f"recompute.num_layers={layers}")
+        assert found == pytest.approx(every * layers / 16)
+
+
+def test_the_backward_passes_of_all_chunks_of_a_rank_hide_its_gradients() -> None:
+    """Chunks divide the same work, so what the reduction takes beyond it stays the same."""
+    slow = replace(cluster("h800"), domain_gb_per_s=0.5, network_gb_per_s=0.5)
+    constants = replace(FITTED, dp_exposed=0.0, pass_us=0.0)
+    exposed = []
+    for schedule, chunks in (("1f1b", 1), ("interleaved", 4)):
+        words = ["model=mixtral_8x7b", "runtime=cuda", "precision=bf16", "train.seq_length=4096", "parallel.dp=2"]
+        cfg = compose([*words, "parallel.pp=2", f"parallel.vpp={chunks}"])
+        job = job_of(cfg, validate(cfg))
+        machine = Machine(slow, replace(software.of_date(202604), overlap_dp=True), constants)
+        found = plan_step(job, machine, schedule, [weights_on(cfg, job, rank) for rank in range(2)])
+        exposed.append(found.data_parallel)
+    assert exposed[0] > 1.0
+    assert exposed[1] == pytest.approx(exposed[0], rel=0.002)
+
+
 def test_fp8_dispatch_and_nodes_make_dispatch_shorter() -> None:
     fast = software.of_date(202604)
     base = moe_layer(soft=fast)[0]
