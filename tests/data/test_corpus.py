@@ -86,16 +86,14 @@ def test_text_without_blank_lines_is_cut_at_line_ends(tmp_path: Path) -> None:
 def test_where_a_text_file_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the first blank line after 20 characters, else at the first line end after 40. Lines have 8 characters."""
     monkeypatch.setattr(corpus, "_SMALLEST_PIECE_CHARACTERS", 20)
-    lines = ["1234567\n"] * 13
-    lines[1], lines[3] = "\n", "\n"  # the first one comes too early; the second one after 18 characters
-    lines[4] = "\n"  # after 19
-    lines[5] = "\n"  # after 20: cut
+    paragraph = ["1234567\n", "\n", "1234567\n", "\n", "\n", "\n"]  # 20 characters: the last blank line is the cut
+    lines = [*paragraph, *paragraph, *["1234567\n"] * 7]
     (tmp_path / "a.txt").write_text("".join(lines))
     data = config(tmp_path / "a.txt", tmp_path / "unused")
     (file,) = source_files(data)
     found = list(corpus._read(file, data, 20, Report()))
-    assert [piece.text for piece in found] == ["".join(lines[:6]), "".join(lines[6:11]), "".join(lines[11:])]
-    assert [piece.where for piece in found] == [f"{file} line {first}" for first in (1, 7, 12)]
+    assert [piece.text for piece in found] == ["".join(paragraph)] * 2 + ["1234567\n" * 5, "1234567\n" * 2]
+    assert [piece.where for piece in found] == [f"{file} line {first}" for first in (1, 7, 13, 18)]
 
 
 REPEATED = ["One  two\nthree", "one two three", " ONE TWO THREE ", "One  two\nthree", "one two", "", " \n"]
@@ -106,6 +104,8 @@ def counted(path: Path, **changes: object) -> tuple[list[str], dict[str, int], R
     data, report = config(path, path.parent / "unused", **changes), Report()
     found = list(corpus.documents(data, source_files(data, report), report=report))
     assert report.kept == len(found)
+    dropped = (Reason.SHORT, Reason.DUPLICATE, Reason.NULL, Reason.BAD_RECORD)
+    assert report.documents == report.kept + sum(report.counts.get(reason, 0) for reason in dropped)
     return found, {reason.name: count for reason, count in report.counts.items()}, report
 
 

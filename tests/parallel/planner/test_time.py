@@ -9,12 +9,12 @@ import pytest
 from moe_train.config.compose import compose
 from moe_train.config.validate import validate
 from moe_train.model.memory import job_of, weights_on
-from parallel.planner import software
+from parallel.planner import kernels, software
 from parallel.planner.calibration import FITTED, Calibration
 from parallel.planner.job import Job
-from parallel.planner.layers import Machine, Times, layer_times, total
+from parallel.planner.layers import Machine, Times, layer_times, loss_times, mtp_times, total
 from parallel.planner.software import Software
-from parallel.planner.time import StepTime, plan_step
+from parallel.planner.time import StepTime, plan_step, stage_time
 from tools.planning.rows import cluster
 
 V3 = [
@@ -114,6 +114,48 @@ def test_the_backward_passes_of_all_chunks_of_a_rank_hide_its_gradients() -> Non
         exposed.append(found.data_parallel)
     assert exposed[0] > 1.0
     assert exposed[1] == pytest.approx(exposed[0], rel=0.002)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pp", "vpp", "hidden"),
+    [("1f1b", 1, 1, True), ("1f1b", 2, 1, False), ("interleaved", 2, 2, True), ("zb1p", 2, 1, False)],
+)
+def test_where_dispatch_hides_behind_another_micro_batch(schedule: str, pp: int, vpp: int, hidden: bool) -> None:
+    """Where passes of two micro-batches lie side by side: chunks that interleave, or no pipeline."""
+    cfg = compose(["model=mixtral_8x7b", "runtime=cuda", "precision=bf16", f"parallel.pp={pp}", f"parallel.vpp={vpp}"])
+    constants = replace(FITTED, all_to_all_exposed=0.25, straggler=0.0, host_us=0.0, pass_us=0.0)
+    soft = replace(software.of_date(202604), overlap_all_to_all=True, communication_sms=0.0, graphs="none")
+    times = Times()
+    times.add("gemm", 4.0, 5.0, 3.0)
+    times.add("all_to_all", 2.0, 1.0)
+    job, machine = job_of(cfg, validate(cfg)), Machine(cluster("h800"), soft, constants)
+    found = stage_time(job, machine, schedule, times)
+    share = 0.25 if hidden else 1.0
+    assert (found.forward, found.backward, found.weights) == pytest.approx((4 + 2 * share, 8 + share, 3))
+
+
+def test_sharded_weights_cross_the_network_three_times() -> None:
+    """FSDP gathers them for both passes, and scatters their gradients. Where that takes far longer than compute, a
+    network of half the rate adds as much again. Weights in 16 bits; each of 4 ranks holds a quarter."""
+    cfg = compose(["model=mixtral_8x7b", "runtime=cuda", "precision=bf16", "parallel.dp=4", "parallel.ep=1"])
+    job, soft = job_of(cfg, validate(cfg)), replace(software.of_date(202604), fsdp=True, imbalance=1.0)
+    weights = weights_on(cfg, job, 0)
+    found = []
+    for rate in (1e-2, 2e-2):
+        hardware = replace(cluster("h800"), domain_gb_per_s=rate, domain_fraction=1.0)
+        found.append(plan_step(job, Machine(hardware, soft, FITTED), "1f1b", [weights]).parts["fsdp"])
+    gathered = 2 * (weights.shared + weights.experts) * 3 / 4
+    expected = 3 * gathered * (1 / 1e7 - 1 / 2e7) * job.micro_batches
+    assert found[0] - found[1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_multi_token_prediction_projects_two_hidden_states_to_one() -> None:
+    """Beyond a layer, the embedding and the head, it has one linear layer [2 hidden, hidden]."""
+    cfg = compose(["model=deepseek_v3", "parallel=deepseek_v3_h800", "batch=large", "runtime=cuda", "precision=bf16"])
+    job, machine = job_of(cfg, validate(cfg)), Machine(cluster("h800"), software.of_date(202604), FITTED)
+    rest = layer_times(job, machine, moe=True).forward["gemm"] + loss_times(job, machine).forward["gemm"]
+    projection = kernels.gemm(machine.hardware, FITTED, "bf16", job.tokens, 7168, 2 * 7168)
+    assert mtp_times(job, machine).forward["gemm"] - rest == pytest.approx(projection)
 
 
 def test_fp8_dispatch_and_nodes_make_dispatch_shorter() -> None:
