@@ -49,6 +49,11 @@ def test_yaml_that_is_refused(text: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_the_name_that_occurs_twice_is_told() -> None:
+    with pytest.raises(ValueError, match="it has 'b' twice"):
+        untrusted.parse_json(b'{"a": 1, "b": 2, "c": 3, "b": 4, "c": 5}')
+
+
 def test_yaml_up_to_each_bound_is_read(tmp_path: Path) -> None:
     """64 levels and 20,000 values. The list around the values is a value too."""
     file = tmp_path / "file"
@@ -62,6 +67,13 @@ def test_yaml_up_to_each_bound_is_read(tmp_path: Path) -> None:
     file.write_text("[" + "1," * 20_000 + "]")
     with pytest.raises(ValueError, match="more than 20,000 values"):
         untrusted.read_yaml(file)
+    for size in (2**18, 2**18 + 1):  # bytes
+        file.write_text("a: " + "x" * (size - 3))
+        if size == 2**18:
+            assert len(untrusted.read_yaml(file)["a"]) == size - 3
+        else:
+            with pytest.raises(ValueError, match="more than 262,144 bytes"):
+                untrusted.read_yaml(file)
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:

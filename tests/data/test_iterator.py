@@ -119,3 +119,17 @@ def test_behind_the_last_sample_comes_the_first_again_where_that_is_asked_for() 
     assert ranks[1].consumed_samples == 20
     ranks[0].load_state_dict({"consumed_samples": 9})
     assert [int(row[0]) for row in next(ranks[0])["tokens"]] == [9, 0]
+
+
+def test_a_position_that_is_loaded_begins_with_a_whole_global_batch() -> None:
+    """Also behind a batch that was left in the middle: 8 samples are 4 micro-batches of 2."""
+    one = iterator(micro=2)
+    for _ in range(3):
+        next(one)
+    assert one.consumed_samples == 0
+    one.load_state_dict({"consumed_samples": 16})
+    consumed = []
+    for _ in range(8):
+        next(one)
+        consumed.append(one.consumed_samples)
+    assert consumed == [16, 16, 16, 24, 24, 24, 24, 32]

@@ -49,7 +49,10 @@ def test_where_all_numbers_have_a_layout_none_stays_idle() -> None:
 def test_a_tensor_group_of_a_fallback_that_spans_nodes_is_told() -> None:
     wide = "launcher.fallbacks=['parallel.tp=4 parallel.pp=1 parallel.dp=2']"
     cfg = config("runtime=cuda", "launcher.min_nodes=4", wide)
-    assert "parallel.tp=4 spans 2 nodes, and talks in every layer" in elastic.fewer(elastic.choices(cfg, 8), 8)
+    told = "parallel.tp=4 spans 2 nodes, and talks in every layer"
+    assert told in elastic.fewer(elastic.choices(cfg, 8), 8)
+    cfg = config("launcher.min_nodes=4", wide)  # CPUs of one node have no faster network between them
+    assert told not in elastic.fewer(elastic.choices(cfg, 8), 8)
 
 
 def test_a_fallback_for_the_nodes_that_are_asked_for_is_used(

@@ -185,6 +185,13 @@ def test_a_lock_that_another_run_only_looks_at_is_not_lost(tmp_path: Path, monke
     assert told == [f"run_dir={tmp_path} was taken over by a user who removed its lock"]
 
 
+@pytest.mark.parametrize(("attempt", "state"), [(0, "gone"), (1, "unknown"), (2, "unknown")])
+def test_only_an_earlier_start_of_the_job_on_another_machine_has_ended(attempt: int, state: str) -> None:
+    me = replace(lock._me(), job="Slurm job 12", attempt=1)
+    theirs = replace(me, kernel="another", host="elsewhere", attempt=attempt, token="theirs")
+    assert lock._state(theirs, me)[0] == state
+
+
 def test_the_owner_names_its_machine_as_slurm_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURMD_NODENAME", raising=False)
     assert lock._me().host == socket.gethostname()

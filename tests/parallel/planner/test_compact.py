@@ -33,6 +33,12 @@ def fullest(one: Job) -> float:
     return max(held_bytes(one, "dualpipe", memory))
 
 
+def test_bytes_of_the_formats() -> None:
+    """E4M3 has 1 byte and E5M6 1.5, and 128 elements share a scale in fp32."""
+    assert 128 * E4M3_BYTES == 128 + 4
+    assert 128 * E5M6_BYTES == 192 + 4
+
+
 def test_what_a_layer_keeps() -> None:
     """SwiGLU's inputs in FP8 and not its output, attention's output once and in 12 bits (sections 3.2.3, 3.3.3)."""
     plain, compact = layer(job(), moe=True), layer(job(compact=True), moe=True)

@@ -38,6 +38,19 @@ def test_llama_3_failed_as_often_as_published() -> None:
     assert 54 * cost.failures_per_day(cluster("h100"), 16384) == pytest.approx(419, rel=0.01)
 
 
+def test_goodput_of_a_job_that_one_can_count() -> None:
+    """100 s of saving for 1,000 GPUs, 10 stops a day: sqrt(2 x 100 x 86,400 / 10) s between checkpoints; a stop costs
+    the restart of 300 s and half an interval with its save."""
+    one = replace(H800, storage_gb_per_s_per_gpu=0.1, gpu_days_between_failures=100.0, restart_s=300.0)
+    found = cost.goodput(one, 10e12, 1000)
+    assert (found.save_s, found.failures_per_day) == (pytest.approx(100.0), pytest.approx(10.0))
+    assert found.interval_s == pytest.approx(1314.534, abs=1e-3)
+    # 1,314.534 of 1,414.534 s compute, and each day 10 x (300 + 707.267) s are lost for 86,400 s that are not.
+    assert found.fraction == pytest.approx(1314.534 / 1414.534 / (1 + 10072.67 / 86400), rel=1e-6)
+    assert cost.best_interval(100.0, 0.0) == 24 * 3600
+    assert cost.best_interval(5000.0, 1000.0) == 5000.0  # not less than a checkpoint takes
+
+
 def test_the_best_interval_is_the_best() -> None:
     size, gpus = 8e12, 16384
     best = cost.goodput(H800, size, gpus)

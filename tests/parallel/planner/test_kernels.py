@@ -115,6 +115,8 @@ def test_a_core_of_a_cpu_has_no_large_tiles_to_fill() -> None:
     core = cluster("local_cpu")
     few, many = (kernels.gemm(core, FITTED, "fp32", rows, 512, 512) for rows in (64, 640))
     assert many == pytest.approx(10 * few)
+    peak = core.matmul_flops("fp32") * FITTED.gemm_speed
+    assert 0.9 * peak < 2 * 512**3 / kernels.gemm(core, FITTED, "fp32", 512, 512, 512) <= peak
 
 
 def test_attention_on_a_core_of_a_cpu_has_no_units_to_fill() -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from parallel.planner.orders import Pass, order, stages_of
-from parallel.planner.schedule import StageTime, Timeline, simulate, step_time
+from parallel.planner.schedule import StageTime, Timeline, estimated, simulate, step_time
 
 F, B, W = 1.0, 2.2, 0.7  # B is the whole backward pass, W its part for weights
 EVEN = StageTime(F, B, W, overlapped=0.9)
@@ -105,6 +105,38 @@ def test_a_long_step_is_extended_exactly(schedule: str, vpp: int) -> None:
     assert extended.seconds == pytest.approx(whole.seconds)
     assert extended.busy == pytest.approx(whole.busy)
     assert extended.in_flight == whole.in_flight
+
+
+ESTIMATES = {
+    ("1f1b", 1): 3 * (F + F + W), ("interleaved", 2): 3 * (F + F + W), ("zb1p", 1): 3 * (F + F + W - 2 * W),
+    ("dualpipe", 1): 1 * DUAL, ("dualpipev", 1): 3 * DUAL,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("schedule", "vpp"), ESTIMATES)
+def test_an_estimate_is_the_published_form(schedule: str, vpp: int) -> None:
+    """The work of a rank, the bubble of 4 ranks (arXiv 2412.19437, table 2), and a message to the last rank and back.
+
+    DualPipe's pairs take 0.9 of their two passes; each of its ranks holds two stages, for half of the micro-batches.
+    """
+    found = estimated(schedule, 4, vpp, 16, [LEVEL] * stages_of(schedule, 4, vpp), send=0.01)
+    passes = 2 * F + W
+    work = {"interleaved": 32 * passes, "dualpipe": 16 * 0.9 * passes, "dualpipev": 32 * 0.9 * passes}
+    expected = work.get(schedule, 16 * passes) + ESTIMATES[schedule, vpp] + 2 * 3 * 0.01
+    assert found.seconds == pytest.approx(expected)
+
+
+def test_one_rank_has_no_bubble() -> None:
+    found = run("1f1b", 1, 8)
+    assert found.bubble == pytest.approx(0.0, abs=1e-12)
+    assert found.bubble_fraction == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_bubble_is_the_mean_wait_of_the_ranks() -> None:
+    """On 4 ranks each waits 3 (F + B), of a step with 8 (F + B) of work."""
+    found = run("1f1b", 4, 8)
+    assert found.bubble == pytest.approx(3 * (F + B))
+    assert found.bubble_fraction == pytest.approx(3 / 11)
 
 
 def test_the_slowest_stage_sets_the_pace() -> None:
