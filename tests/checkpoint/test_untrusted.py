@@ -49,6 +49,27 @@ def test_yaml_that_is_refused(text: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("fits", "exceeds"),
+    [
+        (b"[" + b"1," * 58 + b"1]", b"[" + b"1," * 59 + b"1]"),  # 64 bytes of a list and 16 of each further item
+        (b"[" * 15 + b"]" * 15, b"[" * 16 + b"]" * 16),
+        (
+            b"{" + b",".join(b'"%d":1' % i for i in range(8)) + b"}",
+            b"{" + b",".join(b'"%d":1' % i for i in range(9)) + b"}",
+        ),
+    ],
+)
+def test_memory_of_a_json_text_is_bounded_before_it_is_parsed(
+    fits: bytes, exceeds: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers take 64 bytes, entries of objects 100 and further items 16: here 1,000 in all are allowed."""
+    monkeypatch.setattr(untrusted, "_LARGEST_PARSED_BYTES", 1000)
+    untrusted.parse_json(fits)
+    with pytest.raises(ValueError, match="GB of memory"):
+        untrusted.parse_json(exceeds)
+
+
 def test_the_name_that_occurs_twice_is_told() -> None:
     with pytest.raises(ValueError, match="it has 'b' twice"):
         untrusted.parse_json(b'{"a": 1, "b": 2, "c": 3, "b": 4, "c": 5}')

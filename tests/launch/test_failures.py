@@ -38,6 +38,23 @@ def test_an_error_that_a_lost_peer_caused_is_one_too() -> None:
     assert failures.lost_peer(error)
 
 
+def test_an_error_raised_while_another_one_is_handled_has_the_same_cause() -> None:
+    """Unless it was raised `from None`, which says that the other one explains nothing."""
+
+    def fails(hidden: bool) -> None:
+        try:
+            raise RuntimeError("Connection closed by peer")
+        except RuntimeError:
+            if hidden:
+                raise ValueError("wrong") from None
+            raise ValueError("wrong")  # noqa: B904 - the context is what is tested
+
+    for hidden in (False, True):
+        with pytest.raises(ValueError, match="wrong") as error:
+            fails(hidden)
+        assert failures.lost_peer(error.value) != hidden
+
+
 def _recorded(tmp_path: Path, rank: int, error: Exception) -> failures.Failure:
     path = str(tmp_path / f"{rank}.json")
     failures.record(error, path)

@@ -529,6 +529,9 @@ def test_groups_on_their_nodes() -> None:
     found = {one.name: (one.size, one.groups, one.nodes, one.per_node) for one in placement.placements(layout, 4)}
     # Ranks 0-3, 4-7 | 8-11, 12-15 are nodes; a stage is eight ranks; tp pairs neighbours.
     assert found == {"tp": (2, 8, 1, 2), "ep": (4, 4, 1, 1), "dp": (4, 4, 2, 2), "pp": (2, 8, 2, 4)}
+    lines = [str(one) for one in placement.placements(layout, 4)]
+    assert "tp: 8 of 2 ranks, each within a node, 2 on a node" in lines
+    assert "dp: 4 of 4 ranks, each over 2 nodes, 2 on a node" in lines
 
 
 @pytest.mark.parametrize("name", ["epoch=9", "a b, c", "ü [1]{2}", "2024_01_02", "it's", "100%"])
