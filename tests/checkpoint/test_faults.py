@@ -114,19 +114,19 @@ def test_init_from_takes_the_weights_and_starts_at_step_0(saved: Path, tmp_path:
         assert changed == [0, 0, True, True, 1]
 
 
-def test_another_model_names_fields_or_tensors(saved: Path, tmp_path: Path) -> None:
+def test_another_model_names_its_fields(saved: Path, tmp_path: Path) -> None:
     source = {"run_dir": str(tmp_path), "init_from": str(saved)}
-    fields, shape, missing = resume(
+    fields, wider, deeper = resume(
         saved,
         {"model__ffn_hidden_size": 128},
         source | {"model__ffn_hidden_size": 128},
         source | {"model__num_layers": 5},
     )
-    assert fields[0] == shape[0] == missing[0] == 2
+    assert fields[0] == wider[0] == deeper[0] == 2
     assert "model.ffn_hidden_size=96 in the checkpoint, model.ffn_hidden_size=128 in the run; set " in fields[1]
-    assert "decoder.layers.0.mlp.linear_fc1.weight has shape (192, 64) in checkpoint" in shape[1]
-    assert "and (256, 64) in this model; use the model settings of its config.yaml" in shape[1]
-    assert "has no tensor decoder.layers.4." in missing[1]
+    another = f"init_from={saved} is of another model: "
+    assert f"{another}model.ffn_hidden_size=96 there, model.ffn_hidden_size=128 in the run; set " in wider[1]
+    assert f"{another}model.num_layers=4 there, model.num_layers=5 in the run; set model.num_layers=4" in deeper[1]
 
 
 def test_a_different_seed_is_warned_about(saved: Path) -> None:
