@@ -14,10 +14,9 @@ import math
 import os
 import stat
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import yaml
 
 LARGEST_JSON_BYTES = 100_000_000
 """As the safetensors library bounds a header. The largest released index has some 10 MB."""
@@ -148,25 +147,33 @@ def _inside(values: list[Any]) -> Iterator[Any]:
                 yield item
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's loader of plain values, with a bound on what it builds."""
+@cache
+def _loader() -> Any:
+    """PyYAML's loader of plain values, with a bound on what it builds.
 
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
-        self._nodes = self._depth = 0
+    The import is here because the launcher reads no YAML before it can say that a package is missing.
+    """
+    import yaml
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for any amount of memory
-            raise yaml.YAMLError("it has references (*name)")
-        self._nodes, self._depth = self._nodes + 1, self._depth + 1
-        if self._nodes > _LARGEST_YAML_NODES:
-            raise yaml.YAMLError(f"it has more than {_LARGEST_YAML_NODES:,} values")
-        if self._depth > _DEEPEST:
-            raise yaml.YAMLError("it is nested too deeply")
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self._depth -= 1
+    class Loader(yaml.SafeLoader):
+        def __init__(self, stream: Any) -> None:
+            super().__init__(stream)
+            self._nodes = self._depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for any amount of memory
+                raise yaml.YAMLError("it has references (*name)")
+            self._nodes, self._depth = self._nodes + 1, self._depth + 1
+            if self._nodes > _LARGEST_YAML_NODES:
+                raise yaml.YAMLError(f"it has more than {_LARGEST_YAML_NODES:,} values")
+            if self._depth > _DEEPEST:
+                raise yaml.YAMLError("it is nested too deeply")
+            try:
+                return super().compose_node(parent, index)
+            finally:
+                self._depth -= 1
+
+    return Loader
 
 
 def read_yaml(path: Path) -> Any:
@@ -176,8 +183,10 @@ def read_yaml(path: Path) -> Any:
         OSError: as `open_regular`.
         ValueError: it is too large or no such YAML.
     """
+    import yaml
+
     data = read_bytes(path, _LARGEST_YAML_BYTES)
     try:
-        return yaml.load(data.decode(), Loader=_Loader)  # a safe one
+        return yaml.load(data.decode(), Loader=_loader())  # a safe one
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None

@@ -101,11 +101,22 @@ def test_a_silent_run_of_another_machine_is_waited_for_and_taken_over(
 
 
 def test_a_heartbeat_of_another_machine_is_seen(tmp_path: Path) -> None:
-    path = _left(tmp_path)
-    beat = threading.Timer(0.1, os.utime, (path, (1.0, 1.0)))
-    beat.start()
-    with pytest.raises(lock.InUseError, match="in use by process 1 on elsewhere"):
-        lock.acquire(tmp_path, 30, lambda _: None)
+    path, done = _left(tmp_path), threading.Event()
+
+    def beat() -> None:
+        second = 1.0
+        while not done.wait(0.05):
+            second += 1
+            os.utime(path, (second, second))
+
+    owner = threading.Thread(target=beat)
+    owner.start()
+    try:
+        with pytest.raises(lock.InUseError, match="in use by process 1 on elsewhere"):
+            lock.acquire(tmp_path, 30, lambda _: None)
+    finally:
+        done.set()
+        owner.join()
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"host": 1}'])

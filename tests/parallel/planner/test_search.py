@@ -15,7 +15,8 @@ from parallel.planner.calibration import FITTED
 from parallel.planner.job import Job
 from parallel.planner.layers import Machine
 from parallel.planner.memory import Weights
-from tools.planning.answer import Answer, answer, parallel_yaml, sizes
+from tools.planning.answer import Answer, answer, sizes
+from tools.planning.experiment import as_yaml
 
 V3 = (
     "model=deepseek_v3", "cluster=h800", "runtime=cuda", "batch=large", "train.seq_length=4096", "precision=bf16",
@@ -55,7 +56,7 @@ def test_what_is_offered_fits_memory_and_the_gpus() -> None:
 def test_the_same_question_has_the_same_answer() -> None:
     first, second = found()[0], plan()
     assert [one.label for one in first.found.plans] == [one.label for one in second.found.plans]
-    assert parallel_yaml(first.cfg, first.best) == parallel_yaml(second.cfg, second.best)
+    assert as_yaml(first.cfg, first.best) == as_yaml(second.cfg, second.best)
 
 
 def test_reasons_are_given_for_what_does_not_fit() -> None:
