@@ -136,6 +136,25 @@ def test_the_loss_keeps_a_gradient_on_the_cpu_and_fp32_scores_elsewhere() -> Non
     assert size["runtime=cuda"] == pytest.approx(4 * scores, rel=0.01)
 
 
+def test_each_further_loss_keeps_its_sum_and_weights_too() -> None:
+    """Per token: fp32 scores, a label of 8 bytes and a mask of 1; multi-token prediction two fp32 numbers more."""
+    some = job("runtime=cuda", "precision=bf16", "train.seq_length=128")
+    each = 4 * some.model.padded_vocab_size + 8 + 1
+    assert saved_logits(some, "ttL") == 128 * each
+    assert saved_logits(some, "ttmL") == 128 * (each + each + 4 + 4)
+    assert saved_logits(some, "tt") == 0
+
+
+def test_multi_token_prediction_recomputed_keeps_its_two_inputs() -> None:
+    """The hidden states and the embedding of the next token, in 16 bits; the token ids have 8 bytes."""
+    some = job("runtime=cuda", "precision=bf16", "recompute=full", "model.mtp_num_layers=1")
+    found = {name: size for name, size in chunk_activations(some, 0).items() if name.startswith("mtp 0")}
+    states = 2 * 128 * 256
+    assert found == {
+        "mtp 0 embedding: token ids": 8 * 128, "mtp 0 hidden states": states, "mtp 0 next embedding": states,
+    }  # fmt: skip
+
+
 def test_inputs_of_modules_that_move_to_the_host_do_not_count() -> None:
     """On te each named module takes the input that it alone keeps; FP8 copies of it, too."""
     for precision in ("bf16", "fp8_block"):
@@ -245,6 +264,11 @@ def test_optimizer_state_is_divided_over_the_ranks_that_hold_the_same_weights() 
     some = job_of(cfg, validate(cfg))
     weights = weights_on(cfg, some, 0)
     assert stage_memory(some, 0, weights).optimizer == pytest.approx(12 * (weights.shared / 4 + weights.experts / 2))
+    both = compose(["precision=bf16", "parallel.cp=2", "parallel.dp=2"])  # cp replicates weights as dp does
+    other = job_of(both, validate(both))
+    weights_of = weights_on(both, other, 0)
+    expected = 12 * (weights_of.shared + weights_of.experts) / 4
+    assert stage_memory(other, 0, weights_of).optimizer == pytest.approx(expected)
     whole = stage_memory(replace(some, distributed_optimizer=False, moment_bytes=2), 0, weights).optimizer
     assert whole == 8 * (weights.shared + weights.experts)
 
