@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.config import blend
-from moe_train.config.schema import Config
+from moe_train.config.schema import Config, DataConfig
+from moe_train.data.files import source_files
 from parallel.errors import ConfigError
 
 STDLIB_TOKENS = 9_000_000  # of Python 3.11, with the tokenizer of 4096 entries
 MOST_EPOCHS = 100  # of a corpus, before it is taken for a mistake
 USEFUL_EPOCHS = 4  # after which repeated data add little (arXiv 2305.16264)
-_TEXT = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _HEADER = struct.Struct("<9sQB")  # of an .idx file: magic, version, code of the token type
 _BYTES_OF_CODE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
 
@@ -48,7 +48,7 @@ def of(cfg: Config) -> Corpus:
 
     Raises:
         NotThere: the dataset, or the text that it is made from, is not there.
-        ConfigError: it cannot be read, or is damaged.
+        ConfigError, DataError: it cannot be read, or is damaged.
     """
     source = cfg.data
     manifest = Path(source.dir, "manifest.json")
@@ -63,7 +63,7 @@ def of(cfg: Config) -> Corpus:
         _readable(manifest, what, "make it with moe-data, or correct data.dir")
         return _prepared(manifest)
     if source.source == "files":
-        size = _text_bytes(source.path)
+        size = _text_bytes(source)
         if manifest.exists():
             return _prepared(manifest)
         vocabulary = source.tokenizer_vocab_size if source.tokenizer is None else _vocabulary(Path(source.tokenizer))
@@ -147,7 +147,7 @@ def _tokens_at(prefix: str) -> int:
         header = stream.read(_HEADER.size)
     magic, _, code = _HEADER.unpack(header.ljust(_HEADER.size, b"\0"))
     if magic != b"MMIDIDX\0\0" or code not in _BYTES_OF_CODE:
-        raise ConfigError(f"data.blend: {prefix}.idx is no index of a Megatron dataset", "make or copy it again")
+        raise ConfigError(f"data.blend: {prefix}.idx is not an index of a Megatron dataset", "make or copy it again")
     return Path(f"{prefix}.bin").stat().st_size // _BYTES_OF_CODE[code]
 
 
@@ -164,17 +164,21 @@ def _vocabulary(place: Path) -> int | None:
         return None
 
 
-def _text_bytes(path: str | None) -> int:
-    """Bytes of the text at a file, a directory or a glob; compressed files count for twenty times their size."""
-    if path is None:
+def _text_bytes(data: DataConfig) -> int:
+    """Bytes of the text that moe-data would read; compressed files count for twenty times their size.
+
+    Raises:
+        NotThere: there is no such path.
+        DataError: there is no text, or it cannot be read.
+    """
+    if data.path is None:
         raise ConfigError("data.source=files needs data.path", "use data.path=FILES")
-    if any(char in path for char in "*?["):
-        files = [Path(name) for name in glob.glob(path, recursive=True)]
-        if not files:
-            raise NotThere(f"data.path={path} matches no file", "correct data.path")
+    if glob.has_magic(data.path) and not Path(data.path).exists():
+        if not glob.glob(data.path, recursive=True):
+            raise NotThere(f"data.path={data.path} matches no file", "correct data.path")
     else:
-        _readable(Path(path), f"data.path={path}", "correct data.path")
-        files = [Path(path)] if Path(path).is_file() else [f for f in Path(path).rglob("*") if f.name.endswith(_TEXT)]
+        _readable(Path(data.path), f"data.path={data.path}", "correct data.path")
+    files = source_files(data)
     return sum(file.stat().st_size * (20 if file.suffix in (".gz", ".zst", ".parquet") else 1) for file in files)
 
 

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from moe_train.config.schema import Config
@@ -56,6 +56,8 @@ class Owner:
     attempt: int
     """Starts of the job before this one."""
     token: str
+    cluster: str = ""
+    """Slurm's name of the cluster that numbers the job; "" where that is not known."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" + (f" ({self.job})" if self.job else "")
@@ -162,9 +164,17 @@ def acquire(run_dir: Path, timeout_s: float, lost: Callable[[str], None]) -> Loc
 
 
 def refuse_live(cfg: Config) -> None:
-    """Raise InUseError where a run here, or a job that Slurm knows, holds the lock of run_dir. Does not wait."""
+    """Raise InUseError where a run here, or a job that Slurm knows, holds the lock of run_dir. Does not wait.
+
+    Raises:
+        LaunchError: the lock cannot be read.
+    """
     path = Path(cfg.run_dir, NAME)
-    found = _owner(path)
+    try:
+        found = _owner(path)
+    except OSError as error:
+        cause = f"{path} cannot be read: {error.strerror}"
+        raise LaunchError(cause, "make it readable, or set run_dir=PATH") from error
     if found is not None and _state(found, _me())[0] == "lives":
         raise _in_use(path, found)
 
@@ -186,7 +196,7 @@ class _Watched:
         state, why = _state(found, self._me)
         if state == "gone":
             return why
-        same_job = bool(found.job) and found.job == self._me.job
+        same_job = bool(found.job) and (found.job, found.cluster) == (self._me.job, self._me.cluster)
         if state == "lives" and not same_job:
             raise _in_use(self._path, found)
         try:
@@ -213,9 +223,11 @@ def _state(found: Owner, me: Owner) -> tuple[str, str]:
         if found.pid and _started(found.pid) == found.started:
             return "lives", ""
         return "gone", "its process has ended"
-    if found.job and found.job == me.job and found.attempt < me.attempt:
+    if found.job and (found.job, found.cluster) == (me.job, me.cluster) and found.attempt < me.attempt:
         return "gone", "it was an earlier start of this job"
-    if found.job.startswith("Slurm job ") and found.job != me.job:
+    # Two clusters that share a storage number their jobs alike, and the squeue of one knows nothing of the other's.
+    same_cluster = found.cluster == me.cluster or not (found.cluster and me.cluster)
+    if found.job.startswith("Slurm job ") and found.job != me.job and same_cluster:
         return _job_state(found.job.removeprefix("Slurm job "))
     return "unknown", ""
 
@@ -285,11 +297,13 @@ def _remove_stale(path: Path, found: Owner) -> None:
 
 
 def _owner(path: Path) -> Owner | None:
-    """Who holds the lock; None where there is none, or it cannot be read."""
+    """Who holds the lock; None where there is none, or it is damaged."""
     try:
-        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+        found = Owner(**json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
         return None
+    kinds = {field.name: int if field.name in ("pid", "attempt") else str for field in fields(Owner)}
+    return found if all(isinstance(getattr(found, name), kind) for name, kind in kinds.items()) else None
 
 
 def _me() -> Owner:
@@ -303,7 +317,8 @@ def _me() -> Owner:
     )
     first, second = starts
     pid, host = os.getpid(), os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    return Owner(host, _kernel(), pid, _started(pid), job, 10_000 * first + second, secrets.token_hex(8))
+    cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
+    return Owner(host, _kernel(), pid, _started(pid), job, 10_000 * first + second, secrets.token_hex(8), cluster)
 
 
 def _kernel() -> str:

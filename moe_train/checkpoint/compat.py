@@ -57,7 +57,7 @@ class Position:
 
 
 def dump(cfg: Config) -> str:
-    """The config as YAML text, as it stands in a checkpoint."""
+    """The config as YAML text, as a checkpoint stores it."""
     return yaml.safe_dump(asdict(cfg), sort_keys=False)
 
 

@@ -25,7 +25,9 @@ SUMMARY, EXPORTS = "summary.json", "hf"
 _EARLIER = "earlier"
 _OF_THE_COMMAND = ("run_dir", "resume", "verbose", "rank", "launcher.dependency")
 _NO_GROUPS_OF_A_RUN = ("convert", "inspect", "plan")
-_OF_A_RUN = ("metrics.jsonl", "events.out.*", "config.yaml", SUMMARY, EXPORTS, "injected", "heartbeats", "hung.txt")
+_OF_A_RUN = (
+    "metrics.jsonl", "events.out.*", "config.yaml", SUMMARY, "loss.svg", EXPORTS, "injected", "heartbeats", "hung.txt",
+)  # fmt: skip
 _LENGTHS = ("train.steps", "train.tokens")
 _PERMISSIONS = ("schedule.on_resume", "data.on_resume")
 

@@ -101,10 +101,24 @@ def measure_and_remember(dtype: torch.dtype) -> Choice:
     choice = measure(dtype)
     log.info("GEMM kernels in %s: %s", dtype, choice or "the defaults, since the machine is busy")
     choice = choice or defaults(dtype)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(_read_cache() | {key_of(dtype): choice}, file, indent=1)
-    os.replace(file.name, path)
+    try:
+        _write_cache(path, _read_cache() | {key_of(dtype): choice})
+    except OSError as error:
+        # A run that measures again after a restart could round otherwise, so what is not remembered is not used.
+        log.info("%s cannot be written (%s): GEMM kernels are the defaults", path, error.strerror or error)
+        return defaults(dtype)
     return choice
+
+
+def _write_cache(path: Path, content: dict[str, Choice]) -> None:
+    descriptor, part = tempfile.mkstemp(dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+        os.replace(part, path)
+    except OSError:
+        os.unlink(part)
+        raise
 
 
 def _writable(directory: Path) -> bool:

@@ -99,7 +99,7 @@ class GroupedLinear(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """x [s * b, in] and weight [out, in] -> [s * b, out], with the messages of tensor parallelism.
+    """x [s * b, in] and weight [out, in] -> [s * b, out], with the collectives of tensor parallelism.
 
     Args:
         gather: the ranks whose parts of the sequence are gathered first (sequence parallelism), or None.

@@ -23,7 +23,7 @@ _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 def initialise(chunks: Iterable[nn.Module], model: ModelConfig, seed: int) -> None:
     """Draw every matrix of this rank's `chunks` in place: N(0, init_std). Norms stay at one and biases at zero.
 
-    Rows that pad the vocabulary are zero. They get no gradient (loss.py), and weight decay leaves zeros as they are.
+    Rows that pad the vocabulary are zero. They get no gradient (loss.py), and weight decay keeps zeros at zero.
 
     Raises:
         RuntimeError: a parameter has no entry in the sharded state dict, so it would keep a layout-dependent value.

@@ -70,7 +70,7 @@ class ApexRMSNorm:
 
 
 class AllHeadsRMSNorm(nn.Module):
-    """Norm of queries or keys over all heads together (OLMoE), which may stand on several tensor-parallel ranks.
+    """Norm of queries or keys over all heads together (OLMoE), which several tensor-parallel ranks may share.
 
     The weight is kept whole on every rank. Each rank uses its own heads' part, so summing the gradient over the
     ranks, as Megatron-Core does with every query and key norm, gives the whole gradient.

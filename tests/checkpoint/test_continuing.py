@@ -222,10 +222,11 @@ def test_a_finished_run_needs_no_rank_until_something_is_left_to_do() -> None:
 def test_what_an_earlier_run_left_is_set_aside_and_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
     cfg = begin()
     Path("R/metrics.jsonl").write_text("{}\n")
+    Path("R/loss.svg").write_text("<svg/>")
     assert continuing.set_aside(cfg) is None  # resume=auto
     place = continuing.set_aside(again("resume=never"))
     assert place is not None
-    assert sorted(path.name for path in place.iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl"]
+    assert sorted(path.name for path in place.iterdir()) == ["checkpoints", "config.yaml", "loss.svg", "metrics.jsonl"]
     assert [path.name for path in Path("R").iterdir()] == [place.name]
     assert "held an earlier run, which is now in R/earlier_" in capsys.readouterr().err
     assert continuing.set_aside(again("resume=never")) is None

@@ -160,6 +160,23 @@ def test_slurm_is_asked_for_the_job(answer: str, state: str, tmp_path: Path, mon
     assert lock._state(theirs, lock._me())[0] == state
 
 
+def test_a_job_of_another_cluster_is_not_asked_of_this_ones_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both number their jobs from 1, and share the storage."""
+    monkeypatch.setattr(lock, "_job_state", lambda job: ("gone", "its job has ended"))
+    theirs = replace(lock._me(), kernel="another", job="Slurm job 12", cluster="alpha")
+    me = replace(lock._me(), job="Slurm job 12", cluster="beta", attempt=1)
+    assert lock._state(theirs, me)[0] == "unknown"
+    assert lock._state(theirs, replace(me, job="Slurm job 13"))[0] == "unknown"
+    assert lock._state(theirs, replace(me, job="Slurm job 13", cluster="alpha"))[0] == "gone"
+    assert lock._state(theirs, replace(me, job="", cluster=""))[0] == "gone"  # a login node does not name its own
+
+
+def test_a_lock_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / lock.NAME).mkdir()
+    with pytest.raises(LaunchError, match=r"run\.lock cannot be read: Is a directory"):
+        lock.refuse_live(Config(run_dir=str(tmp_path)))
+
+
 def test_a_run_whose_lock_is_taken_hears_of_it(tmp_path: Path) -> None:
     told: list[str] = []
     taken = lock.acquire(tmp_path, 0.06, told.append)

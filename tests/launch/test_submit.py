@@ -322,7 +322,7 @@ def test_a_blend_is_counted(cluster: Path, tmp_path: Path, capsys: pytest.Captur
     assert "2 datasets: 360,000 tokens to train on, read 0.028 times" in capsys.readouterr().out
     (tmp_path / "a.idx").write_bytes(b"nothing")
     assert submit.run(words) == 2
-    assert "a.idx is no index of a Megatron dataset" in capsys.readouterr().err
+    assert "a.idx is not an index of a Megatron dataset" in capsys.readouterr().err
 
 
 def test_nvfp4_has_a_time_and_a_cost(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

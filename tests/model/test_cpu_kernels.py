@@ -79,6 +79,16 @@ def test_without_a_cache_directory_the_defaults_run(monkeypatch: pytest.MonkeyPa
     assert cpu_kernels.measure_and_remember(FP32) == cpu_kernels.defaults(FP32)
 
 
+def test_a_full_disk_means_the_defaults(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cpu_kernels, "measure", lambda dtype: {"matmul": "torch"})
+    monkeypatch.setattr(json, "dump", full)
+    assert cpu_kernels.measure_and_remember(FP32) == cpu_kernels.defaults(FP32)
+    assert list(cache.parent.iterdir()) == []
+
+
 def test_what_a_choice_leaves_out_is_the_default() -> None:
     cpu_gemm.use(FP32, {"matmul": "torch"})
     try:

@@ -225,7 +225,7 @@ def _leading_layers(layers: Any, where: Path | str) -> int:
 
 
 def to_hf(model: ModelConfig, dtype: str, original: Json | None = None) -> Json:
-    """config.json of `model`: `original` with everything that follows from `model` set anew.
+    """config.json of `model`: `original` with everything that follows from `model` replaced.
 
     Args:
         dtype: of the weights, in torch's spelling, such as bfloat16.

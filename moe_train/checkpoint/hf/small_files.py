@@ -35,7 +35,7 @@ _UNKNOWN: Json = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": No
 
 @dataclass(frozen=True)
 class SmallFiles:
-    """What stands next to the weights."""
+    """The small files that go next to the weights."""
 
     copied: dict[str, Path] = field(default_factory=dict)
     """Name -> source."""
