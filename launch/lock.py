@@ -27,12 +27,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from moe_train.checkpoint import untrusted
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError, LaunchError
 
 NAME = "run.lock"
 _BEATS = 6  # in launcher.lock_timeout_s
 _POLL_S = 0.5
+_LARGEST_BYTES = 64 * 1024
 _OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
          "TIMEOUT")  # fmt: skip
 """States of a Slurm job that has ended."""
@@ -299,11 +301,12 @@ def _remove_stale(path: Path, found: Owner) -> None:
 def _owner(path: Path) -> Owner | None:
     """Who holds the lock; None where there is none, or it is damaged."""
     try:
-        found = Owner(**json.loads(path.read_text(encoding="utf-8")))
+        found = Owner(**untrusted.read_json(path, _LARGEST_BYTES))
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    kinds = {field.name: int if field.name in ("pid", "attempt") else str for field in fields(Owner)}
-    return found if all(isinstance(getattr(found, name), kind) for name, kind in kinds.items()) else None
+    # Types are checked by value: another process or user wrote this file.
+    is_typed = all(type(getattr(found, field.name)).__name__ == field.type for field in fields(Owner))
+    return found if is_typed and found.pid >= 0 else None
 
 
 def _me() -> Owner:

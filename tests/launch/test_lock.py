@@ -119,10 +119,27 @@ def test_a_heartbeat_of_another_machine_is_seen(tmp_path: Path) -> None:
         owner.join()
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"host": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", '{"host": 1}', pytest.param("[" * 100_000, id="nested"), "1" * 100_000]
+)
 def test_a_damaged_lock_counts_as_left_behind_once_it_is_silent(tmp_path: Path, text: str) -> None:
     (tmp_path / lock.NAME).write_text(text)
     _take(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["job", "attempt", "pid"])
+def test_a_lock_with_a_value_of_another_type_counts_as_damaged(field: str, tmp_path: Path) -> None:
+    path = _left(tmp_path)
+    values = json.loads(path.read_text())
+    values[field] = 5 if isinstance(values[field], str) else "5"
+    path.write_text(json.dumps(values))
+    _take(tmp_path)
+
+
+def test_a_named_pipe_in_the_place_of_a_lock_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / lock.NAME)
+    with pytest.raises(LaunchError, match="a named pipe and not a file"):
+        lock.acquire(tmp_path, TIMEOUT_S, lambda _: None)
 
 
 @pytest.mark.parametrize(
