@@ -22,7 +22,7 @@ setup: $(VENV)/.ready ## Make .venv with everything, tests included (quick when 
 
 # What training needs; the stamp of the rest is .ready.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed; set PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "error: this is Python %d.%d; name one from 3.11 to 3.13, such as PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing PyTorch from $(or $(TORCH_INDEX),the default index). Without a GPU, CPU wheels may be a smaller download: TORCH_INDEX, see README.md"
 	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
