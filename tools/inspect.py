@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 _DIFF = "--diff"
 
-_COMMON = ("inspect.rows", "inspect.threads")
+_COMMON = (
+    "inspect.rows", "inspect.atol", "inspect.rtol", "inspect.norm_rtol", "inspect.weights_only", "inspect.threads",
+)  # fmt: skip
 
 
 def main() -> None:
