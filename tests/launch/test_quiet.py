@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import pytest
 
@@ -24,3 +25,12 @@ def test_exactly_the_notice_is_dropped(logger: str, notice: str, caplog: pytest.
     log.warning("something else")
     assert [record.getMessage() for record in caplog.records] == ["something else"]
     assert len(log.filters) == 1
+
+
+def test_a_notice_of_models_that_are_not_used_is_dropped() -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.resetwarnings()
+        quiet.silence()
+        warnings.warn("MimoModelConfig is experimental and still under active development. The API may", stacklevel=1)
+        warnings.warn("the experts are experimental", stacklevel=1)
+    assert [str(one.message) for one in shown] == ["the experts are experimental"]
