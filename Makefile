@@ -13,7 +13,7 @@ TEST_WORKERS ?= 2
 # Tests must not depend on what else the machine's Python warns about.
 export PYTHONWARNINGS := ignore
 
-.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity parity-recompute bench bench-memory bench-plan bench-step bench-fp8 bench-convert bench-checkpoint bench-faults dryrun clean
+.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity parity-recompute bench bench-memory bench-plan bench-step bench-fp8 bench-convert bench-checkpoint bench-faults gpu-check dryrun clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -98,6 +98,9 @@ bench-checkpoint: setup ## Measure how long training waits for a checkpoint; wri
 
 bench-faults: setup ## Inject faults into small runs here and see them recover; writes bench/results/faults.json
 	$(BIN)/python -m bench.bench_faults
+
+gpu-check: setup ## Check training on a GPU against the CPU, predictions and bf16, in under 8 minutes; writes bench/results/gpu_check.json
+	$(BIN)/python -m bench.gpu_check
 
 dryrun: setup ## Build all 1,024 distinct ranks of DeepSeek-V3 on 2,048 GPUs and add up their parameters
 	$(BIN)/moe-dryrun model=deepseek_v3 parallel=deepseek_v3_h800

@@ -25,6 +25,7 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
+from bench.losses import SMOOTHING, differences, smoothed
 from bench.results import write
 from launch import forkserver, job, local
 from moe_train.config.compose import compose
@@ -45,7 +46,6 @@ CASES: dict[str, list[str]] = {
 SEEDS = (1234, 1, 2)
 ONE_SEED = ("fp32", "fp8_tensor", "fp8_delayed", "fp8_block, pp2, recompute")  # reported beside, with the first seed
 BATCH = 32  # sequences; with fewer the losses of one run jump about by as much as the criterion allows
-SMOOTHING = 0.9
 WARM_UP_STEPS = 20
 LARGEST_DIFFERENCE = 0.0025  # of fp8_block
 PICTURE = Path(__file__).parent.parent / "docs" / "fp8_loss.svg"
@@ -87,23 +87,9 @@ def kept_losses(case: str, seed: int, steps: int, batch: int, keep: Path | None)
     return curve
 
 
-def smoothed(curve: Sequence[float]) -> list[float]:
-    """Exponential moving average that starts at the first loss."""
-    result = [curve[0]]
-    for loss in curve[1:]:
-        result.append(SMOOTHING * result[-1] + (1 - SMOOTHING) * loss)
-    return result
-
-
-def differences(curve: Sequence[float], baseline: Sequence[float]) -> list[float]:
-    """Relative difference of the smoothed losses at each step after the warm-up."""
-    pairs = zip(smoothed(curve), smoothed(baseline), strict=True)
-    return [(ours - theirs) / theirs for ours, theirs in pairs][WARM_UP_STEPS:]
-
-
 def row(case: str, seed: int, curve: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
     """One run against the baseline of its seed."""
-    found = differences(curve, baseline)
+    found = differences(curve, baseline, WARM_UP_STEPS)
     return {
         "case": case,
         "seed": seed,
@@ -165,7 +151,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
         steps = range(1, len(curves[BASELINE]) + 1)
         for case, curve in curves.items():
             losses_.plot(steps, smoothed(curve), label=case)
-            percent = [100 * d for d in differences(curve, curves[BASELINE])]
+            percent = [100 * d for d in differences(curve, curves[BASELINE], WARM_UP_STEPS)]
             differences_.plot(steps[WARM_UP_STEPS:], percent, label=case)
         for limit in (-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE):
             differences_.axhline(100 * limit, color="grey", linestyle="--")

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from bench import published_memory
 from bench.parity import COMMON
+from bench.recompute_sets import SETS
 from bench.results import write
 from launch import forkserver, job, local
 from moe_train.config.compose import compose
@@ -58,20 +59,7 @@ LAYOUTS: dict[str, list[str]] = {
     "ep2": ["parallel.ep=2"],
     "pp2": ["parallel.pp=2"],
 }
-SETS: dict[str, list[str]] = {
-    "none": [],
-    "full": ["recompute=full"],
-    "full, block": ["recompute=full", "recompute.method=block"],
-    **{
-        name: ["recompute=selective", f"recompute.modules=[{name}]"]
-        for name in (
-            "core_attn", "mla_up_proj", "layernorm", "moe_act", "mlp", "moe", "shared_experts",
-            "layernorm,mla_up_proj", "layernorm,mla_up_proj,moe_act", "layernorm,core_attn,mlp,moe",
-        )
-    },
-}  # fmt: skip
-
-# Beside the sets of recomputation, which bench.recompute takes too.
+# In addition to the sets of recomputation, which bench.recompute takes too.
 MORE: dict[str, list[str]] = {
     "full on the first stage": ["recompute.stages=[full,none]"],
     "fp8_block": ["precision=fp8_block"],

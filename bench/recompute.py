@@ -22,8 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.bench_memory import SETS as SINGLE
 from bench.parity import COMMON, LAYOUTS
+from bench.recompute_sets import SETS as SINGLE
 from bench.results import DIRECTORY, write
 from launch import forkserver, job, local
 from moe_train.config.compose import compose

@@ -13,10 +13,10 @@ from typing import Any
 DIRECTORY = Path(__file__).parent / "results"
 
 
-def write(name: str, summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Path:
+def write(name: str, summary: dict[str, Any], rows: Sequence[dict[str, Any]], directory: Path = DIRECTORY) -> Path:
     """Write one result and return its path."""
-    DIRECTORY.mkdir(exist_ok=True)
-    path = DIRECTORY / f"{name}.json"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
     path.write_text(json.dumps({**summary, "rows": list(rows), "machine": machine()}, indent=1) + "\n")
     return path
 
