@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -12,6 +13,15 @@ import pytest
 # Tests measure no kernels for the user's own runs: the machine is busy while they run.
 _cache = tempfile.TemporaryDirectory(prefix="cache-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
+
+# A background job of a script ignores SIGINT, and runs honour what they inherit: the tests send such signals.
+for _signal, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGTERM, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, _handler)
 
 DOCUMENTS = 64
 WORDS_PER_DOCUMENT = 2400
