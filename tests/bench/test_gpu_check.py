@@ -133,6 +133,7 @@ def short(case: Case) -> Case:
     return replace(case, overrides=[*case.overrides, *words], options={**case.options, "warm_up": 1})
 
 
+@pytest.mark.slow
 def test_real_cases_pass_and_their_perturbed_twins_fail(stand_in: Plan, tmp_path: Path) -> None:
     real = {case.name: case for case in stand_in.cases}
     preparations = dict(stand_in.preparations)
