@@ -190,7 +190,7 @@ def test_a_job_of_another_cluster_is_not_asked_of_this_ones_slurm(monkeypatch: p
 
 def test_a_lock_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / lock.NAME).mkdir()
-    with pytest.raises(LaunchError, match=r"run\.lock cannot be read: Is a directory"):
+    with pytest.raises(LaunchError, match=r"run\.lock cannot be read: it is a directory"):
         lock.refuse_live(Config(run_dir=str(tmp_path)))
 
 
