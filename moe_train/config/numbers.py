@@ -8,6 +8,7 @@ from decimal import Decimal, InvalidOperation
 SEQUENCE_FIELDS = ("train.seq_length", "model.max_position_embeddings", "model.yarn_original_max_position")
 """Fields in which k is 1,024, as in "a context of 8k": lengths of sequences. Elsewhere it is 1,000."""
 
+_LARGEST = 2**63 - 1
 _UNITS = ("", "k", "m", "b", "t")
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?)([kmbt]?)", re.IGNORECASE)
 
@@ -16,7 +17,7 @@ def as_integer(text: str, thousand: int = 1000) -> int:
     """The integer that `text` means; `thousand` is what k multiplies by.
 
     Raises:
-        ValueError: it is not a number, or not a whole one.
+        ValueError: it is not a number, not a whole one, or has more than 63 bits.
     """
     found = _NUMBER.fullmatch(text.strip())
     if not found:
@@ -27,4 +28,6 @@ def as_integer(text: str, thousand: int = 1000) -> int:
         raise ValueError(f"{text!r} is not a number") from None
     if value != int(value):
         raise ValueError(f"{text!r} is not a whole number")
+    if abs(value) > _LARGEST:
+        raise ValueError(f"{text!r} is too large a number")
     return int(value)
