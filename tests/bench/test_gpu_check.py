@@ -51,7 +51,7 @@ def rows_of(
 def test_a_case_that_goes_wrong_is_reported_and_ends_no_other(tmp_path: Path) -> None:
     names = ["wrong", "silent", "nan", "other_number", "unsupported", "raises", "crashes", "crashes_after_reporting",
              "right"]  # fmt: skip
-    rows = rows_of([*map(fault, names), fault("absent"), fault("hangs", timeout_s=6.0)], tmp_path, jobs=2)
+    rows = rows_of([*map(fault, names), fault("absent"), fault("hangs", timeout_s=20.0)], tmp_path, jobs=2)
     assert {case: row.status for (case, _), row in rows.items()} == {
         "wrong": FAILED, "silent": FAILED, "nan": FAILED, "other_number": FAILED, "unsupported": NOT_SUPPORTED,
         "raises": FAILED, "crashes": FAILED, "crashes_after_reporting": FAILED, "right": PASSED, "absent": FAILED,
@@ -59,13 +59,14 @@ def test_a_case_that_goes_wrong_is_reported_and_ends_no_other(tmp_path: Path) ->
     }  # fmt: skip
     why = {case: row.why for (case, _), row in rows.items()}
     assert why["wrong"] == "error is -1.5, and its limit 1"
-    assert why["silent"] == "its process ended without a result"
+    # A fork server that loses the status of a process, as on a busy machine, gives 255 (multiprocessing/popen_forkserver).
+    assert why["silent"] in ("its process ended without a result", "exit code 255: no output")
     assert why["nan"] == "error is nan, and its limit 1"
     assert why["other_number"] == "error is missing, and its limit 1"
     assert why["raises"] == "exit code 1: RuntimeError: CUDA error: an illegal memory access was encountered"
     assert why["crashes"].startswith("ended by SIGSEGV")
     assert "names no function" in why["absent"]
-    assert why["hangs"] == "killed after 6 s without an end"
+    assert why["hangs"] == "killed after 20 s without an end"
     _ends(int((tmp_path / f"{gpu_faults.CHILD}.pt").read_text()))
 
 
