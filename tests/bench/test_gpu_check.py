@@ -59,7 +59,7 @@ def test_a_case_that_goes_wrong_is_reported_and_ends_no_other(tmp_path: Path) ->
     }  # fmt: skip
     why = {case: row.why for (case, _), row in rows.items()}
     assert why["wrong"] == "error is -1.5, and its limit 1"
-    # A fork server that loses the status of a process, as on a busy machine, gives 255 (multiprocessing/popen_forkserver).
+    # A fork server that loses the status of a process, as on a busy machine, gives 255.
     assert why["silent"] in ("its process ended without a result", "exit code 255: no output")
     assert why["nan"] == "error is nan, and its limit 1"
     assert why["other_number"] == "error is missing, and its limit 1"
