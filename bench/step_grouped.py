@@ -16,19 +16,12 @@ import torch
 
 from bench.step_data import Task
 from moe_train.model import gemm
+from moe_train.model.cpu_kernels import uneven_counts
 from moe_train.model.precision import DTYPES
 
 CALLS, WARM_UP = 60, 10
 
 Product = Callable[[Sequence[int]], object]
-
-
-def counts_of(tokens: int, experts: int, rng: random.Random) -> list[int]:
-    """Tokens of each expert, a quarter off an even share on average."""
-    shares = [max(0.1, rng.gauss(1, 0.25)) for _ in range(experts)]
-    counts = [int(tokens * share / sum(shares)) for share in shares]
-    counts[0] += tokens - sum(counts)
-    return counts
 
 
 def measure(task: Task) -> list[dict[str, Any]]:
@@ -40,7 +33,7 @@ def measure(task: Task) -> list[dict[str, Any]]:
             rng = random.Random(experts)
             taken: list[tuple[float, float]] = []
             for _ in range(CALLS):
-                counts = counts_of(tokens, experts, rng)
+                counts = uneven_counts(tokens, experts, rng)
                 taken.append((_ms(ours, counts), _ms(theirs, counts)))
             ours_ms, theirs_ms = (statistics.median(pair[side] for pair in taken[WARM_UP:]) for side in (0, 1))
             rows.append({

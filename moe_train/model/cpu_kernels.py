@@ -176,7 +176,7 @@ def _calls(operation: str, dtype: torch.dtype) -> Iterator[Callable[[cpu_gemm.Ke
     right = torch.randn(right_shape, dtype=torch.float32).to(dtype)
     rng = random.Random(0)
     for _ in range(_ROUNDS):
-        counts = _uneven_counts(rows, groups, rng)
+        counts = uneven_counts(rows, groups, rng)
         # Weights are stored [out, in]: the forward pass multiplies by a transposed view.
         weights = right if outer else right.mT
         yield lambda kernel, counts=counts, weights=weights: (  # type: ignore[misc]
@@ -184,7 +184,7 @@ def _calls(operation: str, dtype: torch.dtype) -> Iterator[Callable[[cpu_gemm.Ke
         )
 
 
-def _uneven_counts(rows: int, groups: int, rng: random.Random) -> list[int]:
+def uneven_counts(rows: int, groups: int, rng: random.Random) -> list[int]:
     """Numbers of rows of each group, which add up to `rows`, a quarter off an even share on average."""
     shares = [max(0.1, rng.gauss(1, 0.25)) for _ in range(groups)]
     counts = [int(rows * share / sum(shares)) for share in shares]

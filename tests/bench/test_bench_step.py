@@ -14,6 +14,7 @@ import torch
 from bench import bench_step, step_grouped, step_profile, step_transformers
 from bench.step_data import Task
 from bench.step_workers import OURS, Worker
+from moe_train.model.cpu_kernels import uneven_counts
 from parallel.errors import HardwareError
 
 
@@ -83,7 +84,7 @@ def test_a_backward_operation_belongs_where_its_forward_one_does() -> None:
 def test_grouped_products_are_compared_on_the_same_numbers_and_ever_new_counts() -> None:
     """Both sides of every product give the same, for counts that add up and change."""
     rng = random.Random(0)
-    counts = [step_grouped.counts_of(96, 8, rng) for _ in range(2)]
+    counts = [uneven_counts(96, 8, rng) for _ in range(2)]
     assert [sum(each) for each in counts] == [96, 96]
     assert counts[0] != counts[1]
     for ours, theirs in step_grouped._products(torch.float32, 96, 8, 32, 64).values():
