@@ -27,8 +27,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from moe_train.checkpoint import untrusted
 from moe_train.config.schema import Config
+from moe_train.files import untrusted
 from parallel.errors import ConfigError, LaunchError
 
 NAME = "run.lock"

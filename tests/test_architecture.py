@@ -22,6 +22,7 @@ MAY_IMPORT = {
 }
 WITHOUT_TORCH = (
     *sorted((ROOT / "moe_train/config").rglob("*.py")),
+    *sorted((ROOT / "moe_train/files").glob("*.py")),
     ROOT / "moe_train/model/arithmetic.py",
     ROOT / "moe_train/model/memory.py",
     *(ROOT / "launch" / f"{name}.py" for name in ("submit", "checks", "estimate", "snapshot", "slurm")),

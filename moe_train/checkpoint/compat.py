@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
-from moe_train.checkpoint import untrusted
 from moe_train.checkpoint.directory import CONFIG, damaged
 from moe_train.config.learning_rate import learning_rate
 from moe_train.config.model import ModelConfig
 from moe_train.config.rules.facts import total_steps
 from moe_train.config.schema import Config
 from moe_train.config.walk import get, misfit, with_values
+from moe_train.files import untrusted
 from parallel.errors import CheckpointError
 from parallel.suggest import override_value
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_train.checkpoint import compat, directory, untrusted
+from moe_train.checkpoint import compat, directory
 from moe_train.config.rules.facts import total_steps
 from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields, get, group_names, misfit, with_values
+from moe_train.files import untrusted
 from parallel.errors import CheckpointError, ConfigError
 
 SUMMARY, EXPORTS = "summary.json", "hf"

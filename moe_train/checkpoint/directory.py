@@ -23,8 +23,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from moe_train.checkpoint import untrusted
 from moe_train.config.schema import Config
+from moe_train.files import untrusted
 from parallel.errors import CheckpointError
 
 LATEST = "latest"

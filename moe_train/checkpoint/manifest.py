@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_train.checkpoint import untrusted
 from moe_train.checkpoint.directory import MANIFEST, damaged, replace_file
+from moe_train.files import untrusted
 
 _BLOCK_BYTES = 1 << 22
 

@@ -15,10 +15,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_train.checkpoint import pickled, untrusted
+from moe_train.checkpoint import pickled
 from moe_train.checkpoint.directory import METADATA, damaged
 from moe_train.checkpoint.dtypes import DTYPES, Dtype
 from moe_train.checkpoint.pickled import Plain
+from moe_train.files import untrusted
 from parallel.errors import CheckpointError
 
 if TYPE_CHECKING:  # tools read checkpoints without the seconds that Megatron-Core takes to import

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_train.checkpoint import untrusted
 from moe_train.checkpoint.dtypes import Dtype
 from moe_train.checkpoint.hf.rows import Extent, Rows
 from moe_train.checkpoint.manifest import Entry
+from moe_train.files import untrusted
 from parallel.errors import CheckpointError
 
 _INFINITE = {

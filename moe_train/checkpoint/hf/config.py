@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe_train.checkpoint import untrusted
 from moe_train.checkpoint.hf import rope
 from moe_train.checkpoint.hf.rope import UNSUPPORTED, YARN_FIELDS
 from moe_train.checkpoint.hf.schemas import NEUTRAL, OMITTED, SCHEMAS, Json, Schema, Setting
 from moe_train.config.model import ModelConfig
 from moe_train.config.rules import model as model_rules
 from moe_train.config.walk import all_fields, misfit
+from moe_train.files import untrusted
 from parallel.errors import CheckpointError, ConfigError
 from parallel.suggest import Impossible, override_value
 

@@ -23,11 +23,12 @@ from math import prod
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
-from moe_train.checkpoint import metadata, untrusted
+from moe_train.checkpoint import metadata
 from moe_train.checkpoint.directory import METADATA, damaged
 from moe_train.checkpoint.dtypes import DTYPES, Dtype
 from moe_train.checkpoint.hf import torch_item
 from moe_train.checkpoint.hf.rows import BLOCK_BYTES, Extent, Rows
+from moe_train.files import untrusted
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor

@@ -13,8 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_train.checkpoint import untrusted
 from moe_train.checkpoint.dtypes import Dtype, of_torch
+from moe_train.files import untrusted
 from parallel.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from moe_train.checkpoint import untrusted
 from moe_train.checkpoint.dtypes import DTYPES, Dtype
 from moe_train.checkpoint.hf.rows import Extent, truncated
+from moe_train.files import untrusted
 from parallel.errors import CheckpointError
 
 _DTYPES = {

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_train.checkpoint import untrusted
 from moe_train.checkpoint.directory import MANIFEST
 from moe_train.checkpoint.hf import config, safetensors
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import DataConfig
+from moe_train.files import untrusted
 from parallel.errors import CheckpointError
 
 Json = dict[str, Any]

@@ -28,11 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe_train.checkpoint import untrusted
 from moe_train.checkpoint.directory import MANIFEST, sync
 from moe_train.checkpoint.hashing_file import HashingFile
 from moe_train.checkpoint.hf.workers import Team
 from moe_train.checkpoint.nonfinite import Places, Tally, entry_of
+from moe_train.files import untrusted
 from parallel.errors import CheckpointError, MoeTrainError
 
 _BOOKS, _PLAN, _DONE, _LOCK, _PART = ".writing", "plan.json", "done", "lock", ".part"

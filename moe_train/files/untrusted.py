@@ -1,9 +1,9 @@
-"""Reads files of a checkpoint that anyone may have written: bounds come before work. No torch import.
+"""Reads files that anyone may have written or damaged: bounds come before work. No torch import.
 
-A checkpoint is downloaded, copied and mounted. Its files are opened only where they are regular files (a named pipe
-would block for ever, a device never ends); symbolic links are followed, because the snapshots of the Hugging Face cache
-consist of them. Text has a largest size, numbers a largest value and structures a largest depth, so that no file costs
-more time or memory than its size justifies.
+Checkpoints, datasets and run directories are downloaded, copied and mounted. Their files are opened only where they are
+regular files (a named pipe would block without end, a device never ends); symbolic links are followed, because the
+snapshots of the Hugging Face cache consist of them. Text has a largest size, numbers a largest value and structures a
+largest depth, so that no file costs more time or memory than its size justifies.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ import stat
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar, get_type_hints
+
+T = TypeVar("T")
 
 LARGEST_JSON_BYTES = 100_000_000
 """As the safetensors library bounds a header. The largest released index has some 10 MB."""
 
 _LARGEST_YAML_BYTES = 1 << 18
 _LARGEST_YAML_NODES = 20_000
+_YAML_TEXT = "tag:yaml.org,2002:str"
+_YAML_PLAIN = {_YAML_TEXT, *(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float"))}
 _DEEPEST = 64
 _LARGEST_NUMBER = 1 << 64
 _LARGEST_PARSED_BYTES = 512 << 20
@@ -80,11 +84,37 @@ def read_json(path: Path, largest: int = LARGEST_JSON_BYTES) -> Any:
     return parse_json(read_bytes(path, largest))
 
 
-def parse_json(data: bytes) -> Any:
-    """The value of a JSON text, by the letter of the standard (RFC 8259).
+def read_object(path: Path, largest: int = LARGEST_JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file. Raises as `read_json`, and ValueError where it holds another value."""
+    value = read_json(path, largest)
+    if not isinstance(value, dict):
+        raise ValueError("it holds no JSON object")
+    return value
+
+
+def read_record(path: Path, kind: type[T], largest: int = LARGEST_JSON_BYTES) -> T:
+    """The dataclass `kind` whose fields (numbers, text, None) are in a JSON file.
 
     Raises:
-        ValueError: it is no JSON text in UTF-8, or has NaN, an infinite number, a whole number of more than 64 bits,
+        OSError, ValueError: as `read_json`; or a field is unknown, missing or of another type.
+    """
+    values = read_object(path, largest)
+    for name, type_ in get_type_hints(kind).items():
+        value = values.get(name)
+        is_typed = isinstance(value, type_) and (type_ is bool or not isinstance(value, bool))
+        if name in values and not is_typed:
+            raise ValueError(f"it has {name}={value!r:.200}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of a JSON text in the strict form of the standard (RFC 8259).
+
+    Raises:
+        ValueError: it is not a JSON text in UTF-8, or has NaN, an infinite number, a whole number of more than 64 bits,
             the same name twice in an object, too many levels, or more items than fit into memory.
     """
     containers = data.count(b"{") + data.count(b"[")
@@ -102,7 +132,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number in JSON")
+    raise ValueError(f"{text} is not a number in JSON")
 
 
 def _finite(text: str) -> float:
@@ -129,7 +159,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_depth(value: Any) -> None:
-    """What is parsed is walked recursively elsewhere."""
+    """Raise ValueError for more than `_DEEPEST` levels: other functions walk the value recursively."""
     level: list[Any] = [value]
     for _ in range(_DEEPEST):
         level = list(_inside(level))
@@ -149,7 +179,7 @@ def _inside(values: list[Any]) -> Iterator[Any]:
 
 @cache
 def _loader() -> Any:
-    """PyYAML's loader of plain values, with a bound on what it builds.
+    """PyYAML's loader, for null, booleans, numbers, text, lists and mappings only, with a bound on what it builds.
 
     The import is here because the launcher reads no YAML before it can say that a package is missing.
     """
@@ -161,8 +191,10 @@ def _loader() -> Any:
             self._nodes = self._depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for any amount of memory
+            if self.check_event(yaml.AliasEvent):  # a few lines of them can expand to any amount of memory
                 raise yaml.YAMLError("it has references (*name)")
+            if getattr(self.peek_event(), "tag", None) is not None:
+                raise yaml.YAMLError("it has a tag (!name)")
             self._nodes, self._depth = self._nodes + 1, self._depth + 1
             if self._nodes > _LARGEST_YAML_NODES:
                 raise yaml.YAMLError(f"it has more than {_LARGEST_YAML_NODES:,} values")
@@ -173,20 +205,36 @@ def _loader() -> Any:
             finally:
                 self._depth -= 1
 
+        def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+            """YAML 1.1 takes 1:30:00 for 5400, in quadratic time, and has dates and merge keys (<<): here text."""
+            if kind is not yaml.ScalarNode:
+                return super().resolve(kind, value, implicit)
+            tag = _YAML_TEXT if ":" in value else super().resolve(kind, value, implicit)
+            return tag if tag in _YAML_PLAIN else _YAML_TEXT
+
+        def construct_yaml_int(self, node: Any) -> int:
+            value = int(super().construct_yaml_int(node))
+            if abs(value) >= _LARGEST_NUMBER:
+                raise yaml.YAMLError(f"{node.value[:40]} is too large a number")
+            return value
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
     return Loader
 
 
 def read_yaml(path: Path) -> Any:
-    """The value in a YAML file of plain values.
+    """The value in a YAML file of null, booleans, numbers, text, lists and mappings.
+
+    Base-60 numbers, dates and merge keys of YAML 1.1 are text.
 
     Raises:
         OSError: as `open_regular`.
-        ValueError: it is too large or no such YAML.
+        ValueError: it is too large, is not YAML, or has references, tags or whole numbers of more than 64 bits.
     """
     import yaml
 
     data = read_bytes(path, _LARGEST_YAML_BYTES)
     try:
-        return yaml.load(data.decode(), Loader=_loader())  # a safe one
-    except yaml.YAMLError as error:
+        return yaml.load(data.decode(), Loader=_loader())  # derived from SafeLoader
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from moe_train.checkpoint import untrusted
+from moe_train.files import untrusted
 
+BOMB = "\n".join(["a0: &a0 x", *(f"a{i}: &a{i} [{f'*a{i - 1},' * 9}]" for i in range(1, 10))])
 REFUSED = {
     "Infinity": b"[Infinity]",
     "NaN": b'{"a": NaN}',
@@ -40,8 +42,14 @@ def test_json_that_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a: &x [1]\nb: *x", "[" * 100, "[" + "[]," * 30_000 + "]", "a: [", "a: !!python/name:os.system", "\x00"]
-)
+    "text",
+    [
+        "a: &x [1]\nb: *x", "[" * 100, "[" + "[]," * 30_000 + "]", "a: [", "a: !!python/name:os.system", "\x00",
+        "<<: *x", "- !!int 1:30", "a: !!set {b}", "a: ! 1", "a: 18446744073709551616", "a: 0x" + "f" * 17,
+        pytest.param("a: " + "1" * 100_000, id="100,000 digits"),
+        pytest.param(BOMB, id="billion laughs"),
+    ],
+)  # fmt: skip
 def test_yaml_that_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text(text)
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the reasons differ
@@ -95,6 +103,47 @@ def test_yaml_up_to_each_bound_is_read(tmp_path: Path) -> None:
         else:
             with pytest.raises(ValueError, match="more than 262,144 bytes"):
                 untrusted.read_yaml(file)
+
+
+@pytest.mark.parametrize("number", ["1:30:00", "-1:30", "190:20:30.15", "1" + ":59" * 80_000])
+def test_base_60_numbers_are_text(number: str, tmp_path: Path) -> None:
+    """PyYAML alone takes them for numbers, and quadratic time for the last one."""
+    (tmp_path / "file").write_text(f"a: {number}")
+    assert untrusted.read_yaml(tmp_path / "file") == {"a": number}
+
+
+def test_yaml_of_plain_values_only(tmp_path: Path) -> None:
+    text = "{a: 2001-01-01, <<: {b: 1}, =: 2, c: [~, yes, 0x10, 012, 1_0, -1.5e+3, .inf, 1e3, '7'], d: e:f}"
+    (tmp_path / "file").write_text(text)
+    assert untrusted.read_yaml(tmp_path / "file") == {
+        "a": "2001-01-01", "<<": {"b": 1}, "=": 2, "c": [None, True, 16, 10, 10, -1500.0, float("inf"), "1e3", "7"],
+        "d": "e:f",
+    }  # fmt: skip
+
+
+@dataclass
+class Record:
+    name: str
+    count: int
+    weight: float | None = None
+    done: bool = False
+
+
+def test_a_record_is_read_with_its_types(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text('{"name": "a", "count": 3, "weight": 0.5, "done": true}')
+    assert untrusted.read_record(tmp_path / "file", Record) == Record("a", 3, 0.5, done=True)
+    (tmp_path / "file").write_text('{"name": "a", "count": 3, "weight": null}')
+    assert untrusted.read_record(tmp_path / "file", Record) == Record("a", 3)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"name": "a"}', '{"name": "a", "count": 1, "more": 2}', '{"name": 1, "count": 1}',
+             '{"name": "a", "count": true}', '{"name": "a", "count": 1, "done": 1}', '{"name": ["a"], "count": 1}'],
+)  # fmt: skip
+def test_a_record_of_other_fields_or_types_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(ValueError):  # noqa: PT011 - the reasons differ
+        untrusted.read_record(tmp_path / "file", Record)
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
