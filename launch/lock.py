@@ -6,8 +6,7 @@ A run that ends removes its lock. One that was killed leaves it, and the next ru
 * in a later start of the same job at once;
 * on another machine when Slurm no longer knows the job, or when no heartbeat came for `launcher.lock_timeout_s`.
 
-The lock appears by `link(2)`, which is atomic on NFS too, and its heartbeat is its time of modification. No clock of
-another machine is compared: a lock is left behind when its heartbeat does not change for as long as we watch it.
+The lock appears by `link(2)`, which is atomic on NFS too. Its heartbeat is that of `moe_train.files.locks`.
 """
 
 from __future__ import annotations
@@ -21,20 +20,19 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moe_train.config.schema import Config
-from moe_train.files import untrusted
+from moe_train.files import locks
 from parallel.errors import ConfigError, LaunchError
 
 NAME = "run.lock"
 _BEATS = 6  # in launcher.lock_timeout_s
 _POLL_S = 0.5
-_LARGEST_BYTES = 64 * 1024
+_SLURM_JOB = "Slurm job "
 _OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
          "TIMEOUT")  # fmt: skip
 """States of a Slurm job that has ended."""
@@ -62,7 +60,8 @@ class Owner:
     """Slurm's name of the cluster that numbers the job; "" where that is not known."""
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}" + (f" ({self.job})" if self.job else "")
+        process = locks.name_of(self.pid, self.host)
+        return f"{process} ({locks.printable(self.job)})" if self.job else process
 
 
 class Lock:
@@ -70,39 +69,31 @@ class Lock:
 
     def __init__(self, path: Path, owner: Owner, timeout_s: float, lost: Callable[[str], None]) -> None:
         self.path, self.owner, self._lost = path, owner, lost
-        self._interval_s = timeout_s / _BEATS
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
         try:
-            self._thread.start()
+            self._heartbeat = locks.Heartbeat(path, timeout_s / _BEATS, _POLL_S, self._is_ours, self._tell)
         except RuntimeError as error:
             self._remove()
             raise LaunchError(f"the lock of run_dir needs a thread: {error}", "raise ulimit -u and ulimit -v") from None
+        self._thread = self._heartbeat.thread
 
     def release(self) -> None:
         """Let another run have the directory."""
-        self._end.set()
+        self._heartbeat.end()
         self._remove()
 
     def _remove(self) -> None:
         with contextlib.suppress(OSError):
-            if _owner(self.path) == self.owner:
+            if self._is_ours():
                 self.path.unlink()
 
-    def _beat(self) -> None:
-        missed = 0
-        while not self._end.wait(self._interval_s if not missed else _POLL_S):
-            try:
-                os.utime(self.path)
-                there = _owner(self.path)
-            except FileNotFoundError:
-                there = None
-            except OSError:  # a storage that does not answer, or is read-only: the run goes on
-                continue
-            missed = 0 if there == self.owner else missed + 1
-            if missed > 2 and not self._end.is_set():  # who takes a lock over may hold it for a moment to look at it
-                self._lost(f"run_dir={self.path.parent} was taken over by {there or 'a user who removed its lock'}")
-                return
+    def _is_ours(self) -> bool:
+        return _owner(self.path) == self.owner
+
+    def _tell(self) -> None:
+        there = None
+        with contextlib.suppress(OSError):
+            there = _owner(self.path)
+        self._lost(f"run_dir={self.path.parent} was taken over by {there or 'a user who removed its lock'}")
 
 
 _held: list[Lock] = []
@@ -186,8 +177,7 @@ class _Watched:
 
     def __init__(self, path: Path, me: Owner, timeout_s: float) -> None:
         self._path, self._me, self._timeout_s = path, me, timeout_s
-        self._seen: tuple[str, float] | None = None
-        self._since = time.monotonic()
+        self._watch = locks.Watch(path)
 
     def why_gone(self, found: Owner) -> str:
         """Why `found` no longer runs; "" while that is not known.
@@ -201,17 +191,17 @@ class _Watched:
         same_job = bool(found.job) and (found.job, found.cluster) == (self._me.job, self._me.cluster)
         if state == "lives" and not same_job:
             raise _in_use(self._path, found)
+        is_first = self._watch.is_new
         try:
-            beat = found.token, self._path.stat().st_mtime
+            beats = self._watch.look()
         except OSError:
             return ""
-        waited_s = time.monotonic() - self._since
-        if self._seen is None:
-            self._seen = beat
+        if is_first:
             print(f"{self._path} is held by {found}: waiting for a heartbeat, {self._timeout_s:g} s at most",
                   file=sys.stderr, flush=True)  # fmt: skip
-        elif beat != self._seen and not same_job:
+        if beats and not same_job:
             raise _in_use(self._path, found)
+        waited_s = self._watch.watched_s
         if waited_s < self._timeout_s:
             return ""
         if state == "lives":  # an earlier start of this job that does not end
@@ -229,8 +219,9 @@ def _state(found: Owner, me: Owner) -> tuple[str, str]:
         return "gone", "it was an earlier start of this job"
     # Two clusters that share a storage number their jobs alike, and the squeue of one knows nothing of the other's.
     same_cluster = found.cluster == me.cluster or not (found.cluster and me.cluster)
-    if found.job.startswith("Slurm job ") and found.job != me.job and same_cluster:
-        return _job_state(found.job.removeprefix("Slurm job "))
+    number = found.job.removeprefix(_SLURM_JOB)
+    if number != found.job != me.job and number.isascii() and number.isdigit() and same_cluster:
+        return _job_state(number)
     return "unknown", ""
 
 
@@ -300,19 +291,13 @@ def _remove_stale(path: Path, found: Owner) -> None:
 
 def _owner(path: Path) -> Owner | None:
     """Who holds the lock; None where there is none, or it is damaged."""
-    try:
-        found = Owner(**untrusted.read_json(path, _LARGEST_BYTES))
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
-    # Types are checked by value: another process or user wrote this file.
-    is_typed = all(type(getattr(found, field.name)).__name__ == field.type for field in fields(Owner))
-    return found if is_typed and found.pid >= 0 else None
+    return locks.read_owner(path, Owner)
 
 
 def _me() -> Owner:
     job = attempt = ""
     if number := os.environ.get("SLURM_JOB_ID"):
-        job, attempt = f"Slurm job {number}", os.environ.get("SLURM_RESTART_COUNT", "")
+        job, attempt = f"{_SLURM_JOB}{number}", os.environ.get("SLURM_RESTART_COUNT", "")
     elif (name := os.environ.get("TORCHELASTIC_RUN_ID", "none")) != "none":
         job = f"torchrun {name}"
     starts = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 _LONGEST = 2000
 
 
-def one_line(text: str) -> str:
+def one_line(text: str, longest: int = _LONGEST) -> str:
     """`text` without line breaks and terminal controls, which names in files can have, and of a readable length."""
     shown = text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}..."
+    return shown if len(shown) <= longest else f"{shown[:longest]}..."
 
 
 class MoeTrainError(Exception):

@@ -177,6 +177,22 @@ def test_slurm_is_asked_for_the_job(answer: str, state: str, tmp_path: Path, mon
     assert lock._state(theirs, lock._me())[0] == state
 
 
+@pytest.mark.parametrize("number", ["1\0", "", "12 --cluster=all", "\u0661"])
+def test_slurm_is_not_asked_for_what_is_not_the_number_of_a_job(number: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_job_state", lambda job: pytest.fail(job))
+    theirs = replace(lock._me(), kernel="another", job=f"Slurm job {number}")
+    assert lock._state(theirs, lock._me())[0] == "unknown"
+
+
+def test_text_of_a_lock_cannot_control_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = _left(tmp_path, job="job\x1b[2J" + "x" * 5_000)
+    path.write_text(path.read_text().replace('"elsewhere"', json.dumps("node\x1b]0;title\x07\n")))
+    _take(tmp_path)
+    told = capsys.readouterr().err
+    assert r"process 1 on node\x1b]0;title\x07\n (job\x1b[2Jxxx" in told
+    assert all(line.isprintable() and len(line) < 1_000 for line in told.splitlines())
+
+
 def test_a_job_of_another_cluster_is_not_asked_of_this_ones_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both number their jobs from 1, and share the storage."""
     monkeypatch.setattr(lock, "_job_state", lambda job: ("gone", "its job has ended"))
