@@ -20,6 +20,7 @@ from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields, get, group_names, misfit, with_values
 from moe_train.files import untrusted
 from parallel.errors import CheckpointError, ConfigError
+from parallel.suggest import override_value
 
 SUMMARY, EXPORTS = "summary.json", "hf"
 """Names in run_dir."""
@@ -31,6 +32,7 @@ _OF_A_RUN = (
 )  # fmt: skip
 _LENGTHS = ("train.steps", "train.tokens")
 _PERMISSIONS = ("schedule.on_resume", "data.on_resume")
+_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class Found:
 
 
 def continued(cfg: Config, words: Sequence[str], compose: Callable[[Sequence[str]], Config]) -> Config:
-    """`cfg`, or where it goes on from a checkpoint the config of that run with what `words` change.
+    """`cfg`, or where run_dir holds a run the config of that run with what `words` change.
+
+    A run that ended before its first checkpoint keeps its config too. Nothing was trained, so that every field may
+    change.
 
     Args:
         cfg: what the command line makes of the defaults.
@@ -53,7 +58,7 @@ def continued(cfg: Config, words: Sequence[str], compose: Callable[[Sequence[str
 
     Raises:
         CheckpointError: the run may not continue the checkpoint.
-        ConfigError: run_dir holds another run than `resume` names.
+        ConfigError: run_dir holds another run than `resume` names, or neither a checkpoint nor its config can be read.
     """
     if cfg.resume == "never":
         return cfg
@@ -63,8 +68,10 @@ def continued(cfg: Config, words: Sequence[str], compose: Callable[[Sequence[str
     named, optional = _asked(cfg, words, compose)  # which may compose again, and that takes a while
     merged = _merged(base, cfg, named, optional)
     found = find(merged)
-    if found is None:  # none of them can be read here, and ranks say why
-        return merged if any(_candidates(merged)) else cfg
+    if found is None:
+        if not any(_candidates(merged)):  # else none can be read here, and ranks say why
+            _tell_of_a_new_start(merged, cfg)
+        return merged
     if cfg.resume != "auto":
         _refuse_another_run(merged, found)
     before = config_of(found.config, found.path / directory.CONFIG)
@@ -174,7 +181,12 @@ def _base(cfg: Config) -> Config | None:
             stored = config_of(untrusted.read_yaml(own), own)
         except (OSError, ValueError, CheckpointError) as error:
             why = str(error).splitlines()[0]
-            _warn_once(f"{own} cannot be read ({why}), and the newest checkpoint's config takes its place")
+            if not any(_candidates(cfg)):
+                raise ConfigError(
+                    f"{own} cannot be read ({why}), and the run has no checkpoint",
+                    "restore the file from a copy, or begin another run there with resume=never",
+                ) from error
+            _say_once(f"warning: {own} cannot be read ({why}), and the newest checkpoint's config takes its place")
     if cfg.resume == "auto" and stored is not None:
         return stored
     found = find(cfg)
@@ -188,14 +200,26 @@ def _base(cfg: Config) -> Config | None:
     return with_values(base, {"init_from": None, "checkpoint.dir": elsewhere.checkpoint.dir})
 
 
+def _tell_of_a_new_start(merged: Config, cfg: Config) -> None:
+    """Say which fields of a run without a checkpoint come from its config.yaml. `cfg` is the command line alone."""
+    resolved = {"runtime"} if cfg.runtime == "auto" else set()
+    taken = [name for name in all_fields() if get(merged, name) != get(cfg, name) and name not in resolved]
+    if not taken:
+        return
+    shown = " ".join(f"{name}={override_value(get(merged, name))}" for name in taken[:_SHOWN])
+    more = "" if len(taken) <= _SHOWN else f" and {len(taken) - _SHOWN} more"
+    own = Path(cfg.run_dir, directory.CONFIG)
+    _say_once(f"no checkpoint yet: the run begins with {own} ({shown}{more}); resume=never takes the defaults")
+
+
 _told: set[str] = set()
 
 
-def _warn_once(line: str) -> None:
+def _say_once(line: str) -> None:
     """A config is looked at before its directory is made, and again when its job begins."""
     if line not in _told:
         _told.add(line)
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
 
 
 def _merged(base: Config, cfg: Config, named: set[str], optional: set[str]) -> Config:
@@ -206,7 +230,8 @@ def _merged(base: Config, cfg: Config, named: set[str], optional: set[str]) -> C
     taken |= {name for name in all_fields() if name in _OF_THE_COMMAND or name.split(".")[0] in _NO_GROUPS_OF_A_RUN}
     merged = with_values(base, {name: get(cfg, name) for name in taken})
     if merged.init_from and "init_from" not in named and not os.path.exists(merged.init_from):
-        merged = replace(merged, init_from=None)  # it began the run long ago
+        if any(_candidates(merged)):
+            merged = replace(merged, init_from=None)  # the checkpoints have its weights
     return merged
 
 

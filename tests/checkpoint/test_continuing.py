@@ -17,6 +17,7 @@ from moe_train.config import compose as compose_module
 from moe_train.config.compose import compose, from_yaml, hydra_entry, to_yaml
 from moe_train.config.rules.facts import total_steps
 from moe_train.config.schema import Config
+from moe_train.config.validate import validate
 from parallel.errors import ConfigError, MoeTrainError
 
 FIRST = ("train.steps=10", "schedule.warmup_steps=2", "data=text", "data.path=a.txt", "data.dir=d", "parallel.ep=2")
@@ -57,10 +58,68 @@ def test_a_run_goes_on_as_it_was() -> None:
     assert again("resume=never") == compose(["run_dir=R", "resume=never"])
 
 
-def test_a_run_without_a_checkpoint_begins_with_the_defaults() -> None:
+def begin_without_a_checkpoint(*words: str) -> Config:
+    """As if a run with these overrides had ended before it saved anything."""
+    cfg = compose([*words, "run_dir=R"])
+    Path("R").mkdir(exist_ok=True)
+    Path("R/config.yaml").write_text(to_yaml(cfg))
+    return cfg
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_goes_on_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    first = begin_without_a_checkpoint(*FIRST)
+    assert again(*FIRST) == first
+    assert capsys.readouterr().err == ""  # a requeued job says all of it again
+    assert again() == again() == first
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("no checkpoint yet: the run begins with R/config.yaml (parallel.ep=2 ")
+    assert "and 3 more); resume=never takes the defaults" in said
+    assert again("resume=never") == compose(["run_dir=R", "resume=never"])
+
+
+def test_a_runtime_that_was_resolved_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+    begin_without_a_checkpoint("runtime=cpu")
+    assert again().runtime == "cpu"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "fields"),
+    [
+        (("train.steps=20",), {"train.steps": 20, "schedule.warmup_steps": 2, "data.path": "a.txt"}),
+        (("train.tokens=20480",), {"train.steps": None, "train.tokens": 20480}),
+        (("data=stdlib", "seed=7"), {"data.source": "stdlib", "data.path": None, "seed": 7, "train.steps": 10}),
+        (("model.num_layers=2", "train.seq_length=64"), {"model.num_layers": 2, "train.seq_length": 64}),
+        (("schedule=linear",), {"schedule.decay": "linear", "train.steps": 10}),
+    ],
+    ids=" ".join,
+)
+def test_without_a_checkpoint_every_field_may_change(words: Sequence[str], fields: dict[str, Any]) -> None:
+    """Nothing was trained, so that nothing needs a permission."""
+    first = begin_without_a_checkpoint(*FIRST)
+    cfg = again(*words)
+    for name, value in fields.items():
+        assert continuing.get(cfg, name) == value
+    assert cfg.parallel == first.parallel
+
+
+def test_the_weights_of_a_run_without_a_checkpoint_are_still_needed() -> None:
+    """It would begin with random ones."""
+    begin_without_a_checkpoint("init_from=gone")
+    assert again().init_from == "gone"
+    with pytest.raises(ConfigError, match="init_from=gone does not exist"):
+        validate(again())
+    begin("init_from=gone")
+    assert again().init_from is None
+
+
+def test_a_config_that_cannot_be_read_is_not_replaced_by_the_defaults() -> None:
     Path("R").mkdir()
-    Path("R/config.yaml").write_text(to_yaml(compose([*FIRST, "run_dir=R"])))
-    assert again() == compose(["run_dir=R"])
+    Path("R/config.yaml").write_text("model: [")
+    with pytest.raises(ConfigError, match="R/config.yaml cannot be read .* and the run has no checkpoint"):
+        again()
+    assert again("resume=never") == compose(["run_dir=R", "resume=never"])
 
 
 @pytest.mark.parametrize(
