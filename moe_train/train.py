@@ -84,15 +84,21 @@ def prepare(cfg: Config, rank: RankInfo) -> Run:
     return run
 
 
+def samples_of(run: Run) -> int:
+    """Samples of all steps: of those so far, whose batches and sequences may have had other sizes, and to come.
+
+    The order of the samples depends on this number, so that it must be the same after a restart.
+    """
+    return run.state.trained_samples + (run.total_steps - run.state.step) * run.cfg.batch.global_batch_size
+
+
 def train(run: Run) -> None:
     """Step until the end of the run. All that is not the step is a callback."""
     cfg = run.cfg
     eval_count = cfg.train.eval_batches
     batch = cfg.batch.global_batch_size
-    # Samples of the steps so far, whose batches may have had another size, and of those to come.
-    samples = run.state.consumed_tokens // cfg.train.seq_length + (run.total_steps - run.state.step) * batch
-    train_data, run.valid_data, _ = build_datasets(cfg, samples, eval_count * batch, 0)
-    # A run that passed over data needs more than its steps take, and uses its first samples again.
+    train_data, run.valid_data, _ = build_datasets(cfg, samples_of(run), eval_count * batch, 0)
+    # A run that left data out after a bad step needs more than its steps take, and uses its first samples again.
     batches = iterators(run, train_data, run.state.consumed_samples, wrap=True)
 
     def evaluate() -> None:

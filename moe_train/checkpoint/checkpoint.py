@@ -20,6 +20,8 @@ from moe_train.checkpoint.saving import Job, Saving
 from moe_train.loop.run import Run, TrainState
 from parallel.errors import CheckpointError
 
+_TRAINED = "trained_samples"
+
 
 def root_of(run: Run) -> Path:
     """Directory of the run's checkpoints."""
@@ -210,7 +212,7 @@ def _load(run: Run, path: Path) -> None:
         state.load_random(run, _read(run, state.random_state(run), contents, path))
     state.load_scalers(run, facts["loss_scale"])
     run.schedule.step(increment=updates - run.schedule.num_steps)  # a run that goes back has done some
-    run.state = TrainState(**facts["progress"])
+    run.state = TrainState(**facts["progress"], trained_samples=facts[_TRAINED])
     if run.is_main:
         for warning in warnings:
             warn(warning)
@@ -275,10 +277,12 @@ def _facts(run: Run) -> dict[str, Any]:
     loss_scale: dict[str, Any] = {}
     for scalers in gathered:  # a pipeline stage without experts has no expert optimizer
         loss_scale = {**scalers, **loss_scale}
+    progress = asdict(run.state)
     return {
         "format": directory.FORMAT,
         "manifest": True,
-        "progress": asdict(run.state),
+        _TRAINED: progress.pop(_TRAINED),  # a version that does not know it must not find it in `progress`
+        "progress": progress,
         "schedule": run.schedule.state_dict(),
         "loss_scale": loss_scale,
         "layout": asdict(run.layout),
@@ -291,7 +295,7 @@ def _facts(run: Run) -> dict[str, Any]:
 def _check(run: Run, path: Path) -> tuple[dict[str, Any], list[str]]:
     """Facts of the checkpoint, and warnings about settings that differ from it."""
     directory.check_files(path)
-    facts = directory.read_state(path)
+    facts, saved = directory.read_state(path), compat.read(path)
     if facts.get("weights_only"):
         raise CheckpointError(f"checkpoint {path} holds weights only", f"set init_from={path}")
     try:
@@ -299,9 +303,16 @@ def _check(run: Run, path: Path) -> tuple[dict[str, Any], list[str]]:
         if missing := {"schedule", "loss_scale", "layout", "device"} - facts.keys():
             raise KeyError(f"no {', '.join(sorted(missing))}")
         int(facts["schedule"]["num_steps"])
+        facts[_TRAINED] = int(facts.get(_TRAINED, _trained_samples(facts["progress"], saved, run)))
     except (ValueError, KeyError, TypeError) as error:
         raise directory.damaged(path, f"{directory.STATE} cannot be read: {error}") from error
-    return facts, compat.check(compat.read(path), run.cfg, path)
+    return facts, compat.check(saved, run.cfg, path)
+
+
+def _trained_samples(progress: dict[str, Any], saved: dict[str, Any], run: Run) -> int:
+    """What an earlier version did not store: it had one length of sequences, that of its config."""
+    length = (saved.get("train") or {}).get("seq_length") or run.cfg.train.seq_length
+    return int(progress["consumed_tokens"]) // int(length)
 
 
 def _resharding(run: Run, facts: dict[str, Any]) -> str:

@@ -24,7 +24,10 @@ class TrainState:
 
     step: int = 0
     consumed_samples: int = 0
+    """Position in the data. It includes what a run left out when it went back after a bad step."""
     consumed_tokens: int = 0
+    trained_samples: int = 0
+    """Sequences of the steps so far, of any length."""
 
 
 class Callback:

@@ -58,6 +58,7 @@ def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
     run.state.step += 1
     run.state.consumed_samples += run.cfg.batch.global_batch_size
     run.state.consumed_tokens += run.cfg.batch.global_batch_size * run.cfg.train.seq_length
+    run.state.trained_samples += run.cfg.batch.global_batch_size
     metrics = {"lm_loss": loss or 0.0, "grad_norm": norm or 0.0, "lr": learning_rate}
     if not updated:
         metrics["skipped"] = True

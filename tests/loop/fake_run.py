@@ -32,6 +32,7 @@ def fake_run(run_dir: Path, *, step: int = 0, total_steps: int = 10, rank: int =
 def set_step(run: Run, step: int) -> None:
     """As if `step` steps were done."""
     run.state.step, run.state.consumed_tokens = step, step * BATCH * SEQUENCE
+    run.state.trained_samples = run.state.consumed_samples = step * BATCH
 
 
 def metrics(loss: float = 5.0, **others: Any) -> Metrics:
