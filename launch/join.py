@@ -32,8 +32,8 @@ from parallel.rank_info import RankInfo
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-_CONFIG, _FAILED, _LOST, _READ, _DONE, _CODE, _VERDICT, _LEFT, _END = (
-    f"moe_train/{key}" for key in ("config", "failed", "lost", "read", "done", "code", "verdict", "left", "end")
+_CONFIG, _FAILED, _LOST, _READ, _DONE, _CODE, _VERDICT, _LEFT, _END, _SRUN = (
+    f"moe_train/{key}" for key in ("config", "failed", "lost", "read", "done", "code", "verdict", "left", "end", "srun")
 )
 _PREPARATION_S = 24 * 3600  # other ranks wait while rank 0 tokenises a corpus; if it dies they notice at once
 _REPORT_S = 3600  # and while it reads all metrics of the run for its report
@@ -52,6 +52,8 @@ def run(info: RankInfo, entry: str | None = None) -> int:
                 "run moe-train --multirun alone, or start one job for each value",
             )
         store = rendezvous.meet(info)
+        if info.launcher.startswith("srun"):
+            store.set(f"{_SRUN}/{info.rank}", rendezvous.component())
     except MoeTrainError as error:
         if info.rank == 0 or isinstance(error, LaunchError):
             print(f"error: {error}", file=sys.stderr)
@@ -67,6 +69,7 @@ def _lead(info: RankInfo, store: TCPStore, entry: str | None) -> int:
 
     def work(asked: Config) -> None:
         nonlocal published
+        _refuse_components(info, store)
         cfg = asked
         if cfg.runtime == "simulated":
             raise ConfigError(
@@ -103,6 +106,21 @@ def _lead(info: RankInfo, store: TCPStore, entry: str | None) -> int:
         store.set(_CONFIG, json.dumps({"exit": code}))
         _await(store, _READ, info.world_size - 1)
     return code
+
+
+def _refuse_components(info: RankInfo, store: TCPStore) -> None:
+    """Raise LaunchError where ranks belong to different components of `srun A : B`.
+
+    Before the config is looked at: their number may be one that no layout has.
+    """
+    if not info.launcher.startswith("srun"):
+        return
+    keys = [f"{_SRUN}/{rank_}" for rank_ in range(info.world_size)]
+    try:
+        store.wait(keys)
+    except RuntimeError:  # some have not come, and what waits for them next says so
+        return
+    rendezvous.refuse_components([store.get(key).decode() for key in keys])
 
 
 def _follow(info: RankInfo, store: TCPStore, entry: str | None) -> int:

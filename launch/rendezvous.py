@@ -108,10 +108,30 @@ def _refuse_heterogeneous(env: Mapping[str, str]) -> None:
     mixed = counts != sorted(counts, reverse=True)
     if spans or mixed:
         what = f"SLURM_HET_SIZE={components}" if spans else f"{','.join(map(str, counts))} tasks on its nodes"
-        raise LaunchError(
-            f"this is a heterogeneous step of Slurm ({what}), and ranks must be the tasks of one component",
-            "start all of them by one srun --ntasks-per-node=N, in a heterogeneous job with --het-group=I",
-        )
+        raise _heterogeneous(what)
+
+
+def component(env: Mapping[str, str] = os.environ) -> str:
+    """What all tasks of one component of a step have in common, and no task of another.
+
+    Inside a job the variables of `srun A : B` are those of `srun` with all their tasks, also where A and B have other
+    numbers of tasks. But each component has a listener of its own in srun.
+    """
+    return env.get("SLURM_STEP_LAUNCHER_PORT", "")
+
+
+def refuse_components(components: Sequence[str]) -> None:
+    """Raise LaunchError where the `component` of each rank is not the same for all."""
+    other = next((rank for rank, one in enumerate(components) if one != components[0]), None)
+    if other is not None:
+        raise _heterogeneous(f"rank {other} is of another component than rank 0")
+
+
+def _heterogeneous(what: str) -> LaunchError:
+    return LaunchError(
+        f"this is a heterogeneous step of Slurm ({what}), and ranks must be the tasks of one component",
+        "start all of them by one srun --ntasks-per-node=N, in a heterogeneous job with --het-group=I",
+    )
 
 
 def first_host(node_list: str) -> str:

@@ -229,9 +229,9 @@ def _merged(base: Config, cfg: Config, named: set[str], optional: set[str]) -> C
         taken |= set(_LENGTHS) if len(given) == 1 else set()
     taken |= {name for name in all_fields() if name in _OF_THE_COMMAND or name.split(".")[0] in _NO_GROUPS_OF_A_RUN}
     merged = with_values(base, {name: get(cfg, name) for name in taken})
-    if merged.init_from and "init_from" not in named and not os.path.exists(merged.init_from):
-        if any(_candidates(merged)):
-            merged = replace(merged, init_from=None)  # the checkpoints have its weights
+    is_gone = merged.init_from and "init_from" not in named and not os.path.exists(merged.init_from)
+    if is_gone and any(_candidates(merged)):
+        merged = replace(merged, init_from=None)  # the checkpoints have its weights
     return merged
 
 

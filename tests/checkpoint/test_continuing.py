@@ -117,7 +117,7 @@ def test_the_weights_of_a_run_without_a_checkpoint_are_still_needed() -> None:
 def test_a_config_that_cannot_be_read_is_not_replaced_by_the_defaults() -> None:
     Path("R").mkdir()
     Path("R/config.yaml").write_text("model: [")
-    with pytest.raises(ConfigError, match="R/config.yaml cannot be read .* and the run has no checkpoint"):
+    with pytest.raises(ConfigError, match=r"R/config\.yaml cannot be read .* and the run has no checkpoint"):
         again()
     assert again("resume=never") == compose(["run_dir=R", "resume=never"])
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from launch import join
+from parallel.errors import LaunchError
 from tests.launch import commands
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
@@ -26,8 +27,9 @@ def _run(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=commands.ROOT, env=env, capture_output=True, text=True, timeout=90)
 
 
-def _srun(command: list[str], **more: str) -> list[tuple[int, str, str]]:
-    """What two tasks of a real srun see. Returns exit code, output and errors of each."""
+def _srun(command: list[str], *, ports: tuple[str, str] = ("", ""), **more: str) -> list[tuple[int, str, str]]:
+    """What two tasks of a real srun see, each with its own of `ports` of srun. Returns exit code, output and errors of
+    each."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         port = listener.getsockname()[1]
@@ -36,7 +38,7 @@ def _srun(command: list[str], **more: str) -> list[tuple[int, str, str]]:
         env = commands.environment(
             SLURM_JOB_ID="9", SLURM_STEP_ID="0", SLURM_PROCID=str(i), SLURM_LOCALID=str(i), SLURM_NTASKS="2",
             SLURM_STEP_NUM_TASKS="2", SLURM_NODEID="0", SLURM_STEP_TASKS_PER_NODE="2", SLURM_JOB_NODELIST="localhost",
-            MASTER_PORT=str(port), **more,
+            MASTER_PORT=str(port), SLURM_STEP_LAUNCHER_PORT=ports[i], **more,
         )  # fmt: skip
         pipe = subprocess.PIPE
         tasks.append(subprocess.Popen(command, cwd=commands.ROOT, env=env, stdout=pipe, stderr=pipe, text=True))
@@ -174,6 +176,15 @@ def test_srun_prints_the_config_once(tmp_path: Path) -> None:
     assert (code0, code1) == (0, 0)
     assert "global_batch_size: 2" in output0
     assert output1 == ""
+
+
+def test_srun_refuses_components_that_look_like_one_step(tmp_path: Path) -> None:
+    """Inside a job only the port of srun differs. Their number of ranks is no layout's, which is not the cause."""
+    command = commands.arguments("report", tmp_path, 3)
+    (code0, _, errors0), (code1, _, errors1) = _srun(command, ports=("44835", "45071"))
+    assert (code0, code1, errors1) == (LaunchError.exit_code, LaunchError.exit_code, "")
+    assert errors0.startswith("error: this is a heterogeneous step of Slurm (rank 1 is of another component than rank ")
+    assert errors0.count("\n") == 1
 
 
 def test_srun_refuses_a_sweep(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -48,13 +49,29 @@ def test_ranks_that_would_each_be_alone_are_refused_in_one_line(jobs: Jobs) -> N
     assert "use srun --mpi=pmi2 with MPICH" in lines[0]
 
 
-def test_a_heterogeneous_step_is_refused_in_one_line(jobs: Jobs) -> None:
+@pytest.mark.parametrize(("first", "second"), [("-n1", "-n2"), ("-n2", "-n1"), ("-n2", "-n2")])
+def test_a_heterogeneous_step_is_refused_in_one_line(first: str, second: str, jobs: Jobs) -> None:
     command = [sys.executable, "-P", "-m", "launch.main", *jobs.overrides]
-    components = ["-N1", "-n1", *command, ":", "-N1", "-n2", *command]
+    components = ["-N1", first, *command, ":", "-N1", second, *command]
     with pytest.raises(RuntimeError) as caught:
         jobs.cluster.run("srun", "--quiet", *components, PYTHONPATH=str(ROOT))
     lines = [line for line in str(caught.value).splitlines() if "error: this is a heterogeneous step" in line]
     assert len(lines) == 1, caught.value
+
+
+@pytest.mark.parametrize(("first", "second"), [("-n2", "-n1"), ("-n2", "-n2")])
+def test_a_heterogeneous_step_inside_a_job_is_refused_in_one_line(
+    first: str, second: str, jobs: Jobs, tmp_path: Path
+) -> None:
+    """There no variable of Slurm has more than one component."""
+    command = shlex.join([sys.executable, "-P", "-m", "launch.main", *jobs.overrides, f"run_dir={tmp_path}/run"])
+    script = tmp_path / "job.sh"
+    script.write_text(f"#!/bin/bash\nsrun --quiet -N1 {first} {command} : -N1 {second} {command}\n")
+    flags = ["--parsable", "-N2", "--ntasks-per-node=2", f"--chdir={tmp_path}", f"--output={tmp_path}/out.txt"]
+    job = jobs.cluster.run("sbatch", *flags, str(script), PYTHONPATH=str(ROOT)).strip()
+    jobs.end(job)
+    output = (tmp_path / "out.txt").read_text()
+    assert output.count("error: this is a heterogeneous step of Slurm (rank 2 is of another component") == 1, output
 
 
 def test_wrong_overrides_end_the_job_at_once(jobs: Jobs, tmp_path: Path) -> None:
