@@ -39,6 +39,7 @@ from parallel.suggest import override_value
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra then raises its errors instead of printing them in its own way
 _INTERRUPTED = 130
+_PRINTS = {"-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info"}  # and the command ends
 Revise = Callable[[Config, Sequence[str], Callable[[Sequence[str]], Config]], Config]
 """Makes another config of one, the overrides that led to it, and a function that composes others."""
 # For the callback, which Hydra makes without arguments of ours.
@@ -216,6 +217,11 @@ def hydra_entry(
         entry = _Entry(fn)
         page = partial(help.page, about, common) if about else None
         code = _run(entry, config_name, argv, runs, page, flags)
+        try:
+            sys.stdout.flush()  # Hydra prints without that, and at exit it is too late for one line
+        except OSError as error:
+            entry.report(error)
+            code = code or entry.exit_code
         if after_sweep is not None and len(entry.jobs) > 1:
             after_sweep(entry.jobs)
         return code
@@ -236,6 +242,7 @@ def _run(
         "verbose=true" if word in ("-v", "--verbose") else word for word in (sys.argv[1:] if argv is None else argv)
     ]
     entry.given([word for word, is_override in sorted_words(options) if is_override])
+    entry.only_prints = any(word.partition("=")[0] in _PRINTS for word in options)
     try:
         if page and {"-h", "--help"} & set(options):
             print(page(), flush=True)
@@ -282,6 +289,7 @@ class _Entry:
         self.fn, self.exit_code, self.prefix = fn, 0, ""
         self.overrides: list[str] = []
         self.jobs: list[Job] = []
+        self.only_prints = False
         self.user_environment = os.environ.get(_FULL_ERROR)
         self.verbose = self.user_environment == "1"
 
@@ -336,13 +344,18 @@ class _Entry:
         self._print(one_line(known), known.exit_code)
 
     def report_bug(self, error: Exception) -> None:
-        """An error that nobody foresaw: whoever mends it needs the traceback. A command that only answers ends quietly
-        where its reader is gone, and in a line where the disk is full; a run must not end unnoticed."""
-        if not _TRAINS.get() and isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read it has seen enough (| head)
-            self.exit_code = 1  # as rich does
+        """An unexpected error, for which a developer needs the traceback.
+
+        A command that only prints ends quietly where its reader is gone, and with a line where the disk is full. A run
+        must not end unnoticed.
+        """
+        prints = self.only_prints or not _TRAINS.get()
+        if prints and isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough (| head)
+            # The exit code of an answer may say that a plan does not fit, and that is lost: 1, as rich does.
+            self.exit_code = self.exit_code if self.only_prints else self.exit_code or 1
             return
-        if not _TRAINS.get() and (lost := _unprinted(error)):
+        if prints and (lost := _unprinted(error)):
             self._print(one_line(lost), lost.exit_code)
             return
         traceback.print_exception(error)

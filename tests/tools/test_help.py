@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "moe-train": "launch.main", "moe-submit": "launch.submit", "moe-preflight": "launch.preflight",
     "moe-plan": "tools.plan", "moe-memory": "tools.memory", "moe-convert": "tools.convert",
@@ -65,11 +67,35 @@ def test_help_imports_nothing_slow(command: str) -> None:
     assert float(done.stderr) < 1.0, f"{time.monotonic() - started:.1f} s of wall time"
 
 
+def _into_a_closed_pipe(module: str, *words: str) -> tuple[int, str]:
+    """Exit code and errors of a command whose reader is gone: `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *words], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True,
+            timeout=60,
+        )  # fmt: skip
+    finally:
+        os.close(writer)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_whose_reader_is_gone_ends_quietly(command: str) -> None:
+    assert _into_a_closed_pipe(COMMANDS[command], "--help") == (0, "")
+
+
+def test_the_config_of_a_run_whose_reader_is_gone_ends_quietly() -> None:
+    assert _into_a_closed_pipe("launch.main", "--cfg", "job") == (0, "")
+    assert _into_a_closed_pipe("tools.memory") == (1, "")  # its exit code would have been part of the answer
+
+
 def test_help_for_a_full_disk_is_one_line() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "tools.plan", "--help"], cwd=Path(__file__).parents[2], stdout=full,
-            stderr=subprocess.PIPE, text=True, timeout=60,
+            [sys.executable, "-m", "tools.plan", "--help"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True,
+            timeout=60,
         )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.splitlines()[0].startswith("error: the output cannot be written: No space left")
