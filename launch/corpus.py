@@ -5,17 +5,16 @@ torch import.
 from __future__ import annotations
 
 import glob
-import json
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moe_train.config import blend
 from moe_train.config.schema import Config, DataConfig
 from moe_train.data.files import source_files
-from parallel.errors import ConfigError
+from moe_train.files import untrusted
+from parallel.errors import ConfigError, DataError
 
 STDLIB_TOKENS = 9_000_000  # of Python 3.11, with the tokenizer of 4096 entries
 MOST_EPOCHS = 100  # of a corpus, before it is taken for a mistake
@@ -66,7 +65,7 @@ def of(cfg: Config) -> Corpus:
         size = _text_bytes(source)
         if manifest.exists():
             return _prepared(manifest)
-        vocabulary = source.tokenizer_vocab_size if source.tokenizer is None else _vocabulary(Path(source.tokenizer))
+        vocabulary = source.tokenizer_vocab_size if source.tokenizer is None else _named_vocabulary(source.tokenizer)
         return Corpus(str(source.path), None, size, vocabulary)
     return Corpus("the standard library of Python", STDLIB_TOKENS, vocab_size=source.tokenizer_vocab_size)
 
@@ -122,7 +121,7 @@ def _prepared(manifest: Path) -> Corpus:
     remedy = "make the dataset again with moe-data"
     _readable(manifest, str(manifest), remedy)
     try:
-        read: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+        read = untrusted.read_object(manifest)
         sizes = {str(name): int(file["bytes"]) for name, file in read["files"].items()}
         tokens, entries = int(read["tokens"]), read.get("vocab_size")
         found = tokens > 0 and any(name.endswith(".bin") for name in sizes)
@@ -152,16 +151,31 @@ def _tokens_at(prefix: str) -> int:
 
 
 def _vocabulary(place: Path) -> int | None:
-    """Entries of the tokenizer.json at `place`, or in it; None where none can be read."""
-    file = place if place.is_file() else place / "tokenizer.json"
+    """Entries of the tokenizer.json in the directory `place`; None where there is none.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    from moe_train.data import tokenizer
+
+    file = place / tokenizer.TOKENIZER
+    return tokenizer.vocab_size(file) if file.is_file() else None
+
+
+def _named_vocabulary(name: str) -> int:
+    """Entries of the tokenizer that data.tokenizer names.
+
+    Raises:
+        NotThere: it does not exist.
+        DataError: it is damaged.
+    """
+    from moe_train.data import tokenizer
+
     try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-        entries = read["model"]["vocab"]
-        numbers = entries.values() if isinstance(entries, dict) else range(len(entries))
-        added = [int(token["id"]) for token in read.get("added_tokens", [])]
-        return 1 + max([*map(int, numbers), *added])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        file = tokenizer.find_tokenizer(name)
+    except DataError as error:
+        raise NotThere(error.cause, error.remedy) from error
+    return tokenizer.vocab_size(file)
 
 
 def _text_bytes(data: DataConfig) -> int:

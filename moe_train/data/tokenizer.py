@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from moe_train.config.schema import DataConfig
+from moe_train.files import untrusted
 from parallel.errors import DataError
 
 TOKENIZER = "tokenizer.json"
@@ -75,13 +75,7 @@ class Tokenizer:
         parse_special_tokens: bool = False,
     ) -> None:
         self.path = path
-        try:
-            content = path.read_bytes()
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(
-                f"{path} is not a tokenizer: {error}", "point data.tokenizer at a tokenizer.json"
-            ) from error
+        content, self._tokenizer = _load(path, "point data.tokenizer at a tokenizer.json")
         self.special = _special_tokens(path, self._tokenizer)
         self._tokenizer.encode_special_tokens = not parse_special_tokens
         self._tokenizer.no_truncation()
@@ -92,7 +86,7 @@ class Tokenizer:
         if bos_token is not None and self.bos is None:
             raise DataError(f"data.bos_token={bos_token} is not a token of {path}", "correct data.bos_token")
         self.pad = _NO_TOKEN
-        self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
+        self.vocab_size = _vocab_size(self._tokenizer)
         self.unique_identifiers = {
             "class": type(self).__name__,
             "sha256": hashlib.sha256(content).hexdigest(),
@@ -170,12 +164,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return untrusted.read_object(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a tokenizer's configuration: {error}", "replace or remove it") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} is not a tokenizer's configuration: it holds no object", "replace or remove it")
-    return value
 
 
 def _content(values: dict[str, Any], name: str) -> str | None:
@@ -192,12 +183,30 @@ def special_tokens(path: Path) -> SpecialTokens:
         DataError: a file is missing or damaged.
     """
     file = path / TOKENIZER if path.is_dir() else path
+    return _special_tokens(file, _load(file, "replace it")[1])
+
+
+def vocab_size(path: Path) -> int:
+    """One more than the largest token id of the tokenizer.json at `path`.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    return _vocab_size(_load(path, "replace it")[1])
+
+
+def _vocab_size(tokenizer: tokenizers.Tokenizer) -> int:
+    """From the library's ids: those that the file gives to added tokens may differ."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def _load(path: Path, remedy: str) -> tuple[bytes, tokenizers.Tokenizer]:
+    """Content of a tokenizer.json, and the tokenizer in it."""
     try:
-        return _special_tokens(file, tokenizers.Tokenizer.from_file(str(file)))
-    except DataError:
-        raise
+        content = untrusted.read_bytes(path, untrusted.LARGEST_JSON_BYTES)
+        return content, tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises plain Exception
-        raise DataError(f"{file} is not a tokenizer: {error}", "replace it") from error
+        raise DataError(f"{path} is not a tokenizer: {error}", remedy) from error
 
 
 def companions(path: Path) -> list[Path]:
@@ -227,7 +236,7 @@ def load_tokenizer(data: DataConfig) -> Tokenizer:
 def _recorded_tokens(manifest: Path) -> dict[str, str | None]:
     """The tokens that a dataset was made with: `eod` and `bos`. Empty without a manifest, or with an older one."""
     try:
-        tokens = json.loads(manifest.read_text(encoding="utf-8"))["special_tokens"]
+        tokens = untrusted.read_object(manifest)["special_tokens"]
         return {role: _content(tokens, role) for role in ("eod", "bos")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # reading the dataset reports a manifest that is damaged

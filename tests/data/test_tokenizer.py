@@ -12,6 +12,7 @@ import tokenizers
 from moe_train.data.tokenizer import (
     END_OF_DOCUMENT,
     Tokenizer,
+    _recorded_tokens,
     find_tokenizer,
     load_tokenizer,
     special_tokens,
@@ -86,6 +87,12 @@ def test_the_end_token_of_a_hugging_face_directory_comes_first(trained: Path, tm
     assert tokenizer.eod == tokenizers.Tokenizer.from_file(str(path)).token_to_id("<stop>")
 
 
+def test_the_recorded_tokens_of_a_damaged_manifest_are_none(tmp_path: Path) -> None:
+    for text in ("[" * 100_000, "[]", '{"special_tokens": []}'):
+        (tmp_path / "manifest.json").write_text(text)
+        assert _recorded_tokens(tmp_path / "manifest.json") == {}
+
+
 def test_a_vocabulary_with_gaps_needs_room_up_to_its_last_token(tmp_path: Path) -> None:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1000}, unk_token="a"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -111,6 +118,7 @@ def test_tokenizers_that_cannot_be_used_are_named(trained: Path, tmp_path: Path)
         ({"eos_token": "<absent>"}, ["</s>"], "has eos_token '<absent>', which tokenizer.json has not"),
         ("{", ["</s>"], "tokenizer_config.json is not a tokenizer's configuration"),
         ("[]", ["</s>"], "tokenizer_config.json is not a tokenizer's configuration"),
+        ("[" * 100_000, ["</s>"], "tokenizer_config.json is not a tokenizer's configuration"),
     ):
         with pytest.raises(DataError) as caught:
             Tokenizer(changed(trained, tmp_path, *tokens, settings=settings))
@@ -119,6 +127,10 @@ def test_tokenizers_that_cannot_be_used_are_named(trained: Path, tmp_path: Path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer"):
         Tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").unlink()
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer: .*named pipe"):
+        special_tokens(tmp_path)
     with pytest.raises(DataError, match=r"data\.tokenizer=.*none has no tokenizer\.json"):
         find_tokenizer(str(tmp_path / "none"))
     with pytest.raises(DataError, match=r"has no tokenizer\.json; make the dataset with moe-data"):
