@@ -14,8 +14,8 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from moe_train.files import untrusted
 from moe_train.resilience import stop, watch
 from moe_train.resilience.bad_steps import DivergedError
 from parallel.errors import ConfigError, HardwareError, LaunchError, MoeTrainError
@@ -155,14 +155,14 @@ def record(error: BaseException, error_file: str) -> None:
 def read(rank: int, exit_status: int, error_file: str, log: str) -> Failure:
     """The failure of a rank from its exit status (-N for signal N) and the error file it may have left."""
     try:
-        data: dict[str, Any] = json.loads(Path(error_file).read_text(encoding="utf-8"))
-    except OSError:
+        data = untrusted.read_object(Path(error_file))
+        message, trace = str(data["message"]["message"]), str(data["message"]["extraInfo"]["py_callstack"])
+        if not data["explained"]:
+            message += f" (traceback in {log}; verbose=true shows it)"
+        order = (3 if data["lost_peer"] else 0, float(data["time_s"]))
+        return Failure(rank, f"rank {rank}: {message}", int(data["exit_code"]), trace, order)
+    except (OSError, ValueError, KeyError, TypeError):
         return _without_record(rank, exit_status, log)
-    message, trace = data["message"]["message"], data["message"]["extraInfo"]["py_callstack"]
-    if not data["explained"]:
-        message += f" (traceback in {log}; verbose=true shows it)"
-    order = (3 if data["lost_peer"] else 0, data["time_s"])
-    return Failure(rank, f"rank {rank}: {message}", data["exit_code"], trace, order)
 
 
 def _without_record(rank: int, exit_status: int, log: str) -> Failure:

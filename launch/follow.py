@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from pathlib import Path
 
 from launch import slurm, snapshot
 from moe_train.config import compose
 from moe_train.config.validate import total_steps
+from moe_train.files import untrusted
 from parallel.errors import ConfigError, LaunchError
 
 _ACTIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUE_HOLD")
@@ -89,15 +88,11 @@ def _facts(job: str) -> list[dict[str, str]]:
 
 def _last_step(directory: Path) -> str:
     last = None
-    with (directory / "metrics.jsonl").open(encoding="utf-8", errors="replace") as file:
-        for text in file:
-            with contextlib.suppress(ValueError):  # it may be half written
-                line = json.loads(text)
-                if "lm_loss" in line:
-                    last = line
+    for line in untrusted.read_json_lines(directory / "metrics.jsonl"):
+        if "lm_loss" in line and isinstance(line.get("step"), int):
+            last = line
     if last is None:
         return ""
     total = total_steps(compose.from_yaml(directory / "config.yaml"), last["step"], last.get("tokens", 0))
-    return (
-        f"step {last['step']:,} of {total:,}, loss {last['lm_loss']:.4f}, {last.get('tokens_per_s') or 0:,.0f} tokens/s"
-    )
+    loss = "not finite" if last["lm_loss"] is None else f"{last['lm_loss']:.4f}"
+    return f"step {last['step']:,} of {total:,}, loss {loss}, {last.get('tokens_per_s') or 0:,.0f} tokens/s"

@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_train.checkpoint import directory
 from moe_train.config.schema import Config
+from moe_train.files import untrusted
 from parallel.errors import LaunchError
 
 FIRST = "MOE_FIRST_START"
@@ -24,8 +25,8 @@ def overrides() -> list[str]:
     if not file.is_file():
         return []
     try:
-        saved = saved_since(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        saved = saved_since(untrusted.read_object(file))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         saved = True  # damaged: there was an earlier start, and to begin anew would write over what it saved
     return ["resume=auto"] if saved else []
 

@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from launch import slurm
 from moe_train.config import compose
 from moe_train.config.schema import Config
+from moe_train.files import untrusted
 from parallel.errors import ConfigError, LaunchError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,5 +132,21 @@ def newest(run_dir: str | Path) -> Submission:
 
 
 def read(directory: Path) -> Submission:
-    """The facts in the directory of a submission."""
-    return Submission(**json.loads((directory / FACTS).read_text(encoding="utf-8")))
+    """The facts in the directory of a submission.
+
+    Raises:
+        ConfigError: they cannot be read, or are damaged.
+    """
+    path = directory / FACTS
+    try:
+        found = Submission(**untrusted.read_object(path))
+        if not (_are_texts(found.command) and _are_texts(found.jobs) and isinstance(found.environment, dict)
+                and _are_texts([*found.environment.values()])):  # fmt: skip
+            raise ValueError("it does not describe a submission")
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", "submit the run again with moe-submit") from error
+    return found
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)

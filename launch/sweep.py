@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from moe_train.checkpoint.continuing import SUMMARY
 from moe_train.config.compose import Job
+from moe_train.files import untrusted
 
 
 def show(jobs: Sequence[Job]) -> None:
@@ -33,11 +32,10 @@ def table(jobs: Sequence[Job]) -> Table:
 
 def _losses(summary: Path) -> tuple[str, str]:
     try:
-        found: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
-        train, valid = (found.get(name) or {} for name in ("train_loss", "valid_loss"))
-    except (OSError, ValueError, AttributeError):
+        found = untrusted.read_object(summary)
+        return _ends(found.get("train_loss") or {}), _ends(found.get("valid_loss") or {})
+    except (OSError, ValueError, KeyError, TypeError):
         return "", ""  # the summary could not be written, of which the run has warned
-    return _ends(train), _ends(valid)
 
 
 def _ends(loss: dict[str, float | None]) -> str:

@@ -34,6 +34,7 @@ from moe_train.config.explain import CONF_DIR, explain, one_line, refuse_lost_gr
 from moe_train.config.schema import Config
 from moe_train.config.validate import validate
 from moe_train.config.walk import all_fields, group_names
+from moe_train.files import untrusted
 from parallel.errors import ConfigError, MoeTrainError
 from parallel.suggest import override_value
 
@@ -94,10 +95,13 @@ def from_yaml(path: str | Path) -> Config:
         ConfigError: the file is missing, is not YAML, or does not fit the schema.
     """
     try:
-        loaded = _literal(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-        return to_config(cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), loaded)))
+        loaded = _literal(untrusted.read_yaml(Path(path)))
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist", "name the config.yaml of a run directory") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", "name the config.yaml of a run directory") from error
+    try:
+        return to_config(cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), loaded)))
     except Exception as error:
         cause = explain(error)
         raise ConfigError(

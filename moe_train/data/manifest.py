@@ -13,6 +13,7 @@ from typing import Any
 from moe_train.config import blend
 from moe_train.config.schema import DataConfig
 from moe_train.data.index_file import read_index
+from moe_train.files import untrusted
 from parallel.errors import DataError
 
 PREFIX = "text_document"
@@ -47,7 +48,7 @@ def read_manifest(data: DataConfig, verify: bool = False) -> dict[str, Any]:
 def _read(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest = untrusted.read_object(path)
         recorded = _files(manifest)
         dict(manifest["settings"]), int(manifest["vocab_size"]), int(manifest["documents"]), int(manifest["tokens"])
     except OSError as error:
@@ -188,10 +189,9 @@ def _known(directory: Path, manifest: dict[str, Any], name: str) -> bool:
 
 def _verified(directory: Path) -> dict[str, list[Any]]:
     try:
-        found = json.loads((directory / "cache" / _VERIFIED).read_text(encoding="utf-8"))
+        return untrusted.read_object(directory / "cache" / _VERIFIED)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def identity(file: Path) -> list[int]:

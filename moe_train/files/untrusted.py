@@ -23,6 +23,7 @@ T = TypeVar("T")
 LARGEST_JSON_BYTES = 100_000_000
 """As the safetensors library bounds a header. The largest released index has some 10 MB."""
 
+_LARGEST_LINE_BYTES = 1 << 26
 _LARGEST_YAML_BYTES = 1 << 18
 _LARGEST_YAML_NODES = 20_000
 _YAML_TEXT = "tag:yaml.org,2002:str"
@@ -108,6 +109,26 @@ def read_record(path: Path, kind: type[T], largest: int = LARGEST_JSON_BYTES) ->
         return kind(**values)
     except TypeError as error:
         raise ValueError(str(error)) from None
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file of JSON lines, without lines that a crash cut short. One at a time: such files grow large.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    with open_binary(path) as file:
+        is_whole = True
+        while piece := file.readline(_LARGEST_LINE_BYTES):
+            starts, is_whole = is_whole, piece.endswith(b"\n") or len(piece) < _LARGEST_LINE_BYTES
+            if not (starts and is_whole):
+                continue
+            try:
+                value = json.loads(piece.decode(errors="replace"))  # `parse_json` takes several times as long
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(value, dict):
+                yield value
 
 
 def parse_json(data: bytes) -> Any:

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from moe_train.files import untrusted
 from moe_train.model import cpu_gemm
 
 log = logging.getLogger(__name__)
@@ -86,10 +87,9 @@ def _read_cache() -> dict[str, Choice]:
     """Everything in the cache; nothing where it is missing or damaged, since it can be measured again."""
     path = cache_file()
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+        return untrusted.read_object(path) if path is not None else {}
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def measure_and_remember(dtype: torch.dtype) -> Choice:

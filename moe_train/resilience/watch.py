@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from moe_train.files import untrusted
+
 log = logging.getLogger(__name__)
 
 HUNG = 4
@@ -224,8 +226,8 @@ def read(run_dir: Path) -> list[Heartbeat]:
     found = []
     for path in (run_dir / "heartbeats").glob("rank_*.json"):
         try:
-            found.append(Heartbeat(**json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError):
+            found.append(untrusted.read_record(path, Heartbeat))
+        except (OSError, ValueError):
             continue
     return sorted(found, key=lambda heartbeat: heartbeat.rank)
 

@@ -219,6 +219,10 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         from_yaml(path)
     with pytest.raises(ConfigError, match="does not exist"):
         from_yaml(tmp_path / "none.yaml")
+    for text, why in (("seed: [", "while parsing"), ("a: &a [1]\nb: *a", "references"), ("[" * 100_000, "nested")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=rf"config\.yaml cannot be read: .*{why}"):
+            from_yaml(path)
 
 
 def test_length_of_a_run() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -93,6 +95,14 @@ def test_a_rank_that_ended_without_a_word_is_a_cause(tmp_path: Path) -> None:
     silent, hung = failures.read(3, 7, "none", "log"), failures.read(4, watch.HUNG, "none", "log")
     assert [one.rank for one in sorted([agreed, lost, aborted, silent, hung], key=lambda f: f.order)] == [3, 4, 2, 1, 0]
     assert [one.is_cause for one in (silent, hung, aborted, lost, agreed)] == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{}", '{"message": "text", "time_s": 1}'])
+def test_a_damaged_record_counts_as_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "error.json").write_text(text)
+    assert failures.read(2, 7, str(tmp_path / "error.json"), "l") == replace(
+        failures.read(2, 7, "none", "l"), order=ANY
+    )
 
 
 def test_a_rank_that_left_nothing() -> None:

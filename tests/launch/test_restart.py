@@ -130,7 +130,10 @@ def test_a_first_checkpoint_on_the_nodes_disks_is_continued(
     assert restarts.overrides() == (["resume=auto"] if counts else [])
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"dir": "checkpoints"}', '{"dir": ".", "checkpoints": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"dir": "checkpoints"}', '{"dir": ".", "checkpoints": 3}',
+             pytest.param("[" * 100_000, id="nested")],
+)  # fmt: skip
 def test_a_damaged_note_of_the_first_start_makes_no_later_one_begin_anew(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,15 @@ def test_a_sweep_ends_with_a_table(
     assert f"{tmp_path}/s/3" in rows[3]
 
 
+@pytest.mark.parametrize(
+    "text", ["[]", '{"train_loss": [1]}', '{"train_loss": {"first": 1}}', '{"train_loss": {"first": "a", "last": 1}}',
+             pytest.param("[" * 100_000, id="nested")],
+)  # fmt: skip
+def test_a_damaged_summary_leaves_its_losses_out(text: str, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(text)
+    assert sweep._losses(tmp_path / "summary.json") == ("", "")
+
+
 def test_one_job_has_no_table(tmp_path: Path) -> None:
     def refuse(jobs: list[Job]) -> None:
         raise AssertionError

@@ -7,8 +7,12 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from moe_train.files import untrusted
 from moe_train.loop.callbacks.metrics_file import NAME, MetricsFile, read
 from moe_train.loop.callbacks.summary import Summary
+from moe_train.loop.run import Run
 from tests.loop.fake_run import evaluate, fake_run, take_step
 
 
@@ -95,6 +99,16 @@ def test_each_line_is_on_disk_when_its_step_ends(tmp_path: Path) -> None:
     callback.on_end(run)
 
 
+def test_damaged_lines_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a crash leaves them, or a copy that went wrong."""
+    monkeypatch.setattr(untrusted, "_LARGEST_LINE_BYTES", 150_000)
+    longest = '{"step": 3, "a": "' + "x" * 150_000 + '{"step": 4}'
+    damaged = ['{"step": 2, "lm', "[" * 100_000, "[1]", '{"step": "5"}', "\udcff", longest, '{"step": 6, "a": 0}']
+    text = "\n".join(['{"step": 1}', *damaged, '{"step": 7}'])
+    (tmp_path / NAME).write_text(text, errors="surrogateescape")
+    assert [line["step"] for line in read(tmp_path / NAME)] == [1, 6, 7]
+
+
 def test_only_every_nth_step_and_the_first_and_last_are_logged(tmp_path: Path) -> None:
     lines = _train(tmp_path, 0, 10, 5.0, interval=4)
     assert [line["step"] for line in lines if "lm_loss" in line] == [1, 4, 8, 10]
@@ -112,16 +126,23 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 def test_memory_does_not_follow_the_length_of_the_file(tmp_path: Path) -> None:
     """Neither where a run continues nor where its end is told."""
     load = [[128] * 1000] * 4
-    with (tmp_path / NAME).open("w") as file:
-        for step in range(1, 201):
-            file.write(json.dumps({"step": step, "lm_loss": 9.0 - step / 1000, "expert_load": load}) + "\n")
+    (tmp_path / "short").mkdir()
+    for directory, steps in ((tmp_path, 200), (tmp_path / "short", 4)):
+        with (directory / NAME).open("w") as file:
+            for step in range(1, steps + 1):
+                file.write(json.dumps({"step": step, "lm_loss": 9.0 - step / 1000, "expert_load": load}) + "\n")
     size = (tmp_path / NAME).stat().st_size
-    run = fake_run(tmp_path, step=199)
-    run.completed = True
-    for callback in (MetricsFile(), Summary()):
-        tracemalloc.start()
+
+    def start_and_end(callback: MetricsFile | Summary, run: Run) -> None:
+        run.completed = True
         callback.on_start(run)
         callback.on_end(run)
+
+    start_and_end(Summary(), fake_run(tmp_path / "short", step=3))  # imports matplotlib
+    run = fake_run(tmp_path, step=199)
+    for callback in (MetricsFile(), Summary()):
+        tracemalloc.start()
+        start_and_end(callback, run)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < size / 2, type(callback).__name__

@@ -64,7 +64,9 @@ def test_the_measurement_ends_on_a_machine_that_has_no_time(monkeypatch: pytest.
     assert cpu_kernels.measure(FP32) is None
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"KEY": {"matmul": "no-such-kernel"}}', '{"KEY": 3}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "[" * 100_000, '{"KEY": {"matmul": "no-such-kernel"}}', '{"KEY": 3}']
+)
 def test_a_damaged_cache_is_no_choice(content: str, cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_text(content.replace("KEY", cpu_kernels.key_of(FP32)))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from moe_train.resilience import watch
 from moe_train.resilience.watch import Heartbeat, verdict
@@ -142,6 +146,16 @@ def beat(rank: int, **changes: Any) -> Heartbeat:
         "waits": True, "at": "all_reduce (distributed/c10d.py:1)",
     }  # fmt: skip
     return Heartbeat(**facts | changes)
+
+
+@pytest.mark.parametrize("damage", ["[" * 100_000, "[]", '{"rank": 1}', "step", ""])
+def test_damaged_heartbeats_are_left_out(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "heartbeats").mkdir()
+    for rank in (0, 1):
+        facts = asdict(beat(rank)) | ({"step": "4"} if rank and damage == "step" else {})
+        text = damage if rank and damage != "step" else json.dumps(facts)
+        (tmp_path / f"heartbeats/rank_{rank}.json").write_text(text)
+    assert watch.read(tmp_path) == [beat(0)]
 
 
 def test_a_silent_rank_is_blamed_first() -> None:

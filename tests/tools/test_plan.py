@@ -561,7 +561,8 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [("hidden_size: big", "'big'"), ("num_layers: -3", "num_layers=-3 is below"), ("hiden_size: 8", "hiden_size"),
-     ("[", "while parsing"), ("- 1", "no mapping")],
+     ("[", "while parsing"), ("- 1", "not a mapping"), ("name: &a [b]\nhidden_size: *a", "references"),
+     ("num_layers: 1:30", "1:30")],
 )  # fmt: skip
 def test_a_model_file_that_fits_no_schema_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "wonder_7b.yaml").write_text(text)

@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -16,6 +15,7 @@ from moe_train.config.explain import CONF_DIR
 from moe_train.config.model import ModelConfig
 from moe_train.config.validate import check_value
 from moe_train.config.walk import all_fields
+from moe_train.files import untrusted
 from parallel.errors import ConfigError
 from parallel.suggest import Impossible
 
@@ -65,12 +65,12 @@ def load(path: Path) -> ModelConfig:
     known = ", ".join(field.name for field in dataclasses.fields(ModelConfig)[:6])
     remedy = f"use the fields of model: {known}, ... (docs/configuration.md)"
     try:
-        values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values: dict[str, Any] = untrusted.read_yaml(path) or {}
         if not isinstance(values, dict):
-            raise TypeError("it is no mapping")
+            raise TypeError("it is not a mapping")
         values.pop("defaults", None)
         model: ModelConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))  # type: ignore[assignment]
-    except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, TypeError, ValueError, OmegaConfBaseException) as error:
         cause, _, _ = str(error).partition("\n ")  # what is indented says where in the text
         raise ConfigError(f"{path}: {' '.join(cause.split())}", remedy) from error
     try:

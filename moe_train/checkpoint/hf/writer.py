@@ -331,7 +331,7 @@ def _write_file(job: FileJob, partial: Path) -> None:
 
 def _publish(plan: Plan, reused: int) -> Outcome:
     partial = partial_of(plan.target)
-    records = {job.name: json.loads(_record_path(job, partial).read_text()) for job in plan.jobs}
+    records = {job.name: untrusted.read_json(_record_path(job, partial)) for job in plan.jobs}
     small = plan.finish({name: record["facts"] for name, record in records.items()})
     small |= {name: path.read_bytes() for name, path in plan.copies.items() if name not in small}
     files = {name: {"bytes": record["bytes"], "sha256": record["sha256"]} for name, record in records.items()}

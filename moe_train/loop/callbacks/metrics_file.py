@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.checkpoint.collective import warn
+from moe_train.files import untrusted
 from moe_train.loop.run import Callback, Metrics, Run
 from moe_train.telemetry.patient_file import PatientFile
 from moe_train.telemetry.throughput import is_logged
@@ -126,11 +127,6 @@ def read(path: Path) -> Iterator[Metrics]:
     """
     if not path.exists():
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                yield line
+    for line in untrusted.read_json_lines(path):
+        if isinstance(line.get("step"), int):
+            yield line
