@@ -207,9 +207,7 @@ def examine(data: DataConfig, model: ModelConfig, progress: bool) -> list[str]:
     Raises:
         DataError: a file is damaged.
     """
-    with _bar(progress) as bar:
-        task = bar.add_task("comparing checksums", total=None)
-        warnings = verify(data, lambda count: bar.advance(task, count))
+    warnings = _verify(data, progress)
     unused = unused_vocabulary(load_tokenizer(data).vocab_size, model)
     return [*warnings, unused] if unused else warnings
 
@@ -220,9 +218,13 @@ def compare(data: DataConfig, progress: bool) -> None:
     Raises:
         DataError: a file is damaged.
     """
+    _verify(data, progress, again=True)
+
+
+def _verify(data: DataConfig, progress: bool, again: bool = False) -> list[str]:
     with _bar(progress) as bar:
         task = bar.add_task("comparing checksums", total=None)
-        verify(data, lambda count: bar.advance(task, count), again=True)
+        return verify(data, lambda count: bar.advance(task, count), again)
 
 
 def _bar(progress: bool) -> Progress:

@@ -140,6 +140,15 @@ def _expert_groups(nullable: bool) -> tuple[Setting, ...]:
     )  # fmt: skip
 
 
+def _experts(width: str, count: str, alias: str) -> tuple[Setting, ...]:
+    """Experts, by the name of their inner width, of their number and of its alias in other versions."""
+    return (
+        Setting(width, "moe_ffn_hidden_size"),
+        Setting(count, "num_experts", aliases=(alias,)),
+        Setting("num_experts_per_tok", "topk"),
+    )
+
+
 _MTP = Setting("num_nextn_predict_layers", "mtp_num_layers", _none_as_zero, aliases=("num_mtp_layers",), nullable=True)
 _SIGMOID = {"router_score": "sigmoid", "router_bias": True, "router_group_score": "sum"}
 _GQA = {"attention": "gqa"}
@@ -204,9 +213,7 @@ SCHEMAS: dict[str, Schema] = {
         "MixtralForCausalLM",
         (
             *_BACKBONE, _GROUPS_OR_NULL, _head_dim(_head_dim_or_null),
-            Setting("intermediate_size", "moe_ffn_hidden_size"),
-            Setting("num_local_experts", "num_experts", aliases=("num_experts",)),
-            Setting("num_experts_per_tok", "topk"),
+            *_experts("intermediate_size", "num_local_experts", "num_experts"),
         ),
         _GQA | {"router_score": "softmax", "router_pre_softmax": False},
         _ACTIVATION | {"sliding_window": (None,)},
@@ -222,9 +229,7 @@ SCHEMAS: dict[str, Schema] = {
         "Qwen3MoeForCausalLM",
         (
             *_BACKBONE, _FFN, _GROUPS, _head_dim(_stored_head_dim),
-            Setting("moe_intermediate_size", "moe_ffn_hidden_size"),
-            Setting("num_experts", "num_experts", aliases=("num_local_experts",)),
-            Setting("num_experts_per_tok", "topk"),
+            *_experts("moe_intermediate_size", "num_experts", "num_local_experts"),
         ),
         _GQA | {"router_score": "softmax", "qk_norm": "head"},
         _ACTIVATION | {
@@ -244,10 +249,8 @@ SCHEMAS: dict[str, Schema] = {
         "Qwen2MoeForCausalLM",
         (
             *_BACKBONE, _FFN, _GROUPS, _head_dim(_unusual_head_dim),
-            Setting("moe_intermediate_size", "moe_ffn_hidden_size"),
+            *_experts("moe_intermediate_size", "num_experts", "num_local_experts"),
             Setting("shared_expert_intermediate_size", "shared_expert_ffn_hidden_size"),
-            Setting("num_experts", "num_experts", aliases=("num_local_experts",)),
-            Setting("num_experts_per_tok", "topk"),
             Setting("qkv_bias", "qkv_bias"),
         ),
         _GQA | {"router_score": "softmax", "num_shared_experts": 1, "shared_expert_gate": True},
@@ -268,9 +271,7 @@ SCHEMAS: dict[str, Schema] = {
         "OlmoeForCausalLM",
         (
             *_BACKBONE, _GROUPS_OR_NULL, _head_dim(_unusual_head_dim),
-            Setting("intermediate_size", "moe_ffn_hidden_size"),
-            Setting("num_experts", "num_experts", aliases=("num_local_experts",)),
-            Setting("num_experts_per_tok", "topk"),
+            *_experts("intermediate_size", "num_experts", "num_local_experts"),
         ),
         _GQA | {"router_score": "softmax", "qk_norm": "full"},
         _ACTIVATION | {"norm_topk_prob": (False, True), "attention_bias": (False,), "clip_qkv": (None,)},
