@@ -36,8 +36,8 @@ def run_case(case: Case, directory: Path, data: tuple[str, ...], reference: dict
         seen = continued = train(run_dir, overrides, case.meanwhile, case.environment, starter)
         if seen.code and seen.code == case.code:
             done = max(losses(run_dir), default=0)
-            if case.mend:
-                case.mend(run_dir)
+            if case.repair:
+                case.repair(run_dir)
             continued = train(run_dir, overrides)
         began = injected_at(run_dir) or seen.injected or seen.began
         ours, told, as_it_should_be = losses(run_dir), events(run_dir), case.check(run_dir)

@@ -42,7 +42,7 @@ class Case:
         meanwhile: acts on the running command.
         between: changes the run directory after a first command that stopped on the way; a second one continues.
         around: what holds while the commands of this case run.
-        mend: puts right what the fault broke, before the command is run again.
+        repair: puts right what the fault broke, before the command is run again.
         starter: what starts the command, instead of its own launcher.
         found: pattern of the first line that says that something is wrong.
         code: exit code of the command that meets the fault; where it is not 0 the same command is run again.
@@ -58,7 +58,7 @@ class Case:
     meanwhile: Meanwhile | None = None
     between: Callable[[Path], None] | None = None
     around: Callable[[Path], AbstractContextManager[object]] = nullcontext
-    mend: Callable[[Path], None] | None = None
+    repair: Callable[[Path], None] | None = None
     starter: Callable[[Path], list[str]] | None = None
     environment: dict[str, str] | None = None
     found: str = _FOUND
@@ -108,16 +108,16 @@ def cases(draw: random.Random, directory: Path) -> list[Case]:
         Case("storm of SIGUSR1", (f"term:rank=1:step={step()}:factor=50",), code=75),
         Case("SIGUSR1 after the last step until the end", meanwhile=_at_step(STEPS, _until_the_end), harmless=True),
         Case("clock that jumps by days", environment={"PYTHONPATH": f"{jumping}:{ROOT}"}, harmless=True),
-        Case("disk full while saving", meanwhile=_fill_disk, around=_small_disk, mend=_free_disk, code=2,
+        Case("disk full while saving", meanwhile=_fill_disk, around=_small_disk, repair=_free_disk, code=2,
              most_lost=STEPS - INTERVAL),
         Case(
             "data file lost before a restart", (f"kill:rank=1:step={INTERVAL + 3}",), ("data.dir={run_dir}/data",),
             meanwhile=_at_step(INTERVAL, _remove_data), found=r"\.bin is missing", code=2,
-            mend=lambda run_dir: shutil.rmtree(run_dir / "data"),  # as the error says
+            repair=lambda run_dir: shutil.rmtree(run_dir / "data"),  # as the error says
         ),
         Case("kill -9 of a rank in the export", settings=("export_hf=true",), meanwhile=_at_step(STEPS, _kill_rank),
              check=_is_exported, most_lost=0),
-        Case("disk full in the export", settings=("export_hf=true",), around=_small_export, mend=_more_for_export,
+        Case("disk full in the export", settings=("export_hf=true",), around=_small_export, repair=_more_for_export,
              code=2, check=_is_exported, most_lost=0),
         Case("run_dir full while metrics are written", settings=("checkpoint.dir={run_dir}_checkpoints",
              "telemetry.tensorboard=true"), around=_small_run_dir, meanwhile=_fill_run_dir,
@@ -131,7 +131,7 @@ def cases(draw: random.Random, directory: Path) -> list[Case]:
         Case(
             "data file damaged at equal size before a restart", (f"kill:rank=1:step={INTERVAL + 3}",),
             ("data.dir={run_dir}/data",), meanwhile=_at_step(INTERVAL, _damage_data),
-            found=r"text_document\.bin is damaged", code=2, mend=lambda run_dir: shutil.rmtree(run_dir / "data"),
+            found=r"text_document\.bin is damaged", code=2, repair=lambda run_dir: shutil.rmtree(run_dir / "data"),
         ),
         Case("latest deleted", between=lambda run_dir: (run_dir / "checkpoints" / "latest").unlink(),
              harmless=True, most_lost=0),

@@ -114,7 +114,7 @@ def torch_version() -> str:
 
 
 def stand_in() -> Device:
-    """The CPU in the place of a GPU."""
+    """The CPU instead of a GPU."""
     return Device("CPU as a stand-in", "cpu")
 
 
@@ -193,7 +193,7 @@ def summarise(device: Device, rows: Sequence[Row], seconds: float) -> dict[str, 
 
 
 def exit_code(rows: Sequence[Row]) -> int:
-    """0, or why the check does not hold. Nothing that ran is no success."""
+    """0, or the reason for a failure. A check in which nothing ran has failed."""
     statuses = {row.status for row in rows}
     if FAILED in statuses:
         return EXIT_FAILED

@@ -43,7 +43,7 @@ class Row:
     limits: Mapping[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """As it stands in the results."""
+        """The row in the results."""
         return {**{key: value for key, value in asdict(self).items() if key != "values"}, **self.values}
 
 

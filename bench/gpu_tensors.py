@@ -17,10 +17,10 @@ SMALL = 1e-3
 
 
 def gradients_of(run: Run) -> dict[str, Tensor]:
-    """The gradient of every parameter, in fp32 on the CPU, as it is after a step on the only rank of a run.
+    """The gradient of every parameter, in fp32 on the CPU, after a step on the only rank of a run.
 
     Megatron-Core describes the gradients as it describes weights for a checkpoint, which has one name for a parameter
-    whatever module holds it.
+    in any module.
     """
     parameters = [parameter for chunk in run.chunks for parameter in chunk.parameters()]
     weights = [parameter.data for parameter in parameters]

@@ -13,7 +13,7 @@ from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
 from parallel.suggest import override_value
 
-LARGE = 1e9  # parameters, from which a run on GPUs is no experiment on a desk
+LARGE = 1e9  # parameters, from which a run on GPUs is not a small experiment
 # What must be chosen, with the groups that may have done so.
 _FIELDS = ("train.seq_length", "optimizer.lr", "batch.global_batch_size", "precision.dtype", "data.source")
 _DEFAULTS = Config()

@@ -1,4 +1,4 @@
-"""Later starts of a job: what was asked of the first must not make them begin anew. No torch import."""
+"""Later starts of a job: what was asked of the first must not make them start from scratch. No torch import."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def overrides() -> list[str]:
     try:
         saved = saved_since(untrusted.read_object(file))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        saved = True  # damaged: there was an earlier start, and to begin anew would write over what it saved
+        saved = True  # damaged: there was an earlier start, and to start from scratch would write over what it saved
     return ["resume=auto"] if saved else []
 
 
@@ -48,8 +48,8 @@ def remember(cfg: Config) -> None:
 def found(cfg: Config) -> dict[str, Any]:
     """The checkpoints that are there, for `saved_since`.
 
-    One that is complete on the nodes' disks alone counts where the run began anew and there was none before: should
-    another node have lost its part by then, the newest that is whole would be that of another run.
+    One that is complete on the nodes' disks alone counts where the run started from scratch and there was none before:
+    if another node has lost its part by then, the newest that is whole would be that of another run.
     """
     root = cfg.checkpoint_root.resolve()
     first: dict[str, Any] = {"dir": str(root), "checkpoints": _written(root)}

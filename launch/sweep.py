@@ -14,7 +14,7 @@ from moe_train.files import untrusted
 
 
 def show(jobs: Sequence[Job]) -> None:
-    """Print the table. A job that failed has its exit code in the place of losses."""
+    """Print the table. A job that failed has its exit code instead of losses."""
     Console(highlight=False).print(table(jobs))
 
 

@@ -27,29 +27,29 @@ class MoeTrainError(Exception):
 
 
 class ConfigError(MoeTrainError):
-    """The configuration asks for something impossible: whoever typed the command acts."""
+    """The configuration asks for something impossible: the user who typed the command acts."""
 
     exit_code = 2
 
 
 class DataError(MoeTrainError):
-    """A corpus, tokenizer or dataset file is missing, empty or damaged: whoever prepared the data acts."""
+    """A corpus, tokenizer or dataset file is missing, empty or damaged: the user who prepared the data acts."""
 
     exit_code = 2
 
 
 class CheckpointError(MoeTrainError):
-    """A checkpoint is missing, incomplete or does not fit the model: whoever named it acts."""
+    """A checkpoint is missing, incomplete or does not fit the model: the user who named it acts."""
 
     exit_code = 2
 
 
 class LaunchError(MoeTrainError):
-    """Ranks could not be started, could not meet, or one of them failed: whoever launched the job acts."""
+    """Ranks could not be started, could not meet, or one of them failed: the user who launched the job acts."""
 
 
 class HardwareError(MoeTrainError):
-    """This machine lacks or lost what the run needs (GPU, memory, library): whoever owns the machine acts. Starting
+    """This machine lacks or lost what the run needs (GPU, memory, library): the owner of the machine acts. Starting
     again on the same machine changes nothing."""
 
     exit_code = 3

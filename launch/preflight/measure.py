@@ -63,7 +63,7 @@ def _seen(folder: Path, mine: Disk | None, info: RankInfo) -> bool:
     wrote = mine is not None and not mine.problem
     writers: list[int | None] = [None] * info.world_size
     dist.all_gather_object(writers, info.rank if wrote else None)
-    if writers[0] is None:  # rank 0 cannot write there, which is told as such
+    if writers[0] is None:  # rank 0 cannot write there, which is another finding
         return True
     sees = mine is None or _appears(folder / "rank_0")
     seen: list[list[int]] = [[]]
@@ -100,15 +100,15 @@ class Products:
 def products(device: torch.device, seconds: float = PRODUCTS_S) -> Products:
     """Multiply for some seconds, while all ranks multiply.
 
-    The mean counts what a process lost while it was stopped, or its node stood still: the best of a few would not. What
-    it waited for a core does not count, as that tells of other processes on a shared machine.
+    The mean includes the time for which the process or its node was stopped; the best of a few would not. Time spent
+    waiting for a core is left out, since other processes of a shared machine cause it.
     """
     cuda = device.type == "cuda"
     size, dtype = (8192, torch.bfloat16) if cuda else (512, torch.float32)
     left = torch.ones(size, size, dtype=dtype, device=device)
     threads = torch.get_num_threads()
     if not cuda:
-        torch.set_num_threads(1)  # the kernel tells of each thread how long it waited
+        torch.set_num_threads(1)  # the kernel reports the waiting time of each thread
     try:
         _timed(lambda: left @ left, device)  # loads the library
         whole, waiting, times = 0.0, 0.0, []

@@ -164,7 +164,8 @@ def _products(facts: list[Facts], ratio: float) -> list[Finding]:
         if usual > 0 and f.matmul_s > ratio * usual:
             text = f"rank {f.rank} takes {f.matmul_s / usual:.1f} times the median {usual * 1e3:.3g} ms"
             if f.matmul_s > ratio * f.matmul_median_s:
-                text += f": single products take {f.matmul_median_s * 1e3:.3g} ms, and between them it stands still"
+                single_ms = f.matmul_median_s * 1e3
+                text += f": single products take {single_ms:.3g} ms, and the process is stopped between them"
             found.append(Finding("matmul", f.node, text))
     return found
 

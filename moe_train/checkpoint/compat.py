@@ -14,7 +14,7 @@ from moe_train.config.learning_rate import learning_rate
 from moe_train.config.model import ModelConfig
 from moe_train.config.rules.facts import total_steps
 from moe_train.config.schema import Config
-from moe_train.config.walk import get, misfit, with_values
+from moe_train.config.walk import get, violation, with_values
 from moe_train.files import untrusted
 from parallel.errors import CheckpointError
 from parallel.suggest import override_value
@@ -88,7 +88,7 @@ def model_of(directory: Path) -> ModelConfig:
     except TypeError as error:
         raise damaged(directory, f"{CONFIG} does not describe a model: {error}") from error
     for name, value in values.items():
-        if why := misfit(f"model.{name}", value):
+        if why := violation(f"model.{name}", value):
             raise damaged(directory, f"{CONFIG} has model.{name}={value}, which is {why}")
     return model
 
@@ -190,7 +190,7 @@ def _data_differences(saved: dict[str, Any], cfg: Config) -> list[Difference]:
 
 
 def _differences(old: Any, new: Any, path: str, names: tuple[str, ...] | None) -> list[Difference]:
-    """Each differing field. A field that either side does not know is no difference."""
+    """Each differing field. Fields that either side does not know are left out."""
     if not isinstance(new, dict):
         return [(path, path, old, new)] if old is not None and old != new else []
     if not isinstance(old, dict):

@@ -1,6 +1,6 @@
 """What a run goes on from: its checkpoint, and its own config with what a command line changes. No torch import.
 
-`moe-train run_dir=R` continues R as it was. Everything that the command line does not name keeps its value from
+`moe-train run_dir=R` continues R unchanged. Everything that the command line does not name keeps its value from
 R/config.yaml; what a run must not change unnoticed is refused here, before a process starts.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from moe_train.checkpoint import compat, directory
 from moe_train.config.rules.facts import total_steps
 from moe_train.config.schema import Config
-from moe_train.config.walk import all_fields, get, group_names, misfit, with_values
+from moe_train.config.walk import all_fields, get, group_names, violation, with_values
 from moe_train.files import untrusted
 from parallel.errors import CheckpointError, ConfigError
 from parallel.suggest import override_value
@@ -270,7 +270,7 @@ def config_of(values: Any, where: Path) -> Config:
             value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
         if value is _MISSING:
             continue
-        if why := misfit(name, value):
+        if why := violation(name, value):
             raise CheckpointError(f"{where} has {name}={value}, which is {why}", "restore the file from a copy")
         found[name] = value
     return with_values(Config(), found)

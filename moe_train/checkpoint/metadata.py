@@ -117,7 +117,7 @@ class MetadataIndex(_Fields):
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
         if type(self.fqn) is not str or not (self.offset is None or isinstance(self.offset, Size)):
-            raise ValueError("a part has no name")  # and its hash might take for ever
+            raise ValueError("a part has no name")  # and its hash might never end
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 from moe_train.checkpoint import compat, directory
 from moe_train.checkpoint.hf import config
 from moe_train.config.model import ModelConfig
-from moe_train.config.walk import misfit
+from moe_train.config.walk import violation
 from parallel.errors import CheckpointError
 from parallel.suggest import override_value
 
@@ -49,7 +49,7 @@ def _model_at(path: Path) -> tuple[ModelConfig, bool]:
     known = {field.name for field in fields(ModelConfig)}  # another version may have had others
     written = {name: value for name, value in compat.read(found)["model"].items() if name in known}
     for name, value in written.items():
-        if why := misfit(f"model.{name}", value):
+        if why := violation(f"model.{name}", value):
             raise directory.damaged(found, f"{directory.CONFIG} has model.{name}={value}, which is {why}")
     return ModelConfig(**written), True
 

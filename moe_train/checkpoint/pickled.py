@@ -1,9 +1,9 @@
 """Reads pickles of plain data without Python's unpickler. No torch import.
 
 `pickle.Unpickler` with a restricted `find_class` runs no foreign code, but a few bytes still make it allocate any
-amount of memory (an index into the memo) or compute for ever (the hash of nested tuples), and `BUILD` changes objects
-that the program shares. This machine knows the opcodes that torch.save and torch.distributed.checkpoint write, and only
-the classes that the caller names. Its time and memory are proportional to the size of the pickle.
+amount of memory (an index into the memo) or compute without end (the hash of nested tuples), and `BUILD` changes
+objects that the program shares. This machine knows the opcodes that torch.save and torch.distributed.checkpoint write,
+and only the classes that the caller names. Its time and memory are proportional to the size of the pickle.
 
 Opcodes: CPython's Lib/pickletools.py.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Names = Mapping[tuple[str, str], Any]
-"""(module, name) -> what stands for it: a class or function of the caller, or any other value."""
+"""(module, name) -> its replacement: a class or function of the caller, or any other value."""
 
 _BYTES_PER_OBJECT = 3
 """A table of contents has at least as many bytes for each object in it; an empty list takes one."""
@@ -129,17 +129,17 @@ class _Machine:
         """The last value, a container that is to be filled."""
         value = self.stack[-1]
         if not isinstance(value, kind):
-            raise pickle.UnpicklingError("it fills what is no container")
+            raise pickle.UnpicklingError("it fills a value that is not a container")
         return value
 
     def fill(self, items: list[Any]) -> None:
         """Put keys and values into the last dictionary."""
         target = self.top(dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Of all else the hash may take for ever: that of nested tuples that share their parts.
+            # The hash of other values may never end: that of nested tuples that share their parts.
             hashes_itself = isinstance(key, Plain) and type(key).__hash__ is not object.__hash__
             if type(key) not in (str, int) and not hashes_itself:
-                raise pickle.UnpicklingError("it has a key that is no name")
+                raise pickle.UnpicklingError("it has a key that is not a name")
             target[key] = value
 
     def remember(self, index: int) -> None:
@@ -149,19 +149,19 @@ class _Machine:
         try:
             value = self.names[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint") from None
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of a checkpoint") from None
         self.push(_Global(value) if callable(value) else value)
 
     def find_on_stack(self) -> None:
         name, module = self.pop(), self.pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            raise pickle.UnpicklingError("it names something by what is no name")
+            raise pickle.UnpicklingError("it uses a value as a name that is not one")
         self.find(module, name)
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, _Global) or not isinstance(arguments, tuple) or len(arguments) > _MOST_ARGUMENTS:
-            raise pickle.UnpicklingError("it calls what is no class or function")
+            raise pickle.UnpicklingError("it calls a value that is not a class or function")
         self.push(function.value(*arguments))
 
     def new(self) -> None:
@@ -169,13 +169,13 @@ class _Machine:
         arguments, function = self.pop(), self.pop()
         made = function.value if isinstance(function, _Global) else None
         if not isinstance(made, type) or not issubclass(made, Plain) or arguments != ():
-            raise pickle.UnpicklingError("it makes an instance of what is no class")
+            raise pickle.UnpicklingError("it makes an instance of a value that is not a class")
         self.push(made.__new__(made))
 
     def build(self) -> None:
         state, target = self.pop(), self.stack[-1]
         if not isinstance(target, Plain):
-            raise pickle.UnpicklingError("it gives a state to what has none")
+            raise pickle.UnpicklingError("it sets the state of a value that has none")
         target.__setstate__(state)
 
     def long(self) -> None:

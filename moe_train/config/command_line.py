@@ -4,7 +4,7 @@ Hydra's grammar does not know the types of fields: it reads `data.dir=2024_01_02
 `run_dir=runs/epoch=9`. The schema has the types, so that values are rewritten here, once for every command:
 
 - The value of a text field is taken literally. Exceptions: a value in quotes is a string of Hydra's grammar, `null`
-  is no value, `${...}` is a reference (`\\${` is the text `${`), and with -m commas separate the values of a sweep.
+  means no value, `${...}` is a reference (`\\${` is the text `${`), and with -m commas separate the values of a sweep.
 - An integer may be written as 2T, 14.8T, 100B, 8k, 2e12 or 1_000.
 """
 

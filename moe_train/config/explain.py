@@ -55,7 +55,7 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> MoeTrainError | 
     if match := re.match(r"Could not (?:override|delete from config\.) '([^']*)'", str(error)):
         return unknown_field(match.group(1))
     if isinstance(error, yaml.YAMLError):
-        return ConfigError(f"a config file is not YAML: {one_line(error)}", "mend the file at the line named")
+        return ConfigError(f"a config file is not YAML: {one_line(error)}", "correct the file at the line named")
     if isinstance(error, (HydraException, ValueError)):
         return ConfigError(one_line(error), "see moe-train --help and moe-train --cfg job")
     return None

@@ -8,7 +8,7 @@ import yaml
 
 from moe_train.config.schema import Config
 from moe_train.config.validate import validate
-from moe_train.config.walk import all_fields, misfit, with_values
+from moe_train.config.walk import all_fields, violation, with_values
 from parallel.errors import ConfigError
 
 # What may differ between layouts of one run. The global batch and the order of data stay, so the run stays the same.
@@ -68,6 +68,6 @@ def values_of(text: str) -> dict[str, Any]:
             raise ConfigError(
                 f"launcher.fallbacks has {word!r}, whose value cannot be read", f"correct {name}"
             ) from None
-        if reason := misfit(name, values[name]):
+        if reason := violation(name, values[name]):
             raise ConfigError(f"launcher.fallbacks has {word}, which is {reason}", f"correct {name}")
     return values

@@ -280,7 +280,7 @@ class ConvertConfig:
     optimizer: bool = doc(True, "Whether a copy in the same format keeps the optimizer state.")
     power_of_two_scales: bool = doc(True, "Cut FP8 scales to powers of two, so that converting again changes nothing.")
     allow_nonfinite: bool = doc(
-        False, "Take NaN and infinite numbers as they are, with a warning; else they end moe-convert and its verify."
+        False, "Convert NaN and infinite numbers unchanged, with a warning; else they end moe-convert and its verify."
     )
     threads: int | None = doc(
         None, "Files written at a time by one process; null is two for each core, and two.", minimum=1, maximum=1_000

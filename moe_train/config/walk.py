@@ -52,7 +52,7 @@ def group_names() -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(Config) if f.name not in all_fields())
 
 
-def misfit(name: str, value: Any) -> str:
+def violation(name: str, value: Any) -> str:
     """Why the field `name` cannot have this value, which did not come through Hydra; "" where it can."""
     info = all_fields()[name]
     if typing.get_origin(info.type) is list:

@@ -211,11 +211,11 @@ def _fusions(cfg: Config, backend: str, runtime: str) -> dict[str, Any]:
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": fused,
         "apply_rope_fusion": te and cfg.model.attention == "gqa",  # for mla upstream calls it experimental
-        # Upstream's own kernel ("native"), which its guide recommends. It rounds gradients to bf16, whatever the dtype
-        # of the logits (fusions/fused_cross_entropy.py).
+        # Upstream's own kernel ("native"), which its guide recommends. It rounds gradients to bf16 for every
+        # dtype of the logits (fusions/fused_cross_entropy.py).
         "cross_entropy_loss_fusion": fused and cfg.precision.dtype == "bf16",
         "moe_permute_fusion": te and cfg.model.is_moe,
-        # The fused kernel adds up a group's best experts, whatever router_group_score says.
+        # The fused kernel adds up a group's best experts and ignores router_group_score.
         "moe_router_fusion": te and cfg.model.is_moe and not scores_groups_by_best(cfg.model),
         # The output head accumulates with apex's kernel, also beside Transformer Engine (tensor_parallel/layers.py).
         "gradient_accumulation_fusion": cfg.backend.apex,

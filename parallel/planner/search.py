@@ -210,13 +210,13 @@ def layouts(base: Job, gpus: int, space: Space, found: Found) -> Iterator[Parall
                 continue
             found.tried += 1
             layout = ParallelLayout(tp, pp, 1, cp, ep, etp, dp)
-            if reason := misfit(base, layout):
+            if reason := infeasible(base, layout):
                 found.refuse(reason, layout.label)
             else:
                 yield layout
 
 
-def misfit(base: Job, layout: ParallelLayout) -> str:
+def infeasible(base: Job, layout: ParallelLayout) -> str:
     """Why the model cannot be split so, or an empty string."""
     model = base.model
     if model.num_attention_heads % layout.tp or model.padded_vocab_size % layout.tp:

@@ -1,4 +1,4 @@
-"""`make gpu-check` on a CPU that stands in for the GPU: right numbers pass, and nothing wrong does."""
+"""`make gpu-check` with a CPU as a stand-in for the GPU: right numbers pass, and nothing wrong does."""
 
 from __future__ import annotations
 

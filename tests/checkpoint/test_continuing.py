@@ -1,4 +1,4 @@
-"""What a command line makes of a run that exists: continued as it was, changed as asked, or refused."""
+"""A command line continues an existing run unchanged, changes it as asked, or is refused."""
 
 from __future__ import annotations
 

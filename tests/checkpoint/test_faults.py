@@ -302,7 +302,7 @@ def test_loading_runs_no_code_from_a_checkpoint(copy: Path, tmp_path: Path) -> N
     assert "step_00000002 is damaged" in result[1]
 
     (directory / ".metadata").write_bytes(pickle.dumps(Trap(witness)))
-    with pytest.raises(CheckpointError, match=r"it names (posix|nt)\.system, which is no part of a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"it names (posix|nt)\.system, which is not part of a checkpoint"):
         metadata.read(directory)
     assert resume(copy, unverified) == [1]
     assert not witness.exists()

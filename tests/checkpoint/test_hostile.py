@@ -78,7 +78,7 @@ def test_no_symbolic_link_decides_where_is_written(sources: list[Path], tmp_path
     victim.mkdir()
     (victim / "precious").write_text("data")
     writer.partial_of(tmp_path / "target").symlink_to(victim)
-    refused(sources[0], tmp_path / "target", "target.partial is no directory")
+    refused(sources[0], tmp_path / "target", "target.partial is not a directory")
     assert os.listdir(victim) == ["precious"]
 
 

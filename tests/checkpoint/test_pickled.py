@@ -35,7 +35,7 @@ LARGE = {
     "a string of 4 GB": b"\x80\x02X\xff\xff\xff\xffabc.",
     "a million lists": b"\x80\x02(" + b"]" * 1_000_000 + b"t.",
     "a number of 255 bytes": b"\x80\x02\x8a\xff" + b"\x7f" * 255 + b".",
-    "a key that hashes for ever": nested(60),
+    "a key whose hash never ends": nested(60),
 }
 WRONG = {
     "another class": pickle.dumps(pytest.raises),

@@ -179,7 +179,7 @@ def test_srun_prints_the_config_once(tmp_path: Path) -> None:
 
 
 def test_srun_refuses_components_that_look_like_one_step(tmp_path: Path) -> None:
-    """Inside a job only the port of srun differs. Their number of ranks is no layout's, which is not the cause."""
+    """Inside a job only the port of srun differs. No layout has their number of ranks, which is not the cause."""
     command = commands.arguments("report", tmp_path, 3)
     (code0, _, errors0), (code1, _, errors1) = _srun(command, ports=("44835", "45071"))
     assert (code0, code1, errors1) == (LaunchError.exit_code, LaunchError.exit_code, "")

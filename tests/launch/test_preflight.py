@@ -100,7 +100,7 @@ def test_nothing_is_wrong_with_healthy_ranks() -> None:
         ({"memory_free": 0.5}, "memory", "50% of GPU of rank 4 is free"),
         ({"sees_run_dir": False}, "storage", "is not the directory"),
         ({"matmul_s": 0.016, "matmul_median_s": 0.016}, "matmul", "rank 4 takes 1.6 times the median 10 ms"),
-        ({"matmul_s": 0.100}, "matmul", "single products take 10 ms, and between them it stands still"),
+        ({"matmul_s": 0.100}, "matmul", "single products take 10 ms, and the process is stopped between them"),
         (
             {"disks": [SHARED, replace(LOCAL, free_bytes=10**9)]},
             "storage",

@@ -134,7 +134,7 @@ def test_a_first_checkpoint_on_the_nodes_disks_is_continued(
     "text", ["", "[]", '{"dir": "checkpoints"}', '{"dir": ".", "checkpoints": 3}',
              pytest.param("[" * 100_000, id="nested")],
 )  # fmt: skip
-def test_a_damaged_note_of_the_first_start_makes_no_later_one_begin_anew(
+def test_a_damaged_note_of_the_first_start_does_not_restart_from_scratch(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(restarts.FIRST, str(tmp_path / ".first"))

@@ -387,7 +387,7 @@ def test_a_run_that_is_continued_keeps_its_precision(tmp_path: Path) -> None:
 
 
 def test_files_of_config_dir_go_with_the_job(cluster: Path, tmp_path: Path) -> None:
-    """The job reads the copy of the submission, whatever becomes of the directory."""
+    """The job reads the copy of the submission, also when the directory has changed."""
     own = tmp_path / "own"
     (own / "experiment").mkdir(parents=True)
     (own / "experiment/mine.yaml").write_text("# @package _global_\ntrain: {steps: 30}\n")

@@ -71,7 +71,7 @@ def test_an_evaluation_is_not_repeated_where_the_run_continues(tmp_path: Path) -
     ]
 
 
-def test_a_fresh_run_starts_the_file_anew(tmp_path: Path) -> None:
+def test_a_fresh_run_starts_a_new_file(tmp_path: Path) -> None:
     _train(tmp_path, 0, 5, 5.0)
     assert [line["step"] for line in _train(tmp_path, 0, 2, 4.0)] == [0, 1, 2, 2]
 

@@ -61,7 +61,7 @@ def one_empty_step(run_dir: Path, degrees: small_run.Degrees, changes: dict[str,
 def test_a_batch_without_tokens_is_left_out(
     degrees: small_run.Degrees, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    """It changes nothing, is no bad step, and the next step is an ordinary one."""
+    """It changes nothing, does not count as a bad step, and the next step is an ordinary one."""
     for found in run_distributed(one_empty_step, 4 if degrees else 1, tmp_path, degrees, changes, timeout_s=300):
         metrics = found["metrics"]
         assert (metrics["lm_loss"], metrics["grad_norm"], metrics["mtp_loss"]) == (0.0, 0.0, 0.0)

@@ -83,7 +83,7 @@ def test_every_model_passes_megatron_cores_own_checks() -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_the_fused_loss_is_for_bf16_alone(dtype: str) -> None:
-    """It rounds gradients to bf16, whatever the dtype of the logits."""
+    """It rounds gradients to bf16 for every dtype of the logits."""
     (options,) = run_distributed(cuda_options, 1, "model=tiny", f"precision={dtype}")
     assert options["bias_activation_fusion"]
     assert not options["cross_entropy_loss_fusion"]

@@ -1,4 +1,4 @@
-"""Errors are one line, whatever the files they speak of are called."""
+"""Errors are one line, for files of any name."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_bad_steps_do_not_enter_the_window(quantity: str) -> None:
 
 
 def test_neither_value_of_a_bad_step_enters_the_window() -> None:
-    """The norm is bad, so the loss of the same step, which is no spike, does not raise the median of the losses."""
+    """The norm is bad, so the loss of the same step, which is not a spike, does not raise the median of the losses."""
     guard = BadSteps(ResilienceConfig(spike_window=3, spike_factor=2.0))
     for _ in range(3):
         assert guard.judge(1.0, 1.0, doubted=False) == ""
@@ -61,7 +61,7 @@ def test_neither_value_of_a_bad_step_enters_the_window() -> None:
 
 
 def test_the_window_holds_the_latest_good_steps() -> None:
-    """The median follows the run: after 3 steps at 2, a loss of 3.9 is no spike, and one of 4.1 is."""
+    """The median follows the run: after 3 steps at 2, a loss of 3.9 is not a spike, and one of 4.1 is."""
     found = judged([(1.0, 1.0)] * 3 + [(2.0, 1.0)] * 3 + [(3.9, 1.0), (4.1, 1.0)], spike_factor=2.0)
     assert found == [""] * 7 + ["lm_loss is 4.1, 2.05 times the median of 3 steps"]
 

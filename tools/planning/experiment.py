@@ -92,7 +92,7 @@ def as_yaml(cfg: Config, plan: Plan) -> str:
 
 
 def _composed(overrides: Sequence[str]) -> Config:
-    """`compose`, also within a job of Hydra, which is global and takes no other beside it."""
+    """`compose`, also within a job of Hydra, which is global and allows one job at a time."""
     one = GlobalHydra.instance()
     running, one.hydra = one.hydra, None
     try:

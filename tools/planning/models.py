@@ -33,9 +33,9 @@ GATED = (
 def find(name: str, directory: str | None = None) -> ModelConfig | None:
     """The architecture of a name, from YAML files of the directory or of this project, or from the shape in the name.
 
-    A file fits where its name begins the other one, whatever the punctuation. The longest wins, whichever folder it is
-    in; of two that are equally long, the one in `directory`. Where no file fits, the only file whose name begins with
-    the other one, down to its size, does ("Qwen3 30B"). None where nothing fits.
+    A file fits where its name begins the other one, without regard to punctuation. The longest wins, in either
+    folder; of two that are equally long, the one in `directory`. Where no file fits, the only file whose name begins
+    with the other one, down to its size, does ("Qwen3 30B"). None where nothing fits.
 
     Raises:
         ConfigError: a file does not fit the schema of a model.

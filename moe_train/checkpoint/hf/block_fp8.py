@@ -42,8 +42,8 @@ def dequantise(quantised: Tensor, scale_inv: Tensor, first_row: int = 0, dtype: 
 def quantise(weight: Tensor, power_of_two: bool = True) -> tuple[Tensor, Tensor]:
     """FP8 weight [out, in] and `weight_scale_inv`. `weight` begins at a multiple of 128 rows of the whole.
 
-    What FP8 numbers stand for becomes the same numbers again: with powers of two, because the scale is chosen from the
-    largest number as E4M3 holds it; else because a scale is looked for that gives exactly the bf16 numbers of a block.
+    Values that came from FP8 become the same FP8 numbers again. With powers of two the scale is chosen from the largest
+    number as E4M3 holds it; else a search finds a scale that gives exactly the bf16 numbers of a block.
     """
     from moe_train.model import fp8
 
@@ -58,8 +58,8 @@ def quantise(weight: Tensor, power_of_two: bool = True) -> tuple[Tensor, Tensor]
 def _full_range(weight: Tensor, data: Tensor, scale_inv: Tensor) -> tuple[Tensor, Tensor]:
     """With half the scale where the largest number of a block has become 224.
 
-    It was a little more before, and then 448 with half the scale is the nearest number too. What 224 stands for would
-    get that scale when it is quantised again: so the first time has to choose it as well.
+    It was a little more before, and then 448 with half the scale is the nearest number too. The value of 224
+    would get that scale when it is quantised again: so the first time has to choose it as well.
     """
     import torch
 
@@ -79,7 +79,7 @@ def _as_before(weight: Tensor, data: Tensor, scale_inv: Tensor) -> tuple[Tensor,
     """Blocks of bf16 numbers that came from FP8, with a scale that gives exactly them.
 
     bf16 rounds `fp8 * scale`, so the largest number of a block says only about what the scale was. The bytes follow
-    from that; each number then bounds the scale, and any within all bounds stands for the block.
+    from that; each number then bounds the scale, and any within all bounds gives the block.
     """
     import torch
 

@@ -15,7 +15,7 @@ from moe_train.checkpoint.hf.rope import UNSUPPORTED, YARN_FIELDS
 from moe_train.checkpoint.hf.schemas import NEUTRAL, OMITTED, SCHEMAS, Json, Schema, Setting
 from moe_train.config.model import ModelConfig
 from moe_train.config.rules import model as model_rules
-from moe_train.config.walk import all_fields, misfit
+from moe_train.config.walk import all_fields, violation
 from moe_train.files import untrusted
 from parallel.errors import CheckpointError, ConfigError
 from parallel.suggest import Impossible, override_value
@@ -69,7 +69,7 @@ def to_model(config: Json, where: Path | str = FILE) -> ModelConfig:
         scaling = {name: config[name] for name in ("rope_theta", "rope_scaling", "rope_parameters") if name in config}
         raise _wrong(where, "rotary position", scaling, f"not complete ({type(error).__name__}: {error})") from error
     for field, value in values.items():
-        if why := misfit(f"model.{field}", value):
+        if why := violation(f"model.{field}", value):
             raise _wrong(where, field, value, why)
     model = ModelConfig(**{field: _typed(field, value) for field, value in values.items()})
     if wrong := _unlike_transformers(model):
@@ -138,7 +138,7 @@ def _read(setting: Setting, config: Json, schema: Schema, where: Path | str) -> 
         result = setting.read(value)
     except TypeError:
         result = value
-    if why := misfit(f"model.{setting.field}", result):
+    if why := violation(f"model.{setting.field}", result):
         raise _wrong(where, name, value, why)
     return result
 
@@ -308,7 +308,7 @@ def _deciding(model: ModelConfig) -> list[str]:
 
 
 def _shown(model: ModelConfig, field: str, theirs: ModelConfig) -> Any:
-    """The field's value, or what it stands for."""
+    """The field's value; where that is a default, the value that it means."""
     if field == "latent_norm_epsilon" and theirs.attention == "mla":
         return model.latent_norm_epsilon or model.norm_epsilon
     if field == "num_query_groups":

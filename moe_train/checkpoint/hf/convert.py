@@ -21,7 +21,7 @@ from moe_train.checkpoint.hashing_file import HashingFile
 from moe_train.checkpoint.hf import block_fp8, config, distcp, safetensors
 from moe_train.checkpoint.hf.mapping import Part, Piece
 from moe_train.checkpoint.hf.rows import BLOCK_BYTES, Rows
-from moe_train.checkpoint.hf.small_files import KEPT, SmallFiles, beside
+from moe_train.checkpoint.hf.small_files import KEPT, SmallFiles, accompanying
 from moe_train.checkpoint.hf.source import HuggingFace, MappedSource, narrowed
 from moe_train.checkpoint.hf.writer import FileJob, Plan
 from moe_train.checkpoint.nonfinite import Tally
@@ -31,7 +31,7 @@ from parallel.errors import CheckpointError, ConfigError
 
 FP32, BF16 = DTYPES["float32"], DTYPES["bfloat16"]
 _CHOICES = {"fp32": FP32, "bf16": BF16, "fp16": DTYPES["float16"], "fp8": block_fp8.DTYPE}
-ALLOW = "set convert.allow_nonfinite=true to take them as they are"
+ALLOW = "set convert.allow_nonfinite=true to convert them unchanged"
 
 _CHUNK_BYTES = 128 << 20  # largest item of a .distcp file, which a loader takes whole
 _LARGEST_FILE_BYTES, _SMALLEST_FILE_BYTES, _FILES = 4 << 30, 16 << 20, 32
@@ -65,7 +65,7 @@ class Options:
     """Whether a Megatron copy of a Megatron checkpoint keeps the optimizer."""
     power_of_two_scales: bool = True
     allow_nonfinite: bool = False
-    """Whether NaN and infinite numbers are written as they are."""
+    """Whether NaN and infinite numbers are written unchanged."""
 
 
 class MegatronReader:
@@ -190,7 +190,7 @@ def to_megatron(source: MappedSource, target: Path, cfg: Config, options: Option
         }
 
     directory = source.source.directory
-    kept = {f"{KEPT}/{path.name}": path for path in beside(directory)}
+    kept = {f"{KEPT}/{path.name}": path for path in accompanying(directory)}
     used = {extent.path for extent in source.source.extents.values()}
     identity = {"format": "megatron", **_identity(directory, used, options, source.model, jobs)}
     return Plan(target, identity, jobs, finish, kept, tallies.notes)
@@ -333,7 +333,7 @@ def copy_megatron(checkpoint: distcp.Checkpoint, target: Path, options: Options)
         small = {METADATA: distcp.table(_items(facts)), STATE: json.dumps(state, indent=1).encode(), **upstream_files()}
         return small | {CONFIG: (directory / CONFIG).read_bytes()}
 
-    kept = {f"{KEPT}/{path.name}": path for path in beside(directory / KEPT)}
+    kept = {f"{KEPT}/{path.name}": path for path in accompanying(directory / KEPT)}
     identity = {"format": "megatron", **_identity(directory, checkpoint.files, options, None, jobs)}
     return Plan(target, identity, jobs, finish, kept, tallies.notes)
 

@@ -47,7 +47,7 @@ class SmallFiles:
     """config.json that the weights once came with."""
 
 
-def beside(directory: Path) -> list[Path]:
+def accompanying(directory: Path) -> list[Path]:
     """Files next to weights that a copy should have too: tokenizer, generation settings, model code."""
     if not directory.is_dir():
         return []
@@ -63,9 +63,9 @@ def beside(directory: Path) -> list[Path]:
 
 
 def of_directory(directory: Path) -> SmallFiles:
-    """Everything as it is in a Hugging Face directory."""
+    """The files of a Hugging Face directory, unchanged."""
     original = config.read(directory) if (directory / config.FILE).is_file() else None
-    return SmallFiles({path.name: path for path in beside(directory)}, original=original)
+    return SmallFiles({path.name: path for path in accompanying(directory)}, original=original)
 
 
 def of_run(model: ModelConfig, data: DataConfig, init_from: str | None) -> SmallFiles:

@@ -56,7 +56,7 @@ def described(data: bytes) -> TensorDescription:
     """
     found = pickled.load(data, _NAMES, _storage)
     if not isinstance(found, TensorDescription):
-        raise ValueError("it is no tensor")
+        raise ValueError("it is not a tensor")
     return found
 
 
@@ -81,7 +81,7 @@ def _description(storage: Any, dtype: Any, first: Any, shape: Any, strides: Any)
     sizes = (first, *shape, *strides)
     plain = isinstance(storage, _Storage) and isinstance(dtype, Dtype) and len(shape) == len(strides)
     if not plain or not all(type(n) is int and n >= 0 for n in sizes):
-        raise ValueError("it is no tensor")
+        raise ValueError("it is not a tensor")
     return TensorDescription(dtype, tuple(shape), tuple(strides), first, storage.numbers * storage.dtype.itemsize)
 
 

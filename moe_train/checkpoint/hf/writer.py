@@ -8,8 +8,8 @@
 
 A file is written under a hidden name and renamed when it is on disk. `kill -9` at any moment leaves the hidden
 directory, and the next try writes only what is not complete. No file that is written has a hidden name but `.metadata`,
-so that bookkeeping and content do not meet, whatever the files of the source are called. No symbolic link is followed:
-whoever can put one next to the target would choose what is overwritten.
+so that files of the source with any name cannot collide with the bookkeeping. No symbolic link is followed: a user who
+can put one next to the target would choose the file that is overwritten.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from moe_train.checkpoint.nonfinite import Places, Tally, entry_of
 from moe_train.files import untrusted
 from parallel.errors import CheckpointError, MoeTrainError
 
-_BOOKS, _PLAN, _DONE, _LOCK, _PART = ".writing", "plan.json", "done", "lock", ".part"
+_BOOKKEEPING, _PLAN, _DONE, _LOCK, _PART = ".writing", "plan.json", "done", "lock", ".part"
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -170,16 +170,16 @@ def _open(plan: Plan, held: list[int]) -> int:
     held.append(_locked(partial))
     refuse_existing(plan.target)  # another process has finished it while this one waited for nothing
     identity = json.dumps(plan.identity, sort_keys=True, indent=1)
-    books = partial / _BOOKS
-    if not _says(books / _PLAN, identity):
-        for entry in [*partial.iterdir(), *books.iterdir()]:
-            if entry not in (books, books / _LOCK):
+    bookkeeping = partial / _BOOKKEEPING
+    if not _says(bookkeeping / _PLAN, identity):
+        for entry in [*partial.iterdir(), *bookkeeping.iterdir()]:
+            if entry not in (bookkeeping, bookkeeping / _LOCK):
                 _remove(entry)
         _check_space(plan, set())
-        (books / _DONE).mkdir()
-        _write_whole(books / _PLAN, identity.encode())
-    _make_own(books / _DONE)
-    for entry in [*partial.iterdir(), *(books / _DONE).iterdir()]:
+        (bookkeeping / _DONE).mkdir()
+        _write_whole(bookkeeping / _PLAN, identity.encode())
+    _make_own(bookkeeping / _DONE)
+    for entry in [*partial.iterdir(), *(bookkeeping / _DONE).iterdir()]:
         if entry.name.endswith(_PART):
             _remove(entry)
     complete = set(_complete(plan, partial))
@@ -220,7 +220,7 @@ def _make_own(directory: Path) -> bool:
     except FileExistsError:
         if not stat.S_ISDIR(os.lstat(directory).st_mode):
             raise CheckpointError(
-                f"{directory} is no directory, and files are collected in a directory of that name",
+                f"{directory} is not a directory, and files are collected in a directory of that name",
                 "remove it, or name another target",
             ) from None
         return False
@@ -228,8 +228,8 @@ def _make_own(directory: Path) -> bool:
 
 
 def _locked(partial: Path) -> int:
-    created, lock = _make_own(partial), partial / _BOOKS / _LOCK
-    _make_own(partial / _BOOKS)
+    created, lock = _make_own(partial), partial / _BOOKKEEPING / _LOCK
+    _make_own(partial / _BOOKKEEPING)
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -264,7 +264,7 @@ def _complete(plan: Plan, partial: Path) -> Iterator[str]:
 
 
 def _record_path(job: FileJob, partial: Path) -> Path:
-    return partial / _BOOKS / _DONE / f"{job.name}.json"
+    return partial / _BOOKKEEPING / _DONE / f"{job.name}.json"
 
 
 def _record_of(job: FileJob, partial: Path) -> Json | None:
@@ -342,13 +342,15 @@ def _publish(plan: Plan, reused: int) -> Outcome:
         files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     manifest = {"format": 1, "files": dict(sorted(files.items()))}
     _write_whole(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
-    books = partial / _BOOKS
-    (books / _PLAN).unlink()  # first: without it everything is written again; a plan without its records never ends
-    shutil.rmtree(books / _DONE)
+    bookkeeping = partial / _BOOKKEEPING
+    # First: without it everything is written again; a plan without its records never ends.
+    (bookkeeping / _PLAN).unlink()
+    shutil.rmtree(bookkeeping / _DONE)
     for directory in {partial / Path(name).parent for name in files} | {partial}:
         sync(directory)
     os.rename(partial, plan.target)
-    shutil.rmtree(plan.target / _BOOKS)  # only now: without the lock another process would take the hidden directory
+    # Only now: without the lock another process would take the hidden directory.
+    shutil.rmtree(plan.target / _BOOKKEEPING)
     sync(plan.target.parent)
     return Outcome(len(plan.jobs), sum(record["bytes"] for record in records.values()), reused)
 

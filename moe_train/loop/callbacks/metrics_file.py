@@ -37,7 +37,7 @@ class MetricsFile(Callback):
     `{"grad_norm": null, "non_finite": {"grad_norm": "inf"}}`.
 
     A run that continues at step N, or goes back to it, drops the lines after step N (going back keeps those of events);
-    one that starts at step 0 starts the file anew.
+    one that starts at step 0 starts a new file.
     """
 
     def __init__(self) -> None:

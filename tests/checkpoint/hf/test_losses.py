@@ -1,4 +1,4 @@
-"""Losses and gradients of every family are transformers', whatever the size of the vocabulary."""
+"""Losses and gradients of every family are transformers', for every size of the vocabulary."""
 
 from __future__ import annotations
 
