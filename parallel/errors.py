@@ -25,6 +25,15 @@ class MoeTrainError(Exception):
         self.cause, self.remedy = one_line(cause), one_line(remedy)
         super().__init__(f"{self.cause}; {self.remedy}" if remedy else self.cause)
 
+    def copied(self, remedy: str | None = None) -> MoeTrainError:
+        """The same error without its traceback, for other ranks. `remedy` replaces its own.
+
+        A subclass with other arguments becomes the class that it specialises.
+        """
+        kind = next(kind for kind in type(self).__mro__ if kind.__init__ is MoeTrainError.__init__)  # type: ignore[misc]
+        copy: MoeTrainError = kind(self.cause, self.remedy if remedy is None else remedy)
+        return copy
+
 
 class ConfigError(MoeTrainError):
     """The configuration asks for something impossible: the user who typed the command acts."""

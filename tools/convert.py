@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 from launch import quiet
 from moe_train.config.compose import hydra_entry
 from moe_train.config.model import ModelConfig
+from moe_train.config.rules import model as model_rules
 from moe_train.config.schema import Config, DataConfig
 from moe_train.config.walk import get
 from parallel.errors import CheckpointError, ConfigError, MoeTrainError
+from parallel.suggest import Impossible
 from tools.words import CommandLine, parse
 
 if TYPE_CHECKING:
@@ -57,7 +59,8 @@ def main() -> None:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-convert-"))
         line = parse(words, [_VERIFY])
         argv = [*line.argv("convert.source", "convert.target"), f"run_dir={scratch}/run"]
-        sys.exit(hydra_entry(partial(run, line=line, team=team), argv=argv, runs=False, about=__doc__, common=_COMMON))
+        work = partial(run, line=line, team=team)
+        sys.exit(hydra_entry(work, argv=argv, runs=False, rules=False, about=__doc__, common=_COMMON))
 
 
 def run(cfg: Config, line: CommandLine, team: Team) -> None:
@@ -221,11 +224,27 @@ def _small_files(cfg: Config, path: Path, model: ModelConfig, words: Sequence[st
 
 
 def _chosen(cfg: Config, words: Sequence[str], described: Callable[[], ModelConfig]) -> ModelConfig:
-    """The model that the checkpoint describes, with what the command line says of it."""
-    if any(word.startswith("model=") for word in words):
-        return cfg.model
-    names = [word.partition("=")[0].lstrip("+") for word in words if word.lstrip("+").startswith("model.")]
-    return replace(described(), **{name.removeprefix("model."): get(cfg, name) for name in names})
+    """The model that the checkpoint describes, with what the command line says of it.
+
+    Raises:
+        ConfigError: no model can be like that.
+    """
+    chosen = any(word.startswith("model=") for word in words)
+    changes = [word for word in words if word.lstrip("+").startswith("model.")]
+    names = [word.partition("=")[0].lstrip("+") for word in changes]
+    model = (
+        cfg.model if chosen else replace(described(), **{name.removeprefix("model."): get(cfg, name) for name in names})
+    )
+    try:
+        model_rules.check(model)
+    except Impossible as problem:
+        whose = f"model={model.name}" if chosen else f"the model of {cfg.convert.source}"
+        remedy = problem.remedy
+        if changes:
+            whose += f" with {' '.join(changes)}"
+            remedy = f"leave {' '.join(names)} out, or {remedy}"
+        raise ConfigError(f"{whose}: {problem.cause}", remedy) from problem
+    return model
 
 
 @contextlib.contextmanager

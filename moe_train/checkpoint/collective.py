@@ -63,7 +63,7 @@ def attempt(action: Callable[[], Any], what: str) -> Outcome:
     try:
         return Outcome(action())
     except CheckpointError as error:
-        return Outcome(error=type(error)(error.cause, error.remedy))
+        return Outcome(error=error.copied())
     except OSError as error:
         return Outcome(error=CheckpointError(f"cannot {what}: {error.strerror or error}", REMEDY))
     except MemoryError:

@@ -32,7 +32,7 @@ from moe_train.config import help, store
 from moe_train.config.command_line import escaped, for_hydra, sorted_words
 from moe_train.config.explain import CONF_DIR, explain, one_line, refuse_lost_groups, unknown_field, unknown_option
 from moe_train.config.schema import Config
-from moe_train.config.validate import validate
+from moe_train.config.validate import check_values, validate
 from moe_train.config.walk import all_fields, group_names
 from moe_train.files import untrusted
 from parallel.errors import ConfigError, MoeTrainError
@@ -45,6 +45,7 @@ Revise = Callable[[Config, Sequence[str], Callable[[Sequence[str]], Config]], Co
 """Makes another config of one, the overrides that led to it, and a function that composes others."""
 # For the callback, which Hydra makes without arguments of ours.
 _TRAINS = ContextVar("trains", default=True)
+_RULES = ContextVar("rules", default=True)
 _REVISE: ContextVar[Revise | None] = ContextVar("revise", default=None)
 
 store.register()
@@ -137,7 +138,7 @@ class ValidateBeforeOutput(Callback):
             task = copy.deepcopy(config)
             with read_write(task), open_dict(task):
                 del task["hydra"]
-            validate(_revised(to_config(task), config), trains=_TRAINS.get())
+            _check(_revised(to_config(task), config))
             _make_run_dir(run_dir)
         except Exception as error:
             raise _Stop(error) from error
@@ -148,6 +149,14 @@ class ValidateBeforeOutput(Callback):
             _make_run_dir(config.hydra.sweep.dir)
         except Exception as error:
             raise _Stop(error) from error
+
+
+def _check(cfg: Config) -> None:
+    """Raise ConfigError where a value is impossible, or does not go with the others."""
+    if _RULES.get():
+        validate(cfg, trains=_TRAINS.get())
+    else:
+        check_values(cfg)
 
 
 def _revised(cfg: Config, composed: DictConfig) -> Config:
@@ -191,6 +200,7 @@ def hydra_entry(
     *,
     trains: bool = True,
     runs: bool = True,
+    rules: bool = True,
     about: str | None = None,
     revise: Revise | None = None,
     common: Sequence[str] = (),
@@ -208,13 +218,15 @@ def hydra_entry(
         trains: whether the command is to train, so that rules about training apply.
         runs: whether it has a use for the output directory. Else, where the command line has none of Hydra's options,
             the config is composed once and Hydra makes no job of it, which saves a fifth of a second.
+        rules: whether the rules between fields apply to the config as it is. Else `fn` checks those that concern it,
+            as where the model is one that it has yet to read.
         about: what --help prints, in the place of Hydra's page.
         revise: makes the config that is validated and run of the composed one, for each job.
         common: the groups and fields that --help explains.
         flags: options of the command itself, which it has taken from `argv`, to suggest one that is misspelled.
         after_sweep: is given the jobs of a sweep once all have ended.
     """
-    before, before_revise = _TRAINS.set(trains), _REVISE.set(revise)
+    before, before_revise, before_rules = _TRAINS.set(trains), _REVISE.set(revise), _RULES.set(rules)
     if sys.stdout is None:  # closed by whoever started it: what is printed goes nowhere
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
@@ -232,6 +244,7 @@ def hydra_entry(
     finally:
         _TRAINS.reset(before)
         _REVISE.reset(before_revise)
+        _RULES.reset(before_rules)
 
 
 def _run(
@@ -324,7 +337,7 @@ class _Entry:
         try:
             cfg = config()
             self.verbose = self.verbose or cfg.verbose
-            validate(cfg, trains=_TRAINS.get())
+            _check(cfg)
         except Exception as error:
             self.report(error)
             return

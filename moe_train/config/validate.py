@@ -59,8 +59,7 @@ def fit(cfg: Config, world_size: int) -> ParallelLayout | None:
 def _check(cfg: Config, world_size: int | None, trains: bool) -> tuple[Impossible | None, int, ParallelLayout | None]:
     """The first problem and how far the checks came, or the layout."""
     try:
-        for name, info in all_fields().items():
-            check_value(info, get(cfg, name))
+        check_values(cfg)
     except Impossible as problem:
         return problem, 0, None
     degrees = {name: getattr(cfg.parallel, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
@@ -75,6 +74,12 @@ def _check(cfg: Config, world_size: int | None, trains: bool) -> tuple[Impossibl
         except Impossible as problem:
             return problem, stage, None
     return None, 0, layout
+
+
+def check_values(cfg: Config) -> None:
+    """What can be said of each field alone. Raises Impossible with values that work."""
+    for name, info in all_fields().items():
+        check_value(info, get(cfg, name))
 
 
 def check_value(info: FieldInfo, value: Any) -> None:

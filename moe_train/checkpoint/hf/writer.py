@@ -129,7 +129,7 @@ def _attempt(action: Callable[[], Any], team: Team) -> _Result:
     try:
         return _Result(action())
     except MoeTrainError as error:
-        return _Result(error=type(error)(error.cause, error.remedy))
+        return _Result(error=error.copied())
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         remedy = "free space or correct permissions and run the same command again (or name another target)"
@@ -159,7 +159,7 @@ def _given_up(plan: Plan, held: list[int], failed: list[_Result]) -> MoeTrainErr
     if not kept:
         shutil.rmtree(partial, ignore_errors=True)  # it refuses a symbolic link
         return error
-    return type(error)(error.cause, f"{error.remedy}: the {kept} complete files in {partial} are kept for it")
+    return error.copied(f"{error.remedy}: the {kept} complete files in {partial} are kept for it")
 
 
 def _open(plan: Plan, held: list[int]) -> int:

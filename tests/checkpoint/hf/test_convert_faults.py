@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from moe_train.checkpoint import metadata
 from moe_train.checkpoint.hf.writer import partial_of
 from tests.checkpoint.hf import tiny_v3
-from tests.checkpoint.hf.tiny_v3 import Command, Done
+from tests.checkpoint.hf.tiny_v3 import EXPERTS, Command, Done
 
 INDEX, SHARD = "model.safetensors.index.json", "model-00002-of-00003.safetensors"
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
@@ -328,6 +328,20 @@ FAULTS = {
     "an unknown field": Fault("hf", lambda d: None, ("convert.dtyp", "convert.dtype"), ("convert.dtyp=bf16",)),
     "files of no size": Fault("hf", lambda d: None, ("convert.file_gb",), ("convert.file_gb=0",)),
     "files of less than no size": Fault("hf", lambda d: None, ("convert.file_gb",), ("convert.file_gb=-1",)),
+    "too few layers": Fault(
+        "hf", lambda d: None,
+        ("source with model.num_layers=1: ", f"model.num_experts={EXPERTS};", "leave model.num_layers out"),
+        ("model.num_layers=1",),
+    ),
+    "too few layers of a run": Fault(
+        "run", lambda d: None,
+        ("source with model.num_layers=1: ", f"model.num_experts={EXPERTS};", "leave model.num_layers out"),
+        ("model.num_layers=1",),
+    ),
+    "more experts of a token than there are": Fault(
+        "hf", lambda d: None, (f"model.topk=99 exceeds model.num_experts={EXPERTS};",), ("model.topk=99",)
+    ),
+    "no layer": Fault("run", lambda d: None, ("model.num_layers=0 is below",), ("model.num_layers=0",)),
     "another model": Fault("hf", lambda d: None, ("has shape",), ("model=mixtral_8x7b",)),
 }  # fmt: skip
 
