@@ -205,6 +205,7 @@ def _load(run: Run, path: Path) -> None:
     state.load_optimizer(run, _read(run, optimizer, contents, path), updates)
     if scales:
         state.load_delayed_scales(run, _read(run, scales, contents, path))
+    together(run, lambda: _refuse_nonfinite(run, path, "resume", _begin_elsewhere(path)), f"read {path}")
     same_layout = facts["layout"] == asdict(run.layout)
     if (
         same_layout and facts["device"] == run.device.type
@@ -241,21 +242,32 @@ def _load_weights(run: Run, path: Path) -> None:
         path = on_main(run, lambda: directory.resolve(path, "init_from")[0], f"read {path}")
         weights = _read(run, state.model_state(run), _open(run, path), path)
     state.load_model(run, weights)
-    together(run, lambda: _check_finite(run, path), f"read {path}")
+    together(run, lambda: _refuse_nonfinite(run, path, "init_from", "start from another checkpoint"), f"read {path}")
     run.optimizer.reload_model_params()
     if run.is_main:
         say(f"weights from {path}")
 
 
-def _check_finite(run: Run, path: Path) -> None:
-    """Raise CheckpointError where a run would begin with weights that make every loss NaN."""
+def _refuse_nonfinite(run: Run, path: Path, field: str, otherwise: str) -> None:
+    """Raise CheckpointError where the weights that were read from `field`=`path` make every loss NaN.
+
+    One sum of each weight and router bias. Moments are left out: that of a squared gradient may be infinite.
+    """
     for model in state.models(run):
-        for name, weight in model.named_parameters():
+        biases = [(name, bias) for name, bias in model.named_buffers() if name.endswith("expert_bias")]
+        for name, weight in [*model.named_parameters(), *biases]:
             if not torch.isfinite(weight.detach().sum(dtype=torch.float32)):
                 raise CheckpointError(
-                    f"init_from={path}: {name} has NaN or infinite numbers, and every loss would be NaN",
-                    "restore the weights from a copy, or start from another checkpoint",
+                    f"{field}={path}: {name} has NaN or infinite numbers, and every loss would be NaN",
+                    f"restore the weights from a copy, or {otherwise}",
                 )
+
+
+def _begin_elsewhere(path: Path) -> str:
+    """What the user can do about it. The run does not go back by itself: the same steps would lead there again."""
+    step = directory.step_of(path.name)
+    earlier = [other for other in directory.candidates(path.parent) if directory.step_of(other.name) < step]
+    return f"set resume={earlier[0]}" if earlier else "begin again with resume=never"
 
 
 def _read(run: Run, wanted: storage.StateDict, contents: metadata.Metadata, path: Path) -> storage.StateDict:

@@ -331,17 +331,35 @@ def test_items_that_are_compressed_are_not_unpacked(copy: Path, tmp_path: Path) 
         assert "is compressed, and torch.save compresses nothing" in line
 
 
-def test_weights_that_are_not_finite_are_no_beginning(copy: Path, tmp_path: Path) -> None:
-    directory = copy / "checkpoints" / "step_00000002"
-    checkpoint_ = distcp.Checkpoint(directory)
-    for chunk in checkpoint_.chunks(checkpoint_.master("output_layer.weight")):
+def put_nan(directory: Path, name: str) -> None:
+    """Into the first number of a tensor of a checkpoint, in each of its parts."""
+    stored = distcp.Checkpoint(directory)
+    for chunk in stored.chunks(stored.master(name)):
         with chunk.file.open("r+b") as file:
             file.seek(chunk.extent.offset)
-            file.write(b"\xff\xff\xff\x7f")  # NaN
+            file.write(b"\xff\xff\xff\x7f")
+
+
+def test_weights_that_are_not_finite_are_no_beginning(copy: Path, tmp_path: Path) -> None:
+    directory = copy / "checkpoints" / "step_00000002"
+    put_nan(directory, "output_layer.weight")
     changes = {"checkpoint__verify": False, "run_dir": str(tmp_path / "new"), "init_from": str(directory)}
     ((code, line),) = resume(copy, changes)
     assert code == 2
     assert "output_layer.weight has NaN or infinite numbers" in line
+
+
+@pytest.mark.parametrize("name", ["output_layer.weight", "decoder.layers.1.mlp.router.expert_bias"])
+def test_a_run_does_not_go_on_with_weights_that_are_not_finite(name: str, copy: Path) -> None:
+    """Nor does it go back without a word: the same steps would lead there again."""
+    newest, before = (copy / "checkpoints" / f"step_0000000{step}" for step in (2, 1))
+    put_nan(newest, name)
+    unverified = {"checkpoint__verify": False}
+    told, step = resume(copy, unverified, unverified | {"resume": str(before)})
+    assert told[0] == 2
+    assert f"resume={newest}: {name} has NaN or infinite numbers, and every loss would be NaN; restore" in told[1]
+    assert told[1].endswith(f"or set resume={before}")
+    assert step == 1
 
 
 def die_while_saving(run_dir: Path, beside: bool) -> None:
