@@ -4,7 +4,7 @@
     moe-data data=text 'data.path=corpus/*.jsonl' data.dir=data/mine \\
         data.tokenizer=/models/tokenizer.json
 
-It takes the overrides of `moe-train`, which reads the same data.dir.
+It takes the overrides of `moe-train`, which reads the same data.dir. The tokenizer has at most model.vocab_size entries.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moe_train.config.compose import hydra_entry
 from moe_train.config.schema import Config
 
 _COMMON = ("data", "data.path", "data.dir", "data.text_key", "data.tokenizer", "data.tokenizer_vocab_size",
-          "data.append_eod", "data.prepare_workers")  # fmt: skip
+          "model.vocab_size", "data.append_eod", "data.prepare_workers")  # fmt: skip
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ configuration passes.
 from __future__ import annotations
 
 import math
+import typing
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +84,15 @@ def check_values(cfg: Config) -> None:
 
 
 def check_value(info: FieldInfo, value: Any) -> None:
-    """What can be said of one value alone: finite, one of the choices, between the smallest and the largest."""
+    """What can be said of one value alone: not empty, finite, one of the choices, between smallest and largest.
+
+    An empty path would be taken for none, and the run would train on other data, or for the working directory.
+    """
+    if value == "" and (info.name == "data.dir" or type(None) in typing.get_args(info.type)):
+        raise Impossible(
+            f"{info.name}='' is empty, as from a variable of the shell that is not set",
+            otherwise=f"give it a value, or leave {info.name} out",
+        )
     entries = value if isinstance(value, list) else [value]
     for entry in entries:
         if info.choices and entry is not None and entry not in info.choices:

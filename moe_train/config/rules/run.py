@@ -58,12 +58,13 @@ def optimizer_numbers(facts: Facts) -> None:
 def data_source(facts: Facts) -> None:
     """Where text comes from, and a tokenizer that fits the embedding."""
     data, model = facts.cfg.data, facts.cfg.model
-    if data.source == "files" and not data.path:
+    if data.source == "files" and data.path is None:
         raise Impossible(f"data.path={override_value(data.path)}, but data.source=files reads the text there", [],
                          "use data.path=FILE_OR_DIRECTORY or data=stdlib")  # fmt: skip
     if data.source != "files" and data.path:
-        raise Impossible(f"data.path={data.path} is not read with data.source={data.source}",
-                         [{"data.source": "files"}, {"data.path": None}])  # fmt: skip
+        shown = override_value(data.path)  # data.source=files alone would share data.dir with another corpus
+        raise Impossible(f"data.path={shown} is not read with data.source={data.source}", [],
+                         f"use data=text data.path={shown} or data.path=null")  # fmt: skip
     if not _keeps_lines(data.encoding):
         raise Impossible(f"data.encoding={data.encoding} does not encode line ends as ASCII does",
                          [{"data.encoding": "utf-8"}, {"data.encoding": "latin-1"}])  # fmt: skip
