@@ -4,7 +4,8 @@
     moe-data data=text 'data.path=corpus/*.jsonl' data.dir=data/mine \\
         data.tokenizer=/models/tokenizer.json
 
-It takes the overrides of `moe-train`, which reads the same data.dir. The tokenizer has at most model.vocab_size entries.
+It takes the overrides of `moe-train`, which reads the same data.dir.
+The tokenizer has at most model.vocab_size entries.
 """
 
 from __future__ import annotations

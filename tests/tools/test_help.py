@@ -23,7 +23,8 @@ EXPLAINED = {
     "moe-preflight": ("launcher.slow_ratio=1.5", "times the median"),
     "moe-plan": ("plan.gpus=null", "GPUs to plan for"),
     "moe-memory": ("parallel.pp=1", "Pipeline-parallel degree"), "moe-convert": ("convert.dtype=null", "bf16 for FP8"),
-    "moe-inspect": ("inspect.norm_rtol=null", "norm-relative"), "moe-data": ("model.vocab_size=4096", "at most model.vocab_size entries"),
+    "moe-inspect": ("inspect.norm_rtol=null", "norm-relative"),
+    "moe-data": ("model.vocab_size=4096", "at most model.vocab_size entries"),
     "moe-dryrun": ("model.mtp_num_layers=0", "prediction"),
 }  # fmt: skip
 
