@@ -109,7 +109,7 @@ def run(words: Sequence[str]) -> int:
 def _assumed(overrides: Sequence[str]) -> list[str]:
     """What the words leave open: GPUs, and BF16. A run that is continued keeps its own precision."""
     words = on_gpus(overrides)
-    given = {word.partition("=")[0]: word.partition("=")[2].strip("'\"") for word in overrides}
+    given = {word.partition("=")[0].lstrip("+"): word.partition("=")[2].strip("'\"") for word in overrides}
     if "resume" in given or Path(given.get("run_dir", ""), "config.yaml").is_file():
         words = [word for word in words if not word.startswith("precision=")]
     return words

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import quiet
+from moe_train.config.assumed import names_of
 from moe_train.config.compose import hydra_entry
 from moe_train.config.model import ModelConfig
 from moe_train.config.rules import model as model_rules
@@ -217,7 +218,7 @@ def _small_files(cfg: Config, path: Path, model: ModelConfig, words: Sequence[st
     written = saved.get("data") if isinstance(saved.get("data"), dict) else {}
     known = {field.name for field in fields(DataConfig)}
     data = DataConfig(**{name: value for name, value in (written or {}).items() if name in known})
-    if any(word.startswith("data.dir=") for word in words):
+    if "data.dir" in names_of(words):
         data = replace(data, dir=cfg.data.dir)
     first = saved.get("init_from")
     return small_files.of_run(model, data, first if isinstance(first, str) else None)
@@ -229,7 +230,7 @@ def _chosen(cfg: Config, words: Sequence[str], described: Callable[[], ModelConf
     Raises:
         ConfigError: no model can be like that.
     """
-    chosen = any(word.startswith("model=") for word in words)
+    chosen = "model" in names_of(words)
     changes = [word for word in words if word.lstrip("+").startswith("model.")]
     names = [word.partition("=")[0].lstrip("+") for word in changes]
     model = (

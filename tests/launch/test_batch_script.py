@@ -240,7 +240,8 @@ def test_a_chain_goes_on_where_a_run_that_had_begun_could_not_read(batch: Batch)
 @pytest.mark.parametrize(
     ("word", "directory"),
     [("run_dir=epoch=9", "epoch=9"), ("run_dir=a b [1]", "a b [1]"), ("run_dir='a b'", "a b"),
-     ("run_dir=${oc.env:PLACE}/x=1", "here/x=1")],
+     ("run_dir=${oc.env:PLACE}/x=1", "here/x=1"), ("++run_dir=plain", "plain"), ("+run_dir=plain", "plain"),
+     ("++run_dir='a b'", "a b"), ('++run_dir="a b"', "a b"), ("++run_dir=${oc.env:PLACE}/x", "here/x")],
 )  # fmt: skip
 def test_the_directory_is_that_of_the_ranks(word: str, directory: str, batch: Batch) -> None:
     place = {"PLACE": "here", "MOE_PYTHON": sys.executable, "MOE_CODE": str(slurm.SCRIPT.parents[1])}
@@ -251,7 +252,25 @@ def test_the_directory_is_that_of_the_ranks(word: str, directory: str, batch: Ba
     assert made == {Path(directory).parts[0]}, "no stray directory"
 
 
+def test_the_job_has_the_directory_that_was_named_and_no_second_one(batch: Batch) -> None:
+    batch.run("", "++run_dir=mine")
+    assert [word for word in batch.lines()[0].split() if "run_dir=" in word] == ["++run_dir=mine"]
+
+
+@pytest.mark.parametrize("word", ["hydra.run.dir=there", "++hydra.run.dir=there"])
+def test_another_name_of_the_directory_is_refused(word: str, batch: Batch) -> None:
+    code, text = batch.run("", word)
+    assert (code, text) == (2, f"error: {word}: name the directory of the run by run_dir=DIRECTORY\n")
+    assert [path.name for path in batch.dir.iterdir() if path.is_dir()] == ["bin"]
+
+
+@pytest.mark.parametrize("word", ["launcher.start=torchrun", "++launcher.start=torchrun", "+launcher.preflight=check"])
+def test_a_field_that_the_script_does_not_read_is_refused(word: str, batch: Batch) -> None:
+    code, text = batch.run("", word)
+    assert (code, "has an effect through moe-submit only" in text) == (2, True)
+
+
 def test_a_directory_with_the_time_in_its_name_is_refused(batch: Batch) -> None:
-    code, text = batch.run("", "run_dir=runs/${now:%H-%M}")
+    code, text = batch.run("", "++run_dir=runs/${now:%H-%M}")
     assert code == 2
     assert "would be another directory after a requeue" in text

@@ -382,7 +382,8 @@ def test_a_run_that_is_continued_keeps_its_precision(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old/config.yaml").write_text("precision: {name: fp8_block}\n")
     assert submit._assumed(["model=tiny", f"run_dir={tmp_path}/new"]) == ["runtime=cuda", "precision=bf16"]
-    for words in ([f"run_dir={tmp_path}/old"], [f"run_dir='{tmp_path}/old'"], ["resume=/somewhere", "run_dir=new"]):
+    places = (f"run_dir={tmp_path}/old", f"run_dir='{tmp_path}/old'", f"++run_dir={tmp_path}/old")
+    for words in (*([place] for place in places), ["resume=/somewhere", "run_dir=new"]):
         assert submit._assumed(words) == ["runtime=cuda"]
 
 
