@@ -1,7 +1,7 @@
-"""How long training waits for a checkpoint that is written beside it, against one that it waits for.
+"""How long training waits for a checkpoint that is written during training, against one that it waits for.
 
 `make bench-checkpoint` trains a model of some hundred megabytes of weights and state on one rank and on two. In one run
-it saves in turn while training waits, and beside training, and measures how long the main thread of the first rank is
+it saves in turn while training waits, and during training, and measures how long the main thread of the first rank is
 held, steps left out. It also says how much slower steps are while a checkpoint is written: here the writer takes its
 time from the cores that train. It writes bench/results/checkpoint.json.
 """

@@ -44,7 +44,7 @@ CASES: dict[str, list[str]] = {
     ],
 }  # fmt: skip
 SEEDS = (1234, 1, 2)
-ONE_SEED = ("fp32", "fp8_tensor", "fp8_delayed", "fp8_block, pp2, recompute")  # reported beside, with the first seed
+ONE_SEED = ("fp32", "fp8_tensor", "fp8_delayed", "fp8_block, pp2, recompute")  # reported too, with the first seed
 BATCH = 32  # sequences; with fewer the losses of one run jump about by as much as the criterion allows
 WARM_UP_STEPS = 20
 LARGEST_DIFFERENCE = 0.0025  # of fp8_block

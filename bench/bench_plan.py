@@ -2,8 +2,8 @@
 
 `make bench-plan` measures what a cluster file would say: the speed of a matrix product and of a copy on one core, and
 latency and bandwidth of gloo between ranks that compute between their messages, as those of a run do. How long the host
-takes for one kernel of a layer comes from one run of one rank. It times each layout beside, in rounds, so that what
-else the machine does falls on both alike, and takes medians. It writes bench/results/plan.json.
+takes for one kernel of a layer comes from one run of one rank. It times each layout in the same rounds, so that other
+processes of the machine slow both alike, and takes medians. It writes bench/results/plan.json.
 
 Ranks share the cores of the machine, so all is measured with as many ranks at work as the layout has.
 """

@@ -80,7 +80,7 @@ def enter(setup: Setup, work: Callable[..., None], args: tuple[Any, ...]) -> Non
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
-        os._exit(code)  # a thread of a broken communicator could keep the process for ever
+        os._exit(code)  # a thread of a broken communicator could keep the process alive
 
 
 def train(config_path: str, entry: str, rank: RankInfo) -> None:

@@ -27,7 +27,7 @@ def tables() -> str:
 
 
 def page() -> str:
-    """The whole page, with its tables made anew."""
+    """The whole page, with its tables generated again."""
     return PAGE.read_text(encoding="utf-8").split(MARK)[0] + MARK + "\n" + tables()
 
 

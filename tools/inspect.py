@@ -104,7 +104,7 @@ def _describe(found: Inventory, threads: int) -> None:
 
 
 def _parts(found: Inventory) -> Table:
-    """Parameters that are there beside those of the arithmetic."""
+    """Parameters that are there in addition to those of the arithmetic."""
     from moe_train.checkpoint.inventory import BIAS, NOT_PARAMETERS
 
     expected = found.expected()

@@ -129,7 +129,7 @@ def resume(run: Run) -> None:
 
 
 def _continue_newest(run: Run) -> bool:
-    """Load the newest checkpoint of the run that is whole; False if it has none. Damaged ones are passed over.
+    """Load the newest checkpoint of the run that is whole; False if it has none. Damaged ones are skipped.
 
     Raises:
         CheckpointError: all are damaged, or the newest is of another model.

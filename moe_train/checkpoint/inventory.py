@@ -25,7 +25,7 @@ HUGGING_FACE, MEGATRON = "Hugging Face", "Megatron"
 BIAS, COPIES, SCALES, OTHER = "expert_bias", "copies", "fp8_scales", "other"
 MOMENTS, MASTERS, RANDOM = "moments", "fp32_weights", "random_streams"
 NOT_PARAMETERS = (BIAS, COPIES, SCALES, MOMENTS, MASTERS, RANDOM)
-"""What is stored beside the parameters. Copies are numbers that stand a second time under another name."""
+"""Parts of a checkpoint other than parameters. Copies are numbers that are stored again under another name."""
 
 # The first that fits a Megatron name decides. Names of optimizer state carry that of their parameter behind a prefix.
 _PARTS: tuple[tuple[Callable[[str], bool], str], ...] = (

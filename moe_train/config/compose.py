@@ -227,7 +227,7 @@ def hydra_entry(
         after_sweep: is given the jobs of a sweep once all have ended.
     """
     before, before_revise, before_rules = _TRAINS.set(trains), _REVISE.set(revise), _RULES.set(rules)
-    if sys.stdout is None:  # closed by whoever started it: what is printed goes nowhere
+    if sys.stdout is None:  # closed by the process that started it: output is lost
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         entry = _Entry(fn)

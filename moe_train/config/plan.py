@@ -19,7 +19,7 @@ class PlanConfig:
         choices=("1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"),
     )  # fmt: skip
     precisions: list[str] = doc(
-        [], "FP8 recipes to try beside precision.fp8 (none means BF16); empty means only that.",
+        [], "FP8 recipes to try in addition to precision.fp8 (none means BF16); empty means only that.",
         choices=("none", "block", "tensor", "mxfp8"),
     )  # fmt: skip
     micro_batch_sizes: list[int] = doc([1, 2, 4], "Micro-batch sizes to try, sequences.", minimum=1)
@@ -45,5 +45,5 @@ class PlanConfig:
     )
     write: str | None = doc(None, "File to which the best plan is written as a parallel/ YAML; null writes none.")
     runs: str | None = doc(None, "validate: table of published runs, with the columns of published_runs.csv.")
-    models: str | None = doc(None, "validate: directory of model YAML files, beside those of this project.")
+    models: str | None = doc(None, "validate: directory of model YAML files, in addition to those of this project.")
     results: str | None = doc(None, "validate: JSON file to write; null means bench/results/plan_validate.json.")

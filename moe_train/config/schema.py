@@ -255,7 +255,7 @@ class CheckpointConfig:
     local_keep: int = doc(1, "Newest checkpoints that stay in local_dir.", minimum=1)
     keep_last: int | None = doc(None, "Newest checkpoints that stay; null means all.", minimum=1)
     keep_every: int | None = doc(
-        None, "Checkpoints of multiples of this many steps stay for ever; null means none.", minimum=1
+        None, "Checkpoints of multiples of this many steps are kept permanently; null means none.", minimum=1
     )
     tries: int = doc(
         3, "Checkpoints in a row, between the first and last step, that fail before the run does.", minimum=1

@@ -64,7 +64,7 @@ def build_datasets(cfg: Config, train_samples: int, valid_samples: int, test_sam
         tokenizer_path=str(tokenizer.path),
     )
     sizes = (train_samples, valid_samples, test_samples)
-    # Upstream counts epochs of a split without text for ever, so it only sees splits that are asked for and have text.
+    # Upstream counts epochs of a split without text endlessly: it only sees splits that are asked for and have text.
     for i, size in enumerate(sizes):
         if not size:
             config.split_matrix[i] = None

@@ -217,7 +217,7 @@ def _fusions(cfg: Config, backend: str, runtime: str) -> dict[str, Any]:
         "moe_permute_fusion": te and cfg.model.is_moe,
         # The fused kernel adds up a group's best experts and ignores router_group_score.
         "moe_router_fusion": te and cfg.model.is_moe and not scores_groups_by_best(cfg.model),
-        # The output head accumulates with apex's kernel, also beside Transformer Engine (tensor_parallel/layers.py).
+        # The output head accumulates with apex's kernel, also with Transformer Engine (tensor_parallel/layers.py).
         "gradient_accumulation_fusion": cfg.backend.apex,
     }
 

@@ -11,7 +11,7 @@ from parallel.errors import MoeTrainError
 
 
 class DivergedError(MoeTrainError):
-    """Steps stay bad whatever was tried: whoever chose data and learning rate acts. Starting again would not help."""
+    """Steps stay bad after every attempt: the user who chose data and learning rate acts. A restart would not help."""
 
     exit_code = 5
 

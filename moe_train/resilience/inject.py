@@ -13,8 +13,8 @@ KINDS = ("kill", "stop", "hang", "raise", "nan", "spike", "slow", "term")
 class Fault:
     """One entry of `resilience.inject`, such as `kill:rank=1:step=7:at=end:after=0.05`.
 
-    kill: SIGKILL. stop: SIGSTOP. hang: sleep for ever. raise: an error of the code. nan, spike: the loss times NaN or
-    `factor`. slow: `seconds` of sleep in the forward pass of each micro-batch. term: `factor` SIGTERMs and SIGUSR1s.
+    kill: SIGKILL. stop: SIGSTOP. hang: sleep without end. raise: an error of the code. nan, spike: the loss times NaN
+    or `factor`. slow: `seconds` of sleep in the forward pass of each micro-batch. term: `factor` SIGTERMs and SIGUSR1s.
     """
 
     kind: str

@@ -177,7 +177,7 @@ def _duplex(work: _Duplex, half: int, place: int, steady: int, middle: bool) -> 
         yield from work.weights()
         yield work.forward(1)
     for number in range(steady):
-        if number == 0 and middle:  # nothing has come back yet that could run beside it
+        if number == 0 and middle:  # nothing has come back yet that could run at the same time
             yield work.forward(0)
             yield work.backward(1, split=False)
         else:

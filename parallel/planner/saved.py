@@ -65,7 +65,7 @@ BACKENDS = {
 
 
 def linear_input(job: Job, name: str, tokens: float, width: float, copies: int = 1) -> Saved:
-    """Input of a linear layer: as it is (shared with whoever else keeps it), or one FP8 copy for each layer."""
+    """Input of a linear layer: unchanged (shared with other modules that keep it), or one FP8 copy for each layer."""
     if job.fp8 is None:
         return {name: job.element * tokens * width}
     return {f"{name} in fp8": copies * FP8_BYTES[job.fp8] * tokens * width}

@@ -1,4 +1,4 @@
-"""What the software of a run does beside the mathematics: which kernels are fused, what overlaps, what the host costs.
+"""What the software of a run adds to the mathematics: which kernels are fused, what overlaps, what the host costs.
 
 The same layout runs at different speeds from one release to the next. What a run used is often published (a dispatcher,
 CUDA graphs, whether expert dispatch overlaps); where only a date is known, `of_date` gives what was usual then. No
@@ -25,8 +25,8 @@ class Software:
         fused_experts: the experts' activation function and its casts to FP8 are part of the products around it.
         dispatcher: alltoall (NCCL, one message for each expert), or flex (DeepEP, HybridEP: one for each node).
         fp8_dispatch: tokens travel to their experts in FP8; they come back in 16 bits.
-        overlap_all_to_all: dispatch runs beside another micro-batch's compute.
-        overlap_tp: tensor-parallel collectives run in pieces beside their GEMM.
+        overlap_all_to_all: dispatch runs during another micro-batch's compute.
+        overlap_tp: tensor-parallel collectives run in pieces during their GEMM.
         overlap_dp: gradients are reduced during the backward pass, parameters gathered during the forward pass.
         fsdp: weights are sharded over data-parallel ranks and gathered layer by layer.
         frozen: weights need no gradient (LoRA).

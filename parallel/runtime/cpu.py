@@ -28,7 +28,7 @@ def prepare(device: torch.device = DEVICE, skip: Collection[str] = ()) -> None:
 
 def keep_freed_memory() -> None:
     """Have malloc reuse large blocks instead of giving them back: every step allocates the same tensors again, and the
-    kernel would clear each page anew (50,000 page faults and a quarter of the time of a small model's step)."""
+    kernel would clear each page again (50,000 page faults and a quarter of the time of a small model's step)."""
     with contextlib.suppress(AttributeError, OSError):  # another C library than glibc has no mallopt
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)

@@ -362,7 +362,7 @@ def test_a_run_does_not_go_on_with_weights_that_are_not_finite(name: str, copy: 
     assert step == 1
 
 
-def die_while_saving(run_dir: Path, beside: bool) -> None:
+def die_while_saving(run_dir: Path, overlapped: bool) -> None:
     """Train a step more than the newest checkpoint, and lose rank 1 when it has written half of its part."""
     run = small_run.prepare(small_run.config(run_dir, {}))
     checkpoint.resume(run)
@@ -376,8 +376,8 @@ def die_while_saving(run_dir: Path, beside: bool) -> None:
         return write(self, where, stop)
 
     storage.Share.write = write_half  # type: ignore[method-assign]
-    saving = checkpoint.begin(run, copy=beside)
-    if beside:
+    saving = checkpoint.begin(run, copy=overlapped)
+    if overlapped:
         small_run.train(run, 100)
     saving.wait()
 
@@ -391,10 +391,10 @@ def save_next(run_dir: Path) -> list[Any]:
     return [step, checkpoint.save(run).name]
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_a_rank_killed_while_saving_costs_only_that_checkpoint(copy: Path, beside: bool) -> None:
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_a_rank_killed_while_saving_costs_only_that_checkpoint(copy: Path, overlapped: bool) -> None:
     with pytest.raises(AssertionError, match="rank 1"):
-        run_distributed(die_while_saving, 2, copy, beside)
+        run_distributed(die_while_saving, 2, copy, overlapped)
     root = copy / "checkpoints"
     assert (root / "latest").read_text().strip() == "step_00000002"
     assert list((root / ".step_00000003.partial").glob("__1_*.distcp"))  # it did die in the middle

@@ -61,13 +61,13 @@ def save_both_ways(run_dir: Path, degrees: small_run.Degrees, changes: dict[str,
         ({"ep": 2}, {}),
     ],
 )
-def test_what_is_written_beside_training_is_the_state_at_its_step(
+def test_what_is_written_during_training_is_the_state_at_its_step(
     tmp_path: Path, degrees: small_run.Degrees, changes: dict[str, Any]
 ) -> None:
-    for waiting, beside in run_distributed(save_both_ways, 2, tmp_path, degrees, changes):
+    for waiting, overlapped in run_distributed(save_both_ways, 2, tmp_path, degrees, changes):
         assert {name for name in waiting if name.endswith(".distcp")} == {"__0_0.distcp", "__1_0.distcp"}
         for name in ("__0_0.distcp", "__1_0.distcp", "state.json", "config.yaml"):
-            assert waiting[name] == beside[name]
+            assert waiting[name] == overlapped[name]
 
 
 def count_plans(run_dir: Path) -> list[tuple[int, set[str]]]:

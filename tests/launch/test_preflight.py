@@ -194,7 +194,7 @@ def test_a_slow_group_blames_a_node_only_where_it_lies_within_one() -> None:
 
 def test_suspects_are_the_nodes_that_no_healthy_group_has() -> None:
     ranks = healthy()
-    for f in ranks:  # pairs of neighbouring nodes, and one pair n0, n2 beside them
+    for f in ranks:  # pairs of neighbouring nodes, and one more pair n0, n2
         f.groups = {"ep": ((0, 2)[f.rank // 4], 50.0, 60.0)}
     for number in (1, 5):
         ranks[number].groups["ep"] = (1, 50.0, 10.0)

@@ -75,7 +75,7 @@ def _prepared(directory: Path, tokens: int = 20_000_000_000_000) -> str:
     return str(directory)
 
 
-# What is wrong, the overrides beside V3, and a part of the one line that says so.
+# What is wrong, the overrides after V3, and a part of the one line that says so.
 WRONG = {
     "unknown field": (["launcher.partitions=x"], "launcher.partitions is not a field"),
     "unknown experiment": (["experiment=deepseek_v3/pretrian"], "experiment=deepseek_v3/pretrain"),

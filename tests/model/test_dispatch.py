@@ -46,7 +46,7 @@ def total(ranks: list[dict[str, Any]], dtype: str) -> int:
 
 def test_half_of_the_bytes_with_the_same_losses(tmp_path: Path) -> None:
     """What enters an FP8 product is rounded by the same rule again, which changes nothing. In gradients of weights,
-    whose tiles lie across tokens, only numbers that are tiny beside their row differ: others keep 4 bits at any scale.
+    whose tiles lie across tokens, only numbers that are tiny within their row differ: others keep 4 bits at any scale.
     """
     plain = run_distributed(two_steps, 2, tmp_path, {}, {"ep": 2})
     fp8 = run_distributed(two_steps, 2, tmp_path, {"precision__fp8_dispatch": True}, {"ep": 2})

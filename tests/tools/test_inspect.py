@@ -134,7 +134,7 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 def fact(text: str, name: str) -> str:
-    """The value beside `name`."""
+    """The value next to `name`."""
     lines = (line.strip() for line in text.splitlines())
     return next(line.removeprefix(name).strip() for line in lines if line.startswith(name + " "))
 

@@ -176,7 +176,7 @@ def test_each_rank_of_dualpipe_is_shown_with_all_it_holds(tmp_path: Path) -> Non
     assert "<th>stage 15</th>" in page
 
 
-def test_an_interval_that_is_asked_for_stands_beside_the_best_one() -> None:
+def test_an_interval_that_is_asked_for_is_shown_with_the_best_one() -> None:
     """Failures that a stage of the recipe counts already are counted once."""
     given = ["model=tiny", "cluster=h100", "runtime=cuda", "precision=bf16", "plan.gpus=64", "plan.search=false",
              "batch=large", "train.seq_length=4096"]  # fmt: skip

@@ -49,7 +49,7 @@ def test_a_third_path_is_refused() -> None:
     assert parse(["a", "b", "c"]).argv(*FIELDS)[-1] == "c"  # no override, so Hydra refuses it
 
 
-def test_hydras_own_options_work_beside_paths() -> None:
+def test_hydras_own_options_work_with_paths() -> None:
     program = Path(sys.executable).parent / "moe-convert"
     command = [str(program), "a", "--cfg", "job", "b", "convert.dtype=bf16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -36,7 +36,7 @@ class Answer:
 
     Args:
         gpus: GPUs that were asked for; the plans may leave some of them as spares.
-        asked: the layout of `parallel.*`, where a search was given one beside, to compare with.
+        asked: the layout of `parallel.*`, where a search was given one to compare with.
         bills: one for each stage of the recipe.
         recipe: the stages of the whole training.
         plans_of_stages: the plan of each stage that was timed, by its name.

@@ -123,8 +123,8 @@ def why(result: Answer, asked: Plan) -> str:
 
 
 def compared(result: Answer, asked: Plan) -> Table:
-    """The layout that was asked for beside the best."""
-    shown = Table(title="The layout of parallel.* beside the best, s of a step")
+    """The layout that was asked for, compared with the best."""
+    shown = Table(title="The layout of parallel.* and the best, s of a step")
     for column in ("what", "asked for", "best", "difference"):
         shown.add_column(column, justify="left" if column == "what" else "right")
     best = result.best
@@ -132,7 +132,7 @@ def compared(result: Answer, asked: Plan) -> Table:
         shown.add_row(name, f"{mine:.3f}", f"{its:.3f}", f"{mine - its:+.3f}")
     held, its_held = asked.memory_bytes / GIB, best.memory_bytes / GIB
     shown.add_row("GiB on the fullest GPU", f"{held:.1f}", f"{its_held:.1f}", f"{held - its_held:+.1f}")
-    shown.caption = "Parts but the bubble and the optimizer are counted as if nothing ran beside them."
+    shown.caption = "Parts but the bubble and the optimizer are counted as if nothing ran at the same time."
     return shown
 
 
@@ -166,8 +166,8 @@ def where(result: Answer, plan: Plan) -> Table:
     for key, value in sorted(step.parts.items(), key=lambda item: -item[1]):
         shown.add_row(f"{PART_NAMES[key]}", f"{value:.3f}", f"{value / step.seconds:.1%}")
     shown.caption = (
-        "The lower half counts each part as if nothing ran beside it. Where passes take longer than all of it, the "
-        "host is late with kernels, or ranks wait for the slowest."
+        "The lower half counts each part as if nothing ran at the same time. Where passes take longer than all of it, "
+        "the host is late with kernels, or ranks wait for the slowest."
     )
     return shown
 

@@ -277,7 +277,7 @@ def _items(facts: dict[str, Any]) -> Iterator[distcp.Item]:
 
 
 def upstream_files() -> dict[str, bytes]:
-    """What Megatron-Core's own loader wants beside the tensors (dist_checkpointing/core.py, strategies/common.py)."""
+    """What Megatron-Core's own loader needs besides the tensors (dist_checkpointing/core.py, strategies/common.py)."""
     kinds = {
         "sharded_backend": "torch_dist",
         "sharded_backend_version": 1,

@@ -60,7 +60,7 @@ class Chunk:
         return self.extent.bytes
 
     def check(self) -> None:
-        """Raise CheckpointError where its numbers are not those that were written, by the checksum beside them."""
+        """Raise CheckpointError where its numbers are not those that were written, by the checksum next to them."""
         found, flat = 0, Extent(self.file, self.extent.offset, DTYPES["uint8"], (self.bytes,))
         block = memoryview(bytearray(min(BLOCK_BYTES, self.bytes)))
         for start in range(0, self.bytes, BLOCK_BYTES):
@@ -69,7 +69,7 @@ class Chunk:
         self.compare(found)
 
     def compare(self, found: int) -> None:
-        """Raise CheckpointError where the CRC-32 of all its numbers is another one than that beside them."""
+        """Raise CheckpointError where the CRC-32 of all its numbers differs from that next to them."""
         if found != self._located[1]:
             raise damaged(self.file.parent, f"the bytes of an item of {self.file.name} are not those that were written")
 

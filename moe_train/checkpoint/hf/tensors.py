@@ -48,7 +48,7 @@ def model_shapes(model: ModelConfig) -> Shapes:
 
 
 def mtp_shapes(model: ModelConfig) -> Shapes:
-    """Tensors of a multi-token-prediction depth beside those of its transformer layer."""
+    """Tensors of a multi-token-prediction depth in addition to those of its transformer layer."""
     hidden = model.hidden_size
     norms: Shapes = {f"{name}.weight": (hidden,) for name in ("enorm", "hnorm", "final_layernorm")}
     return {**norms, "eh_proj.weight": (hidden, 2 * hidden)}

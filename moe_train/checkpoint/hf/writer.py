@@ -107,7 +107,7 @@ def run(plan: Plan, team: Team, threads: int, progress: Callable[[int], None] = 
 def together(team: Team, action: Callable[[], T]) -> T:
     """Result of `action`, which every rank does. If it fails on any rank, every rank raises the first one's error.
 
-    A rank that left alone would keep the others waiting for it for ever.
+    A rank that left alone would keep the others waiting for it without end.
     """
     result = _attempt(action, team)
     for error in team.gather(result.error):

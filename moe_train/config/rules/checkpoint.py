@@ -9,7 +9,7 @@ from parallel.suggest import Impossible, fixes_of, multiples, override_value
 
 
 def retention(facts: Facts) -> None:
-    """What stays for ever is saved, and says something only where others go."""
+    """Checkpoints that are kept permanently are saved, and matter only where others are removed."""
     settings = facts.cfg.checkpoint
     every, interval = settings.keep_every, settings.interval_steps
     if every is None:

@@ -1,4 +1,4 @@
-"""Fields that have no effect beside the others: whoever sets one to another value than its default expects some."""
+"""Fields that have no effect with the values of others: a user who sets one to another value expects an effect."""
 
 from __future__ import annotations
 

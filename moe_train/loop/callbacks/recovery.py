@@ -18,8 +18,8 @@ _REMEDY = "see its data, lower optimizer.lr, or raise resilience.max_bad_steps"
 class Recovery(Callback):
     """Counts bad steps in a row, goes back when there are too many, and ends the run when that was done too often.
 
-    After going back the run passes over all data since that checkpoint, so no sample is used twice, and what the bad
-    steps were given is not met again. The checkpoint is written anew at once, with that position in the data, so that
+    After going back the run skips all data since that checkpoint, so no sample is used twice, and the data of the bad
+    steps are not used again. The checkpoint is written again at once, with that position in the data, so that
     a crash does not undo it (`CheckpointCallback.on_rollback`).
     """
 

@@ -40,7 +40,7 @@ def test_item_is_that_of_torch_save(dtype: str, shape: tuple[int, ...]) -> None:
     torch.save(tensor, saved)
     distcp.write_item(out, DTYPES[dtype], shape, iter([Rows.of(rows[:2]), Rows.of(rows[2:])]))
     ours, theirs = records(out), records(saved)
-    assert ours == {name: theirs[name] for name in ours}  # torch has notes of its own beside
+    assert ours == {name: theirs[name] for name in ours}  # torch adds entries of its own
     out.seek(0)
     loaded = torch.load(out, weights_only=True)
     assert (loaded.dtype, loaded.shape) == (tensor.dtype, tensor.shape)
@@ -93,7 +93,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("damaged", [True, False])
 def test_what_is_read_is_checked_in_any_order(order: str, damaged: bool, tmp_path: Path) -> None:
-    """A byte that is wrong is found even where its row is not read: whoever wrote it wrote other rows beside."""
+    """A byte that is wrong is found even where its row is not read: the rank that wrote it wrote other rows too."""
     out = Output()
     distcp.write_item(out, DTYPES["float32"], (8, 4), [Rows.of(torch.rand(8, 4))])
     content = bytearray(out.getvalue())

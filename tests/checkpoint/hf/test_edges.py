@@ -50,7 +50,7 @@ def _write(path: Path, table: dict[str, Any], data: bytes) -> Path:
     return path
 
 
-def test_an_empty_tensor_beside_another_is_no_damage(tmp_path: Path) -> None:
+def test_an_empty_tensor_next_to_another_is_not_damage(tmp_path: Path) -> None:
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     empty = {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]}
     path = _write(tmp_path / "a.safetensors", {"full": entry, "empty": empty}, bytes(4))
@@ -100,7 +100,7 @@ def test_an_fp32_copy_without_the_optimizer_has_its_fp32_weights(run_checkpoint:
 
 
 def test_an_export_continues_only_what_was_of_the_same_checkpoint(run_checkpoint: Path, tmp_path: Path) -> None:
-    """A run that begins anew saves other weights under the name of the step that the first was killed at."""
+    """A run that starts again saves other weights under the name of the step that the first was killed at."""
     source = tmp_path / run_checkpoint.name
     shutil.copytree(run_checkpoint, source)
     cfg = SimpleNamespace(model=MODEL, init_from=None, data=SimpleNamespace(dir=str(tmp_path / "none")))

@@ -122,7 +122,7 @@ def test_both_ways_to_load_agree_in_bf16(saved: dict[str, tuple[Path, Any]], tmp
 
 @pytest.mark.parametrize("name", models.IN_TRANSFORMERS)
 def test_transformers_loads_what_comes_back(name: str, saved: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
-    """config.json is written anew, in the words of the releases: the model must still be the same."""
+    """config.json is written again, with the keys of the releases: the model must still be the same."""
     directory, model = saved[name]
     back = tmp_path / "hf"
     convert(megatron(directory), back)

@@ -1,4 +1,4 @@
-"""A directory that is written appears whole or not at all, whatever happens to whoever writes it."""
+"""A directory that is written appears whole or not at all, also when the process that writes it ends."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_crash_between_any_two_calls_leaves_nothing_that_looks_complete(
 
 
 def many_small_files(tmp_path: Path, direction: str) -> list[str]:
-    """Words of a conversion of some 15 MB into hundreds of files, and the undisturbed result beside it as `good`."""
+    """Arguments of a conversion of some 15 MB into hundreds of files, and its undisturbed result, `good`."""
     source = tiny_v3.write(tmp_path / "hf", tiny_v3.weights(experts=28), n_routed_experts=28)
     small = "convert.file_gb=0.00006"
     if direction == "to hf":
@@ -353,7 +353,7 @@ class Threads:
             thread.start()
         for thread in threads:
             thread.join(30)
-        assert not any(thread.is_alive() for thread in threads), "a rank waits for ever"
+        assert not any(thread.is_alive() for thread in threads), "a rank waits without end"
         return results
 
 

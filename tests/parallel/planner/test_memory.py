@@ -57,7 +57,7 @@ def test_deepseek_v3_activations_are_those_that_were_published() -> None:
 
 
 def test_full_recomputation_keeps_layer_inputs_only() -> None:
-    """4 layers of 256 x 2 bytes a token, token ids, norms and head of the last stage beside them."""
+    """4 layers of 256 x 2 bytes a token, token ids, norms and head of the last stage in addition."""
     some = job("runtime=cpu", "precision=bf16", "recompute=full", "model.mtp_num_layers=0")
     inputs = [size for name, size in chunk_activations(some, 0).items() if name.startswith("layer")]
     assert inputs == [128 * 256 * 2] * 4

@@ -48,11 +48,11 @@ def test_graphs_take_work_from_the_host() -> None:
 def test_overlap_costs_the_host_more_where_no_graph_starts_its_pieces() -> None:
     """Where dispatch stays within a node there is little to hide, and the host has more to start."""
     slow, soft = replace(FITTED, host_us=200), software.of_date(202604)
-    apart, beside = (
+    apart, overlapped = (
         planned("parallel.ep=8", soft=replace(soft, overlap_all_to_all=overlaps), constants=slow).seconds
         for overlaps in (False, True)
     )
-    assert beside > apart
+    assert overlapped > apart
 
 
 def test_a_fused_feed_forward_of_experts_moves_less() -> None:
