@@ -221,7 +221,11 @@ def _small_files(cfg: Config, path: Path, model: ModelConfig, words: Sequence[st
     if "data.dir" in names_of(words):
         data = replace(data, dir=cfg.data.dir)
     first = saved.get("init_from")
-    return small_files.of_run(model, data, first if isinstance(first, str) else None)
+    places = [path, *(Path(place) for place in (saved.get("run_dir"), first) if isinstance(place, str) and place)]
+    weights = next((place for place in places if small_files.origin_of(place)), None)
+    if weights is None and isinstance(first, str) and not Path(first).exists():
+        print(f"warning: init_from={first} is gone: the files that came with its weights are missing", file=sys.stderr)
+    return small_files.of_run(model, data, weights)
 
 
 def _chosen(cfg: Config, words: Sequence[str], described: Callable[[], ModelConfig]) -> ModelConfig:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from moe_train.checkpoint import compat, directory, exchange, local, manifest, metadata, origin, state, storage
 from moe_train.checkpoint.collective import free_bytes, on_main, say, together, warn
 from moe_train.checkpoint.hf import config as hf_config
-from moe_train.checkpoint.hf import distcp, writer
+from moe_train.checkpoint.hf import distcp, small_files, writer
 from moe_train.checkpoint.saving import Job, Saving
 from moe_train.loop.run import Run, TrainState
 from parallel.errors import CheckpointError
@@ -120,12 +120,28 @@ def resume(run: Run) -> None:
         CheckpointError: the checkpoint is missing, damaged, or of another model. No checkpoint was changed.
     """
     if run.cfg.resume not in ("auto", "never"):
-        _load(run, on_main(run, lambda: directory.resolve(Path(run.cfg.resume), "resume")[0], "read checkpoints"))
+        found = on_main(run, lambda: directory.resolve(Path(run.cfg.resume), "resume")[0], "read checkpoints")
+        _load(run, found)
+        if found.parent.resolve() != root_of(run).resolve():
+            _keep_small_files(run, found)
         return
     if run.cfg.resume == "never":
         local.set_aside(run, root_of(run))
-    if (run.cfg.resume == "never" or not _continue_newest(run)) and run.cfg.init_from:
-        _load_weights(run, Path(run.cfg.init_from))
+    if run.cfg.resume == "never" or not _continue_newest(run):
+        weights = Path(run.cfg.init_from) if run.cfg.init_from else None
+        if weights is not None:
+            _load_weights(run, weights)
+        _keep_small_files(run, weights)
+
+
+def _keep_small_files(run: Run, weights: Path | None) -> None:
+    """What an export of the run is to have of the weights that it begins with."""
+    if not run.is_main:
+        return
+    try:
+        small_files.keep(weights, run.run_dir)
+    except OSError as error:
+        warn(f"run_dir={run.run_dir}: {error}; an export will lack the files that came with {weights}")
 
 
 def _continue_newest(run: Run) -> bool:

@@ -29,6 +29,7 @@ _OF_THE_COMMAND = ("run_dir", "resume", "verbose", "rank", "launcher.dependency"
 _NO_GROUPS_OF_A_RUN = ("convert", "inspect", "plan")
 _OF_A_RUN = (
     "metrics.jsonl", "events.out.*", "config.yaml", SUMMARY, "loss.svg", EXPORTS, "injected", "heartbeats", "hung.txt",
+    directory.BEGAN,
 )  # fmt: skip
 _LENGTHS = ("train.steps", "train.tokens")
 _PERMISSIONS = ("schedule.on_resume", "data.on_resume")
@@ -231,7 +232,12 @@ def _merged(base: Config, cfg: Config, named: set[str], optional: set[str]) -> C
     merged = with_values(base, {name: get(cfg, name) for name in taken})
     is_gone = merged.init_from and "init_from" not in named and not os.path.exists(merged.init_from)
     if is_gone and any(_candidates(merged)):
-        merged = replace(merged, init_from=None)  # the checkpoints have its weights
+        if not Path(merged.run_dir, directory.BEGAN).is_dir():
+            _say_once(
+                f"warning: init_from={merged.init_from} is gone: the checkpoints have its weights, and an export will "
+                "lack the other files that came with them"
+            )
+        merged = replace(merged, init_from=None)
     return merged
 
 

@@ -32,6 +32,8 @@ STATE = "state.json"
 CONFIG = "config.yaml"
 METADATA = ".metadata"
 MANIFEST = "manifest.json"
+BEGAN = "init_from"
+"""Folder of run_dir with the small files of the weights that the run began with."""
 FORMAT = 2
 """Version of the layout of a checkpoint directory. Raise it when an older reader could not read the new one.
 

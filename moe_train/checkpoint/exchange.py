@@ -95,7 +95,7 @@ def _export_plan(run: Run, checkpoint: Path, target: Path) -> Plan:
     stored = distcp.Checkpoint(checkpoint)
     all_pieces = pieces(run.cfg.model)
     reader = convert.MegatronReader(stored, all_pieces)
-    small = small_files.of_run(run.cfg.model, run.cfg.data, run.cfg.init_from)
+    small = small_files.of_run(run.cfg.model, run.cfg.data, run.run_dir)
     return convert.to_hf(
         reader, all_pieces, run.cfg.model, target, convert.Options(), checkpoint, stored.files, small
     )  # fmt: skip

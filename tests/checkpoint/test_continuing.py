@@ -110,8 +110,20 @@ def test_the_weights_of_a_run_without_a_checkpoint_are_still_needed() -> None:
     assert again().init_from == "gone"
     with pytest.raises(ConfigError, match="init_from=gone does not exist"):
         validate(again())
+
+
+def test_first_weights_that_are_gone_are_not_needed_but_told(capsys: pytest.CaptureFixture[str]) -> None:
     begin("init_from=gone")
     assert again().init_from is None
+    assert again().init_from is None
+    assert capsys.readouterr().err == (
+        "warning: init_from=gone is gone: the checkpoints have its weights, and an export will lack the other files "
+        "that came with them\n"
+    )
+    begin("init_from=gone", run_dir="S")
+    Path("S/init_from").mkdir()  # where these files were kept
+    assert again(run_dir="S").init_from is None
+    assert capsys.readouterr().err == ""
 
 
 def test_a_config_that_cannot_be_read_is_not_replaced_by_the_defaults() -> None:

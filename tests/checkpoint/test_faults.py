@@ -331,6 +331,21 @@ def test_items_that_are_compressed_are_not_unpacked(copy: Path, tmp_path: Path) 
         assert "is compressed, and torch.save compresses nothing" in line
 
 
+def test_a_run_keeps_the_small_files_of_the_weights_that_it_begins_with(copy: Path, tmp_path: Path) -> None:
+    """An export needs them after init_from is gone."""
+    directory = copy / "checkpoints" / "step_00000002"
+    (directory / "hf").mkdir()  # as a conversion from Hugging Face leaves it
+    (directory / "hf/config.json").write_text("{}")
+    begun, resumed = tmp_path / "begun", tmp_path / "resumed"
+    settings = {"run_dir": str(begun), "init_from": str(directory)}, {"run_dir": str(resumed), "resume": str(directory)}
+    assert resume(copy, *settings) == [0, 2]
+    for run_dir in (begun, resumed):
+        assert [path.name for path in (run_dir / "init_from").iterdir()] == ["config.json"]
+    assert not (copy / "init_from").exists()
+    assert resume(copy, {"run_dir": str(begun)}) == [0]  # random weights
+    assert not (begun / "init_from").exists()
+
+
 def put_nan(directory: Path, name: str) -> None:
     """Into the first number of a tensor of a checkpoint, in each of its parts."""
     stored = distcp.Checkpoint(directory)

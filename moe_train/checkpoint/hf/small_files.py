@@ -7,11 +7,13 @@ generation_config.json and tokenizer_config.json all name that token. No torch i
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_train.checkpoint.directory import MANIFEST
+from moe_train.checkpoint.directory import BEGAN, MANIFEST, step_of
 from moe_train.checkpoint.hf import config, safetensors
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import DataConfig
@@ -68,8 +70,29 @@ def of_directory(directory: Path) -> SmallFiles:
     return SmallFiles({path.name: path for path in accompanying(directory)}, original=original)
 
 
-def of_run(model: ModelConfig, data: DataConfig, init_from: str | None) -> SmallFiles:
-    """Those of weights that were trained on `data`, and that began as `init_from`.
+def keep(weights: Path | None, run_dir: Path) -> None:
+    """Copy the small files of the first `weights` of a run to its directory: later they may be gone.
+
+    They replace those of an earlier run there. None: the run began with random weights.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    origin, kept = None if weights is None else origin_of(weights), run_dir / BEGAN
+    partial = run_dir / f".{BEGAN}.partial"
+    for old in (partial, kept):
+        if origin != old and os.path.lexists(old):
+            shutil.rmtree(old)  # it refuses a symbolic link
+    if origin is None or origin == kept:
+        return
+    partial.mkdir(parents=True)
+    for path in accompanying(origin):
+        shutil.copyfile(path, partial / path.name)
+    os.rename(partial, kept)
+
+
+def of_run(model: ModelConfig, data: DataConfig, weights: Path | None) -> SmallFiles:
+    """Those of weights that were trained on `data`, and that began as those of `origin_of(weights)`.
 
     The tokenizer is that of the data. What else came with the first weights is kept; of their tokenizer and generation
     settings only where it is the same tokenizer.
@@ -77,7 +100,7 @@ def of_run(model: ModelConfig, data: DataConfig, init_from: str | None) -> Small
     Raises:
         CheckpointError, DataError: a file is damaged, or the tokenizer has tokens that the model does not have.
     """
-    origin = _origin(init_from)
+    origin = None if weights is None else origin_of(weights)
     began = of_directory(origin) if origin else SmallFiles()
     source = Path(data.dir) / _TOKENIZER
     if not source.is_file():
@@ -87,12 +110,14 @@ def of_run(model: ModelConfig, data: DataConfig, init_from: str | None) -> Small
     return _with_tokenizer(copied, began.original, model, data, same)
 
 
-def _origin(init_from: str | None) -> Path | None:
-    """Where the small files of the first weights are: in Hugging Face format, or converted from there."""
-    if not init_from:
-        return None
-    found = [path for path in (Path(init_from), Path(init_from) / KEPT) if (path / config.FILE).is_file()]
-    return found[0] if found else None
+def origin_of(weights: Path) -> Path | None:
+    """Where the small files of weights are: next to them in Hugging Face format, in a checkpoint that was converted
+    from there, or in the directory of a run that began with such weights. None where there are none.
+    """
+    run_dir = weights.parent if step_of(weights.name) >= 0 else weights
+    run_dir = run_dir.parent if run_dir.name == "checkpoints" else run_dir
+    places = (weights, weights / KEPT, run_dir / BEGAN)
+    return next((path for path in places if (path / config.FILE).is_file()), None)
 
 
 def _with_tokenizer(

@@ -146,17 +146,60 @@ def first_weights(data: DataConfig, directory: Path, **settings: Any) -> Path:
 def test_what_came_with_the_first_weights_stays_with_their_tokenizer(tmp_path: Path) -> None:
     data = make_tokenizer(tmp_path / "data")
     origin = first_weights(data, tmp_path / "origin")
-    found = small_files.of_run(MODEL, data, str(origin))
+    found = small_files.of_run(MODEL, data, origin)
     assert {"chat_template.jinja", "modeling_own.py", "generation_config.json"} <= found.copied.keys()
     assert found.tokens["eos_token_id"] == [5, 0]  # 0 ends documents too
     assert found.tokens["bos_token_id"] == 7
+
+
+def test_what_came_with_the_first_weights_is_kept_when_they_are_gone(tmp_path: Path) -> None:
+    data, run_dir = make_tokenizer(tmp_path / "data"), tmp_path / "run"
+    origin = first_weights(data, tmp_path / "origin")
+    (origin / "model.safetensors").write_bytes(b"large")
+    before = small_files.of_run(MODEL, data, origin)
+    small_files.keep(origin, run_dir)
+    shutil.rmtree(origin)
+    for place in (run_dir, run_dir / "checkpoints", run_dir / "checkpoints/step_00000010"):
+        after = small_files.of_run(MODEL, data, place)
+        assert after.copied.keys() == before.copied.keys()
+        assert (after.made, after.tokens, after.original) == (before.made, before.tokens, before.original)
+    assert [path.name for path in run_dir.iterdir()] == ["init_from"]
+    assert not (run_dir / "init_from/model.safetensors").exists()
+
+    small_files.keep(run_dir / "checkpoints/step_00000010", tmp_path / "other")  # a run from weights of the first one
+    assert (tmp_path / "other/init_from/chat_template.jinja").is_file()
+    small_files.keep(None, run_dir)  # another run, with random weights
+    assert small_files.origin_of(run_dir) is None
+
+
+def test_a_conversion_says_where_the_first_weights_are_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, told = make_tokenizer(tmp_path / "data"), "warning: init_from=gone is gone: the files that came with its "
+    models.save("llama", tmp_path / "hf")
+    run_dir = tmp_path / "run"
+    path = of_a_run(tmp_path / "hf", data, run_dir / "checkpoints")
+    saved = yaml.safe_load((path / "config.yaml").read_text()) | {"init_from": "gone", "run_dir": str(run_dir)}
+    (path / "config.yaml").write_text(yaml.safe_dump(saved))
+    convert(path, tmp_path / "without")
+    assert told in capsys.readouterr().err
+    (tmp_path / "hf/modeling_own.py").write_text("# code")
+    small_files.keep(tmp_path / "hf", run_dir)
+    moved = shutil.move(path, tmp_path / "step_00000001")  # as checkpoint.dir has it
+    convert(moved, tmp_path / "with")
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "with/modeling_own.py").is_file()
+
+
+def test_only_the_run_that_began_with_weights_has_what_came_with_them(tmp_path: Path) -> None:
+    first_weights(make_tokenizer(tmp_path / "data"), tmp_path / "init_from")
+    assert small_files.origin_of(tmp_path / "run") is None
+    assert small_files.origin_of(tmp_path / "run/checkpoints") is None
 
 
 def test_an_end_that_the_first_weights_did_not_have_is_added(tmp_path: Path) -> None:
     data = make_tokenizer(tmp_path / "data")
     origin = first_weights(data, tmp_path / "origin", eos_token_id=5)
     (origin / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, "temperature": 0.6}))
-    found = small_files.of_run(MODEL, data, str(origin))
+    found = small_files.of_run(MODEL, data, origin)
     assert found.tokens["eos_token_id"] == [0, 5]
     generation = json.loads(found.made["generation_config.json"])
     assert generation["eos_token_id"] == [0, 5]
@@ -165,7 +208,7 @@ def test_an_end_that_the_first_weights_did_not_have_is_added(tmp_path: Path) -> 
 
 def test_of_another_tokenizer_only_the_code_stays(tmp_path: Path) -> None:
     origin = first_weights(make_tokenizer(tmp_path / "theirs", "<other>"), tmp_path / "origin")
-    found = small_files.of_run(MODEL, make_tokenizer(tmp_path / "data"), str(origin))
+    found = small_files.of_run(MODEL, make_tokenizer(tmp_path / "data"), origin)
     assert "modeling_own.py" in found.copied
     assert "chat_template.jinja" not in found.copied
     assert found.tokens == {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
