@@ -18,6 +18,7 @@ from pathlib import Path
 from moe_train.files import untrusted
 from moe_train.resilience import stop, watch
 from moe_train.resilience.bad_steps import DivergedError
+from parallel import errors
 from parallel.errors import ConfigError, HardwareError, LaunchError, MoeTrainError
 
 # What gloo, NCCL and the store say in a healthy rank when another one is gone or late.
@@ -101,9 +102,9 @@ def packages() -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """`error` without a traceback: typed errors in full, others as `Type: first line`."""
     error = lacking(error) if isinstance(error, ImportError) else error
-    text = " ".join(str(error).split()) if isinstance(error, MoeTrainError) else str(error).strip().partition("\n")[0]
     if isinstance(error, MoeTrainError):
-        return text
+        return " ".join(str(error).split())
+    text = errors.one_line(str(error).strip().partition("\n")[0])
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

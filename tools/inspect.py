@@ -93,7 +93,7 @@ def _describe(found: Inventory, threads: int) -> None:
         facts["optimizer"] = "none"
     table = Table(show_header=False, box=None)
     for name, text in facts.items():
-        table.add_row(name, text)
+        table.add_row(name, terminal.literal(text))
     console = terminal.console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print(_parts(found))
@@ -175,7 +175,7 @@ def _compare(first: Path, second: Path, threads: int, options: InspectConfig) ->
     if found.mapped:
         console.print("compared as Hugging Face tensors, one for each expert")
     for name, (a, b) in found.settings.items():
-        console.print(f"model.{name} is {a} in A and {b} in B", markup=False)
+        console.print(terminal.literal(f"model.{name} is {a} in A and {b} in B"))
     rows = options.rows
     if found.differences and rows:
         console.print(_rows(found.differences[:rows], tolerances.given))
@@ -198,7 +198,8 @@ def _rows(differences: list[Difference], tolerances: bool) -> Table:
             else [""] * 4
         )
         passes = ["yes" if d.within else "no"] if tolerances else []
-        table.add_row(d.name, d.what, *(text or "-" for text in d.texts), *of_values, *passes)
+        texts = (terminal.literal(text or "-") for text in d.texts)
+        table.add_row(terminal.literal(d.name), d.what, *texts, *of_values, *passes)
     return table
 
 

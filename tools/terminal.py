@@ -6,6 +6,9 @@ import sys
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
+
+from parallel.errors import one_line
 
 _WIDTH = 160  # columns of a table that is written to a file: names of tensors, and of plans, are long
 
@@ -13,3 +16,8 @@ _WIDTH = 160  # columns of a table that is written to a file: names of tensors, 
 def console(**options: Any) -> Console:
     """A console on stdout with rich's own options."""
     return Console(width=None if sys.stdout.isatty() else _WIDTH, **options)
+
+
+def literal(text: object) -> Text:
+    """Text from a file as it may be shown: without markup, line breaks and terminal controls."""
+    return Text(one_line(str(text)))

@@ -24,6 +24,7 @@ from moe_train.config.aliases import ABSENT, FIELDS
 from moe_train.config.command_line import field_of, is_list, is_text, plain
 from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields, get, group_names
+from parallel import errors
 from parallel.errors import ConfigError, MoeTrainError
 from parallel.suggest import override_value
 
@@ -62,8 +63,8 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> MoeTrainError | 
 
 
 def one_line(error: object) -> str:
-    """The message of `error` without line breaks."""
-    return " ".join(str(error).split())
+    """The message of `error` without line breaks and terminal controls."""
+    return errors.one_line(" ".join(str(error).split()))
 
 
 def unknown_field(name: str, value: str | None = None) -> ConfigError:

@@ -105,6 +105,10 @@ def test_a_damaged_record_counts_as_none(text: str, tmp_path: Path) -> None:
     )
 
 
+def test_an_error_cannot_control_the_terminal() -> None:
+    assert failures.one_line(ValueError("a\x1b[2J\nb")) == r"ValueError: a\x1b[2J"
+
+
 def test_a_rank_that_left_nothing() -> None:
     assert "rank 2 was killed by SIGKILL; most often it was out of memory" in failures.read(2, -9, "none", "l").message
     assert "crashed, see l" in failures.read(2, -signal.SIGSEGV, "none", "l").message

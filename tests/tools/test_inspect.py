@@ -133,6 +133,21 @@ def rows(text: str) -> dict[str, list[str]]:
     return {first: rest for first, *rest in cells}
 
 
+def test_names_in_a_checkpoint_cannot_control_the_terminal(command: Command, tmp_path: Path) -> None:
+    """Nor are they taken for markup, of which `[/x]` would be wrong."""
+    hostile = "[/x][red]\x1b[2J\x9b\r"
+    settings = config.to_hf(MODEL, "bfloat16") | {"architectures": [hostile]}
+    sources = [
+        write_hf(tmp_path / name, weights() | {f"{hostile}.weight": torch.full((2,), value)}, settings)
+        for name, value in (("a", 1.0), ("b", 2.0))
+    ]
+    _, text, _ = command(sources[0])
+    assert fact(text, "architecture") == r"[/x][red]\x1b[2J\x9b\r"
+    _, compared, _ = command(*sources, "--diff")
+    assert r"[/x][red]\x1b[2J\x9b\r.weight" in compared
+    assert all(line.isprintable() for line in (text + compared).split("\n"))
+
+
 def fact(text: str, name: str) -> str:
     """The value next to `name`."""
     lines = (line.strip() for line in text.splitlines())
