@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
 from moe_train.config.schema import Config
 from moe_train.config.validate import validate
 from moe_train.config.walk import all_fields, violation, with_values
+from moe_train.files import untrusted
 from parallel.errors import ConfigError
 
 # What may differ between layouts of one run. The global batch and the order of data stay, so the run stays the same.
@@ -63,8 +62,8 @@ def values_of(text: str) -> dict[str, Any]:
                 "change fields of parallel and recompute, and batch.micro_batch_size",
             )
         try:
-            values[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            values[name] = untrusted.parse_yaml(value)
+        except ValueError:
             raise ConfigError(
                 f"launcher.fallbacks has {word!r}, whose value cannot be read", f"correct {name}"
             ) from None

@@ -244,18 +244,22 @@ def _loader() -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """The value in a YAML file of null, booleans, numbers, text, lists and mappings.
+    """The value in a YAML file. Raises as `read_bytes` and `parse_yaml`."""
+    return parse_yaml(read_bytes(path, _LARGEST_YAML_BYTES).decode())
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text of null, booleans, numbers, text, lists and mappings.
 
     Base-60 numbers, dates and merge keys of YAML 1.1 are text.
 
     Raises:
-        OSError: as `open_regular`.
-        ValueError: it is too large, is not YAML, or has references, tags or whole numbers of more than 64 bits.
+        ValueError: it is not YAML, or has references, tags, too many values or levels, or whole numbers of more than
+            64 bits.
     """
     import yaml
 
-    data = read_bytes(path, _LARGEST_YAML_BYTES)
     try:
-        return yaml.load(data.decode(), Loader=_loader())  # derived from SafeLoader
+        return yaml.load(text, Loader=_loader())  # derived from SafeLoader
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from None

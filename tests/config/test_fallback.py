@@ -42,6 +42,8 @@ def test_where_none_fits_both_are_told() -> None:
         ("parallel.tq=2", "no field of the layout"),
         ("parallel.tp=many", "no whole number"),
         ("parallel.tp=0", "below 1"),
+        ("parallel.tp=1:30", "no whole number"),
+        ("parallel.tp=[&a,*a]", "cannot be read"),
     ],
 )
 def test_a_fallback_that_is_none_is_refused(text: str, told: str) -> None:
