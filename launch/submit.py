@@ -93,7 +93,9 @@ def run(words: Sequence[str]) -> int:
             submit([checked], Path(cfg.run_dir).resolve(), dry)
             _tidy(cfg, dry)
 
-    code = hydra_entry(job, argv=rest, about=__doc__, common=_COMMON, flags=[_DRY], revise=continuing.continued)
+    code = hydra_entry(
+        job, argv=rest, about=__doc__, common=_COMMON, flags=[_DRY], revise=continuing.continued, answers=dry
+    )
     if code or not sweep:
         return code
     directory = Path(sweep[0].cfg.run_dir).resolve().parent

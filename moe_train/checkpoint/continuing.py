@@ -182,6 +182,7 @@ def _base(cfg: Config) -> Config | None:
             stored = config_of(untrusted.read_yaml(own), own)
         except (OSError, ValueError, CheckpointError) as error:
             why = str(error).splitlines()[0]
+            own = Path(_shown(own))
             if not any(_candidates(cfg)):
                 raise ConfigError(
                     f"{own} cannot be read ({why}), and the run has no checkpoint",
@@ -209,8 +210,14 @@ def _tell_of_a_new_start(merged: Config, cfg: Config) -> None:
         return
     shown = " ".join(f"{name}={override_value(get(merged, name))}" for name in taken[:_SHOWN])
     more = "" if len(taken) <= _SHOWN else f" and {len(taken) - _SHOWN} more"
-    own = Path(cfg.run_dir, directory.CONFIG)
+    own = _shown(Path(cfg.run_dir, directory.CONFIG))
     _say_once(f"no checkpoint yet: the run begins with {own} ({shown}{more}); resume=never takes the defaults")
+
+
+def _shown(path: Path) -> str:
+    """One name for a path, which is relative in the command line and absolute in the job."""
+    absolute = os.path.abspath(path)
+    return os.path.relpath(absolute) if absolute.startswith(os.getcwd() + os.sep) else absolute
 
 
 _told: set[str] = set()

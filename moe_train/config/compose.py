@@ -201,6 +201,7 @@ def hydra_entry(
     trains: bool = True,
     runs: bool = True,
     rules: bool = True,
+    answers: bool = False,
     about: str | None = None,
     revise: Revise | None = None,
     common: Sequence[str] = (),
@@ -220,6 +221,8 @@ def hydra_entry(
             the config is composed once and Hydra makes no job of it, which saves a fifth of a second.
         rules: whether the rules between fields apply to the config as it is. Else `fn` checks those that concern it,
             as where the model is one that it has yet to read.
+        answers: whether it only prints, although rules about training apply: it then ends quietly where its reader is
+            gone (`| head`).
         about: what --help prints, in the place of Hydra's page.
         revise: makes the config that is validated and run of the composed one, for each job.
         common: the groups and fields that --help explains.
@@ -230,7 +233,7 @@ def hydra_entry(
     if sys.stdout is None:  # closed by the process that started it: output is lost
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
-        entry = _Entry(fn)
+        entry = _Entry(fn, answers or not trains)
         page = partial(help.page, about, common) if about else None
         code = _run(entry, config_name, argv, runs, page, flags)
         try:
@@ -302,11 +305,11 @@ class Job:
 class _Entry:
     """Runs jobs for Hydra and reports their errors; Hydra itself sees every job succeed, or it would print its own."""
 
-    def __init__(self, fn: Callable[[Config], None]) -> None:
+    def __init__(self, fn: Callable[[Config], None], answers: bool) -> None:
         self.fn, self.exit_code, self.prefix = fn, 0, ""
         self.overrides: list[str] = []
         self.jobs: list[Job] = []
-        self.only_prints = False
+        self.answers, self.only_prints = answers, False
         self.user_environment = os.environ.get(_FULL_ERROR)
         self.verbose = self.user_environment == "1"
 
@@ -366,7 +369,7 @@ class _Entry:
         A command that only prints ends quietly where its reader is gone, and with a line where the disk is full. A run
         must not end unnoticed.
         """
-        prints = self.only_prints or not _TRAINS.get()
+        prints = self.only_prints or self.answers
         if prints and isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough (| head)
             # The exit code of an answer may say that a plan does not fit, and that is lost: 1, as rich does.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -39,6 +40,21 @@ class Jobs:
         if self.error:
             raise self.error
         Path(cfg.run_dir, "ran").touch()
+
+
+@pytest.mark.parametrize(("answers", "told"), [(True, False), (False, True)])
+def test_only_a_command_that_prints_ends_quietly_where_its_reader_is_gone(
+    answers: bool, told: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`moe-submit --dry-run | head`; a submission that was interrupted so must be noticed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8", closefd=False) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        code = hydra_entry(lambda cfg: print("text", flush=True), argv=["run_dir=R"], answers=answers)
+        assert (code, "BrokenPipeError" in capfd.readouterr().err) == (1, told)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # so that the stream can be closed
+    os.close(writer)
 
 
 def test_a_run_gets_a_typed_config_and_hydras_directory(capfd: pytest.CaptureFixture[str]) -> None:
