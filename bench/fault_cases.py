@@ -42,7 +42,7 @@ class Case:
         meanwhile: acts on the running command.
         between: changes the run directory after a first command that stopped on the way; a second one continues.
         around: what holds while the commands of this case run.
-        repair: puts right what the fault broke, before the command is run again.
+        repair: undoes the fault before the command is run again.
         starter: what starts the command, instead of its own launcher.
         found: pattern of the first line that says that something is wrong.
         code: exit code of the command that meets the fault; where it is not 0 the same command is run again.

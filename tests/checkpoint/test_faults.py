@@ -366,7 +366,7 @@ def test_weights_that_are_not_finite_are_no_beginning(copy: Path, tmp_path: Path
 
 @pytest.mark.parametrize("name", ["output_layer.weight", "decoder.layers.1.mlp.router.expert_bias"])
 def test_a_run_does_not_go_on_with_weights_that_are_not_finite(name: str, copy: Path) -> None:
-    """Nor does it go back without a word: the same steps would lead there again."""
+    """Nor does it go back silently: the same steps would lead there again."""
     newest, before = (copy / "checkpoints" / f"step_0000000{step}" for step in (2, 1))
     put_nan(newest, name)
     unverified = {"checkpoint__verify": False}
