@@ -120,7 +120,7 @@ def _refuse_components(info: RankInfo, store: TCPStore) -> None:
         store.wait(keys)
     except RuntimeError:  # some have not come, and what waits for them next says so
         return
-    rendezvous.refuse_components([store.get(key).decode() for key in keys])
+    rendezvous.refuse_components([component.decode() for component in store.multi_get(keys)])
 
 
 def _follow(info: RankInfo, store: TCPStore, entry: str | None) -> int:
