@@ -15,13 +15,26 @@ _cache = tempfile.TemporaryDirectory(prefix="cache-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 
 # A background job of a script ignores SIGINT, and runs honour what they inherit: the tests send such signals.
-for _signal, _handler in (
-    (signal.SIGINT, signal.default_int_handler),
-    (signal.SIGTERM, signal.SIG_DFL),
-    (signal.SIGHUP, signal.SIG_DFL),
-):
+_HANDLERS = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+    signal.SIGUSR1: signal.SIG_DFL,
+}
+for _signal, _handler in _HANDLERS.items():
     if signal.getsignal(_signal) is signal.SIG_IGN:
         signal.signal(_signal, _handler)
+
+
+@pytest.fixture(autouse=True)
+def handlers_of_signals() -> Iterator[None]:
+    """Commands that a test runs in this process end by ignoring signals, which later tests send."""
+    before = {number: signal.getsignal(number) for number in _HANDLERS}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+
 
 DOCUMENTS = 64
 WORDS_PER_DOCUMENT = 2400

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import multiprocessing.forkserver
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from bench.fault_runs import SMALL
-from launch import main
+from launch import forkserver, main
 from launch.failures import RankError
 from moe_train.checkpoint import continuing
 from moe_train.config.compose import compose
@@ -28,6 +30,23 @@ def kept(run_dir: Path) -> list[bytes]:
     return [(run_dir / name).read_bytes() for name in KEPT]
 
 
+@pytest.fixture
+def own_fork_server() -> Iterator[None]:
+    """Ranks print to where the server's output went when it started, so `capfd` needs one that starts in the test."""
+    _end_fork_server()
+    yield
+    _end_fork_server()
+
+
+def _end_fork_server() -> None:
+    """Leaves it to be reaped by multiprocessing, which then knows that it has to start another one."""
+    pid = multiprocessing.forkserver._forkserver._forkserver_pid
+    forkserver.kill()
+    if pid is not None:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+@pytest.mark.usefixtures("own_fork_server")
 def test_a_run_that_is_done_is_left_alone_exported_and_continued(
     tmp_path: Path, small_data: tuple[str, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
