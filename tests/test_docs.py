@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,13 +35,26 @@ def blocks() -> list[tuple[str, list[str]]]:
     return found
 
 
+def cases() -> list[Any]:
+    """The blocks; those that train several times are slow, but for the first one that a newcomer meets."""
+    found = []
+    for name, commands in blocks():
+        slow = sum(trains(shlex.split(line, comments=True)) for line in commands) > 1 and name != "README.md-0"
+        found.append(pytest.param(name, commands, id=name, marks=pytest.mark.slow if slow else ()))
+    return found
+
+
+def trains(words: list[str]) -> bool:
+    return words[0] == "moe-train" and "--cfg" not in words and "runtime=simulated" not in words
+
+
 def test_there_are_commands_to_run() -> None:
     """The pattern still finds them, on most pages."""
     assert len(blocks()) >= 8
     assert {name.split("-")[0] for name, _ in blocks()} >= {"README.md", "parallelism.md", "planning.md", "data.md"}
 
 
-@pytest.mark.parametrize(("name", "commands"), blocks(), ids=[name for name, _ in blocks()])
+@pytest.mark.parametrize(("name", "commands"), cases())
 def test_commands_of_a_block_run(name: str, commands: list[str], tmp_path: Path, small_data: tuple[str, ...]) -> None:
     """In order, in one directory, each with exit code 0."""
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
@@ -49,11 +63,10 @@ def test_commands_of_a_block_run(name: str, commands: list[str], tmp_path: Path,
     steps = 0
     for line in commands:
         words = shlex.split(line, comments=True)
-        trains = words[0] == "moe-train" and "--cfg" not in words and "runtime=simulated" not in words
         if words[0] == "moe-data" and len(words) == 1:
             continue  # the default corpus: `make train` makes it
         own_data = any(word.startswith("data") for word in words)
-        if trains:
+        if trains(words):
             steps += 1
             words += [*SHORT, f"train.steps={1 + steps}", *([] if own_data else small_data)]
         program = shutil.which(words[0], path=str(Path(sys.executable).parent))

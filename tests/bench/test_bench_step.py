@@ -40,6 +40,7 @@ def test_summary_takes_the_faster_variant_and_every_loss() -> None:
     assert bench_step.summarise(rows[:2])["losses_agree"]
 
 
+@pytest.mark.slow
 def test_both_sides_start_from_the_same_weights_and_stay_together(tmp_path: Path) -> None:
     """The losses of two real steps, also where our experts are stored one by one."""
     pytest.importorskip("transformers", reason="the extra hf is not installed")

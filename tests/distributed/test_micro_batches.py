@@ -16,6 +16,7 @@ import torch
 from moe_train.loop import step
 from tests.checkpoint import small_run
 from tests.distributed.helper import run_distributed
+from tests.quick import slow_but
 
 Batch = dict[str, torch.Tensor]
 SEQUENCES = 8
@@ -36,6 +37,8 @@ LOSSES: dict[str, dict[str, Any]] = {
         "model__balance_losses": [], "model__balance_loss_coeffs": [], "model__mtp_num_layers": 1,
     },
 }  # fmt: skip
+MASKED = {"one": (3,), "those of a rank": (1, 3, 5, 7), "the first half": (0, 1, 2, 3)}
+"""Sequences of which no token counts."""
 OVER_MICRO_BATCHES = ("aux_loss", "global_aux_loss")
 # Name -> ranks, degrees of parallelism, and sequences of a micro-batch.
 DIVISIONS: dict[str, tuple[int, small_run.Degrees, int]] = {
@@ -102,7 +105,7 @@ def same_step(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert found["gradients"][name] == pytest.approx(square, rel=1e-3, abs=1e-9 * largest), name
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", slow_but(["seq_aux_loss", "global_aux_loss", "multi-token prediction"], LOSSES))
 def test_a_loss_weighs_the_same_in_any_division_of_the_batch(loss: str, tmp_path: Path) -> None:
     changes, same = LOSSES[loss], loss in OVER_MICRO_BATCHES
     (expected,) = run_distributed(first_step, 1, tmp_path, {}, changes, same)
@@ -135,9 +138,10 @@ def test_losses_over_micro_batches_see_all_sequences_that_are_computed_at_once(t
 UNEVEN = LOSSES["multi-token prediction"]
 
 
-@pytest.mark.parametrize("masked", [(3,), (1, 3, 5, 7), (0, 1, 2, 3)], ids=["one", "those of a rank", "the first half"])
-def test_micro_batches_without_tokens_that_count_add_nothing(masked: tuple[int, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", slow_but(["those of a rank"], MASKED))
+def test_micro_batches_without_tokens_that_count_add_nothing(where: str, tmp_path: Path) -> None:
     """Losses are means over all tokens of the global batch that count, wherever those are."""
+    masked = MASKED[where]
     (expected,) = run_distributed(first_step, 1, tmp_path, {}, UNEVEN, False, masked)
     for division in ("2 sequences", "dp2", "cp2, 2 sequences", "pp2, 4 sequences"):
         ranks, degrees, size = DIVISIONS[division]

@@ -10,6 +10,7 @@ import pytest
 
 from bench.parity import COMMON, DIVISIONS, LAYOUTS, compare, holds, measure
 from parallel.errors import MoeTrainError
+from tests.quick import slow_but
 
 # The model of `make parity`, narrower, for fewer steps: each layout takes seconds.
 SMALL = [
@@ -21,6 +22,8 @@ SMALL = [
     "model.moe_ffn_hidden_size=32",
     "model.vocab_size=512",
 ]
+QUICK_LAYOUTS = ["dp2", "pp2 vpp2", "cp2", "tp2 etp2 ep2", "tp2 pp2 ep2 dp2", "ep4", "ep2, optimizer not distributed",
+                 "tp2 ep2, allgather", "dp2 ep2, overlapped"]  # fmt: skip
 
 
 @cache
@@ -29,7 +32,7 @@ def reference(data: tuple[str, ...], *overrides: str) -> list[dict[str, Any]]:
     return measure([*SMALL, *data, *overrides])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(QUICK_LAYOUTS, LAYOUTS))
 def test_layout_changes_nothing(layout: str, small_data: tuple[str, ...]) -> None:
     """With multi-token prediction on, which the tiny model has."""
     expected = reference(small_data)
@@ -83,9 +86,12 @@ FEATURES: dict[str, list[str]] = {
     "all balance losses": [*SOFTMAX, "model.balance_losses=[aux_loss,seq_aux_loss,global_aux_loss]",
                            "model.balance_loss_coeffs=[0.01,0.01,0.01]", "model.z_loss_coeff=0.001"],
 }  # fmt: skip
+QUICK_FEATURES = ["mla without query compression", "gqa, softmax before top-k", "gqa with yarn", "dense",
+                  "gated shared experts of their own width", "groups of experts by their best", "tied embeddings",
+                  "all balance losses"]  # fmt: skip
 
 
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("feature", slow_but(QUICK_FEATURES, FEATURES))
 def test_feature_is_the_same_with_tensor_pipeline_and_expert_parallelism(
     feature: str, small_data: tuple[str, ...]
 ) -> None:

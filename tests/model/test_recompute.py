@@ -14,6 +14,7 @@ from moe_train.telemetry.saved_tensors import SavedTensors
 from parallel.planner.memory import saved_per_micro_batch
 from tests.checkpoint.small_run import BATCH, SEQUENCE, batches, config, prepare
 from tests.distributed.helper import run_distributed
+from tests.quick import slow_but
 
 LAYOUTS = {"single": (1, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2}), "ep2": (2, {"ep": 2})}
 SETS: dict[str, dict[str, Any]] = {
@@ -67,7 +68,7 @@ def steps_of(
     return {name: step_of(directory, degrees, recompute, changes) for name, recompute in chosen.items()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(["single", "pp2", "ep2"], LAYOUTS))
 def test_recomputation_changes_no_bit(layout: str, tmp_path: Path) -> None:
     """On every rank. Balance losses are logged once, and each token counts once for each expert that it visits."""
     world, degrees = LAYOUTS[layout]

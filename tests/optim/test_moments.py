@@ -85,6 +85,7 @@ def states(run: Any) -> list[dict[str, torch.Tensor]]:
     return [state for optimizer in optimizers(run) for state in optimizer.optimizer.state.values()]
 
 
+@pytest.mark.slow
 def test_losses_are_close_to_those_of_fp32_moments(tmp_path: Path) -> None:
     """Within 0.5 % at each of 30 steps (0.08 % to the nearest, 0.20 % at random), and yet not the same."""
     (exact,) = run_distributed(losses, 1, tmp_path, {}, {})

@@ -12,6 +12,7 @@ from tests.checkpoint import small_run
 from tests.checkpoint.hf import models, ranks
 from tests.checkpoint.hf.convert import convert
 from tests.distributed.helper import run_distributed
+from tests.quick import slow_but
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "single": {},
@@ -67,7 +68,7 @@ def expected(model: Any) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     return logits, chosen
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(["single", "tp2 pp2 ep2"], LAYOUTS))
 def test_a_layout_computes_what_transformers_does_and_gives_the_weights_back(
     layout: str, saved: dict[str, tuple[Path, Any]], tmp_path: Path
 ) -> None:

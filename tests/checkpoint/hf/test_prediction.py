@@ -14,6 +14,7 @@ from tests.checkpoint.hf import models, ranks
 from tests.checkpoint.hf.convert import convert
 from tests.checkpoint.hf.test_families import LAYOUTS, batch, same_tensors
 from tests.distributed.helper import run_distributed
+from tests.quick import slow_but
 
 
 def make(directory: Path, layers: int, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -62,7 +63,12 @@ def reference(model: Any, directory: Path, layers: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("layers", "layout"), [(4, name) for name in LAYOUTS] + [(61, "single"), (61, "pp2 vpp2"), (61, "tp2 pp2 ep2")]
+    ("layers", "layout"),
+    slow_but(
+        [(4, "tp2"), (4, "pp2 vpp2"), (4, "ep2"), (61, "tp2 pp2 ep2")],
+        [(4, name) for name in LAYOUTS] + [(61, "single"), (61, "pp2 vpp2"), (61, "tp2 pp2 ep2")],
+        "{0[0]}-{0[1]}".format,
+    ),
 )
 def test_prediction_layers_compute_what_the_paper_says_and_come_back(
     layers: int, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
