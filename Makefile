@@ -38,7 +38,7 @@ $(VENV)/.ready: $(VENV)/.installed
 train: $(VENV)/.installed ## Train a small MoE on real text over 4 ranks (tp=2 pp=2 ep=2) and show that it learned
 	$(BIN)/moe-train experiment=tiny_tp2_pp2_ep2 run_dir=runs/make-train resume=never
 
-test: setup ## Run the whole suite
+test: setup ## Run the test suite (its longest cases: make test-slow)
 	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m "not slow and not slurm"
 
 test-slow: setup ## Run the tests that take minutes

@@ -40,6 +40,14 @@ def test_summary_takes_the_faster_variant_and_every_loss() -> None:
     assert bench_step.summarise(rows[:2])["losses_agree"]
 
 
+@pytest.mark.parametrize(("at", "by", "agree"), [(9, 5e-4, False), (10, 5e-4, True), (10, 5e-3, False)])
+def test_losses_of_later_steps_may_differ_more(at: int, by: float, agree: bool) -> None:
+    reference = [2.0] * 12
+    steps = [(2.0 * (1 + by * (number == at)), 1.0) for number in range(12)]
+    row = bench_step.row(OURS, Task("fp32", 8, 256, 2), steps, reference, 0.5)
+    assert bench_step.summarise([row, {**row, "side": "eager"}])["losses_agree"] is agree
+
+
 @pytest.mark.slow
 def test_both_sides_start_from_the_same_weights_and_stay_together(tmp_path: Path) -> None:
     """The losses of two real steps, also where our experts are stored one by one."""
