@@ -32,8 +32,8 @@ from parallel.errors import MoeTrainError
 THEIRS = ("eager", "grouped_mm")
 WARM_UP_STEPS, TURN_STEPS = 3, 2
 # Relative, over the first steps, and for later ones ten times as much. Rounding decides which of two nearly equal
-# experts gets a token, and such differences grow: in fp32 the two variants of transformers, which differ in the order of
-# sums only, are up to 7e-5 apart after 16 steps of the larger model. In bf16 the sides round at other places.
+# experts gets a token, and such differences grow: in fp32 the two variants of transformers, which differ in the order
+# of sums only, are up to 7e-5 apart after 16 steps of the larger model. In bf16 the sides round at other places.
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 FIRST_STEPS, LATER = 10, 10
 
