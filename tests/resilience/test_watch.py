@@ -54,6 +54,41 @@ def test_a_rank_without_progress_leaves_its_stacks_and_ends_itself(tmp_path: Pat
     assert "hangs in step 8, update, in deep_inside (" in (tmp_path / watch.VERDICT).read_text()
 
 
+def test_ranks_of_an_earlier_start_are_not_blamed(tmp_path: Path) -> None:
+    """It had more of them: their files are still there, and of silent ranks. Rank 2 is of this start."""
+    (tmp_path / "heartbeats").mkdir()
+    for rank in (2, 4, 5):
+        (tmp_path / f"heartbeats/rank_{rank}.json").write_text(json.dumps(asdict(beat(rank, stuck=False))))
+    assert start("time.sleep(60)", tmp_path).returncode == watch.HUNG
+    told = "rank 2 (gpu2) gives no sign of life, last seen after step 4"
+    assert (tmp_path / watch.VERDICT).read_text() == f"{told}\n"
+
+
+def test_stacks_go_to_the_standard_error_where_run_dir_takes_none(tmp_path: Path) -> None:
+    (tmp_path / "logs").touch()
+    done = start("time.sleep(60)", tmp_path)
+    assert done.returncode == watch.HUNG
+    assert "--- rank 3 made no progress for 0." in done.stderr
+    assert "in <module>" in done.stderr
+
+
+def test_other_ranks_see_how_far_a_rank_has_come(tmp_path: Path) -> None:
+    pulse = watch.Pulse()
+    watched = watch.Watch(pulse, tmp_path, 1, 2, lambda: 1.0, lambda: True)
+    watched.start()
+    (first,) = watch.read(tmp_path)
+    assert (first.rank, first.step, first.count, first.place, first.stuck) == (1, 0, 0, "start", False)
+    for _ in range(2):
+        pulse.beat(5, "update")
+    deadline = time.monotonic() + 20
+    while (found := watch.read(tmp_path)[0]).step == 0 and time.monotonic() < deadline:
+        pulse.beat(5, "update")
+        time.sleep(0.05)
+    watched.stop()
+    assert (found.step, found.place, found.stuck) == (5, "update", False)
+    assert found.count >= 2
+
+
 def test_a_full_disk_does_not_keep_a_hung_rank(tmp_path: Path) -> None:
     done = start(
         """
@@ -137,6 +172,25 @@ def test_the_share_of_time_that_is_its_own(tmp_path: Path) -> None:
     assert others is not None
     assert others <= 0.35  # one look may fall between
     assert watched.own_share() is None
+
+
+def test_time_that_belongs_to_no_step_is_not_counted(tmp_path: Path) -> None:
+    watched = watch.Watch(watch.Pulse(), tmp_path, 0, 1, lambda: 0.0, lambda: False)
+    watched.start()
+    time.sleep(0.3)
+    watched.stop()
+    assert watched.own_share() is None
+
+
+def test_a_place_is_the_innermost_function_and_the_innermost_of_this_project() -> None:
+    assert watch.where(None) == "ended"
+    frame = sys._getframe()
+    own = "test_a_place_is_the_innermost_function_and_the_innermost_of_this_project (resilience/test_watch.py:"
+    assert watch.where(frame).startswith(own)
+    assert " from " not in watch.where(frame)
+    library: dict[str, Any] = {"where": lambda: watch.where(sys._getframe(1))}
+    exec(compile("def wait():\n    return where()\n", "/lib/torch/futures.py", "exec"), library)
+    assert library["wait"]().startswith(f"wait (torch/futures.py:2) from {own}")
 
 
 def beat(rank: int, **changes: Any) -> Heartbeat:
