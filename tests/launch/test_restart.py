@@ -14,6 +14,7 @@ from moe_train.checkpoint import directory
 from moe_train.config import compose
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.schema import Config
+from parallel.errors import LaunchError
 from parallel.layout import ParallelLayout
 from tests.launch import commands
 
@@ -140,6 +141,14 @@ def test_a_damaged_note_of_the_first_start_does_not_restart_from_scratch(
     monkeypatch.setenv(restarts.FIRST, str(tmp_path / ".first"))
     (tmp_path / ".first").write_text(text)
     assert restarts.overrides() == ["resume=auto"]
+
+
+def test_a_first_start_that_cannot_be_noted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A requeue would else start from scratch over what this start saves."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(restarts.FIRST, str(tmp_path / "file/.first"))
+    with pytest.raises(LaunchError, match=rf"run_dir={tmp_path} cannot be written: Not a directory; set run_dir=PATH"):
+        restarts.remember(Config(run_dir=str(tmp_path)))
 
 
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
