@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 
 from moe_train.config.compose import compose
 from moe_train.config.validate import validate
-from moe_train.model.memory import weights_on
+from moe_train.model.memory import job_of, weights_on
+from parallel.layout import ParallelLayout
 from parallel.planner import search
 from parallel.planner.calibration import FITTED
+from parallel.planner.compact import shared_embedding_bytes
 from parallel.planner.job import Job
 from parallel.planner.layers import Machine
-from parallel.planner.memory import Weights
+from parallel.planner.memory import StageMemory, Weights
 from tools.planning.answer import Answer, answer, sizes
 from tools.planning.experiment import as_yaml
 
@@ -27,6 +31,90 @@ V3 = (
 def plan(*overrides: str) -> Answer:
     cfg = compose([*V3, *overrides])
     return answer(cfg, validate(cfg))
+
+
+@cache
+def base_of(*overrides: str) -> Job:
+    """The job of DeepSeek-V3, or of what `overrides` make of it, for a test to change."""
+    cfg = compose([*V3, "parallel=deepseek_v3_h800", *overrides])
+    return job_of(cfg, validate(cfg))
+
+
+def degrees(tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, etp: int = 1, dp: int = 1) -> ParallelLayout:
+    return ParallelLayout(tp, pp, 1, cp, ep, etp, dp)
+
+
+HEADS = "tp does not divide the heads or the vocabulary"
+KEYS = "tp and the key/value heads do not divide each other"
+EXPERTS = "ep does not divide the experts, or etp their width"
+SEQUENCE = "2 x cp does not divide the sequence"
+LAYERS = "more pipeline stages than layers"
+OF_MODEL: list[tuple[dict[str, object], ParallelLayout, str]] = [  # 128 heads, 129,280 tokens, 256 experts, 61 layers
+    ({}, degrees(tp=128, ep=256, etp=2048), ""),
+    ({}, degrees(tp=5), HEADS),  # which divides the vocabulary
+    ({"num_attention_heads": 96}, degrees(tp=3), HEADS),  # which divides the heads
+    ({"attention": "gqa", "num_query_groups": 4}, degrees(tp=2), ""),
+    ({"attention": "gqa", "num_query_groups": 4}, degrees(tp=8), ""),
+    ({"attention": "gqa", "num_query_groups": 12, "num_attention_heads": 96}, degrees(tp=8), KEYS),
+    ({"num_query_groups": 12, "num_attention_heads": 96}, degrees(tp=8), ""),  # latent attention has none
+    ({}, degrees(ep=3), EXPERTS),
+    ({}, degrees(etp=3), EXPERTS),
+    ({}, degrees(pp=63), ""),  # the first and the last stage may be without layers
+    ({}, degrees(pp=64), LAYERS),
+]
+
+
+@pytest.mark.parametrize(("changes", "layout", "reason"), OF_MODEL)
+def test_degrees_that_do_not_divide_the_model_are_refused(
+    changes: dict[str, object], layout: ParallelLayout, reason: str
+) -> None:
+    base = base_of()
+    model = replace(base.model, **changes)  # type: ignore[type-var]
+    assert search.infeasible(replace(base, model=model), layout) == reason
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cp", "reason"), [(4096, 2048, ""), (4096, 4096, SEQUENCE), (6, 2, SEQUENCE), (8, 2, ""), (7, 1, "")]
+)
+def test_context_parallelism_halves_the_share_of_each_rank(tokens: int, cp: int, reason: str) -> None:
+    assert search.infeasible(replace(base_of(), seq_length=tokens), degrees(cp=cp)) == reason
+
+
+def test_every_layout_that_fills_the_gpus_is_tried_or_refused() -> None:
+    base, result = base_of(), search.Found()
+    space = search.Space(tp=(1, 2, 3), pp=(1, 2, 128), cp=(1, 2), ep=(1, 3, 16, 64), etp=(1, 2, 3))
+    offered = list(search.layouts(base, 384, space, result))
+    expected, tried = [], 0
+    for tp, pp, cp, ep, etp in product((1, 2, 3), (1, 2, 128), (1, 2), (1, 3, 16, 64), (1, 2, 3)):
+        dp = 384 // (tp * pp * cp)
+        if tp * pp * cp * dp == 384 and (tp * cp * dp) % (ep * etp) == 0 and etp in {1, tp}:
+            tried += 1
+            if pp < 128 and tp != 3 and ep != 3 and etp != 3:
+                expected.append(degrees(tp, pp, cp, ep, etp, dp))
+    assert offered == expected
+    assert result.tried == tried == len(offered) + sum(result.reasons.values())
+    assert set(result.reasons) == {HEADS, EXPERTS, LAYERS}
+
+
+def test_what_a_rank_of_a_bidirectional_pipeline_holds() -> None:
+    """By hand, a digit for each part: two stages, half of the optimizer state of each, the larger of what passes."""
+    base = replace(base_of(), compact=True, layout=degrees(pp=4), micro_batches=16)
+    shared = shared_embedding_bytes(base)
+    assert shared > 0
+    logits = [0, 0, 0, 5_000_000]
+    memory = [
+        StageMemory(
+            stage=i, items=(), parameters=i + 1, gradients=10 * (i + 1), optimizer=100 * (i + 1),
+            micro_batches_in_flight=1, activations_per_micro_batch=1000 * (i + 1), expert_share=0,
+            activations=70_000_000, recompute=10_000 * (i + 1), communication=100_000 * (4 - i), logits=logits[i],
+        )
+        for i in range(4)
+    ]  # fmt: skip
+    ends, middle = 5_448_305 - shared, 342_305
+    assert search.held_bytes(base, "dualpipe", memory) == [ends, middle, middle, ends]
+    assert search.held_bytes(base, "dualpipev", memory)[0] == 414_611  # 4.5 activations of half stages
+    assert search.held_bytes(replace(base, micro_batches=2), "dualpipev", memory)[0] == 412_111
+    assert search.held_bytes(base, "1f1b", memory) == [one.total for one in memory]
 
 
 @cache
