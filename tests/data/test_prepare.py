@@ -18,6 +18,7 @@ import psutil
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from moe_train.config.model import ModelConfig
 from moe_train.config.schema import DataConfig
 from moe_train.data import parts
 from moe_train.data import prepare as prepare_module
@@ -358,3 +359,40 @@ def test_a_dataset_of_an_older_version_can_still_be_used(copy: DataConfig) -> No
     with pytest.raises(DataError, match=r"set data\.deduplicate=normalized data\.follow_links=false again$"):
         prepare(copy, 300, progress=False)
     prepare(replace(copy, deduplicate="normalized", follow_links=False), 300, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("files", "characters", "expected"),
+    [
+        (100, 10**6, range(100)),
+        (100, 1_000, range(17)),  # until there is enough, from the first file on
+        (101, 1_000, range(0, 101, 6)),  # of a corpus of 6,060 characters every sixth file
+        (101, 10**6, range(101)),
+    ],
+)
+def test_a_tokenizer_is_trained_on_text_from_everywhere(
+    files: int, characters: int, expected: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents of 60 characters, one a file."""
+    text = [f"{number:03d} {'x' * 55}\n" for number in range(files)]
+    data = config(write_txt(tmp_path / "text", text), tmp_path / "out")
+    monkeypatch.setattr(prepare_module, "_TOKENIZER_SAMPLE_CHARACTERS", characters)
+    paths = sorted((tmp_path / "text").iterdir())
+    assert [int(one[:3]) for one in prepare_module._sample(data, paths)] == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "tied", "unused"),
+    [(257, 460, False, None), (257, 461, False, 2 * 8 * (512 - 384)), (257, 461, True, 8 * (512 - 384)),
+     (256, 307, False, None), (256, 308, False, 2 * 8 * (384 - 256))],
+)  # fmt: skip
+def test_rows_of_the_embedding_without_a_token_are_counted_in_steps_of_128(
+    tokens: int, size: int, tied: bool, unused: int | None
+) -> None:
+    model = ModelConfig(vocab_size=size, hidden_size=8, tie_embeddings=tied)
+    told = prepare_module.unused_vocabulary(tokens, model)
+    if unused is None:
+        assert told is None
+    else:
+        assert told is not None
+        assert f": {unused:,} parameters " in told
