@@ -126,6 +126,17 @@ def test_a_table_that_its_files_do_not_bear_out_is_damaged(
     assert told in str(error.value)
 
 
+def test_a_table_that_is_missing_or_unreadable_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is damaged: \.metadata is missing; "):
+        metadata.read(tmp_path)
+    write(tmp_path, table())
+    whole = (tmp_path / ".metadata").read_bytes()
+    for content, told in ((whole[:-1], "cannot be read: "), (pickle.dumps({}), "is no table of contents; ")):
+        (tmp_path / ".metadata").write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"is damaged: \.metadata {told}"):
+            metadata.read(tmp_path)
+
+
 def test_an_entry_that_is_not_a_tensor_needs_no_file(tmp_path: Path) -> None:
     contents = table()
     contents.state_dict_metadata["extra_state"] = metadata._Layout("torch.strided")
