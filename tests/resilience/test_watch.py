@@ -73,15 +73,16 @@ def test_stacks_go_to_the_standard_error_where_run_dir_takes_none(tmp_path: Path
 
 
 def test_other_ranks_see_how_far_a_rank_has_come(tmp_path: Path) -> None:
-    pulse = watch.Pulse()
-    watched = watch.Watch(pulse, tmp_path, 1, 2, lambda: 1.0, lambda: True)
+    """Also where nothing has made run_dir before."""
+    pulse, run_dir = watch.Pulse(), tmp_path / "runs/new"
+    watched = watch.Watch(pulse, run_dir, 1, 2, lambda: 1.0, lambda: True)
     watched.start()
-    (first,) = watch.read(tmp_path)
+    (first,) = watch.read(run_dir)
     assert (first.rank, first.step, first.count, first.place, first.stuck) == (1, 0, 0, "start", False)
     for _ in range(2):
         pulse.beat(5, "update")
     deadline = time.monotonic() + 20
-    while (found := watch.read(tmp_path)[0]).step == 0 and time.monotonic() < deadline:
+    while (found := watch.read(run_dir)[0]).step == 0 and time.monotonic() < deadline:
         pulse.beat(5, "update")
         time.sleep(0.05)
     watched.stop()
