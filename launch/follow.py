@@ -8,10 +8,11 @@ from launch import slurm, snapshot
 from moe_train.config import compose
 from moe_train.config.validate import total_steps
 from moe_train.files import untrusted
-from parallel.errors import ConfigError, LaunchError
+from parallel.errors import ConfigError, LaunchError, one_line
 
 _ACTIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUE_HOLD")
-_LINES = 15
+_LINES, _LONGEST_LINE = 15, 1000
+"""Of each log."""
 
 
 def status(run_dir: str) -> None:
@@ -48,14 +49,36 @@ def cancel(run_dir: str) -> None:
 
 
 def logs(run_dir: str) -> None:
-    """Print the end of what the jobs and their ranks wrote, oldest file first."""
+    """Print the end of what the jobs and their ranks wrote, oldest file first.
+
+    Programs and text data decide what is in a log: control characters are shown as escapes, and lines have a bounded
+    length.
+    """
     snapshot.newest(run_dir)
     files = [*Path(run_dir).glob("slurm-*.out"), *Path(run_dir).glob("**/logs/*.log")]
     if not files:
         raise ConfigError(f"{run_dir} has no logs yet", f"moe-submit status {run_dir} shows if it has started")
-    for path in sorted(files, key=lambda path: path.stat().st_mtime):
-        print(f"--- {path}")
-        print("\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES:]))
+    for path in sorted(files, key=_written):
+        print(f"--- {one_line(str(path))}")
+        try:
+            lines = untrusted.last_lines(path, _LINES)
+        except OSError as error:
+            lines = [f"cannot be read: {error.strerror or error}"]
+        for line in lines:
+            print(one_line(_on_terminal(line), _LONGEST_LINE))
+
+
+def _written(path: Path) -> float:
+    """When a log was last written; 0 for a link that leads nowhere."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _on_terminal(line: str) -> str:
+    """A line without tabs, and with the last state of a progress bar alone."""
+    return line.rstrip("\r").rpartition("\r")[2].expandtabs()
 
 
 def refuse_active(run_dir: str) -> None:

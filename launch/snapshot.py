@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ _OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RAN
               "CUDA_VISIBLE_DEVICES", "MOE_RENDEZVOUS")  # fmt: skip
 _OF_A_JOB = ("SLURM_", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "MPI_", "HYDI_")
 _CONFIG_NAME = "train"
+_JOB = re.compile(r"[0-9]+")
 FOLDER, FACTS = "submissions", "submission.json"
 
 
@@ -143,6 +145,9 @@ def read(directory: Path) -> Submission:
         if not (_are_texts(found.command) and _are_texts(found.jobs) and isinstance(found.environment, dict)
                 and _are_texts([*found.environment.values()])):  # fmt: skip
             raise ValueError("it does not describe a submission")
+        for job in found.jobs:  # which scontrol and scancel get, and might take for an option
+            if not _JOB.fullmatch(job):
+                raise ValueError(f"{job[:100]!r} is not the number of a job")
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}", "submit the run again with moe-submit") from error
     return found

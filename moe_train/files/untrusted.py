@@ -23,7 +23,7 @@ T = TypeVar("T")
 LARGEST_JSON_BYTES = 100_000_000
 """As the safetensors library bounds a header. The largest released index has some 10 MB."""
 
-_LARGEST_LINE_BYTES = 1 << 26
+_LARGEST_LINE_BYTES, _MORE_BYTES = 1 << 26, 1 << 16
 _LARGEST_YAML_BYTES = 1 << 18
 _LARGEST_YAML_NODES = 20_000
 _YAML_TEXT = "tag:yaml.org,2002:str"
@@ -74,10 +74,29 @@ def read_bytes(path: Path, largest: int) -> bytes:
         ValueError: it has more than `largest` bytes.
     """
     with open_binary(path) as file:
-        data = file.read(largest + 1)
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(min(size, largest) + 1)  # which takes memory for all that is asked for
+        while len(data) <= largest and (more := file.read(min(_MORE_BYTES, largest + 1 - len(data)))):
+            data += more  # another process has written it since
     if len(data) > largest:
         raise ValueError(f"it has more than {largest:,} bytes")
     return data
+
+
+def last_lines(path: Path, count: int, largest: int = 1 << 16) -> list[str]:
+    """The last `count` lines of a text file of any size, of which at most `largest` bytes are read.
+
+    Bytes that are not UTF-8 are replaced. A line that does not fit is cut off at its beginning.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    with open_binary(path) as file:
+        start = max(0, file.seek(0, os.SEEK_END) - largest)
+        file.seek(start)
+        lines = file.read(largest).decode(errors="replace").removesuffix("\n").split("\n")
+    is_cut = start > 0 and len(lines) > 1  # the first line may begin before `start`
+    return lines[1:][-count:] if is_cut else lines[-count:]
 
 
 def read_json(path: Path, largest: int = LARGEST_JSON_BYTES) -> Any:

@@ -162,3 +162,31 @@ def test_links_are_followed_and_sizes_are_bounded(tmp_path: Path) -> None:
     assert untrusted.read_bytes(tmp_path / "link", 3) == b"123"
     with pytest.raises(ValueError, match="more than 2 bytes"):
         untrusted.read_bytes(tmp_path / "link", 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        (b"", [""]), (b"a", ["a"]), (b"a\n", ["a"]), (b"a\n\n", ["a", ""]), (b"a\nb\nc\n", ["b", "c"]),
+        (b"1234\n67890\n", ["67890"]),  # of the first line only a part is read
+        (b"12345678901\n", ["345678901"]),  # of the only line the end
+        (b"\n\xff\n", ["", "\ufffd"]),
+    ],
+)  # fmt: skip
+def test_the_last_lines_of_a_file(text: bytes, lines: list[str], tmp_path: Path) -> None:
+    """Two lines, of which ten bytes are read."""
+    (tmp_path / "file").write_bytes(text)
+    assert untrusted.last_lines(tmp_path / "file", 2, 10) == lines
+
+
+def test_a_bound_on_a_file_is_not_taken_from_memory(tmp_path: Path) -> None:
+    """Where a process may have little memory, a small file with a large bound is read."""
+    import tracemalloc
+
+    (tmp_path / "file").write_bytes(b"text")
+    tracemalloc.start()
+    try:
+        assert untrusted.read_bytes(tmp_path / "file", 1 << 30) == b"text"
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def test_the_last_step_of_a_run(loss: str, shown: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"command": "sbatch", "environment": {}}', '{"command": [1], "environment": {}}',
              '{"command": [], "environment": []}', '{"command": [], "environment": {}, "jobs": [7]}',
+             '{"command": [], "environment": {}, "jobs": ["--user=root"]}',
              '{"command": [], "environment": {}, "more": 1}', pytest.param("[" * 100_000, id="nested")],
 )  # fmt: skip
 def test_a_damaged_submission_is_told(text: str, tmp_path: Path) -> None:
@@ -39,3 +41,34 @@ def test_a_submission_is_read_as_it_was_written(tmp_path: Path) -> None:
     snapshot.write(submission, tmp_path)
     assert snapshot.read(tmp_path) == submission
     assert json.loads((tmp_path / snapshot.FACTS).read_text())["jobs"] == ["7"]
+
+
+def test_logs_of_any_size_and_content_are_shown_in_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A log of 10 GB, one that ends in a line of 1 MB, what a terminal would obey, a pipe and a link to nothing."""
+    place = tmp_path / snapshot.FOLDER / "2026-01-01"
+    (tmp_path / "logs").mkdir()
+    place.mkdir(parents=True)
+    snapshot.write(snapshot.Submission(["sbatch"], {}, ["7"]), place)
+    large, text, long, pipe, link = (
+        tmp_path / name for name in ("slurm-7.out", "logs/a.log", "logs/b.log", "logs/c.log", "logs/d.log")
+    )
+    with large.open("wb") as file:
+        file.truncate(10 << 30)
+        file.seek(0, os.SEEK_END)
+        file.write(b"\n" + b"".join(b"line %d\n" % i for i in range(100)))
+    text.write_bytes(b"\x1b]0;title\x07\xff\tx\r\n10 %\r20 %\r30 %\nnext\xe2\x80\xaeline\n")
+    long.write_bytes(b"first\n" + b"x" * (1 << 20))
+    os.mkfifo(pipe)
+    link.symlink_to("nothing")
+    for second, path in enumerate((large, text, long, pipe), 1):
+        os.utime(path, (second, second))
+    follow.logs(str(tmp_path))
+    shown = dict.fromkeys((link, large, text, long, pipe), "")
+    parts = capsys.readouterr().out.split("--- ")[1:]
+    assert [part.partition("\n")[0] for part in parts] == [str(path) for path in shown]  # oldest first
+    lines = {path.name: part.splitlines()[1:] for path, part in zip(shown, parts, strict=True)}
+    assert lines["slurm-7.out"] == [f"line {i}" for i in range(85, 100)]
+    assert lines["a.log"] == [r"\x1b]0;title\x07" + "\ufffd     x", "30 %", r"next\u202eline"]
+    assert lines["b.log"] == ["x" * 1000 + "..."]
+    assert lines["c.log"] == ["cannot be read: it is a named pipe and not a file"]
+    assert lines["d.log"] == ["cannot be read: No such file or directory"]
