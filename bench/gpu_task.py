@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,13 @@ from typing import Any
 from launch import quiet, rank
 from moe_train.config.compose import compose
 from moe_train.config.schema import Config
+
+_KILLED_S = 10.0
+"""For a killed process to end; one that waits for a driver may not."""
+_STATUS = threading.Lock()
+"""Held while the status of a process is read, which can be read once. To start a process, multiprocessing reads that of
+every other one (process.py `_cleanup`). A thread that waits for one of those then finds no status: multiprocessing
+reports exit code 255, or no end."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +85,11 @@ def run(task: Task, wait_s: Callable[[], float], live: set[BaseProcess], *, fork
     context: Any = multiprocessing.get_context("forkserver" if forked else "spawn")
     environment = {**os.environ, **task.environment}
     process: BaseProcess = context.Process(target=_enter, args=(task, environment, os.getcwd()))
-    process.start()
+    with _STATUS:
+        process.start()
     live.add(process)
     try:
-        process.join(max(0.0, wait_s()))
-        return process.exitcode
+        return _exit_code(process, max(0.0, wait_s()))
     finally:
         kill(process)
         live.discard(process)
@@ -88,13 +97,23 @@ def run(task: Task, wait_s: Callable[[], float], live: set[BaseProcess], *, fork
 
 def kill(process: BaseProcess) -> None:
     """End a process and its children; nothing happens where it has ended."""
-    if process.is_alive():
-        assert process.pid is not None
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it has not made its group yet
-            process.kill()
-    process.join()
+    with _STATUS:
+        if process.is_alive():
+            assert process.pid is not None
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it has not made its group yet
+                process.kill()
+    _exit_code(process, _KILLED_S)
+
+
+def _exit_code(process: BaseProcess, timeout_s: float) -> int | None:
+    """How a process ended; None where it still runs after `timeout_s`."""
+    if connection.wait([process.sentinel], timeout_s):
+        with _STATUS:
+            process.join()  # it has ended, or is about to
+    with _STATUS:
+        return process.exitcode
 
 
 def _enter(task: Task, environment: Mapping[str, str], directory: str) -> None:
