@@ -39,7 +39,7 @@ FORMAT = 2
 
 2: norms that Transformer Engine fuses with a projection have its names for them with every backend.
 """
-_LARGEST_STATE_BYTES = 1 << 24
+_LARGEST_STATE_BYTES, _LARGEST_NAME_BYTES = 1 << 24, 1 << 12
 _NAME = re.compile(r"step_\d{8,}")
 
 
@@ -137,9 +137,16 @@ def candidates(root: Path) -> list[Path]:
         return []
     found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
     found.sort(key=lambda path: step_of(path.name), reverse=True)
-    marker = root / LATEST
-    latest = marker.read_text(errors="replace").strip() if marker.is_file() else ""
+    latest = _read_latest(root)
     return sorted(found, key=lambda path: path.name != latest)  # stable: the rest keeps its order
+
+
+def _read_latest(root: Path) -> str:
+    """The name in `latest`; "" where there is none that can be read: the newest checkpoint counts then."""
+    try:
+        return untrusted.read_bytes(root / LATEST, _LARGEST_NAME_BYTES).decode(errors="replace").strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def resolve(path: Path, field: str) -> list[Path]:
