@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from bench.fault_runs import SMALL
-from launch import local
+from launch import failures, local
 from launch.failures import RankError
 from moe_train.config.compose import compose
 from moe_train.config.validate import validate
 from moe_train.loop.callbacks.metrics_file import read
+from moe_train.resilience import stop
 from tests.launch import commands
 
 pytestmark = pytest.mark.slow
@@ -109,9 +110,12 @@ def test_a_storm_of_signals_saves_once_and_the_run_continues(
     words = [*SMALL, *small_data, *LAYOUT, f"train.steps={STEPS}", f"run_dir={tmp_path}"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", sys.executable, "-m",
                "launch.main", *words, "resilience.inject=['term:rank=1:step=6:factor=50']"]  # fmt: skip
-    done = subprocess.run(command, cwd=commands.ROOT, env=commands.environment(), capture_output=True, timeout=300)
-    assert done.returncode == 1  # torchrun's
-    assert (tmp_path / "stopped").read_text() == "6\n"
+    code = tmp_path / "code"
+    environment = commands.environment(**{failures.LEFT: str(code)})
+    done = subprocess.run(command, cwd=commands.ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1, done.stderr  # torchrun's
+    assert code.read_text() == f"{stop.EXIT_CODE}\n"  # that of the ranks
+    assert done.stdout.count("stopped at step 6 by") == 1
     assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000006"]
     assert losses(train(tmp_path, small_data)) == undisturbed
 
