@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,24 @@ import megatron.core
 import torch
 import torch.distributed as dist
 
-from moe_train.checkpoint import compat, directory, exchange, local, manifest, metadata, origin, state, storage
+from moe_train.checkpoint import (
+    compat,
+    directory,
+    exchange,
+    facts,
+    local,
+    manifest,
+    metadata,
+    origin,
+    state,
+    storage,
+)
 from moe_train.checkpoint.collective import free_bytes, on_main, say, together, warn
 from moe_train.checkpoint.hf import config as hf_config
 from moe_train.checkpoint.hf import distcp, small_files, writer
 from moe_train.checkpoint.saving import Job, Saving
 from moe_train.loop.run import Run, TrainState
 from parallel.errors import CheckpointError
-
-_TRAINED = "trained_samples"
 
 
 def root_of(run: Run) -> Path:
@@ -130,7 +139,10 @@ def resume(run: Run) -> None:
     if run.cfg.resume == "never" or not _continue_newest(run):
         weights = Path(run.cfg.init_from) if run.cfg.init_from else None
         if weights is not None:
-            _load_weights(run, weights)
+            try:
+                _load_weights(run, weights)
+            except directory.DamagedCheckpoint as error:
+                raise error.copied("restore it from a copy, or set init_from to other weights") from None
         _keep_small_files(run, weights)
 
 
@@ -196,8 +208,8 @@ def _open(run: Run, path: Path) -> metadata.Metadata:
 
     def look() -> manifest.Files | None:
         directory.check_files(path)
-        facts, files = directory.read_state(path), manifest.read(path)
-        if files is None and facts.get("manifest"):
+        stored, files = directory.read_state(path), manifest.read(path)
+        if files is None and stored.get("manifest"):
             raise directory.damaged(path, f"{directory.MANIFEST} is missing")
         if files is None:
             warn(f"checkpoint {path} has no {directory.MANIFEST}: its bytes cannot be verified")
@@ -211,29 +223,38 @@ def _open(run: Run, path: Path) -> metadata.Metadata:
 
 def _load(run: Run, path: Path) -> None:
     contents = _open(run, path)
-    facts, warnings = on_main(run, lambda: _check(run, path), f"read {path}")
+    found, warnings = on_main(run, lambda: _check(run, path), f"read {path}")
     model = state.model_state(run)
     optimizer = state.optimizer_state(run, model, loading=True)
     scales = _saved_scales(state.delayed_scales(run, model), contents, warnings)
-    updates = facts["schedule"]["num_steps"]  # fewer than steps where fp16 skipped some
     # Read one by one: master weights may come from the same tensors as the model.
     state.load_model(run, _read(run, model, contents, path))
-    state.load_optimizer(run, _read(run, optimizer, contents, path), updates)
+    state.load_optimizer(run, _read(run, optimizer, contents, path), found.updates)
     if scales:
         state.load_delayed_scales(run, _read(run, scales, contents, path))
     together(run, lambda: _refuse_nonfinite(run, path, "resume", _begin_elsewhere(path)), f"read {path}")
-    same_layout = facts["layout"] == asdict(run.layout)
+    same_layout = found.layout == asdict(run.layout)
     if (
-        same_layout and facts["device"] == run.device.type
+        same_layout and found.device == run.device.type
     ):  # another layout has other streams, which keep their seeds: no weight is drawn and no dropout used
-        state.load_random(run, _read(run, state.random_state(run), contents, path))
-    state.load_scalers(run, facts["loss_scale"])
-    run.schedule.step(increment=updates - run.schedule.num_steps)  # a run that goes back has done some
-    run.state = TrainState(**facts["progress"], trained_samples=facts[_TRAINED])
+        streams = _read(run, state.random_state(run), contents, path)
+        together(run, lambda: _load_random(run, streams, path), f"read {path}")
+    state.load_scalers(run, found.loss_scale)
+    # A run that goes back has done some.
+    run.schedule.step(increment=found.updates - run.schedule.num_steps)
+    run.state = TrainState(found.step, found.consumed_samples, found.consumed_tokens, found.trained_samples or 0)
     if run.is_main:
         for warning in warnings:
             warn(warning)
-        say(f"resumed at step {run.state.step} from {path}" + ("" if same_layout else f" ({_resharding(run, facts)})"))
+        how = "" if same_layout else f" ({_resharding(run, found.layout)})"
+        say(f"resumed at step {run.state.step} from {path}{how}")
+
+
+def _load_random(run: Run, streams: storage.StateDict, path: Path) -> None:
+    try:
+        state.load_random(run, streams)
+    except RuntimeError as error:  # torch checks the state of a generator
+        raise directory.damaged(path, f"its random streams cannot be continued: {error}") from error
 
 
 def _saved_scales(wanted: storage.StateDict, contents: metadata.Metadata, warnings: list[str]) -> storage.StateDict:
@@ -309,7 +330,7 @@ def _facts(run: Run) -> dict[str, Any]:
     return {
         "format": directory.FORMAT,
         "manifest": True,
-        _TRAINED: progress.pop(_TRAINED),  # a version that does not know it must not find it in `progress`
+        facts.TRAINED: progress.pop(facts.TRAINED),  # a version that does not know it must not find it in `progress`
         "progress": progress,
         "schedule": run.schedule.state_dict(),
         "loss_scale": loss_scale,
@@ -320,31 +341,30 @@ def _facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _check(run: Run, path: Path) -> tuple[dict[str, Any], list[str]]:
+def _check(run: Run, path: Path) -> tuple[facts.Facts, list[str]]:
     """Facts of the checkpoint, and warnings about settings that differ from it."""
     directory.check_files(path)
-    facts, saved = directory.read_state(path), compat.read(path)
-    if facts.get("weights_only"):
+    stored, saved = directory.read_state(path), compat.read(path)
+    if stored.get("weights_only"):
         raise CheckpointError(f"checkpoint {path} holds weights only", f"set init_from={path}")
     try:
-        TrainState(**facts["progress"])
-        if missing := {"schedule", "loss_scale", "layout", "device"} - facts.keys():
-            raise KeyError(f"no {', '.join(sorted(missing))}")
-        int(facts["schedule"]["num_steps"])
-        facts[_TRAINED] = int(facts.get(_TRAINED, _trained_samples(facts["progress"], saved, run)))
-    except (ValueError, KeyError, TypeError) as error:
+        found = facts.parse(stored)
+    except ValueError as error:
         raise directory.damaged(path, f"{directory.STATE} cannot be read: {error}") from error
-    return facts, compat.check(saved, run.cfg, path)
+    if found.trained_samples is None:
+        found = replace(found, trained_samples=found.consumed_tokens // _sequence_length(saved, run))
+    return found, compat.check(saved, run.cfg, path)
 
 
-def _trained_samples(progress: dict[str, Any], saved: dict[str, Any], run: Run) -> int:
-    """What an earlier version did not store: it had one length of sequences, that of its config."""
-    length = (saved.get("train") or {}).get("seq_length") or run.cfg.train.seq_length
-    return int(progress["consumed_tokens"]) // int(length)
+def _sequence_length(saved: dict[str, Any], run: Run) -> int:
+    """Of a run by a version with one length: that of its config."""
+    train = saved.get("train")
+    length = train.get("seq_length") if isinstance(train, dict) else None
+    return length if type(length) is int and length > 0 else run.cfg.train.seq_length
 
 
-def _resharding(run: Run, facts: dict[str, Any]) -> str:
+def _resharding(run: Run, before: dict[str, int]) -> str:
     def text(layout: dict[str, int]) -> str:
         return " ".join(f"{name}{degree}" for name, degree in layout.items() if degree > 1) or "one rank"
 
-    return f"saved by {text(facts['layout'])}, continued by {text(asdict(run.layout))}"
+    return f"saved by {text(before)}, continued by {text(asdict(run.layout))}"

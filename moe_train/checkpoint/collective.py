@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moe_train.loop.run import Run
-from parallel.errors import CheckpointError, MoeTrainError
+from parallel.errors import CheckpointError, MoeTrainError, one_line
 
 T = TypeVar("T")
 
@@ -116,8 +116,8 @@ def say_on_main(run: Run, line: str) -> None:
 
 
 def warn(line: str) -> None:
-    """One line of warning."""
-    print(f"warning: {line}", file=sys.stderr, flush=True)
+    """One line of warning, which may quote a file: without controls of a terminal."""
+    print(f"warning: {one_line(line)}", file=sys.stderr, flush=True)
 
 
 def _raise_first(errors: list[Any]) -> None:

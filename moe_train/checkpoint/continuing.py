@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_train.checkpoint import compat, directory
+from moe_train.checkpoint import compat, directory, facts
 from moe_train.config.rules.facts import total_steps
 from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields, get, group_names, violation, with_values
 from moe_train.files import untrusted
-from parallel.errors import CheckpointError, ConfigError
+from parallel.errors import CheckpointError, ConfigError, one_line
 from parallel.suggest import override_value
 
 SUMMARY, EXPORTS = "summary.json", "hf"
@@ -95,11 +95,8 @@ def find(cfg: Config) -> Found | None:
     for path in _candidates(cfg):
         try:
             config, state = compat.read(path), directory.read_state(path)
-            progress, schedule = state["progress"], state["schedule"]
-            position = compat.Position(
-                int(progress["step"]), int(progress["consumed_tokens"]), int(schedule["num_steps"])
-            )
-        except (directory.DamagedCheckpoint, KeyError, TypeError, ValueError):
+            position = compat.Position(*facts.position(state))
+        except (directory.DamagedCheckpoint, ValueError):
             continue
         return Found(path, config, position)
     return None
@@ -227,7 +224,7 @@ def _say_once(line: str) -> None:
     """A config is looked at before its directory is made, and again when its job begins."""
     if line not in _told:
         _told.add(line)
-        print(line, file=sys.stderr, flush=True)
+        print(one_line(line), file=sys.stderr, flush=True)
 
 
 def _merged(base: Config, cfg: Config, named: set[str], optional: set[str]) -> Config:

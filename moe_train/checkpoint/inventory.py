@@ -133,9 +133,10 @@ def take(path: Path) -> Inventory:
 def _hugging_face(path: Path) -> Inventory:
     written = config.read(path)
     extents = safetensors.open_directory(path)
-    kind, architectures = written.get("model_type"), written.get("architectures") or []
+    kind, architectures = written.get("model_type"), written.get("architectures")
     found = Inventory(path, HUGGING_FACE, str(kind), None)
-    found.facts["architecture"] = ", ".join(map(str, architectures)) or "not said"
+    named = architectures if isinstance(architectures, list) else []
+    found.facts["architecture"] = ", ".join(map(str, named)) or "not said"
     parts: dict[str, str] = {}
     try:
         found.model = config.to_model(written, path / config.FILE)

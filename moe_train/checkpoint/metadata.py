@@ -261,10 +261,10 @@ def check_tensors(contents: Metadata, wanted: Iterable[ShardedTensor], directory
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(
                 f"checkpoint {directory} has no tensor {tensor.key}, which this model has with shape {shape}",
-                "use the model settings of its config.yaml",
+                "restore all of its files from one copy, or use the settings of the run that wrote the tensors",
             )
         if tuple(entry.size) != shape:
             raise CheckpointError(
                 f"{tensor.key} has shape {tuple(entry.size)} in checkpoint {directory} and {shape} in this model",
-                "use the model settings of its config.yaml",
+                "restore all of its files from one copy, or use the settings of the run that wrote the tensors",
             )

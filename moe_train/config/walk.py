@@ -56,7 +56,7 @@ def violation(name: str, value: Any) -> str:
     """Why the field `name` cannot have this value, which did not come through Hydra; "" where it can."""
     info = all_fields()[name]
     if typing.get_origin(info.type) is list:
-        return "" if isinstance(value, list) else "no list"
+        return _violation_of_list(typing.get_args(info.type)[0], value)
     kinds = typing.get_args(info.type) or (info.type,)
     if value is None and type(None) in kinds:
         return ""
@@ -73,6 +73,15 @@ def violation(name: str, value: Any) -> str:
     if info.minimum is not None and value < info.minimum:
         return f"below {info.minimum:g}"
     return f"above {info.maximum}" if info.maximum is not None and value > info.maximum else ""
+
+
+def _violation_of_list(kind: Any, value: Any) -> str:
+    """Why a field that is a list of `kind` cannot have this value; "" where it can."""
+    if not isinstance(value, list):
+        return "no list"
+    kinds = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}.get(kind)
+    wrong = [item for item in value if kinds and type(item) not in kinds]
+    return f"a list with {wrong[0]!r:.100}, which is no {_KINDS[kind]}" if wrong else ""
 
 
 _KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}

@@ -129,6 +129,24 @@ def test_another_model_names_its_fields(saved: Path, tmp_path: Path) -> None:
     assert f"{another}model.num_layers=4 there, model.num_layers=5 in the run; set model.num_layers=4" in deeper[1]
 
 
+def test_tensors_that_are_not_those_of_their_config_are_named(copy: Path) -> None:
+    """As where config.yaml was replaced, without a manifest that would tell."""
+    newest = copy / "checkpoints" / "step_00000002"
+    (newest / "manifest.json").unlink()
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps({k: v for k, v in state.items() if k != "manifest"}))
+    config, results = (newest / "config.yaml").read_text(), []
+    for old, new in (("ffn_hidden_size: 96", "ffn_hidden_size: 128"), ("num_layers: 4", "num_layers: 5")):
+        assert config.count(f"  {old}\n") == 1
+        (newest / "config.yaml").write_text(config.replace(f"  {old}\n", f"  {new}\n"))
+        name, _, value = new.partition(": ")
+        results += resume(copy, {f"model__{name}": int(value), "resume": str(newest)})
+    (_, wider), (_, deeper) = results
+    assert "decoder.layers.0.mlp.linear_fc1.weight has shape (192, 64) in checkpoint" in wider
+    assert "and (256, 64) in this model; restore all of its files from one copy" in wider
+    assert "has no tensor decoder.layers.4." in deeper
+
+
 def test_a_different_seed_is_warned_about(saved: Path) -> None:
     assert run_distributed(resumed_with_warnings, 1, saved, {"seed": 7}) == [
         [2, ["warning: seed was 1234 when step_00000002 was saved and is 7 now"]]

@@ -1,0 +1,82 @@
+"""What `state.json` says of a run, checked before a rank uses it. No torch import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+TRAINED = "trained_samples"
+_PROGRESS = ("step", "consumed_samples", "consumed_tokens")
+_SCALER = {"scale", "growth_tracker", "hysteresis_tracker"}
+"""Of Megatron-Core's DynamicGradScaler."""
+_LARGEST = 1 << 62
+
+
+@dataclass(frozen=True)
+class Facts:
+    """How far a checkpoint is, and how it was written."""
+
+    step: int
+    consumed_samples: int
+    consumed_tokens: int
+    trained_samples: int | None
+    """None where a version wrote it that had one length of sequences."""
+    updates: int
+    """Updates of the weights: fewer than steps where fp16 or a bad step left some out."""
+    loss_scale: dict[str, dict[str, float]]
+    layout: dict[str, int]
+    device: str
+
+
+def parse(state: Mapping[str, Any]) -> Facts:
+    """The facts in the object of a `state.json`.
+
+    Raises:
+        ValueError: one is missing, or has a value that no run writes.
+    """
+    progress, layout, scales = (_mapping(state, name) for name in ("progress", "layout", "loss_scale"))
+    if unknown := progress.keys() - {*_PROGRESS}:
+        raise ValueError(f"progress has {sorted(map(str, unknown))[0]}")
+    counts = {name: _count(progress, name) for name in _PROGRESS}
+    if not isinstance(state.get("device"), str):
+        raise ValueError("it has no device")
+    return Facts(
+        **counts,
+        trained_samples=_count(state, TRAINED) if TRAINED in state else None,
+        updates=position(state)[2],
+        loss_scale={kind: _scaler(_mapping(scales, kind)) for kind in scales},
+        layout={name: _count(layout, name) for name in layout},
+        device=state["device"],
+    )
+
+
+def position(state: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Steps, tokens and updates of the weights in the object of a `state.json`. Raises as `parse`."""
+    progress, schedule = _mapping(state, "progress"), _mapping(state, "schedule")
+    return _count(progress, "step"), _count(progress, "consumed_tokens"), _count(schedule, "num_steps")
+
+
+def _mapping(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = values.get(name)
+    if not isinstance(value, dict):
+        raise ValueError(f"it has no {name}")
+    return value
+
+
+def _count(values: Mapping[str, Any], name: str) -> int:
+    value = values.get(name)
+    if type(value) is not int or not 0 <= value < _LARGEST:
+        raise ValueError(f"{name}={value!r:.100} is not a count")
+    return value
+
+
+def _scaler(values: Mapping[str, Any]) -> dict[str, float]:
+    """The state of a loss scale; empty where it is constant."""
+    if values and values.keys() != _SCALER:
+        raise ValueError("loss_scale is not that of an optimizer")
+    for name, value in values.items():
+        if type(value) not in (int, float) or not isfinite(value) or value < 0 or (name == "scale" and not value):
+            raise ValueError(f"loss_scale has {name}={value!r:.100}")
+    return dict(values)
