@@ -15,7 +15,9 @@ import resource
 import shutil
 import signal
 import struct
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from tools.words import parse
 
 UNREAD = ("tokenizer.json", "common.pt", "metadata.json")
 CPU_S, MEMORY_BYTES = 10, 1 << 30
+LONGEST_LINE = 2500
 BLOCKED_S = 120
 """Wall-clock time after which a command counts as blocked. Other processes may have the processors for most of it."""
 
@@ -146,8 +149,17 @@ def _commands(source: Path, target: Path) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _judge(name: str, command: Callable[[], Any], target: Path) -> str:
-    """What was wrong with how a command ended; "" where nothing was."""
+@dataclass(frozen=True)
+class Ending:
+    """How a command ended."""
+
+    problem: str = ""
+    """What was wrong with it; "" where nothing was."""
+    error: MoeTrainError | None = None
+
+
+def ending(command: Callable[[], Any]) -> Ending:
+    """Call `command` within `CPU_S`, and judge its error and what it prints."""
 
     def late(number: int, _: object) -> None:
         raise TimeoutError("blocked" if number == signal.SIGALRM else f"more than {CPU_S} s")
@@ -156,27 +168,43 @@ def _judge(name: str, command: Callable[[], Any], target: Path) -> str:
     signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_PROF, CPU_S)
     signal.setitimer(signal.ITIMER_REAL, BLOCKED_S)
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             command()
     except MoeTrainError as error:
-        if error.exit_code != 2 or "\n" in str(error) or not error.cause or not error.remedy:
-            return f"{name}: exit code {error.exit_code}, {error}"
-        if name == "convert" and (os.path.lexists(target) or os.path.lexists(partial_of(target))):
-            return f"{name}: left something after {error}"
+        is_right = error.exit_code == 2 and "\n" not in str(error) and error.cause and error.remedy
+        return Ending("" if is_right else f"exit code {error.exit_code}, {error}", error)
     except BaseException as error:
-        return f"{name}: {type(error).__name__}: {str(error)[:300]}"
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return Ending(f"{type(error).__name__}: {str(error)[:300]} ({place.filename}:{place.lineno})")
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
+    odd = [line for line in printed.getvalue().split("\n") if not line.isprintable() or len(line) > LONGEST_LINE]
+    return Ending(f"it prints {odd[0][:300]!r}" if odd else "")
+
+
+def _judge(name: str, command: Callable[[], Any], target: Path) -> str:
+    """What was wrong with how a command ended; "" where nothing was."""
+    ended = ending(command)
+    if ended.problem:
+        return f"{name}: {ended.problem}"
+    if ended.error and name == "convert" and (os.path.lexists(target) or os.path.lexists(partial_of(target))):
+        return f"{name}: left something after {ended.error}"
     return ""
+
+
+def bound_memory() -> None:
+    """Allow this process `MEMORY_BYTES` more than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def judged(sources: list[Path], count: int, seed: int, scratch: Path) -> tuple[int, list[str]]:
     """How many of `count` mutations were refused, and what was wrong. Runs in this process, whose memory it bounds."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    bound_memory()
     wrong, refused = [], 0
     for number in range(count):
         draw = Draw(f"{seed} {number}")

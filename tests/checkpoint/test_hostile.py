@@ -20,9 +20,10 @@ from moe_train.checkpoint.hf import writer
 from moe_train.checkpoint.hf.workers import Alone
 from moe_train.config.schema import Config
 from parallel.errors import CheckpointError
-from tests.checkpoint import mutations
+from tests.checkpoint import mutated_runs, mutations
 from tests.checkpoint.hf import tiny_v3
 from tests.checkpoint.hf.convert import convert
+from tests.distributed.helper import run_distributed
 from tools import convert as tool
 from tools import inspect
 from tools.words import parse
@@ -51,6 +52,27 @@ def test_mutated_files_end_in_one_line(sources: list[Path], tmp_path: Path) -> N
 @pytest.mark.parametrize("seed", range(2, 12))
 def test_many_mutated_files_end_in_one_line(sources: list[Path], seed: int, tmp_path: Path) -> None:
     _, wrong = mutations.judged_aside(sources, 500, seed, tmp_path)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints, and its weights in the formats that `init_from` reads."""
+    root = tmp_path_factory.mktemp("runs")
+    run_distributed(mutated_runs.write_sources, 1, root)
+    return root
+
+
+def test_runs_refuse_mutated_files_in_one_line_or_train_on(runs: Path, tmp_path: Path) -> None:
+    ((refusals, wrong),) = run_distributed(mutated_runs.judged, 1, runs, 40, 1, tmp_path, timeout_s=400)
+    assert not wrong, "\n".join(wrong)
+    assert refusals > 10  # of the others many go back to the checkpoint before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 6))
+def test_runs_refuse_many_mutated_files(runs: Path, seed: int, tmp_path: Path) -> None:
+    ((_, wrong),) = run_distributed(mutated_runs.judged, 1, runs, 500, seed, tmp_path, timeout_s=2000)
     assert not wrong, "\n".join(wrong)
 
 
@@ -146,6 +168,14 @@ def test_a_model_with_more_experts_than_can_be_listed(copied: Callable[[str], Pa
     cfg = Config()
     cfg.inspect.path = str(source)
     assert inspect.run(cfg, compared=False)  # it lists what is there
+
+
+@pytest.mark.parametrize("value", [7, "x", {"a": 1}, [None], None])
+def test_architectures_that_are_not_a_list_of_names(value: Any, copied: Callable[[str], Path]) -> None:
+    source = copied("one")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"architectures": value}))
+    check(source, "inspect")
 
 
 def test_a_state_of_a_later_format(copied: Callable[[str], Path], tmp_path: Path) -> None:
