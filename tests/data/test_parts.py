@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from itertools import chain
 from pathlib import Path
 
@@ -58,3 +59,14 @@ def test_a_part_ends_with_the_document_that_fills_it(monkeypatch: pytest.MonkeyP
     assert [[len(text) for text in batch] for batch in parts._batches(iter(texts))] == [[4, 6], [3, 20], [9]]
     assert list(parts._batches(iter(texts[:2]))) == [texts[:2]]
     assert list(parts._batches(iter([]))) == []
+
+
+@pytest.mark.parametrize("held", [set(), {signal.SIGINT}], ids=["open", "held back"])
+def test_ctrl_c_is_held_back_only_while_a_process_starts(held: set[signal.Signals]) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        with parts._no_interrupt():
+            assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before | held
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
