@@ -144,6 +144,29 @@ def test_a_directory_that_will_be_full_before_the_end_is_a_note() -> None:
     assert any("4.0 GB free, and the whole run writes 5.0 GB: set checkpoint.keep_last" in line for line in lines)
 
 
+def test_the_table_shows_the_slowest_of_each_kind() -> None:
+    ranks = healthy()
+    ranks[2].disks = [replace(SHARED, write_mb_s=100.0, read_mb_s=850.0)]
+    ranks[4].disks = [replace(SHARED, write_mb_s=850.0, read_mb_s=50.0)]
+    ranks[4].link_gb_s, ranks[3].memory_free, ranks[5].matmul_s = 30.0, 0.95, 0.012
+    for number in (4, 5):
+        ranks[number].groups["tp"] = (4, 120.0, 290.0)
+    slow = "tp all-reduce 120.00 and all-to-all 290.00 GB/s"
+    assert verdict.table(ranks, [])[2:] == [
+        "  ok  clock     0.007 s between the first and the last",
+        "  ok  GPU       2 on each node",
+        "  ok  memory    95% is free where it is least",
+        "  ok  storage   run_dir 1.0 TB free, writes 100 and reads 50 MB/s",
+        "  ok  matmul    median 10 ms, slowest 12 ms",
+        "  ok  links     slowest node 30.00 GB/s",
+        f"  ok  bandwidth dp all-reduce 25.00 and all-to-all 50.00 GB/s; {slow}",
+    ]
+    (alone,) = healthy(1, 1)
+    alone.groups, alone.link_gb_s = {}, None
+    lines = verdict.table([alone], [])
+    assert {"  ok  links     one node", "  ok  bandwidth one rank"} <= set(lines)
+
+
 def test_ranks_that_wait_for_cores_are_compared_less_strictly() -> None:
     ranks = healthy()
     ranks[4].link_gb_s = 20.0
