@@ -94,6 +94,8 @@ def test_every_layout_that_fills_the_gpus_is_tried_or_refused() -> None:
     assert offered == expected
     assert result.tried == tried == len(offered) + sum(result.reasons.values())
     assert set(result.reasons) == {HEADS, EXPERTS, LAYERS}
+    dense = replace(base, model=replace(base.model, num_experts=0))  # type: ignore[type-var]
+    assert {layout.ep for layout in search.layouts(dense, 384, space, search.Found())} == {1}
 
 
 def test_what_a_rank_of_a_bidirectional_pipeline_holds() -> None:
