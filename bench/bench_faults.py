@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -115,8 +116,12 @@ def random_kills(directory: Path, data: tuple[str, ...], steps: int, kills: int,
 
 def main() -> None:
     """Run all cases, or those whose name contains a word, and write the table. Exits with 1 if one did not recover."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script; runs would ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="cases whose name contains this; nothing is written then")
+    parser.add_argument(
+        "--only", default="", help="cases whose name contains this: their rows of the table are replaced"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kills", type=int, default=10, help="0 leaves out the long run")
     parser.add_argument("--steps", type=int, default=300, help="of the long run")
@@ -138,15 +143,25 @@ def main() -> None:
         if arguments.only in "chain" and (row := fault_commands.chain(directory, data)):
             rows.append(row)
             print(_line(row), flush=True)
+        if not rows:
+            sys.exit(f"error: no case has a name with {arguments.only!r}")
         if arguments.only:
-            return
-        kills = random_kills(directory, data, arguments.steps, arguments.kills, draw) if arguments.kills else {}
+            measured = results.read("faults")
+            kills, rows = measured["random_kills"], replaced(measured["rows"], rows)
+        else:
+            kills = random_kills(directory, data, arguments.steps, arguments.kills, draw) if arguments.kills else {}
     print(f"{arguments.kills} random kills: {kills}")
     right = sum(row["holds"] for row in rows)
     path = results.write("faults", {"faults": len(rows), "recovered": right, "random_kills": kills}, rows)
     print(f"{right} of {len(rows)} faults recovered; {path}")
     wanted = {"kills": arguments.kills, "finished_unattended": True, "steps_with_equal_loss": arguments.steps}
     sys.exit(0 if right == len(rows) and (not kills or kills.items() >= wanted.items()) else 1)
+
+
+def replaced(rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` with those of `measured` in the place of rows of the same name, and new ones at the end."""
+    by_name = {row["injected"]: row for row in rows} | {row["injected"]: row for row in measured}
+    return list(by_name.values())
 
 
 def _line(row: dict[str, Any]) -> str:

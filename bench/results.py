@@ -21,6 +21,19 @@ def write(name: str, summary: dict[str, Any], rows: Sequence[dict[str, Any]], di
     return path
 
 
+def read(name: str, directory: Path = DIRECTORY) -> dict[str, Any]:
+    """A result that was measured on a machine like this one.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    path = directory / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if found.get("machine") != machine():
+        raise SystemExit(f"error: {path} was not measured on a machine like this one; measure all rows")
+    return found
+
+
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     return {
