@@ -70,7 +70,8 @@ class Report:
 
 def lines(corpus: dict[str, Any]) -> list[str]:
     """`Report.to_dict` as text: one line of totals, and one for each reason."""
-    total = f"{corpus['files']:,} files with {corpus['documents']:,} documents were read, {corpus['kept']:,} are kept"
+    files = "1 file" if corpus["files"] == 1 else f"{corpus['files']:,} files"
+    total = f"{files} with {corpus['documents']:,} documents read, {corpus['kept']:,} kept"
     rows = [total]
     for name, found in corpus["left_out_or_changed"].items():
         reason = Reason[name.upper()]

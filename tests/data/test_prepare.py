@@ -345,7 +345,7 @@ def test_the_manifest_tells_what_was_left_out_and_for_what_option(tmp_path: Path
         "short": 1, "duplicate": 5,
     }  # fmt: skip
     told = "\n".join(prepare_module.left_out(data))
-    assert "36 files with 36 documents were read, 30 are kept" in told
+    assert "36 files with 36 documents read, 30 kept" in told
     assert re.search(r"left out +5 documents that repeat .*00030\.txt line 1\); data\.deduplicate=none", told)
 
 
