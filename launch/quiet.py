@@ -24,6 +24,8 @@ NOTICES = (
 RECORDS = {
     # megatron-core 0.19: the migration to HybridModel is ours to make, in moe_train/model/build.py.
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    # megatron-core 0.19: the layout that DDP computes itself is the one that we would pass.
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
     # torch: a machine with the CUDA toolkit and without a GPU.
     "torch.utils.cpp_extension": "No CUDA runtime is found",
 }

@@ -14,6 +14,10 @@ from launch import quiet
     ("logger", "notice"),
     [
         ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes"),
+        (
+            "megatron.core.distributed.distributed_data_parallel",
+            "DistributedDataParallel: full_param_layout not provided with use_distributed_optimizer=True. Auto",
+        ),
         ("torch.utils.cpp_extension", "No CUDA runtime is found, using CUDA_HOME='%s'"),
     ],
 )
