@@ -77,6 +77,7 @@ def _scaler(values: Mapping[str, Any]) -> dict[str, float]:
     if values and values.keys() != _SCALER:
         raise ValueError("loss_scale is not that of an optimizer")
     for name, value in values.items():
-        if type(value) not in (int, float) or not isfinite(value) or value < 0 or (name == "scale" and not value):
+        # Upstream counts on below zero in hysteresis_tracker.
+        if type(value) not in (int, float) or not isfinite(value) or (name == "scale" and value <= 0):
             raise ValueError(f"loss_scale has {name}={value!r:.100}")
     return dict(values)

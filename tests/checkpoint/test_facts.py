@@ -37,6 +37,8 @@ def test_what_a_run_writes_is_read() -> None:
     assert found.loss_scale == STATE["loss_scale"]
     assert facts.parse(changed("trained_samples", ...)).trained_samples is None
     assert facts.position(STATE) == (3, 192, 2)
+    overflowed = {"scale": 32768.0, "growth_tracker": 0, "hysteresis_tracker": -1}
+    assert facts.parse(changed("loss_scale.dense", overflowed)).loss_scale["dense"] == overflowed
 
 
 @pytest.mark.parametrize("value", [..., None, True, -1, 1.0, math.inf, 1 << 62, "1", [], {}])

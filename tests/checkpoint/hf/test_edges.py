@@ -106,7 +106,8 @@ def test_an_export_continues_only_what_was_of_the_same_checkpoint(run_checkpoint
     cfg = SimpleNamespace(model=MODEL, init_from=None, data=SimpleNamespace(dir=str(tmp_path / "none")))
 
     def plan() -> writer.Plan:
-        return exchange._export_plan(SimpleNamespace(cfg=cfg), source, tmp_path / "out")  # type: ignore[arg-type]
+        run = SimpleNamespace(cfg=cfg, run_dir=tmp_path / "run")
+        return exchange._export_plan(run, source, tmp_path / "out")  # type: ignore[arg-type]
 
     before = plan().identity
     assert plan().identity == before
@@ -119,7 +120,8 @@ def test_an_export_keeps_what_only_the_first_config_json_knows(run_checkpoint: P
     settings = config.to_hf(MODEL, "bfloat16") | {"bos_token_id": 77}
     megatron = write_megatron(tmp_path / "megatron", write_hf(tmp_path / "hf", weights(), settings))
     cfg = SimpleNamespace(model=MODEL, init_from=str(megatron), data=SimpleNamespace(dir=str(tmp_path / "none")))
-    plan = exchange._export_plan(SimpleNamespace(cfg=cfg), run_checkpoint, tmp_path / "out")  # type: ignore[arg-type]
+    run = SimpleNamespace(cfg=cfg, run_dir=tmp_path / "run")
+    plan = exchange._export_plan(run, run_checkpoint, tmp_path / "out")  # type: ignore[arg-type]
     writer.run(plan, Alone(), 1)
     assert config.read(tmp_path / "out")["bos_token_id"] == 77
 
