@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from moe_train.checkpoint import exchange
-from moe_train.checkpoint.hf import config, distcp, safetensors, workers, writer
+from moe_train.checkpoint.hf import config, distcp, safetensors, small_files, workers, writer
 from moe_train.checkpoint.hf.workers import Alone
 from parallel.errors import CheckpointError
 from tests.checkpoint.hf.convert import convert
@@ -121,6 +121,8 @@ def test_an_export_keeps_what_only_the_first_config_json_knows(run_checkpoint: P
     megatron = write_megatron(tmp_path / "megatron", write_hf(tmp_path / "hf", weights(), settings))
     cfg = SimpleNamespace(model=MODEL, init_from=str(megatron), data=SimpleNamespace(dir=str(tmp_path / "none")))
     run = SimpleNamespace(cfg=cfg, run_dir=tmp_path / "run")
+    small_files.keep(megatron, run.run_dir)  # as the run did when it began
+    shutil.rmtree(megatron)
     plan = exchange._export_plan(run, run_checkpoint, tmp_path / "out")  # type: ignore[arg-type]
     writer.run(plan, Alone(), 1)
     assert config.read(tmp_path / "out")["bos_token_id"] == 77
