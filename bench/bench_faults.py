@@ -150,7 +150,7 @@ def main() -> None:
             kills, rows = measured["random_kills"], replaced(measured["rows"], rows)
         else:
             kills = random_kills(directory, data, arguments.steps, arguments.kills, draw) if arguments.kills else {}
-    print(f"{arguments.kills} random kills: {kills}")
+    print(f"random kills: {kills}")
     right = sum(row["holds"] for row in rows)
     path = results.write("faults", {"faults": len(rows), "recovered": right, "random_kills": kills}, rows)
     print(f"{right} of {len(rows)} faults recovered; {path}")

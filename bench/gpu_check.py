@@ -36,7 +36,7 @@ COLOURS = {PASSED: "green", FAILED: "bold red", MEASURED: "cyan", NOT_SUPPORTED:
 
 @dataclass
 class Device:
-    """What is checked: a GPU, or a CPU that stands in for one."""
+    """The device under test: a GPU, or in the tests of this module a CPU."""
 
     name: str
     runtime: str

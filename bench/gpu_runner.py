@@ -79,7 +79,7 @@ class Runner:
         self._stopped = False
 
     def run(self, show: Callable[[Row], None]) -> list[Row]:
-        """A row for every part of every case; `show` gets each as soon as it is known.
+        """One row for each part of each case; `show` is called with a row when its case ends.
 
         Cases that need the machine for themselves come first.
         """

@@ -74,7 +74,6 @@ class Lock:
         except RuntimeError as error:
             self._remove()
             raise LaunchError(f"the lock of run_dir needs a thread: {error}", "raise ulimit -u and ulimit -v") from None
-        self._thread = self._heartbeat.thread
 
     def release(self) -> None:
         """Let another run have the directory."""
@@ -219,8 +218,9 @@ def _state(found: Owner, me: Owner) -> tuple[str, str]:
         return "gone", "it was an earlier start of this job"
     # Two clusters that share a storage number their jobs alike, and the squeue of one knows nothing of the other's.
     same_cluster = found.cluster == me.cluster or not (found.cluster and me.cluster)
+    is_another_job = found.job.startswith(_SLURM_JOB) and found.job != me.job
     number = found.job.removeprefix(_SLURM_JOB)
-    if number != found.job != me.job and number.isascii() and number.isdigit() and same_cluster:
+    if is_another_job and number.isascii() and number.isdigit() and same_cluster:
         return _job_state(number)
     return "unknown", ""
 
@@ -333,6 +333,6 @@ def _started(pid: int) -> str:
         os.kill(pid, 0)
     except ProcessLookupError:
         return ""
-    except PermissionError:
-        pass
+    except PermissionError:  # it runs, as another user
+        return "running"
     return "running"

@@ -10,6 +10,7 @@ from moe_train.config.schema import Config
 from moe_train.config.validate import validate
 from moe_train.config.walk import with_values
 from parallel.errors import ConfigError
+from parallel.layout import ParallelLayout
 from parallel.suggest import Fix, Impossible
 
 
@@ -20,23 +21,21 @@ def refused(cfg: Config, error: ConfigError) -> ConfigError:
     """
     own = replace(cfg, launcher=replace(cfg.launcher, nodes=None))
     fixes: list[Fix] = []
-    try:
-        layout = validate(own)
-        check_memory(estimate(own, layout), layout)
+    layout = _fitting(own)
+    if layout is not None and layout.world_size % own.launcher.ranks_per_node == 0:
         fixes.append({"launcher.nodes": checks.nodes_of(own, layout)})
-    except ConfigError:
-        pass  # the layout has a problem of its own
     for fix in error.fixes if isinstance(error, Impossible) else []:
-        if _fits(with_values(cfg, fix)):
+        other = with_values(cfg, fix)
+        if _fitting(other, (other.launcher.nodes or 1) * other.launcher.ranks_per_node) is not None:
             fixes.append(fix)
     return Impossible(error.cause, fixes) if fixes else error
 
 
-def _fits(cfg: Config) -> bool:
-    nodes = cfg.launcher.nodes or 1
+def _fitting(cfg: Config, world_size: int | None = None) -> ParallelLayout | None:
+    """The layout of a config that passes every rule, memory included; None where one refuses it."""
     try:
-        layout = validate(cfg, nodes * cfg.launcher.ranks_per_node)
+        layout = validate(cfg, world_size)
         check_memory(estimate(cfg, layout), layout)
     except ConfigError:
-        return False
-    return True
+        return None
+    return layout

@@ -232,7 +232,7 @@ def _load(run: Run, path: Path) -> None:
     state.load_optimizer(run, _read(run, optimizer, contents, path), found.updates)
     if scales:
         state.load_delayed_scales(run, _read(run, scales, contents, path))
-    together(run, lambda: _refuse_nonfinite(run, path, "resume", _begin_elsewhere(path)), f"read {path}")
+    together(run, lambda: _refuse_nonfinite(run, path, "resume"), f"read {path}")
     same_layout = found.layout == asdict(run.layout)
     if (
         same_layout and found.device == run.device.type
@@ -279,13 +279,13 @@ def _load_weights(run: Run, path: Path) -> None:
         path = on_main(run, lambda: directory.resolve(path, "init_from")[0], f"read {path}")
         weights = _read(run, state.model_state(run), _open(run, path), path)
     state.load_model(run, weights)
-    together(run, lambda: _refuse_nonfinite(run, path, "init_from", "start from another checkpoint"), f"read {path}")
+    together(run, lambda: _refuse_nonfinite(run, path, "init_from"), f"read {path}")
     run.optimizer.reload_model_params()
     if run.is_main:
         say(f"weights from {path}")
 
 
-def _refuse_nonfinite(run: Run, path: Path, field: str, otherwise: str) -> None:
+def _refuse_nonfinite(run: Run, path: Path, field: str) -> None:
     """Raise CheckpointError where the weights that were read from `field`=`path` make every loss NaN.
 
     One sum of each weight and router bias. Moments are left out: that of a squared gradient may be infinite.
@@ -294,6 +294,7 @@ def _refuse_nonfinite(run: Run, path: Path, field: str, otherwise: str) -> None:
         biases = [(name, bias) for name, bias in model.named_buffers() if name.endswith("expert_bias")]
         for name, weight in [*model.named_parameters(), *biases]:
             if not torch.isfinite(weight.detach().sum(dtype=torch.float32)):
+                otherwise = _begin_elsewhere(path) if field == "resume" else "start from another checkpoint"
                 raise CheckpointError(
                     f"{field}={path}: {name} has NaN or infinite numbers, and every loss would be NaN",
                     f"restore the weights from a copy, or {otherwise}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,19 @@ def read(directory: Path) -> dict[str, Any]:
     return config
 
 
-def model_of(directory: Path) -> ModelConfig:
+def model_of(directory: Path, any_version: bool = False) -> ModelConfig:
     """The model of the run that wrote the checkpoint.
+
+    Args:
+        any_version: whether fields that this version does not know are left out.
 
     Raises:
         CheckpointError: its config cannot be read, or is of a version with other fields.
     """
     values = read(directory)["model"]
+    if any_version:
+        known = {field.name for field in fields(ModelConfig)}
+        values = {name: value for name, value in values.items() if name in known}
     try:
         model = ModelConfig(**values)
     except TypeError as error:

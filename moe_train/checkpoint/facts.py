@@ -38,14 +38,14 @@ def parse(state: Mapping[str, Any]) -> Facts:
     """
     progress, layout, scales = (_mapping(state, name) for name in ("progress", "layout", "loss_scale"))
     if unknown := progress.keys() - {*_PROGRESS}:
-        raise ValueError(f"progress has {sorted(map(str, unknown))[0]}")
+        raise ValueError(f"progress has {min(map(str, unknown))}")
     counts = {name: _count(progress, name) for name in _PROGRESS}
     if not isinstance(state.get("device"), str):
         raise ValueError("it has no device")
     return Facts(
         **counts,
         trained_samples=_count(state, TRAINED) if TRAINED in state else None,
-        updates=position(state)[2],
+        updates=_count(_mapping(state, "schedule"), "num_steps"),
         loss_scale={kind: _scaler(_mapping(scales, kind)) for kind in scales},
         layout={name: _count(layout, name) for name in layout},
         device=state["device"],

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
 from moe_train.checkpoint import compat, directory
 from moe_train.checkpoint.hf import config
 from moe_train.config.model import ModelConfig
-from moe_train.config.walk import violation
 from parallel.errors import CheckpointError
 from parallel.suggest import override_value
 
@@ -46,12 +44,7 @@ def _model_at(path: Path) -> tuple[ModelConfig, bool]:
         return config.to_model(config.read(path), path / config.FILE), False
     found = directory.resolve(path, "init_from")[0]
     directory.check_files(found)
-    known = {field.name for field in fields(ModelConfig)}  # another version may have had others
-    written = {name: value for name, value in compat.read(found)["model"].items() if name in known}
-    for name, value in written.items():
-        if why := violation(f"model.{name}", value):
-            raise directory.damaged(found, f"{directory.CONFIG} has model.{name}={value}, which is {why}")
-    return ModelConfig(**written), True
+    return compat.model_of(found, any_version=True), True
 
 
 def _overrides(values: dict[str, object]) -> str:

@@ -219,8 +219,8 @@ def hydra_entry(
         trains: whether the command is to train, so that rules about training apply.
         runs: whether it has a use for the output directory. Else, where the command line has none of Hydra's options,
             the config is composed once and Hydra makes no job of it, which saves a fifth of a second.
-        rules: whether the rules between fields apply to the config as it is. Else `fn` checks those that concern it,
-            as where the model is one that it has yet to read.
+        rules: whether the rules between fields apply to the composed config. Else `fn` checks the ones that it needs,
+            such as after it has read the model from a checkpoint.
         answers: whether it only prints, although rules about training apply: it then ends quietly where its reader is
             gone (`| head`).
         about: what --help prints, in the place of Hydra's page.

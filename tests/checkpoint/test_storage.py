@@ -31,7 +31,7 @@ def test_items_of_a_file_hold_their_own_numbers_only(tmp_path: Path) -> None:
     assert list(items) == ["t0", "t1", "t2", "t3"]
     for place, expected in zip(items.values(), tensors, strict=True):
         assert place.relative_path == one.file
-        item = torch.load(io.BytesIO(content[place.offset : place.offset + place.length]))
+        item = torch.load(io.BytesIO(content[place.offset : place.offset + place.length]), weights_only=True)
         assert torch.equal(item, expected)
     assert [result.size_in_bytes for result in found.items] == [place.length for place in items.values()]
     assert sum(place.length for place in items.values()) == len(content)

@@ -227,8 +227,8 @@ def test_a_run_that_gave_its_lock_back_is_not_told_that_it_lost_it(tmp_path: Pat
     told: list[str] = []
     taken = lock.acquire(tmp_path, 0.06, told.append)
     taken.release()
-    taken._thread.join(5)
-    assert not taken._thread.is_alive()
+    taken._heartbeat.thread.join(5)
+    assert not taken._heartbeat.thread.is_alive()
     assert told == []
 
 
