@@ -25,7 +25,7 @@ from bench.parity import COMMON
 from bench.results import write
 from bench.step_data import free_port
 from launch import job
-from moe_train.config.compose import compose
+from moe_train.config.composition.compose import compose
 from parallel.rank_info import RankInfo
 
 LAYOUTS: dict[str, list[str]] = {"1 rank": [], "ep2": ["parallel.ep=2"]}

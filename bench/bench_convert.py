@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.results import write
-from moe_train.checkpoint.dtypes import DTYPES, Dtype
+from moe_train.formats.dtypes import DTYPES, Dtype
 
 BIN = Path(sys.executable).parent
 _POLL_S = 0.02
@@ -59,11 +59,12 @@ def synthesise(directory: Path, size_gb: float) -> int:
 
     import torch
 
-    from moe_train.checkpoint.hashing_file import HashingFile
-    from moe_train.checkpoint.hf import config, safetensors
-    from moe_train.checkpoint.hf.mapping import pieces
-    from moe_train.checkpoint.hf.rows import Rows
-    from moe_train.checkpoint.hf.source import names_of
+    from moe_train.conversion.families import config
+    from moe_train.conversion.hf_source import names_of
+    from moe_train.conversion.mapping import pieces
+    from moe_train.formats import safetensors
+    from moe_train.formats.hashing_file import HashingFile
+    from moe_train.formats.tensor_slices import Rows
     from moe_train.model.arithmetic import count_parameters
 
     def parameters(layers: int) -> int:

@@ -27,9 +27,10 @@ from rich.table import Table
 
 from bench.losses import SMOOTHING, differences, smoothed
 from bench.results import write
-from launch import forkserver, job, local
-from moe_train.config.compose import compose
-from moe_train.config.validate import validate
+from launch import job
+from launch.local import forkserver, launcher
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 
 BASELINE = "bf16"
 # One pass a step on one rank, so that weights are rounded once; the last case has two on each of two stages.
@@ -70,7 +71,7 @@ def losses(case: str, seed: int, steps: int, batch: int) -> list[float]:
         cfg = compose([*COMMON, *CASES[case], *run])
         layout = validate(cfg)
         job.prepare_data(cfg)
-        local.start(cfg, layout)
+        launcher.start(cfg, layout)
         lines = map(json.loads, Path(directory, "run", "metrics.jsonl").read_text().splitlines())
         return [line["lm_loss"] for line in lines if "lm_loss" in line]
 

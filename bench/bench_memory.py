@@ -28,9 +28,10 @@ from bench import published_memory
 from bench.parity import COMMON
 from bench.recompute_sets import SETS
 from bench.results import write
-from launch import forkserver, job, local
-from moe_train.config.compose import compose
-from moe_train.config.validate import validate
+from launch import job
+from launch.local import forkserver, launcher
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.loop.callbacks.profiler import PARTS
 from moe_train.model.memory import job_of, predict
 from parallel.errors import ConfigError
@@ -96,7 +97,7 @@ def measure(overrides: Sequence[str]) -> list[dict[str, Any]]:
         cfg = compose([*overrides, f"run_dir={directory}/run"])
         layout = validate(cfg)
         job.prepare_data(cfg)
-        local.start(cfg, layout)
+        launcher.start(cfg, layout)
         line = json.loads(Path(directory, "run", "metrics.jsonl").read_text().splitlines()[0])
     planned, rows = job_of(cfg, layout), []
     for stage, memory in enumerate(predict(cfg, layout)):

@@ -26,19 +26,20 @@ from rich.table import Table
 
 from bench.parity import COMMON
 from bench.results import write
-from launch import forkserver, job, local
-from moe_train.config.compose import compose
+from launch import job
+from launch.local import forkserver, launcher
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.config.validate import validate
 from moe_train.model.memory import job_of, weights_on
 from parallel.planner.calibration import Calibration
 from parallel.planner.hardware import MICRO, Hardware
-from parallel.planner.layers import Machine
+from parallel.planner.layer_time import Machine
 from parallel.planner.software import Software
-from parallel.planner.time import plan_step
+from parallel.planner.step_time import plan_step
 from parallel.rank_info import RankInfo
-from tools.planning.ranking import spearman
-from tools.planning.rows import cluster
+from tools.published.ranking import spearman
+from tools.published.rows import cluster
 
 TOLERANCE, RANK_CORRELATION = 0.20, 0.9
 STEPS, WARM_UP, ROUNDS, LOADS = 8, 2, 2, 2
@@ -122,7 +123,7 @@ def loaded(ranks: int) -> tuple[float, ...]:
     """The numbers of `Measured` for so many ranks."""
     with tempfile.TemporaryDirectory(prefix="plan-") as directory:
         cfg = compose([*RUN, f"parallel.dp={ranks}", f"run_dir={directory}/run"])
-        local.start(cfg, validate(cfg), "bench.bench_plan:load")
+        launcher.start(cfg, validate(cfg), "bench.bench_plan:load")
         product, copied, operation, small, large = json.loads(Path(directory, "run", LOAD).read_text())
     rate = 4 * LARGE / max(1e-9, large - small)
     return 2 * TOKENS * HIDDEN * INNER / product, 2 * 4 * WEIGHTS / copied, operation, small, rate
@@ -146,7 +147,7 @@ def timed(overrides: Sequence[str]) -> list[float]:
         cfg = compose([*RUN, *overrides, f"run_dir={directory}/run"])
         layout = validate(cfg)
         job.prepare_data(cfg)
-        local.start(cfg, layout)
+        launcher.start(cfg, layout)
         lines = [json.loads(line) for line in Path(directory, "run", "metrics.jsonl").read_text().splitlines()]
     return [line["step_time_s"] for line in lines if "step_time_s" in line][WARM_UP:]
 

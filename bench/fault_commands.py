@@ -146,7 +146,7 @@ def chain(directory: Path, data: tuple[str, ...]) -> dict[str, Any] | None:
              "launcher.time_limit_min=30", f"run_dir={run_dir}"]  # fmt: skip
     run(sys.executable, "-m", "tests.slurm.cluster", "start", str(place), "1")
     try:
-        run(sys.executable, "-m", "launch.submit", *words)
+        run(sys.executable, "-m", "launch.slurm.submit", *words)
         (record,) = run_dir.glob("submissions/*/submission.json")
         links = json.loads(record.read_text())["jobs"]
         began = time.monotonic()

@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.planner.calibration import FITTED, Calibration
-from parallel.planner.job import Job
 from parallel.planner.memory import Weights
-from parallel.planner.time import StepTime
-from tools.planning.predict import predict, published_tokens_per_s, timed, weights_of
-from tools.planning.rows import Row, understand
-from tools.planning.split import is_test, newest
+from parallel.planner.step_time import StepTime
+from parallel.planner.workload import Job
+from tools.published.predict import predict, published_tokens_per_s, timed, weights_of
+from tools.published.rows import Row, understand
+from tools.published.split import is_test, newest
 
 # Name -> smallest and largest value that the fit may take. `gemm_speed` may exceed 1: see `Calibration`.
 BOUNDS = {

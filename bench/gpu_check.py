@@ -27,7 +27,8 @@ from bench import gpu_cases
 from bench.gpu_cases import Case, Plan
 from bench.gpu_runner import FAILED, MEASURED, NOT_RUN, NOT_SUPPORTED, PASSED, Row, Runner
 from bench.results import DIRECTORY, write
-from launch import forkserver, job
+from launch import job
+from launch.local import forkserver
 
 BUDGET_S = 480.0
 EXIT_FAILED, EXIT_NO_GPU, EXIT_INCOMPLETE = 1, 2, 3

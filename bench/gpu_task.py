@@ -16,8 +16,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from launch import quiet, rank
-from moe_train.config.compose import compose
+from launch import quiet
+from launch.local import rank
+from moe_train.config.composition.compose import compose
 from moe_train.config.schema import Config
 
 _KILLED_S = 10.0

@@ -10,7 +10,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from torch import Tensor
 
 from moe_train.checkpoint.state import model_state
-from moe_train.loop.run import Run
+from moe_train.run import Run
 
 SMALL = 1e-3
 """A gradient below this part of the largest one's norm is compared with it instead of with itself."""

@@ -27,25 +27,25 @@ from bench.step_data import free_port
 from launch import job
 from moe_train import train
 from moe_train.checkpoint import checkpoint
+from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.config.validate import validate
 from moe_train.data.datasets import build_datasets
 from moe_train.loop.callbacks.profiler import PARTS
-from moe_train.loop.run import Metrics, Run
 from moe_train.loop.step import train_step
 from moe_train.model import backend
 from moe_train.model.memory import job_of, predict, weights_on
+from moe_train.run import Metrics, Run
 from moe_train.telemetry import peak
 from moe_train.telemetry.throughput import speed
 from parallel import groups
 from parallel.errors import HardwareError
 from parallel.planner.calibration import FITTED
-from parallel.planner.layers import Machine
+from parallel.planner.layer_time import Machine
 from parallel.planner.memory import saved_per_micro_batch
-from parallel.planner.time import plan_step
+from parallel.planner.step_time import plan_step
 from parallel.rank_info import RankInfo
 from tools.planning.answer import software_of
-from tools.planning.rows import cluster
+from tools.published.rows import cluster
 
 LOSSES = ("lm_loss", "mtp_loss", "seq_load_balancing_loss")
 STEPS = 3  # with the reference, and before and after a checkpoint

@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.results import write
-from launch import forkserver, job, local
-from moe_train.config.compose import compose
-from moe_train.config.validate import validate
+from launch import job
+from launch.local import forkserver, launcher
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 
 LOSS_TOLERANCE = 1e-4
 GRAD_NORM_TOLERANCE = 1e-3
@@ -113,7 +114,7 @@ def measure(overrides: Sequence[str]) -> list[dict[str, Any]]:
         cfg = compose([*COMMON, *overrides, f"run_dir={directory}/run"])
         layout = validate(cfg)
         job.prepare_data(cfg)
-        local.start(cfg, layout)
+        launcher.start(cfg, layout)
         lines = Path(directory, "run", "metrics.jsonl").read_text().splitlines()
     return [line for line in map(json.loads, lines) if "lm_loss" in line]
 

@@ -22,15 +22,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moe_train.config.compose import compose
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.config.validate import validate
 from moe_train.model.memory import job_of, weights_on
 from parallel.planner.calibration import FITTED
 from parallel.planner.memory import StageMemory, stage_memory
-from tools.planning.predict import predict
-from tools.planning.rows import understand
-from tools.planning.validation import read as read_table
+from tools.published.predict import predict
+from tools.published.rows import understand
+from tools.published.validation import read as read_table
 
 DATA = Path(__file__).parent / "data" / "published_memory.csv"
 GB, GIB = 1e9, 2**30

@@ -25,10 +25,11 @@ from rich.table import Table
 from bench.parity import COMMON, LAYOUTS
 from bench.recompute_sets import SETS as SINGLE
 from bench.results import DIRECTORY, write
-from launch import forkserver, job, local
-from moe_train.config.compose import compose
+from launch import job
+from launch.local import forkserver, launcher
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.config.validate import validate
 from parallel.errors import ConfigError
 from parallel.rank_info import RankInfo
 
@@ -108,7 +109,7 @@ def measure(words: Sequence[str]) -> list[dict[str, Any]]:
         cfg.batch.global_batch_size = MICRO_BATCHES * validate(cfg).dp
         layout = validate(cfg)
         job.prepare_data(cfg)
-        local.start(cfg, layout, "bench.recompute:compare_sets")
+        launcher.start(cfg, layout, "bench.recompute:compare_sets")
         ranks = [json.loads(path.read_text()) for path in sorted(Path(cfg.run_dir).glob("rank_*.json"))]
     rows = []
     for name, one in sets_of(cfg).items():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_train.config.compose import compose
+from moe_train.config.composition.compose import compose
 from moe_train.config.schema import Config
 
 # Without what transformers' DeepseekV3ForCausalLM does not train with: further tokens, balance losses, a moving bias.

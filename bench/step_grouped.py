@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from bench.step_data import Task
-from moe_train.model import gemm
-from moe_train.model.cpu_kernels import uneven_counts
+from moe_train.model.kernels import gemm
+from moe_train.model.kernels.cpu_kernels import uneven_counts
 from moe_train.model.precision import DTYPES
 
 CALLS, WARM_UP = 60, 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_train.config.assumed import names_of
-from moe_train.config.explain import CONF_DIR
+from moe_train.config.composition.explain import CONF_DIR
 from moe_train.config.schema import Config
 from moe_train.config.walk import get
 from moe_train.model.arithmetic import count_parameters

@@ -43,7 +43,7 @@ def save_config(cfg: Config) -> Path:
     Raises:
         LaunchError: run_dir cannot be written.
     """
-    from moe_train.config import compose
+    from moe_train.config.composition import compose
 
     path = Path(cfg.run_dir) / "config.yaml"
     part = path.with_name(f"config.yaml.{os.getpid()}.part")

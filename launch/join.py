@@ -21,10 +21,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch import env, failures, job, local, lock, rank, rendezvous, restarts, room, slurm, streams
-from moe_train.config.fallback import fitting
+from launch import env, failures, job, lock, rendezvous, restarts, room, streams
+from launch.local import launcher, rank
+from launch.slurm import commands
+from moe_train.config.composition.fallback import fitting
+from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.config.validate import validate
 from moe_train.resilience import stop
 from parallel.errors import ConfigError, HardwareError, LaunchError, MoeTrainError
 from parallel.rank_info import RankInfo
@@ -63,7 +65,7 @@ def run(info: RankInfo, entry: str | None = None) -> int:
 
 def _lead(info: RankInfo, store: TCPStore, entry: str | None) -> int:
     from moe_train.checkpoint import continuing
-    from moe_train.config import compose
+    from moe_train.config.composition import compose
 
     published = False
 
@@ -84,7 +86,7 @@ def _lead(info: RankInfo, store: TCPStore, entry: str | None) -> int:
             job.resolve_runtime(cfg)
             if entry is None:
                 room.check(cfg, validate(cfg, info.world_size), range(info.local_world_size))
-                slurm.warn_unheard(cfg.launcher)
+                commands.warn_unheard(cfg.launcher)
                 job.prepare_data(cfg)
         if entry is None and stop.asked():  # while the data were made, which can take hours
             print(f"stopped by {stop.asked()} before the first step; the same command continues", file=sys.stderr)
@@ -139,7 +141,7 @@ def _follow(info: RankInfo, store: TCPStore, entry: str | None) -> int:
 
 
 def _train_with(text: str, info: RankInfo, store: TCPStore, entry: str | None) -> None:
-    from moe_train.config import compose
+    from moe_train.config.composition import compose
 
     with tempfile.TemporaryDirectory() as directory:  # run_dir need not be visible from this node yet
         path = Path(directory, "config.yaml")
@@ -152,7 +154,7 @@ def _train(cfg: Config, path: Path, info: RankInfo, store: TCPStore, entry: str 
         env.apply(cfg.launcher, info)
         rank.use_threads(cfg.launcher.threads_per_rank or cfg.launcher.cpus_per_rank or _threads(info))
         _compare(cfg, info, store, versions=entry is None)
-        rank.train(str(path), entry or local.ENTRY, info)
+        rank.train(str(path), entry or launcher.ENTRY, info)
     except SystemExit as ended:  # early, as asked
         _part(info, store)
         _leave(ended.code if isinstance(ended.code, int) else 1)
@@ -182,7 +184,7 @@ def _compare(cfg: Config, info: RankInfo, store: TCPStore, versions: bool) -> No
     """Compare code, config and `versions` of all ranks, and which GPU each has, before a model is built. Where ranks
     differ rank 0 says which from most, and all processes end."""
     from launch.preflight import facts
-    from moe_train.config import compose
+    from moe_train.config.composition import compose
 
     mine: dict[str, Any] = {
         "node": facts.node_name(),
@@ -261,7 +263,7 @@ def odd_ranks(found: Sequence[Mapping[str, Any]]) -> str:
 
 def _threads(info: RankInfo) -> int:
     """Under Slurm the cores of a process may already be those of its task alone."""
-    return int(os.environ.get("SLURM_CPUS_PER_TASK") or 0) or local.threads_for(info.local_world_size)
+    return int(os.environ.get("SLURM_CPUS_PER_TASK") or 0) or launcher.threads_for(info.local_world_size)
 
 
 def _tell(error: Exception, cfg: Config, info: RankInfo, store: TCPStore) -> None:

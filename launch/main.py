@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from launch import forkserver, quiet, rendezvous, restarts, signals
+from launch import quiet, rendezvous, restarts
+from launch.local import forkserver, signals
 from moe_train.config.schema import Config
 from moe_train.resilience import stop
 from parallel.errors import MoeTrainError
@@ -43,7 +44,7 @@ def run(entry: str | None = None, about: str | None = __doc__, common: Sequence[
     `about` and `common` are for --help.
     """
     if {"-h", "--help"} & set(sys.argv[1:]):
-        from moe_train.config import compose
+        from moe_train.config.composition import compose
 
         if not rendezvous.speaks():
             return 0
@@ -75,7 +76,7 @@ def _run(entry: str | None) -> int:
         return join.run(info, entry)
     from launch import sweep
     from moe_train.checkpoint import continuing
-    from moe_train.config import compose
+    from moe_train.config.composition import compose
 
     try:
         with signals.interruptible(last=True):
@@ -108,7 +109,7 @@ def train_here(cfg: Config, entry: str | None = None) -> None:
 
 def _train_here(cfg: Config, entry: str | None) -> None:
     from moe_train.checkpoint import continuing
-    from moe_train.config.validate import validate
+    from moe_train.config.composition.validate import validate
 
     layout = validate(cfg)
     if cfg.runtime == "simulated":
@@ -125,20 +126,22 @@ def _train_here(cfg: Config, entry: str | None) -> None:
         room.check(cfg, layout)
     if cfg.runtime == "cpu" or not any(Path("/dev").glob("nvidia*")):
         forkserver.begin()  # it imports torch while this process does so too, and makes the data
-    from launch import job, local, lock, slurm
+    from launch import job, lock
+    from launch.local import launcher
+    from launch.slurm import commands
 
     job.resolve_runtime(cfg)
     if cfg.runtime == "cuda":
         job.check_gpus(layout, job.visible_gpus())
     if entry is not None:
-        local.start(cfg, layout, entry)
+        launcher.start(cfg, layout, entry)
         return
-    slurm.warn_unheard(cfg.launcher)
+    commands.warn_unheard(cfg.launcher)
     job.prepare_data(cfg)
     with lock.held(cfg):
         continuing.set_aside(cfg)
         restarts.remember(cfg)
-        local.start(cfg, layout)
+        launcher.start(cfg, layout)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from moe_train.checkpoint import directory
 from moe_train.config.schema import Config
 from moe_train.files import untrusted
+from moe_train.formats import run_directory
 from parallel.errors import LaunchError
 
 FIRST = "MOE_FIRST_START"
@@ -40,7 +40,7 @@ def remember(cfg: Config) -> None:
     if FIRST not in os.environ or (file := Path(os.environ[FIRST])).exists():
         return
     try:
-        directory.replace_file(file, json.dumps(found(cfg)) + "\n")
+        run_directory.replace_file(file, json.dumps(found(cfg)) + "\n")
     except OSError as error:
         raise LaunchError(f"run_dir={cfg.run_dir} cannot be written: {error.strerror}", "set run_dir=PATH") from error
 
@@ -53,8 +53,8 @@ def found(cfg: Config) -> dict[str, Any]:
     """
     root = cfg.checkpoint_root.resolve()
     first: dict[str, Any] = {"dir": str(root), "checkpoints": _written(root)}
-    near = directory.near_of(cfg, root)
-    if near is not None and cfg.resume == "never" and not first["checkpoints"] and not directory.candidates(near):
+    near = run_directory.near_of(cfg, root)
+    if near is not None and cfg.resume == "never" and not first["checkpoints"] and not run_directory.candidates(near):
         first["near"] = str(near)
     return first
 
@@ -63,11 +63,11 @@ def saved_since(first: dict[str, Any]) -> bool:
     """Whether a checkpoint was written since `first` was found. Those that someone removed since do not count."""
     if not _written(Path(first["dir"])).items() <= first["checkpoints"].items():
         return True
-    near = directory.candidates(Path(first["near"])) if "near" in first else []
-    return any((path / directory.MANIFEST).exists() for path in near)  # which is the last of its files
+    near = run_directory.candidates(Path(first["near"])) if "near" in first else []
+    return any((path / run_directory.MANIFEST).exists() for path in near)  # which is the last of its files
 
 
 def _written(root: Path) -> dict[str, int]:
     """When each checkpoint there was written."""
-    files = (path / directory.STATE for path in directory.candidates(root))
+    files = (path / run_directory.STATE for path in run_directory.candidates(root))
     return {file.parent.name: file.stat().st_mtime_ns for file in files if file.exists()}

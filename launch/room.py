@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from moe_train.config.rules.facts import gather_facts
+from moe_train.config.resolve import gather_facts
 from moe_train.config.schema import Config
 from moe_train.model.memory import predict
 from parallel.errors import ConfigError

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_train.checkpoint.continuing import SUMMARY
-from moe_train.config.compose import Job
+from moe_train.config.composition.compose import Job
 from moe_train.files import untrusted
 
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.config.validate import validate
 from moe_train.model import arithmetic, backend
 from moe_train.model.build import build, pipeline_layout, transformer_config
 from parallel import groups, pipeline, runtime

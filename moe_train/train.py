@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as ps
 
-from moe_train.checkpoint import checkpoint, continuing, exchange
+from moe_train.checkpoint import checkpoint, continuing, hf_exchange
 from moe_train.checkpoint.collective import on_main, say_on_main
+from moe_train.config.composition.validate import total_steps, validate
 from moe_train.config.schema import Config
-from moe_train.config.validate import total_steps, validate
 from moe_train.data.datasets import build_datasets
 from moe_train.data.iterator import BatchIterator
 from moe_train.loop import callbacks, step
-from moe_train.loop.run import Run
-from moe_train.model import backend, cpu_kernels
+from moe_train.model import backend
 from moe_train.model.build import build, transformer_config
 from moe_train.model.init import initialise
+from moe_train.model.kernels import cpu_kernels
 from moe_train.model.precision import DTYPES, in_training_precision
 from moe_train.optim.optimizer import build_optimizer, build_schedule, data_parallel
+from moe_train.run import Run
 from moe_train.telemetry.model_metrics import DispatchTraffic, ExpertLoad, PredictionLoss
 from parallel import groups, runtime
 from parallel.rank_info import RankInfo
@@ -40,7 +41,7 @@ def run(cfg: Config, rank: RankInfo) -> None:
         say_on_main(run, f"no steps to do: the run is at step {run.state.step} of {run.total_steps}")
         if cfg.export_hf and not on_main(run, checkpoint.path_of(run).exists, "read checkpoints"):
             checkpoint.save(run)  # the weights are of another run's checkpoint
-        exchange.export_last(run)
+        hf_exchange.export_last(run)
         if on_main(run, lambda: continuing.is_reported(cfg, checkpoint.path_of(run)), "read run_dir"):
             return
     train(run)

@@ -62,7 +62,7 @@ def fixed_text() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Overrides of a dataset made once from the fixed text, with a vocabulary of 512."""
-    from moe_train.config.compose import compose
+    from moe_train.config.composition.compose import compose
     from moe_train.data.prepare import prepare
 
     directory = tmp_path_factory.mktemp("data")

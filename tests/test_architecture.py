@@ -25,14 +25,15 @@ WITHOUT_TORCH = (
     *sorted((ROOT / "moe_train/files").glob("*.py")),
     ROOT / "moe_train/model/arithmetic.py",
     ROOT / "moe_train/model/memory.py",
-    *(ROOT / "launch" / f"{name}.py" for name in ("submit", "checks", "estimate", "snapshot", "slurm")),
-    *(ROOT / "tools" / f"{name}.py" for name in ("plan", "memory", "planning/predict", "planning/answer")),
+    *sorted((ROOT / "launch/slurm").glob("*.py")),
+    *(ROOT / "tools" / f"{name}.py" for name in ("plan", "memory", "published/predict", "planning/answer")),
     *sorted((ROOT / "parallel/planner").glob("*.py")),
     *(ROOT / "parallel" / f"{name}.py" for name in ("layout", "pipeline", "errors", "suggest", "rank_info")),
 )
 UPSTREAM = ("torch", "megatron")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 LONGEST_FILE, LONGEST_FUNCTION = 600, 120
+LARGEST_FOLDER = 0.25  # of the lines of moe_train
 
 
 @cache
@@ -68,6 +69,62 @@ def test_arrows_between_packages_point_one_way(path: Path) -> None:
     imported = {module.split(".")[0] for module, _ in _imports(_tree(path))}
     assert imported & set(PACKAGES) <= MAY_IMPORT[package]
     assert "tests" not in imported
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {_module(path): path for path in FILES}
+
+
+def _imported_files(path: Path) -> Iterator[Path]:
+    """Our own files that `path` imports, lazily or for type checking too."""
+    for module, _ in _imports(_tree(path)):
+        while module and module not in MODULES:
+            module = module.rpartition(".")[0]
+        if module:
+            yield MODULES[module]
+
+
+def _folder(path: Path) -> str:
+    """Folder of a file. A file directly in `moe_train` counts as a folder of its own: `train.py` is above all others,
+    `run.py` below most of them."""
+    folder = path.relative_to(ROOT).parent
+    return _name(path) if str(folder) == "moe_train" else str(folder)
+
+
+def _below(folder: str, arrows: dict[str, set[str]]) -> set[str]:
+    """Folders that `folder` imports, directly or through others."""
+    reached: set[str] = set()
+    waiting = [folder]
+    while waiting:
+        for imported in arrows[waiting.pop()] - reached:
+            reached.add(imported)
+            waiting.append(imported)
+    return reached
+
+
+def test_folders_of_moe_train_import_in_one_direction() -> None:
+    """No cycle of any length between two folders."""
+    files = [path for path in FILES if path.is_relative_to(ROOT / "moe_train")]
+    arrows: dict[str, set[str]] = {_folder(path): set() for path in files}
+    for path in files:
+        imported = {_folder(other) for other in _imported_files(path) if other in files}
+        arrows[_folder(path)] |= imported - {_folder(path)}
+    assert len(arrows) > 15
+    cycles = sorted(folder for folder in arrows if folder in _below(folder, arrows))
+    assert not cycles
+
+
+def test_no_folder_of_moe_train_is_overfull() -> None:
+    lines: dict[str, int] = {}
+    for path in FILES:
+        if path.is_relative_to(ROOT / "moe_train"):
+            folder = str(path.relative_to(ROOT).parent)
+            lines[folder] = lines.get(folder, 0) + len(path.read_text(encoding="utf-8").splitlines())
+    total = sum(lines.values())
+    assert {folder: n for folder, n in lines.items() if n > LARGEST_FOLDER * total} == {}
 
 
 @pytest.mark.parametrize("path", WITHOUT_TORCH, ids=_name)

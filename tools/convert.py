@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import quiet
 from moe_train.config.assumed import names_of
-from moe_train.config.compose import hydra_entry
+from moe_train.config.composition.compose import hydra_entry
 from moe_train.config.model import ModelConfig
 from moe_train.config.rules import model as model_rules
 from moe_train.config.schema import Config, DataConfig
@@ -32,10 +32,11 @@ from parallel.suggest import Impossible
 from tools.words import CommandLine, parse
 
 if TYPE_CHECKING:
-    from moe_train.checkpoint.hf import convert, distcp
-    from moe_train.checkpoint.hf.small_files import SmallFiles
-    from moe_train.checkpoint.hf.workers import Team
-    from moe_train.checkpoint.hf.writer import Plan
+    from moe_train.conversion import plans
+    from moe_train.conversion.small_files import SmallFiles
+    from moe_train.formats import dcp
+    from moe_train.formats.communicator import Team
+    from moe_train.formats.directory_writer import Plan
 
 _VERIFY = "verify"
 
@@ -44,13 +45,13 @@ _COMMON = ("model", "convert.to", "convert.dtype", "convert.file_gb", "convert.o
 
 def main() -> None:
     """Console script. Of several MPI ranks only the first speaks, and all end with its exit code."""
-    from moe_train.checkpoint.hf import workers
+    from moe_train.formats import communicator
 
     words = sys.argv[1:]
     try:
-        team = workers.from_environment()
+        team = communicator.from_environment()
     except MoeTrainError as error:
-        if workers.speaks():
+        if communicator.speaks():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     with contextlib.ExitStack() as stack:
@@ -71,23 +72,23 @@ def run(cfg: Config, line: CommandLine, team: Team) -> None:
         ConfigError, CheckpointError: with a cause and a remedy; nothing was written, or only what a rerun continues.
     """
     quiet.silence()
-    from moe_train.checkpoint.hf import workers, writer
+    from moe_train.formats import communicator, directory_writer
 
     os.environ["OMP_NUM_THREADS"] = "1"  # for torch where numbers change: files are written side by side
-    threads = cfg.convert.threads or 2 * workers.cores(team) + 2  # some wait for the disk while others compute
-    source = writer.together(team, lambda: _source(cfg))
+    threads = cfg.convert.threads or 2 * communicator.cores(team) + 2  # some wait for the disk while others compute
+    source = directory_writer.together(team, lambda: _source(cfg))
     if line.command == _VERIFY:
         if cfg.convert.target is not None:
             raise ConfigError(f"moe-convert verify takes one directory, not also {cfg.convert.target}", "verify each")
-        _verify(writer.together(team, lambda: _written(source)), threads, team, cfg.convert.allow_nonfinite)
+        _verify(directory_writer.together(team, lambda: _written(source)), threads, team, cfg.convert.allow_nonfinite)
         return
     if cfg.convert.target is None:
         raise ConfigError("convert.target=null names no directory to write", "use moe-convert SOURCE TARGET")
     target = Path(cfg.convert.target)
-    plan = writer.together(team, lambda: make_plan(cfg, source, target, line.overrides, team, threads))
+    plan = directory_writer.together(team, lambda: make_plan(cfg, source, target, line.overrides, team, threads))
     share = sum(job.bytes for job in plan.jobs[team.rank :: team.size])
     with _bar("converting", share, team) as advance:
-        outcome = writer.run(plan, team, threads, advance)
+        outcome = directory_writer.run(plan, team, threads, advance)
     notes = [note for notes in team.gather(plan.notes) for note in notes]
     if team.rank == 0:
         for note in notes:
@@ -97,20 +98,20 @@ def run(cfg: Config, line: CommandLine, team: Team) -> None:
 
 
 def _verify(source: Path, threads: int, team: Team, allow_nonfinite: bool) -> None:
-    from moe_train.checkpoint import inventory, nonfinite
-    from moe_train.checkpoint.hf import convert, writer
+    from moe_train.conversion import inventory, plans
+    from moe_train.formats import directory_writer, nonfinite
 
     def check() -> tuple[int, int, nonfinite.Tally]:
-        total = sum(entry["bytes"] for entry in writer.manifest_of(source).values())
+        total = sum(entry["bytes"] for entry in directory_writer.manifest_of(source).values())
         with _bar("verifying", total // team.size, team) as advance:
             return inventory.verify(source, threads, advance, team.rank, team.size)
 
-    checked = team.gather(writer.together(team, check))
+    checked = team.gather(directory_writer.together(team, check))
     found = nonfinite.Tally()
     for _, _, tally in checked:
         found.merge(tally.found)
     if not allow_nonfinite:
-        found.refuse(f"{source}: the bytes are those that were written, and not all numbers are finite", convert.ALLOW)
+        found.refuse(f"{source}: the bytes are those that were written, and not all numbers are finite", plans.ALLOW)
     if team.rank == 0:
         if found.found:
             print(f"warning: {found}", file=sys.stderr)
@@ -131,11 +132,11 @@ def _source(cfg: Config) -> Path:
 
 def _written(path: Path) -> Path:
     """What `path` means: a directory with a manifest itself, or the newest checkpoint of a run."""
-    from moe_train.checkpoint import directory
+    from moe_train.formats import run_directory
 
-    if (path / directory.MANIFEST).is_file():
+    if (path / run_directory.MANIFEST).is_file():
         return path
-    found = directory.candidates(path) or directory.candidates(path / "checkpoints")
+    found = run_directory.candidates(path) or run_directory.candidates(path / "checkpoints")
     return found[0] if found else path
 
 
@@ -150,10 +151,12 @@ def make_plan(
     Raises:
         ConfigError, CheckpointError: the source cannot be read, or the target cannot hold it.
     """
-    from moe_train.checkpoint.hf import config, convert, small_files, writer
+    from moe_train.conversion import plans, small_files
+    from moe_train.conversion.families import config
+    from moe_train.formats import directory_writer
 
-    writer.refuse_existing(target)  # before anything large is read
-    options = convert.Options(
+    directory_writer.refuse_existing(target)  # before anything large is read
+    options = plans.Options(
         cfg.convert.dtype,
         None if cfg.convert.file_gb is None else int(cfg.convert.file_gb * 1e9),
         cfg.convert.optimizer,
@@ -162,59 +165,59 @@ def make_plan(
     )
     share = (team.rank, team.size) if team else (0, 1)
     if (source / config.FILE).is_file():
-        if (source / writer.MANIFEST).is_file():  # a flipped byte must not travel on
-            writer.verify(source, threads, rank=share[0], size=share[1])
-        tensors = convert.HuggingFace(source)
+        if (source / directory_writer.MANIFEST).is_file():  # a flipped byte must not travel on
+            directory_writer.verify(source, threads, rank=share[0], size=share[1])
+        tensors = plans.HuggingFace(source)
         model = _chosen(cfg, words, lambda: config.to_model(tensors.config, source / config.FILE))
-        mapped = convert.MappedSource(tensors, model)
+        mapped = plans.MappedSource(tensors, model)
         if cfg.convert.to in (None, "megatron"):
-            return convert.to_megatron(mapped, target, cfg, options)
-        reader: Any = convert.HuggingFaceReader(mapped)
+            return plans.to_megatron(mapped, target, cfg, options)
+        reader: Any = plans.HuggingFaceReader(mapped)
         files = {extent.path for extent in tensors.extents.values()}
-        return convert.to_hf(
+        return plans.to_hf(
             reader, mapped.pieces, model, target, options, source, files, small_files.of_directory(source)
         )
     return _plan_of_megatron(cfg, _open_megatron(source), target, words, options)
 
 
-def _open_megatron(source: Path) -> distcp.Checkpoint:
-    from moe_train.checkpoint import directory
-    from moe_train.checkpoint.hf import distcp, writer
+def _open_megatron(source: Path) -> dcp.Checkpoint:
+    from moe_train.formats import dcp, directory_writer, run_directory
 
-    path = directory.resolve(source, "convert.source")[0]
-    directory.check_files(path)
-    directory.read_state(path)  # names of tensors differ between formats
-    checkpoint = distcp.Checkpoint(path, distcp.Checks())
-    if (path / writer.MANIFEST).is_file():
-        writer.verify(path, 1, leave_out={file.name for file in checkpoint.files})
+    path = run_directory.resolve(source, "convert.source")[0]
+    run_directory.check_files(path)
+    run_directory.read_state(path)  # names of tensors differ between formats
+    checkpoint = dcp.Checkpoint(path, dcp.Checks())
+    if (path / directory_writer.MANIFEST).is_file():
+        directory_writer.verify(path, 1, leave_out={file.name for file in checkpoint.files})
     return checkpoint
 
 
 def _plan_of_megatron(
-    cfg: Config, checkpoint: distcp.Checkpoint, target: Path, words: Sequence[str], options: convert.Options
+    cfg: Config, checkpoint: dcp.Checkpoint, target: Path, words: Sequence[str], options: plans.Options
 ) -> Plan:
-    from moe_train.checkpoint import compat, directory
-    from moe_train.checkpoint.hf import convert, mapping
+    from moe_train.conversion import mapping, plans
+    from moe_train.formats import run_config, run_directory
 
     path = checkpoint.directory
     if cfg.convert.to == "megatron":
-        return convert.copy_megatron(checkpoint, target, options)
-    model = _chosen(cfg, words, lambda: compat.model_of(path))
-    mapping.refuse_larger(model, checkpoint.numbers, path / directory.CONFIG)
+        return plans.copy_megatron(checkpoint, target, options)
+    model = _chosen(cfg, words, lambda: run_config.model_of(path))
+    mapping.refuse_larger(model, checkpoint.numbers, path / run_directory.CONFIG)
     all_pieces = mapping.pieces(model)
-    reader = convert.MegatronReader(checkpoint, all_pieces, fp32=options.dtype == "fp32")
+    reader = plans.MegatronReader(checkpoint, all_pieces, fp32=options.dtype == "fp32")
     small = _small_files(cfg, path, model, words)
-    return convert.to_hf(reader, all_pieces, model, target, options, path, checkpoint.files, small)
+    return plans.to_hf(reader, all_pieces, model, target, options, path, checkpoint.files, small)
 
 
 def _small_files(cfg: Config, path: Path, model: ModelConfig, words: Sequence[str]) -> SmallFiles:
     """Those that a conversion to Megatron kept, else those of the run, whose data can be elsewhere now: data.dir."""
-    from moe_train.checkpoint import compat
-    from moe_train.checkpoint.hf import config, small_files
+    from moe_train.conversion import small_files
+    from moe_train.conversion.families import config
+    from moe_train.formats import run_config
 
     if (path / small_files.KEPT / config.FILE).is_file():
         return small_files.of_directory(path / small_files.KEPT)
-    saved = compat.read(path)
+    saved = run_config.read(path)
     written = saved.get("data") if isinstance(saved.get("data"), dict) else {}
     known = {field.name for field in fields(DataConfig)}
     data = DataConfig(**{name: value for name, value in (written or {}).items() if name in known})

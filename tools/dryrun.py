@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import track
 
 from launch import quiet
-from moe_train.config.compose import hydra_entry
+from moe_train.config.composition.compose import hydra_entry
+from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.config.validate import validate
 from parallel.errors import MoeTrainError
 from parallel.layout import ParallelLayout
 

@@ -22,16 +22,16 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from rich.table import Table
 
 from launch import quiet
-from moe_train.config.compose import hydra_entry
+from moe_train.config.composition.compose import hydra_entry
 from moe_train.config.schema import Config, InspectConfig
 from parallel.errors import ConfigError
 from tools import terminal
 from tools.words import parse
 
 if TYPE_CHECKING:
-    from moe_train.checkpoint.difference import Comparison, Difference
-    from moe_train.checkpoint.inventory import Inventory
-    from moe_train.checkpoint.nonfinite import Tally
+    from moe_train.conversion.difference import Comparison, Difference
+    from moe_train.conversion.inventory import Inventory
+    from moe_train.formats.nonfinite import Tally
 
 _DIFF = "--diff"
 
@@ -66,7 +66,7 @@ def run(cfg: Config, compared: bool) -> bool:
     quiet.silence()
     import torch
 
-    from moe_train.checkpoint import inventory
+    from moe_train.conversion import inventory
 
     torch.set_num_threads(1)  # files and tensors are read side by side
     threads = cfg.inspect.threads or len(os.sched_getaffinity(0))
@@ -78,8 +78,8 @@ def run(cfg: Config, compared: bool) -> bool:
 
 
 def _describe(found: Inventory, threads: int) -> None:
-    from moe_train.checkpoint.inventory import MASTERS, MOMENTS, sizes
-    from moe_train.checkpoint.nonfinite import Tally
+    from moe_train.conversion.inventory import MASTERS, MOMENTS, sizes
+    from moe_train.formats.nonfinite import Tally
 
     files, size = sizes(found.path)
     facts = {"checkpoint": str(found.path), "format": found.format, "model": found.name}
@@ -105,7 +105,7 @@ def _describe(found: Inventory, threads: int) -> None:
 
 def _parts(found: Inventory) -> Table:
     """Parameters that are there in addition to those of the arithmetic."""
-    from moe_train.checkpoint.inventory import BIAS, NOT_PARAMETERS
+    from moe_train.conversion.inventory import BIAS, NOT_PARAMETERS
 
     expected = found.expected()
     wanted = expected.by_part(include_mtp=True) if expected else {}
@@ -145,12 +145,12 @@ def _dtypes(found: Inventory) -> Table:
 
 def _integrity(found: Inventory, threads: int, tally: Tally) -> str:
     """Raises CheckpointError, which names the file, where one is damaged."""
-    from moe_train.checkpoint import inventory
-    from moe_train.checkpoint.hf import writer
+    from moe_train.conversion import inventory
+    from moe_train.formats import directory_writer
 
     if not inventory.has_manifest(found.path):
         return "every tensor of the table of contents is in a file that is long enough (no manifest: bytes unverified)"
-    total = sum(entry["bytes"] for entry in writer.manifest_of(found.path).values())
+    total = sum(entry["bytes"] for entry in directory_writer.manifest_of(found.path).values())
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("verifying", total=total)
@@ -160,7 +160,7 @@ def _integrity(found: Inventory, threads: int, tally: Tally) -> str:
 
 
 def _compare(first: Path, second: Path, threads: int, options: InspectConfig) -> bool:
-    from moe_train.checkpoint import difference
+    from moe_train.conversion import difference
 
     tolerances = difference.Tolerances(options.atol, options.rtol, options.norm_rtol)
     columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", TimeRemainingColumn())

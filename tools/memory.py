@@ -18,10 +18,10 @@ from rich.table import Table
 
 from moe_train.config.assumed import names_of, on_gpus
 from moe_train.config.cluster import ClusterConfig
-from moe_train.config.compose import hydra_entry
-from moe_train.config.explain import CONF_DIR
+from moe_train.config.composition.compose import hydra_entry
+from moe_train.config.composition.explain import CONF_DIR
+from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.config.validate import validate
 from moe_train.model.memory import predict
 from parallel.layout import ParallelLayout
 from parallel.planner.memory import StageMemory

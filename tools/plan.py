@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_train.config.compose import hydra_entry
+from moe_train.config.composition.compose import hydra_entry
+from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.config.validate import validate
 from parallel.errors import ConfigError, MoeTrainError
 from tools import terminal
 from tools.memory import assume
@@ -125,7 +125,7 @@ def run_validation(cfg: Config) -> None:
     Raises:
         ConfigError: the table cannot be read.
     """
-    from tools.planning import validation
+    from tools.published import validation
 
     if not cfg.plan.runs:
         raise ConfigError("moe-plan validate has no table of runs", "name one with runs=FILE.csv")

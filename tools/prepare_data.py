@@ -15,7 +15,7 @@ import sys
 from rich.console import Console
 
 from launch import quiet
-from moe_train.config.compose import hydra_entry
+from moe_train.config.composition.compose import hydra_entry
 from moe_train.config.schema import Config
 
 _COMMON = ("data", "data.path", "data.dir", "data.text_key", "data.tokenizer", "data.tokenizer_vocab_size",

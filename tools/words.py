@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from moe_train.config.command_line import WITH_VALUE, literal
+from moe_train.config.composition.command_line import WITH_VALUE, literal
 from moe_train.config.walk import all_fields, group_names
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch import env
-from moe_train.checkpoint import directory
+from moe_train.config.composition.validate import total_steps
 from moe_train.config.schema import Config
-from moe_train.config.validate import total_steps
+from moe_train.formats import run_directory
 from moe_train.model.memory import checkpoint_bytes, job_of
 from parallel.layout import ParallelLayout
 
@@ -76,7 +76,7 @@ def places(cfg: Config, layout: ParallelLayout, local_world_size: int) -> list[P
     ]
     if not inside:
         found.append(Place("checkpoint.dir", root, True, least, whole))
-    near = directory.near_of(cfg, root)
+    near = run_directory.near_of(cfg, root)
     if near is not None:
         here = size * local_world_size // layout.world_size
         kept = min(to_come, cfg.checkpoint.local_keep + 1)
@@ -109,7 +109,7 @@ def checkpoints_to_come(cfg: Config, newest: int, present: int) -> int:
 
 
 def _newest(root: Path) -> int:
-    return max((directory.step_of(path.name) for path in _steps(root)), default=-1)
+    return max((run_directory.step_of(path.name) for path in _steps(root)), default=-1)
 
 
 def _count(root: Path) -> int:
@@ -118,7 +118,7 @@ def _count(root: Path) -> int:
 
 def _steps(root: Path) -> list[Path]:
     with contextlib.suppress(OSError):
-        return [path for path in root.iterdir() if directory.step_of(path.name) >= 0]
+        return [path for path in root.iterdir() if run_directory.step_of(path.name) >= 0]
     return []
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launch import snapshot
 from launch.preflight import disks, facts, measure, verdict
 from launch.preflight.facts import Facts
+from launch.slurm import submission
+from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.config.validate import validate
 from parallel import runtime
 from parallel.errors import HardwareError, LaunchError
 from parallel.layout import ParallelLayout
@@ -123,19 +123,19 @@ def _again(cfg: Config, nodes: list[str]) -> str:
     submitted = os.environ.get("MOE_SUBMITTED")
     if submitted is None:  # what moe-submit has started with this run_dir is another job
         return f"submit again with: sbatch --exclude={exclude} ..."
-    place = Path(cfg.run_dir, snapshot.FOLDER, submitted)
-    recorded = (place / snapshot.FACTS).is_file()  # a sweep has it elsewhere, for all of its runs
+    place = Path(cfg.run_dir, submission.FOLDER, submitted)
+    recorded = (place / submission.FACTS).is_file()  # a sweep has it elsewhere, for all of its runs
     if cfg.launcher.preflight != "resubmit" or "SLURM_JOB_ID" not in os.environ or not recorded:
         return f"submit again with: moe-submit ... 'launcher.exclude=[{exclude}]'"
     round_ = int(os.environ.get(_COUNT, "0"))
     if round_ >= _MOST_RESUBMISSIONS:
         return f"not submitted again: that was done {round_} times already"
-    record = snapshot.read(place)
+    record = submission.read(place)
     kept = [word for word in record.command if not word.startswith("--exclude=")]
     record.command, record.environment = kept, record.environment | {_COUNT: str(round_ + 1)}
     try:
         job = record.submit(f"--exclude={exclude}")
     except LaunchError as error:
         return f"not submitted again: {error.cause}"
-    snapshot.write(record, place)
+    submission.write(record, place)
     return f"submitted again as {job} with --exclude={exclude}"

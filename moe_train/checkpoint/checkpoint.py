@@ -12,23 +12,13 @@ import megatron.core
 import torch
 import torch.distributed as dist
 
-from moe_train.checkpoint import (
-    compat,
-    directory,
-    exchange,
-    facts,
-    local,
-    manifest,
-    metadata,
-    origin,
-    state,
-    storage,
-)
+from moe_train.checkpoint import hf_exchange, node_local, origin, state, storage
 from moe_train.checkpoint.collective import free_bytes, on_main, say, together, warn
-from moe_train.checkpoint.hf import config as hf_config
-from moe_train.checkpoint.hf import distcp, small_files, writer
 from moe_train.checkpoint.saving import Job, Saving
-from moe_train.loop.run import Run, TrainState
+from moe_train.conversion import small_files
+from moe_train.conversion.families import config as hf_config
+from moe_train.formats import dcp, dcp_metadata, directory_writer, manifest, run_config, run_directory, state_file
+from moe_train.run import Run, TrainState
 from parallel.errors import CheckpointError
 
 
@@ -39,7 +29,7 @@ def root_of(run: Run) -> Path:
 
 def path_of(run: Run) -> Path:
     """Directory of the checkpoint of the current step, whether it exists or not."""
-    return root_of(run) / directory.name_of(run.state.step)
+    return root_of(run) / run_directory.name_of(run.state.step)
 
 
 def save(run: Run) -> Path:
@@ -63,12 +53,15 @@ def begin(run: Run, *, copy: bool = True) -> Saving:
         CheckpointError: there is not enough space, or no permission. The earlier checkpoints are as they were.
     """
     root, path = root_of(run), path_of(run)
-    hidden = on_main(run, lambda: directory.prepare(root, path.name), f"write to {root}")
+    hidden = on_main(run, lambda: run_directory.prepare(root, path.name), f"write to {root}")
     try:
         share, unshared = _share(run)
         _check_space(run, path, share.bytes)
-        near = local.prepare(run, root, run.state.step, share.bytes)
-        small = {directory.CONFIG: compat.dump(run.cfg), directory.STATE: json.dumps(_facts(run), indent=1) + "\n"}
+        near = node_local.prepare(run, root, run.state.step, share.bytes)
+        small = {
+            run_directory.CONFIG: run_config.dump(run.cfg),
+            run_directory.STATE: json.dumps(_facts(run), indent=1) + "\n",
+        }
     except CheckpointError:
         if run.is_main:
             shutil.rmtree(hidden, ignore_errors=True)
@@ -117,9 +110,9 @@ def check_places(run: Run) -> None:
     settings, root = run.cfg.checkpoint, root_of(run)
     if not (settings.interval_steps or settings.save_at_end):
         return
-    on_main(run, lambda: directory.try_writing(root, "checkpoint.dir"), f"write to {root}")
-    if near := local.root_of(run, root):
-        together(run, lambda: directory.try_writing(near, "checkpoint.local_dir"), f"write to {near}")
+    on_main(run, lambda: run_directory.try_writing(root, "checkpoint.dir"), f"write to {root}")
+    if near := node_local.root_of(run, root):
+        together(run, lambda: run_directory.try_writing(near, "checkpoint.local_dir"), f"write to {near}")
 
 
 def resume(run: Run) -> None:
@@ -129,19 +122,19 @@ def resume(run: Run) -> None:
         CheckpointError: the checkpoint is missing, damaged, or of another model. No checkpoint was changed.
     """
     if run.cfg.resume not in ("auto", "never"):
-        found = on_main(run, lambda: directory.resolve(Path(run.cfg.resume), "resume")[0], "read checkpoints")
+        found = on_main(run, lambda: run_directory.resolve(Path(run.cfg.resume), "resume")[0], "read checkpoints")
         _load(run, found)
         if found.parent.resolve() != root_of(run).resolve():
             _keep_small_files(run, found)
         return
     if run.cfg.resume == "never":
-        local.set_aside(run, root_of(run))
+        node_local.set_aside(run, root_of(run))
     if run.cfg.resume == "never" or not _continue_newest(run):
         weights = Path(run.cfg.init_from) if run.cfg.init_from else None
         if weights is not None:
             try:
                 _load_weights(run, weights)
-            except directory.DamagedCheckpoint as error:
+            except run_directory.DamagedCheckpoint as error:
                 raise error.copied("restore it from a copy, or set init_from to other weights") from None
         _keep_small_files(run, weights)
 
@@ -165,12 +158,12 @@ def _continue_newest(run: Run) -> bool:
     root = root_of(run)
 
     def names() -> list[str]:
-        directory.recover(root)
-        return [path.name for path in directory.candidates(root)]
+        run_directory.recover(root)
+        return [path.name for path in run_directory.candidates(root)]
 
     shared = on_main(run, names, "read checkpoints")
-    near = {found.name: found for found in local.find(run, root)}
-    newer = [name for name in near if not shared or directory.step_of(name) > directory.step_of(shared[0])]
+    near = {found.name: found for found in node_local.find(run, root)}
+    newer = [name for name in near if not shared or run_directory.step_of(name) > run_directory.step_of(shared[0])]
     first_error: CheckpointError | None = None
     for name in [*newer, *(name for name in shared if name not in newer)]:
         for source in ("shared", "near"):  # what is damaged in one place may be whole in the other
@@ -181,7 +174,7 @@ def _continue_newest(run: Run) -> bool:
                     _restore(run, near[name])
                 _load(run, root / name)
                 return True
-            except directory.DamagedCheckpoint as error:
+            except run_directory.DamagedCheckpoint as error:
                 first_error = first_error or error
                 if run.is_main:
                     warn(f"{error.cause}; looking for another")
@@ -193,32 +186,32 @@ def _continue_newest(run: Run) -> bool:
     return False
 
 
-def _restore(run: Run, found: local.Found) -> None:
+def _restore(run: Run, found: node_local.Found) -> None:
     root = root_of(run)
     try:
-        local.restore(run, root, found)
+        node_local.restore(run, root, found)
     except CheckpointError as error:
-        raise directory.DamagedCheckpoint(f"cannot copy {found.name} from the nodes: {error.cause}") from error
+        raise run_directory.DamagedCheckpoint(f"cannot copy {found.name} from the nodes: {error.cause}") from error
     if run.is_main:
         say(f"copied {found.name} from the nodes' disks to {root}")
 
 
-def _open(run: Run, path: Path) -> metadata.Metadata:
+def _open(run: Run, path: Path) -> dcp_metadata.Metadata:
     """Table of contents of a checkpoint, after its bytes were compared with its manifest: each rank reads a share."""
 
     def look() -> manifest.Files | None:
-        directory.check_files(path)
-        stored, files = directory.read_state(path), manifest.read(path)
+        run_directory.check_files(path)
+        stored, files = run_directory.read_state(path), manifest.read(path)
         if files is None and stored.get("manifest"):
-            raise directory.damaged(path, f"{directory.MANIFEST} is missing")
+            raise run_directory.damaged(path, f"{run_directory.MANIFEST} is missing")
         if files is None:
-            warn(f"checkpoint {path} has no {directory.MANIFEST}: its bytes cannot be verified")
+            warn(f"checkpoint {path} has no {run_directory.MANIFEST}: its bytes cannot be verified")
         return files
 
     files = on_main(run, look, f"read {path}")
     if files is not None and run.cfg.checkpoint.verify:
         together(run, lambda: manifest.check(path, files, run.rank.rank, run.layout.world_size), f"read {path}")
-    return together(run, lambda: metadata.read(path), f"read {path}")
+    return together(run, lambda: dcp_metadata.read(path), f"read {path}")
 
 
 def _load(run: Run, path: Path) -> None:
@@ -254,10 +247,10 @@ def _load_random(run: Run, streams: storage.StateDict, path: Path) -> None:
     try:
         state.load_random(run, streams)
     except RuntimeError as error:  # torch checks the state of a generator
-        raise directory.damaged(path, f"its random streams cannot be continued: {error}") from error
+        raise run_directory.damaged(path, f"its random streams cannot be continued: {error}") from error
 
 
-def _saved_scales(wanted: storage.StateDict, contents: metadata.Metadata, warnings: list[str]) -> storage.StateDict:
+def _saved_scales(wanted: storage.StateDict, contents: dcp_metadata.Metadata, warnings: list[str]) -> storage.StateDict:
     """`wanted`, or nothing where the checkpoint is of a run without delayed scaling."""
     if wanted and not any(key.startswith(state.FP8_SCALES) for key in contents.state_dict_metadata):
         warnings.append("the checkpoint has no scales of precision.fp8=delayed, which begin at 1 again")
@@ -271,12 +264,12 @@ def _load_weights(run: Run, path: Path) -> None:
         if run.is_main:
             warn(warning)
     if (path / hf_config.FILE).is_file():
-        if (path / directory.MANIFEST).is_file() and run.cfg.checkpoint.verify:
+        if (path / run_directory.MANIFEST).is_file() and run.cfg.checkpoint.verify:
             rank, size = run.rank.rank, run.layout.world_size
-            together(run, lambda: writer.verify(path, threads=1, rank=rank, size=size), f"read {path}")
-        weights = together(run, lambda: exchange.read_weights(run, path), f"read {path}")
+            together(run, lambda: directory_writer.verify(path, threads=1, rank=rank, size=size), f"read {path}")
+        weights = together(run, lambda: hf_exchange.read_weights(run, path), f"read {path}")
     else:
-        path = on_main(run, lambda: directory.resolve(path, "init_from")[0], f"read {path}")
+        path = on_main(run, lambda: run_directory.resolve(path, "init_from")[0], f"read {path}")
         weights = _read(run, state.model_state(run), _open(run, path), path)
     state.load_model(run, weights)
     together(run, lambda: _refuse_nonfinite(run, path, "init_from"), f"read {path}")
@@ -303,21 +296,21 @@ def _refuse_nonfinite(run: Run, path: Path, field: str) -> None:
 
 def _begin_elsewhere(path: Path) -> str:
     """What the user can do about it. The run does not go back by itself: the same steps would lead there again."""
-    step = directory.step_of(path.name)
-    earlier = [other for other in directory.candidates(path.parent) if directory.step_of(other.name) < step]
+    step = run_directory.step_of(path.name)
+    earlier = [other for other in run_directory.candidates(path.parent) if run_directory.step_of(other.name) < step]
     return f"set resume={earlier[0]}" if earlier else "begin again with resume=never"
 
 
-def _read(run: Run, wanted: storage.StateDict, contents: metadata.Metadata, path: Path) -> storage.StateDict:
+def _read(run: Run, wanted: storage.StateDict, contents: dcp_metadata.Metadata, path: Path) -> storage.StateDict:
     request = storage.Request(wanted)
     state.find_masters(request, contents, fp32=run.cfg.precision.dtype == "fp32")
-    together(run, lambda: metadata.check_tensors(contents, request.tensors, path), f"read {path}")
+    together(run, lambda: dcp_metadata.check_tensors(contents, request.tensors, path), f"read {path}")
     # torch would unpack any item that a file has in its place.
-    together(run, lambda: distcp.Checkpoint(path, contents=contents).check_items(request.tensors), f"read {path}")
+    together(run, lambda: dcp.Checkpoint(path, contents=contents).check_items(request.tensors), f"read {path}")
     try:
         return together(run, lambda: request.read(path), f"read {path}")
     except CheckpointError as error:
-        raise directory.damaged(path, error.cause) from error
+        raise run_directory.damaged(path, error.cause) from error
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -329,9 +322,11 @@ def _facts(run: Run) -> dict[str, Any]:
         loss_scale = {**scalers, **loss_scale}
     progress = asdict(run.state)
     return {
-        "format": directory.FORMAT,
+        "format": run_directory.FORMAT,
         "manifest": True,
-        facts.TRAINED: progress.pop(facts.TRAINED),  # a version that does not know it must not find it in `progress`
+        state_file.TRAINED: progress.pop(
+            state_file.TRAINED
+        ),  # a version that does not know it must not find it in `progress`
         "progress": progress,
         "schedule": run.schedule.state_dict(),
         "loss_scale": loss_scale,
@@ -342,19 +337,19 @@ def _facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _check(run: Run, path: Path) -> tuple[facts.Facts, list[str]]:
+def _check(run: Run, path: Path) -> tuple[state_file.Facts, list[str]]:
     """Facts of the checkpoint, and warnings about settings that differ from it."""
-    directory.check_files(path)
-    stored, saved = directory.read_state(path), compat.read(path)
+    run_directory.check_files(path)
+    stored, saved = run_directory.read_state(path), run_config.read(path)
     if stored.get("weights_only"):
         raise CheckpointError(f"checkpoint {path} holds weights only", f"set init_from={path}")
     try:
-        found = facts.parse(stored)
+        found = state_file.parse(stored)
     except ValueError as error:
-        raise directory.damaged(path, f"{directory.STATE} cannot be read: {error}") from error
+        raise run_directory.damaged(path, f"{run_directory.STATE} cannot be read: {error}") from error
     if found.trained_samples is None:
         found = replace(found, trained_samples=found.consumed_tokens // _sequence_length(saved, run))
-    return found, compat.check(saved, run.cfg, path)
+    return found, run_config.check(saved, run.cfg, path)
 
 
 def _sequence_length(saved: dict[str, Any], run: Run) -> int:

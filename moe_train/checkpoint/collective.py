@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from moe_train.loop.run import Run
+from moe_train.run import Run
 from parallel.errors import CheckpointError, MoeTrainError, one_line
 
 T = TypeVar("T")

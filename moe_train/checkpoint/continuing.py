@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_train.checkpoint import compat, directory, facts
-from moe_train.config.rules.facts import total_steps
+from moe_train.config.resolve import total_steps
 from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields, get, group_names, violation, with_values
 from moe_train.files import untrusted
+from moe_train.formats import run_config, run_directory, state_file
 from parallel.errors import CheckpointError, ConfigError, one_line
 from parallel.suggest import override_value
 
@@ -29,7 +29,7 @@ _OF_THE_COMMAND = ("run_dir", "resume", "verbose", "rank", "launcher.dependency"
 _NO_GROUPS_OF_A_RUN = ("convert", "inspect", "plan")
 _OF_A_RUN = (
     "metrics.jsonl", "events.out.*", "config.yaml", SUMMARY, "loss.svg", EXPORTS, "injected", "heartbeats", "hung.txt",
-    directory.BEGAN,
+    run_directory.BEGAN,
 )  # fmt: skip
 _LENGTHS = ("train.steps", "train.tokens")
 _PERMISSIONS = ("schedule.on_resume", "data.on_resume")
@@ -43,7 +43,7 @@ class Found:
     path: Path
     config: dict[str, Any]
     """As the checkpoint has it."""
-    position: compat.Position
+    position: run_config.Position
 
 
 def continued(cfg: Config, words: Sequence[str], compose: Callable[[Sequence[str]], Config]) -> Config:
@@ -75,13 +75,13 @@ def continued(cfg: Config, words: Sequence[str], compose: Callable[[Sequence[str
         return merged
     if cfg.resume != "auto":
         _refuse_another_run(merged, found)
-    before = config_of(found.config, found.path / directory.CONFIG)
+    before = config_of(found.config, found.path / run_directory.CONFIG)
     consumed = {name: get(Config(), name) for name in _PERMISSIONS if get(before, name) == get(base, name)}
     merged = with_values(merged, {name: value for name, value in consumed.items() if name not in named})
-    compat.check_model(found.config, merged, found.path)
-    compat.check_data(found.config, merged, found.path)
+    run_config.check_model(found.config, merged, found.path)
+    run_config.check_data(found.config, merged, found.path)
     asked = {name for name in all_fields() if name in named or get(merged, name) == get(base, name)}
-    return compat.check_schedule(before, merged, found.position, asked)
+    return run_config.check_schedule(before, merged, found.position, asked)
 
 
 def find(cfg: Config) -> Found | None:
@@ -94,9 +94,9 @@ def find(cfg: Config) -> Found | None:
     """
     for path in _candidates(cfg):
         try:
-            config, state = compat.read(path), directory.read_state(path)
-            position = compat.Position(*facts.position(state))
-        except (directory.DamagedCheckpoint, ValueError):
+            config, state = run_config.read(path), run_directory.read_state(path)
+            position = run_config.Position(*state_file.position(state))
+        except (run_directory.DamagedCheckpoint, ValueError):
             continue
         return Found(path, config, position)
     return None
@@ -125,7 +125,7 @@ def is_reported(cfg: Config, checkpoint: Path) -> bool:
 
 def is_exported(cfg: Config, checkpoint: Path) -> bool:
     """Whether this checkpoint was exported, completely."""
-    return _is_newer(export_of(cfg, checkpoint) / directory.MANIFEST, checkpoint)
+    return _is_newer(export_of(cfg, checkpoint) / run_directory.MANIFEST, checkpoint)
 
 
 def export_of(cfg: Config, checkpoint: Path) -> Path:
@@ -142,7 +142,7 @@ def set_aside(cfg: Config) -> Path | None:
         ConfigError: it cannot be moved.
     """
     root = cfg.checkpoint_root
-    if cfg.resume != "never" or not directory.candidates(root):
+    if cfg.resume != "never" or not run_directory.candidates(root):
         return None
     stamp = f"{_EARLIER}_{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}"
     place = Path(cfg.run_dir, stamp)
@@ -150,7 +150,7 @@ def set_aside(cfg: Config) -> Path | None:
         if _is_within(root, Path(cfg.run_dir)):
             _move(root, place / root.name)
         else:
-            for path in [*directory.candidates(root), root / directory.LATEST]:
+            for path in [*run_directory.candidates(root), root / run_directory.LATEST]:
                 _move(path, root / stamp / path.name)
         for pattern in _OF_A_RUN:
             for path in Path(cfg.run_dir).glob(pattern):
@@ -172,7 +172,7 @@ def _move(path: Path, target: Path) -> None:
 
 def _base(cfg: Config) -> Config | None:
     """The config of the run that `cfg` goes on with; None where there is none that can be read."""
-    own = Path(cfg.run_dir, directory.CONFIG)
+    own = Path(cfg.run_dir, run_directory.CONFIG)
     stored: Config | None = None
     if own.is_file():
         try:
@@ -191,7 +191,7 @@ def _base(cfg: Config) -> Config | None:
     found = find(cfg)
     if found is None:
         return None
-    base = config_of(found.config, found.path / directory.CONFIG)
+    base = config_of(found.config, found.path / run_directory.CONFIG)
     if cfg.resume == "auto":
         return base
     # The run that wrote the checkpoint keeps its own places.
@@ -207,7 +207,7 @@ def _tell_of_a_new_start(merged: Config, cfg: Config) -> None:
         return
     shown = " ".join(f"{name}={override_value(get(merged, name))}" for name in taken[:_SHOWN])
     more = "" if len(taken) <= _SHOWN else f" and {len(taken) - _SHOWN} more"
-    own = _shown(Path(cfg.run_dir, directory.CONFIG))
+    own = _shown(Path(cfg.run_dir, run_directory.CONFIG))
     _say_once(f"no checkpoint yet: the run begins with {own} ({shown}{more}); resume=never takes the defaults")
 
 
@@ -236,7 +236,7 @@ def _merged(base: Config, cfg: Config, named: set[str], optional: set[str]) -> C
     merged = with_values(base, {name: get(cfg, name) for name in taken})
     is_gone = merged.init_from and "init_from" not in named and not os.path.exists(merged.init_from)
     if is_gone and any(_candidates(merged)):
-        if not Path(merged.run_dir, directory.BEGAN).is_dir():
+        if not Path(merged.run_dir, run_directory.BEGAN).is_dir():
             _say_once(
                 f"warning: init_from={merged.init_from} is gone: the checkpoints have its weights, and an export will "
                 "lack the other files that came with them"
@@ -293,22 +293,24 @@ def _candidates(cfg: Config) -> Iterator[Path]:
     """Checkpoints that `cfg` may go on from, best first: of those on this node's disk the ones that are newer."""
     if cfg.resume not in ("auto", "never"):
         try:
-            yield from directory.resolve(Path(cfg.resume), "resume")
+            yield from run_directory.resolve(Path(cfg.resume), "resume")
         except (CheckpointError, OSError):  # which a rule or a rank tells
             return
         return
     root = cfg.checkpoint_root
-    shared = directory.candidates(root)
-    near = directory.near_of(cfg, root)
-    newest = directory.step_of(shared[0].name) if shared else -1
-    yield from [] if near is None else [p for p in directory.candidates(near) if directory.step_of(p.name) > newest]
+    shared = run_directory.candidates(root)
+    near = run_directory.near_of(cfg, root)
+    newest = run_directory.step_of(shared[0].name) if shared else -1
+    yield from (
+        [] if near is None else [p for p in run_directory.candidates(near) if run_directory.step_of(p.name) > newest]
+    )
     yield from shared
 
 
 def _refuse_another_run(cfg: Config, found: Found) -> None:
     """Raise ConfigError where run_dir holds a run of its own that `resume=PATH` is not about."""
     root = cfg.checkpoint_root
-    there = directory.candidates(root)
+    there = run_directory.candidates(root)
     if there and not _is_within(found.path, root):
         raise ConfigError(
             f"resume={cfg.resume} would begin another run in run_dir={cfg.run_dir}, whose own is at {there[0].name}",
@@ -322,6 +324,6 @@ def _is_within(path: Path, place: Path) -> bool:
 
 def _is_newer(file: Path, checkpoint: Path) -> bool:
     try:
-        return file.stat().st_mtime_ns >= (checkpoint / directory.STATE).stat().st_mtime_ns
+        return file.stat().st_mtime_ns >= (checkpoint / run_directory.STATE).stat().st_mtime_ns
     except OSError:
         return False

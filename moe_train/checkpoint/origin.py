@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_train.checkpoint import compat, directory
-from moe_train.checkpoint.hf import config
 from moe_train.config.model import ModelConfig
+from moe_train.conversion.families import config
+from moe_train.formats import run_config, run_directory
 from parallel.errors import CheckpointError
 from parallel.suggest import override_value
 
@@ -26,7 +26,7 @@ def check(model: ModelConfig, path: Path) -> list[str]:
     found = config.differences(model, theirs)
     if model.mtp_num_layers > theirs.mtp_num_layers:  # fewer are fine: the others are left out
         found["mtp_num_layers"] = (model.mtp_num_layers, theirs.mtp_num_layers)
-    allowed = compat.TUNABLE | _ONLY_NAMES if is_run else set()
+    allowed = run_config.TUNABLE | _ONLY_NAMES if is_run else set()
     if wrong := {field: pair for field, pair in found.items() if field not in allowed}:
         there = _overrides({field: pair[1] for field, pair in wrong.items()})
         here = _overrides({field: pair[0] for field, pair in wrong.items()})
@@ -42,9 +42,9 @@ def _model_at(path: Path) -> tuple[ModelConfig, bool]:
     """The model, and whether a run's checkpoint describes it."""
     if (path / config.FILE).is_file():
         return config.to_model(config.read(path), path / config.FILE), False
-    found = directory.resolve(path, "init_from")[0]
-    directory.check_files(found)
-    return compat.model_of(found, any_version=True), True
+    found = run_directory.resolve(path, "init_from")[0]
+    run_directory.check_files(found)
+    return run_config.model_of(found, any_version=True), True
 
 
 def _overrides(values: dict[str, object]) -> str:

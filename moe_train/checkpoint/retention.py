@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from moe_train.checkpoint import directory
+from moe_train.formats import run_directory
 
 
 def apply(root: Path, keep_last: int | None, keep_every: int | None) -> list[Path]:
@@ -18,7 +18,7 @@ def apply(root: Path, keep_last: int | None, keep_every: int | None) -> list[Pat
     """
     if keep_last is None:
         return []
-    present = [path for path in directory.candidates(root) if _is_ours(path)]
+    present = [path for path in run_directory.candidates(root) if _is_ours(path)]
     older = sorted((path for path in present if _step(path) < _step(present[0])), key=_step, reverse=True)
     going = [path for path in older[keep_last - 1 :] if not (keep_every and _step(path) % keep_every == 0)]
     for path in going:
@@ -28,16 +28,18 @@ def apply(root: Path, keep_last: int | None, keep_every: int | None) -> list[Pat
 
 def remove(path: Path) -> None:
     """Remove a checkpoint. Killed at any moment, this leaves it whole or under a hidden name."""
-    hidden = directory.removed_name(path.parent, path.name)
+    hidden = run_directory.removed_name(path.parent, path.name)
     os.rename(path, hidden)
-    directory.sync(path.parent)
+    run_directory.sync(path.parent)
     shutil.rmtree(hidden)
 
 
 def _step(path: Path) -> int:
-    return directory.step_of(path.name)
+    return run_directory.step_of(path.name)
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether it is what `directory.publish` gives a name to, and no link or directory that someone put there."""
-    return not path.is_symlink() and all((path / name).is_file() for name in (directory.STATE, directory.METADATA))
+    """Whether it is what `run_directory.publish` gives a name to, and no link or directory that someone put there."""
+    return not path.is_symlink() and all(
+        (path / name).is_file() for name in (run_directory.STATE, run_directory.METADATA)
+    )

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_train.checkpoint import collective, directory, local, manifest, metadata, retention
+from moe_train.checkpoint import collective, node_local, retention
 from moe_train.checkpoint.collective import Outcome
 from moe_train.checkpoint.storage import Share, Written
-from moe_train.loop.run import Run
+from moe_train.formats import dcp_metadata, manifest, run_directory
+from moe_train.run import Run
 from parallel.errors import CheckpointError, MoeTrainError
 
 _POLL_S = 0.05
@@ -56,12 +57,12 @@ class Job:
     @property
     def final(self) -> Path:
         """The checkpoint's directory when it is complete."""
-        return self.root / directory.name_of(self.step)
+        return self.root / run_directory.name_of(self.step)
 
     @property
     def hidden(self) -> Path:
         """Where it grows."""
-        return directory.partial_of(self.root, self.final.name)
+        return run_directory.partial_of(self.root, self.final.name)
 
     def stages(self) -> Stages:
         """What to do, one after the other, with what to call it. Each is sent what the one before returned."""
@@ -110,7 +111,7 @@ class Job:
         """This rank's file from the node's disk to where all checkpoints are."""
         for name, entry in self.mine.items():
             if self.near is not None:
-                local.copy(self.near / name, self.hidden / name, entry, self.stop)
+                node_local.copy(self.near / name, self.hidden / name, entry, self.stop)
 
     def publish(self) -> None:
         """On the first rank: give the complete checkpoint its name, and remove those that are not kept."""
@@ -119,15 +120,15 @@ class Job:
             if self.near is None:
                 self.complete(self.hidden)
             else:
-                local.copy_small(self.near, self.hidden)
+                node_local.copy_small(self.near, self.hidden)
             check_complete(self.hidden)
-            directory.publish(self.root, self.final.name)
+            run_directory.publish(self.root, self.final.name)
             try:
                 retention.apply(self.root, settings.keep_last, settings.keep_every)
             except OSError as error:  # what was saved is saved
                 collective.warn(f"cannot remove a checkpoint that is not kept: {error}")
         if self.near is not None and self.run.rank.local_rank == 0:
-            local.keep(self.near.parent, settings.local_keep)
+            node_local.keep(self.near.parent, settings.local_keep)
 
     def undo(self) -> None:
         """Remove what was written of a checkpoint that failed. What is complete on the nodes' disks stays."""
@@ -145,8 +146,8 @@ def check_complete(path: Path) -> None:
     """
     for name, entry in (manifest.read(path) or {}).items():
         if os.stat(path / name).st_size != entry.bytes:
-            raise directory.damaged(path, f"{name} has not all of the {entry.bytes:,} bytes that were written")
-    metadata.read(path)
+            raise run_directory.damaged(path, f"{name} has not all of the {entry.bytes:,} bytes that were written")
+    dcp_metadata.read(path)
 
 
 class Saving:

@@ -22,10 +22,10 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from moe_train.checkpoint import metadata
 from moe_train.checkpoint.storage import Request, StateDict
-from moe_train.loop.run import Run
-from moe_train.model import delayed_scaling
+from moe_train.formats import dcp_metadata
+from moe_train.model.fp8 import delayed_scaling
+from moe_train.run import Run
 
 # torch's optimizers count steps for each parameter, the fused ones of Transformer Engine and apex for each group.
 _COUNTS_EACH_PARAMETER = (torch.optim.Adam, torch.optim.AdamW)
@@ -161,7 +161,7 @@ def without_masters(state: StateDict) -> StateDict:
     return kept
 
 
-def find_masters(request: Request, contents: metadata.Metadata, fp32: bool) -> None:
+def find_masters(request: Request, contents: dcp_metadata.Metadata, fp32: bool) -> None:
     """Point the request to the most precise weights in the checkpoint, which may be of a run in another precision."""
     saved = contents.state_dict_metadata
     for tensor in request.tensors:

@@ -45,8 +45,8 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-from moe_train.checkpoint.hashing_file import HashingFile
-from moe_train.checkpoint.manifest import Entry
+from moe_train.formats.hashing_file import HashingFile
+from moe_train.formats.manifest import Entry
 from parallel.errors import CheckpointError
 
 StateDict = dict[str, Any]

@@ -12,9 +12,9 @@ from megatron.core import parallel_state as ps
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from moe_train.loop.run import Metrics, Run
-from moe_train.model import delayed_scaling
+from moe_train.model.fp8 import delayed_scaling
 from moe_train.optim import update
+from moe_train.run import Metrics, Run
 from moe_train.telemetry import model_metrics
 from parallel import sequence
 

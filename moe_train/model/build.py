@@ -20,9 +20,10 @@ from moe_train.config.model import ModelConfig
 from moe_train.config.recompute import of_chunk
 from moe_train.config.rules.precision import high_precision_layers
 from moe_train.config.schema import Config, RecomputeConfig
-from moe_train.model import dispatch, gemm, loss, offload
+from moe_train.model.kernels import gemm
+from moe_train.model.local import dispatch, loss, offload
+from moe_train.model.local.router import scores_groups_by_best
 from moe_train.model.precision import dtype_options, emulated_recipe, low_precision_options
-from moe_train.model.router import scores_groups_by_best
 from moe_train.model.specs import LocalBackend, local_specs, te_specs
 from parallel import pipeline
 from parallel.layout import ParallelLayout

@@ -6,15 +6,15 @@ import math
 
 from moe_train.config.model import ModelConfig
 from moe_train.config.recompute import of_chunk
-from moe_train.config.rules.facts import Facts, gather_facts
+from moe_train.config.resolve import Facts, gather_facts
 from moe_train.config.rules.precision import high_precision_layers, recipe
 from moe_train.config.rules.recompute import grouped_experts
 from moe_train.config.schema import Config
 from moe_train.model.arithmetic import count_parameters, parameters_on_rank
 from parallel import pipeline
 from parallel.layout import ParallelLayout
-from parallel.planner.job import Job
 from parallel.planner.memory import StageMemory, Weights, stage_memory
+from parallel.planner.workload import Job
 
 
 def predict(cfg: Config, layout: ParallelLayout) -> list[StageMemory]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from moe_train.config.rules.precision import power_of_two_scales
 from moe_train.config.schema import PrecisionConfig
-from moe_train.model.fp8_products import Recipe
+from moe_train.model.fp8.linear import Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP8_RECIPES = {"block": "blockwise", "tensor": "tensorwise", "delayed": "delayed", "mxfp8": "mxfp8"}

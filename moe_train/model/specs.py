@@ -29,13 +29,13 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from moe_train.config.model import ModelConfig
-from moe_train.model.attention import CoreAttention, MultiLatentAttention, SpecifiedLatentAttention
-from moe_train.model.experts import GroupedExperts
-from moe_train.model.fp8_products import Recipe, in_fp8, with_linears
-from moe_train.model.gemm import ColumnParallelLinear, RowParallelLinear
-from moe_train.model.norm import ApexRMSNorm, KeyAllHeadsRMSNorm, QueryAllHeadsRMSNorm, RMSNorm
-from moe_train.model.router import set_router
-from moe_train.model.swiglu import SwiGLU
+from moe_train.model.fp8.linear import Recipe, in_fp8, with_linears
+from moe_train.model.kernels.gemm import ColumnParallelLinear, RowParallelLinear
+from moe_train.model.local.attention import CoreAttention, MultiLatentAttention, SpecifiedLatentAttention
+from moe_train.model.local.experts import GroupedExperts
+from moe_train.model.local.norm import ApexRMSNorm, KeyAllHeadsRMSNorm, QueryAllHeadsRMSNorm, RMSNorm
+from moe_train.model.local.router import set_router
+from moe_train.model.local.swiglu import SwiGLU
 
 
 class LocalBackend(LocalSpecProvider):

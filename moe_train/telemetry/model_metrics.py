@@ -13,8 +13,8 @@ from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, ge
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
-from moe_train.loop.run import Metrics, Run
-from moe_train.model import dispatch
+from moe_train.model.local import dispatch
+from moe_train.run import Metrics, Run
 
 # Names under which Megatron-Core's router records its losses.
 _BALANCE_LOSSES = ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss", "z_loss")

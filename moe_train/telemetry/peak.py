@@ -8,9 +8,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from moe_train.loop.run import Run
-from moe_train.model.gemm import matmul
+from moe_train.model.kernels.gemm import matmul
 from moe_train.model.precision import DTYPES
+from moe_train.run import Run
 
 log = logging.getLogger(__name__)
 

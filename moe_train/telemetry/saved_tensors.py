@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class SavedTensors:
     """Counts the storages that autograd keeps of the first forward pass of each module, each storage once.
 
-    Parameters and buffers are left out, and so is what `moe_train.model.offload` moves out. A storage that
+    Parameters and buffers are left out, and so is what `moe_train.model.local.offload` moves out. A storage that
     recomputation has emptied by the end of the forward pass counts as what is left of it. Forward passes without
     gradients are not counted.
     """

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from moe_train.config.schema import Config
-from moe_train.loop.run import Callback, Metrics, Run
 from moe_train.model.arithmetic import flops_per_token
+from moe_train.run import Callback, Metrics, Run
 from moe_train.telemetry import peak
 
 

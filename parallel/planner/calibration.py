@@ -1,6 +1,6 @@
 """The constants of the time model that no data sheet gives, fitted by `python -m bench.fit_planner`. No torch import.
 
-They were fitted on the fitting part of the published runs (`tools.planning.split`): about two thirds of the
+They were fitted on the fitting part of the published runs (`tools.published.split`): about two thirds of the
 configurations, chosen by a hash of the configuration; the rest tests them. They hold for every row: none belongs to a
 model, a source or a row.
 """

@@ -7,7 +7,7 @@ it. Copies of the embedding that multi-token prediction reads are the main model
 
 from __future__ import annotations
 
-from parallel.planner.job import Job
+from parallel.planner.workload import Job
 
 E5M6_BYTES = 12 / 8 + 4 / 128  # an element with its share of the scale of a 1x128 tile
 E4M3_BYTES = 1 + 4 / 128

@@ -9,8 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from parallel.planner.job import Job
-from parallel.planner.saved import EXPERT_TENSORS, FP8_BYTES, FP32, INDEX, Saved, layer, linear_input, norm, resident
+from parallel.planner.activations import (
+    EXPERT_TENSORS,
+    FP8_BYTES,
+    FP32,
+    INDEX,
+    Saved,
+    layer,
+    linear_input,
+    norm,
+    resident,
+)
+from parallel.planner.workload import Job
 
 LONGEST_SIMULATION = 8  # rounds of pp micro-batches after which the interleaved schedule only repeats itself
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from parallel.layout import ParallelLayout
 from parallel.planner import network
 from parallel.planner.hardware import Hardware
-from parallel.planner.job import Job
-from parallel.planner.layers import routing_of
+from parallel.planner.layer_time import routing_of
 from parallel.planner.memory import Weights
 from parallel.planner.network import Group
 from parallel.planner.software import Software
+from parallel.planner.workload import Job
 
 
 @dataclass(frozen=True)

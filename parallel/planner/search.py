@@ -15,9 +15,9 @@ from itertools import product
 
 from parallel import pipeline
 from parallel.layout import ParallelLayout
+from parallel.planner.activations import layer
 from parallel.planner.compact import shared_embedding_bytes
-from parallel.planner.job import Job, Recompute
-from parallel.planner.layers import Machine, Times
+from parallel.planner.layer_time import Machine, Times
 from parallel.planner.memory import (
     StageMemory,
     Weights,
@@ -27,10 +27,10 @@ from parallel.planner.memory import (
     parameter_bytes,
     stage_memory,
 )
-from parallel.planner.orders import impossible
-from parallel.planner.saved import layer
+from parallel.planner.schedules import impossible
 from parallel.planner.software import Software
-from parallel.planner.time import StepTime, plan_step
+from parallel.planner.step_time import StepTime, plan_step
+from parallel.planner.workload import Job, Recompute
 from parallel.suggest import Impossible
 
 WeightsOf = Callable[[Job, int], Weights]

@@ -14,7 +14,7 @@ import torch
 from bench import bench_step, step_grouped, step_profile, step_transformers
 from bench.step_data import Task
 from bench.step_workers import OURS, Worker
-from moe_train.model.cpu_kernels import uneven_counts
+from moe_train.model.kernels.cpu_kernels import uneven_counts
 from parallel.errors import HardwareError
 
 

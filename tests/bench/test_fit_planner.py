@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from bench.fit_planner import BOUNDS, EXTENSION_HOURS, MARGIN, at, disorder, extension_hours, limits
-from moe_train.config.compose import compose
-from moe_train.config.validate import validate
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.model.memory import job_of, weights_on
 from parallel.planner import software
 from parallel.planner.calibration import FITTED
-from tests.parallel.planner.test_time import V3
-from tools.planning.rows import cluster
+from tests.parallel.planner.test_step_time import V3
+from tools.published.rows import cluster
 
 
 def case(layout: str, published: float, model: str = "m", month: int = 202601) -> Any:

@@ -21,9 +21,9 @@ import torch
 from bench import gpu_cases, gpu_check, gpu_runner, gpu_task, gpu_tensors, gpu_worker
 from bench.gpu_cases import Case, Plan
 from bench.gpu_runner import FAILED, MEASURED, NOT_RUN, NOT_SUPPORTED, PASSED, Row, Runner, judge
-from launch import forkserver
-from moe_train.config.compose import compose
-from moe_train.config.validate import validate
+from launch.local import forkserver
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.model.arithmetic import count_parameters
 from moe_train.model.memory import predict
 from tests.bench import gpu_faults

@@ -17,15 +17,16 @@ from pathlib import Path
 import torch
 
 from moe_train import train
-from moe_train.checkpoint import checkpoint, continuing, directory, exchange, manifest, origin
-from moe_train.config.compose import compose, to_yaml
+from moe_train.checkpoint import checkpoint, continuing, hf_exchange, origin
+from moe_train.config.composition.compose import compose, to_yaml
 from moe_train.config.schema import Config
+from moe_train.formats import manifest, run_directory
 from moe_train.loop import step
-from moe_train.loop.run import Run, TrainState
 from moe_train.optim.optimizer import build_schedule
+from moe_train.run import Run, TrainState
 from tests.checkpoint import mutations, small_run
-from tests.checkpoint.hf.convert import convert
 from tests.checkpoint.mutations import UNREAD, Draw
+from tests.conversion.convert import convert
 
 SAMPLES = 8
 RUN, EXPORTED, UNSIGNED, CONVERTED = "run", "exported", "unsigned", "converted"
@@ -58,12 +59,12 @@ def write_sources(root: Path) -> None:
     for _ in range(2):
         small_run.train(run, 1)
         saved = checkpoint.save(run)
-    (root / RUN / directory.CONFIG).write_text(to_yaml(cfg))
-    exported = exchange.export(run, saved)
+    (root / RUN / run_directory.CONFIG).write_text(to_yaml(cfg))
+    exported = hf_exchange.export(run, saved)
     shutil.move(exported, root / EXPORTED)
     exported.parent.rmdir()
     shutil.copytree(root / EXPORTED, root / UNSIGNED)
-    (root / UNSIGNED / directory.MANIFEST).unlink()
+    (root / UNSIGNED / run_directory.MANIFEST).unlink()
     convert(root / EXPORTED, root / CONVERTED)
 
 
@@ -98,14 +99,14 @@ def _case(sources: Path, use: str, scratch: Path) -> Case:
     run_dir = scratch / "run"
     if use in OF_A_RUN:
         shutil.copytree(sources / RUN, run_dir)
-        place, weights = run_dir / "checkpoints" / directory.name_of(2), None
+        place, weights = run_dir / "checkpoints" / run_directory.name_of(2), None
         path = str(place) if use == "resume by name" else "auto"
         words, cfg = [f"resume={path}"], small_run.config(run_dir, {}, resume=path)
     else:
         run_dir.mkdir()
         weights = place = scratch / "weights"
         name = use.removeprefix(FROM)
-        shutil.copytree(sources / (f"{RUN}/checkpoints/{directory.name_of(2)}" if name == RUN else name), weights)
+        shutil.copytree(sources / (f"{RUN}/checkpoints/{run_directory.name_of(2)}" if name == RUN else name), weights)
         words, cfg = [f"init_from={weights}"], small_run.config(run_dir, {}, init_from=str(weights))
     return Case(use, cfg, [f"run_dir={run_dir}", *words], place, weights)
 
@@ -116,15 +117,15 @@ def _mutated(sources: Path, draw: Draw, scratch: Path) -> Case:
     case = _case(sources, use, scratch)
     case.cfg.checkpoint.verify = draw.random() < 0.7
     signature = draw.choice(("kept", "written again", "written again", "removed", "removed"))
-    is_signed = (case.place / directory.MANIFEST).exists()
+    is_signed = (case.place / run_directory.MANIFEST).exists()
     if signature == "removed" and is_signed:
         _unsign(case.place)
     files = sorted(path for path in case.place.iterdir() if path.is_file() and path.name not in UNREAD)
     if use == "continue":
-        files = [Path(case.cfg.run_dir, directory.CONFIG), case.place.parent / directory.LATEST]
+        files = [Path(case.cfg.run_dir, run_directory.CONFIG), case.place.parent / run_directory.LATEST]
     file = draw.choice(files)
     how = mutations.mutate(file, draw)
-    if signature == "written again" and is_signed and file.name != directory.MANIFEST:
+    if signature == "written again" and is_signed and file.name != run_directory.MANIFEST:
         manifest.write(case.place, manifest.describe(case.place, {}))
     case.what = f"{use}: {file.name}: {how}, manifest {signature}, verify={case.cfg.checkpoint.verify}"
     return case
@@ -132,8 +133,8 @@ def _mutated(sources: Path, draw: Draw, scratch: Path) -> Case:
 
 def _unsign(place: Path) -> None:
     """Make it a checkpoint of a version without manifests."""
-    (place / directory.MANIFEST).unlink()
-    state = place / directory.STATE
+    (place / run_directory.MANIFEST).unlink()
+    state = place / run_directory.STATE
     if state.exists():
         facts = json.loads(state.read_text())
         facts.pop("manifest", None)
@@ -186,7 +187,7 @@ def _problems(run: Run, case: Case, scratch: Path) -> list[str]:
     for name, command in (("launcher", partial(_launch, case)), ("rank", partial(_go_on, run, case))):
         ended, after = mutations.ending(command), _files(scratch)
         lost = sorted(path for path, facts in before.items() if after.get(path) != facts)
-        added = sorted(path for path in after.keys() - before.keys() if f"/{directory.BEGAN}/" not in path)
+        added = sorted(path for path in after.keys() - before.keys() if f"/{run_directory.BEGAN}/" not in path)
         found += [f"{name}: {ended.problem}"] * bool(ended.problem)
         found += [f"{name}: lost {lost}"] * bool(lost) + [f"{name}: left {added}"] * bool(added)
         case.refusal = str(ended.error or "")

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_train.checkpoint.hf.workers import Alone
-from moe_train.checkpoint.hf.writer import partial_of
 from moe_train.config.schema import Config
+from moe_train.formats.communicator import Alone
+from moe_train.formats.directory_writer import partial_of
 from parallel.errors import MoeTrainError
 from tools import convert, inspect
 from tools.words import parse

@@ -14,11 +14,11 @@ from moe_train.checkpoint import checkpoint, state
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config
 from moe_train.loop import step
-from moe_train.loop.run import Run
 from moe_train.model.build import build, transformer_config
 from moe_train.model.init import initialise
 from moe_train.model.precision import in_training_precision
 from moe_train.optim.optimizer import build_optimizer, build_schedule, data_parallel
+from moe_train.run import Run
 from moe_train.telemetry.model_metrics import ExpertLoad, PredictionLoss
 from parallel import groups, runtime
 from parallel.layout import ParallelLayout

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
-from moe_train.checkpoint import continuing, directory
-from moe_train.config import compose as compose_module
-from moe_train.config.compose import compose, from_yaml, hydra_entry, to_yaml
-from moe_train.config.rules.facts import total_steps
+from moe_train.checkpoint import continuing
+from moe_train.config.composition import compose as compose_module
+from moe_train.config.composition.compose import compose, from_yaml, hydra_entry, to_yaml
+from moe_train.config.composition.validate import validate
+from moe_train.config.resolve import total_steps
 from moe_train.config.schema import Config
-from moe_train.config.validate import validate
+from moe_train.formats import run_directory
 from parallel.errors import ConfigError, MoeTrainError
 
 FIRST = ("train.steps=10", "schedule.warmup_steps=2", "data=text", "data.path=a.txt", "data.dir=d", "parallel.ep=2")
@@ -35,12 +36,12 @@ def begin(*words: str, step: int = 10, run_dir: str = "R", tokens: int | None = 
     tokens = step * cfg.batch.global_batch_size * cfg.train.seq_length if tokens is None else tokens
     Path(run_dir).mkdir(exist_ok=True)
     Path(run_dir, "config.yaml").write_text(to_yaml(cfg))
-    path = cfg.checkpoint_root / directory.name_of(step)
+    path = cfg.checkpoint_root / run_directory.name_of(step)
     path.mkdir(parents=True)
-    (path / directory.CONFIG).write_text(yaml.safe_dump(asdict(cfg)))
+    (path / run_directory.CONFIG).write_text(yaml.safe_dump(asdict(cfg)))
     progress = {"step": step, "consumed_samples": 0, "consumed_tokens": tokens}
-    state = {"format": directory.FORMAT, "progress": progress, "schedule": {"num_steps": step}}
-    (path / directory.STATE).write_text(json.dumps(state))
+    state = {"format": run_directory.FORMAT, "progress": progress, "schedule": {"num_steps": step}}
+    (path / run_directory.STATE).write_text(json.dumps(state))
     return cfg
 
 
@@ -251,11 +252,11 @@ def test_a_config_of_another_version_or_none_at_all_is_made_up_for(capsys: pytes
 def test_a_run_whose_checkpoints_are_damaged_is_not_begun_with_the_defaults() -> None:
     """Its ranks say what is wrong with them, or find an earlier one that is whole."""
     first = begin(step=10)
-    state = first.checkpoint_root / "step_00000010" / directory.STATE
-    for text in ("{", '{"format": 2}', f'{{"format": {directory.FORMAT}, "progress": 3}}'):
+    state = first.checkpoint_root / "step_00000010" / run_directory.STATE
+    for text in ("{", '{"format": 2}', f'{{"format": {run_directory.FORMAT}, "progress": 3}}'):
         state.write_text(text)
         assert again() == first
-    state.write_text(f'{{"format": {directory.FORMAT + 1}}}')
+    state.write_text(f'{{"format": {run_directory.FORMAT + 1}}}')
     with pytest.raises(MoeTrainError, match="update moe-train"):
         again()
 
@@ -286,7 +287,7 @@ def test_a_finished_run_needs_no_rank_until_something_is_left_to_do() -> None:
     manifest.parent.mkdir(parents=True)
     manifest.touch()
     assert continuing.nothing_to_do(exporting) != ""
-    os.utime(checkpoint / directory.STATE)  # the last steps were done again, and what was exported is older
+    os.utime(checkpoint / run_directory.STATE)  # the last steps were done again, and what was exported is older
     assert continuing.nothing_to_do(exporting) == ""
     assert continuing.nothing_to_do(again("train.steps=11", "schedule.decay_steps=10")) == ""
 
@@ -307,7 +308,7 @@ def test_what_an_earlier_run_left_is_set_aside_and_not_lost(capsys: pytest.Captu
 def test_checkpoints_elsewhere_are_set_aside_where_they_are() -> None:
     begin(*FIRST, "checkpoint.dir=elsewhere")
     assert continuing.set_aside(again("resume=never", "checkpoint.dir=elsewhere"))
-    assert directory.candidates(Path("elsewhere")) == []
+    assert run_directory.candidates(Path("elsewhere")) == []
     assert len(list(Path("elsewhere").glob("earlier_*/step_00000010"))) == 1
 
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_train.checkpoint import checkpoint, metadata, storage
-from moe_train.checkpoint.hf import distcp
+from moe_train.checkpoint import checkpoint, storage
+from moe_train.formats import dcp, dcp_metadata
 from parallel.errors import CheckpointError
 from tests.checkpoint import small_run
 from tests.distributed.helper import run_distributed
@@ -237,7 +237,7 @@ def scribble_where_one_rank_reads(run_dir: Path) -> list[Any]:
         checkpoint.save(run)
     newest = run_dir / "checkpoints" / "step_00000002"
     if run.is_main:
-        for index, info in metadata.read(newest).storage_data.items():
+        for index, info in dcp_metadata.read(newest).storage_data.items():
             if ".experts." in index.fqn and index.offset is not None and 4 in index.offset:  # the first of rank 1
                 with (newest / info.relative_path).open("r+b") as file:
                     file.seek(info.offset)
@@ -310,7 +310,7 @@ def test_loading_runs_no_code_from_a_checkpoint(copy: Path, tmp_path: Path) -> N
     witness.unlink()
 
     torch.save({"x": Trap(witness)}, directory / "common.pt")
-    contents = metadata.read(directory)
+    contents = dcp_metadata.read(directory)
     part = next(info for index, info in contents.storage_data.items() if index.fqn == "output_layer.weight")
     with (directory / part.relative_path).open("r+b") as file:
         file.seek(part.offset)
@@ -321,14 +321,14 @@ def test_loading_runs_no_code_from_a_checkpoint(copy: Path, tmp_path: Path) -> N
 
     (directory / ".metadata").write_bytes(pickle.dumps(Trap(witness)))
     with pytest.raises(CheckpointError, match=r"it names (posix|nt)\.system, which is not part of a checkpoint"):
-        metadata.read(directory)
+        dcp_metadata.read(directory)
     assert resume(copy, unverified) == [1]
     assert not witness.exists()
 
 
 def compress_items(directory: Path) -> None:
     """Put compressed archives of the same length in the place of the items of one tensor."""
-    for index, place in metadata.read(directory).storage_data.items():
+    for index, place in dcp_metadata.read(directory).storage_data.items():
         if index.fqn == "output_layer.weight":
             packed = io.BytesIO()
             with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -366,7 +366,7 @@ def test_a_run_keeps_the_small_files_of_the_weights_that_it_begins_with(copy: Pa
 
 def put_nan(directory: Path, name: str) -> None:
     """Into the first number of a tensor of a checkpoint, in each of its parts."""
-    stored = distcp.Checkpoint(directory)
+    stored = dcp.Checkpoint(directory)
     for chunk in stored.chunks(stored.master(name)):
         with chunk.file.open("r+b") as file:
             file.seek(chunk.extent.offset)

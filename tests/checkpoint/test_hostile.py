@@ -15,14 +15,13 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from moe_train.checkpoint import metadata
-from moe_train.checkpoint.hf import writer
-from moe_train.checkpoint.hf.workers import Alone
 from moe_train.config.schema import Config
+from moe_train.formats import dcp_metadata, directory_writer
+from moe_train.formats.communicator import Alone
 from parallel.errors import CheckpointError
 from tests.checkpoint import mutated_runs, mutations
-from tests.checkpoint.hf import tiny_v3
-from tests.checkpoint.hf.convert import convert
+from tests.conversion import tiny_v3
+from tests.conversion.convert import convert
 from tests.distributed.helper import run_distributed
 from tools import convert as tool
 from tools import inspect
@@ -99,14 +98,14 @@ def test_no_symbolic_link_decides_where_is_written(sources: list[Path], tmp_path
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "precious").write_text("data")
-    writer.partial_of(tmp_path / "target").symlink_to(victim)
+    directory_writer.partial_of(tmp_path / "target").symlink_to(victim)
     refused(sources[0], tmp_path / "target", "target.partial is not a directory")
     assert os.listdir(victim) == ["precious"]
 
 
 @pytest.mark.parametrize("name", [".writing/lock", ".writing/plan.json", ".config.json.part", "config.json"])
 def test_links_in_an_unfinished_directory_are_not_followed(name: str, sources: list[Path], tmp_path: Path) -> None:
-    link, victim = writer.partial_of(tmp_path / "target") / name, tmp_path / "victim"
+    link, victim = directory_writer.partial_of(tmp_path / "target") / name, tmp_path / "victim"
     link.parent.mkdir(parents=True)
     victim.write_text("data")
     link.symlink_to(victim)
@@ -124,23 +123,23 @@ def test_a_source_may_have_files_of_any_name(copied: Callable[[str], Path], tmp_
         (source / name).write_text(name)
     convert(source, tmp_path / "target", to="hf")
     assert [(tmp_path / "target" / name).read_text() for name in names] == names
-    assert writer.verify(tmp_path / "target", 1)[0] == len(names) + 4
+    assert directory_writer.verify(tmp_path / "target", 1)[0] == len(names) + 4
     assert not any(path.name.startswith(".") for path in (tmp_path / "target").iterdir())
 
 
-def change_table(directory: Path, change: Callable[[metadata.Metadata], None]) -> None:
-    contents = metadata.read(directory)
+def change_table(directory: Path, change: Callable[[dcp_metadata.Metadata], None]) -> None:
+    contents = dcp_metadata.read(directory)
     change(contents)
-    (directory / ".metadata").write_bytes(metadata.dump(contents))
+    (directory / ".metadata").write_bytes(dcp_metadata.dump(contents))
 
 
 def test_a_part_of_ten_thousand_million_rows(copied: Callable[[str], Path], tmp_path: Path) -> None:
-    def widen(contents: metadata.Metadata) -> None:
+    def widen(contents: dcp_metadata.Metadata) -> None:
         entry = contents.state_dict_metadata["output_layer.weight"]
-        assert isinstance(entry, metadata.TensorStorageMetadata)
+        assert isinstance(entry, dcp_metadata.TensorStorageMetadata)
         for chunk in entry.chunks:
-            chunk.sizes = metadata.Size((10**10, chunk.sizes[1]))
-        entry.size = metadata.Size((10**10, entry.size[1]))
+            chunk.sizes = dcp_metadata.Size((10**10, chunk.sizes[1]))
+        entry.size = dcp_metadata.Size((10**10, entry.size[1]))
 
     source = copied("run")
     change_table(source, widen)
@@ -149,7 +148,7 @@ def test_a_part_of_ten_thousand_million_rows(copied: Callable[[str], Path], tmp_
 
 def test_an_item_that_unpacks_to_more_than_it_is(copied: Callable[[str], Path], tmp_path: Path) -> None:
     source = copied("run")
-    place = next(p for index, p in metadata.read(source).storage_data.items() if index.fqn == "output_layer.weight")
+    place = next(p for index, p in dcp_metadata.read(source).storage_data.items() if index.fqn == "output_layer.weight")
     with zipfile.ZipFile(tmp_path / "item", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(64 << 20))
         archive.writestr(zipfile.ZipInfo("archive/data/0"), bytes(place.length - 80_000))
@@ -244,7 +243,7 @@ def check(directory: Path, command: str, **options: Any) -> None:
 def test_a_table_of_contents_of_any_version_of_python(module: str, copied: Callable[[str], Path]) -> None:
     """Python 3.13 writes paths with the name of another module than 3.11, 3.12 and 3.14 do."""
     source = copied("run")
-    plain = metadata.read(source)
+    plain = dcp_metadata.read(source)
     contents = pickle.loads((source / ".metadata").read_bytes())
     assert isinstance(contents, Metadata)
     contents.storage_meta = StorageMeta(checkpoint_id=PosixPath("/runs/a/checkpoints/step_00000010"))
@@ -253,4 +252,4 @@ def test_a_table_of_contents_of_any_version_of_python(module: str, copied: Calla
         written = written.replace(b"c" + name + b"\nPosixPath\n", f"c{module}\nPosixPath\n".encode())
     assert f"c{module}\n".encode() in written
     (source / ".metadata").write_bytes(written)
-    assert metadata.read(source) == plain
+    assert dcp_metadata.read(source) == plain

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.checkpoint import compat, directory, origin
-from moe_train.checkpoint.hf import config
-from moe_train.config.compose import compose
-from moe_train.config.validate import validate
+from moe_train.checkpoint import origin
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
+from moe_train.conversion.families import config
+from moe_train.formats import run_config, run_directory
 from parallel.errors import CheckpointError
 
 MODEL_NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
@@ -27,8 +28,8 @@ def hugging_face(name: str, path: Path) -> Path:
 def checkpoint(overrides: list[str], path: Path) -> Path:
     """What is read of a checkpoint of a run before its weights are."""
     path.mkdir()
-    (path / directory.CONFIG).write_text(compat.dump(compose(overrides)))
-    for name in (directory.STATE, directory.METADATA):
+    (path / run_directory.CONFIG).write_text(run_config.dump(compose(overrides)))
+    for name in (run_directory.STATE, run_directory.METADATA):
         (path / name).write_text("{}")
     return path
 
@@ -76,6 +77,6 @@ def test_predictions_that_the_weights_do_not_have_are_refused(tmp_path: Path) ->
 
 def test_a_checkpoint_of_a_version_with_other_fields_can_be_started_from(tmp_path: Path) -> None:
     path = checkpoint(["model=tiny"], tmp_path / "step_00000002")
-    text = (path / directory.CONFIG).read_text()
-    (path / directory.CONFIG).write_text(text.replace("model:\n", "model:\n  of_another_version: 1\n"))
+    text = (path / run_directory.CONFIG).read_text()
+    (path / run_directory.CONFIG).write_text(text.replace("model:\n", "model:\n  of_another_version: 1\n"))
     assert origin.check(compose(["model=tiny"]).model, path) == []

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from bench.parity import COMMON
-from launch import local
-from moe_train.config.compose import compose
-from moe_train.config.validate import validate
+from launch.local import launcher
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 
 SAVED_AT = ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"]
 CONTINUED_AT = {
@@ -25,7 +25,7 @@ CONTINUED_AT = {
 def train(run_dir: Path, *overrides: str) -> dict[int, dict[str, Any]]:
     """Metrics by step."""
     cfg = compose([*COMMON, "train.steps=20", *overrides, f"run_dir={run_dir}"])
-    local.start(cfg, validate(cfg))
+    launcher.start(cfg, validate(cfg))
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line for line in lines if "lm_loss" in line}
 

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from moe_train.checkpoint import checkpoint, manifest, metadata, storage
+from moe_train.checkpoint import checkpoint, storage
+from moe_train.formats import dcp_metadata, manifest
 from moe_train.loop.callbacks import checkpoint as module
 from moe_train.loop.callbacks.checkpoint import CheckpointCallback
-from moe_train.loop.run import Run
+from moe_train.run import Run
 from parallel.errors import CheckpointError
 from tests.checkpoint import small_run
 from tests.distributed.helper import run_distributed
@@ -93,7 +94,7 @@ def count_plans(run_dir: Path) -> list[tuple[int, set[str]]]:
 
             storage.share_of = share_of
         saved = checkpoint.save(run)
-        found.append((gathered, set(metadata.read(saved).state_dict_metadata)))
+        found.append((gathered, set(dcp_metadata.read(saved).state_dict_metadata)))
         storage.share_of = other
     storage._DistWrapper.reduce_scatter = reduce_scatter  # type: ignore[method-assign]
     return found

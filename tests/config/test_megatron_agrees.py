@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from moe_train.config.compose import compose
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.config.validate import validate
 from moe_train.config.walk import with_values
 from parallel.layout import ParallelLayout
 from parallel.suggest import Impossible

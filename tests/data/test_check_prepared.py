@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.config.compose import compose
+from moe_train.config.composition.compose import compose
 from moe_train.data.prepare import check_prepared
 from parallel.errors import DataError
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from launch import job
-from moe_train.config.compose import compose
+from moe_train.config.composition.compose import compose
 from moe_train.config.schema import DataConfig
 from moe_train.data import manifest, prepare
 from moe_train.data.index_file import read_index

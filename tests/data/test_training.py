@@ -11,10 +11,11 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from bench.parity import COMMON, compare, holds, measure
-from launch import job, local
+from launch import job
 from launch.failures import RankError
-from moe_train.config.compose import compose
-from moe_train.config.validate import validate
+from launch.local import launcher
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from parallel.errors import DataError
 from tests.distributed.test_parity import SMALL
 
@@ -70,7 +71,7 @@ def train(run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
     cfg = compose([*COMMON, *SMALL, *overrides, f"run_dir={run_dir}"])
     layout = validate(cfg)
     job.prepare_data(cfg)
-    local.start(cfg, layout)
+    launcher.start(cfg, layout)
     return [line for line in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if "lm_loss" in line]
 
 

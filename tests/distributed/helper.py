@@ -12,9 +12,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launch import rank
 from launch.failures import RankError
-from launch.processes import RankProcesses
+from launch.local import rank
+from launch.local.processes import RankProcesses
 from parallel.rank_info import RankInfo
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe_train.files import locks
-from tests.launch import commands
+from tests.launch import programs
 
 
 @dataclass
@@ -68,7 +68,7 @@ def test_a_heartbeat_ends_where_its_lock_is_removed(tmp_path: Path) -> None:
     try:
         watch = locks.Watch(path)
         watch.look()
-        commands.wait_for(watch.look, 10)
+        programs.wait_for(watch.look, 10)
         assert not lost.is_set()
         path.unlink()
         assert lost.wait(10)

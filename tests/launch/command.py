@@ -7,7 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from launch import forkserver, local, main, signals
+from launch import main
+from launch.local import forkserver, launcher, signals
 from launch.preflight import facts
 from moe_train.data import prepare
 
@@ -30,7 +31,7 @@ if __name__ == "__main__":
     prepare.examine = lambda *_, **__: []
     if "TEST_WARNED_BEFORE" in os.environ:
         prepare.check_prepared = lambda *_: os.kill(os.getpid(), signals.WARNING)
-    local.ENTRY = f"tests.launch.fake_job:{sys.argv.pop(1)}"
+    launcher.ENTRY = f"tests.launch.fake_job:{sys.argv.pop(1)}"
     forkserver.PRELOAD = ("torch",)  # all that the fake jobs need
     if os.environ.get("SLURM_PROCID") in os.environ.get("TEST_ODD_RANKS", "").split(","):
         facts.code_digest = lambda: "0123456789ab"

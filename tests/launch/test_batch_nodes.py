@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm
-from tests.launch.commands import environment
+from launch.slurm import commands
+from tests.launch.programs import environment
 
 _COMMANDS = {
     "scontrol": "printf 'node%s\\n' 1 2 3",
@@ -26,7 +26,7 @@ def batch(tmp_path: Path, **variables: str) -> tuple[int, str, str]:
         (tmp_path / name).chmod(0o755)
     job = _JOB | {"SLURM_SUBMIT_DIR": str(tmp_path), "LOG": str(tmp_path / "log"), **variables}
     done = subprocess.run(
-        ["bash", str(slurm.SCRIPT), f"run_dir={tmp_path}/run"], capture_output=True, text=True, timeout=30,
+        ["bash", str(commands.SCRIPT), f"run_dir={tmp_path}/run"], capture_output=True, text=True, timeout=30,
         env=environment(**job, PATH=f"{tmp_path}:{os.environ['PATH']}"),
     )  # fmt: skip
     log = tmp_path / "log"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm
+from launch.slurm import commands
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.schema import Config
-from tests.launch.commands import environment
+from tests.launch.programs import environment
 
 # The command line of each srun goes to a log. The first one started by the script itself knows its process.
 _SRUN = """trap "" USR1
@@ -48,7 +48,7 @@ class Batch:
         job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2",
                "SLURM_JOB_NODELIST": "node1", "SLURM_SUBMIT_DIR": str(self.dir), "LOG": str(self.log),
                "PATH": f"{self.dir / 'bin'}:{os.environ['PATH']}"}  # fmt: skip
-        command, env = ["bash", str(slurm.SCRIPT), *overrides], environment(**(job | variables))
+        command, env = ["bash", str(commands.SCRIPT), *overrides], environment(**(job | variables))
         with (self.dir / "out").open("w") as out:  # not a pipe, which what outlives the script would hold open
             done = subprocess.run(command, env=env, cwd=self.dir, stdout=out, stderr=out, text=True, timeout=120)
         return done.returncode, (self.dir / "out").read_text()
@@ -160,17 +160,17 @@ def test_a_job_that_is_ended_between_two_starts_starts_nothing_more(batch: Batch
 
 
 def test_the_script_alone_asks_for_nodes_as_moe_submit_does() -> None:
-    lines = slurm.SCRIPT.read_text().splitlines()
+    lines = commands.SCRIPT.read_text().splitlines()
     header = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
     by_name = {"--job-name", "--nodes", "--time", "--output"}
-    flags = {flag for flag in slurm.flags(Config(), 1, 8, Path("run")) if flag.partition("=")[0] not in by_name}
+    flags = {flag for flag in commands.flags(Config(), 1, 8, Path("run")) if flag.partition("=")[0] not in by_name}
     assert flags == {flag for flag in header if flag.partition("=")[0] not in by_name} - {"--open-mode=append"}
     assert "--mem=0" in flags
 
 
 def test_what_the_script_takes_by_itself_is_what_the_fields_say() -> None:
     """Defaults of MOE_* without moe-submit."""
-    script, launcher = slurm.SCRIPT.read_text(), LauncherConfig()
+    script, launcher = commands.SCRIPT.read_text(), LauncherConfig()
     for name, field in {"MEET_S": "meet_timeout_s", "GRACE_S": "grace_s", "REQUEUES": "requeues"}.items():
         assert f"{{MOE_{name}:-{getattr(launcher, field)}}}" in script, name
 
@@ -244,7 +244,7 @@ def test_a_chain_goes_on_where_a_run_that_had_begun_could_not_read(batch: Batch)
      ("++run_dir='a b'", "a b"), ('++run_dir="a b"', "a b"), ("++run_dir=${oc.env:PLACE}/x", "here/x")],
 )  # fmt: skip
 def test_the_directory_is_that_of_the_ranks(word: str, directory: str, batch: Batch) -> None:
-    place = {"PLACE": "here", "MOE_PYTHON": sys.executable, "MOE_CODE": str(slurm.SCRIPT.parents[1])}
+    place = {"PLACE": "here", "MOE_PYTHON": sys.executable, "MOE_CODE": str(commands.SCRIPT.parents[1])}
     code, text = batch.run("", word, **place)
     assert code == 0, text
     assert (batch.dir / directory / "logs").is_dir()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import env
-from moe_train.config.compose import compose
+from moe_train.config.composition.compose import compose
 from moe_train.config.launcher import LauncherConfig
 from parallel.errors import ConfigError
 from parallel.rank_info import RankInfo

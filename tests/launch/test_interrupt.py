@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch import signals
-from tests.launch import commands
+from launch.local import signals
+from tests.launch import programs
 
 LIMIT_S = 5
 
@@ -27,9 +27,9 @@ def _runs(pid: int) -> bool:
 
 def _gone(run_dir: Path, process: subprocess.Popen[str]) -> None:
     ranks = [int(file.read_text()) for file in run_dir.glob("hanging_*")]
-    commands.wait_for(lambda: not any(map(_runs, ranks)), LIMIT_S)
+    programs.wait_for(lambda: not any(map(_runs, ranks)), LIMIT_S)
     # The launcher itself may need longer where many tests share few cores.
-    commands.wait_for(lambda: process.poll() is not None and not commands.alive(process.pid), 30)
+    programs.wait_for(lambda: process.poll() is not None and not programs.alive(process.pid), 30)
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,8 @@ def _gone(run_dir: Path, process: subprocess.Popen[str]) -> None:
     ],
 )
 def test_a_signal_ends_every_rank(tmp_path: Path, number: signal.Signals, whole_group: bool, function: str) -> None:
-    with commands.hanging(function, tmp_path, 2) as process:
-        assert len(commands.alive(process.pid)) >= 3
+    with programs.hanging(function, tmp_path, 2) as process:
+        assert len(programs.alive(process.pid)) >= 3
         (os.killpg if whole_group else os.kill)(process.pid, number)
         _gone(tmp_path, process)
         assert process.returncode == 128 + number
@@ -55,7 +55,7 @@ def test_a_signal_ends_every_rank(tmp_path: Path, number: signal.Signals, whole_
 @pytest.mark.parametrize("pause_s", [0, 0.005])
 def test_a_storm_of_signals_ends_every_rank_like_one(tmp_path: Path, pause_s: float) -> None:
     """Also where it lasts until the launcher is gone."""
-    with commands.hanging("hang", tmp_path, 2) as process:
+    with programs.hanging("hang", tmp_path, 2) as process:
         for i in range(60 if not pause_s else 10_000):
             if process.poll() is not None:
                 break
@@ -71,7 +71,7 @@ def test_a_storm_of_signals_ends_every_rank_like_one(tmp_path: Path, pause_s: fl
 @pytest.mark.parametrize("whole_group", [False, True])
 def test_sigusr1_lets_ranks_stop_by_themselves(whole_group: bool, tmp_path: Path) -> None:
     """The launcher passes it on; the exit code says that the run can continue. Slurm sends it to all processes."""
-    with commands.hanging("until_told", tmp_path, 2) as process:
+    with programs.hanging("until_told", tmp_path, 2) as process:
         (os.killpg if whole_group else os.kill)(process.pid, signal.SIGUSR1)
         _gone(tmp_path, process)
         assert process.returncode == 75
@@ -79,14 +79,14 @@ def test_sigusr1_lets_ranks_stop_by_themselves(whole_group: bool, tmp_path: Path
 
 
 def test_ranks_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
-    with commands.hanging("hang", tmp_path, 2) as process:
+    with programs.hanging("hang", tmp_path, 2) as process:
         process.kill()
         _gone(tmp_path, process)
 
 
 def test_ctrl_c_while_modules_are_imported(tmp_path: Path) -> None:
-    with commands.started("hang", tmp_path, 2) as process:
-        commands.wait_for(lambda: len(commands.alive(process.pid)) >= 3, 90)  # the fork server and resource tracker
+    with programs.started("hang", tmp_path, 2) as process:
+        programs.wait_for(lambda: len(programs.alive(process.pid)) >= 3, 90)  # the fork server and resource tracker
         os.killpg(process.pid, signal.SIGINT)
         _gone(tmp_path, process)
         assert process.returncode == 128 + signal.SIGINT
@@ -94,8 +94,8 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path) -> None:
 
 
 def test_sigusr1_before_ranks_are_started_ends_the_job_as_saved(tmp_path: Path) -> None:
-    with commands.started("hang", tmp_path, 2) as process:
-        commands.wait_for(lambda: len(commands.alive(process.pid)) >= 3, 90)
+    with programs.started("hang", tmp_path, 2) as process:
+        programs.wait_for(lambda: len(programs.alive(process.pid)) >= 3, 90)
         os.killpg(process.pid, signal.SIGUSR1)
         _gone(tmp_path, process)
         assert process.returncode == 75
@@ -108,7 +108,7 @@ def test_sigusr1_before_ranks_are_started_ends_the_job_as_saved(tmp_path: Path) 
 )
 def test_a_signal_that_was_ignored_before_stays_ignored(before: tuple[str, ...], tmp_path: Path) -> None:
     """`nohup` ignores SIGHUP, and a shell without job control SIGINT in its background jobs."""
-    with commands.hanging("until_told", tmp_path, 2, before) as process:
+    with programs.hanging("until_told", tmp_path, 2, before) as process:
         for number in signals.ENDING if "sh" in before else (signal.SIGHUP,):
             os.killpg(process.pid, number)
         time.sleep(0.5)
@@ -128,8 +128,8 @@ def test_a_signal_after_the_end_changes_no_exit_code(
 ) -> None:
     """The interpreter takes a while to end, and has no handlers by then."""
     file = tmp_path / "lingering"
-    with commands.started("report", tmp_path, 1, TEST_LINGER=str(file), **variables) as process:
-        commands.wait_for(lambda: file.exists() or process.poll() is not None, 90)
+    with programs.started("report", tmp_path, 1, TEST_LINGER=str(file), **variables) as process:
+        programs.wait_for(lambda: file.exists() or process.poll() is not None, 90)
         os.kill(process.pid, number)
         _, errors = process.communicate(timeout=30)
         assert process.returncode == 0, errors

@@ -17,14 +17,14 @@ import pytest
 
 from launch import join
 from parallel.errors import LaunchError
-from tests.launch import commands
+from tests.launch import programs
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
 
 
 def _run(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
-    env = commands.environment(OMP_NUM_THREADS="1", **more)
-    return subprocess.run(command, cwd=commands.ROOT, env=env, capture_output=True, text=True, timeout=90)
+    env = programs.environment(OMP_NUM_THREADS="1", **more)
+    return subprocess.run(command, cwd=programs.ROOT, env=env, capture_output=True, text=True, timeout=90)
 
 
 def _srun(command: list[str], *, ports: tuple[str, str] = ("", ""), **more: str) -> list[tuple[int, str, str]]:
@@ -35,13 +35,13 @@ def _srun(command: list[str], *, ports: tuple[str, str] = ("", ""), **more: str)
         port = listener.getsockname()[1]
     tasks = []
     for i in range(2):
-        env = commands.environment(
+        env = programs.environment(
             SLURM_JOB_ID="9", SLURM_STEP_ID="0", SLURM_PROCID=str(i), SLURM_LOCALID=str(i), SLURM_NTASKS="2",
             SLURM_STEP_NUM_TASKS="2", SLURM_NODEID="0", SLURM_STEP_TASKS_PER_NODE="2", SLURM_JOB_NODELIST="localhost",
             MASTER_PORT=str(port), SLURM_STEP_LAUNCHER_PORT=ports[i], **more,
         )  # fmt: skip
         pipe = subprocess.PIPE
-        tasks.append(subprocess.Popen(command, cwd=commands.ROOT, env=env, stdout=pipe, stderr=pipe, text=True))
+        tasks.append(subprocess.Popen(command, cwd=programs.ROOT, env=env, stdout=pipe, stderr=pipe, text=True))
     try:
         ends = [task.communicate(timeout=90) for task in tasks]
     finally:
@@ -55,7 +55,7 @@ def _facts(run_dir: Path) -> list[dict[str, object]]:
 
 
 def test_torchrun(tmp_path: Path) -> None:
-    result = _run([*TORCHRUN, *commands.arguments("report", tmp_path, 2)])
+    result = _run([*TORCHRUN, *programs.arguments("report", tmp_path, 2)])
     assert result.returncode == 0, result.stderr
     assert [(f["launcher"], f["sum"], f["local"]) for f in _facts(tmp_path)] == [
         ("torchrun", 1, [i, 2]) for i in (0, 1)
@@ -63,7 +63,7 @@ def test_torchrun(tmp_path: Path) -> None:
 
 
 def test_torchrun_tells_a_wrong_config_once(tmp_path: Path) -> None:
-    result = _run([*TORCHRUN, *commands.arguments("report", tmp_path, 3)])
+    result = _run([*TORCHRUN, *programs.arguments("report", tmp_path, 3)])
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "parallel.dp=3" in errors[0]
@@ -73,7 +73,7 @@ def test_torchrun_tells_a_wrong_config_once(tmp_path: Path) -> None:
 
 def test_srun_shares_one_run_directory(tmp_path: Path) -> None:
     # Each task would put its own random number into run_dir.
-    command = commands.arguments("report", tmp_path / "${oc.env:SLURM_PROCID}", 2, "launcher.cpus_per_rank=3")
+    command = programs.arguments("report", tmp_path / "${oc.env:SLURM_PROCID}", 2, "launcher.cpus_per_rank=3")
     for code, _, errors in _srun(command):
         assert code == 0, errors
     found = [(f["launcher"], f["run_dir"], f["threads"]) for f in _facts(tmp_path / "0")]
@@ -82,7 +82,7 @@ def test_srun_shares_one_run_directory(tmp_path: Path) -> None:
 
 def test_srun_tells_an_error_once_with_its_rank(tmp_path: Path) -> None:
     note = tmp_path / "code"
-    ends = _srun(commands.arguments("fail_explained", tmp_path, 2), MOE_EXIT_CODE=str(note))
+    ends = _srun(programs.arguments("fail_explained", tmp_path, 2), MOE_EXIT_CODE=str(note))
     (code0, _, errors0), (code1, _, errors1) = ends
     assert errors1.strip() == "error: rank 1: the corpus is empty; set data.path"
     assert errors0.strip() == ""
@@ -92,7 +92,7 @@ def test_srun_tells_an_error_once_with_its_rank(tmp_path: Path) -> None:
 
 def test_ranks_leave_together(tmp_path: Path) -> None:
     """srun ends those that are left two minutes after the first, and rank 0 has a report to write."""
-    ends = _srun(commands.arguments("report_late", tmp_path, 2))
+    ends = _srun(programs.arguments("report_late", tmp_path, 2))
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert (tmp_path / "left").read_text() == "True"
 
@@ -101,18 +101,18 @@ def test_a_rank_that_is_told_to_stop_takes_the_others_with_it(tmp_path: Path) ->
     """A scheduler may reach one rank long before the others. All end with the code that says: continue later."""
 
     def warn() -> None:
-        commands.wait_for(lambda: len(list(tmp_path.glob("hanging_*"))) == 2, 60)
+        programs.wait_for(lambda: len(list(tmp_path.glob("hanging_*"))) == 2, 60)
         os.kill(int((tmp_path / "hanging_1").read_text()), signal.SIGUSR1)
 
     thread = threading.Thread(target=warn)
     thread.start()
-    ends = _srun(commands.arguments("until_told", tmp_path, 2))
+    ends = _srun(programs.arguments("until_told", tmp_path, 2))
     thread.join()
     assert [(code, errors) for code, _, errors in ends] == [(75, ""), (75, "")]
 
 
 def test_a_warning_while_data_are_made_ends_all_ranks_as_saved(tmp_path: Path) -> None:
-    ends = _srun(commands.arguments("report", tmp_path, 2), TEST_WARNED_BEFORE="1")
+    ends = _srun(programs.arguments("report", tmp_path, 2), TEST_WARNED_BEFORE="1")
     assert [code for code, _, _ in ends] == [75, 75], ends
     assert ends[0][2] == "stopped by SIGUSR1 before the first step; the same command continues\n"
     assert not list(tmp_path.glob("rank_*.json"))
@@ -120,7 +120,7 @@ def test_a_warning_while_data_are_made_ends_all_ranks_as_saved(tmp_path: Path) -
 
 def test_a_rank_with_other_code_is_named_and_nothing_is_built(tmp_path: Path) -> None:
     told = {"TEST_ODD_RANKS": "1", "MOE_EXIT_CODE": f"{tmp_path}/code"}
-    (code0, _, errors0), (code1, _, errors1) = _srun(commands.arguments("report", tmp_path, 2), **told)
+    (code0, _, errors0), (code1, _, errors1) = _srun(programs.arguments("report", tmp_path, 2), **told)
     assert (code0, code1) == (3, 3)  # starting again on these nodes would not help
     assert re.match(r"error: rank 0: code: rank 1 \(\S+\) has 0123456789ab, the others \w{12}; give every", errors0)
     assert errors1 == ""
@@ -143,7 +143,7 @@ def test_which_ranks_differ_from_most() -> None:
 def test_a_missing_package_ends_the_job_without_another_try(tmp_path: Path) -> None:
     """Found while a rank trains, and before it can even meet the others."""
     note = tmp_path / "code"
-    ends = _srun(commands.arguments("lack_a_package", tmp_path, 2), MOE_EXIT_CODE=str(note))
+    ends = _srun(programs.arguments("lack_a_package", tmp_path, 2), MOE_EXIT_CODE=str(note))
     (_, _, errors0), (code1, _, errors1) = ends
     assert (code1, note.read_text(), errors0) == (3, "3\n", "")
     assert re.match(r"error: rank 1: ModuleNotFoundError on \S+: No module named 'gone'; give \S+ on this", errors1)
@@ -154,7 +154,7 @@ def test_a_missing_package_ends_the_job_without_another_try(tmp_path: Path) -> N
         "-c",
         "import sys; sys.path[0] = sys.argv.pop(1); from launch import main; main.main()",
     ]
-    code, _, errors = _srun([*bare, str(commands.ROOT)], MOE_EXIT_CODE=str(note))[0]
+    code, _, errors = _srun([*bare, str(programs.ROOT)], MOE_EXIT_CODE=str(note))[0]
     assert (code, note.read_text()) == (3, "3\n")
     assert errors.startswith("error: ModuleNotFoundError on ")
     assert errors.count("\n") == 1
@@ -172,7 +172,7 @@ def test_ranks_that_see_one_gpu_each_must_see_different_ones() -> None:
 
 
 def test_srun_prints_the_config_once(tmp_path: Path) -> None:
-    (code0, output0, _), (code1, output1, _) = _srun(commands.arguments("report", tmp_path, 2, "--cfg", "job"))
+    (code0, output0, _), (code1, output1, _) = _srun(programs.arguments("report", tmp_path, 2, "--cfg", "job"))
     assert (code0, code1) == (0, 0)
     assert "global_batch_size: 2" in output0
     assert output1 == ""
@@ -180,7 +180,7 @@ def test_srun_prints_the_config_once(tmp_path: Path) -> None:
 
 def test_srun_refuses_components_that_look_like_one_step(tmp_path: Path) -> None:
     """Inside a job only the port of srun differs. No layout has their number of ranks, which is not the cause."""
-    command = commands.arguments("report", tmp_path, 3)
+    command = programs.arguments("report", tmp_path, 3)
     (code0, _, errors0), (code1, _, errors1) = _srun(command, ports=("44835", "45071"))
     assert (code0, code1, errors1) == (LaunchError.exit_code, LaunchError.exit_code, "")
     assert errors0.startswith("error: this is a heterogeneous step of Slurm (rank 1 is of another component than rank ")
@@ -189,7 +189,7 @@ def test_srun_refuses_components_that_look_like_one_step(tmp_path: Path) -> None
 
 def test_srun_refuses_a_sweep(tmp_path: Path) -> None:
     note = tmp_path / "code"
-    ends = _srun(commands.arguments("report", tmp_path, 2, "-m", "seed=1,2"), MOE_EXIT_CODE=str(note))
+    ends = _srun(programs.arguments("report", tmp_path, 2, "-m", "seed=1,2"), MOE_EXIT_CODE=str(note))
     (code0, _, errors0), (code1, _, errors1) = ends
     assert (code0, code1, note.read_text()) == (2, 2, "2\n")
     assert errors0.startswith("error: --multirun")
@@ -201,6 +201,6 @@ def test_mpirun(tmp_path: Path) -> None:
     mpirun = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
     if mpirun is None:
         pytest.skip("no mpirun on this machine")
-    result = _run([mpirun, "-n", "2", *commands.arguments("report", tmp_path, 2)])
+    result = _run([mpirun, "-n", "2", *programs.arguments("report", tmp_path, 2)])
     assert result.returncode == 0, result.stderr
     assert [(f["launcher"], f["sum"]) for f in _facts(tmp_path)] == [("mpirun", 1)] * 2

@@ -18,7 +18,7 @@ import pytest
 from launch import lock
 from moe_train.config.schema import Config
 from parallel.errors import LaunchError
-from tests.launch import commands
+from tests.launch import programs
 
 TIMEOUT_S = 5
 
@@ -67,7 +67,7 @@ def test_a_killed_run_leaves_a_lock_that_the_next_one_takes_over(
 ) -> None:
     code = f"from launch import lock; from pathlib import Path; import time; lock.acquire(Path({str(tmp_path)!r}), 60, print); print('held', flush=True); time.sleep(60)"  # noqa: E501
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=commands.ROOT, stdout=subprocess.PIPE, env=commands.environment()
+        [sys.executable, "-c", code], cwd=programs.ROOT, stdout=subprocess.PIPE, env=programs.environment()
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"held\n"
@@ -216,7 +216,7 @@ def test_a_run_whose_lock_is_taken_hears_of_it(tmp_path: Path) -> None:
     time.sleep(0.1)
     assert told == []
     _left(tmp_path)
-    commands.wait_for(lambda: bool(told), 10)
+    programs.wait_for(lambda: bool(told), 10)
     assert told == [f"run_dir={tmp_path} was taken over by process 1 on elsewhere"]
     taken.release()
     assert (tmp_path / lock.NAME).exists()  # which is not its own
@@ -239,10 +239,10 @@ def test_a_lock_that_another_run_only_looks_at_is_not_lost(tmp_path: Path, monke
     own = taken.owner
     coming = [None, None, own, None, None, own]
     monkeypatch.setattr(lock, "_owner", lambda _: coming.pop(0) if coming else own)
-    commands.wait_for(lambda: not coming, 10)
+    programs.wait_for(lambda: not coming, 10)
     assert told == []
     monkeypatch.setattr(lock, "_owner", lambda _: None)
-    commands.wait_for(lambda: bool(told), 10)
+    programs.wait_for(lambda: bool(told), 10)
     assert told == [f"run_dir={tmp_path} was taken over by a user who removed its lock"]
 
 
@@ -289,14 +289,14 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_run_is_refused_while_another_one_trains_there(tmp_path: Path) -> None:
-    with commands.hanging("hang", tmp_path, 2):
+    with programs.hanging("hang", tmp_path, 2):
         written = (tmp_path / "config.yaml").read_bytes()
-        second = commands.run("report", tmp_path, 2)
+        second = programs.run("report", tmp_path, 2)
         assert second.returncode == 2
         assert second.stderr.startswith(f"error: run_dir={tmp_path} is in use by process ")
         assert second.stderr.count("\n") == 1
         assert (tmp_path / "config.yaml").read_bytes() == written
-    third = commands.run("report", tmp_path, 2)  # the first was killed
+    third = programs.run("report", tmp_path, 2)  # the first was killed
     assert third.returncode == 0, third.stderr
     assert "was left locked by" in third.stderr
     assert not (tmp_path / lock.NAME).exists()

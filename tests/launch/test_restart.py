@@ -8,22 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from launch import local, restarts, slurm
+from launch import restarts
 from launch.failures import RankError
-from moe_train.checkpoint import directory
-from moe_train.config import compose
+from launch.local import launcher
+from launch.slurm import commands
+from moe_train.config.composition import compose
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.schema import Config
+from moe_train.formats import run_directory
 from parallel.errors import LaunchError
 from parallel.layout import ParallelLayout
-from tests.launch import commands
+from tests.launch import programs
 
 
 def start(run_dir: Path, function: str, restarts: int | None, resume: str = "never") -> None:
     cfg = Config(run_dir=str(run_dir), runtime="cpu", resume=resume)
     cfg.launcher.restarts = restarts
     layout = ParallelLayout.resolve(tp=1, pp=1, vpp=1, cp=1, ep=1, etp=1, dp=2)
-    local.start(cfg, layout, entry=f"tests.launch.fake_job:{function}")
+    launcher.start(cfg, layout, entry=f"tests.launch.fake_job:{function}")
 
 
 def attempts(run_dir: Path) -> list[str]:
@@ -120,7 +122,7 @@ def test_a_first_checkpoint_on_the_nodes_disks_is_continued(
     monkeypatch.setenv(restarts.FIRST, str(tmp_path / ".first"))
     cfg = Config(run_dir=str(tmp_path), resume=resume)
     cfg.checkpoint.local_dir = str(tmp_path / "disk")
-    near = directory.near_of(cfg, cfg.checkpoint_root)
+    near = run_directory.near_of(cfg, cfg.checkpoint_root)
     assert near is not None
     if older:  # of an earlier run with the same directories
         _save({"checkpoints": cfg.checkpoint_root, "disk": near}[older], 9)
@@ -157,12 +159,12 @@ _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127
 @pytest.mark.parametrize("variables", [_ALONE, {}], ids=["torchrun", "moe-train"])
 def test_ranks_find_out_themselves_that_they_are_started_again(variables: dict[str, str], tmp_path: Path) -> None:
     """From the composed config, whichever file sets `checkpoint.dir`, and although what they began with is gone."""
-    env = commands.environment(**variables, **{restarts.FIRST: str(tmp_path / ".first")})
+    env = programs.environment(**variables, **{restarts.FIRST: str(tmp_path / ".first")})
     _save(tmp_path / "old", 9)
     words = [f"resume={tmp_path}/old/step_00000009", "launcher.preflight=check"]
     for expected in (f"{tmp_path}/old/step_00000009", "auto"):
-        command = commands.arguments("report", tmp_path, 1, *words)
-        done = subprocess.run(command, cwd=commands.ROOT, env=env, capture_output=True, text=True, timeout=90)
+        command = programs.arguments("report", tmp_path, 1, *words)
+        done = subprocess.run(command, cwd=programs.ROOT, env=env, capture_output=True, text=True, timeout=90)
         assert done.returncode == 0, done.stderr
         assert compose.from_yaml(tmp_path / "config.yaml").resume == expected
         assert [line for line in done.stderr.splitlines() if line.startswith("warning: ")] == [
@@ -173,13 +175,13 @@ def test_ranks_find_out_themselves_that_they_are_started_again(variables: dict[s
 
 
 def test_a_field_that_is_not_heard_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    launcher = LauncherConfig(start="torchrun", preflight="check", container="image")
+    settings = LauncherConfig(start="torchrun", preflight="check", container="image")
     monkeypatch.setenv("MOE_START", "torchrun")
-    slurm.warn_unheard(launcher)
+    commands.warn_unheard(settings)
     told = capsys.readouterr().err
     assert told.startswith("warning: moe-submit alone acts on launcher.preflight=check, launcher.container=image; ")
     assert told.count("\n") == 1
-    slurm.warn_unheard(LauncherConfig(start="torchrun"))
+    commands.warn_unheard(LauncherConfig(start="torchrun"))
     monkeypatch.setenv("MOE_SUBMITTED", "2026-01-01_00-00-00")
-    slurm.warn_unheard(launcher)
+    commands.warn_unheard(settings)
     assert capsys.readouterr().err == ""

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from launch import room
-from moe_train.config.compose import compose
-from moe_train.config.validate import validate
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.model.memory import predict
 from parallel.errors import ConfigError
 

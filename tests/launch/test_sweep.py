@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import sweep
-from moe_train.config.compose import Job, hydra_entry
+from moe_train.config.composition.compose import Job, hydra_entry
 from moe_train.config.schema import Config
 from parallel.errors import DataError
 

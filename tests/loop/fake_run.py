@@ -9,7 +9,7 @@ import torch
 
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config
-from moe_train.loop.run import Metrics, Run
+from moe_train.run import Metrics, Run
 from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
 

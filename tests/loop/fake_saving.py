@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-from moe_train.loop.run import Run
+from moe_train.run import Run
 from parallel.errors import CheckpointError
 
 

@@ -15,8 +15,8 @@ from moe_train.loop.callbacks.checkpoint import CheckpointCallback
 from moe_train.loop.callbacks.inject import InjectFaults
 from moe_train.loop.callbacks.metrics_file import MetricsFile, read
 from moe_train.loop.callbacks.recovery import Recovery
-from moe_train.loop.run import Run
 from moe_train.resilience.bad_steps import DivergedError
+from moe_train.run import Run
 from tests.checkpoint import small_run
 from tests.distributed.helper import run_distributed
 

@@ -4,7 +4,7 @@ import pytest
 
 from moe_train.checkpoint import checkpoint
 from moe_train.loop.callbacks.checkpoint import CheckpointCallback
-from moe_train.loop.run import Run
+from moe_train.run import Run
 from parallel.errors import CheckpointError
 from tests.loop.fake_run import fake_run, take_step
 from tests.loop.fake_saving import FakeSaving

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from bench.fault_runs import SMALL
-from launch import forkserver, main
+from launch import main
 from launch.failures import RankError
+from launch.local import forkserver
 from moe_train.checkpoint import continuing
-from moe_train.config.compose import compose
+from moe_train.config.composition.compose import compose
 
 TOKENS_OF_A_STEP = 8 * 32
 KEPT = ("config.yaml", "summary.json", "metrics.jsonl")

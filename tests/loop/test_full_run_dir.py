@@ -16,7 +16,7 @@ from moe_train.loop.callbacks.metrics_file import MetricsFile
 from moe_train.loop.callbacks.run_log import RunLog
 from moe_train.loop.callbacks.summary import Summary
 from moe_train.loop.callbacks.tensorboard import TensorBoard
-from moe_train.loop.run import Callback
+from moe_train.run import Callback
 from tests.loop.fake_run import evaluate, fake_run, take_step
 
 

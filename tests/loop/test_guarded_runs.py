@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from bench.fault_runs import SMALL
-from launch import failures, local
+from launch import failures
 from launch.failures import RankError
-from moe_train.config.compose import compose
-from moe_train.config.validate import validate
+from launch.local import launcher
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.loop.callbacks.metrics_file import read
 from moe_train.resilience import stop
-from tests.launch import commands
+from tests.launch import programs
 
 pytestmark = pytest.mark.slow
 STEPS = 12
@@ -32,7 +33,7 @@ def train(run_dir: Path, data: tuple[str, ...], *overrides: str, inject: tuple[s
         *SMALL, *data, *LAYOUT, f"train.steps={STEPS}", "checkpoint.interval_steps=4", "launcher.restarts=2",
         *overrides, *faults, f"run_dir={run_dir}",
     ])  # fmt: skip
-    local.start(cfg, validate(cfg))
+    launcher.start(cfg, validate(cfg))
     return list(read(run_dir / "metrics.jsonl"))
 
 
@@ -111,8 +112,8 @@ def test_a_storm_of_signals_saves_once_and_the_run_continues(
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", sys.executable, "-m",
                "launch.main", *words, "resilience.inject=['term:rank=1:step=6:factor=50']"]  # fmt: skip
     code = tmp_path / "code"
-    environment = commands.environment(**{failures.LEFT: str(code)})
-    done = subprocess.run(command, cwd=commands.ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    environment = programs.environment(**{failures.LEFT: str(code)})
+    done = subprocess.run(command, cwd=programs.ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1, done.stderr  # torchrun's
     assert code.read_text() == f"{stop.EXIT_CODE}\n"  # that of the ranks
     assert done.stdout.count("stopped at step 6 by") == 1
@@ -125,14 +126,14 @@ def test_ctrl_c_leaves_nothing_half_written(
 ) -> None:
     words = [*SMALL, *small_data, *LAYOUT, f"train.steps={STEPS}", "checkpoint.interval_steps=1", f"run_dir={tmp_path}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.main", *words], cwd=commands.ROOT, env=commands.environment(),
+        [sys.executable, "-m", "launch.main", *words], cwd=programs.ROOT, env=programs.environment(),
         start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        commands.wait_for(lambda: (tmp_path / "checkpoints" / "step_00000003").exists(), 200)
+        programs.wait_for(lambda: (tmp_path / "checkpoints" / "step_00000003").exists(), 200)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(timeout=30) == 128 + signal.SIGINT
-        commands.wait_for(lambda: not commands.alive(process.pid), 30)
+        programs.wait_for(lambda: not programs.alive(process.pid), 30)
     finally:
         process.kill()
     assert losses(train(tmp_path, small_data)) == undisturbed

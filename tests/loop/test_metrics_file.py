@@ -12,7 +12,7 @@ import pytest
 from moe_train.files import untrusted
 from moe_train.loop.callbacks.metrics_file import NAME, MetricsFile, read
 from moe_train.loop.callbacks.summary import Summary
-from moe_train.loop.run import Run
+from moe_train.run import Run
 from tests.loop.fake_run import evaluate, fake_run, take_step
 
 

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from moe_train.config.compose import compose
-from moe_train.config.validate import validate
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.loop.callbacks.nvrx import NvrxHeartbeat
 from parallel.errors import ConfigError, HardwareError
 from tests.loop.fake_run import evaluate, fake_run, take_step

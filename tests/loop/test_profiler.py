@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from bench.parity import COMMON
-from launch import local
-from moe_train.config.compose import compose
-from moe_train.config.validate import validate
+from launch.local import launcher
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.loop.callbacks import profiler
 from moe_train.loop.callbacks.profiler import PARTS, MemoryForecast
 from moe_train.model.memory import job_of, predict
@@ -44,7 +44,7 @@ def test_first_steps_have_what_was_measured(precision: str, tmp_path: Path, smal
         [*COMMON, *small, *small_data, *steps, "parallel.pp=2", f"precision={precision}", f"run_dir={tmp_path}/run"]
     )
     layout = validate(cfg)
-    local.start(cfg, layout)
+    launcher.start(cfg, layout)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [set(PARTS) <= set(line) for line in lines] == [True, True, False]
     for line in lines[:2]:

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from moe_train.checkpoint import checkpoint
 from moe_train.loop.callbacks.checkpoint import CheckpointCallback
 from moe_train.loop.callbacks.stop import StopOnSignal
-from moe_train.loop.run import Run
 from moe_train.resilience import stop
+from moe_train.run import Run
 from tests.loop.fake_run import fake_run, take_step
 from tests.loop.fake_saving import FakeSaving
 

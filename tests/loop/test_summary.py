@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from moe_train.clock import StepClock
 from moe_train.loop.callbacks import summary as module
 from moe_train.loop.callbacks.metrics_file import MetricsFile
 from moe_train.loop.callbacks.summary import NAME, Summary, lines
-from moe_train.loop.run import Run
-from moe_train.telemetry.clock import StepClock
+from moe_train.run import Run
 from tests.loop.fake_run import BATCH, evaluate, fake_run, take_step
 
 

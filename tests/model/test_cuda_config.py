@@ -13,8 +13,8 @@ from unittest import mock
 import pytest
 import torch
 
-from moe_train.config.compose import compose
-from moe_train.config.validate import validate
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.model import backend
 from parallel.errors import ConfigError, HardwareError
 from tests.distributed.helper import run_distributed

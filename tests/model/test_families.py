@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_train.config.model import ModelConfig
-from moe_train.model.router import scores_groups_by_best
+from moe_train.model.local.router import scores_groups_by_best
 from tests.distributed.helper import run_distributed
 from tests.model.tiny import build_tiny
 
@@ -155,7 +155,7 @@ def test_shared_experts_are_gated_and_of_their_own_width() -> None:
 
 def gates_elsewhere() -> list[tuple[str, bool]]:
     """Device and mark of every shared expert's gate on a rank without memory for its tensors."""
-    from moe_train.config.validate import validate
+    from moe_train.config.composition.validate import validate
     from moe_train.model.build import build, transformer_config
     from parallel import groups
     from parallel.runtime import simulated

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_train.config.compose import compose
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.config.validate import validate
 
 
 def tiny_config(*overrides: str) -> Config:

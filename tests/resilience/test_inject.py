@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.config.compose import compose
-from moe_train.config.validate import validate
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.resilience.inject import Fault, Once, parse
 from parallel.errors import ConfigError
 

@@ -15,7 +15,7 @@ import pytest
 
 from moe_train.resilience import watch
 from moe_train.resilience.watch import Heartbeat, verdict
-from tests.launch import commands
+from tests.launch import programs
 
 
 def start(program: str, run_dir: Path) -> subprocess.CompletedProcess[str]:
@@ -30,7 +30,7 @@ def start(program: str, run_dir: Path) -> subprocess.CompletedProcess[str]:
     """
     text = textwrap.dedent(head) + textwrap.dedent(program)
     return subprocess.run(
-        [sys.executable, "-c", text, str(run_dir)], cwd=commands.ROOT, env=commands.environment(), text=True,
+        [sys.executable, "-c", text, str(run_dir)], cwd=programs.ROOT, env=programs.environment(), text=True,
         capture_output=True, timeout=60,
     )  # fmt: skip
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from launch import local, main
+from launch import main
+from launch.local import launcher
 from moe_train.config.schema import Config
 from parallel.rank_info import RankInfo
 
@@ -27,5 +28,5 @@ def run(cfg: Config, info: RankInfo) -> None:
 
 
 if __name__ == "__main__":
-    local.ENTRY = "tests.slurm.slowly:run"  # not as an entry of `main`, which would leave out the lock of run_dir
+    launcher.ENTRY = "tests.slurm.slowly:run"  # not as an entry of `main`, which would leave out the lock of run_dir
     main.main()

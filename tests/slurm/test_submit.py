@@ -18,8 +18,8 @@ def moe_submit(jobs: Jobs, *words: str) -> tuple[int, str]:
     """Exit code, and output with errors, of the command as a user types it."""
     environment = jobs.cluster.environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     done = subprocess.run(
-        [sys.executable, "-m", "launch.submit", *words], cwd=jobs.dir, env=environment, capture_output=True, text=True,
-        timeout=60,
+        [sys.executable, "-m", "launch.slurm.submit", *words],
+        cwd=jobs.dir, env=environment, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moe_train.clock import StepClock
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config
 from moe_train.telemetry import peak, throughput
-from moe_train.telemetry.clock import StepClock
 from moe_train.telemetry.throughput import Throughput, speed
 from tests.distributed.helper import run_distributed
 from tests.loop.fake_run import fake_run, set_step

@@ -1,5 +1,5 @@
 """Fixtures of the tests of commands."""
 
-from tests.checkpoint.hf.conftest import convert
+from tests.conversion.conftest import convert
 
 __all__ = ["convert"]

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {
-    "moe-train": "launch.main", "moe-submit": "launch.submit", "moe-preflight": "launch.preflight",
+    "moe-train": "launch.main", "moe-submit": "launch.slurm.submit", "moe-preflight": "launch.preflight",
     "moe-plan": "tools.plan", "moe-memory": "tools.memory", "moe-convert": "tools.convert",
     "moe-inspect": "tools.inspect", "moe-data": "tools.prepare_data", "moe-dryrun": "tools.dryrun",
 }  # fmt: skip

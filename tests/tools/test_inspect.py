@@ -13,15 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_train.checkpoint.dtypes import of_torch
-from moe_train.checkpoint.hashing_file import HashingFile
-from moe_train.checkpoint.hf import block_fp8, config, convert, distcp, safetensors, writer
-from moe_train.checkpoint.hf.mapping import pieces
-from moe_train.checkpoint.hf.rows import Rows
-from moe_train.checkpoint.hf.source import names_of
-from moe_train.checkpoint.hf.workers import Alone
-from moe_train.config.compose import compose
+from moe_train.config.composition.compose import compose
 from moe_train.config.model import ModelConfig
+from moe_train.conversion import plans
+from moe_train.conversion.families import config
+from moe_train.conversion.hf_source import names_of
+from moe_train.conversion.mapping import pieces
+from moe_train.formats import block_fp8, dcp, directory_writer, safetensors
+from moe_train.formats.communicator import Alone
+from moe_train.formats.dtypes import of_torch
+from moe_train.formats.hashing_file import HashingFile
+from moe_train.formats.tensor_slices import Rows
 from moe_train.model.arithmetic import count_parameters
 from tools import inspect
 from tools.convert import make_plan
@@ -65,13 +67,13 @@ def write_hf(directory: Path, tensors: dict[str, Tensor], settings: config.Json 
 def write_megatron(directory: Path, source: Path) -> Path:
     """`source` converted, with a manifest."""
     cfg = compose(["convert.to=megatron"])
-    writer.run(make_plan(cfg, source, directory), Alone(), 1)
+    directory_writer.run(make_plan(cfg, source, directory), Alone(), 1)
     return directory
 
 
 def add_optimizer(weights_only: Path, directory: Path, scale: float = 1.0) -> Path:
     """A copy with moments and fp32 weights, its bytes unverified, as a training run leaves it."""
-    source = distcp.Checkpoint(weights_only)
+    source = dcp.Checkpoint(weights_only)
     directory.mkdir(parents=True)
     items: dict[str, list[list[object]]] = {"__0_0.distcp": []}
     out = HashingFile(directory / "__0_0.distcp")
@@ -88,7 +90,7 @@ def add_optimizer(weights_only: Path, directory: Path, scale: float = 1.0) -> Pa
                 [name + key, list(entry.size), dtype, offsets, list(data.shape), start, out.position - start]
             )
     out.close()
-    (directory / ".metadata").write_bytes(distcp.table(convert._items(items)))
+    (directory / ".metadata").write_bytes(dcp.table(plans._items(items)))
     (directory / "config.yaml").write_bytes((weights_only / "config.yaml").read_bytes())
     state = {
         "format": 2,
@@ -234,7 +236,7 @@ def test_a_flipped_bit_is_found_where_there_is_a_manifest(
     kind: str, made: SimpleNamespace, tmp_path: Path, command: Command
 ) -> None:
     directory = tmp_path / "copy"
-    writer.run(make_plan(compose([f"convert.to={kind}"]), made.megatron, directory), Alone(), 1)
+    directory_writer.run(make_plan(compose([f"convert.to={kind}"]), made.megatron, directory), Alone(), 1)
     victim = max(directory.rglob("*"), key=lambda file: file.stat().st_size)
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
@@ -285,13 +287,13 @@ def test_the_same_weights_in_both_formats_are_equal(made: SimpleNamespace, comma
 def test_a_checkpoint_equals_itself_with_its_optimizer(made: SimpleNamespace, command: Command) -> None:
     code, out, _ = command("--diff", made.run, made.step)
     assert code == 0
-    assert f"all {len(distcp.Checkpoint(made.step).tensors)} tensors are equal" in out
+    assert f"all {len(dcp.Checkpoint(made.step).tensors)} tensors are equal" in out
 
 
 def test_optimizer_state_is_compared(made: SimpleNamespace, tmp_path: Path, command: Command) -> None:
     other = add_optimizer(made.megatron, tmp_path / "step_00000001", scale=2.0)
     code, out, _ = command("--diff", made.step, other, "inspect.rows=0")
-    tensors = distcp.Checkpoint(made.step).tensors
+    tensors = dcp.Checkpoint(made.step).tensors
     moved = sum(key.startswith("optimizer.") for key in tensors)
     assert code == 1
     assert f"{len(tensors) - moved} of {len(tensors)} tensors are equal; differing: {moved} values" in out
@@ -427,7 +429,7 @@ def test_a_family_that_is_not_ours_cannot_be_compared_with_megatron(
 def test_tolerances_let_a_lossy_copy_pass(made: SimpleNamespace, tmp_path: Path, command: Command) -> None:
     """bf16 -> FP8 moves a number by 1/16 at most, those near 0 by more of themselves, and a tensor by about 1/40."""
     cfg = compose(["convert.to=hf", "convert.dtype=fp8"])
-    writer.run(make_plan(cfg, made.hf, tmp_path / "fp8"), Alone(), 1)
+    directory_writer.run(make_plan(cfg, made.hf, tmp_path / "fp8"), Alone(), 1)
     compare = ("--diff", made.hf, tmp_path / "fp8")
     code, out, _ = command(*compare)
     assert code == 1

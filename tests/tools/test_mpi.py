@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.checkpoint.hf import workers
+from moe_train.formats import communicator
 from parallel.errors import LaunchError
-from tests.checkpoint.hf import tiny_v3
-from tests.checkpoint.hf.tiny_v3 import files_of
-from tests.launch.commands import ROOT, environment
+from tests.conversion import tiny_v3
+from tests.conversion.tiny_v3 import files_of
+from tests.launch.programs import ROOT, environment
 
 BIN = Path(sys.executable).parent
 MPIRUN = str(BIN / "mpirun") if (BIN / "mpirun").exists() else shutil.which("mpirun")
@@ -81,13 +81,13 @@ def test_without_mpi4py_several_processes_are_refused(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
         with pytest.raises(LaunchError, match=r"4 processes were started, but mpi4py cannot be used"):
-            workers.from_environment({name: "4"})
-        assert workers.from_environment({name: "1"}).size == 1
-    assert workers.from_environment({}).size == 1
+            communicator.from_environment({name: "4"})
+        assert communicator.from_environment({name: "1"}).size == 1
+    assert communicator.from_environment({}).size == 1
 
 
 def test_only_the_first_process_speaks_of_what_all_have() -> None:
-    assert workers.speaks({})
-    assert workers.speaks({"PMI_RANK": "0", "PMI_SIZE": "2"})
+    assert communicator.speaks({})
+    assert communicator.speaks({"PMI_RANK": "0", "PMI_SIZE": "2"})
     for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
-        assert not workers.speaks({name: "1"})
+        assert not communicator.speaks({name: "1"})

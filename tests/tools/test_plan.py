@@ -13,18 +13,19 @@ from xml.etree import ElementTree
 import hydra
 import pytest
 
-from moe_train.config.compose import compose, to_config
-from moe_train.config.explain import CONF_DIR
-from moe_train.config.validate import validate
+from moe_train.config.composition.compose import compose, to_config
+from moe_train.config.composition.explain import CONF_DIR
+from moe_train.config.composition.validate import validate
 from moe_train.model.memory import predict as memory
 from parallel.errors import ConfigError
 from parallel.planner import cost
 from tools import plan
-from tools.planning import experiment, models
+from tools.planning import experiment
 from tools.planning.answer import answer
 from tools.planning.pictures import COLOURS
 from tools.planning.recipe import count, parse
-from tools.planning.rows import date_of
+from tools.published import models
+from tools.published.rows import date_of
 
 ROOT = Path(__file__).parents[2]
 V3 = ("model=deepseek_v3", "cluster=h800", "gpus=2048", "tokens=14.8T")
@@ -54,7 +55,7 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path: Path, command
     """`moe-plan ... | head`."""
     reader, writer = os.pipe()
     os.close(reader)
-    entry = "import sys; from moe_train.config.compose import hydra_entry as run"
+    entry = "import sys; from moe_train.config.composition.compose import hydra_entry as run"
     prints = f"{entry}; sys.exit(run(lambda cfg: print('x' * 10**6), argv=[], trains=False, runs=False))"
     words = [sys.executable, *(["-m", *command] if command else ["-c", prints])]
     done = subprocess.run(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tools.planning.ranking import Group, groups, ranks, reached_by_noise, repeats, spearman
+from tools.published.ranking import Group, groups, ranks, reached_by_noise, repeats, spearman
 
 
 def row(configuration: str, published: float, month: int = 202604, release: str = "26.04") -> dict[str, Any]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moe_train.config.compose import compose
+from moe_train.config.composition.compose import compose
 from tools.words import parse
 
 FIELDS = ("convert.source", "convert.target")

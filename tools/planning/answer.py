@@ -14,12 +14,12 @@ from parallel.layout import ParallelLayout
 from parallel.planner import cost, software
 from parallel.planner.calibration import FITTED
 from parallel.planner.hardware import Hardware
-from parallel.planner.job import Job
-from parallel.planner.layers import Machine
+from parallel.planner.layer_time import Machine
 from parallel.planner.memory import Weights
-from parallel.planner.orders import impossible
 from parallel.planner.placement import Placement, placements
+from parallel.planner.schedules import impossible
 from parallel.planner.search import STATIC, Found, Plan, Recompute, Space, evaluate, search, stages_under
+from parallel.planner.workload import Job
 from parallel.suggest import Impossible
 from tools.planning.recipe import Stage, parse
 

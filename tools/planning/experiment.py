@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 
-from moe_train.config.compose import compose
-from moe_train.config.explain import CONF_DIR, group_options
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.explain import CONF_DIR, group_options
 from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields, get
 from parallel.errors import ConfigError

@@ -6,9 +6,9 @@ import io
 import json
 from collections.abc import Sequence
 
-from parallel.planner.orders import smallest_micro_batches
-from parallel.planner.schedule import Event, simulate
+from parallel.planner.schedules import smallest_micro_batches
 from parallel.planner.search import Plan
+from parallel.planner.simulation import Event, simulate
 
 COLOURS = {"F": "#4e79a7", "B": "#59a14f", "I": "#8cd17d", "W": "#f1ce63", "FB": "#b07aa1"}
 NAMES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from moe_train.config.rules.facts import Facts, Rule
+from moe_train.config.resolve import Facts, Rule
 from parallel.suggest import Impossible, fixes_of, multiples, override_value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_train.config.model import ModelConfig
-from moe_train.config.rules.facts import Facts, Rule, gather_facts
+from moe_train.config.resolve import Facts, Rule, gather_facts
 from moe_train.config.schema import Config
 from parallel.layout import ParallelLayout
 from parallel.suggest import Fix, Impossible, divisors, fixes_of, multiples, nearest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import lcm
 
-from moe_train.config.rules.facts import Facts, Rule
+from moe_train.config.resolve import Facts, Rule
 from parallel import pipeline
 from parallel.suggest import Fix, Impossible, divisors, fixes_of, multiples, nearest
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_train.config.rules.facts import Facts, Rule
+from moe_train.config.resolve import Facts, Rule
 from moe_train.config.schema import PrecisionConfig
 from parallel.suggest import Fix, Impossible, fixes_of, multiples, nearest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_train.config.recompute import WHOLE, of_chunk, settings
-from moe_train.config.rules.facts import Facts, Rule
+from moe_train.config.resolve import Facts, Rule
 from moe_train.config.walk import all_fields
 from parallel import pipeline
 from parallel.suggest import Fix, Impossible, divisors, fixes_of, nearest

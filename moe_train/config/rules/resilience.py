@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from moe_train.config.rules.facts import Facts, Rule
+from moe_train.config.resolve import Facts, Rule
 from moe_train.resilience.inject import parse
 from parallel.suggest import Impossible
 

@@ -6,7 +6,7 @@ import os
 import re
 
 from moe_train.config import blend
-from moe_train.config.rules.facts import Facts, Rule
+from moe_train.config.resolve import Facts, Rule
 from parallel.suggest import Fix, Impossible, fixes_of, override_value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_train.config.recompute import settings
-from moe_train.config.rules.facts import Facts, Rule
+from moe_train.config.resolve import Facts, Rule
 from moe_train.config.schema import Config
 from moe_train.config.walk import get
 from parallel.suggest import Impossible

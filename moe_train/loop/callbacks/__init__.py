@@ -14,7 +14,7 @@ from moe_train.loop.callbacks.stop import StopOnSignal
 from moe_train.loop.callbacks.summary import Summary
 from moe_train.loop.callbacks.tensorboard import TensorBoard
 from moe_train.loop.callbacks.watchdog import Stragglers, Watchdog
-from moe_train.loop.run import Callback, Run
+from moe_train.run import Callback, Run
 from moe_train.telemetry.throughput import Throughput
 
 

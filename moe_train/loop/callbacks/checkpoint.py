@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moe_train.checkpoint import checkpoint, exchange
+from moe_train.checkpoint import checkpoint, hf_exchange
 from moe_train.checkpoint.collective import say, warn
 from moe_train.checkpoint.saving import Saving
-from moe_train.loop.run import Callback, Metrics, Run
+from moe_train.run import Callback, Metrics, Run
 from parallel.errors import CheckpointError
 
 
@@ -68,7 +68,7 @@ class CheckpointCallback(Callback):
         self._wait(run)
         if run.state.step >= run.total_steps:
             with self._holding(run):
-                exchange.export_last(run)
+                hf_exchange.export_last(run)
 
     def finish(self, run: Run) -> None:
         """Wait for the checkpoint that is being written, if there is one. Every rank calls it.

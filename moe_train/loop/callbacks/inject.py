@@ -13,8 +13,8 @@ from typing import Any
 from megatron.core import parallel_state as ps
 from torch import Tensor
 
-from moe_train.loop.run import Callback, Metrics, Run
 from moe_train.resilience.inject import Fault, Once, parse
+from moe_train.run import Callback, Metrics, Run
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from moe_train.checkpoint.collective import warn
 from moe_train.files import untrusted
-from moe_train.loop.run import Callback, Metrics, Run
+from moe_train.run import Callback, Metrics, Run
 from moe_train.telemetry.patient_file import PatientFile
 from moe_train.telemetry.throughput import is_logged
 

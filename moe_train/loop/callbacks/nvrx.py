@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from moe_train.loop.run import Callback, Metrics, Run
+from moe_train.run import Callback, Metrics, Run
 from parallel.errors import ConfigError, HardwareError
 
 _SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"

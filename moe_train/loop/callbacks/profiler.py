@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from moe_train.loop.run import Callback, Metrics, Run
 from moe_train.model.memory import job_of, predict
+from moe_train.run import Callback, Metrics, Run
 from moe_train.telemetry.saved_tensors import SavedTensors, static_bytes
 from parallel.planner.memory import saved_per_micro_batch
 

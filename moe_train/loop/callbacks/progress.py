@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from moe_train.loop.run import Callback, Metrics, Run
+from moe_train.run import Callback, Metrics, Run
 
 _LIVE_S = 0.2
 """Shortest time between two drawings of the live line."""

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from moe_train.checkpoint import checkpoint, directory
+from moe_train.checkpoint import checkpoint
+from moe_train.formats import run_directory
 from moe_train.loop.callbacks.checkpoint import CheckpointCallback
-from moe_train.loop.run import Callback, Metrics, Run
 from moe_train.resilience.bad_steps import DivergedError
+from moe_train.run import Callback, Metrics, Run
 from parallel.errors import CheckpointError
 
 _REMEDY = "see its data, lower optimizer.lr, or raise resilience.max_bad_steps"
@@ -69,7 +70,7 @@ def _load_before(run: Run, step: int, own_steps: set[int]) -> bool:
     """Load the newest checkpoint of this run from before `step` that can be read; whether there is one."""
     found: list[list[Path]] = [[]]
     if run.is_main:
-        there = {directory.step_of(path.name): path for path in directory.candidates(checkpoint.root_of(run))}
+        there = {run_directory.step_of(path.name): path for path in run_directory.candidates(checkpoint.root_of(run))}
         found[0] = [there[own] for own in sorted(own_steps & there.keys(), reverse=True) if own < step]
     dist.broadcast_object_list(found, src=0)
     before = run.cfg.resume

@@ -6,7 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
-from moe_train.loop.run import Callback, Metrics, Run
+from moe_train.run import Callback, Metrics, Run
 from moe_train.telemetry.patient_file import PatientFile
 
 log = logging.getLogger("moe_train")

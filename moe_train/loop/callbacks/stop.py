@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 
 from moe_train.loop.callbacks.checkpoint import CheckpointCallback
-from moe_train.loop.run import Callback, Metrics, Run
 from moe_train.resilience import stop
+from moe_train.run import Callback, Metrics, Run
 
 
 class StopOnSignal(Callback):
     """SIGUSR1 and SIGTERM to any rank: after the step all ranks save (unless they just have) and raise `Stopped`.
 
-    Ranks that `launch.local` started are ended by its SIGTERM, so there only SIGUSR1 counts.
+    Ranks that `launch.local.launcher` started are ended by its SIGTERM, so there only SIGUSR1 counts.
     """
 
     def __init__(self, checkpoints: CheckpointCallback) -> None:

@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from moe_train.checkpoint import directory
 from moe_train.checkpoint.checkpoint import root_of
 from moe_train.checkpoint.collective import warn
 from moe_train.checkpoint.continuing import SUMMARY as NAME
-from moe_train.checkpoint.directory import replace_file
 from moe_train.data.statistics import unigram_entropy
 from moe_train.data.tokenizer import load_tokenizer
+from moe_train.formats import run_directory
+from moe_train.formats.run_directory import replace_file
+from moe_train.inference import uncached
 from moe_train.loop.callbacks import loss_curve, metrics_file
 from moe_train.loop.callbacks.loss_curve import LossCurve
-from moe_train.loop.run import Callback, Metrics, Run
-from moe_train.telemetry import sampling
+from moe_train.run import Callback, Metrics, Run
 from moe_train.telemetry.throughput import speed
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Summary(Callback):
             memory_peak = max(memory_peak, line.get("memory_peak_bytes", 0))
         step_time_s = run.clock.mean_s
         now = speed(run.cfg, run.layout.world_size, step_time_s, run.peak_tflops) if step_time_s else None
-        saved = directory.candidates(root_of(run))
+        saved = run_directory.candidates(root_of(run))
         valid_loss, entropy = _ends(losses["valid_loss"]), held_out_entropy(run)
         last = valid_loss["last"] if valid_loss else None
         return {
@@ -185,7 +185,7 @@ def _continuations(run: Run) -> list[dict[str, str]]:
         if run.is_main:
             log.warning("no text is held out, so none is continued; see data.split and train.eval_batches")
         return []
-    found = sampling.continue_held_out(run, count)
+    found = uncached.continue_held_out(run, count)
     if not run.is_main:
         return []
     tokenizer = load_tokenizer(run.cfg.data)

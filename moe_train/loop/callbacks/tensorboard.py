@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from moe_train.loop.callbacks.metrics_file import moe_layers
-from moe_train.loop.run import Callback, Metrics, Run
+from moe_train.run import Callback, Metrics, Run
 from moe_train.telemetry.patient_file import PatientFile
 from moe_train.telemetry.throughput import is_logged
 

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from moe_train.loop.callbacks.checkpoint import CheckpointCallback
-from moe_train.loop.run import Callback, Metrics, Run
 from moe_train.resilience import stragglers
 from moe_train.resilience.watch import Watch
+from moe_train.run import Callback, Metrics, Run
 
 _SHARE_OF_TIMEOUT = 0.8
 """Default of resilience.hang_timeout_s, in launcher.timeout_s."""

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from moe_train.config.compose import compose
-from moe_train.config.validate import validate
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.model.memory import job_of, weights_on
+from parallel.planner.activations import layer
 from parallel.planner.compact import E4M3_BYTES, E5M6_BYTES, shared_embedding_bytes
-from parallel.planner.job import Job
 from parallel.planner.memory import stage_memory
-from parallel.planner.saved import layer
 from parallel.planner.search import held_bytes
+from parallel.planner.workload import Job
 
 GIB = 2**30
 V3 = [

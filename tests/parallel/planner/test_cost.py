@@ -11,7 +11,7 @@ from parallel.planner import cost
 from parallel.planner.hardware import Hardware
 from parallel.planner.network import Group
 from parallel.planner.placement import groups_of, members
-from tools.planning.rows import cluster
+from tools.published.rows import cluster
 
 H800: Hardware = cluster("h800")
 

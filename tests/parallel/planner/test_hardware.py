@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from parallel.planner.hardware import Hardware
-from tools.planning.rows import cluster
+from tools.published.rows import cluster
 
 H800, A100, GB200 = cluster("h800"), cluster("a100"), cluster("gb200")
 

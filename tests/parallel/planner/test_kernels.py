@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from moe_train.config.cluster import ClusterConfig
-from moe_train.config.explain import CONF_DIR
+from moe_train.config.composition.explain import CONF_DIR
 from parallel.planner import kernels, network
 from parallel.planner.calibration import FITTED
 from parallel.planner.hardware import Hardware
 from parallel.planner.network import Group, Routing
-from tools.planning.rows import cluster
+from tools.published.rows import cluster
 
 H800, H100, GB200 = cluster("h800"), cluster("h100"), cluster("gb200")
 

@@ -7,11 +7,11 @@ from itertools import accumulate
 
 import pytest
 
-from moe_train.config.compose import compose
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.config.validate import validate
 from moe_train.model.memory import job_of, predict, weights_on
-from parallel.planner.job import Job
+from parallel.planner.activations import layer
 from parallel.planner.memory import (
     StageMemory,
     Weights,
@@ -22,7 +22,7 @@ from parallel.planner.memory import (
     saved_per_micro_batch,
     stage_memory,
 )
-from parallel.planner.saved import layer
+from parallel.planner.workload import Job
 
 GB = 1e9
 V3 = ["model=deepseek_v3", "parallel=deepseek_v3_h800", "runtime=cuda", "batch=large", "train.seq_length=4096"]

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from moe_train.config.compose import compose
-from moe_train.config.validate import validate
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.model.memory import job_of, weights_on
-from parallel.planner.job import Job
 from parallel.planner.placement import members
+from parallel.planner.workload import Job
 from tests.distributed.helper import run_distributed
 
 KINDS = {

@@ -9,16 +9,16 @@ from itertools import product
 
 import pytest
 
-from moe_train.config.compose import compose
-from moe_train.config.validate import validate
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
 from moe_train.model.memory import job_of, weights_on
 from parallel.layout import ParallelLayout
 from parallel.planner import search
 from parallel.planner.calibration import FITTED
 from parallel.planner.compact import shared_embedding_bytes
-from parallel.planner.job import Job
-from parallel.planner.layers import Machine
+from parallel.planner.layer_time import Machine
 from parallel.planner.memory import StageMemory, Weights
+from parallel.planner.workload import Job
 from tools.planning.answer import Answer, answer, sizes
 from tools.planning.experiment import as_yaml
 

@@ -8,7 +8,7 @@ import pytest
 
 from parallel.planner import software
 from parallel.planner.calibration import FITTED
-from tests.parallel.planner.test_time import planned
+from tests.parallel.planner.test_step_time import planned
 
 
 @pytest.mark.parametrize(

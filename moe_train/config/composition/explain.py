@@ -1,0 +1,268 @@
+"""Hydra's and OmegaConf's errors as one line that names the field and a value that works."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    ConfigTypeError,
+    GrammarParseError,
+    InterpolationKeyError,
+    OmegaConfBaseException,
+)
+
+from moe_train.config.aliases import ABSENT, FIELDS
+from moe_train.config.composition.command_line import field_of, is_list, is_text, plain
+from moe_train.config.schema import Config
+from moe_train.config.walk import all_fields, get, group_names
+from parallel import errors
+from parallel.errors import ConfigError, MoeTrainError
+from parallel.suggest import override_value
+
+CONF_DIR = Path(__file__).resolve().parents[3] / "conf"
+_HYDRA_OPTIONS = (
+    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info",
+    "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--shell-completion", "--verbose",
+)  # fmt: skip
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+
+
+def explain(error: Exception, overrides: Sequence[str] = ()) -> MoeTrainError | None:
+    """`error`, raised while composing a config from `overrides`, as a ConfigError; None where it is not the user's."""
+    if isinstance(error, MoeTrainError):
+        return error
+    if isinstance(error, MissingConfigException):
+        return _missing_option(error)
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error.override, overrides)
+    inner = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
+    if isinstance(inner, GrammarParseError) or isinstance(error, GrammarParseError):
+        return _broken_reference(str(error), overrides)
+    if isinstance(inner, OmegaConfBaseException):
+        return _omegaconf(inner, str(error), overrides)
+    if str(error).startswith("Ambiguous value for argument"):
+        return _ambiguous(str(error))
+    if str(error).startswith("Config group override must be"):
+        return _not_an_option(overrides)
+    if match := re.match(r"Could not (?:override|delete from config\.) '([^']*)'", str(error)):
+        return unknown_field(match.group(1))
+    if isinstance(error, yaml.YAMLError):
+        return ConfigError(f"a config file is not YAML: {one_line(error)}", "correct the file at the line named")
+    if isinstance(error, (HydraException, ValueError)):
+        return ConfigError(one_line(error), "see moe-train --help and moe-train --cfg job")
+    return None
+
+
+def one_line(error: object) -> str:
+    """The message of `error` without line breaks and terminal controls."""
+    return errors.one_line(" ".join(str(error).split()))
+
+
+def unknown_field(name: str, value: str | None = None) -> ConfigError:
+    """An error for a field that does not exist, with the fields that may have been meant."""
+    shown = "VALUE" if value is None else value
+    if remedy := ABSENT.get(_leaf(name)):
+        return ConfigError(f"{name} is not a field of the configuration", remedy)
+    near = [near for near in similar_fields(name) if near in all_fields() or value in (None, *group_options(near))]
+    remedy = " or ".join(f"{field}={shown}" for field in near)
+    return ConfigError(
+        f"{name} is not a field of the configuration",
+        f"use {remedy}" if remedy else "see moe-train --cfg job for all fields",
+    )
+
+
+def similar_fields(name: str) -> list[str]:
+    """Up to three existing names like `name`, best first: same last part, then similar spelling."""
+    known = [*all_fields(), *(group for group in group_names() if group_options(group))]
+    if alias := FIELDS.get(_leaf(name)):
+        return [alias]
+    group, _, leaf = name.rpartition(".")
+    same_leaf = [full for full in known if full.rpartition(".")[2] == leaf]
+    if group in group_names():  # what the group shares with each of its fields, its own name, says nothing
+        ends = [full.rpartition(".")[2] for full in known if full.startswith(f"{group}.")]
+        spelling = [f"{group}.{end}" for end in difflib.get_close_matches(leaf, ends, n=3, cutoff=0.7)]
+    else:
+        spelling = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
+    leaves = {full.rpartition(".")[2]: full for full in reversed(known)}
+    near_leaf = [leaves[close] for close in difflib.get_close_matches(leaf, list(leaves), n=2, cutoff=0.75)]
+    return list(dict.fromkeys([*same_leaf, *spelling, *near_leaf]))[:3]
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2].lower().replace("-", "_")
+
+
+def unknown_option(option: str, words: Sequence[str] = (), flags: Sequence[str] = ()) -> ConfigError:
+    """An error for an option such as --partition=gpu or --lr 1e-3 that a command does not have.
+
+    Args:
+        words: the command line, whose next word may be the value.
+        flags: options of the command itself.
+    """
+    name, equals, value = option.partition("=")
+    cause = f"command line: there is no option {name}"
+    if near := difflib.get_close_matches(name, flags, n=1, cutoff=0.7):
+        return ConfigError(cause, f"use {near[0]}")
+    if name in ("--dryrun", "--dry-run", "--dry_run"):
+        return ConfigError(
+            cause, "use moe-submit --dry-run to see what a job needs, or --cfg job for the configuration"
+        )
+    fields = similar_fields(name.lstrip("-").replace("-", "_")) if name.startswith("--") else []
+    if near := difflib.get_close_matches(name, _HYDRA_OPTIONS, n=1, cutoff=0.8):
+        return ConfigError(cause, f"use {near[0]}")
+    if fields:
+        after = words[words.index(option) + 1 :][:1] if option in words and not equals else []
+        following = after[0] if after and "=" not in after[0] and not after[0].startswith("-") else "VALUE"
+        return ConfigError(cause, f"use {fields[0]}={value if equals else following}")
+    return ConfigError(cause, "use KEY=VALUE overrides and the options of --help")
+
+
+def group_options(group: str) -> list[str]:
+    """Names of the YAML files of a group, such as tiny, deepseek_v3, ... for `model`."""
+    folder = CONF_DIR / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def _unreadable(override: str, overrides: Sequence[str]) -> ConfigError:
+    """An override that Hydra's grammar does not accept."""
+    key = override.partition("=")[0]
+    name = key.lstrip("+~")
+    given = next((word for word in reversed(overrides) if word.partition("=")[0] == key), override)
+    value = given.partition("=")[2]
+    if "=" not in override or not re.fullmatch(r"[\w./@-]+", name):
+        return ConfigError(f"cannot read the override {given!r}", "use KEY=VALUE, such as train.steps=100")
+    if name in all_fields():
+        info = all_fields()[name]
+        what = f"one of {', '.join(info.choices)}" if info.choices else _type_name(info.type)
+        return ConfigError(f"{given} is not {what}", f"use {_works(name)}")
+    if name in group_names() or name == "experiment":
+        return ConfigError(f"{given} is not the name of one option of {name}", f"use {_works(name)}")
+    if name.startswith("hydra"):
+        return ConfigError(f"cannot read the override {given!r}", f"quote its value: \"{key}='...'\"")
+    return unknown_field(name, value)
+
+
+def _broken_reference(message: str, overrides: Sequence[str]) -> ConfigError:
+    """`${` in a value that is not followed by a name and `}`."""
+    for word in overrides:
+        info = field_of(word)
+        if info is not None and is_text(info) and "${" in word:
+            return ConfigError(f"{word} has a reference that cannot be read", "write \\${ where ${ is text")
+    return ConfigError(
+        f"a reference cannot be read: {one_line(message)}", "write ${NAME} with the full name of a field"
+    )
+
+
+def _missing_option(error: MissingConfigException) -> ConfigError:
+    missing = str(error.missing_cfg_file or "")
+    group, _, option = missing.rpartition("/")
+    top = missing.split("/")[0]
+    if top in group_names() or top == "experiment":
+        group, option = top, missing.removeprefix(top + "/")
+    own = group_options(group) if group else sorted(path.stem for path in CONF_DIR.glob("*.yaml"))
+    options = own or [str(option) for option in error.options or ()]  # Hydra's own groups are not under conf/
+    near = difflib.get_close_matches(option, options, n=2, cutoff=0.5) or options[:2]
+    remedy = " or ".join(f"{group}={name}" if group else f"--config-name {name}" for name in near)
+    return ConfigError(f"{group or 'config'}={option} does not exist among {', '.join(options) or 'no options'}",
+                       f"use {remedy}" if remedy else "see moe-train --help")  # fmt: skip
+
+
+def _omegaconf(inner: OmegaConfBaseException, outer: str, overrides: Sequence[str]) -> ConfigError:
+    """Unknown keys, wrong types, deletions and interpolations."""
+    name = str(inner.full_key or "")
+    given = _given(name, overrides) if name else None
+    if isinstance(inner, InterpolationKeyError) or "nterpolation" in type(inner).__name__:
+        field = name or "an interpolation"
+        return ConfigError(f"{field} refers to something that does not exist: {one_line(inner).split(' full_key')[0]}",
+                           "use the full name of a field, such as ${model.name}")  # fmt: skip
+    if isinstance(inner, ConfigTypeError) and "deletion" in str(inner):
+        return ConfigError(f"{name} cannot be deleted", f"use {_works(name)}")
+    if isinstance(inner, (ConfigAttributeError, ConfigKeyError)):
+        match = re.match(r"In '([^']+)'", outer)
+        error = unknown_field(name, given)
+        return ConfigError(f"{error.cause} (in conf/{match.group(1)}.yaml)", error.remedy) if match else error
+    if name in all_fields():
+        value = f"={given}" if given is not None else ""
+        return ConfigError(f"{name}{value} is not {_type_name(all_fields()[name].type)}", f"use {_works(name, given)}")
+    return ConfigError(one_line(inner).split(" full_key")[0], f"use {_works(name)}" if name in group_names() else "")
+
+
+def _ambiguous(message: str) -> ConfigError:
+    """Commas outside of quotes mean a sweep."""
+    match = re.search(r"argument '(.*)'", message)
+    name, _, value = (match.group(1) if match else message).partition("=")
+    name = name.lstrip("+~")
+    first = value.split(",")[0]
+    if name in all_fields() and plain(all_fields()[name].type) is int and re.fullmatch(r"\d{1,3}(,\d{3})+", value):
+        return ConfigError(f"{name}={value} has several values", f"use {name}={value.replace(',', '')}")
+    if name in all_fields() and is_list(all_fields()[name].type):
+        remedy = f"use {name}=[{value}]"
+    else:
+        remedy = f"use {name}={first}, or -m to run each"
+    return ConfigError(f"{name}={value} has several values", remedy)
+
+
+def refuse_lost_groups(overrides: Sequence[str]) -> None:
+    """`~model`, `model=null` and `model=[a,b]` are fine for Hydra, and would train defaults or a mixture unasked."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        group = key.lstrip("+~")
+        if group in group_names() and key.startswith("~"):
+            raise ConfigError(f"{group} cannot be deleted", f"use {_works(group)}")
+        if group in group_names() and (value == "null" or value.startswith("[")):
+            raise ConfigError(f"{group}={value} is not the name of one option of {group}", f"use {_works(group)}")
+
+
+def _not_an_option(overrides: Sequence[str]) -> ConfigError:
+    """`parallel=5`: a group wants the name of a file."""
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if (name in group_names() or name == "experiment") and value not in group_options(name):
+            return ConfigError(f"{name}={value} is not the name of an option of {name}", f"use {_works(name)}")
+        if not name:
+            return ConfigError(f"the override {override!r} has no key", "use KEY=VALUE, such as train.steps=100")
+    return ConfigError("a config group was given something else than the name of an option", "see moe-train --help")
+
+
+def _given(name: str, overrides: Sequence[str]) -> str | None:
+    """What the command line gave for `name`."""
+    for override in reversed(overrides):
+        key, _, value = override.partition("=")
+        if key.lstrip("+~") == name:
+            return value
+    return None
+
+
+def _works(name: str, given: str | None = None) -> str:
+    """The field with the nearest value of its type or its default, or the group with some of its options or fields."""
+    if name in group_names() or name == "experiment":
+        fields = [full for full in all_fields() if full.startswith(f"{name}.") and get(Config(), full) is not None]
+        options = [f"{name}={option}" for option in group_options(name)]
+        return " or ".join((options or [_works(full) for full in fields])[:3])
+    if name not in all_fields():
+        return f"{name}=VALUE"
+    info = all_fields()[name]
+    try:
+        number = max(round(float(given or "")), round(info.minimum or 0))
+    except (ValueError, OverflowError):
+        number = None
+    if number is not None and plain(info.type) is int:
+        return f"{name}={number}"
+    return f"{name}={override_value(get(Config(), name))}"
+
+
+def _type_name(kind: Any) -> str:
+    inner = plain(kind)
+    if is_list(kind):
+        return f"a list such as [{'0.1,0.2' if typing.get_args(inner)[0] is float else 'a,b'}]"
+    text = _TYPE_NAMES.get(inner, str(inner))
+    return text if inner is kind else f"{text} or null"

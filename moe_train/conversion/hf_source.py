@@ -1,0 +1,253 @@
+"""A Hugging Face checkpoint directory as one flat set of tensors in a precision that can be computed with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+
+from moe_train.config.model import ModelConfig
+from moe_train.conversion.families import config
+from moe_train.conversion.families.tables import FAMILIES
+from moe_train.conversion.mapping import Fused, Part, Piece, pieces, refuse_larger
+from moe_train.formats import block_fp8, nonfinite, safetensors
+from moe_train.formats.dtypes import DTYPES, Dtype
+from moe_train.formats.tensor_slices import Extent, Rows
+from parallel.errors import CheckpointError
+
+_FP8 = (DTYPES["float8_e4m3fn"], DTYPES["float8_e5m2"])
+
+
+class HuggingFace:
+    """The tensors of a directory. FP8 weights with block scales read as what they stand for, in bf16."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = config.read(directory)
+        self.extents = safetensors.open_directory(directory)
+        self._scales: dict[str, Rows] = {}
+        self._check_blocks()
+        for name, extent in self.extents.items():
+            if extent.dtype in _FP8:
+                self._check_scale(name, extent)
+
+    def _check_blocks(self) -> None:
+        scheme = self.config.get("quantization_config") or {}
+        size = scheme.get("weight_block_size") if isinstance(scheme, dict) else None
+        if size not in (None, [block_fp8.BLOCK, block_fp8.BLOCK]):
+            raise CheckpointError(
+                f"{self.directory / config.FILE} has weight_block_size={size}",
+                f"FP8 here has one scale for each block of {block_fp8.BLOCK} x {block_fp8.BLOCK}",
+            )
+
+    def _check_scale(self, name: str, extent: Extent) -> None:
+        scale = self.extents.get(name + block_fp8.SUFFIX)
+        expected = block_fp8.scale_shape(extent.shape) if len(extent.shape) == 2 else None
+        if (
+            scale is None
+            or scale.shape != expected
+            or extent.dtype != block_fp8.DTYPE
+            or not scale.dtype.is_floating_point
+        ):
+            raise CheckpointError(
+                f"{self.directory}: {name} is {extent.dtype} {list(extent.shape)}, and its {block_fp8.SUFFIX[1:]} "
+                f"{'is missing' if scale is None else f'is {scale.dtype} {list(scale.shape)}'}",
+                f"FP8 here is float8_e4m3fn with one scale for each block of {block_fp8.BLOCK} x {block_fp8.BLOCK}",
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor but the scales of FP8 weights."""
+        return [n for n in self.extents if not self._is_scale(n)]
+
+    @property
+    def numbers(self) -> int:
+        """How many are stored."""
+        return sum(prod(extent.shape) for extent in self.extents.values())
+
+    def _is_scale(self, name: str) -> bool:
+        weight = self.extents.get(name.removesuffix(block_fp8.SUFFIX))
+        return name.endswith(block_fp8.SUFFIX) and weight is not None and weight.dtype in _FP8
+
+    def dtype(self, name: str) -> Dtype:
+        """What `read` returns of the tensor."""
+        stored = self.extents[name].dtype
+        return DTYPES["bfloat16"] if stored in _FP8 else stored
+
+    def read(self, name: str, start: int, stop: int, out: memoryview | None = None) -> Rows:
+        """Rows `start` to `stop`, in `out` where it is given and they are stored as they are read."""
+        extent = self.extents[name]
+        part = extent.row_range(start, stop)
+        if extent.dtype not in _FP8:
+            return part.read(out)
+        rows = part.read()
+        scale = self._scales.get(name)
+        if scale is None:
+            scale = self.extents[name + block_fp8.SUFFIX].read()
+            self._scales = {name: scale}  # rows of one tensor are read one after the other
+        return Rows.of(block_fp8.dequantise(rows.tensor(), scale.tensor(), start))
+
+
+class MappedSource:
+    """A Hugging Face checkpoint read as the pieces of a Megatron checkpoint of `model`.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or belongs to no part of the model.
+    """
+
+    def __init__(self, source: HuggingFace, model: ModelConfig) -> None:
+        self.source, self.model = source, model
+        refuse_larger(model, source.numbers, source.directory / config.FILE)
+        self.pieces = pieces(model)
+        self._check()
+
+    def _check(self) -> None:
+        directory, extents = self.source.directory, self.source.extents
+        known: set[str] = set()
+        for piece in self.pieces:
+            for part in piece.parts:
+                name = self._stored(part)
+                known |= {name, *part.copies}
+                whole = name in (part.name, part.other)
+                expected = piece.part_shape(part) if whole else _fused_shape(piece, part)
+                if name not in extents:
+                    raise CheckpointError(f"{directory} has no tensor {name}", self._remedy(name))
+                for stored in (name, *part.copies):
+                    if stored in extents and not extents[stored].dtype.is_floating_point:
+                        raise CheckpointError(
+                            f"{directory}: {stored} is {extents[stored].dtype}, and weights are floating-point numbers",
+                            "name the checkpoint from before it was quantised",
+                        )
+                    if stored in extents and extents[stored].shape != expected:
+                        raise CheckpointError(
+                            f"{directory}: {stored} has shape {list(extents[stored].shape)}, and a {self.model.family} "
+                            f"model with this config has {list(expected)}",
+                            "restore the config.json that belongs to these weights",
+                        )
+        ignored = re.compile("|".join(FAMILIES[self.model.family].ignored))
+        for name in self.source.names:
+            if name not in known and not ignored.fullmatch(name) and not self._is_unwanted_prediction(name):
+                raise CheckpointError(
+                    f"{directory} has a tensor {name}, and a {self.model.family} model with this config has none",
+                    "restore the config.json that belongs to these weights",
+                )
+
+    def _is_unwanted_prediction(self, name: str) -> bool:
+        """Whether it is of a multi-token-prediction layer that config.json has and the user has switched off."""
+        named = self.source.config.get("num_nextn_predict_layers") or 0
+        return named > self.model.mtp_num_layers and _layer(name) >= self.model.num_layers + self.model.mtp_num_layers
+
+    def _remedy(self, name: str) -> str:
+        if _layer(name) >= self.model.num_layers:
+            return "set model.mtp_num_layers=0 to go on without multi-token prediction, or restore its weights"
+        return "restore the missing files or the config.json that belongs to these weights"
+
+    def _stored(self, part: Part) -> str:
+        """The tensor that holds this part: its own, that of another layout, or one of all experts."""
+        if part.other is not None and part.name not in self.source.extents and part.other in self.source.extents:
+            return part.other
+        if part.fused is not None and part.name not in self.source.extents:
+            for name in (part.fused.name, part.fused.name + ".weight"):
+                if name in self.source.extents:
+                    return name
+        return part.name
+
+    def dtype(self, piece: Piece) -> Dtype:
+        """Of the piece as it is stored; the widest where its parts differ."""
+        found = {self.source.dtype(self._stored(part)) for part in piece.parts}
+        return max(found, key=lambda dtype: dtype.itemsize)
+
+    def read(self, piece: Piece, start: int, stop: int, dtype: Dtype, out: memoryview | None = None) -> Rows:
+        """Rows `start` to `stop` of the piece in `dtype`; in `out` where given. Rows that only pad are zero.
+
+        Raises:
+            CheckpointError: what must be copies of one tensor are not equal.
+        """
+        whole = Rows.empty(dtype, (stop - start, *piece.shape[1:]), out)
+        filled = 0
+        for part in piece.parts:
+            row = 0  # of the part, where the block begins
+            for first, last in part.blocks:
+                begin, end = max(first, start), min(last, stop)
+                if begin < end:
+                    target = whole.range(begin - start, end - start).data
+                    as_stored = self.source.dtype(self._stored(part)) == dtype
+                    rows = self.part_rows(
+                        piece, part, row + begin - first, row + end - first, target if as_stored else None
+                    )
+                    if rows.data is not target:
+                        target[:] = narrowed(rows, dtype, part.name).data
+                    filled += end - begin
+                row += last - first
+        if filled < stop - start:  # only the vocabulary has padding, at its end
+            padding = whole.range(filled, stop - start).data
+            padding[:] = bytes(len(padding))
+        return whole
+
+    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> Rows:
+        """Rows of the Hugging Face tensor `part`, in `out` where it is given and they are stored as they are read."""
+        name = self._stored(part)
+        if part.fused is not None and name not in (part.name, part.other):
+            return self._fused_rows(name, part.fused, part.rows, start, stop, out)
+        rows = self.source.read(name, start, stop, out)
+        for copy in part.copies:
+            if copy in self.source.extents and not _same_bits(rows, self.source.read(copy, start, stop)):
+                raise CheckpointError(
+                    f"{self.source.directory}: {copy} differs from {name}, and the model here has one for both",
+                    "such weights cannot be converted",
+                )
+        return rows
+
+    def _fused_rows(self, name: str, fused: Fused, rows: int, start: int, stop: int, out: memoryview | None) -> Rows:
+        expert = self.source.extents[name].index(fused.expert)
+        first = fused.part * rows
+        return expert.row_range(first + start, first + stop).read(out)
+
+
+def narrowed(rows: Rows, dtype: Dtype, name: str) -> Rows:
+    """The rows of the tensor `name` in another precision.
+
+    Raises:
+        CheckpointError: it has numbers that the other one cannot hold; they would become infinite.
+    """
+    if rows.dtype == dtype:
+        return rows
+    tensor = rows.tensor()
+    result = tensor.to(dtype.torch)
+    narrow = Rows.of(result)
+    if nonfinite.count(dtype, narrow.data).infinite:
+        lost = result.isinf() & tensor.isfinite()
+        if lost.any():
+            import torch
+
+            short, largest = ("fp16", "bf16") if dtype.name == "float16" else (dtype.name, "fp32")
+            end = torch.finfo(dtype.torch).max
+            raise CheckpointError(
+                f"{name} has {tensor[lost].abs().max().item():.3g}, and {short} ends at {end:.5g}",
+                f"set convert.dtype={largest}",
+            )
+    return narrow
+
+
+def _fused_shape(piece: Piece, part: Part) -> tuple[int, ...]:
+    parts = part.fused.parts if part.fused else 1
+    return (piece.count, part.rows * parts, *piece.shape[1:])
+
+
+def _layer(name: str) -> int:
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(found.group(1)) if found else -1
+
+
+def _same_bits(a: Rows, b: Rows) -> bool:
+    return a.dtype == b.dtype and bytes(a.data) == bytes(b.data)  # views would be compared item by item
+
+
+def names_of(all_pieces: Iterable[Piece]) -> dict[str, tuple[int, ...]]:
+    """Hugging Face tensors of a model with their shapes, copies included, in the order of its layers."""
+    found: dict[str, tuple[int, ...]] = {}
+    for piece in all_pieces:
+        for part in piece.parts:
+            found |= dict.fromkeys((part.name, *part.copies), piece.part_shape(part))
+    return found

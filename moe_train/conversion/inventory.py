@@ -1,0 +1,249 @@
+"""What a checkpoint holds, in either format, counted from the tensors that are there. Needs no process group."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+
+from moe_train.config.model import ModelConfig
+from moe_train.conversion.families import config
+from moe_train.conversion.mapping import pieces, refuse_larger
+from moe_train.formats import block_fp8, dcp, directory_writer, run_config, run_directory, safetensors
+from moe_train.formats.dtypes import Dtype
+from moe_train.formats.nonfinite import Tally
+from moe_train.formats.tensor_slices import Extent
+from moe_train.model.arithmetic import ParameterCount, count_parameters
+from moe_train.model.megatron_names import EMBEDDING, EXPERTS, HEAD
+from parallel.errors import CheckpointError, MoeTrainError
+
+_OLDEST_FORMAT = 1
+"""Of a checkpoint of a run. Nothing but names has changed since."""
+HUGGING_FACE, MEGATRON = "Hugging Face", "Megatron"
+BIAS, COPIES, SCALES, OTHER = "expert_bias", "copies", "fp8_scales", "other"
+MOMENTS, MASTERS, RANDOM = "moments", "fp32_weights", "random_streams"
+NOT_PARAMETERS = (BIAS, COPIES, SCALES, MOMENTS, MASTERS, RANDOM)
+"""Parts of a checkpoint other than parameters. Copies are numbers that are stored again under another name."""
+
+# The first that fits a Megatron name decides. Names of optimizer state carry that of their parameter behind a prefix.
+_PARTS: tuple[tuple[Callable[[str], bool], str], ...] = (
+    (lambda key: key.startswith("optimizer.state.fp32_param."), MASTERS),
+    (lambda key: key.startswith("optimizer."), MOMENTS),
+    (lambda key: key.startswith("rng."), RANDOM),
+    (lambda key: key.startswith("fp8_scales."), SCALES),
+    (lambda key: key.endswith(".expert_bias"), BIAS),
+    (lambda key: key.startswith("mtp."), "mtp"),
+    (lambda key: key == EMBEDDING, "embedding"),
+    (lambda key: key == HEAD, "output_head"),
+    (lambda key: "layernorm." in key or key.endswith(".layer_norm_weight"), "norms"),
+    (lambda key: EXPERTS in key, "routed_experts"),
+    (lambda key: ".mlp.shared_experts." in key, "shared_experts"),
+    (lambda key: ".mlp.router." in key, "router"),
+    (lambda key: ".mlp." in key, "dense_ffn"),
+    (lambda key: ".self_attention." in key, "attention"),
+)
+
+
+def part_of(key: str) -> str:
+    """The part of a checkpoint that a tensor with this Megatron name belongs to."""
+    return next((part for fits, part in _PARTS if fits(key)), OTHER)
+
+
+@dataclass
+class Inventory:
+    """What is in a checkpoint."""
+
+    path: Path
+    format: str
+    name: str
+    model: ModelConfig | None
+    """None where the family is not one of ours: then every tensor counts as `other`."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """What its files say of how it came about, ready to be printed."""
+    elements: Counter[str] = field(default_factory=Counter)
+    """Numbers stored, by part."""
+    dtypes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """dtype -> (tensors, bytes)."""
+
+    def add(self, part: str, shape: tuple[int, ...], dtype: Dtype) -> None:
+        """Count a tensor."""
+        numel = prod(shape)
+        self.elements[part] += numel
+        tensors, size = self.dtypes.get(dtype.name, (0, 0))
+        self.dtypes[dtype.name] = (tensors + 1, size + numel * dtype.itemsize)
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Part -> parameters that are there, in the order of `arithmetic.MAIN_PARTS`, then `other`."""
+        names = [*ParameterCount().by_part(include_mtp=True), OTHER]
+        return {name: self.elements[name] for name in names if self.elements[name] or name != OTHER}
+
+    @property
+    def active(self) -> int:
+        """Parameters that are there and serve one token, multi-token prediction left out."""
+        main = sum(n for part, n in self.parameters.items() if part != "mtp")
+        if self.model is None or not self.model.is_moe:
+            return main
+        routed = self.elements["routed_experts"]
+        return main - (routed - routed // self.model.num_experts * self.model.topk)
+
+    def expected(self) -> ParameterCount | None:
+        """What the arithmetic says of the model; the padding of the vocabulary only where the format stores it."""
+        if self.model is None:
+            return None
+        count = count_parameters(self.model)
+        if self.format == HUGGING_FACE:
+            padding = (self.model.padded_vocab_size - self.model.vocab_size) * self.model.hidden_size
+            count = _without(count, padding)
+        return count
+
+
+def _without(count: ParameterCount, padding: int) -> ParameterCount:
+    head = count.output_head - padding if count.output_head else 0
+    return replace(count, embedding=count.embedding - padding, output_head=head)
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Whether the directory is meant as a Hugging Face checkpoint."""
+    return (path / config.FILE).is_file() or (path / safetensors.INDEX).is_file()
+
+
+def find(path: Path, name: str) -> Path:
+    """The checkpoint that the user means by `path`, given as `name`: itself, or the newest of a run.
+
+    Raises:
+        CheckpointError: nothing is there, or it is no checkpoint.
+    """
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{name}={path} is not a directory", "name the directory of a checkpoint")
+    return path if is_hugging_face(path) else run_directory.resolve(path, name)[0]
+
+
+def take(path: Path) -> Inventory:
+    """The inventory of the checkpoint that `find` returned.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or contradicts the table of contents.
+    """
+    return _hugging_face(path) if is_hugging_face(path) else _megatron(path)
+
+
+def _hugging_face(path: Path) -> Inventory:
+    written = config.read(path)
+    extents = safetensors.open_directory(path)
+    kind, architectures = written.get("model_type"), written.get("architectures")
+    found = Inventory(path, HUGGING_FACE, str(kind), None)
+    named = architectures if isinstance(architectures, list) else []
+    found.facts["architecture"] = ", ".join(map(str, named)) or "not said"
+    parts: dict[str, str] = {}
+    try:
+        found.model = config.to_model(written, path / config.FILE)
+        refuse_larger(found.model, sum(prod(extent.shape) for extent in extents.values()), path / config.FILE)
+        parts = _hugging_face_parts(found.model)
+    except MoeTrainError as error:
+        found.facts["parts"] = f"cannot be told: {error.cause}"
+    for key, extent in extents.items():
+        scaled = key.endswith(block_fp8.SUFFIX) and key.removesuffix(block_fp8.SUFFIX) in extents
+        found.add(SCALES if scaled else parts.get(key, OTHER), extent.shape, extent.dtype)
+    for field_name in ("quantization_config", "transformers_version"):
+        if value := written.get(field_name):
+            found.facts[field_name] = str(value.get("quant_method", value) if isinstance(value, dict) else value)
+    return found
+
+
+def _hugging_face_parts(model: ModelConfig) -> dict[str, str]:
+    """Every name that a tensor of the model can have -> part."""
+    parts: dict[str, str] = {}
+    for piece in pieces(model):
+        for part in piece.parts:
+            names = [part.name]
+            if part.other is not None:
+                names.append(part.other)
+            if part.fused is not None:
+                names += [part.fused.name, part.fused.name + ".weight"]
+            parts |= dict.fromkeys(names, part_of(piece.key)) | dict.fromkeys(part.copies, COPIES)
+    return parts
+
+
+def _megatron(path: Path) -> Inventory:
+    run_directory.check_files(path)
+    checkpoint = dcp.Checkpoint(path)
+    model = run_config.model_of(path)
+    found = Inventory(path, MEGATRON, model.name, model, _facts(path))
+    for key, entry in checkpoint.tensors.items():
+        found.add(part_of(key), tuple(entry.size), entry.properties.dtype)
+    others = checkpoint.contents.state_dict_metadata.keys() - checkpoint.tensors.keys()
+    if others:
+        found.facts["pickled objects"] = f"{len(others)}, not read"
+    return found
+
+
+def _facts(path: Path) -> dict[str, str]:
+    """state.json, in words."""
+    try:
+        state = run_directory.read_state(path, _OLDEST_FORMAT)
+        progress = state["progress"]
+        facts = {
+            "step": f"{progress['step']:,}",
+            "tokens": f"{progress['consumed_tokens']:,}",
+            "version": f"format {state['format']}",
+        }
+        if state.get("weights_only"):
+            facts["use"] = "weights only: for init_from, not for resume"
+        if "layout" in state:
+            degrees = " ".join(f"{name}={degree}" for name, degree in state["layout"].items() if degree != 1)
+            facts["saved by"] = f"{degrees or 'one rank'}, {state.get('device', '')}".rstrip(", ")
+        if "seed" in state:
+            facts["seed"] = str(state["seed"])
+        if "versions" in state:
+            facts["software"] = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise run_directory.damaged(path, f"{run_directory.STATE} cannot be read: {error}") from error
+    return facts
+
+
+def sizes(path: Path) -> tuple[int, int]:
+    """Files below the directory and their bytes."""
+    found = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+    return len(found), sum(found)
+
+
+def verify(
+    path: Path, threads: int, progress: Callable[[int], None], rank: int = 0, size: int = 1
+) -> tuple[int, int, Tally]:
+    """Compare every file with the manifest; returns how many files and bytes that were, and the numbers in their
+    tensors that are not finite. Of `size` processes each compares its share.
+
+    Raises:
+        CheckpointError: there is no manifest, or a file is missing, damaged or not what its table of contents says.
+    """
+    tally, problem = Tally(), None
+    try:
+        places = _places(path)
+    except CheckpointError as error:  # the manifest says which file is not what was written
+        places, problem = {}, error
+    files, checked = directory_writer.verify(path, threads, progress, rank, size, places=places, tally=tally)
+    if problem is not None:
+        raise problem
+    return files, checked, tally
+
+
+def _places(path: Path) -> dict[str, list[tuple[str, Extent]]]:
+    """Where the tensors of each file of a checkpoint are: file -> (tensor, place). Nothing for other directories."""
+    found: dict[str, list[tuple[str, Extent]]] = {}
+    if is_hugging_face(path):
+        for name, extent in safetensors.open_directory(path).items():
+            found.setdefault(extent.path.name, []).append((name, extent))
+    elif (path / run_directory.METADATA).is_file():
+        checkpoint = dcp.Checkpoint(path)
+        for key in checkpoint.tensors:
+            for chunk in checkpoint.chunks(key):
+                found.setdefault(chunk.file.name, []).append((key, chunk.extent))
+    return found
+
+
+def has_manifest(path: Path) -> bool:
+    """Whether every byte of the checkpoint can be verified."""
+    return (path / directory_writer.MANIFEST).is_file()

@@ -1,0 +1,515 @@
+"""Plans of conversions: which files a checkpoint in another format has, and how each of them is written.
+
+A file is a list of tensors that are read, converted and written one after the other, a few million numbers at a time:
+memory is bounded by the number of files that are written at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+from moe_train.config.model import ModelConfig
+from moe_train.config.schema import Config, ConvertConfig
+from moe_train.conversion.families import config
+from moe_train.conversion.hf_source import HuggingFace, MappedSource, narrowed
+from moe_train.conversion.mapping import Part, Piece
+from moe_train.conversion.small_files import KEPT, SmallFiles, accompanying
+from moe_train.formats import block_fp8, dcp, run_config, safetensors
+from moe_train.formats.directory_writer import FileJob, Plan
+from moe_train.formats.dtypes import DTYPES, Dtype
+from moe_train.formats.hashing_file import HashingFile
+from moe_train.formats.nonfinite import Tally
+from moe_train.formats.run_directory import CONFIG, FORMAT, METADATA, STATE, read_state
+from moe_train.formats.tensor_slices import BLOCK_BYTES, Rows
+from parallel.errors import CheckpointError, ConfigError
+
+FP32, BF16 = DTYPES["float32"], DTYPES["bfloat16"]
+_CHOICES = {"fp32": FP32, "bf16": BF16, "fp16": DTYPES["float16"], "fp8": block_fp8.DTYPE}
+ALLOW = "set convert.allow_nonfinite=true to convert them unchanged"
+
+_CHUNK_BYTES = 128 << 20  # largest item of a .distcp file, which a loader takes whole
+_LARGEST_FILE_BYTES, _SMALLEST_FILE_BYTES, _FILES = 4 << 30, 16 << 20, 32
+
+
+class Reader(Protocol):
+    """Where the numbers of Hugging Face tensors come from."""
+
+    def dtype(self, piece: Piece) -> Dtype:
+        """Of the piece as it is stored."""
+
+    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> Rows:
+        """Rows of the Hugging Face tensor `part`, in `out` where it is given and they are stored as they are read."""
+
+    def has(self, name: str) -> bool:
+        """Whether the copy `name` is wanted."""
+
+    def settle(self) -> None:
+        """Check what this thread has read and could not check yet."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user can choose."""
+
+    dtype: str | None = None
+    """fp32, bf16, fp16, fp8 (Hugging Face only); None keeps that of each tensor."""
+    file_bytes: int | None = None
+    """About the size of a file; None makes some thirty files, of at most 4 GiB."""
+    optimizer: bool = True
+    """Whether a Megatron copy of a Megatron checkpoint keeps the optimizer."""
+    power_of_two_scales: bool = True
+    allow_nonfinite: bool = False
+    """Whether NaN and infinite numbers are written unchanged."""
+
+
+class MegatronReader:
+    """A Megatron checkpoint read as Hugging Face tensors.
+
+    Args:
+        fp32: read the fp32 weights of the optimizer where the checkpoint has them.
+
+    Raises:
+        CheckpointError: a tensor of the model is missing, has another shape, or belongs to no part of the model.
+    """
+
+    def __init__(self, checkpoint: dcp.Checkpoint, all_pieces: Sequence[Piece], fp32: bool = False) -> None:
+        self.checkpoint = checkpoint
+        self._masters = fp32
+        check_megatron(checkpoint, all_pieces)
+
+    def dtype(self, piece: Piece) -> Dtype:
+        dtype: Dtype = self.checkpoint.tensors[self.key(piece)].properties.dtype
+        return dtype
+
+    def key(self, piece: Piece) -> str:
+        """The tensor of the checkpoint that a piece is read from."""
+        return self.checkpoint.master(piece.key) if self._masters else piece.key
+
+    def has(self, name: str) -> bool:
+        return name != "lm_head.weight"  # a tied head: transformers leaves it out
+
+    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> Rows:
+        rows, row = Rows.empty(self.dtype(piece), (stop - start, *piece.shape[1:]), out), 0
+        for first, last in part.blocks:
+            begin, end = max(row, start), min(row + last - first, stop)
+            if begin < end:
+                target = rows.range(begin - start, end - start).data
+                self.checkpoint.read(self.key(piece), piece.index, first + begin - row, first + end - row, target)
+            row += last - first
+        return rows
+
+    def settle(self) -> None:
+        if self.checkpoint.checks:
+            self.checkpoint.checks.settle()
+
+
+def check_megatron(checkpoint: dcp.Checkpoint, all_pieces: Sequence[Piece]) -> None:
+    """Raise CheckpointError where the checkpoint and the model differ in a name or a shape."""
+    remedy = "name the model it was trained with: model=NAME, or restore its config.yaml"
+    expected = {piece.key: piece.global_shape for piece in all_pieces}
+    for key, shape in expected.items():
+        entry = checkpoint.tensors.get(key)
+        if entry is None:
+            raise CheckpointError(f"checkpoint {checkpoint.directory} has no tensor {key}", remedy)
+        if tuple(entry.size) != shape:
+            found = list(entry.size)
+            raise CheckpointError(
+                f"{key} has shape {found} in checkpoint {checkpoint.directory} and {list(shape)} in the model", remedy
+            )
+    for key in checkpoint.tensors:
+        if is_model_tensor(key) and key not in expected:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.directory} has a tensor {key}, which the model does not have", remedy
+            )
+
+
+def is_model_tensor(key: str) -> bool:
+    """Whether a tensor of a Megatron checkpoint is a weight or buffer of the model."""
+    return not key.startswith(("optimizer.", "rng.", "fp8_scales."))
+
+
+class HuggingFaceReader:
+    """A Hugging Face checkpoint read as Hugging Face tensors."""
+
+    def __init__(self, source: MappedSource) -> None:
+        self._source = source
+
+    def dtype(self, piece: Piece) -> Dtype:
+        return self._source.dtype(piece)
+
+    def has(self, name: str) -> bool:
+        return name in self._source.source.extents
+
+    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> Rows:
+        return self._source.part_rows(piece, part, start, stop, out)
+
+    def settle(self) -> None:
+        """Its files have no checksum but that of the whole."""
+
+
+def to_megatron(source: MappedSource, target: Path, cfg: Config, options: Options) -> Plan:
+    """Hugging Face -> Megatron: weights for `init_from`, which any layout of ranks reads.
+
+    Args:
+        cfg: of the run whose config the checkpoint carries; its model is replaced by that of `source`.
+
+    Raises:
+        ConfigError: the format cannot hold what is asked for.
+    """
+    if options.dtype == "fp8":
+        raise ConfigError("convert.dtype=fp8 is a Hugging Face format", "use convert.dtype=bf16 or convert.to=hf")
+    chunks = [
+        chunk for piece in source.pieces for chunk in _chunks(piece, _wanted(options, piece, source.dtype(piece)))
+    ]
+    files = _pack(chunks, lambda chunk: chunk.bytes, options.file_bytes)
+    tallies = _Tallies(options)
+    jobs = [
+        FileJob(f"__{i}_0.distcp", sum(c.bytes for c in file), partial(_write_chunks, source, file, tallies))
+        for i, file in enumerate(files)
+    ]
+    # Nothing of where and how it was converted: the same weights make the same bytes.
+    converted_config = replace(cfg, model=source.model, convert=ConvertConfig(), run_dir=Config().run_dir)
+
+    def finish(facts: dict[str, Any]) -> dict[str, bytes]:
+        state = {
+            "format": FORMAT,
+            "weights_only": True,
+            "progress": {"step": 0, "consumed_samples": 0, "consumed_tokens": 0},
+        }
+        return {
+            METADATA: dcp.table(_items(facts)),
+            CONFIG: run_config.dump(converted_config).encode(),
+            STATE: json.dumps(state, indent=1).encode(),
+            **upstream_files(),
+        }
+
+    directory = source.source.directory
+    kept = {f"{KEPT}/{path.name}": path for path in accompanying(directory)}
+    used = {extent.path for extent in source.source.extents.values()}
+    identity = {"format": "megatron", **_identity(directory, used, options, source.model, jobs)}
+    return Plan(target, identity, jobs, finish, kept, tallies.notes)
+
+
+class _Tallies:
+    """What becomes of numbers that are not finite."""
+
+    def __init__(self, options: Options) -> None:
+        self.allowed = options.allow_nonfinite
+        self.notes: list[str] = []
+        """What was written in spite of them, a line for each file."""
+
+    def settle(self, tally: Tally) -> None:
+        """Raise CheckpointError where a file got such numbers and must not have them."""
+        if not self.allowed:
+            tally.refuse("the weights are not all finite", ALLOW)
+        elif tally.found:
+            self.notes.append(str(tally))
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows of a piece that become one item."""
+
+    piece: Piece
+    start: int
+    stop: int
+    dtype: Dtype
+
+    @property
+    def bytes(self) -> int:
+        return (self.stop - self.start) * prod(self.piece.shape[1:]) * self.dtype.itemsize
+
+
+def _chunks(piece: Piece, dtype: Dtype) -> Iterator[_Chunk]:
+    step = max(1, _CHUNK_BYTES // (prod(piece.shape[1:]) * dtype.itemsize))
+    for start in range(0, piece.rows, step):
+        yield _Chunk(piece, start, min(start + step, piece.rows), dtype)
+
+
+def _write_chunks(source: MappedSource, chunks: list[_Chunk], tallies: _Tallies, out: HashingFile) -> list[list[Any]]:
+    """Writes one item for each chunk; returns what `_items` needs."""
+    facts: list[list[Any]] = []
+    tally = Tally()
+    for chunk in chunks:
+        piece = chunk.piece
+        lead, tail = ((), ()) if piece.index is None else ((piece.index,), (1,))
+        offsets = (*lead, chunk.start, *[0] * (len(piece.shape) - 1))
+        shape = (*tail, chunk.stop - chunk.start, *piece.shape[1:])
+        row_bytes = prod(piece.shape[1:]) * chunk.dtype.itemsize
+        rows: Iterator[Rows] = (
+            source.read(piece, first, last, chunk.dtype, out.scratch((last - first) * row_bytes))
+            for first, last in _blocks(chunk, chunk.bytes)
+        )
+        rows = tally.checked(piece.key, rows)
+        facts.append(_save(out, chunk.dtype, shape, rows, piece.key, piece.global_shape, offsets))
+    tallies.settle(tally)
+    return facts
+
+
+def _blocks(rows: _Chunk | _Box, size: int) -> Iterator[tuple[int, int]]:
+    """The rows of something of `size` bytes, a few at a time."""
+    step = max(1, BLOCK_BYTES * (rows.stop - rows.start) // max(1, size))
+    for start in range(rows.start, rows.stop, step):
+        yield start, min(start + step, rows.stop)
+
+
+def _save(
+    out: HashingFile, dtype: Dtype, shape: Sequence[int], blocks: Iterator[Rows], key: str,
+    global_shape: Sequence[int], offsets: Sequence[int],
+) -> list[Any]:  # fmt: skip
+    start = out.position
+    dcp.write_item(out, dtype, tuple(shape), blocks)
+    return [key, list(global_shape), dtype.name, list(offsets), list(shape), start, out.position - start]
+
+
+def _items(facts: dict[str, Any]) -> Iterator[dcp.Item]:
+    for file, items in facts.items():
+        for key, global_shape, dtype, offsets, sizes, start, length in items:
+            yield dcp.Item(key, tuple(global_shape), DTYPES[dtype], tuple(offsets), tuple(sizes), file, start, length)
+
+
+def upstream_files() -> dict[str, bytes]:
+    """What Megatron-Core's own loader needs besides the tensors (dist_checkpointing/core.py, strategies/common.py)."""
+    kinds = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+    return {"metadata.json": json.dumps(kinds).encode(), "common.pt": dcp.EMPTY}
+
+
+def copy_megatron(checkpoint: dcp.Checkpoint, target: Path, options: Options) -> Plan:
+    """Megatron -> Megatron: the same state in another precision of the weights, in files of another size, or without
+    the optimizer. Nothing is done for another layout: a checkpoint has none.
+
+    Raises:
+        ConfigError: the format cannot hold what is asked for.
+    """
+    if options.dtype == "fp8":
+        raise ConfigError("convert.dtype=fp8 is a Hugging Face format", "use convert.dtype=bf16 or convert.to=hf")
+    keys = [key for key in checkpoint.tensors if options.optimizer or is_model_tensor(key)]
+    # The most precise weights that there are, as MegatronReader reads them.
+    stored = {key: checkpoint.master(key) if options.dtype == "fp32" else key for key in keys}
+    boxes = [box for key in keys for chunk in checkpoint.chunks(stored[key]) for box in _boxes(key, chunk)]
+    files = _pack(boxes, lambda box: box.bytes, options.file_bytes)
+    tallies = _Tallies(options)
+
+    def write(file: list[_Box], out: HashingFile) -> list[list[Any]]:
+        facts, tally = [], Tally()
+        for box in file:
+            extent, dtype = box.chunk.extent, box.chunk.extent.dtype
+            if options.dtype and is_model_tensor(box.key) and not box.key.endswith("expert_bias"):
+                dtype = _CHOICES[options.dtype]
+            parts = (extent.row_range(first, last) for first, last in _blocks(box, box.bytes))
+            rows: Iterator[Rows] = (
+                narrowed(checkpoint.read_part(box.chunk, part, out.scratch(part.bytes)), dtype, box.key)
+                for part in parts
+            )
+            shape = (box.stop - box.start, *extent.shape[1:])
+            offsets = [box.chunk.offsets[0] + box.start, *box.chunk.offsets[1:]]
+            rows = tally.checked(box.key, rows)
+            facts.append(_save(out, dtype, shape, rows, box.key, checkpoint.tensors[box.key].size, offsets))
+        if checkpoint.checks:
+            checkpoint.checks.settle()
+        tallies.settle(tally)
+        return facts
+
+    jobs = [
+        FileJob(f"__{i}_0.distcp", sum(b.bytes for b in file), partial(write, file)) for i, file in enumerate(files)
+    ]
+    directory = checkpoint.directory
+    state = read_state(directory) | ({} if options.optimizer else {"weights_only": True})
+
+    def finish(facts: dict[str, Any]) -> dict[str, bytes]:
+        small = {METADATA: dcp.table(_items(facts)), STATE: json.dumps(state, indent=1).encode(), **upstream_files()}
+        return small | {CONFIG: (directory / CONFIG).read_bytes()}
+
+    kept = {f"{KEPT}/{path.name}": path for path in accompanying(directory / KEPT)}
+    identity = {"format": "megatron", **_identity(directory, checkpoint.files, options, None, jobs)}
+    return Plan(target, identity, jobs, finish, kept, tallies.notes)
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Rows of a stored chunk."""
+
+    key: str
+    chunk: dcp.Chunk
+    start: int
+    stop: int
+
+    @property
+    def bytes(self) -> int:
+        return self.chunk.extent.row_range(self.start, self.stop).bytes
+
+
+def _boxes(key: str, chunk: dcp.Chunk) -> Iterator[_Box]:
+    rows = chunk.sizes[0]
+    step = max(1, _CHUNK_BYTES // max(1, chunk.extent.row_bytes))
+    for start in range(0, rows, step):
+        yield _Box(key, chunk, start, min(start + step, rows))
+
+
+@dataclass(frozen=True)
+class _Output:
+    """One tensor of a safetensors file and its rows, a block at a time."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    blocks: Callable[[HashingFile, Tally], Iterator[Rows]]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def to_hf(
+    reader: Reader, all_pieces: Sequence[Piece], model: ModelConfig, target: Path, options: Options,
+    origin: Path, files: Iterable[Path], small: SmallFiles,
+) -> Plan:  # fmt: skip
+    """Anything -> Hugging Face.
+
+    Args:
+        origin: directory that `reader` reads.
+        files: those of it that hold tensors.
+        small: what else the directory gets, such as the tokenizer.
+    """
+    groups = [
+        _outputs(reader, piece, part, _wanted(options, piece, reader.dtype(piece)), options)
+        for piece in all_pieces
+        for part in piece.parts
+    ]
+    packed = _pack(groups, lambda group: sum(output.bytes for output in group), options.file_bytes)
+    names = [f"model-{i:05d}-of-{len(packed):05d}.safetensors" for i in range(1, len(packed) + 1)]
+    tallies = _Tallies(options)
+    outputs = {name: [o for group in file for o in group] for name, file in zip(names, packed, strict=True)}
+    jobs = [
+        FileJob(name, sum(o.bytes for o in held), partial(_write_outputs, reader, held, tallies))
+        for name, held in outputs.items()
+    ]
+    weights = {o.dtype for held in outputs.values() for o in held if len(o.shape) == 2 and o.dtype != block_fp8.DTYPE}
+    common = BF16 if options.dtype == "fp8" else min(weights, key=lambda d: d.itemsize)
+    written = config.to_hf(model, common.name, small.original) | small.tokens
+    if options.dtype == "fp8":
+        written["quantization_config"] = {
+            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+            "weight_block_size": [block_fp8.BLOCK, block_fp8.BLOCK],
+        }  # fmt: skip
+
+    def finish(_: dict[str, Any]) -> dict[str, bytes]:
+        weight_map = {o.name: name for name, held in outputs.items() for o in held}
+        index = {"metadata": {"total_size": sum(job.bytes for job in jobs)}, "weight_map": weight_map}
+        return {
+            safetensors.INDEX: json.dumps(index, indent=1).encode(),
+            config.FILE: (json.dumps(written, indent=2) + "\n").encode(),
+            **small.made,
+        }
+
+    identity = {"format": "hf", **_identity(origin, files, options, model, jobs)}
+    return Plan(target, identity, jobs, finish, small.copied, tallies.notes)
+
+
+def _outputs(reader: Reader, piece: Piece, part: Part, dtype: Dtype, options: Options) -> list[_Output]:
+    shape = piece.part_shape(part)
+    copies = [name for name in part.copies if reader.has(name)]
+    if dtype != block_fp8.DTYPE:
+        return [_Output(n, dtype, shape, _rows(reader, piece, part, dtype)) for n in (part.name, *copies)]
+    scales: list[Rows] = []
+
+    def weight(out: HashingFile, tally: Tally) -> Iterator[Rows]:
+        scales.clear()
+        for rows in _rows(reader, piece, part, None)(out, tally):
+            values = rows.tensor()
+            if options.allow_nonfinite and values.isinf().any():  # by the rule of training it would become 448
+                raise CheckpointError(f"{part.name} has infinities, and FP8 (E4M3) has none", "set convert.dtype=bf16")
+            quantised, scale = block_fp8.quantise(values, options.power_of_two_scales)
+            scales.append(Rows.of(scale))
+            yield Rows.of(quantised)
+
+    def scale(*_: Any) -> Iterator[Rows]:  # written after the weight, in the same file
+        yield from scales
+
+    scale_shape = block_fp8.scale_shape(shape)
+    return [
+        _Output(part.name, dtype, shape, weight),
+        _Output(part.name + block_fp8.SUFFIX, FP32, scale_shape, scale),
+    ]
+
+
+def _rows(
+    reader: Reader, piece: Piece, part: Part, dtype: Dtype | None
+) -> Callable[[HashingFile, Tally], Iterator[Rows]]:
+    """The rows of a part, a few at a time; as they are stored and in whole FP8 blocks where no `dtype` is given."""
+    row_bytes = prod(piece.shape[1:]) * reader.dtype(piece).itemsize
+    whole = block_fp8.BLOCK if dtype is None else 1
+    step = max(1, BLOCK_BYTES // row_bytes // whole) * whole
+
+    def blocks(out: HashingFile, tally: Tally) -> Iterator[Rows]:
+        for start in range(0, part.rows, step):
+            stop = min(start + step, part.rows)
+            rows = reader.part_rows(piece, part, start, stop, out.scratch((stop - start) * row_bytes))
+            yield tally.add(part.name, rows if dtype is None else narrowed(rows, dtype, part.name))
+
+    return blocks
+
+
+def _write_outputs(reader: Reader, outputs: list[_Output], tallies: _Tallies, out: HashingFile) -> None:
+    tally = Tally()
+    out.write(safetensors.header([(o.name, o.dtype, o.shape) for o in outputs]))
+    for output in outputs:
+        for block in output.blocks(out, tally):
+            out.write(block.data)
+    reader.settle()
+    tallies.settle(tally)
+
+
+def _wanted(options: Options, piece: Piece, stored: Dtype) -> Dtype:
+    """The precision in which a piece is written."""
+    if piece.keeps_fp32:
+        return FP32
+    if options.dtype is None:
+        return stored
+    if options.dtype == "fp8" and not piece.quantised:
+        return BF16
+    return _CHOICES[options.dtype]
+
+
+def _pack(things: Sequence[Any], size_of: Callable[[Any], int], wanted: int | None) -> list[list[Any]]:
+    """Consecutive `things` in files of about the wanted size. The same for any number of processes and threads."""
+    total = sum(map(size_of, things))
+    limit = wanted or min(max(total // _FILES, _SMALLEST_FILE_BYTES), _LARGEST_FILE_BYTES)
+    files: list[list[Any]] = [[]]
+    held = 0
+    for thing in things:
+        size = size_of(thing)
+        if files[-1] and held + size > limit:
+            files.append([])
+            held = 0
+        files[-1].append(thing)
+        held += size
+    return files
+
+
+def _identity(
+    directory: Path, files: Iterable[Path], options: Options, model: ModelConfig | None, jobs: Iterable[FileJob]
+) -> dict[str, Any]:
+    """What decides the bytes of the result: the source's files as they are, every option, what goes into which file."""
+    stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(set(files))}
+    return {
+        "source": str(directory.resolve()),
+        "files": stats,
+        "options": {name: value for name, value in asdict(options).items() if name != "allow_nonfinite"},
+        "model": None if model is None else asdict(model),
+        "written": {job.name: job.bytes for job in jobs},
+    }
+
+
+__all__ = ["HuggingFace", "MappedSource", "MegatronReader", "Options", "copy_megatron", "to_hf", "to_megatron"]

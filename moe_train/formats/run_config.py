@@ -1,0 +1,212 @@
+"""Whether a run may continue a checkpoint: compares the checkpoint's config with the run's. No torch import."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_train.config.learning_rate import learning_rate
+from moe_train.config.model import ModelConfig
+from moe_train.config.resolve import total_steps
+from moe_train.config.schema import Config
+from moe_train.config.walk import get, violation, with_values
+from moe_train.files import untrusted
+from moe_train.formats.run_directory import CONFIG, damaged
+from parallel.errors import CheckpointError
+from parallel.suggest import override_value
+
+# Model fields that say nothing about weights that exist.
+_LABELS = {"name", "family", "init_std"}
+# Model fields that papers change while training: losses, their weights, dropping of tokens, context extension.
+TUNABLE = {
+    "balance_losses", "balance_loss_coeffs", "z_loss_coeff", "mtp_loss_coeff", "router_bias_update_rate",
+    "router_dtype", "capacity_factor", "pad_to_capacity", "token_drop_policy", "max_position_embeddings", "rope_type",
+    "rope_base", "yarn_factor", "yarn_original_max_position", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale",
+    "yarn_mscale_all_dim", "llama3_factor",
+}  # fmt: skip
+# What else changes the numbers of a continued run, so that it is no longer the run that was interrupted.
+_TRAINING = {
+    "batch": ("global_batch_size",),
+    "precision": (
+        "dtype", "grad_reduce_fp32", "fp8", "fp8_format", "power_of_two_scales", "amax_history_len",
+        "first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "moments_dtype",
+        "stochastic_rounding",
+    ),
+    "optimizer": None,
+    "schedule": ("decay", "warmup_steps", "decay_steps", "min_lr_ratio"),
+}  # fmt: skip
+# What of `data` does not change what a run reads, or in which order.
+_FREE_OF_DATA = {
+    "data.name", "data.verify", "data.cache_dir", "data.prepare_workers", "data.loader_workers", "data.on_resume",
+}  # fmt: skip
+_RATE = ("optimizer.lr", "schedule.decay", "schedule.warmup_steps", "schedule.min_lr_ratio")
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a checkpoint is."""
+
+    step: int
+    tokens: int
+    updates: int
+    """Updates of the weights; fewer than steps where fp16 or a bad step left some out."""
+
+
+def dump(cfg: Config) -> str:
+    """The config as YAML text, as a checkpoint stores it."""
+    return yaml.safe_dump(asdict(cfg), sort_keys=False)
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The config of the run that wrote the checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        config = untrusted.read_yaml(directory / CONFIG)
+    except (OSError, ValueError) as error:
+        raise damaged(directory, f"{CONFIG} cannot be read: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise damaged(directory, f"{CONFIG} is no config of a run")
+    return config
+
+
+def model_of(directory: Path, any_version: bool = False) -> ModelConfig:
+    """The model of the run that wrote the checkpoint.
+
+    Args:
+        any_version: whether fields that this version does not know are left out.
+
+    Raises:
+        CheckpointError: its config cannot be read, or is of a version with other fields.
+    """
+    values = read(directory)["model"]
+    if any_version:
+        known = {field.name for field in fields(ModelConfig)}
+        values = {name: value for name, value in values.items() if name in known}
+    try:
+        model = ModelConfig(**values)
+    except TypeError as error:
+        raise damaged(directory, f"{CONFIG} does not describe a model: {error}") from error
+    for name, value in values.items():
+        if why := violation(f"model.{name}", value):
+            raise damaged(directory, f"{CONFIG} has model.{name}={value}, which is {why}")
+    return model
+
+
+def check(saved: dict[str, Any], cfg: Config, directory: Path) -> list[str]:
+    """Warnings, one line each, about settings that differ from the run that wrote the checkpoint.
+
+    Raises:
+        CheckpointError: the model differs.
+    """
+    check_model(saved, cfg, directory)
+    found = [d for d in _differences(saved["model"], asdict(cfg.model), "model", None) if d[0] in TUNABLE]
+    found += _data_differences(saved, cfg)
+    for group, names in _TRAINING.items():
+        found += _differences(saved.get(group), asdict(cfg)[group], group, names)
+    return [
+        f"{field} was {_text(old)} when {directory.name} was saved and is {_text(new)} now"
+        for _, field, old, new in found
+    ]
+
+
+def check_model(saved: dict[str, Any], cfg: Config, directory: Path) -> None:
+    """Raise CheckpointError where the checkpoint is of another model."""
+    model = _differences(saved["model"], asdict(cfg.model), "model", None)
+    wrong = [d for d in model if d[0] not in _LABELS | TUNABLE]
+    if wrong:
+        theirs = " ".join(f"{field}={_text(old)}" for _, field, old, _ in wrong)
+        ours = " ".join(f"{field}={_text(new)}" for _, field, _, new in wrong)
+        raise CheckpointError(
+            f"checkpoint {directory} is of another model: {theirs} in the checkpoint, {ours} in the run",
+            f"set {theirs}, or start another run with another run_dir",
+        )
+
+
+def check_data(saved: dict[str, Any], cfg: Config, directory: Path) -> None:
+    """Raise CheckpointError where the run would read other data than it began with, and was not asked to."""
+    if cfg.data.on_resume == "change":
+        return
+    if found := _data_differences(saved, cfg):
+        what = ", ".join(f"{field} was {_text(old)} and is {_text(new)}" for _, field, old, new in found)
+        before = " ".join(f"{field}={override_value(old)}" for _, field, old, _ in found)
+        raise CheckpointError(
+            f"the run would go on with other data than {directory}: {what} now",
+            f"use {before}, or add data.on_resume=change",
+        )
+
+
+def check_schedule(
+    before: Config, cfg: Config, position: Position, asked: Collection[str]
+) -> Config:  # fmt: skip
+    """`cfg` with the schedule that it goes on with.
+
+    The learning rate must not change because something else did: the end of the decay follows the length of the run,
+    and an option of a group has values of its own.
+
+    Args:
+        before: the config of the checkpoint.
+        asked: fields whose values were asked for by name.
+
+    Raises:
+        CheckpointError: the schedule changes, and nobody asked for that.
+    """
+    end_before = before.schedule.decay_steps or total_steps(before, position.step, position.tokens)
+    end = cfg.schedule.decay_steps or total_steps(cfg, position.step, position.tokens)
+    same_end = end == end_before or before.schedule.decay == cfg.schedule.decay == "constant"
+    if cfg.schedule.on_resume == "checkpoint":
+        names = ("decay", "warmup_steps", "min_lr_ratio", "decay_steps")
+        values = {f"schedule.{name}": getattr(before.schedule, name) for name in names}
+        values |= {"optimizer.lr": before.optimizer.lr} | ({} if same_end else {"schedule.decay_steps": end_before})
+        return with_values(cfg, values)
+    if cfg.schedule.on_resume == "override":
+        return cfg
+    changed = [name for name in _RATE if get(cfg, name) != get(before, name) and name not in asked]
+    what = [f"{name} from {_text(get(before, name))} to {_text(get(cfg, name))}" for name in changed]
+    if not same_end and cfg.schedule.decay_steps is None:
+        what.append(f"the end of its decay from step {end_before} to {end}")
+    if not what:
+        return cfg
+    rates = [learning_rate(one.optimizer, one.schedule, last, position.updates)
+             for one, last in ((before, end_before), (cfg, end))]  # fmt: skip
+    raise CheckpointError(
+        f"the run would go on with another learning rate, {rates[1]:.3g} instead of {rates[0]:.3g} at step "
+        f"{position.step}: this command changes {' and '.join(what)}",
+        "add schedule.on_resume=checkpoint to keep the schedule of the checkpoint, or schedule.on_resume=override to "
+        "take the new one",
+    )
+
+
+Difference = tuple[str, str, Any, Any]
+"""Name, full name, old and new value of a field."""
+
+
+def _data_differences(saved: dict[str, Any], cfg: Config) -> list[Difference]:
+    """What differs in what the run reads, and in which order."""
+    now, found = asdict(cfg), []
+    for group, names in (("seed", None), ("data", None), ("train", ("seq_length",))):
+        found += _differences(saved.get(group), now[group], group, names)
+    return [difference for difference in found if difference[1] not in _FREE_OF_DATA]
+
+
+def _differences(old: Any, new: Any, path: str, names: tuple[str, ...] | None) -> list[Difference]:
+    """Each differing field. Fields that either side does not know are left out."""
+    if not isinstance(new, dict):
+        return [(path, path, old, new)] if old is not None and old != new else []
+    if not isinstance(old, dict):
+        return []
+    shared = [name for name in new if name in old and (names is None or name in names)]
+    return [(name, f"{path}.{name}", old[name], new[name]) for name in shared if old[name] != new[name]]
+
+
+def _text(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, list):
+        return "[" + ",".join(_text(item) for item in value) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,160 @@
+"""The three products of a linear layer as FP8 hardware computes them, emulated on the CPU.
+
+Each operand is rounded to FP8 along the dimension that its product adds up over, always from the high-precision tensor;
+the rounded values are multiplied with sums in fp32. Where all scales are powers of two the rounded values are exact in
+bf16, and the faster bf16 product computes the same sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_train.model.fp8 import quantisation
+from moe_train.model.fp8.delayed_scaling import DelayedScale
+from moe_train.model.kernels import gemm
+from moe_train.model.kernels.gemm import Counts
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How linear layers use FP8.
+
+    Args:
+        scaling: block, tensor, delayed or mxfp8.
+        hybrid: E5M2 for gradients instead of E4M3.
+        power_of_two: cut the scales of block and tensor to powers of two.
+        history: steps whose largest values delayed scaling looks back on.
+        dispatch: send tokens to their experts in FP8, too (dispatch.py).
+    """
+
+    scaling: str
+    hybrid: bool = False
+    power_of_two: bool = True
+    history: int = 1024
+    dispatch: bool = False
+
+    @property
+    def exact_in_bf16(self) -> bool:
+        """Whether rounded values are a bf16 number each."""
+        return self.scaling == "mxfp8" or (self.power_of_two and self.scaling != "delayed")
+
+
+class Operand:
+    """One of the three tensors of a linear layer: its input, its weight or the gradient of its output."""
+
+    def __init__(self, recipe: Recipe, count: int, *, is_weight: bool = False, is_gradient: bool = False) -> None:
+        self.recipe, self.is_weight = recipe, is_weight
+        self.format = quantisation.E5M2 if is_gradient and recipe.hybrid else quantisation.E4M3
+        largest = quantisation.LARGEST[self.format]
+        self.delayed = DelayedScale(count, recipe.history, largest) if recipe.scaling == "delayed" else None
+
+    def scale(self, x: Tensor, counts: Counts, learn: bool) -> Tensor | None:
+        """One scale for each tensor, for both directions of `x`: [experts] for rows in groups of `counts` or for the
+        weights of experts, else [1]. None where tiles have scales of their own.
+
+        Args:
+            learn: whether delayed scaling remembers this tensor (not while evaluating).
+        """
+        if self.recipe.scaling in ("block", "mxfp8"):
+            return None
+        parts = [x] if counts is None else x.unbind() if self.is_weight else x.split(list(counts))
+        zero = x.new_zeros((), dtype=torch.float32)
+        amax = torch.stack([part.abs().amax().float() if part.numel() else zero for part in parts])
+        if self.delayed is not None:
+            return self.delayed.of(amax, learn)
+        return quantisation.scale_of(amax, quantisation.LARGEST[self.format], torch.float32, self.recipe.power_of_two)
+
+    def rounded(self, x: Tensor, along: int, scale: Tensor | None, counts: Counts) -> Tensor:
+        """`x` rounded to FP8, for a product that adds up over its dimension `along` (-1 columns, -2 rows).
+
+        Sums over rows never leave a group of `counts` rows, nor do their tiles.
+        """
+        dtype = x.dtype if self.recipe.exact_in_bf16 else torch.float32
+        if scale is not None:
+            return self._with_scale(x, scale, counts).to(dtype)
+        if counts is not None and along == -2 and not self.is_weight:
+            return torch.cat([self._in_tiles(part, along, dtype) for part in x.split(list(counts))])
+        return self._in_tiles(x, along, dtype)
+
+    def _with_scale(self, x: Tensor, scale: Tensor, counts: Counts) -> Tensor:
+        if counts is not None and not self.is_weight:
+            scale = scale.repeat_interleave(torch.tensor(counts, device=x.device))
+        scale = scale.view(-1, *[1] * (x.dim() - 1))
+        return quantisation.round_values(x.float() * scale, self.format).mul_(1.0 / scale)
+
+    def _in_tiles(self, x: Tensor, along: int, dtype: torch.dtype) -> Tensor:
+        mx = self.recipe.scaling == "mxfp8"
+        length = quantisation.MX_BLOCK if mx else quantisation.BLOCK
+        tile = (length, length) if self.is_weight and not mx else (1, length) if along == -1 else (length, 1)
+        power_of_two = self.recipe.power_of_two
+        return quantisation.rounded(x, tile, dtype, dtype=self.format, power_of_two=power_of_two, mx=mx)
+
+
+class Products(gemm.Products):
+    """Emulated products of one linear layer, or of one linear layer of `count` local experts."""
+
+    def __init__(self, recipe: Recipe, count: int = 1) -> None:
+        self.recipe = recipe
+        self.input, self.weight = Operand(recipe, count), Operand(recipe, count, is_weight=True)
+        self.gradient = Operand(recipe, count, is_gradient=True)
+
+    @property
+    def delayed_scales(self) -> list[DelayedScale]:
+        """Those of input, weight and gradient where scaling is delayed, else none."""
+        operands = (self.input, self.weight, self.gradient)
+        return [operand.delayed for operand in operands if operand.delayed is not None]
+
+    def forward(self, x: Tensor, weight: Tensor, counts: Counts, learn: bool) -> Tensor:
+        rounded = self.input.rounded(x, -1, self.input.scale(x, counts, learn), counts)
+        weights = self.weight.rounded(weight, -1, self.weight.scale(weight, counts, learn), counts)
+        return gemm.product(rounded, weights.mT, counts).to(x.dtype)
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
+        """What the forward pass rounded is rounded again, so that nothing but x and the weight is kept for it."""
+        scale = self.gradient.scale(grad, counts, learn=True)
+        rounded = self.gradient.rounded(grad, -1, scale, counts)
+        weights = self.weight.rounded(weight, -2, self.weight.scale(weight, counts, learn=False), counts)
+        grad_x = gemm.product(rounded, weights, counts).to(grad.dtype)
+        if scale is None:  # a scale for the whole tensor has rounded it for both products
+            rounded = self.gradient.rounded(grad, -2, None, counts)
+        inputs = self.input.rounded(x, -2, self.input.scale(x, counts, learn=False), counts)
+        return grad_x, gemm.product_over_rows(rounded, inputs, counts).to(x.dtype)
+
+
+def recipe_of(module: Any) -> Recipe | None:
+    """What a linear layer emulates; None for one in high precision and for other modules."""
+    products = getattr(module, "products", None)
+    return products.recipe if isinstance(products, Products) else None
+
+
+def in_fp8(linear: type, recipe: Recipe | None) -> type:
+    """`linear`, a class of layers with `products`, with those of each layer emulated; `linear` itself without a recipe.
+
+    One class for each recipe, which Megatron-Core's specs can name.
+    """
+    return linear if recipe is None else _emulating(linear, recipe)
+
+
+def with_linears(module: type, attribute: str, recipe: Recipe | None) -> type:
+    """`module`, which makes linear layers of the class `module.attribute` itself, with those of `in_fp8`."""
+    return module if recipe is None else _making(module, attribute, recipe)
+
+
+@cache
+def _emulating(linear: type, recipe: Recipe) -> type:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        linear.__init__(self, *args, **kwargs)  # type: ignore[misc]
+        self.products = Products(recipe, len(self.weight) if self.weight.dim() == 3 else 1)
+
+    return type(f"Fp8{linear.__name__}", (linear,), {"__init__": init, "__doc__": f"{linear.__name__} in FP8."})
+
+
+@cache
+def _making(module: type, attribute: str, recipe: Recipe) -> type:
+    linears = {attribute: in_fp8(getattr(module, attribute), recipe)}
+    return type(f"Fp8{module.__name__}", (module,), {**linears, "__doc__": f"{module.__name__} in FP8."})

@@ -1,0 +1,397 @@
+"""Time of one transformer layer on one rank, forward and backward, part by part. No torch import.
+
+Every layer is a list of `Part`s: matrix products by shape, attention, bytes through memory, messages. Recomputation
+adds the forward time of what it recomputes to the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+from parallel.planner import kernels, network
+from parallel.planner.calibration import Calibration
+from parallel.planner.hardware import MICRO, Hardware
+from parallel.planner.network import Group, Routing
+from parallel.planner.software import Software
+from parallel.planner.workload import Job
+
+# Of an element that is cast to FP8: bytes moved, and kernels. One scale for a tensor takes its maximum first; smaller
+# blocks are cast in one pass, but along rows and along columns, each with its scales.
+CAST_BYTES = {"tensor": 2 + 2 + 1, "delayed": 2 + 1, "block": 2 + 2 * (1 + 4 / 128), "mxfp8": 2 + 2 * (1 + 1 / 32)}
+CAST_KERNELS = {"tensor": 2, "delayed": 1, "block": 1, "mxfp8": 1}
+# Scales of MXFP8 must lie in the order of the tensor cores. Where casts do not write them so (TransformerEngine until
+# 2026, pull request 2630), forward and backward of a product start so many kernels that clear and reorder them, which
+# read and write them once more.
+SCALE_KERNELS, SCALE_BYTES = (4, 6), 2 * 2 / 32
+# Bytes of an element on its way to other tensor-parallel ranks (transformer_engine/pytorch/module/linear.py): inputs of
+# a product, once for the product and once more for the gradient of its weights; and the gradient of its outputs, of
+# which recipes with blocks send what was cast along rows and what was cast along columns.
+SENT_BYTES = {"tensor": 1.0, "delayed": 1.0, "block": 1 + 4 / 128, "mxfp8": 1 + 1 / 32}
+SENT_COPIES = {"tensor": 1, "delayed": 1, "block": 2, "mxfp8": 2}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a layer runs on: accelerator, software, constants."""
+
+    hardware: Hardware
+    software: Software
+    constants: Calibration
+
+
+@dataclass
+class Times:
+    """Seconds by part, of a forward pass, and of a backward pass to inputs and to weights; kernels that are started.
+
+    `graphed_forward` and `graphed_backward` are the kernels among them that CUDA graphs of attention and router start.
+    """
+
+    forward: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    recompute: dict[str, float] = field(default_factory=dict)
+    kernels_forward: float = 0.0
+    kernels_backward: float = 0.0
+    graphed_forward: float = 0.0
+    graphed_backward: float = 0.0
+
+    def add(
+        self, name: str, forward: float, inputs: float = 0.0, weights: float = 0.0, recompute: bool = False
+    ) -> None:
+        """Count a part; with `recompute` its forward time comes again in the backward pass."""
+        for table, value in ((self.forward, forward), (self.inputs, inputs), (self.weights, weights)):
+            if value:
+                table[name] = table.get(name, 0.0) + value
+        if recompute and forward:
+            self.recompute[name] = self.recompute.get(name, 0.0) + forward
+
+    def plus(self, other: Times, count: float = 1) -> None:
+        """Add `count` times another one."""
+        for own, its in (
+            (self.forward, other.forward), (self.inputs, other.inputs), (self.weights, other.weights),
+            (self.recompute, other.recompute),
+        ):  # fmt: skip
+            for name, value in its.items():
+                own[name] = own.get(name, 0.0) + count * value
+        self.kernels_forward += count * other.kernels_forward
+        self.kernels_backward += count * other.kernels_backward
+        self.graphed_forward += count * other.graphed_forward
+        self.graphed_backward += count * other.graphed_backward
+
+
+def total(parts: dict[str, float], *, without: Iterable[str] = ()) -> float:
+    """Seconds of all parts but some."""
+    left = set(without)
+    return sum(value for name, value in parts.items() if name not in left)
+
+
+class _Layer:
+    """Adds up one layer."""
+
+    def __init__(self, job: Job, machine: Machine) -> None:
+        self.job, self.machine = job, machine
+        self.hardware, self.software, self.constants = machine.hardware, machine.software, machine.constants
+        self.times = Times()
+        self.precision = "fp8" if job.fp8 else "fp32" if job.dtype == "fp32" else "bf16"
+        self.full = job.recompute == "full"
+        self.modules = job.recompute_modules if job.recompute == "selective" else frozenset()
+        self.unfused = self.constants.expert_passes(self.software.era)
+        self.graphed = False  # whether what comes next lies within the scope of partial CUDA graphs
+
+    def started(self, forward: float, backward: float) -> None:
+        """Count kernels that the host starts."""
+        self.times.kernels_forward += forward
+        self.times.kernels_backward += backward
+        if self.graphed:
+            self.times.graphed_forward += forward
+            self.times.graphed_backward += backward
+
+    def again(self, *modules: str) -> bool:
+        """Whether any of these is recomputed."""
+        return self.full or bool(self.modules.intersection(modules))
+
+    def linear(
+        self, rows: float, outputs: float, inputs: float, *modules: str, copies: int = 1, precision: str = "",
+        cast: bool = True, split: str = "",
+    ) -> None:  # fmt: skip
+        """A linear layer [rows, inputs] -> [rows, outputs], `copies` times; with `cast` what casts to FP8 move.
+
+        With sequence parallelism each rank casts its part before it is gathered: of the inputs of a layer with split
+        columns, of the gradient of the outputs of one with split rows (`split`: inputs, outputs).
+        """
+        kind, hardware, constants = precision or self.precision, self.hardware, self.constants
+        forward = kernels.gemm(hardware, constants, kind, rows, outputs, inputs, copies)
+        back = kernels.gemm(hardware, constants, kind, rows, inputs, outputs, copies)
+        weights = kernels.gemm(hardware, constants, kind, outputs, inputs, rows, copies) / constants.weights_speed
+        # gradients are added to those of earlier micro-batches: read and written
+        weights += kernels.memory(hardware, 2 * self.job.grad_bytes * copies * outputs * inputs)
+        if kind == "fp8" and self.job.fp8 in ("block", "mxfp8"):
+            forward, back, weights = (one / constants.block_speed for one in (forward, back, weights))
+        again = self.again(*modules)
+        self.times.add("gemm", forward, back, 0.0 if self.software.frozen else weights, again)
+        # Each expert's product and casts are kernels of their own, which a loop in C++ starts.
+        each = 1 if copies == 1 else copies * constants.grouped_kernel
+        started = each
+        if kind == "fp8" and cast:
+            reordered = self.job.fp8 == "mxfp8" and not self.software.ordered_scales
+            moved = CAST_BYTES[self.job.fp8 or ""] + (SCALE_BYTES if reordered else 0)
+            moved *= constants.quantize_passes * (self.unfused if copies > 1 else 1)
+            parts = self.job.layout.tp if self.job.sequence_parallel else 1
+            inward = kernels.memory(hardware, moved * copies * rows * inputs / (parts if split == "inputs" else 1))
+            outward = kernels.memory(hardware, moved * copies * rows * outputs / (parts if split == "outputs" else 1))
+            self.times.add("quantize", inward, outward, 0.0 if self.software.frozen else inward + outward, again)
+            started += each * CAST_KERNELS[self.job.fp8 or ""]
+            if reordered:
+                ahead, behind = (count * constants.small_kernel_us * MICRO for count in SCALE_KERNELS)
+                self.times.add("quantize", ahead, behind, 0.0, again)
+        self.started(started, started + each + (started if again else 0))
+
+    def moved(
+        self, forward: float, backward: float, *modules: str, count: float = 1, name: str = "memory", times: float = 1
+    ) -> None:  # fmt: skip
+        """Small kernels that move so many bytes so many times."""
+        factor = self.constants.memory_passes * times
+        hardware, again = self.hardware, self.again(*modules)
+        self.times.add(
+            name, kernels.memory(hardware, factor * forward), kernels.memory(hardware, factor * backward), 0.0, again
+        )
+        self.started(count, count * (2 if again else 1))
+
+    def tp(self, gathered: float, scattered: float, *modules: str, gathers: int = 1, cast: bool = True) -> None:
+        """Gather so many elements before a module, in so many messages, and scatter so many behind it; the backward
+        pass gathers the inputs once more, and the gradients of the outputs. With `cast` they travel in FP8."""
+        job, group = self.job, Group(self.job.layout.tp)
+        if group.size <= 1:
+            return
+        before = network.ring(self.hardware, group, job.element * gathered, gathers)
+        behind = network.ring(self.hardware, group, job.element * scattered)
+        if not job.sequence_parallel:  # an all-reduce is a scatter and a gather, behind the module and before it
+            forward, backward = 2 * behind, 2 * before
+        elif job.fp8 and cast:
+            sent = SENT_BYTES[job.fp8]
+            inputs = network.ring(self.hardware, group, sent * gathered, gathers)
+            gradients = network.ring(self.hardware, group, SENT_COPIES[job.fp8] * sent * scattered)
+            forward, backward = inputs + behind, gradients + inputs + before
+        else:
+            forward, backward = before + behind, behind + 2 * before
+        exposed = self.constants.tp_exposed if self.software.overlap_tp else 1.0
+        self.times.add("tp", exposed * forward, exposed * backward, 0.0, self.again(*modules))
+
+    def attention(self, heads: float, key: float, value: float, groups: float) -> None:
+        """Core attention of this rank's heads over the whole sequence, in blocks that context parallelism makes."""
+        job, hardware, software = self.job, self.hardware, self.software
+        cp = job.layout.cp
+        keys = job.seq_length
+        flops = job.tokens * heads * keys * (key + value)  # causal: 2 flops, half of the keys
+        latents = software.latent_exchange and job.model.attention == "mla"  # gathered: all keys are there at once
+        blocks = 1 if latents else cp
+        if software.flash_attention:
+            again = flops * (3 * key + 2 * value) / (key + value)  # five products for two
+            ahead, back = self._fused(flops, keys, blocks, False), self._fused(again, keys, blocks, True)
+            self.times.add("attention", ahead, back, 0.0, self.again("core_attn"))
+            self.started(2 * blocks, 3 * blocks)
+        else:
+            self._materialised(heads, key, value, keys)
+        if cp > 1:
+            width = groups * (key + value)
+            if latents:
+                width = job.model.kv_lora_rank + job.model.qk_rope_head_dim
+            else:
+                self._merged(job.tokens * heads * key, job.tokens * heads * value, job.tokens * width)
+            size = job.element * job.tokens * cp * width
+            # nothing of it turned out to be hidden
+            ring = network.relay(hardware, Group(cp, job.layout.tp), size)
+            self.times.add("cp", ring, 2 * ring, 0.0, self.again("core_attn"))
+
+    def _fused(self, flops: float, keys: float, blocks: int, backward: bool) -> float:
+        """Seconds in blocks. The mask halves one, which is as slow as so short a sequence; the others are whole."""
+        one = partial(
+            kernels.attention, self.hardware, self.constants, flash2=self.software.flash2, backward=backward
+        )  # fmt: skip
+        return one(flops / blocks, keys / blocks) + one(flops - flops / blocks, keys)
+
+    def _merged(self, queries: float, outputs: float, pairs: float) -> None:
+        """What the blocks of a context-parallel ring add to attention: so many elements of queries, outputs, keys and
+        values of this rank.
+
+        Keys and values are put side by side to be sent. Each further block is of all queries and half of the keys, or
+        of half of the queries and all keys, as the causal mask leaves them; its outputs and gradients are added to what
+        is there (transformer_engine/pytorch/attention, AttnFuncWithCPAndKVP2P, with the sequence as first dimension).
+        """
+        further, element = self.job.layout.cp - 1, self.job.element
+        sums = further * 3 * 3 / 4
+        forward = 2 * pairs + 2 * outputs + sums * outputs
+        backward = 2 * pairs + 2 * (queries + pairs) + sums * (queries + pairs)
+        self.moved(element * forward, element * backward, "core_attn", count=4 * further)
+
+    def _materialised(self, heads: float, key: float, value: float, keys: float) -> None:
+        """Scores written to memory: two products over the whole square, mask, softmax and dropout between them."""
+        job, hardware = self.job, self.hardware
+        copies = max(1, round(heads * job.micro_batch_size))
+        rows = job.seq_length / job.layout.cp
+        products = sum(
+            kernels.gemm(hardware, self.constants, "bf16", rows, n, k, copies) for n, k in ((keys, key), (value, keys))
+        )
+        again = self.again("core_attn")
+        self.times.add("attention", products, 2 * products, 0.0, again)
+        scores = job.element * copies * rows * keys
+        self.moved(5 * scores, 6 * scores, "core_attn", count=4, times=self.constants.scores_passes)
+
+
+def layer_times(job: Job, machine: Machine, moe: bool) -> Times:
+    """Seconds of one layer for one micro-batch on one rank, with routed experts or with a dense feed-forward."""
+    layer = _Layer(job, machine)
+    layer.graphed = True
+    (_mla if job.model.attention == "mla" else _gqa)(layer)
+    _norms(layer)
+    (_moe if moe else _dense)(layer)
+    return layer.times
+
+
+def _norms(layer: _Layer) -> None:
+    """Two norms and two residual sums of the hidden state."""
+    job = layer.job
+    size = job.element * job.split_tokens * job.model.hidden_size
+    layer.moved(2 * 2 * size, 2 * 3 * size, "layernorm", count=2)
+    layer.moved(2 * 3 * size, 2 * 2 * size, count=2)
+
+
+def _mla(layer: _Layer) -> None:
+    job, model = layer.job, layer.job.model
+    n, r, hidden, tp = job.tokens, job.split_tokens, job.model.hidden_size, job.layout.tp
+    heads = model.num_attention_heads / tp
+    rope, nope, value, latent = model.qk_rope_head_dim, model.qk_nope_head_dim, model.v_head_dim, model.kv_lora_rank
+    # latents of queries, latents of keys and values, and rotary parts of the keys
+    layer.tp(n * (model.q_lora_rank + latent + rope), n * hidden, gathers=3 if model.q_lora_rank else 2)
+    if model.q_lora_rank:
+        layer.linear(r, model.q_lora_rank, hidden)
+        layer.linear(n, heads * (nope + rope), model.q_lora_rank, "mla_up_proj", split="inputs")
+    else:
+        layer.linear(n, heads * (nope + rope), hidden, split="inputs")
+    layer.linear(r, latent + rope, hidden)
+    layer.linear(n, heads * (nope + value), latent, "mla_up_proj", split="inputs")
+    latents = job.element * r * (model.q_lora_rank + latent)
+    layer.moved(2 * latents, 3 * latents, "layernorm", "mla_up_proj", count=2)
+    queries = job.element * n * heads * (2 * (nope + rope))
+    layer.moved(2 * queries, 2 * queries, "mla_up_proj", count=3)  # rotary embedding, keys put together
+    layer.attention(heads, nope + rope, value, heads)
+    layer.linear(n, hidden, heads * value, split="outputs")
+
+
+def _gqa(layer: _Layer) -> None:
+    job, model = layer.job, layer.job.model
+    n, hidden, tp, size = job.tokens, job.model.hidden_size, job.layout.tp, job.model.attention_head_dim
+    heads, groups = model.num_attention_heads / tp, max(1.0, model.kv_heads / tp)
+    layer.tp(n * hidden, n * hidden)
+    layer.linear(n, (heads + 2 * groups) * size, hidden, split="inputs")
+    mixed = job.element * n * (heads + groups) * size
+    layer.moved(2 * mixed, 2 * mixed, count=1)  # rotary embedding
+    if model.qk_norm != "none":
+        layer.moved(2 * mixed, 3 * mixed, count=2)
+    layer.attention(heads, size, size, groups)
+    layer.linear(n, hidden, heads * size, split="outputs")
+
+
+def _swiglu(layer: _Layer, rows: float, inner: float, *modules: str, times: float = 1) -> None:
+    size = layer.job.element * rows * inner
+    layer.moved(3 * size, 5 * size, *modules, times=times)
+
+
+def _dense(layer: _Layer) -> None:
+    job, model = layer.job, layer.job.model
+    inner = model.ffn_hidden_size / job.layout.tp
+    layer.tp(job.tokens * model.hidden_size, job.tokens * model.hidden_size, "mlp")
+    layer.linear(job.tokens, 2 * inner, model.hidden_size, "mlp", split="inputs")
+    _swiglu(layer, job.tokens, inner, "mlp")
+    layer.linear(job.tokens, model.hidden_size, inner, "mlp", split="outputs")
+
+
+def _moe(layer: _Layer) -> None:
+    job, model, software, layout = layer.job, layer.job.model, layer.software, layer.job.layout
+    r, hidden = job.split_tokens, model.hidden_size
+    layer.linear(r, model.num_experts, hidden, "moe", precision="bf16")
+    scores = 4 * r * model.num_experts
+    layer.moved(8 * scores, 6 * scores, "moe", count=8 * layer.unfused + 2, name="router", times=layer.unfused)
+    layer.graphed = False
+    visits = job.expert_tokens * software.imbalance
+    _dispatch(layer, visits)
+    local = max(1, model.num_experts // layout.ep)
+    inner = model.moe_ffn_hidden_size / layout.etp
+    layer.linear(visits / local, 2 * inner, hidden, "moe", copies=local)
+    if not software.fused_experts:
+        _swiglu(layer, visits, inner, "moe", "moe_act", times=layer.unfused)
+    layer.linear(visits / local, hidden, inner, "moe", copies=local, cast=not software.fused_experts)
+    if model.num_shared_experts:
+        shared = model.shared_expert_width / layout.tp
+        layer.tp(job.tokens * hidden, job.tokens * hidden, "shared_experts", "moe")
+        layer.linear(job.tokens, 2 * shared, hidden, "shared_experts", "moe", split="inputs")
+        _swiglu(layer, job.tokens, shared, "shared_experts", "moe")
+        layer.linear(job.tokens, hidden, shared, "shared_experts", "moe", split="outputs")
+
+
+def _dispatch(layer: _Layer, visits: float) -> None:
+    """Permutation, the way to the experts and back, un-permutation."""
+    job, model, software, layout = layer.job, layer.job.model, layer.software, layer.job.layout
+    r, hidden, e = job.split_tokens, model.hidden_size, job.element
+    copied = e * hidden * (r + visits / layout.etp)
+    layer.moved(2 * copied, 2 * copied, "moe", count=12 * layer.unfused + 2, times=layer.unfused)
+    group = Group(layout.ep * layout.etp)
+    routing = routing_of(job)
+    flex = software.dispatcher == "flex"
+
+    def one(width: float) -> float:
+        return network.all_to_all(layer.hardware, group, r * software.imbalance, width, routing, flex)
+
+    there = one(hidden * (1 + 4 / 128 if software.fp8_dispatch else e))
+    back = one(hidden * e)
+    if layout.etp > 1:  # tokens are gathered over the ranks that share an expert
+        there += network.ring(layer.hardware, Group(layout.etp), e * hidden * visits)
+        back += network.ring(layer.hardware, Group(layout.etp), e * hidden * visits)
+    if model.pad_to_capacity:
+        layer.times.add("capacity", layer.constants.capacity_us * MICRO, recompute=layer.again("moe"))
+    elif software.graphs != "full":
+        lost = (layer.constants.flex_sync_us if flex else layer.constants.sync_us) * MICRO
+        layer.times.add("sync", lost, lost)
+    layer.times.add("all_to_all", there + back, there + back, 0.0, layer.again("moe"))
+
+
+def routing_of(job: Job) -> Routing:
+    """How the model's router chooses."""
+    model = job.model
+    return Routing(model.topk, model.router_num_groups, model.router_topk_groups)
+
+
+def embedding_times(job: Job, machine: Machine) -> Times:
+    """Look-up of the embedding."""
+    layer = _Layer(job, machine)
+    size = job.element * job.tokens * job.model.hidden_size
+    layer.moved(2 * size, 3 * size)
+    layer.times.recompute.clear()  # full recomputation covers transformer layers alone
+    return layer.times
+
+
+def loss_times(job: Job, machine: Machine) -> Times:
+    """Final norm, output head in 16 bits, cross entropy over this rank's part of the vocabulary."""
+    layer = _Layer(job, machine)
+    model = job.model
+    vocabulary = model.padded_vocab_size / job.layout.tp
+    precision = "fp32" if job.dtype == "fp32" else "bf16"
+    layer.tp(job.tokens * model.hidden_size, 0.0, cast=False)
+    layer.linear(job.tokens, vocabulary, model.hidden_size, precision=precision)
+    scores = job.tokens * vocabulary
+    layer.moved(12 * scores, 8 * scores, count=4)
+    layer.times.recompute.clear()
+    return layer.times
+
+
+def mtp_times(job: Job, machine: Machine) -> Times:
+    """One multi-token-prediction depth: projection, a layer like the last, and its own pass through head and loss."""
+    layer = _Layer(job, machine)
+    model = job.model
+    layer.linear(job.tokens, model.hidden_size / job.layout.tp, 2 * model.hidden_size)
+    layer.times.plus(layer_times(job, machine, bool(model.moe_layer_pattern[-1])))
+    layer.times.plus(embedding_times(job, machine))
+    layer.times.plus(loss_times(job, machine))
+    return layer.times

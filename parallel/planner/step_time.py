@@ -1,0 +1,250 @@
+"""Time of one training step, from the configuration alone. Pure functions; no torch import.
+
+Layers make stages (`parallel.planner.layer_time`), stages make a pipeline (`parallel.planner.simulation`). After the
+pipeline come the exposed parts of gradient reduction and parameter gathering, and the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import log2
+
+from parallel.planner import kernels, network
+from parallel.planner.hardware import MICRO
+from parallel.planner.layer_time import Machine, Times, embedding_times, layer_times, loss_times, mtp_times, total
+from parallel.planner.memory import Weights
+from parallel.planner.network import Group
+from parallel.planner.simulation import StageTime, Timeline, estimated, step_time
+from parallel.planner.workload import Job
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Where one step's time goes, seconds.
+
+    Args:
+        seconds: the whole step.
+        pipeline: the simulated pipeline.
+        stages: time of each stage for one micro-batch.
+        optimizer: the update itself.
+        data_parallel: gradient reduction and parameter gathering that nothing hides.
+        step_end: gradient norm, logging and synchronisation at the end of a step.
+        parts: seconds of a mean rank over the step by part (gemm, attention, ...), exposed messages included.
+        tokens: tokens of the step.
+        gpus: ranks of the job.
+    """
+
+    seconds: float
+    pipeline: Timeline
+    stages: tuple[StageTime, ...]
+    optimizer: float
+    data_parallel: float
+    step_end: float
+    parts: dict[str, float]
+    tokens: int
+    gpus: int
+
+    @property
+    def components(self) -> dict[str, float]:
+        """Seconds of a mean rank, as arXiv 2505.09343, table 4 divides a step: passes that run alone, pairs, bubble."""
+        found = dict.fromkeys(("1F", "bubble", "1B", "1W", "1F1B", "optimizer"), 0.0)
+        names = {"F": "1F", "B": "1B", "I": "1B", "W": "1W", "FB": "1F1B"}
+        for kinds in self.pipeline.by_kind:
+            for kind, value in kinds.items():
+                found[names[kind]] += value / len(self.pipeline.by_kind)
+        found["bubble"] = self.pipeline.bubble
+        found["optimizer"] = self.optimizer + self.data_parallel + self.step_end
+        return found
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        """Throughput of one GPU."""
+        return self.tokens / self.seconds / self.gpus
+
+
+def plan_step(
+    job: Job,
+    machine: Machine,
+    schedule: str,
+    weights: Sequence[Weights],
+    simulated: bool = True,
+    kinds: dict[object, Times] | None = None,
+) -> StepTime:
+    """Time of one step.
+
+    Args:
+        schedule: one of `parallel.planner.schedules.SCHEDULES`.
+        weights: parameters on one rank of each pipeline rank (of one of DualPipe's two copies).
+        kinds: times of layers that are already known, for jobs that differ in the pipeline alone; it is added to.
+        simulated: simulate the pipeline; else estimate it in closed form, some hundred times faster, to within a few %.
+
+    Raises:
+        ValueError: the schedule is not defined for the layout.
+    """
+    layout = job.layout
+    counted = stage_parts(job, machine, weights, {} if kinds is None else kinds)
+    stages = tuple(stage_time(job, machine, schedule, times) for times in counted)
+    if schedule == "dualpipev":  # chunks in the order of ranks -> stages in the order of the model
+        stages = (*stages[: layout.pp], *reversed(stages[layout.pp :]))
+    message = job.element * job.split_tokens * job.model.hidden_size
+    hop = network.send(machine.hardware, Group(layout.pp, layout.world_size // layout.pp), message)
+    hidden = machine.constants.pp_exposed if schedule != "1f1b" else 1.0
+    run = step_time if simulated else estimated
+    timeline = run(schedule, layout.pp, layout.vpp, job.micro_batches, stages, hop * hidden)
+    copies = 2 if schedule == "dualpipe" else 1
+    optimizer = max(optimizer_seconds(job, machine, one) for one in weights) * copies
+    data_parallel = max(
+        data_parallel_seconds(job, machine, one, stages[rank].backward * layout.vpp) for rank, one in enumerate(weights)
+    )
+    seconds = timeline.seconds + optimizer + data_parallel * copies + machine.constants.step_s
+    tokens = job.micro_batches * job.micro_batch_size * job.seq_length * layout.dp
+    parts = step_parts(job, counted) if simulated else {}
+    return StepTime(
+        seconds, timeline, stages, optimizer, data_parallel * copies, machine.constants.step_s, parts,
+        tokens, layout.world_size,
+    )  # fmt: skip
+
+
+def stage_parts(job: Job, machine: Machine, weights: Sequence[Weights], kinds: dict[object, Times]) -> list[Times]:
+    """The parts of each of the pp x vpp stages for one micro-batch."""
+    found = []
+    passed = 0
+    pattern = job.model.moe_layer_pattern
+    for index, items in enumerate(job.stages):
+        own, times, count = job.of_chunk(index), Times(), items.count("t")
+        again = (own.recompute, own.recompute_modules)
+        held = [
+            (
+                bool(moe),
+                own.recompute != "full" or own.recompute_method == "uniform" or place < own.recompute_num_layers,
+                own.of_layer(passed + place).fp8,
+                again,
+            )
+            for place, moe in enumerate(pattern[passed : passed + count])
+        ]
+        for kind in dict.fromkeys(held):
+            if kind not in kinds:
+                as_it_is = replace(own, fp8=kind[2])
+                kinds[kind] = layer_times(as_it_is if kind[1] else replace(own, recompute="none"), machine, kind[0])
+            times.plus(kinds[kind], held.count(kind))
+        passed += count
+        for item, function in (("E", embedding_times), ("m", mtp_times), ("L", loss_times)):
+            if item in items:
+                if (item, again) not in kinds:
+                    kinds[item, again] = function(own, machine)
+                times.plus(kinds[item, again], items.count(item))
+        if machine.software.fsdp:
+            _gather_weights(job, machine, times, weights[index % job.layout.pp])
+        found.append(times)
+    return found
+
+
+def _gather_weights(job: Job, machine: Machine, times: Times, weights: Weights) -> None:
+    """FSDP: weights of the stage gathered in the forward and the backward pass, gradients scattered in the latter."""
+    layout, hardware = job.layout, machine.hardware
+    element = 1 if job.fp8_weights_only else job.element
+    shared, experts = weights.shared * element / layout.vpp, weights.experts * element / layout.vpp
+    one = network.ring(hardware, Group(layout.dp * layout.cp, layout.tp), shared)
+    one += network.ring(hardware, Group(layout.edp, layout.ep * layout.etp), experts)
+    floor = machine.constants.fsdp_exposed
+    compute_forward = total(times.forward)
+    compute_backward = total(times.inputs) + total(times.weights) + total(times.recompute)
+    times.add(
+        "fsdp", max(one - compute_forward, floor * one), max(2 * one - compute_backward, floor * 2 * one), 0.0
+    )  # fmt: skip
+
+
+def stage_time(job: Job, machine: Machine, schedule: str, times: Times) -> StageTime:
+    """Forward and backward pass of one micro-batch on one stage."""
+    software, constants = machine.software, machine.constants
+    forward = total(times.forward, without=["all_to_all"])
+    inputs = total(times.inputs, without=["all_to_all"]) + total(times.recompute, without=["all_to_all"])
+    weights = total(times.weights)
+    sent, returned = times.forward.get("all_to_all", 0.0), times.inputs.get("all_to_all", 0.0)
+    returned += times.recompute.get("all_to_all", 0.0)
+    # Every collective waits for the slowest of its ranks, of which there are more in a larger job.
+    slower = 1 + constants.straggler * log2(max(1, job.layout.world_size))
+    forward, inputs, weights, sent, returned = (slower * t for t in (forward, inputs, weights, sent, returned))
+    # Where a layer waits for token counts, its host cannot run ahead, and the two add up in part.
+    blend = constants.sync_blend if "sync" in times.forward else constants.host_blend
+    forward = _blend(forward, _host(machine, times.kernels_forward, times.graphed_forward), blend)
+    backward = _blend(inputs + weights, _host(machine, times.kernels_backward, times.graphed_backward), blend)
+    weights *= backward / (inputs + weights) if inputs + weights else 1.0
+    if software.graphs != "full":
+        forward, backward = (one + constants.pass_us * MICRO for one in (forward, backward))
+    if schedule in ("dualpipe", "dualpipev") and software.overlap_all_to_all:
+        slowed = (forward + backward) / (1 - software.communication_sms)
+        both = max(slowed, sent + returned)  # dispatch has multiprocessors of its own
+        alone = forward + sent + backward + returned
+        return StageTime(forward + sent, backward + returned, weights, both / alone if alone else 1.0)
+    # Dispatch hides only where passes of two micro-batches lie side by side (Megatron-Core asks for vpp > 1).
+    if software.overlap_all_to_all and (schedule == "interleaved" or job.layout.pp == 1):
+        exposed, rest = constants.all_to_all_exposed, 1 - software.communication_sms
+        return StageTime(forward / rest + exposed * sent, backward / rest + exposed * returned, weights / rest)
+    return StageTime(forward + sent, backward + returned, weights)
+
+
+def _host(machine: Machine, kernels: float, graphed: float) -> float:
+    """Seconds in which the host starts so many kernels, some of them within the scope of partial CUDA graphs."""
+    software, constants = machine.software, machine.constants
+    if software.graphs == "full":
+        return 0.0
+    if software.graphs == "scoped":
+        kernels -= (1 - constants.graph_kernels) * graphed
+    splits = software.overlap_all_to_all and software.graphs == "none"
+    slower = constants.overlap_host if splits else 1.0
+    return constants.host_us * MICRO * slower * kernels
+
+
+def _blend(device: float, host: float, power: float) -> float:
+    """The longer of the two, smoothly: what the host starts late is late on the accelerator only in part."""
+    return (device**power + host**power) ** (1 / power)
+
+
+def optimizer_seconds(job: Job, machine: Machine, weights: Weights) -> float:
+    """Adam over this rank's part, and casts of the new weights."""
+    layout = job.layout
+    if job.distributed_optimizer or machine.software.fsdp:
+        own = weights.shared / (layout.dp * layout.cp) + weights.experts / layout.edp
+    else:
+        own = weights.shared + weights.experts
+    if machine.software.frozen:
+        return 0.0
+    # read gradient, read and write two moments and the main weight, write the weight
+    each = job.grad_bytes + 4 * job.moment_bytes + 8 + job.element
+    cast = 2 * job.element * (weights.shared + weights.experts)
+    return kernels.memory(machine.hardware, 2 * each * own + cast)  # twice: the norm of the gradient reads it all first
+
+
+def data_parallel_seconds(job: Job, machine: Machine, weights: Weights, backward: float) -> float:
+    """Reduction of gradients and gathering of parameters beyond what the passes around them hide."""
+    layout, software, constants = job.layout, machine.software, machine.constants
+    if software.fsdp or software.frozen:
+        return 0.0
+    dense, expert = Group(layout.dp * layout.cp, layout.tp), Group(layout.edp, layout.ep * layout.etp)
+
+    def both(element: float) -> float:
+        one = network.ring(machine.hardware, dense, element * weights.shared)
+        return one + network.ring(machine.hardware, expert, element * weights.experts)
+
+    # Weights in MXFP8 are gathered in 16 bits, and cast along rows and columns behind it.
+    reduce, gather = both(job.grad_bytes), both(1.0 if job.fp8_weights_only and job.fp8 != "mxfp8" else job.element)
+    if not job.distributed_optimizer:
+        reduce, gather = 2 * reduce, 0.0
+    if not software.overlap_dp:
+        return reduce + gather
+    rest = max(0.0, reduce - backward) + max(0.0, gather - backward / 2)
+    return max(constants.dp_exposed * (reduce + gather), rest)
+
+
+def step_parts(job: Job, counted: Sequence[Times]) -> dict[str, float]:
+    """Seconds of a mean pipeline rank in each part over a whole step, before any overlap."""
+    parts: dict[str, float] = {}
+    scale = job.micro_batches / job.layout.pp
+    for times in counted:
+        for table in (times.forward, times.inputs, times.weights, times.recompute):
+            for name, value in table.items():
+                key = "recompute" if table is times.recompute else name
+                parts[key] = parts.get(key, 0.0) + scale * value
+    return parts

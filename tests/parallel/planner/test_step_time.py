@@ -1,0 +1,260 @@
+"""Time of a step: DeepSeek-V3 as published, and what must hold of any job."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
+from moe_train.model.memory import job_of, weights_on
+from parallel.planner import kernels, software
+from parallel.planner.calibration import FITTED, Calibration
+from parallel.planner.layer_time import Machine, Times, layer_times, loss_times, mtp_times, total
+from parallel.planner.software import Software
+from parallel.planner.step_time import StepTime, plan_step, stage_time
+from parallel.planner.workload import Job
+from tools.published.rows import cluster
+
+V3 = [
+    "model=deepseek_v3", "parallel=deepseek_v3_h800", "runtime=cuda", "batch=large", "train.seq_length=4096",
+    "precision=fp8_block", "recompute=deepseek_v3",
+]  # fmt: skip
+LONG = "model.max_position_embeddings=32768"
+# arXiv 2505.09343, table 4, seconds.
+STEP = 19.926
+COMPONENTS = {"1F": 1.13, "bubble": 2.06, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "optimizer": 0.29}
+
+
+def planned(
+    *overrides: str, schedule: str = "1f1b", soft: Software | None = None, constants: Calibration = FITTED,
+    **changes: object,
+) -> StepTime:  # fmt: skip
+    cfg = compose([*V3, *overrides])
+    job = replace(job_of(cfg, validate(cfg)), **changes)
+    machine = Machine(cluster("h800"), soft or software.of_date(202604), constants)
+    return plan_step(job, machine, schedule, [weights_on(cfg, job, rank) for rank in range(job.layout.pp)])
+
+
+@pytest.fixture(scope="module")
+def published() -> StepTime:
+    """As `plan.software=deepseek` times it: weights in FP8 alone, moments in 16 bits (arXiv 2412.19437, 3.3.3)."""
+    return planned(schedule="dualpipe", soft=software.deepseek_v3(), fp8_weights_only=True, moment_bytes=2)
+
+
+def test_a_step_of_deepseek_v3_takes_as_long_as_published(published: StepTime) -> None:
+    assert published.seconds == pytest.approx(STEP, rel=0.05)
+    assert published.tokens_per_s_per_gpu == pytest.approx(1541.7, rel=0.05)
+    assert sum(published.components.values()) == pytest.approx(published.seconds)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_components_of_that_step(published: StepTime, name: str) -> None:
+    assert published.components[name] == pytest.approx(COMPONENTS[name], rel=0.15)
+
+
+def moe_layer(*overrides: str, soft: Software | None = None) -> tuple[float, float]:
+    cfg = compose([*V3, *overrides])
+    machine = Machine(cluster("h800"), soft or software.of_date(202604), FITTED)
+    times = layer_times(job_of(cfg, validate(cfg)), machine, moe=True)
+    return total(times.forward), total(times.inputs) + total(times.weights) + total(times.recompute)
+
+
+def test_tensor_parallel_latents_are_gathered_one_by_one() -> None:
+    """MLA's latents of queries, of keys and values, and the rotary keys: two messages more than GQA in each direction,
+    which count where a message takes long."""
+    slow = replace(cluster("h800"), domain_latency_us=1e6)
+    found = []
+    for words in (["model.attention=mla"], ["model.attention=mla", "model.q_lora_rank=0"], ["model.attention=gqa"]):
+        cfg = compose(["model=tiny", "parallel.tp=2", "runtime=cuda", "precision=bf16", *words])
+        machine = Machine(slow, replace(software.of_date(202604), overlap_tp=False), FITTED)
+        found.append(round(layer_times(job_of(cfg, validate(cfg)), machine, moe=False).forward["tp"]))
+    dense = 2  # a gather and a scatter
+    assert found == [dense + 4, dense + 3, dense + 2]
+
+
+def test_recomputation_adds_forward_work_to_the_backward_pass() -> None:
+    none, full = moe_layer("recompute=none"), moe_layer("recompute=full")
+    some = moe_layer()
+    assert none[0] == some[0] == full[0]
+    assert none[1] < some[1] < full[1]
+    waits = 1e-6 * FITTED.flex_sync_us  # token counts are known the second time
+    assert full[1] - none[1] == pytest.approx(none[0] - waits)
+
+
+def test_full_recomputation_covers_the_layers_that_are_asked_for() -> None:
+    """Every layer with uniform groups of any size; with blocks, the first layers of each pipeline stage."""
+
+    def recomputed(*words: str) -> float:
+        model = ("model=mixtral_8x7b", "runtime=cuda", "precision=bf16", "train.seq_length=4096", "parallel.pp=2")
+        cfg = compose([*model, *words])
+        job = job_of(cfg, validate(cfg))
+        machine = Machine(cluster("h800"), software.of_date(202604), FITTED)
+        return plan_step(job, machine, "1f1b", [weights_on(cfg, job, rank) for rank in range(2)]).parts["recompute"]
+
+    every = recomputed("recompute=full")  # 16 equal layers on each of the 2 stages, and neither embedding nor loss
+    assert recomputed("recompute=full", "recompute.num_layers=4") == pytest.approx(every)
+    for layers in (1, 4, 16):
+        found = recomputed("recompute=full", "recompute.method=block", f"recompute.num_layers={layers}")
+        assert found == pytest.approx(every * layers / 16)
+
+
+def test_the_backward_passes_of_all_chunks_of_a_rank_hide_its_gradients() -> None:
+    """Chunks divide the same work, so what the reduction takes beyond it stays the same."""
+    slow = replace(cluster("h800"), domain_gb_per_s=0.5, network_gb_per_s=0.5)
+    constants = replace(FITTED, dp_exposed=0.0, pass_us=0.0)
+    exposed = []
+    for schedule, chunks in (("1f1b", 1), ("interleaved", 4)):
+        words = ["model=mixtral_8x7b", "runtime=cuda", "precision=bf16", "train.seq_length=4096", "parallel.dp=2"]
+        cfg = compose([*words, "parallel.pp=2", f"parallel.vpp={chunks}"])
+        job = job_of(cfg, validate(cfg))
+        machine = Machine(slow, replace(software.of_date(202604), overlap_dp=True), constants)
+        found = plan_step(job, machine, schedule, [weights_on(cfg, job, rank) for rank in range(2)])
+        exposed.append(found.data_parallel)
+    assert exposed[0] > 1.0
+    assert exposed[1] == pytest.approx(exposed[0], rel=0.002)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pp", "vpp", "hidden"),
+    [("1f1b", 1, 1, True), ("1f1b", 2, 1, False), ("interleaved", 2, 2, True), ("zb1p", 2, 1, False)],
+)
+def test_where_dispatch_hides_behind_another_micro_batch(schedule: str, pp: int, vpp: int, hidden: bool) -> None:
+    """Where passes of two micro-batches lie side by side: chunks that interleave, or no pipeline."""
+    cfg = compose(["model=mixtral_8x7b", "runtime=cuda", "precision=bf16", f"parallel.pp={pp}", f"parallel.vpp={vpp}"])
+    constants = replace(FITTED, all_to_all_exposed=0.25, straggler=0.0, host_us=0.0, pass_us=0.0)
+    soft = replace(software.of_date(202604), overlap_all_to_all=True, communication_sms=0.0, graphs="none")
+    times = Times()
+    times.add("gemm", 4.0, 5.0, 3.0)
+    times.add("all_to_all", 2.0, 1.0)
+    job, machine = job_of(cfg, validate(cfg)), Machine(cluster("h800"), soft, constants)
+    found = stage_time(job, machine, schedule, times)
+    share = 0.25 if hidden else 1.0
+    assert (found.forward, found.backward, found.weights) == pytest.approx((4 + 2 * share, 8 + share, 3))
+
+
+def test_sharded_weights_cross_the_network_three_times() -> None:
+    """FSDP gathers them for both passes, and scatters their gradients. Where that takes far longer than compute, a
+    network of half the rate adds as much again. Weights in 16 bits; each of 4 ranks holds a quarter."""
+    cfg = compose(["model=mixtral_8x7b", "runtime=cuda", "precision=bf16", "parallel.dp=4", "parallel.ep=1"])
+    job, soft = job_of(cfg, validate(cfg)), replace(software.of_date(202604), fsdp=True, imbalance=1.0)
+    weights = weights_on(cfg, job, 0)
+    found = []
+    for rate in (1e-2, 2e-2):
+        hardware = replace(cluster("h800"), domain_gb_per_s=rate, domain_fraction=1.0)
+        found.append(plan_step(job, Machine(hardware, soft, FITTED), "1f1b", [weights]).parts["fsdp"])
+    gathered = 2 * (weights.shared + weights.experts) * 3 / 4
+    expected = 3 * gathered * (1 / 1e7 - 1 / 2e7) * job.micro_batches
+    assert found[0] - found[1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_multi_token_prediction_projects_two_hidden_states_to_one() -> None:
+    """Beyond a layer, the embedding and the head, it has one linear layer [2 hidden, hidden]."""
+    cfg = compose(["model=deepseek_v3", "parallel=deepseek_v3_h800", "batch=large", "runtime=cuda", "precision=bf16"])
+    job, machine = job_of(cfg, validate(cfg)), Machine(cluster("h800"), software.of_date(202604), FITTED)
+    rest = layer_times(job, machine, moe=True).forward["gemm"] + loss_times(job, machine).forward["gemm"]
+    projection = kernels.gemm(machine.hardware, FITTED, "bf16", job.tokens, 7168, 2 * 7168)
+    assert mtp_times(job, machine).forward["gemm"] - rest == pytest.approx(projection)
+
+
+def test_fp8_dispatch_and_nodes_make_dispatch_shorter() -> None:
+    fast = software.of_date(202604)
+    base = moe_layer(soft=fast)[0]
+    assert moe_layer(soft=replace(fast, fp8_dispatch=True))[0] < base
+    assert moe_layer(soft=replace(fast, dispatcher="alltoall"))[0] > base
+    assert moe_layer(soft=replace(fast, imbalance=1.3))[0] > base
+
+
+def test_sharded_weights_are_gathered_beside_compute() -> None:
+    """FSDP adds what its gathers take beyond compute, and needs no reduction at the end of the step."""
+    fast = software.of_date(202604)
+    plain, sharded = planned(soft=fast), planned(soft=replace(fast, fsdp=True))
+    assert sharded.data_parallel == 0 < plain.data_parallel
+    assert sharded.parts["fsdp"] > 0
+    assert sharded.seconds > plain.seconds
+    assert planned(soft=replace(fast, frozen=True)).seconds < plain.seconds  # no weight gradients
+
+
+def test_experts_in_one_node_need_no_network() -> None:
+    assert moe_layer("parallel.ep=8")[0] < moe_layer("parallel.ep=64")[0]
+
+
+def test_an_estimate_is_close_to_the_simulation() -> None:
+    cfg = compose(V3)
+    job: Job = job_of(cfg, validate(cfg))
+    machine = Machine(cluster("h800"), software.of_date(202604), FITTED)
+    weights = [weights_on(cfg, job, rank) for rank in range(job.layout.pp)]
+    for schedule in ("1f1b", "zb1p", "dualpipe"):
+        simulated, estimated = (plan_step(job, machine, schedule, weights, simulated=s).seconds for s in (True, False))
+        assert estimated == pytest.approx(simulated, rel=0.1), schedule
+
+
+def test_larger_micro_batches_have_more_tokens() -> None:
+    one, two = planned(), planned("batch.micro_batch_size=2")
+    assert one.tokens == two.tokens == 15360 * 4096
+    assert two.pipeline.bubble_fraction > one.pipeline.bubble_fraction
+
+
+def test_every_generation_of_software_is_known() -> None:
+    assert software.of_date(202104).flash_attention is False
+    assert software.of_date(202301).overlap_tp is False
+    assert software.of_date(190001) == software.of_date(202000)
+    assert {one.era for one in software.GENERATIONS.values()} == {2023, 2025, 2026}
+
+
+def test_attention_of_2024_is_slower_on_heads_of_two_sizes() -> None:
+    """DeepSeek's system had no kernel newer than FlashAttention-2 for them."""
+    old = software.deepseek_v3()
+    attention = [planned(schedule="dualpipe", soft=one).parts["attention"] for one in (old, replace(old, flash2=False))]
+    h800, work = cluster("h800"), (3 * 192 + 2 * 128) / (192 + 128)  # five products of a backward pass for two
+    fastest = 1 / h800.attention_fraction + work / h800.attention_backward_fraction
+    assert attention[0] / attention[1] == pytest.approx((1 + work) / h800.flash2_fraction / fastest)
+
+
+def layer_parts(*overrides: str, soft: Software | None = None, **changes: object) -> Times:
+    cfg = compose(["model=mixtral_8x7b", "runtime=cuda", "precision=bf16", "train.seq_length=16384", *overrides])
+    machine = Machine(cluster("h800"), soft or software.of_date(202604), FITTED)
+    return layer_times(replace(job_of(cfg, validate(cfg)), **changes), machine, moe=False)
+
+
+def test_blocks_of_a_context_parallel_ring_are_put_together() -> None:
+    """Per rank as much attention as without, slower on shorter blocks, and copies and sums that grow with the ring."""
+    one, two, four = (layer_parts(f"parallel.cp={cp}") for cp in (1, 2, 4))
+    assert one.forward["attention"] / 2 < two.forward["attention"] < 1.1 * one.forward["attention"] / 2
+    extra = [times.forward["memory"] - one.forward["memory"] / cp for times, cp in ((two, 2), (four, 4))]
+    assert extra[0] > 0
+    # elements of queries and outputs 4,096, of keys and values 2,048: both copied once, outputs added up
+    first, further = 2 * 2048 + 2 * 4096, 9 / 4 * 4096
+    assert extra[1] / extra[0] == pytest.approx((first + 3 * further) / 4 / ((first + further) / 2))
+    assert four.kernels_forward > two.kernels_forward > one.kernels_forward
+
+
+def test_latents_that_are_gathered_leave_one_block() -> None:
+    own = software.deepseek_v3()
+    found = []
+    for soft in (own, replace(own, latent_exchange=False)):
+        cfg = compose([*V3, "parallel.cp=8", "parallel.dp=16", "train.seq_length=32768", LONG])
+        found.append(layer_times(job_of(cfg, validate(cfg)), Machine(cluster("h800"), soft, FITTED), moe=False))
+    gathered, ring = found
+    assert gathered.forward["attention"] < ring.forward["attention"]
+    assert gathered.forward["memory"] < ring.forward["memory"]
+    assert gathered.forward["cp"] < ring.forward["cp"]
+
+
+def test_gradients_in_16_bits_are_added_up_faster() -> None:
+    """Each weight's gradient is read and written, in the bytes that it has."""
+    four, two = (sum(layer_parts(grad_bytes=size).weights.values()) for size in (4, 2))
+    model = compose(["model=mixtral_8x7b"]).model
+    weights = 4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * model.ffn_hidden_size
+    assert four - two == pytest.approx(2 * 2 * weights / cluster("h800").memory_bytes_per_s)
+
+
+def test_every_pass_of_a_chunk_begins_a_little_later() -> None:
+    """Not where one CUDA graph runs the whole step."""
+    late = replace(FITTED, pass_us=FITTED.pass_us + 1000)
+    for graphs, more in (("none", 1e-3), ("full", 0.0)):
+        soft = replace(software.of_date(202604), graphs=graphs)
+        before, after = (planned(soft=soft, constants=constants).stages[1] for constants in (FITTED, late))
+        assert after.forward - before.forward == pytest.approx(more)
+        assert after.backward - before.backward == pytest.approx(more)
