@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from launch import env, placement
+from launch import env
 from launch.slurm import container
 from launch.slurm.estimate import Estimate
 from moe_train.config import blend
@@ -14,6 +14,7 @@ from moe_train.config.launcher import LauncherConfig
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
+from parallel.planner.placement import node_spans
 from parallel.rank_info import RankInfo
 
 _OF_ONE_MACHINE = ("/dev/shm", "/run", "/proc")
@@ -139,6 +140,6 @@ def spans(layout: ParallelLayout, ranks_per_node: int) -> list[str]:
     """Groups on several nodes that talk in every layer."""
     return [
         f"parallel.{one.name}={one.size} spans {one.nodes} nodes, and talks in every layer"
-        for one in placement.placements(layout, ranks_per_node)
+        for one in node_spans(layout, ranks_per_node)
         if one.name in ("tp", "etp") and one.nodes > 1
     ]

@@ -24,7 +24,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from launch import chosen, lock, placement
+from launch import chosen, lock
 from launch.slurm import checks, commands, container, corpus, elastic, node_count, status, submission
 from launch.slurm.estimate import Estimate, check_memory, estimate
 from moe_train.checkpoint import continuing, origin
@@ -39,6 +39,7 @@ from moe_train.config.walk import get
 from parallel.errors import ConfigError, LaunchError, MoeTrainError
 from parallel.layout import ParallelLayout
 from parallel.planner.hardware import Hardware
+from parallel.planner.placement import NodeSpan, node_spans
 
 _DRY = "--dry-run"
 _COMMON = (
@@ -292,7 +293,7 @@ def _report(run: Checked) -> None:
             f"{run.nodes:,} x {launcher.ranks_per_node} = {layout.world_size:,} ranks, started by {launcher.start}",
         ),
         ("layout", elastic.degrees(layout)),
-        *(("groups" if not i else "", str(one)) for i, one in enumerate(_placements(run))),
+        *(("groups" if not i else "", str(one)) for i, one in enumerate(_node_spans(run))),
         ("memory", memory),
         *(("or" if not i else "", text) for i, text in enumerate(elastic.fewer(run.choices, run.nodes))),
     ]
@@ -321,8 +322,8 @@ def _cost(run: Checked, hours: float) -> str:
     return f"${hours * held * price:,.0f} at ${price:g} for a GPU and hour{idle}"
 
 
-def _placements(run: Checked) -> list[placement.Placement]:
-    return placement.placements(run.layout, run.cfg.launcher.ranks_per_node)
+def _node_spans(run: Checked) -> list[NodeSpan]:
+    return node_spans(run.layout, run.cfg.launcher.ranks_per_node)
 
 
 def _tidy(cfg: Config, dry: bool) -> None:

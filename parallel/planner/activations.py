@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parallel.planner.compact import compacted
 from parallel.planner.workload import Job, short_attention_scores
 
 Saved = dict[str, float]
@@ -28,6 +27,9 @@ OFFLOADED = {
 }
 # An element in FP8 or FP4 with its share of the scales (1x128 tiles, one for the tensor, 1x32 or 1x16 blocks), bytes.
 FP8_BYTES = {"block": 1 + 4 / 128, "tensor": 1.0, "delayed": 1.0, "mxfp8": 1 + 1 / 32, "nvfp4": 1 / 2 + 1 / 16}
+# DeepSeek-V3's formats of what waits for the backward pass: an element with its share of the scale of a 1x128 tile.
+E5M6_BYTES = 12 / 8 + 4 / 128
+E4M3_BYTES = 1 + 4 / 128
 
 
 @dataclass(frozen=True)
@@ -343,3 +345,31 @@ def _expert_groups(job: Job) -> Saved:
     if model.router_bias or (model.router_score == "softmax" and not model.router_pre_softmax):
         kept["scores of groups"] = FP32 * model.num_experts  # else they are the scores that are kept anyway
     return kept
+
+
+def compacted(job: Job, kept: dict[str, float]) -> dict[str, float]:
+    """The tensors that a layer keeps, by name and bytes, as DeepSeek-V3's own software keeps them.
+
+    With the same recomputation it keeps less than Transformer Engine (arXiv 2412.19437, sections 3.2.3 and 3.3.3):
+    SwiGLU's inputs are kept in FP8 and its output is recomputed; the output of attention is kept once, in 12 bits, for
+    attention and for its output projection.
+    """
+    found = {}
+    for name, size in kept.items():
+        if name.endswith("down input in fp8") or name == "attention output in fp8":
+            continue
+        if name.endswith("gate and up"):
+            size *= E4M3_BYTES / job.element
+        elif name == "attention output":
+            size *= E5M6_BYTES / job.element
+        found[name] = size
+    return found
+
+
+def shared_embedding_bytes(job: Job) -> float:
+    """Weights and gradients of the embedding's copy for multi-token prediction, which DeepSeek-V3 shares with the main
+    model: on the rank of DualPipe that holds the first stage and the last."""
+    if not job.compact or not any("m" in items for items in job.stages):
+        return 0.0
+    matrix = job.model.padded_vocab_size * job.model.hidden_size / job.layout.tp
+    return (job.element + job.grad_bytes) * matrix

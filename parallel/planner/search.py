@@ -15,8 +15,7 @@ from itertools import product
 
 from parallel import pipeline
 from parallel.layout import ParallelLayout
-from parallel.planner.activations import layer
-from parallel.planner.compact import shared_embedding_bytes
+from parallel.planner.activations import layer, shared_embedding_bytes
 from parallel.planner.layer_time import Machine, Times
 from parallel.planner.memory import (
     StageMemory,

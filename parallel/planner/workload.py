@@ -105,7 +105,7 @@ class Job:
             else None.
         bf16_layers: decoder layers (from 0) that compute in 16 bits all the same.
         fp8_weights_only: weights of linear layers exist in FP8 alone, next to the optimizer's fp32 main weights.
-        compact: activations are kept as in DeepSeek-V3 (`parallel.planner.compact`).
+        compact: activations are kept as in DeepSeek-V3 (`parallel.planner.activations.compacted`).
         grad_bytes, moment_bytes: of one gradient, and of one of the two Adam moments.
         distributed_optimizer: optimizer state is divided over data-parallel ranks.
         recompute: none, full or selective, with what it applies to.

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from launch import placement
 from launch.slurm import commands, node_count, submit
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
 from moe_train.conversion.families import config as hf_config
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
+from parallel.planner.placement import node_spans
 from tests.launch.programs import ROOT, environment
 
 V3 = ("experiment=deepseek_v3/pretrain", "launcher.scratch_dir=null", "data=indexed", "data.dir=corpus")
@@ -528,10 +528,10 @@ def test_time_limits_of_slurm(limit: str, minutes: int | None) -> None:
 
 def test_groups_on_their_nodes() -> None:
     layout = ParallelLayout.resolve(tp=2, pp=2, vpp=1, cp=1, ep=4, etp=1, dp=4)
-    found = {one.name: (one.size, one.groups, one.nodes, one.per_node) for one in placement.placements(layout, 4)}
+    found = {one.name: (one.size, one.groups, one.nodes, one.per_node) for one in node_spans(layout, 4)}
     # Ranks 0-3, 4-7 | 8-11, 12-15 are nodes; a stage is eight ranks; tp pairs neighbours.
     assert found == {"tp": (2, 8, 1, 2), "ep": (4, 4, 1, 1), "dp": (4, 4, 2, 2), "pp": (2, 8, 2, 4)}
-    lines = [str(one) for one in placement.placements(layout, 4)]
+    lines = [str(one) for one in node_spans(layout, 4)]
     assert "tp: 8 of 2 ranks, each within a node, 2 on a node" in lines
     assert "dp: 4 of 4 ranks, each over 2 nodes, 2 on a node" in lines
 

@@ -14,8 +14,8 @@ from moe_train.config.composition.validate import validate
 from moe_train.model.memory import job_of, weights_on
 from parallel.layout import ParallelLayout
 from parallel.planner import search
+from parallel.planner.activations import shared_embedding_bytes
 from parallel.planner.calibration import FITTED
-from parallel.planner.compact import shared_embedding_bytes
 from parallel.planner.layer_time import Machine
 from parallel.planner.memory import StageMemory, Weights
 from parallel.planner.workload import Job

@@ -9,8 +9,7 @@ import pytest
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
 from moe_train.model.memory import job_of, weights_on
-from parallel.planner.activations import layer
-from parallel.planner.compact import E4M3_BYTES, E5M6_BYTES, shared_embedding_bytes
+from parallel.planner.activations import E4M3_BYTES, E5M6_BYTES, layer, shared_embedding_bytes
 from parallel.planner.memory import stage_memory
 from parallel.planner.search import held_bytes
 from parallel.planner.workload import Job
