@@ -134,9 +134,9 @@ def test_a_trained_model_ends_its_texts_by_itself(tmp_path: Path) -> None:
     (tmp_path / "text" / "numbers.jsonl").write_text("\n".join(lines))
     data = ("data=text", f"data.path={tmp_path}/text", f"data.dir={tmp_path}/data", "data.tokenizer_vocab_size=300")
     prepare(compose([*data, "data.prepare_workers=1"]).data, 512, progress=False)
-    steps = ("train.steps=100", "optimizer.lr=1e-2", "schedule.warmup_steps=10", "batch.global_batch_size=8")
+    steps = ("train.steps=250", "optimizer.lr=5e-3", "schedule.warmup_steps=20", "batch.global_batch_size=8")
     train(tmp_path / "run", *data, *steps, "train.seq_length=64", "export_hf=true")
-    directory = tmp_path / "run" / "hf" / "step_00000100"
+    directory = tmp_path / "run" / "hf" / "step_00000250"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
     prompt = tokenizer("The number 7", return_tensors="pt")
     found = model.generate(**prompt, max_new_tokens=200, do_sample=False)[0].tolist()
