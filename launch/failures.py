@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_train.files import untrusted
-from moe_train.resilience import stop, watch
-from moe_train.resilience.bad_steps import DivergedError
+from moe_train.resilience import watch
 from parallel import errors
-from parallel.errors import ConfigError, HardwareError, LaunchError, MoeTrainError
+from parallel.errors import HardwareError, LaunchError, MoeTrainError
+from parallel.exit_codes import COLLECTIVE, NOT_RETRIED, ExitCode
 
 # What gloo, NCCL and the store say in a healthy rank when another one is gone or late.
 _LOST_PEER = re.compile(
@@ -28,12 +28,6 @@ _LOST_PEER = re.compile(
     r"|operation timeout|ncclRemoteError|ncclSystemError|wait timeout|store.*(closed|gone)",
     re.IGNORECASE,
 )
-
-AGREED = (HardwareError.exit_code, stop.EXIT_CODE)
-"""Exit codes with which all ranks end together and on purpose: a node is bad or slow, a signal asked to stop."""
-
-LASTING = (ConfigError.exit_code, HardwareError.exit_code, DivergedError.exit_code)
-"""Exit codes of what starting again on the same nodes would not change."""
 
 LEFT = "MOE_EXIT_CODE"
 """Set by `train.sbatch`: the file in which a rank leaves an exit code that says what to do next."""
@@ -68,7 +62,7 @@ class Failure:
     @property
     def agreed(self) -> bool:
         """Whether all ranks ended like this, on purpose, so that there is no error to tell."""
-        return self.exit_code in AGREED and not self.traceback
+        return self.exit_code in COLLECTIVE and not self.traceback
 
 
 class RankError(LaunchError):
@@ -133,7 +127,7 @@ def leave_code(code: int) -> None:
     The launcher may tell another: under NCCL healthy ranks wait for the failed one until they are killed, and srun then
     ends with the code of a kill; torchrun ends with 1 whatever happened.
     """
-    if LEFT in os.environ and code in (*LASTING, *AGREED):
+    if LEFT in os.environ and code in NOT_RETRIED | COLLECTIVE:
         with contextlib.suppress(OSError), open(os.environ[LEFT], "x", encoding="utf-8") as file:  # the first one's
             file.write(f"{code}\n")
 
@@ -168,9 +162,9 @@ def read(rank: int, exit_status: int, error_file: str, log: str) -> Failure:
 
 def _without_record(rank: int, exit_status: int, log: str) -> Failure:
     now = time.monotonic()
-    if exit_status in AGREED:  # of several ranks, any other failure explains more
+    if exit_status in COLLECTIVE:  # of several ranks, any other failure explains more
         return Failure(rank, f"rank {rank} ended with exit code {exit_status}", exit_status, "", (4, now))
-    if exit_status == watch.HUNG:
+    if exit_status == ExitCode.HUNG:
         return Failure(rank, _hung(rank, Path(log)), exit_status, "", (1, now))
     if exit_status >= 0:
         return Failure(rank, f"rank {rank} ended with exit code {exit_status} and no error; see {log}", 1, "", (1, now))

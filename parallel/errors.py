@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from parallel.exit_codes import ExitCode
+
 _LONGEST = 2000
 
 
@@ -19,7 +21,7 @@ class MoeTrainError(Exception):
         remedy: what to do about it, with values that would work.
     """
 
-    exit_code = 1
+    exit_code: int = ExitCode.FAILED
 
     def __init__(self, cause: str, remedy: str = "") -> None:
         self.cause, self.remedy = one_line(cause), one_line(remedy)
@@ -38,19 +40,19 @@ class MoeTrainError(Exception):
 class ConfigError(MoeTrainError):
     """The configuration asks for something impossible: the user who typed the command acts."""
 
-    exit_code = 2
+    exit_code = ExitCode.WRONG_INPUT
 
 
 class DataError(MoeTrainError):
     """A corpus, tokenizer or dataset file is missing, empty or damaged: the user who prepared the data acts."""
 
-    exit_code = 2
+    exit_code = ExitCode.WRONG_INPUT
 
 
 class CheckpointError(MoeTrainError):
     """A checkpoint is missing, incomplete or does not fit the model: the user who named it acts."""
 
-    exit_code = 2
+    exit_code = ExitCode.WRONG_INPUT
 
 
 class LaunchError(MoeTrainError):
@@ -61,4 +63,4 @@ class HardwareError(MoeTrainError):
     """This machine lacks or lost what the run needs (GPU, memory, library): the owner of the machine acts. Starting
     again on the same machine changes nothing."""
 
-    exit_code = 3
+    exit_code = ExitCode.BAD_NODE

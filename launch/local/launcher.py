@@ -16,6 +16,7 @@ from launch.local import rank, signals
 from launch.local.processes import RankProcesses
 from moe_train.config.schema import Config, LauncherConfig
 from moe_train.resilience import stop
+from parallel.exit_codes import NOT_RETRIED
 from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
 
@@ -30,7 +31,7 @@ def start(cfg: Config, layout: ParallelLayout, entry: str | None = None) -> None
 
     Rank 0 owns the terminal; the output of rank N goes to run_dir/logs/rank_N.log. When a rank fails the others are
     stopped, and all start again from the newest checkpoint, at most `launcher.restarts` times in all, and never where
-    that would not help (`failures.LASTING`).
+    that would not help (`NOT_RETRIED`).
 
     Raises:
         ConfigError: what `launcher` sets up for ranks cannot be.
@@ -47,7 +48,7 @@ def start(cfg: Config, layout: ParallelLayout, entry: str | None = None) -> None
             _run(cfg, layout, entry)
             return
         except failures.RankError as error:
-            if error.exit_code in failures.LASTING or attempt == budget:
+            if error.exit_code in NOT_RETRIED or attempt == budget:
                 raise
             if restarts.saved_since(first):
                 cfg = dataclasses.replace(cfg, resume="auto")

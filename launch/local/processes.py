@@ -62,7 +62,7 @@ class RankProcesses(PContext):
 
         Raises:
             RankError: a rank failed.
-            SystemExit: all ranks ended early, as they had agreed, with one of `failures.AGREED`.
+            SystemExit: all ranks ended early, as they had agreed, with one of `exit_codes.COLLECTIVE`.
             TimeoutError: some still ran after `timeout_s` seconds; a negative number means no limit.
             Interrupted: a signal told this process to end.
         """

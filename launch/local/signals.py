@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from moe_train.resilience import stop
+from parallel.exit_codes import ExitCode
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals by which a terminal, a scheduler or a user ends a job."""
@@ -31,7 +32,7 @@ class Interrupted(BaseException):
     @property
     def exit_code(self) -> int:
         """What a shell reports for a process that ended by this signal; for `WARNING` that the run can continue."""
-        return stop.EXIT_CODE if self.signal == WARNING else 128 + self.signal
+        return ExitCode.SAVED if self.signal == WARNING else 128 + self.signal
 
 
 _STORM_S = 10.0

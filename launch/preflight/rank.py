@@ -18,12 +18,11 @@ from launch.slurm import submission
 from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
 from parallel import runtime
-from parallel.errors import HardwareError, LaunchError
+from parallel.errors import LaunchError
+from parallel.exit_codes import ExitCode
 from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
 
-EXIT_CODE = HardwareError.exit_code
-"""Something is wrong with a node or the network. One of `launch.failures.AGREED`."""
 _MOST_RESUBMISSIONS = 3
 _COUNT = "MOE_PREFLIGHT_ROUND"
 
@@ -32,7 +31,7 @@ def run(cfg: Config, info: RankInfo) -> None:
     """Check, and end with exit code 3 on every rank where something is wrong.
 
     Raises:
-        SystemExit: with `EXIT_CODE`.
+        SystemExit: with `ExitCode.BAD_NODE`.
     """
     layout = validate(cfg, info.world_size)
     device = _start(cfg, info)
@@ -44,7 +43,7 @@ def run(cfg: Config, info: RankInfo) -> None:
         _report(cfg, gathered, findings)
     dist.barrier()
     if findings:
-        raise SystemExit(EXIT_CODE)
+        raise SystemExit(ExitCode.BAD_NODE)
 
 
 def look(cfg: Config, layout: ParallelLayout, info: RankInfo, device: torch.device) -> Facts:

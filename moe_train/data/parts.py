@@ -27,6 +27,7 @@ from moe_train.data import corpus
 from moe_train.data.report import Report
 from moe_train.data.tokenizer import Tokenizer
 from parallel.errors import DataError
+from parallel.exit_codes import ExitCode
 
 _PART_CHARACTERS = 2_000_000
 _SHUFFLE_SEED = 0  # fixed, so that every run splits the same documents into training and validation
@@ -123,7 +124,7 @@ def _start_worker(alive: Connection, tokenizer: Path, parts: Path, dtype: np.dty
 def _end_with_parent(alive: Connection) -> None:
     """Idle workers of a pool outlive a parent that was killed: they hold both ends of the queue that they wait for."""
     alive.poll(None)  # nothing is ever sent, so this returns when the other end is closed or its process has ended
-    os._exit(1)
+    os._exit(ExitCode.FAILED)
 
 
 def _tokenize_part(number: int, texts: list[str]) -> None:

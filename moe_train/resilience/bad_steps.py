@@ -8,12 +8,13 @@ from statistics import median
 
 from moe_train.config.resilience import ResilienceConfig
 from parallel.errors import MoeTrainError
+from parallel.exit_codes import ExitCode
 
 
 class DivergedError(MoeTrainError):
     """Steps stay bad after every attempt: the user who chose data and learning rate acts. A restart would not help."""
 
-    exit_code = 5
+    exit_code = ExitCode.DIVERGED
 
 
 class BadSteps:

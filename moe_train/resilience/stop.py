@@ -6,8 +6,7 @@ import signal
 import threading
 from types import FrameType
 
-EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: the run was saved and is not done; the same command continues it."""
+from parallel.exit_codes import ExitCode
 
 _asked: list[str] = []
 
@@ -16,7 +15,7 @@ class Stopped(SystemExit):
     """The run ends early, as asked, with everything saved. No Exception: nothing failed."""
 
     def __init__(self) -> None:
-        super().__init__(EXIT_CODE)
+        super().__init__(ExitCode.SAVED)
 
 
 def listen(*numbers: signal.Signals) -> None:

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-EXIT_CODE = 3
-"""As of `moe-preflight`: start again without the nodes that are named."""
-
 _LEAST_SHARE = 0.1
 """Own time beyond the median that matters, in the time of a step."""
 

@@ -22,11 +22,9 @@ from types import FrameType
 from typing import IO
 
 from moe_train.files import untrusted
+from parallel.exit_codes import ExitCode
 
 log = logging.getLogger(__name__)
-
-HUNG = 4
-"""Exit code of a rank that made no progress. Starting again may help."""
 
 VERDICT = "hung.txt"
 """File in run_dir that says which ranks made no progress, written by every rank that ends itself."""
@@ -145,7 +143,7 @@ class Watch(threading.Thread):
         try:
             self._tell(silent_s, grace_s, stacks)
         finally:  # also where a full disk takes nothing of it
-            os._exit(HUNG)
+            os._exit(ExitCode.HUNG)
 
     def _tell(self, silent_s: float, grace_s: float, stacks: int) -> None:
         mine = self._state(stuck=True)

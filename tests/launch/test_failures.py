@@ -10,8 +10,8 @@ from unittest.mock import ANY
 import pytest
 
 from launch import failures
-from moe_train.resilience import watch
 from parallel.errors import CheckpointError, ConfigError
+from parallel.exit_codes import ExitCode
 
 
 @pytest.mark.parametrize(
@@ -89,10 +89,10 @@ def test_the_cause_comes_before_its_consequences_whatever_the_order_in_time(tmp_
 
 def test_a_rank_that_ended_without_a_word_is_a_cause(tmp_path: Path) -> None:
     """Before ranks that were aborted or lost a peer, and before those that ended on purpose."""
-    agreed = failures.read(0, failures.AGREED[0], "none", "log")
+    agreed = failures.read(0, ExitCode.BAD_NODE, "none", "log")
     lost = _recorded(tmp_path, 1, RuntimeError("Connection closed by peer"))
     aborted = failures.read(2, -signal.SIGABRT, "none", "log")
-    silent, hung = failures.read(3, 7, "none", "log"), failures.read(4, watch.HUNG, "none", "log")
+    silent, hung = failures.read(3, 7, "none", "log"), failures.read(4, ExitCode.HUNG, "none", "log")
     assert [one.rank for one in sorted([agreed, lost, aborted, silent, hung], key=lambda f: f.order)] == [3, 4, 2, 1, 0]
     assert [one.is_cause for one in (silent, hung, aborted, lost, agreed)] == [True, True, False, False, False]
 

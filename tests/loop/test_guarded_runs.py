@@ -18,7 +18,7 @@ from launch.local import launcher
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
 from moe_train.loop.callbacks.metrics_file import read
-from moe_train.resilience import stop
+from parallel.exit_codes import ExitCode
 from tests.launch import programs
 
 pytestmark = pytest.mark.slow
@@ -115,7 +115,7 @@ def test_a_storm_of_signals_saves_once_and_the_run_continues(
     environment = programs.environment(**{failures.LEFT: str(code)})
     done = subprocess.run(command, cwd=programs.ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1, done.stderr  # torchrun's
-    assert code.read_text() == f"{stop.EXIT_CODE}\n"  # that of the ranks
+    assert code.read_text() == f"{ExitCode.SAVED}\n"  # that of the ranks
     assert done.stdout.count("stopped at step 6 by") == 1
     assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000006"]
     assert losses(train(tmp_path, small_data)) == undisturbed

@@ -15,6 +15,7 @@ import pytest
 
 from moe_train.resilience import watch
 from moe_train.resilience.watch import Heartbeat, verdict
+from parallel.exit_codes import ExitCode
 from tests.launch import programs
 
 
@@ -45,7 +46,7 @@ def test_a_rank_without_progress_leaves_its_stacks_and_ends_itself(tmp_path: Pat
         """,
         tmp_path,
     )
-    assert done.returncode == watch.HUNG == 4
+    assert done.returncode == ExitCode.HUNG == 4
     assert "rank 3 made no progress for 0." in done.stderr
     assert "in step 8, update" in done.stderr
     stacks = (tmp_path / "logs/hang_rank_3.txt").read_text()
@@ -59,7 +60,7 @@ def test_ranks_of_an_earlier_start_are_not_blamed(tmp_path: Path) -> None:
     (tmp_path / "heartbeats").mkdir()
     for rank in (2, 4, 5):
         (tmp_path / f"heartbeats/rank_{rank}.json").write_text(json.dumps(asdict(beat(rank, stuck=False))))
-    assert start("time.sleep(60)", tmp_path).returncode == watch.HUNG
+    assert start("time.sleep(60)", tmp_path).returncode == ExitCode.HUNG
     told = "rank 2 (gpu2) gives no sign of life, last seen after step 4"
     assert (tmp_path / watch.VERDICT).read_text() == f"{told}\n"
 
@@ -67,7 +68,7 @@ def test_ranks_of_an_earlier_start_are_not_blamed(tmp_path: Path) -> None:
 def test_stacks_go_to_the_standard_error_where_run_dir_takes_none(tmp_path: Path) -> None:
     (tmp_path / "logs").touch()
     done = start("time.sleep(60)", tmp_path)
-    assert done.returncode == watch.HUNG
+    assert done.returncode == ExitCode.HUNG
     assert "--- rank 3 made no progress for 0." in done.stderr
     assert "in <module>" in done.stderr
 
@@ -101,7 +102,7 @@ def test_a_full_disk_does_not_keep_a_hung_rank(tmp_path: Path) -> None:
         """,
         tmp_path,
     )
-    assert done.returncode == watch.HUNG
+    assert done.returncode == ExitCode.HUNG
 
 
 def test_progress_and_jumps_of_the_clock_leave_it_alone(tmp_path: Path) -> None:

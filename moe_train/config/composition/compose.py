@@ -43,10 +43,10 @@ from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields, group_names
 from moe_train.files import untrusted
 from parallel.errors import ConfigError, MoeTrainError
+from parallel.exit_codes import ExitCode
 from parallel.suggest import override_value
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra then raises its errors instead of printing them in its own way
-_INTERRUPTED = 130
 _PRINTS = {"-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info"}  # and the command ends
 Revise = Callable[[Config, Sequence[str], Callable[[Sequence[str]], Config]], Config]
 """Makes another config of one, the overrides that led to it, and a function that composes others."""
@@ -292,7 +292,7 @@ def _run(
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return ExitCode.INTERRUPTED
     except Exception as error:
         entry.report(error)
     return entry.exit_code

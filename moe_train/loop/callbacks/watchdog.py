@@ -11,6 +11,7 @@ from moe_train.loop.callbacks.checkpoint import CheckpointCallback
 from moe_train.resilience import stragglers
 from moe_train.resilience.watch import Watch
 from moe_train.run import Callback, Metrics, Run
+from parallel.exit_codes import ExitCode
 
 _SHARE_OF_TIMEOUT = 0.8
 """Default of resilience.hang_timeout_s, in launcher.timeout_s."""
@@ -108,7 +109,7 @@ class Stragglers(Callback):
             run.stopped_by = f"slow nodes {','.join(nodes)}"
             if run.is_main:
                 print(f"stopped at step {run.state.step}; exclude: {','.join(nodes)}", flush=True)
-            raise SystemExit(stragglers.EXIT_CODE)
+            raise SystemExit(ExitCode.BAD_NODE)
 
 
 def product_s(device: torch.device, repetitions: int = 5) -> float:
