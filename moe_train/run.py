@@ -28,6 +28,8 @@ class TrainState:
     consumed_tokens: int = 0
     trained_samples: int = 0
     """Sequences of the steps so far, of any length."""
+    optimizer_updates: int = 0
+    """Updates of the weights, which Adam's bias correction counts. fp16 and bad steps skip some."""
 
 
 class Callback:

@@ -49,10 +49,10 @@ def run(cfg: Config, rank: RankInfo) -> None:
 
 def set_length(run: Run) -> None:
     """How many steps are to do, which with a token budget depends on the tokens that were consumed."""
-    state, updates = run.state, run.schedule.num_steps
+    state, position = run.state, run.schedule.num_steps
     run.total_steps = total_steps(run.cfg, state.step, state.consumed_tokens)
     run.schedule = build_schedule(run.cfg, run.optimizer, run.total_steps)
-    run.schedule.step(increment=updates)
+    run.schedule.step(increment=position)
 
 
 def prepare(cfg: Config, rank: RankInfo) -> Run:

@@ -222,7 +222,7 @@ def _load(run: Run, path: Path) -> None:
     scales = _saved_scales(state.delayed_scales(run, model), contents, warnings)
     # Read one by one: master weights may come from the same tensors as the model.
     state.load_model(run, _read(run, model, contents, path))
-    state.load_optimizer(run, _read(run, optimizer, contents, path), found.updates)
+    state.load_optimizer(run, _read(run, optimizer, contents, path), found.optimizer_updates)
     if scales:
         state.load_delayed_scales(run, _read(run, scales, contents, path))
     together(run, lambda: _refuse_nonfinite(run, path, "resume"), f"read {path}")
@@ -233,9 +233,15 @@ def _load(run: Run, path: Path) -> None:
         streams = _read(run, state.random_state(run), contents, path)
         together(run, lambda: _load_random(run, streams, path), f"read {path}")
     state.load_scalers(run, found.loss_scale)
-    # A run that goes back has done some.
-    run.schedule.step(increment=found.updates - run.schedule.num_steps)
-    run.state = TrainState(found.step, found.consumed_samples, found.consumed_tokens, found.trained_samples or 0)
+    # A run that goes back has advanced its schedule before.
+    run.schedule.step(increment=found.schedule_steps - run.schedule.num_steps)
+    run.state = TrainState(
+        step=found.step,
+        consumed_samples=found.consumed_samples,
+        consumed_tokens=found.consumed_tokens,
+        trained_samples=found.trained_samples or 0,
+        optimizer_updates=found.optimizer_updates,
+    )
     if run.is_main:
         for warning in warnings:
             warn(warning)
@@ -320,14 +326,10 @@ def _facts(run: Run) -> dict[str, Any]:
     loss_scale: dict[str, Any] = {}
     for scalers in gathered:  # a pipeline stage without experts has no expert optimizer
         loss_scale = {**scalers, **loss_scale}
-    progress = asdict(run.state)
     return {
         "format": run_directory.FORMAT,
         "manifest": True,
-        state_file.TRAINED: progress.pop(
-            state_file.TRAINED
-        ),  # a version that does not know it must not find it in `progress`
-        "progress": progress,
+        **state_file.counts_of_run(asdict(run.state)),
         "schedule": run.schedule.state_dict(),
         "loss_scale": loss_scale,
         "layout": asdict(run.layout),

@@ -52,8 +52,8 @@ class Position:
 
     step: int
     tokens: int
-    updates: int
-    """Updates of the weights; fewer than steps where fp16 or a bad step left some out."""
+    schedule_steps: int
+    """Position of the learning-rate schedule; behind `step` where fp16 or a bad step skipped updates."""
 
 
 def dump(cfg: Config) -> str:
@@ -173,7 +173,7 @@ def check_schedule(
         what.append(f"the end of its decay from step {end_before} to {end}")
     if not what:
         return cfg
-    rates = [learning_rate(one.optimizer, one.schedule, last, position.updates)
+    rates = [learning_rate(one.optimizer, one.schedule, last, position.schedule_steps)
              for one, last in ((before, end_before), (cfg, end))]  # fmt: skip
     raise CheckpointError(
         f"the run would go on with another learning rate, {rates[1]:.3g} instead of {rates[0]:.3g} at step "

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-TRAINED = "trained_samples"
+TRAINED, UPDATES = "trained_samples", "optimizer_updates"
+_ADDED = (TRAINED, UPDATES)
+"""Counts that earlier versions do not write. They follow `progress`, in which those versions refuse an unknown name."""
 _PROGRESS = ("step", "consumed_samples", "consumed_tokens")
 _SCALER = {"scale", "growth_tracker", "hysteresis_tracker"}
 """Of Megatron-Core's DynamicGradScaler."""
@@ -23,11 +25,20 @@ class Facts:
     consumed_tokens: int
     trained_samples: int | None
     """None where a version wrote it that had one length of sequences."""
-    updates: int
-    """Updates of the weights: fewer than steps where fp16 or a bad step left some out."""
+    optimizer_updates: int
+    """Updates of the weights, which Adam's bias correction counts: fewer than steps where fp16 or a bad step skipped
+    some. The schedule's counter where an earlier version wrote it, which advanced the schedule once an update."""
+    schedule_steps: int
+    """Position of the learning-rate schedule."""
     loss_scale: dict[str, dict[str, float]]
     layout: dict[str, int]
     device: str
+
+
+def counts_of_run(counts: Mapping[str, int]) -> dict[str, Any]:
+    """The entries of `state.json` for the counts of a `TrainState`, by their names."""
+    added = {name: counts[name] for name in _ADDED}
+    return {**added, "progress": {name: count for name, count in counts.items() if name not in _ADDED}}
 
 
 def parse(state: Mapping[str, Any]) -> Facts:
@@ -40,12 +51,14 @@ def parse(state: Mapping[str, Any]) -> Facts:
     if unknown := progress.keys() - {*_PROGRESS}:
         raise ValueError(f"progress has {min(map(str, unknown))}")
     counts = {name: _count(progress, name) for name in _PROGRESS}
+    schedule_steps = _count(_mapping(state, "schedule"), "num_steps")
     if not isinstance(state.get("device"), str):
         raise ValueError("it has no device")
     return Facts(
         **counts,
         trained_samples=_count(state, TRAINED) if TRAINED in state else None,
-        updates=_count(_mapping(state, "schedule"), "num_steps"),
+        optimizer_updates=_count(state, UPDATES) if UPDATES in state else schedule_steps,
+        schedule_steps=schedule_steps,
         loss_scale={kind: _scaler(_mapping(scales, kind)) for kind in scales},
         layout={name: _count(layout, name) for name in layout},
         device=state["device"],
@@ -53,7 +66,7 @@ def parse(state: Mapping[str, Any]) -> Facts:
 
 
 def position(state: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Steps, tokens and updates of the weights in the object of a `state.json`. Raises as `parse`."""
+    """Steps, tokens and position of the schedule in the object of a `state.json`. Raises as `parse`."""
     progress, schedule = _mapping(state, "progress"), _mapping(state, "schedule")
     return _count(progress, "step"), _count(progress, "consumed_tokens"), _count(schedule, "num_steps")
 

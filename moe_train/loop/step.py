@@ -54,6 +54,7 @@ def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
     learning_rate = run.schedule.optimizer.param_groups[0]["lr"] if run.optimizer.param_groups else 0.0
     updated = norm is not None and not bad and update.apply(run.optimizer, norm)
     if updated:  # fp16 skips the update when the gradients overflow
+        run.state.optimizer_updates += 1
         run.schedule.step(increment=1)
     run.state.step += 1
     run.state.consumed_samples += run.cfg.batch.global_batch_size

@@ -1,5 +1,6 @@
 """Master weights and loss scales of 16-bit runs, and checkpoints that continue in another precision."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from moe_train.checkpoint import checkpoint, state
+from moe_train.run import Run
+from moe_train.train import set_length
 from tests.checkpoint import small_run
 from tests.distributed.helper import run_distributed
 
@@ -54,6 +57,11 @@ def test_bf16_keeps_fp32_weights(tmp_path: Path, saved_by: dict[str, Any], read_
     run_distributed(bf16_story, 1, tmp_path, saved_by, read_by)
 
 
+def adam_steps(run: Run) -> set[int]:
+    """Updates that Adam has counted, of any parameter."""
+    return {int(s["step"]) for o in state.optimizers(run) for s in o.optimizer.state.values()}
+
+
 def scale_and_skips(run_dir: Path, resume: bool) -> list[Any]:
     """Loss scale of fp16 and the number of updates, after a few steps of which the first overflow."""
     run = small_run.prepare(small_run.config(run_dir, {}, **FP16))
@@ -62,18 +70,51 @@ def scale_and_skips(run_dir: Path, resume: bool) -> list[Any]:
     else:
         small_run.train(run, small_run.HALF)
         checkpoint.save(run)
-    steps = {int(s["step"]) for o in state.optimizers(run) for s in o.optimizer.state.values()}
     scale = torch.cat([o.get_loss_scale().reshape(1) for o in state.optimizers(run)]).tolist()
-    return [scale, state.scalers(run), run.schedule.num_steps, steps, run.state.step]
+    return [scale, state.scalers(run), run.schedule.num_steps, adam_steps(run), run.state]
 
 
 def test_fp16_continues_with_its_loss_scale_and_skipped_steps(tmp_path: Path) -> None:
     before = run_distributed(scale_and_skips, 1, tmp_path, False)[0]
     assert run_distributed(scale_and_skips, 1, tmp_path, True)[0] == before
-    scale, _, updates, steps, step = before
+    scale, _, schedule_steps, steps, progress = before
     assert max(scale) < 2.0**30  # it did overflow
-    assert updates < step
-    assert steps == {updates}
+    assert progress.step == small_run.HALF
+    assert progress.optimizer_updates == schedule_steps < progress.step
+    assert steps == {progress.optimizer_updates}
+
+
+def counters(run_dir: Path) -> dict[str, Any]:
+    """Adam's steps, optimizer updates and the schedule's position of runs that continue changed copies of state.json.
+
+    As many after one more step.
+    """
+    first = small_run.prepare(small_run.config(run_dir, {}))
+    small_run.train(first, small_run.HALF)
+    path = checkpoint.save(first) / "state.json"
+    written = json.loads(path.read_text())
+    schedule = {**written["schedule"], "num_steps": 5}
+    states = {
+        "this version": {**written, "optimizer_updates": 2, "schedule": schedule},
+        "earlier version": {name: value for name, value in written.items() if name != "optimizer_updates"},
+    }
+    found = {}
+    for name, values in states.items():
+        path.write_text(json.dumps(values))
+        run = small_run.prepare(small_run.config(run_dir, {}, checkpoint__verify=False))
+        checkpoint.resume(run)
+        set_length(run)
+        before = adam_steps(run), run.state.optimizer_updates, run.schedule.num_steps
+        small_run.train(run, 1)
+        found[name] = before, (adam_steps(run), run.state.optimizer_updates, run.schedule.num_steps)
+    return found
+
+
+def test_adam_counts_updates_and_not_the_steps_of_the_schedule(tmp_path: Path) -> None:
+    (found,) = run_distributed(counters, 1, tmp_path)
+    assert found["this version"] == (({2}, 2, 5), ({3}, 3, 6))
+    half = small_run.HALF
+    assert found["earlier version"] == (({half}, half, half), ({half + 1}, half + 1, half + 1))
 
 
 DELAYED = {"precision__dtype": "bf16", "precision__fp8": "delayed", "precision__fp8_format": "hybrid"}

@@ -181,6 +181,9 @@ def test_a_copy_keeps_every_moment_and_continues_in_another_layout(
     assert len(moments) > 100
     assert all(found[name].any() for name in moments)
     assert_same(found, megatron(saved))
+    state = json.loads((copy / "state.json").read_text())
+    assert state == json.loads((saved / "state.json").read_text())
+    assert state["optimizer_updates"] == small_run.HALF
     after = run_distributed(continue_from, 4, tmp_path / "on", {"tp": 2, "pp": 2}, {"resume": str(copy)})
     assert after[0]["state"] == before["state"]
     assert after[0]["losses"] == pytest.approx(before["losses"], rel=1e-4)

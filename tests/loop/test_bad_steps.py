@@ -84,7 +84,7 @@ def test_a_bad_step_leaves_no_trace(
         assert found["bad"]["skipped"] is True
         assert found["moved"] == {
             "step": 2, "consumed_samples": 2 * BATCH, "consumed_tokens": 2 * BATCH * small_run.SEQUENCE,
-            "trained_samples": 2 * BATCH,
+            "trained_samples": 2 * BATCH, "optimizer_updates": 1,
         }  # fmt: skip
         assert found["updates"] == 1
         assert "skipped" not in found["good"]
@@ -122,7 +122,7 @@ def test_too_many_bad_steps_lead_back_and_past_their_data(tmp_path: Path) -> Non
         bits, state, updates = found["back"]
         assert bits == found["saved"]
         assert (state["step"], state["consumed_samples"], updates) == (4, 8 * BATCH, 4)
-        assert state["trained_samples"] == 4 * BATCH
+        assert (state["trained_samples"], state["optimizer_updates"]) == (4 * BATCH, 4)
         assert found["end"]["consumed_samples"] == 10 * BATCH
         assert all(math.isfinite(loss) for loss in found["later"])
         assert found["again"] == found["later"]
