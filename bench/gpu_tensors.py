@@ -42,7 +42,7 @@ def gradients_of(run: Run) -> dict[str, Tensor]:
 
 
 def _shards(run: Run) -> list[ShardedTensor]:
-    state = model_state(run)
+    state = model_state(run.chunks)
     apply_factories(state)  # splits gate and up of SwiGLU, each of which has a name of its own
     return [one for one in nested_values(state) if isinstance(one, ShardedTensor) and one.data is not None]
 

@@ -95,7 +95,7 @@ def _ours(task: Task, weights: Path) -> Side:
 
     cfg = task.config()
     run = prepare(cfg, RankInfo(0, 1, 0, 1, "127.0.0.1", step_data.free_port(), "local"))
-    (model,) = models(run)
+    (model,) = models(run.chunks)
     state = {name: value.detach().clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
     torch.save(from_megatron(state, cfg.model), weights)
     data = [step_data.batches(task, cfg.model.vocab_size)]

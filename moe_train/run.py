@@ -6,14 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moe_train.clock import StepClock
-from moe_train.config.schema import Config
+from moe_train.ranks import RankContext
 from moe_train.resilience.bad_steps import BadSteps
 from moe_train.resilience.watch import Pulse
-from parallel.layout import ParallelLayout
-from parallel.rank_info import RankInfo
 
 Metrics = dict[str, Any]
 
@@ -58,15 +54,9 @@ class Callback:
 
 
 @dataclass
-class Run:
+class Run(RankContext):
     """One rank's view of a run."""
 
-    cfg: Config
-    layout: ParallelLayout
-    rank: RankInfo
-    device: torch.device
-    runtime: str
-    backend: str
     total_steps: int
     run_dir: Path
     config: Any = None  # megatron.core TransformerConfig
@@ -100,8 +90,3 @@ class Run:
     def micro_batches(self) -> int:
         """Forward passes of one data-parallel rank in one step."""
         return self.cfg.batch.global_batch_size // (self.cfg.batch.micro_batch_size * self.layout.dp)
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank writes files and the terminal."""
-        return self.rank.rank == 0

@@ -5,25 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import parallel_state as ps
+from torch import nn
 
 from moe_train.checkpoint import checkpoint, continuing, hf_exchange
 from moe_train.checkpoint.collective import on_main, say_on_main
-from moe_train.config.composition.validate import total_steps, validate
+from moe_train.config.composition.validate import total_steps
 from moe_train.config.schema import Config
 from moe_train.data.datasets import build_datasets
 from moe_train.data.iterator import BatchIterator
 from moe_train.loop import callbacks, step
-from moe_train.model import backend
-from moe_train.model.build import build, transformer_config
-from moe_train.model.init import initialise
-from moe_train.model.kernels import cpu_kernels
-from moe_train.model.precision import DTYPES, in_training_precision
 from moe_train.optim.optimizer import build_optimizer, build_schedule, data_parallel
+from moe_train.ranks import RankContext, build_model, setup_ranks
 from moe_train.run import Run
 from moe_train.telemetry.model_metrics import DispatchTraffic, ExpertLoad, PredictionLoss
-from parallel import groups, runtime
 from parallel.rank_info import RankInfo
 
 
@@ -57,24 +52,19 @@ def set_length(run: Run) -> None:
 
 def prepare(cfg: Config, rank: RankInfo) -> Run:
     """Join the other ranks and build this rank's part of the model, with its optimizer and callbacks."""
-    layout = validate(cfg, rank.world_size)
-    name = runtime.choose(cfg.runtime)
-    implementation = backend.choose(cfg, name)
-    device = runtime.start(name, rank, cfg.launcher.timeout_s)
-    groups.create(layout, cfg.seed)
-    torch.manual_seed(cfg.seed)
-    if name == "cpu":
-        for dtype in {DTYPES[cfg.precision.dtype], torch.float32}:  # emulated FP8 multiplies in fp32
-            cpu_kernels.choose(dtype)
+    ranks = setup_ranks(cfg, rank)
+    return build_trainer(ranks, build_model(ranks))
 
-    run = Run(cfg, layout, rank, device, name, implementation, total_steps(cfg), Path(cfg.run_dir))
-    run.config = transformer_config(cfg, layout, implementation, name, layout.coordinates(rank.rank).pp)
-    model = [in_training_precision(chunk, run.config) for chunk in build(cfg, run.config, implementation, layout.vpp)]
-    initialise(model, cfg.model, cfg.seed)
+
+def build_trainer(ranks: RankContext, model: list[nn.Module]) -> Run:
+    """The run that trains `model`, the chunks of `build_model`: gradient buffers, optimizer, schedule, callbacks."""
+    cfg, layout, device = ranks.cfg, ranks.layout, ranks.device
+    run = Run(cfg, layout, ranks.rank, device, ranks.runtime, ranks.backend, total_steps(cfg), Path(cfg.run_dir))
+    run.config = model[0].config
     if cfg.model.is_moe:
         layers = cfg.model.num_layers + cfg.model.mtp_num_layers
         run.expert_load = ExpertLoad(model, layers, cfg.model.num_experts, device)
-        if layout.ep > 1 and implementation == "local" and cfg.parallel.dispatcher == "alltoall":
+        if layout.ep > 1 and run.backend == "local" and cfg.parallel.dispatcher == "alltoall":
             run.traffic = DispatchTraffic(model, device)
     if cfg.model.mtp_num_layers:
         run.prediction_loss = PredictionLoss(model, cfg.model.mtp_num_layers, device)

@@ -12,12 +12,11 @@ import megatron.core
 import torch
 import torch.distributed as dist
 
-from moe_train.checkpoint import hf_exchange, node_local, origin, state, storage
+from moe_train.checkpoint import node_local, state, storage, weights
 from moe_train.checkpoint.collective import free_bytes, on_main, say, together, warn
 from moe_train.checkpoint.saving import Job, Saving
 from moe_train.conversion import small_files
-from moe_train.conversion.families import config as hf_config
-from moe_train.formats import dcp, dcp_metadata, directory_writer, manifest, run_config, run_directory, state_file
+from moe_train.formats import dcp_metadata, run_config, run_directory, state_file
 from moe_train.run import Run, TrainState
 from parallel.errors import CheckpointError
 
@@ -74,13 +73,13 @@ def _share(run: Run) -> tuple[storage.Share, set[int]]:
     if run.cfg.parallel.overlap_param_gather:
         for chunk in run.chunks:  # weights are otherwise gathered only when the next forward pass needs them
             chunk.start_param_sync(force_sync=True)
-    model = state.model_state(run)
+    model = state.model_state(run.chunks)
     optimizer = state.optimizer_state(run, model, loading=False)
     unshared = state.unshared_memory(run, optimizer)
     if run.cfg.precision.dtype == "fp32":
         optimizer = state.without_masters(optimizer)
     tensors = {**model, "optimizer": optimizer, "rng": state.random_state(run)}
-    if scales := state.delayed_scales(run, model):
+    if scales := state.delayed_scales(run.chunks, model):
         tensors["fp8_scales"] = scales
     return together(run, lambda: storage.share_of(tensors), "plan a checkpoint"), unshared
 
@@ -130,23 +129,23 @@ def resume(run: Run) -> None:
     if run.cfg.resume == "never":
         node_local.set_aside(run, root_of(run))
     if run.cfg.resume == "never" or not _continue_newest(run):
-        weights = Path(run.cfg.init_from) if run.cfg.init_from else None
-        if weights is not None:
+        source = Path(run.cfg.init_from) if run.cfg.init_from else None
+        if source is not None:
             try:
-                _load_weights(run, weights)
+                _start_with(run, source)
             except run_directory.DamagedCheckpoint as error:
                 raise error.copied("restore it from a copy, or set init_from to other weights") from None
-        _keep_small_files(run, weights)
+        _keep_small_files(run, source)
 
 
-def _keep_small_files(run: Run, weights: Path | None) -> None:
+def _keep_small_files(run: Run, source: Path | None) -> None:
     """What an export of the run is to have of the weights that it begins with."""
     if not run.is_main:
         return
     try:
-        small_files.keep(weights, run.run_dir)
+        small_files.keep(source, run.run_dir)
     except OSError as error:
-        warn(f"run_dir={run.run_dir}: {error}; an export will lack the files that came with {weights}")
+        warn(f"run_dir={run.run_dir}: {error}; an export will lack the files that came with {source}")
 
 
 def _continue_newest(run: Run) -> bool:
@@ -196,41 +195,23 @@ def _restore(run: Run, found: node_local.Found) -> None:
         say(f"copied {found.name} from the nodes' disks to {root}")
 
 
-def _open(run: Run, path: Path) -> dcp_metadata.Metadata:
-    """Table of contents of a checkpoint, after its bytes were compared with its manifest: each rank reads a share."""
-
-    def look() -> manifest.Files | None:
-        run_directory.check_files(path)
-        stored, files = run_directory.read_state(path), manifest.read(path)
-        if files is None and stored.get("manifest"):
-            raise run_directory.damaged(path, f"{run_directory.MANIFEST} is missing")
-        if files is None:
-            warn(f"checkpoint {path} has no {run_directory.MANIFEST}: its bytes cannot be verified")
-        return files
-
-    files = on_main(run, look, f"read {path}")
-    if files is not None and run.cfg.checkpoint.verify:
-        together(run, lambda: manifest.check(path, files, run.rank.rank, run.layout.world_size), f"read {path}")
-    return together(run, lambda: dcp_metadata.read(path), f"read {path}")
-
-
 def _load(run: Run, path: Path) -> None:
-    contents = _open(run, path)
+    contents = weights.open_checkpoint(run, path)
     found, warnings = on_main(run, lambda: _check(run, path), f"read {path}")
-    model = state.model_state(run)
+    model = state.model_state(run.chunks)
     optimizer = state.optimizer_state(run, model, loading=True)
-    scales = _saved_scales(state.delayed_scales(run, model), contents, warnings)
+    scales = _saved_scales(state.delayed_scales(run.chunks, model), contents, warnings)
     # Read one by one: master weights may come from the same tensors as the model.
-    state.load_model(run, _read(run, model, contents, path))
-    state.load_optimizer(run, _read(run, optimizer, contents, path), found.optimizer_updates)
+    state.load_model(run.chunks, weights.read(run, model, contents, path))
+    state.load_optimizer(run, weights.read(run, optimizer, contents, path), found.optimizer_updates)
     if scales:
-        state.load_delayed_scales(run, _read(run, scales, contents, path))
-    together(run, lambda: _refuse_nonfinite(run, path, "resume"), f"read {path}")
+        state.load_delayed_scales(run.chunks, weights.read(run, scales, contents, path))
+    together(run, lambda: weights.refuse_nonfinite(run.chunks, path, "resume"), f"read {path}")
     same_layout = found.layout == asdict(run.layout)
     if (
         same_layout and found.device == run.device.type
     ):  # another layout has other streams, which keep their seeds: no weight is drawn and no dropout used
-        streams = _read(run, state.random_state(run), contents, path)
+        streams = weights.read(run, state.random_state(run), contents, path)
         together(run, lambda: _load_random(run, streams, path), f"read {path}")
     state.load_scalers(run, found.loss_scale)
     # A run that goes back has advanced its schedule before.
@@ -264,59 +245,12 @@ def _saved_scales(wanted: storage.StateDict, contents: dcp_metadata.Metadata, wa
     return wanted
 
 
-def _load_weights(run: Run, path: Path) -> None:
+def _start_with(run: Run, path: Path) -> None:
     """Only the model of a checkpoint; the run starts at step 0."""
-    for warning in together(run, lambda: origin.check(run.cfg.model, path), f"read {path}"):
-        if run.is_main:
-            warn(warning)
-    if (path / hf_config.FILE).is_file():
-        if (path / run_directory.MANIFEST).is_file() and run.cfg.checkpoint.verify:
-            rank, size = run.rank.rank, run.layout.world_size
-            together(run, lambda: directory_writer.verify(path, threads=1, rank=rank, size=size), f"read {path}")
-        weights = together(run, lambda: hf_exchange.read_weights(run, path), f"read {path}")
-    else:
-        path = on_main(run, lambda: run_directory.resolve(path, "init_from")[0], f"read {path}")
-        weights = _read(run, state.model_state(run), _open(run, path), path)
-    state.load_model(run, weights)
-    together(run, lambda: _refuse_nonfinite(run, path, "init_from"), f"read {path}")
+    path = weights.load(run, run.chunks, path)
     run.optimizer.reload_model_params()
     if run.is_main:
         say(f"weights from {path}")
-
-
-def _refuse_nonfinite(run: Run, path: Path, field: str) -> None:
-    """Raise CheckpointError where the weights that were read from `field`=`path` make every loss NaN.
-
-    One sum of each weight and router bias. Moments are left out: that of a squared gradient may be infinite.
-    """
-    for model in state.models(run):
-        biases = [(name, bias) for name, bias in model.named_buffers() if name.endswith("expert_bias")]
-        for name, weight in [*model.named_parameters(), *biases]:
-            if not torch.isfinite(weight.detach().sum(dtype=torch.float32)):
-                otherwise = _begin_elsewhere(path) if field == "resume" else "start from another checkpoint"
-                raise CheckpointError(
-                    f"{field}={path}: {name} has NaN or infinite numbers, and every loss would be NaN",
-                    f"restore the weights from a copy, or {otherwise}",
-                )
-
-
-def _begin_elsewhere(path: Path) -> str:
-    """What the user can do about it. The run does not go back by itself: the same steps would lead there again."""
-    step = run_directory.step_of(path.name)
-    earlier = [other for other in run_directory.candidates(path.parent) if run_directory.step_of(other.name) < step]
-    return f"set resume={earlier[0]}" if earlier else "begin again with resume=never"
-
-
-def _read(run: Run, wanted: storage.StateDict, contents: dcp_metadata.Metadata, path: Path) -> storage.StateDict:
-    request = storage.Request(wanted)
-    state.find_masters(request, contents, fp32=run.cfg.precision.dtype == "fp32")
-    together(run, lambda: dcp_metadata.check_tensors(contents, request.tensors, path), f"read {path}")
-    # torch would unpack any item that a file has in its place.
-    together(run, lambda: dcp.Checkpoint(path, contents=contents).check_items(request.tensors), f"read {path}")
-    try:
-        return together(run, lambda: request.read(path), f"read {path}")
-    except CheckpointError as error:
-        raise run_directory.damaged(path, error.cause) from error
 
 
 def _facts(run: Run) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from moe_train.run import Run
+from moe_train.ranks import RankContext
 from parallel.errors import CheckpointError, MoeTrainError, one_line
 
 T = TypeVar("T")
@@ -32,30 +32,30 @@ class Outcome:
     error: MoeTrainError | None = None
 
 
-def on_main(run: Run, action: Callable[[], T], what: str) -> T:
+def on_main(ranks: RankContext, action: Callable[[], T], what: str) -> T:
     """Result of `action` on the first rank, or its error, on every rank."""
-    shared = [attempt(action, what) if run.is_main else Outcome()]
+    shared = [attempt(action, what) if ranks.is_main else Outcome()]
     dist.broadcast_object_list(shared, src=0)
     return _value(shared[0])
 
 
-def together(run: Run, action: Callable[[], T], what: str) -> T:
+def together(ranks: RankContext, action: Callable[[], T], what: str) -> T:
     """Result of `action`, which every rank does. If it fails on any rank, every rank raises the first one's error."""
     outcome = attempt(action, what)
-    errors: list[MoeTrainError | None] = [None] * run.layout.world_size
+    errors: list[MoeTrainError | None] = [None] * ranks.layout.world_size
     dist.all_gather_object(errors, outcome.error)
     _raise_first(errors)
     return _value(outcome)
 
 
-def gathered(run: Run, outcome: Outcome) -> list[Any]:
+def gathered(ranks: RankContext, outcome: Outcome) -> list[Any]:
     """The values of the outcomes of all ranks, on the first rank; elsewhere none. Every rank raises the first error."""
-    outcomes: list[Outcome] = [Outcome()] * run.layout.world_size
-    dist.gather_object(outcome, outcomes if run.is_main else None)
+    outcomes: list[Outcome] = [Outcome()] * ranks.layout.world_size
+    dist.gather_object(outcome, outcomes if ranks.is_main else None)
     shared = [[found.error for found in outcomes if found.error is not None][:1]]
     dist.broadcast_object_list(shared, src=0)
     _raise_first(shared[0])
-    return [found.value for found in outcomes] if run.is_main else []
+    return [found.value for found in outcomes] if ranks.is_main else []
 
 
 def attempt(action: Callable[[], Any], what: str) -> Outcome:
@@ -109,9 +109,9 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def say_on_main(run: Run, line: str) -> None:
+def say_on_main(ranks: RankContext, line: str) -> None:
     """One line of the run, once for all ranks."""
-    if run.is_main:
+    if ranks.is_main:
         say(line)
 
 

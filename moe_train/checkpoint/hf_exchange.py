@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_train.checkpoint import continuing, state, storage
 from moe_train.checkpoint.collective import on_main
+from moe_train.config.model import ModelConfig
 from moe_train.conversion import plans, small_files
 from moe_train.conversion.hf_source import HuggingFace, MappedSource
 from moe_train.conversion.mapping import Piece, pieces
@@ -23,17 +25,20 @@ from moe_train.run import Run
 
 
 @torch.no_grad()
-def read_weights(run: Run, path: Path) -> storage.StateDict:
+def read_weights(chunks: Sequence[nn.Module], model: ModelConfig, path: Path) -> storage.StateDict:
     """This rank's shards of the weights in the Hugging Face directory `path`, for `state.load_model`.
+
+    Args:
+        chunks: of this rank, as `model` describes them.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, or is in a damaged file.
     """
     source = HuggingFace(path)
-    mapped = MappedSource(source, run.cfg.model)
+    mapped = MappedSource(source, model)
     by_place = {(piece.key, piece.index): piece for piece in mapped.pieces}
     stacked = {piece.key for piece in mapped.pieces if piece.index is not None}
-    request = storage.Request(state.model_state(run))
+    request = storage.Request(state.model_state(chunks))
     return request.fill(lambda shard: _shard(shard, mapped, by_place, shard.key in stacked))
 
 

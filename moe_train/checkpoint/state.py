@@ -8,7 +8,7 @@ Delayed scaling of the layer with weight K is `fp8_scales.K`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,18 +44,18 @@ def _options() -> dict[str, Any]:
     }
 
 
-def model_state(run: Run) -> StateDict:
+def model_state(chunks: Sequence[Any]) -> StateDict:
     """Parameters and buffers of this rank: `model`, or `model0`, `model1`, ... where it has several chunks."""
-    names = ["model"] if len(run.chunks) == 1 else [f"model{i}" for i in range(len(run.chunks))]
+    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
     state: StateDict = {}
-    for name, model in zip(names, models(run), strict=True):
+    for name, model in zip(names, models(chunks), strict=True):
         state[name] = model.sharded_state_dict(metadata=_options())
     return state
 
 
-def models(run: Run) -> Iterator[Any]:
-    """The GPT models of this rank, without their wrappers for data parallelism and precision."""
-    for chunk in run.chunks:
+def models(chunks: Sequence[Any]) -> Iterator[Any]:
+    """The GPT models of this rank's `chunks`, without their wrappers for data parallelism and precision."""
+    for chunk in chunks:
         while hasattr(chunk, "module"):
             chunk = chunk.module
         yield chunk
@@ -172,13 +172,13 @@ def find_masters(request: Request, contents: dcp_metadata.Metadata, fp32: bool) 
 
 
 @torch.no_grad()
-def load_model(run: Run, loaded: StateDict) -> None:
+def load_model(chunks: Sequence[Any], loaded: StateDict) -> None:
     """Put read weights and buffers into the model.
 
     Raises:
         RuntimeError: the model has a parameter that was not in the request, which is a bug.
     """
-    for model, state in zip(models(run), loaded.values(), strict=True):
+    for model, state in zip(models(chunks), loaded.values(), strict=True):
         missing, unexpected = model.load_state_dict(state, strict=False)
         missing = [name for name in missing if not name.endswith("_extra_state")]  # FP8 scales, which are pickled
         if missing or unexpected:
@@ -273,7 +273,7 @@ def load_random(run: Run, loaded: StateDict) -> None:
         torch.cuda.set_rng_state(loaded["cuda"])
 
 
-def delayed_scales(run: Run, model: StateDict) -> StateDict:
+def delayed_scales(chunks: Sequence[Any], model: StateDict) -> StateDict:
     """Scales and histories of delayed scaling, under the numbers of the layer and, for experts, of the matrix in it.
 
     `model` is this rank's `model_state`. Each stands where the layer's weight stands, but is not split.
@@ -281,7 +281,7 @@ def delayed_scales(run: Run, model: StateDict) -> StateDict:
     shards, _ = extract_sharded_tensors_and_factories(model)
     of_parameter = {id(shard.data): shard for shard in nested_values(shards)}
     state: StateDict = {}
-    for number, (module, scales) in enumerate(delayed_scaling.layers_of(list(models(run)))):
+    for number, (module, scales) in enumerate(delayed_scaling.layers_of(list(models(chunks)))):
         matrices = _matrices(of_parameter[id(module.weight)])
         state[str(number)] = {
             str(i): _beside(matrix, delayed_scaling.packed(scales, i)) for i, matrix in enumerate(matrices)
@@ -307,8 +307,8 @@ def _beside(weight: ShardedTensor, data: Tensor) -> ShardedTensor:
     )  # fmt: skip
 
 
-def load_delayed_scales(run: Run, loaded: StateDict) -> None:
+def load_delayed_scales(chunks: Sequence[Any], loaded: StateDict) -> None:
     """Put read scales and histories back."""
-    for number, (_, scales) in enumerate(delayed_scaling.layers_of(list(models(run)))):
+    for number, (_, scales) in enumerate(delayed_scaling.layers_of(list(models(chunks)))):
         for i, values in loaded[str(number)].items():
             delayed_scaling.unpack(scales, int(i), values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from moe_train.ranks import RankContext
 from moe_train.run import Run
 from parallel import sequence
 
@@ -44,7 +45,7 @@ def continue_held_out(run: Run, count: int) -> list[Continuation]:
     new = min(NEW_TOKENS, length - prompt)
     texts = torch.stack([torch.as_tensor(run.valid_data[i * available // count]["tokens"]) for i in range(count)])
     tokens = texts[:, :prompt].to(run.device)
-    continued = continue_prompts(run, tokens, new)
+    continued = continue_prompts(run, run.chunks, tokens, new)
     return [
         Continuation(text[:prompt].tolist(), own.tolist(), text[prompt : prompt + new].tolist())
         for text, own in zip(texts, continued, strict=True)
@@ -52,7 +53,14 @@ def continue_held_out(run: Run, count: int) -> list[Continuation]:
 
 
 @torch.no_grad()
-def continue_prompts(run: Run, prompts: Tensor, count: int, temperature: float = 0.0, seed: int = 0) -> Tensor:
+def continue_prompts(
+    ranks: RankContext,
+    chunks: Sequence[nn.Module],
+    prompts: Tensor,
+    count: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
     """`count` tokens [n, count] that the model adds to `prompts` [n, p], all ranks being given the same.
 
     Every rank must call this: each computes its part of the model, and data-parallel ranks compute the same texts,
@@ -60,6 +68,7 @@ def continue_prompts(run: Run, prompts: Tensor, count: int, temperature: float =
     length, which causal attention makes harmless; only experts with a capacity limit see the padding.
 
     Args:
+        chunks: this rank's part of the model, with or without DDP around it.
         temperature: 0 takes the most probable token, else tokens are drawn from softmax(logits / temperature).
         seed: of the draws.
 
@@ -67,18 +76,18 @@ def continue_prompts(run: Run, prompts: Tensor, count: int, temperature: float =
         ValueError: prompt and continuation are longer than `train.seq_length`.
     """
     n, start = prompts.shape
-    if start < 1 or start + count > run.cfg.train.seq_length:
-        raise ValueError(f"{start} + {count} tokens do not fit into train.seq_length={run.cfg.train.seq_length}")
-    tokens = torch.zeros(n, run.cfg.train.seq_length, dtype=torch.long, device=run.device)
+    if start < 1 or start + count > ranks.cfg.train.seq_length:
+        raise ValueError(f"{start} + {count} tokens do not fit into train.seq_length={ranks.cfg.train.seq_length}")
+    tokens = torch.zeros(n, ranks.cfg.train.seq_length, dtype=torch.long, device=ranks.device)
     tokens[:, :start] = prompts
     generator = torch.Generator().manual_seed(seed)
-    chooser = run.layout.rank_of(pp=run.layout.pp - 1)  # one of the ranks that have the logits decides for all
-    with _LogitReader(run) as reader:
+    chooser = ranks.layout.rank_of(pp=ranks.layout.pp - 1)  # one of the ranks that have the logits decides for all
+    with _LogitReader(ranks, chunks) as reader:
         for end in range(start, start + count):
             logits = reader.logits(tokens, end - 1)
-            chosen = torch.zeros(n, dtype=torch.long, device=run.device)
-            if run.rank.rank == chooser and logits is not None:
-                chosen = _choose(logits, temperature, generator).to(run.device)
+            chosen = torch.zeros(n, dtype=torch.long, device=ranks.device)
+            if ranks.rank.rank == chooser and logits is not None:
+                chosen = _choose(logits, temperature, generator).to(ranks.device)
             dist.broadcast(chosen, src=chooser)
             tokens[:, end] = chosen
     return tokens[:, start : start + count]
@@ -94,14 +103,14 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> T
 class _LogitReader:
     """Runs forward passes in evaluation mode and reads the logits of one position, inside a `with` block."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, ranks: RankContext, chunks: Sequence[nn.Module]) -> None:
+        self._ranks, self._chunks = ranks, chunks
         self._index = torch.empty(0, dtype=torch.long)  # where the position stands in this rank's part of the sequence
         self._rows: Tensor | None = None
         self._hooks: list[Any] = []
 
     def __enter__(self) -> _LogitReader:
-        for chunk in self._run.chunks:
+        for chunk in self._chunks:
             chunk.eval()
             for module in chunk.modules():
                 if isinstance(module, GPTModel) and module.post_process:
@@ -111,24 +120,24 @@ class _LogitReader:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        for chunk in self._run.chunks:
+        for chunk in self._chunks:
             chunk.train()
 
     def logits(self, tokens: Tensor, position: int) -> Tensor | None:
         """Logits [n, vocabulary] of the token after `position` of `tokens` [n, s]; None before the last stage."""
-        run, n = self._run, tokens.size(0)
+        ranks, n = self._ranks, tokens.size(0)
         # The interleaved schedule wants a multiple of the pipeline's depth.
-        micro_batches = run.layout.pp if run.layout.vpp > 1 else 1
+        micro_batches = ranks.layout.pp if ranks.layout.vpp > 1 else 1
         rows = -(-n // micro_batches)
         padding = tokens[-1:].expand(rows * micro_batches - n, -1)
         parts = torch.cat([tokens, padding]).split(rows)
-        iterators = [iter(parts) for _ in run.chunks]
+        iterators = [iter(parts) for _ in self._chunks]
         outputs = get_forward_backward_func()(
             forward_step_func=partial(self._forward, position),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=run.chunks,
+            model=self._chunks,
             num_microbatches=micro_batches,
-            seq_length=run.cfg.train.seq_length,
+            seq_length=ranks.cfg.train.seq_length,
             micro_batch_size=rows,
             forward_only=True,
             collect_non_loss_data=True,
@@ -163,10 +172,10 @@ class _LogitReader:
 
     def _gather(self, rows: Tensor) -> Tensor:
         """[n, vocabulary/tp] of the rank that has the position -> [n, vocabulary] without the rows that only pad it."""
-        if self._run.layout.cp > 1:
+        if self._ranks.layout.cp > 1:
             dist.all_reduce(rows, group=ps.get_context_parallel_group())
-        if self._run.layout.tp > 1:
-            parts = [torch.empty_like(rows) for _ in range(self._run.layout.tp)]
+        if self._ranks.layout.tp > 1:
+            parts = [torch.empty_like(rows) for _ in range(self._ranks.layout.tp)]
             dist.all_gather(parts, rows.contiguous(), group=ps.get_tensor_model_parallel_group())
             rows = torch.cat(parts, dim=-1)
-        return rows[:, : self._run.cfg.model.vocab_size]
+        return rows[:, : self._ranks.cfg.model.vocab_size]

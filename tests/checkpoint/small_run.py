@@ -14,12 +14,9 @@ from moe_train.checkpoint import checkpoint, state
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config
 from moe_train.loop import step
-from moe_train.model.build import build, transformer_config
-from moe_train.model.init import initialise
-from moe_train.model.precision import in_training_precision
-from moe_train.optim.optimizer import build_optimizer, build_schedule, data_parallel
+from moe_train.ranks import RankContext, build_model
 from moe_train.run import Run
-from moe_train.telemetry.model_metrics import ExpertLoad, PredictionLoss
+from moe_train.train import build_trainer
 from parallel import groups, runtime
 from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
@@ -52,8 +49,8 @@ def config(run_dir: Path, degrees: Degrees, /, **changes: Any) -> Config:
     return cfg
 
 
-def prepare(cfg: Config) -> Run:
-    """This rank's part of the run, as `moe_train.train.prepare` makes it, in a process group that exists."""
+def join(cfg: Config) -> RankContext:
+    """What `moe_train.ranks.setup_ranks` makes, in a process group that exists."""
     world = dist.get_world_size()
     rank = RankInfo(dist.get_rank(), world, dist.get_rank(), world, "127.0.0.1", 0, "local")
     degrees = {name: getattr(cfg.parallel, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp")}
@@ -62,25 +59,24 @@ def prepare(cfg: Config) -> Run:
     groups.destroy()
     groups.create(layout, cfg.seed)
     torch.manual_seed(cfg.seed)
-    run = Run(cfg, layout, rank, device, "cpu", "local", STEPS, Path(cfg.run_dir))
-    run.config = transformer_config(cfg, layout, "local", "cpu", layout.coordinates(rank.rank).pp)
-    chunks = [in_training_precision(chunk, run.config) for chunk in build(cfg, run.config, "local", layout.vpp)]
-    initialise(chunks, cfg.model, cfg.seed)
-    run.expert_load = ExpertLoad(chunks, cfg.model.num_layers + cfg.model.mtp_num_layers, cfg.model.num_experts, device)
-    if cfg.model.mtp_num_layers:
-        run.prediction_loss = PredictionLoss(chunks, cfg.model.mtp_num_layers, device)
-    run.chunks = data_parallel(chunks, run.config, cfg)
-    run.optimizer = build_optimizer(cfg, run.config, run.chunks)
-    run.schedule = build_schedule(cfg, run.optimizer, STEPS)
+    return RankContext(cfg, layout, rank, device, "cpu", "local")
+
+
+def prepare(cfg: Config) -> Run:
+    """This rank's part of the run, as `moe_train.train.prepare` makes it, without callbacks."""
+    ranks = join(cfg)
+    run = build_trainer(ranks, build_model(ranks))
+    run.callbacks = []
     return run
 
 
 def batches(run: Run) -> list[Iterator[dict[str, torch.Tensor]]]:
     """From the next sample on, one iterator for each model chunk. Sample i is the same in every layout."""
-    return [_samples(run, run.state.consumed_samples) for _ in run.chunks]
+    return [samples_from(run, run.state.consumed_samples) for _ in run.chunks]
 
 
-def _samples(run: Run, start: int) -> Iterator[dict[str, torch.Tensor]]:
+def samples_from(run: RankContext, start: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Micro-batches of this data-parallel rank, from sample `start` on."""
     dp_rank = run.layout.coordinates(run.rank.rank).dp
     index, length = start + dp_rank, run.cfg.train.seq_length
     while True:
@@ -105,7 +101,7 @@ def tensors(run: Run) -> dict[str, tuple[float, float]]:
     """(sum, sum of squares) of every tensor of the run over all ranks, by its global name: the same in every layout."""
     from moe_train.checkpoint.storage import Request
 
-    model = state.model_state(run)
+    model = state.model_state(run.chunks)
     optimizer = state.without_masters(state.optimizer_state(run, model, loading=False))
     sums: dict[str, tuple[float, float]] = {}
     for shard in Request({"model": model, "optimizer": optimizer}).tensors:
@@ -127,7 +123,7 @@ def bits(run: Run) -> list[bytes]:
     """Every parameter, buffer, moment and random stream of this rank, bit by bit."""
     from moe_train.checkpoint.storage import Request
 
-    model = state.model_state(run)
+    model = state.model_state(run.chunks)
     wanted = {
         "model": model,
         "optimizer": state.optimizer_state(run, model, loading=False),

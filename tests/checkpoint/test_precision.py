@@ -22,7 +22,7 @@ def weights(run_dir: Path, degrees: dict[str, int], changes: dict[str, Any]) -> 
     """Sums of the fp32 weights by name, after resuming."""
     run = small_run.prepare(small_run.config(run_dir, degrees, **changes))
     checkpoint.resume(run)
-    model = state.model_state(run)
+    model = state.model_state(run.chunks)
     tensors: dict[str, tuple[float, float]] = {}
     for shard in state.Request(state.optimizer_state(run, model, loading=False)).tensors:
         name = shard.key.removeprefix("optimizer.state.fp32_param.")
@@ -124,7 +124,7 @@ def scales(run_dir: Path, degrees: dict[str, int], changes: dict[str, Any]) -> d
     """`continue_halfway`, and scales and histories by name as they were after resuming."""
     run = small_run.prepare(small_run.config(run_dir, degrees, **changes))
     checkpoint.resume(run)
-    found = state.delayed_scales(run, state.model_state(run))
+    found = state.delayed_scales(run.chunks, state.model_state(run.chunks))
     kept = {shard.key: shard.data.tolist() for shard in state.Request(found).tensors if not any(shard.global_offset)}
     return {"scales": kept, "losses": small_run.train(run, small_run.STEPS - small_run.HALF)}
 

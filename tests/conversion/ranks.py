@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from moe_train.checkpoint import checkpoint
 from moe_train.conversion.families import config
-from moe_train.loop import step
+from moe_train.loop import forward
 from moe_train.run import Run
 from tests.checkpoint import small_run
 
@@ -48,7 +48,7 @@ def outputs(run: Run) -> dict[str, Any]:
                 routes[module.layer_number] = held = []
                 hooks.append(module.register_forward_hook(lambda m, i, o, held=held: held.append(o[1].clone())))
     with torch.no_grad():
-        step._forward_backward(run, small_run.batches(run), forward_only=True)
+        forward.forward_backward(run, run.chunks, small_run.batches(run), small_run.BATCH, forward_only=True)
     for hook in hooks:
         hook.remove()
     dp, dp_rank = run.layout.dp, run.layout.coordinates(run.rank.rank).dp

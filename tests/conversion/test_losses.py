@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_train.checkpoint import checkpoint
-from moe_train.loop import step
+from moe_train.loop import forward, step
 from tests.checkpoint import small_run
 from tests.conversion import models, ranks
 from tests.conversion.convert import convert
@@ -68,11 +68,12 @@ def ours(sources: Sources, work: Path, degrees: small_run.Degrees) -> dict[str, 
         run = ranks.load(source, work / str(number), degrees, parallel__distributed_optimizer=False)
         valid = step.evaluate(run, [batches(run, vocabulary) for _ in run.chunks], 1)
         assert valid is not None
-        losses = step._forward_backward(run, [batches(run, vocabulary) for _ in run.chunks], forward_only=False)
+        data = [batches(run, vocabulary) for _ in run.chunks]
+        losses = forward.forward_backward(run, run.chunks, data, small_run.BATCH, forward_only=False)
         for chunk in run.chunks:
             for parameter in chunk.parameters():
                 parameter.data.copy_(parameter.main_grad)
-        loss, _ = step._mean(losses, run.device)
+        loss, _ = forward.mean(losses, run.device)
         assert loss is not None
         found[name] = (valid, loss, Path(checkpoint.save(run)))
     return found

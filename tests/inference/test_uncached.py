@@ -21,7 +21,7 @@ def _prompts() -> torch.Tensor:
 
 def _continue(degrees: dict[str, int], changes: dict[str, Any], temperature: float) -> list[list[int]]:
     run = small_run.prepare(small_run.config(Path("unused"), degrees, **changes))
-    tokens = uncached.continue_prompts(run, _prompts(), COUNT, temperature, seed=3)
+    tokens = uncached.continue_prompts(run, run.chunks, _prompts(), COUNT, temperature, seed=3)
     assert all(chunk.training for chunk in run.chunks)
     assert not run.expert_load.counts.any()  # the text is no part of what training measures
     return tokens.tolist()
@@ -34,7 +34,7 @@ def _alone(changes: dict[str, Any], temperature: float = 0.0) -> list[list[int]]
 def _greedy_by_hand() -> tuple[list[list[int]], list[list[int]]]:
     """Tokens of the helper, and those of plain forward passes over texts without padding."""
     run = small_run.prepare(small_run.config(Path("unused"), {}, model__mtp_num_layers=0))
-    helper = uncached.continue_prompts(run, _prompts(), COUNT).tolist()
+    helper = uncached.continue_prompts(run, run.chunks, _prompts(), COUNT).tolist()
     tokens = _prompts()
     with torch.no_grad():
         for _ in range(COUNT):
@@ -81,7 +81,7 @@ def test_draws_depend_on_the_seed_and_not_on_the_layout() -> None:
 def _too_long() -> str:
     run = small_run.prepare(small_run.config(Path("unused"), {}))
     with pytest.raises(ValueError, match=r"5 \+ 12 tokens do not fit into train.seq_length=16") as caught:
-        uncached.continue_prompts(run, _prompts(), 12)
+        uncached.continue_prompts(run, run.chunks, _prompts(), 12)
     return str(caught.value)
 
 

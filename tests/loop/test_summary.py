@@ -131,11 +131,11 @@ def test_continuations_are_decoded_and_shown(
     monkeypatch.setattr(module, "load_tokenizer", lambda data: _Words())
     asked: list[tuple[torch.Tensor, int]] = []
 
-    def continue_prompts(run: Any, prompts: torch.Tensor, count: int) -> torch.Tensor:
+    def continue_prompts(run: Any, chunks: Any, prompts: torch.Tensor, count: int) -> torch.Tensor:
         asked.append((prompts, count))
         return torch.full((len(prompts), count), 9)
 
-    monkeypatch.setattr(module.sampling, "continue_prompts", continue_prompts)
+    monkeypatch.setattr(module.uncached, "continue_prompts", continue_prompts)
     _train(run, [4.0])
     expected = {"prompt": "0 1 2 3 4 5 6 7", "model": "9 9 9 9 9 9 9 9", "text": "8 9 10 11 12 13 14 15"}
     assert json.loads((tmp_path / NAME).read_text())["continuations"] == [expected] * 2

@@ -1,0 +1,74 @@
+"""One process as a rank of a job: device, process groups, seeds, and its part of the model. No optimizer.
+
+Training builds on it (`train.build_trainer`). So does whatever only computes with a model: evaluation, generation, a
+reference model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moe_train.config.composition.validate import validate
+from moe_train.config.schema import Config
+from moe_train.model import backend
+from moe_train.model.build import build, transformer_config
+from moe_train.model.init import initialise
+from moe_train.model.kernels import cpu_kernels
+from moe_train.model.precision import DTYPES, in_training_precision
+from parallel import groups, runtime
+from parallel.layout import ParallelLayout
+from parallel.rank_info import RankInfo
+
+
+@dataclass
+class RankContext:
+    """What one rank computes with, apart from a model."""
+
+    cfg: Config
+    layout: ParallelLayout
+    rank: RankInfo
+    device: torch.device
+    runtime: str
+    """cuda, cpu or simulated."""
+    backend: str
+    """te or local."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and the terminal."""
+        return self.rank.rank == 0
+
+
+def setup_ranks(cfg: Config, rank: RankInfo) -> RankContext:
+    """Join the other ranks: runtime, process groups, seeds. Every rank of the job calls it with the same config.
+
+    Raises:
+        ConfigError, HardwareError: with a cause and a remedy.
+    """
+    layout = validate(cfg, rank.world_size)
+    name = runtime.choose(cfg.runtime)
+    implementation = backend.choose(cfg, name)
+    device = runtime.start(name, rank, cfg.launcher.timeout_s)
+    groups.create(layout, cfg.seed)
+    torch.manual_seed(cfg.seed)
+    if name == "cpu":
+        for dtype in {DTYPES[cfg.precision.dtype], torch.float32}:  # emulated FP8 multiplies in fp32
+            cpu_kernels.choose(dtype)
+    return RankContext(cfg, layout, rank, device, name, implementation)
+
+
+def build_model(ranks: RankContext) -> list[nn.Module]:
+    """The model chunks of this rank, one a virtual pipeline stage, with the initial weights of `seed`.
+
+    The chunks have the training precision. `checkpoint.weights.load` puts the weights of a checkpoint into them.
+    """
+    cfg, layout = ranks.cfg, ranks.layout
+    stage = layout.coordinates(ranks.rank.rank).pp
+    config = transformer_config(cfg, layout, ranks.backend, ranks.runtime, stage)
+    built = build(cfg, config, ranks.backend, layout.vpp)
+    chunks = [in_training_precision(chunk, config) for chunk in built]
+    initialise(chunks, cfg.model, cfg.seed)
+    return chunks
