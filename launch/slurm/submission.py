@@ -102,13 +102,25 @@ def take(cfg: Config, directory: Path, given: Options | None = None) -> Path:
         if given is not None and given.config_dir is not None:
             shutil.copytree(given.config_dir, directory / "conf", ignore=_only_yaml)
         (directory / "config.yaml").write_text(compose.to_yaml(cfg), encoding="utf-8")
-        for name, words in {"commit.txt": ["rev-parse", "HEAD"], "changes.diff": ["diff", "HEAD"]}.items():
-            git = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, check=False)
-            if git.returncode == 0:  # elsewhere the copy alone says what ran
-                (directory / name).write_bytes(git.stdout)
+        if _git("ls-files", "--error-unmatch", "moe_train/__init__.py") is not None:
+            for name, words in {"commit.txt": ["rev-parse", "HEAD"], "changes.diff": ["diff", "HEAD"]}.items():
+                if (said := _git(*words)) is not None:
+                    (directory / name).write_bytes(said)
     except OSError as error:
         raise LaunchError(f"{directory} cannot be written: {error.strerror}", "set run_dir=PATH") from error
     return directory / "code"
+
+
+def _git(*words: str) -> bytes | None:
+    """Output of git in the folder of the code; None where git fails or is missing.
+
+    An installed package is not tracked, and may lie in a virtual environment inside of somebody else's repository.
+    """
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def write(submission: Submission, directory: Path) -> None:

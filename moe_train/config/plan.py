@@ -46,4 +46,8 @@ class PlanConfig:
     write: str | None = doc(None, "File to which the best plan is written as a parallel/ YAML; null writes none.")
     runs: str | None = doc(None, "validate: table of published runs, with the columns of published_runs.csv.")
     models: str | None = doc(None, "validate: directory of model YAML files, in addition to those of this project.")
-    results: str | None = doc(None, "validate: JSON file to write; null means bench/results/plan_validate.json.")
+    results: str | None = doc(
+        None,
+        "validate: JSON file to write; null means plan_validate.json, in bench/results of a "
+        "clone, else in the current directory.",
+    )

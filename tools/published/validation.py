@@ -22,7 +22,9 @@ from tools.published.predict import predict, published, published_tokens_per_s
 from tools.published.rows import FILLED, Row, understand
 from tools.published.split import is_test
 
-RESULTS = Path(__file__).parents[2] / "bench" / "results" / "plan_validate.json"
+_RESULTS = Path(__file__).parents[2] / "bench" / "results"
+RESULTS = (_RESULTS if _RESULTS.is_dir() else Path()) / "plan_validate.json"
+"""Kept with the code in a clone. An installed package has no such folder and writes to the current directory."""
 COLUMNS = ("source", "model", "hardware", "n_gpus", "precision", "seq_len", "gbs", "mbs", "tp", "pp", "vpp", "cp", "ep",
            "etp", "recompute", "other_flags", "tflops_per_gpu", "mfu_pct", "tokens_per_s_per_gpu", "step_time_s",
            "peak_mem_gb", "flops_convention_note")  # fmt: skip
