@@ -145,7 +145,9 @@ class ScheduleConfig:
     """Learning rate over the steps of a run."""
 
     decay: str = doc("cosine", "Shape after warm-up.", choices=("cosine", "linear", "constant"))
-    warmup_steps: int = doc(20, "Steps of linear warm-up from 0.", minimum=0)
+    warmup_steps: int = doc(
+        20, "Steps of linear warm-up from 0; where nothing sets it, a tenth of a run of fewer than 20 steps.", minimum=0
+    )
     decay_steps: int | None = doc(None, "Step at which the decay ends; null means the last step.", minimum=1)
     min_lr_ratio: float = doc(0.1, "Final over peak learning rate.", minimum=0)
     on_resume: str = doc(

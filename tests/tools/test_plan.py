@@ -405,7 +405,15 @@ def test_the_dispatcher_of_a_given_layout_is_timed() -> None:
 
 def test_a_run_that_is_planned_may_be_shorter_than_its_warm_up() -> None:
     cfg = compose(
-        ["model=tiny", "runtime=cuda", "batch=large", "train.steps=null", "train.tokens=1000000", "precision=bf16"]
+        [
+            "model=tiny",
+            "runtime=cuda",
+            "batch=large",
+            "train.steps=null",
+            "train.tokens=1000000",
+            "precision=bf16",
+            "schedule.warmup_steps=20",
+        ]
     )
     assert validate(cfg, trains=False)
     with pytest.raises(ConfigError, match="warmup_steps"):

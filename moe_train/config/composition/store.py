@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import typing
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
+from moe_train.config.resolve import total_steps
 from moe_train.config.schema import Config
 from moe_train.config.walk import group_names
+
+
+def default_warmup(usual: int, *, _root_: Any) -> int:
+    """Warm-up of a run whose config does not say it: `usual` steps, or a tenth where the decay ends before that.
+
+    conf/schedule/ calls it as ${default_warmup:20}. `_root_` is the config that is being composed, where values are
+    not checked yet.
+    """
+    tokens_per_step = _root_.batch.global_batch_size * _root_.train.seq_length
+    if _root_.train.tokens is not None and tokens_per_step <= 0:
+        return usual
+    decay_ends = _root_.schedule.decay_steps
+    end = max(0, total_steps(_root_) if decay_ends is None else decay_ends)
+    return usual if end >= usual else end // 10
 
 
 def register() -> None:
@@ -16,6 +33,7 @@ def register() -> None:
     A file of one's own for a group begins with `defaults: [schema, _self_]` to be checked on its own, or stands in a
     group that `train.yaml` composes, where the root schema checks it anyway.
     """
+    OmegaConf.register_new_resolver("default_warmup", default_warmup, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config, provider="moe_train")
     types = typing.get_type_hints(Config)

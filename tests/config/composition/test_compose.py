@@ -57,6 +57,33 @@ def test_only_a_command_that_prints_ends_quietly_where_its_reader_is_gone(
     os.close(writer)
 
 
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        ((), 20), (("train.steps=200",), 20), (("train.steps=20",), 20), (("train.steps=19",), 1),
+        (("train.steps=3",), 0), (("train.steps=3", "schedule=linear"), 0),
+        (("train.steps=3", "schedule.warmup_steps=2"), 2), (("schedule.decay_steps=10",), 1),
+        (("train.steps=3", "schedule.decay_steps=100"), 20),
+        (("train.tokens=12k", "train.seq_length=100", "batch.global_batch_size=10"), 1),
+        (("train.tokens=40k", "train.seq_length=100", "batch.global_batch_size=10"), 20),
+    ],
+)  # fmt: skip
+def test_a_short_run_warms_up_for_a_tenth_of_its_steps(words: tuple[str, ...], steps: int) -> None:
+    """`moe-train train.steps=3` needs no second override. Runs of 20 steps and more are as they were."""
+    cfg = compose(words)
+    assert cfg.schedule.warmup_steps == steps
+    validate(cfg)
+
+
+@pytest.mark.parametrize(
+    "word", ["train.steps=-5", "schedule.decay_steps=-5", "batch.global_batch_size=0", "train.seq_length=0"]
+)
+def test_a_wrong_length_of_a_short_run_is_named_itself(word: str) -> None:
+    field = word.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"^{field}=.* is below the smallest value"):
+        validate(compose(["train.tokens=1000", word] if "batch" in word or "length" in word else [word]))
+
+
 def test_a_run_gets_a_typed_config_and_hydras_directory(capfd: pytest.CaptureFixture[str]) -> None:
     jobs = Jobs()
     assert hydra_entry(jobs, argv=["parallel.tp=2", "run_dir=here", "optimizer.lr=1e-4"]) == 0

@@ -267,9 +267,10 @@ TABLE = [
           "recompute=full recompute.method=block"),
     # Length, schedule, numbers
     Wrong("train.steps=10 train.tokens=1000", "train.steps", "train.tokens=1000", "schedule.warmup_steps=0"),
-    Wrong("train.steps=10", "schedule.warmup_steps", "the run's 10 steps"),
-    Wrong("train.steps=5", "schedule.warmup_steps", "use schedule.warmup_steps=0 or train.steps=20"),
-    Wrong("schedule.decay_steps=10", "schedule.warmup_steps", "schedule.decay_steps=10"),
+    Wrong("train.steps=10 schedule.warmup_steps=20", "schedule.warmup_steps", "the run's 10 steps"),
+    Wrong("train.steps=5 schedule.warmup_steps=20", "schedule.warmup_steps",
+          "use schedule.warmup_steps=0 or train.steps=20"),
+    Wrong("schedule.decay_steps=10 schedule.warmup_steps=20", "schedule.warmup_steps", "schedule.decay_steps=10"),
     Wrong("schedule.min_lr_ratio=2", "schedule.min_lr_ratio", "above the peak"),
     Wrong("optimizer.beta2=1", "optimizer.beta2", "[0, 1)"),
     Wrong("optimizer.lr=nan", "optimizer.lr", "finite number; use optimizer.lr=0.001"),
