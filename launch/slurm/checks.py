@@ -18,6 +18,7 @@ from parallel.planner.placement import node_spans
 from parallel.rank_info import RankInfo
 
 _OF_ONE_MACHINE = ("/dev/shm", "/run", "/proc")
+_LEAST_S = 10  # that both launcher.grace_s and launcher.meet_timeout_s may be
 
 
 def nodes_of(cfg: Config, layout: ParallelLayout) -> int:
@@ -41,7 +42,7 @@ def job(cfg: Config) -> None:
             raise ConfigError(
                 f"launcher.{name}={seconds} leaves less than half of launcher.time_limit_min={launcher.time_limit_min} "
                 "to train",
-                f"use launcher.{name}={launcher.time_limit_min * 6} or a longer launcher.time_limit_min",
+                f"use launcher.{name}={max(_LEAST_S, launcher.time_limit_min * 6)} or a longer launcher.time_limit_min",
             )
     here = container.python(launcher) == sys.executable  # or its libraries cannot be asked for
     if launcher.start in ("mpirun", "pmi2", "pmix") and here and importlib.util.find_spec("mpi4py") is None:
@@ -117,9 +118,9 @@ def notes(cfg: Config, layout: ParallelLayout, found: Estimate) -> list[str]:
     launcher, lines = cfg.launcher, []
     hours, whole = launcher.time_limit_min / 60, found.pace.hours if found.pace else 0.0
     jobs = -(-whole // hours)
-    allowed = launcher.chain if launcher.chain > 1 else launcher.requeues + 1
+    allowed, field = (launcher.requeues + 1, "requeues") if launcher.chain == 1 else (launcher.chain, "chain")
     if jobs > allowed:
-        lines.append(f"the run needs about {jobs:,.0f} time limits, and {allowed:,} are allowed (launcher.requeues)")
+        lines.append(f"the run needs about {jobs:,.0f} time limits, and {allowed:,} are allowed (launcher.{field})")
     if cfg.checkpoint.interval_steps == 0 and whole > 1:
         lines.append("a crash loses everything since the last time limit: set checkpoint.interval_steps")
     lines += [f"{name}={path} is under /tmp, which most clusters have on each node for itself"
