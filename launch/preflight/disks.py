@@ -95,7 +95,7 @@ def checkpoints_to_come(cfg: Config, newest: int, present: int) -> int:
     A checkpoint is written before the oldest that is not kept goes.
     """
     settings, total = cfg.checkpoint, total_steps(cfg)
-    done = 0 if cfg.resume == "never" else min(max(newest, 0), total)
+    done = 0 if cfg.resume == "never" else max(newest, 0)
     if done >= total:
         return 0
     interval = settings.interval_steps

@@ -39,7 +39,7 @@ class Facts:
         gpu_problems: what its own GPU reports of itself.
         gpu_unchecked: what nvidia-smi would not say of it, with the reason.
         memory_free: share of the memory of the device that is free.
-        sees_run_dir: whether it found the file that rank 0 wrote, and rank 0 its own.
+        unseen: fields of shared directories in which it did not find the file of rank 0, or rank 0 not its own.
         disks: directories that the run writes; none on all ranks of a node but the first.
         matmul_s: mean time of a multiplication while all others multiply too, without what the rank waited for a core.
         matmul_median_s, matmul_worst_s: the same, of single ones.
@@ -57,7 +57,7 @@ class Facts:
     gpu_problems: list[str] = field(default_factory=list)
     gpu_unchecked: dict[str, str] = field(default_factory=dict)
     memory_free: float = 1.0
-    sees_run_dir: bool = True
+    unseen: list[str] = field(default_factory=list)
     disks: list[Disk] = field(default_factory=list)
     matmul_s: float = 0.0
     matmul_median_s: float = 0.0
@@ -118,16 +118,18 @@ def gpu_problems(index: int | str) -> tuple[list[str], dict[str, str]]:
     asked, each with why."""
     problems, unchecked = [], {}
     try:
-        for field_, text in _values(index).items():
-            if isinstance(text, subprocess.CalledProcessError):
-                unchecked[_FIELDS[field_]] = _reason(text)
-            elif text not in _FINE:
-                problems.append(f"{_FIELDS[field_]}: {text}")
+        values = _values(index)
+    except (OSError, subprocess.SubprocessError) as error:  # no answer: each further question would wait as long
+        return [], dict.fromkeys((*_FIELDS.values(), _LINKS), _reason(error))
+    for field_, text in values.items():
+        if isinstance(text, subprocess.CalledProcessError):
+            unchecked[_FIELDS[field_]] = _reason(text)
+        elif text not in _FINE:
+            problems.append(f"{_FIELDS[field_]}: {text}")
+    try:
         problems += dead_links(_nvidia_smi("nvlink", "--status", f"--id={index}"))
-    except subprocess.CalledProcessError as error:
-        unchecked[_LINKS] = _reason(error)
     except (OSError, subprocess.SubprocessError) as error:
-        return problems, dict.fromkeys((*_FIELDS.values(), _LINKS), str(error)) | unchecked
+        unchecked[_LINKS] = _reason(error)
     return problems, unchecked
 
 
@@ -158,8 +160,10 @@ def _query(index: int | str, *fields: str) -> list[str]:
     return [value.strip() for value in line.strip().split(",")]
 
 
-def _reason(error: subprocess.CalledProcessError) -> str:
-    """What nvidia-smi said as it failed, on whichever of its outputs."""
+def _reason(error: OSError | subprocess.SubprocessError) -> str:
+    """What nvidia-smi said as it failed, on either of its outputs, or why there is no answer."""
+    if not isinstance(error, subprocess.CalledProcessError):
+        return str(error)
     lines = [line.strip() for line in f"{error.stdout}\n{error.stderr}".splitlines() if line.strip()]
     return lines[0] if lines else f"nvidia-smi ends with {error.returncode}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,22 +40,23 @@ def clock(rounds: int = 5) -> float:
     return best or 0.0
 
 
-def storage(places: list[Place], info: RankInfo, megabytes: int) -> tuple[bool, list[Disk]]:
-    """Whether rank 0 and this node see each other's files in the shared ones of `places`, and what the node finds in
-    all of them. One rank of each node looks; the others find nothing.
+def storage(places: list[Place], info: RankInfo, megabytes: int) -> tuple[list[str], list[Disk]]:
+    """Fields of the shared ones of `places` in which rank 0 and this node do not see each other's files, and what the
+    node finds in all of them. One rank of each node looks; the others find nothing.
     """
     name, first = f"rank_{info.rank}", info.local_rank == 0
     disks = [disks_.look(place, name, megabytes) for place in places] if first else []
-    sees = True
+    unseen = []
     for position, place in enumerate(places):
         if place.shared:
             mine = disks[position] if first else None
-            sees = _seen(place.path / disks_.FOLDER, mine, info) and sees
+            if not _seen(place.path / disks_.FOLDER, mine, info):
+                unseen.append(place.field)
     dist.barrier()
     if first:
         for place in places:
             disks_.remove(place, name)
-    return sees, disks
+    return unseen, disks
 
 
 def _seen(folder: Path, mine: Disk | None, info: RankInfo) -> bool:
@@ -75,7 +77,7 @@ def _seen(folder: Path, mine: Disk | None, info: RankInfo) -> bool:
 
 def _appears(path: Path) -> bool:
     deadline = time.monotonic() + _PATIENCE_S
-    while not path.exists():
+    while not os.path.exists(path):  # False too where a look fails: `disks.look` tells why
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)
@@ -178,7 +180,7 @@ def links(nodes: list[str], info: RankInfo, device: torch.device, megabytes: int
         other = (place + 1 if (place - shift) % 2 == 0 else place - 1) % len(firsts)
         paired = len(firsts) % 2 == 0 or {place, other} != {0, len(firsts) - 1}
         dist.barrier()
-        if paired and len(firsts) > 1:
+        if paired:
             pair = (info.rank, firsts[other])
             seconds = _best(partial(_swap, message, *pair), partial(_larger, pair=pair), device)
             best = max(best, 2 * message.nbytes / seconds / 1e9)

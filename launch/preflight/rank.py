@@ -61,7 +61,7 @@ def look(cfg: Config, layout: ParallelLayout, info: RankInfo, device: torch.devi
     found.clock_s = measure.clock()
     size = 256 if cuda else 4
     places = disks.places(cfg, layout, info.local_world_size)
-    found.sees_run_dir, found.disks = measure.storage(places, info, 256 if cuda else 16)
+    found.unseen, found.disks = measure.storage(places, info, 256 if cuda else 16)
     dist.barrier()
     products = measure.products(device)
     found.matmul_s, found.waited = products.mean_s, products.waited

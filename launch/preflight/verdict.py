@@ -111,9 +111,9 @@ def notes(facts: list[Facts]) -> list[str]:
 
 def _storage(facts: list[Facts]) -> list[Finding]:
     found = [
-        Finding("storage", f.node, "run_dir there is not the directory that rank 0 sees")
+        Finding("storage", f.node, f"{field} there is not the directory that rank 0 sees")
         for f in facts
-        if not f.sees_run_dir
+        for field in f.unseen
     ]
     for field in dict.fromkeys(disk.field for f in facts for disk in f.disks):
         on = [(f.node, disk) for f in facts for disk in f.disks if disk.field == field]

@@ -98,7 +98,7 @@ def test_nothing_is_wrong_with_healthy_ranks() -> None:
         ({"gpus": 0}, "GPU", "rank 4 sees 0 of 2 GPUs"),
         ({"gpu_problems": ["NVLink down: Link 3"]}, "GPU", "NVLink down: Link 3"),
         ({"memory_free": 0.5}, "memory", "50% of GPU of rank 4 is free"),
-        ({"sees_run_dir": False}, "storage", "is not the directory"),
+        ({"unseen": ["checkpoint.dir"]}, "storage", "checkpoint.dir there is not the directory that rank 0 sees"),
         ({"matmul_s": 0.016, "matmul_median_s": 0.016}, "matmul", "rank 4 takes 1.6 times the median 10 ms"),
         ({"matmul_s": 0.100}, "matmul", "single products take 10 ms, and the process is stopped between them"),
         (
