@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 KINDS = ("kill", "stop", "hang", "raise", "nan", "spike", "slow", "term")
+_LEAST = {"rank": -1, "steps": 1, "samples": 1}
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ def parse(text: str) -> Fault:
     fault = Fault(kind, **values)
     if fault.at not in ("begin", "end"):
         raise ValueError(f"at={fault.at} is neither begin nor end")
+    for name, least in _LEAST.items():
+        if (number := getattr(fault, name)) < least:
+            raise ValueError(f"{name}={number} is below {least}, so that it never happens")
     if (fault.step < 1) == (fault.sample < 0):
         raise ValueError("it needs step= (from 1), or with nan and spike sample=")
     if fault.sample >= 0 and kind not in ("nan", "spike"):

@@ -122,6 +122,7 @@ class Watch(threading.Thread):
                     seen, silent_s = self.pulse.count, 0.0
                 changed, limit_before = limit != limit_before, limit
                 if not limit:
+                    silent_s = 0.0  # a limit that begins later does not count what was before
                     continue
                 if changed or now - armed > limit / 4:
                     # This thread needs Python's lock. If native code keeps it, a thread of faulthandler's does without.

@@ -34,6 +34,12 @@ def test_the_first_of_several_signals_is_named() -> None:
     assert stop.asked() == ""
 
 
+def test_a_run_that_stops_is_no_failure() -> None:
+    """No handler of failures may take it for one, and its exit code asks for another start."""
+    assert stop.Stopped().code == os.EX_TEMPFAIL
+    assert not issubclass(stop.Stopped, Exception)
+
+
 def test_outside_the_main_thread_handlers_stay() -> None:
     """Python allows no handler there: a run in a thread goes on without."""
     before = [signal.getsignal(number) for number in SIGNALS]
