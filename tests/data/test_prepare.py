@@ -24,7 +24,7 @@ from moe_train.data import parts
 from moe_train.data import prepare as prepare_module
 from moe_train.data.manifest import PREFIX, read_manifest
 from moe_train.data.prepare import prepare
-from moe_train.data.tokenizer import load_tokenizer, train_tokenizer
+from moe_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from parallel.errors import DataError
 from tests.data.corpora import config, die, texts, write_txt
 
@@ -179,9 +179,97 @@ def test_parts_of_other_settings_are_thrown_away(made: DataConfig, tmp_path: Pat
     assert content(data) == content(made)
 
 
+def test_files_of_an_earlier_tokenizer_go(made: DataConfig, tmp_path: Path) -> None:
+    """They would be taken for companions of the new one. So would indices for those of the new dataset."""
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<other>"}')
+    (tmp_path / "cache").mkdir()
+    data = replace(made, dir=str(tmp_path))
+    assert prepare(data, 300, progress=False) is True
+    assert content(data) == content(made)
+    assert not (tmp_path / "special_tokens_map.json").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_tokenizer_of_an_interrupted_run_is_used_again(
+    made: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where it was complete."""
+    trained: list[Path] = []
+
+    def train(texts: Any, vocab_size: int, path: Path) -> None:
+        trained.append(path)
+        train_tokenizer(texts, vocab_size, path)
+
+    def interrupt(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_module, "train_tokenizer", train)
+    data = replace(made, dir=str(tmp_path))
+    for done in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parts, "tokenize", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(data, 300, progress=False)
+        if not done:
+            (tmp_path / "parts/tokenizer.done").unlink()
+    prepare(data, 300, progress=False)
+    assert len(trained) == 2
+    assert content(data) == content(made)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(65_536, np.uint16), (65_537, np.int32)])
+def test_every_id_has_room_in_a_token(
+    size: int, dtype: type, made: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Large(Tokenizer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.vocab_size = size
+
+    found: list[Any] = []
+
+    def tokenize(*args: Any) -> int:
+        found.append(args[4])
+        return 0
+
+    monkeypatch.setattr(prepare_module, "Tokenizer", Large)
+    monkeypatch.setattr(parts, "tokenize", tokenize)
+    with pytest.raises(DataError, match="the corpus has no text"):
+        prepare(replace(made, dir=str(tmp_path)), 10**6, progress=False)
+    assert found == [np.dtype(dtype)]
+
+
+def test_documents_without_a_token_are_counted(
+    made: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer may know none of the characters of a document."""
+    merge = parts.merge
+
+    def fewer(*args: Any) -> tuple[int, int]:
+        documents, tokens = merge(*args)
+        return documents - 2, tokens
+
+    monkeypatch.setattr(parts, "merge", fewer)
+    data = replace(made, dir=str(tmp_path))
+    prepare(data, 300, progress=False)
+    found = read_manifest(data)["corpus"]
+    assert found["kept"] == 398
+    assert found["left_out_or_changed"]["no_tokens"]["count"] == 2
+
+
+def test_a_tokenizer_that_cannot_be_used_is_not_copied(made: DataConfig, tmp_path: Path) -> None:
+    train_tokenizer(texts(5), 280, tmp_path / "tokenizer.json")
+    data = replace(made, dir=str(tmp_path / "out"), tokenizer=str(tmp_path), eod_token="</s>")
+    with pytest.raises(DataError, match=r"data\.eod_token=</s> is not a token of .*/tokenizer\.json"):
+        prepare(data, 300, progress=False)
+    assert not (tmp_path / "out/tokenizer.json").exists()
+    assert not (tmp_path / "out/tokenizer.part").exists()
+
+
 def test_a_complete_dataset_is_left_as_it_is(copy: DataConfig) -> None:
     before = {f.name: f.stat().st_mtime_ns for f in Path(copy.dir).iterdir()}
-    prepare(copy, 300, progress=False, verify=True)
+    assert prepare(copy, 300, progress=False, verify=True) is False
     assert {f.name: f.stat().st_mtime_ns for f in Path(copy.dir).iterdir()} == before
 
 
@@ -195,6 +283,54 @@ def test_other_settings_are_noticed_and_nothing_is_overwritten(copy: DataConfig,
     with pytest.raises(DataError, match=rf"was made with other settings \(.*data\.{field}.*set data\.dir="):
         prepare(replace(copy, **changes), 300, progress=False)
     assert content(copy) == before
+
+
+OTHER_TEXT: dict[str, Any] = {
+    "source": "none", "path": "elsewhere", "text_key": "body", "encoding": "latin-1", "follow_links": False,
+    "deduplicate": "none", "min_characters": 9, "null_text": "error", "bad_records": "skip",
+    "tokenizer_vocab_size": 290, "append_eod": False, "eod_token": "</s>", "prepend_bos": True, "bos_token": "<s>",
+    "parse_special_tokens": True,
+}  # fmt: skip
+SAME_TEXT: dict[str, Any] = {
+    "name": "other", "dir": "moved", "split": "80,10,10", "reset_at_eod": True, "verify": "full", "cache_dir": "cache",
+    "prepare_workers": 7, "loader_workers": 2,
+}  # fmt: skip
+
+
+def test_every_setting_that_changes_the_dataset_is_compared(corpus: Path, tmp_path: Path) -> None:
+    data = config(corpus, tmp_path)
+    files = sorted(corpus.iterdir())
+    made = prepare_module._settings(data, files)
+    for field, value in OTHER_TEXT.items():
+        changed = prepare_module._changed(made, prepare_module._settings(replace(data, **{field: value}), files))
+        assert [name for name in changed if name != "corpus"] == [field]
+    for field, value in SAME_TEXT.items():
+        assert prepare_module._settings(replace(data, **{field: value}), files) == made
+
+
+def test_what_cannot_be_set_again_is_not_offered(copy: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Settings with a field can be put back, and the corpus cannot. They are named in order."""
+    with pytest.raises(DataError, match=r"\(data\.append_eod, data\.text_key\); .* data\.append_eod=true data\."):
+        prepare(replace(copy, append_eod=False, text_key="body"), 300, progress=False)
+    text = write_txt(tmp_path_factory.mktemp("other"), texts(3))
+    with pytest.raises(DataError, match=r"\(corpus, data\.path\); set data\.dir=NEW_DIRECTORY, or delete \S+$"):
+        prepare(replace(copy, path=str(text)), 300, progress=False)
+
+
+def test_a_dataset_is_not_taken_for_a_model_with_a_smaller_vocabulary(copy: DataConfig) -> None:
+    assert prepare(copy, 300, progress=False) is False
+    with pytest.raises(DataError, match=r"has 300 tokens, model\.vocab_size only 299"):
+        prepare(copy, 299, progress=False)
+
+
+def test_what_was_left_out_of_an_older_dataset_is_unknown(copy: DataConfig) -> None:
+    path = Path(copy.dir, "manifest.json")
+    manifest = json.loads(path.read_text())
+    assert prepare_module.summary(manifest) == ["400 files with 400 documents read, 400 kept"]
+    assert prepare_module.left_out(copy) == []
+    del manifest["corpus"]
+    path.write_text(json.dumps(manifest))
+    assert prepare_module.summary(manifest) == prepare_module.left_out(copy) == []
 
 
 def test_a_changed_corpus_is_noticed(tmp_path: Path) -> None:
@@ -215,7 +351,14 @@ def test_a_changed_tokenizer_at_the_same_place_is_noticed(tmp_path: Path) -> Non
     assert (
         load_tokenizer(data).unique_identifiers == load_tokenizer(replace(data, dir=str(tmp_path))).unique_identifiers
     )
-    assert "tokenizer_config.json" in read_manifest(data, verify=True)["files"]
+    manifest = read_manifest(data, verify=True)
+    assert "tokenizer_config.json" in manifest["files"]
+    assert manifest["special_tokens"] == {"eod": "<|endoftext|>", "bos": None}
+    assert prepare(replace(data, tokenizer_vocab_size=290), 300, progress=False) is False, "none is trained"
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "the"}')
+    with pytest.raises(DataError, match=r"other settings \(tokenizer files\)"):
+        prepare(data, 300, progress=False)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     train_tokenizer(texts(30, seed=1), 270, tmp_path / "tokenizer.json")
     with pytest.raises(DataError, match=r"other settings \(tokenizer files\)"):
         prepare(data, 300, progress=False)
@@ -246,12 +389,15 @@ def test_a_damaged_manifest_is_named(copy: DataConfig, text: str) -> None:
         prepare(copy, 300, progress=False)
 
 
-def test_a_dataset_of_another_program_is_not_overwritten(copy: DataConfig) -> None:
-    Path(copy.dir, "manifest.json").unlink()
-    before = content(copy)
+@pytest.mark.parametrize("lost", [[], ["text_document.bin"], ["text_document.idx"]])
+def test_a_dataset_of_another_program_is_not_overwritten(lost: list[str], copy: DataConfig) -> None:
+    """Nor a part of one."""
+    for name in ("manifest.json", *lost):
+        Path(copy.dir, name).unlink()
+    before = {file.name: file.read_bytes() for file in Path(copy.dir).iterdir()}
     with pytest.raises(DataError, match="has a dataset that another program made"):
         prepare(copy, 300, progress=False)
-    assert content(copy) == before
+    assert {file.name: file.read_bytes() for file in Path(copy.dir).iterdir()} == before
 
 
 def test_a_command_waits_for_another_one_that_makes_the_dataset(
