@@ -24,20 +24,20 @@ def gradients_of(run: Run) -> dict[str, Tensor]:
     """
     parameters = [parameter for chunk in run.chunks for parameter in chunk.parameters()]
     weights = [parameter.data for parameter in parameters]
-    before = _shards(run)
+    found: dict[str, Tensor] = {}
+    # Addresses, not tensors: many shards are the parameters themselves, whose data are exchanged here and back.
+    before = [shard.data.data_ptr() for shard in _shards(run)]
     try:
         for parameter in parameters:
             parameter.data = parameter.main_grad.float().view(parameter.shape).clone()
-        after = _shards(run)
+        for address, shard in zip(before, _shards(run), strict=True):
+            if address == shard.data.data_ptr():  # a buffer
+                continue
+            whole = found.setdefault(shard.key, torch.zeros(shard.global_shape))
+            whole[shard.global_slice()] = shard.data.detach().float().cpu()
     finally:
         for parameter, weight in zip(parameters, weights, strict=True):
             parameter.data = weight
-    found: dict[str, Tensor] = {}
-    for old, new in zip(before, after, strict=True):
-        if old.data.data_ptr() == new.data.data_ptr():  # a buffer
-            continue
-        whole = found.setdefault(new.key, torch.zeros(new.global_shape))
-        whole[new.global_slice()] = new.data.detach().float().cpu()
     return found
 
 

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 
 from bench import gpu_cases, gpu_check, gpu_runner, gpu_task, gpu_tensors, gpu_worker
 from bench.gpu_cases import Case, Plan
@@ -248,6 +250,30 @@ def test_gradients_are_compared_by_norms_and_names() -> None:
     assert other["worst_gradient_difference"] == pytest.approx(0.1)
     assert (other["worst_parameter"], other["missing_parameters"]) == ("x", 1)
     assert gpu_tensors.compare({**a, "x": a["x"] * float("nan")}, a)["worst_parameter"] == "x"
+
+
+def test_the_gradient_of_every_parameter_is_found_and_weights_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard is the parameter itself, or a view of it; a buffer has no gradient."""
+    weight, fused = (torch.nn.Parameter(torch.ones(shape)) for shape in ((3,), (4, 2)))
+    for parameter in (weight, fused):
+        parameter.main_grad = torch.full_like(parameter, 7.0)  # type: ignore[attr-defined]
+    bias = torch.zeros(5)
+
+    def shards(run: Any) -> list[ShardedTensor]:
+        halves = [
+            ShardedTensor.from_rank_offsets("fused", half, (0, part, 2)) for part, half in enumerate(fused.chunk(2))
+        ]
+        plain = [ShardedTensor.from_rank_offsets(name, data) for name, data in (("weight", weight), ("bias", bias))]
+        return [*plain, *halves]
+
+    monkeypatch.setattr(gpu_tensors, "_shards", shards)
+    run: Any = SimpleNamespace(chunks=[SimpleNamespace(parameters=lambda: [weight, fused])])
+    found = gpu_tensors.gradients_of(run)
+    assert {name: (tuple(gradient.shape), set(gradient.flatten().tolist())) for name, gradient in found.items()} == {
+        "weight": ((3,), {7.0}), "fused": ((4, 2), {7.0}),
+    }  # fmt: skip
+    assert torch.equal(weight, torch.ones(3))
+    assert torch.equal(fused, torch.ones(4, 2))
 
 
 def test_libraries_are_listed_and_a_broken_one_has_failed() -> None:
