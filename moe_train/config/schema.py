@@ -14,6 +14,7 @@ from moe_train.config.launcher import LauncherConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.plan import PlanConfig
 from moe_train.config.resilience import ResilienceConfig
+from parallel.fp8_recipes import FP4, FP8
 
 
 @dataclass
@@ -67,10 +68,10 @@ class PrecisionConfig:
     dtype: str = doc("fp32", "Format of weights and activations.", choices=("fp32", "bf16", "fp16"))
     fp8: str | None = doc(
         None, "FP8 recipe of linear layers, by how values are scaled; null means none.",
-        choices=("block", "tensor", "delayed", "mxfp8"),
+        choices=FP8,
     )  # fmt: skip
     fp4: str | None = doc(
-        None, "FP4 recipe of linear layers, in the place of FP8 (te only); null means none.", choices=("nvfp4",)
+        None, "FP4 recipe of linear layers, in the place of FP8 (te only); null means none.", choices=FP4
     )
     moments_dtype: str = doc("fp32", "Format of the two Adam moments.", choices=("fp32", "bf16"))
     stochastic_rounding: bool = doc(

@@ -6,22 +6,17 @@ import importlib
 import os
 from importlib.metadata import PackageNotFoundError, distribution
 
-from moe_train.config.rules.precision import power_of_two_scales
+from moe_train.config.rules.precision import power_of_two_scales, properties
 from moe_train.config.schema import Config, PrecisionConfig
 from parallel.errors import ConfigError, HardwareError
+from parallel.fp8_recipes import RECIPES
 from parallel.suggest import override_value
 
 INSTALL_TE = "pip install 'moe-train[gpu]', or set backend.name=local"
 INSTALL_APEX = "build NVIDIA's from source with --cpp_ext --cuda_ext (docs/precision.md), or set backend.apex=false"
 
-_HARDWARE = {
-    "tensor": ((8, 9), "Ada, Hopper or newer"),
-    "delayed": ((8, 9), "Ada, Hopper or newer"),
-    "block": ((9, 0), "Hopper or newer"),
-    "mxfp8": ((10, 0), "Blackwell"),
-    "nvfp4": ((10, 0), "Blackwell"),
-}
-_USABLE = {"fp8_block": (9, 0), "fp8_tensor": (8, 9), "bf16": (8, 0), "fp16": (0, 0)}
+_SUGGESTED = ("block", "tensor")
+_USABLE = {RECIPES[name].option: RECIPES[name].capability for name in _SUGGESTED} | {"bf16": (8, 0), "fp16": (0, 0)}
 
 
 def choose(cfg: Config, runtime: str) -> str:
@@ -50,24 +45,24 @@ def _require_hardware(recipe: str) -> None:
     """Each recipe's kernels begin with a generation of GPUs."""
     import torch
 
-    needed, generation = _HARDWARE[recipe]
-    field = "fp4" if recipe == "nvfp4" else "fp8"
+    known = RECIPES[recipe]
+    needed = known.capability
     found = torch.cuda.get_device_capability()
     if found < needed:
         raise HardwareError(
-            f"precision.{field}={recipe} needs {generation} (compute capability {needed[0]}.{needed[1]}), but this "
-            f"GPU has {found[0]}.{found[1]}",
+            f"precision.{known.field}={recipe} needs {known.generation} (compute capability {needed[0]}.{needed[1]}), "
+            f"but this GPU has {found[0]}.{found[1]}",
             "use " + " or ".join(f"precision={name}" for name, least in _USABLE.items() if found >= least),
         )
 
 
 def _require_scales(precision: PrecisionConfig) -> None:
     """Transformer Engine reads from the environment, while it is imported, whether scales are powers of two."""
-    variables = {"block": "NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "tensor": "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES"}
-    variable = variables.get(precision.fp8 or "")
-    if variable is None:
+    known = properties(precision)
+    if known is None or not known.scales_variable:
         return
-    value = "1" if power_of_two_scales(precision) == (precision.fp8 == "tensor") else "0"
+    variable = known.scales_variable
+    value = "1" if power_of_two_scales(precision) == known.variable_means_power_of_two else "0"
     if os.environ.get(variable, "0") != value:
         raise ConfigError(
             f"precision.power_of_two_scales={override_value(precision.power_of_two_scales)} with "

@@ -15,10 +15,9 @@ from torch import nn
 from moe_train.config.rules.precision import power_of_two_scales
 from moe_train.config.schema import PrecisionConfig
 from moe_train.model.fp8.linear import Recipe
+from parallel.fp8_recipes import RECIPES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FP8_RECIPES = {"block": "blockwise", "tensor": "tensorwise", "delayed": "delayed", "mxfp8": "mxfp8"}
-"""Megatron-Core's names (core/enums.py, `Fp8Recipe`)."""
 
 
 def dtype_options(precision: PrecisionConfig) -> dict[str, Any]:
@@ -47,14 +46,15 @@ def low_precision_options(precision: PrecisionConfig) -> dict[str, Any]:
         "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
     }
     if precision.fp8 is None:
-        return {"fp4": "e2m1", "fp4_recipe": precision.fp4, **layers}
+        return {"fp4": "e2m1", "fp4_recipe": RECIPES[precision.fp4 or ""].megatron, **layers}
+    recipe = RECIPES[precision.fp8]
     delayed = {"fp8_amax_history_len": precision.amax_history_len, "fp8_amax_compute_algo": "max"}
     return {
         "fp8": precision.fp8_format,
-        "fp8_recipe": FP8_RECIPES[precision.fp8],
+        "fp8_recipe": recipe.megatron,
         "fp8_param": precision.fp8_param_gather,
         **layers,
-        **(delayed if precision.fp8 == "delayed" else {}),
+        **(delayed if recipe.delayed else {}),
     }
 
 

@@ -13,9 +13,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from moe_train.config.schema import Config
-from moe_train.model.precision import DTYPES, FP8_RECIPES
+from moe_train.model.precision import DTYPES
 from moe_train.optim.moments import AdamWithBf16Moments
 from parallel import runtime
+from parallel.fp8_recipes import RECIPES
 
 
 def data_parallel(chunks: list[nn.Module], config: TransformerConfig, cfg: Config) -> list[DistributedDataParallel]:
@@ -42,7 +43,8 @@ def data_parallel(chunks: list[nn.Module], config: TransformerConfig, cfg: Confi
 
 def _mxfp8_parameters(cfg: Config) -> bool:
     """Whether weights are kept in MXFP8, which upstream then gathers through the gradient buffer."""
-    return cfg.precision.fp8_param_gather and cfg.precision.fp8 == "mxfp8"
+    precision = cfg.precision
+    return precision.fp8_param_gather and precision.fp8 is not None and RECIPES[precision.fp8].gathers_high_precision
 
 
 def _distributed(cfg: Config) -> bool:
@@ -79,7 +81,7 @@ def build_optimizer(cfg: Config, config: TransformerConfig, chunks: list[Distrib
         "overlap_param_gather": cfg.parallel.overlap_param_gather,
     }
     if cfg.precision.fp8_param_gather:  # the optimizer then writes weights in FP8
-        options["fp8_recipe"] = FP8_RECIPES[cfg.precision.fp8 or ""]
+        options["fp8_recipe"] = RECIPES[cfg.precision.fp8 or ""].megatron
         options["reuse_grad_buf_for_mxfp8_param_ag"] = _mxfp8_parameters(cfg)
     if _moments_of_te(cfg):  # upstream's optimizer_config.py
         options["use_precision_aware_optimizer"] = True

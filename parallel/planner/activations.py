@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from parallel.fp8_recipes import RECIPES
 from parallel.planner.workload import Job, short_attention_scores
 
 Saved = dict[str, float]
@@ -25,8 +26,6 @@ OFFLOADED = {
     "expert_fc1": ("routed expert input",),
     "moe_act": ("routed experts: gate and up",),
 }
-# An element in FP8 or FP4 with its share of the scales (1x128 tiles, one for the tensor, 1x32 or 1x16 blocks), bytes.
-FP8_BYTES = {"block": 1 + 4 / 128, "tensor": 1.0, "delayed": 1.0, "mxfp8": 1 + 1 / 32, "nvfp4": 1 / 2 + 1 / 16}
 # DeepSeek-V3's formats of what waits for the backward pass: an element with its share of the scale of a 1x128 tile.
 E5M6_BYTES = 12 / 8 + 4 / 128
 E4M3_BYTES = 1 + 4 / 128
@@ -70,7 +69,7 @@ def linear_input(job: Job, name: str, tokens: float, width: float, copies: int =
     """Input of a linear layer: unchanged (shared with other modules that keep it), or one FP8 copy for each layer."""
     if job.fp8 is None:
         return {name: job.element * tokens * width}
-    return {f"{name} in fp8": copies * FP8_BYTES[job.fp8] * tokens * width}
+    return {f"{name} in fp8": copies * RECIPES[job.fp8].element_bytes * tokens * width}
 
 
 def norm(job: Job, name: str, tokens: float, width: float, source: str, source_width: float = 0) -> Saved:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from parallel.errors import ConfigError
+from parallel.fp8_recipes import BLACKWELL, RECIPES
 
 GIB = 2**30
 GB = 1e9
@@ -72,7 +73,7 @@ class Hardware:
             return None
         if self.fp8_tflops <= self.bf16_tflops:
             return ConfigError(f"cluster={self.name} has no FP8 or FP4, which {recipe} needs", "use precision=bf16")
-        if recipe in ("mxfp8", "nvfp4") and not self.blackwell:
+        if recipe in RECIPES and RECIPES[recipe].capability >= BLACKWELL and not self.blackwell:
             return ConfigError(
                 f"cluster={self.name} has no {recipe.upper()}, which needs Blackwell", "use precision=fp8_block"
             )

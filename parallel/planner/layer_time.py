@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+from parallel.fp8_recipes import RECIPES
 from parallel.planner import kernels, network
 from parallel.planner.calibration import Calibration
 from parallel.planner.hardware import MICRO, Hardware
@@ -17,19 +18,10 @@ from parallel.planner.network import Group, Routing
 from parallel.planner.software import Software
 from parallel.planner.workload import Job
 
-# Of an element that is cast to FP8: bytes moved, and kernels. One scale for a tensor takes its maximum first; smaller
-# blocks are cast in one pass, but along rows and along columns, each with its scales.
-CAST_BYTES = {"tensor": 2 + 2 + 1, "delayed": 2 + 1, "block": 2 + 2 * (1 + 4 / 128), "mxfp8": 2 + 2 * (1 + 1 / 32)}
-CAST_KERNELS = {"tensor": 2, "delayed": 1, "block": 1, "mxfp8": 1}
 # Scales of MXFP8 must lie in the order of the tensor cores. Where casts do not write them so (TransformerEngine until
 # 2026, pull request 2630), forward and backward of a product start so many kernels that clear and reorder them, which
 # read and write them once more.
 SCALE_KERNELS, SCALE_BYTES = (4, 6), 2 * 2 / 32
-# Bytes of an element on its way to other tensor-parallel ranks (transformer_engine/pytorch/module/linear.py): inputs of
-# a product, once for the product and once more for the gradient of its weights; and the gradient of its outputs, of
-# which recipes with blocks send what was cast along rows and what was cast along columns.
-SENT_BYTES = {"tensor": 1.0, "delayed": 1.0, "block": 1 + 4 / 128, "mxfp8": 1 + 1 / 32}
-SENT_COPIES = {"tensor": 1, "delayed": 1, "block": 2, "mxfp8": 2}
 
 
 @dataclass(frozen=True)
@@ -127,22 +119,23 @@ class _Layer:
         weights = kernels.gemm(hardware, constants, kind, outputs, inputs, rows, copies) / constants.weights_speed
         # gradients are added to those of earlier micro-batches: read and written
         weights += kernels.memory(hardware, 2 * self.job.grad_bytes * copies * outputs * inputs)
-        if kind == "fp8" and self.job.fp8 in ("block", "mxfp8"):
+        recipe = RECIPES[self.job.fp8] if kind == "fp8" and self.job.fp8 else None
+        if recipe is not None and recipe.scaled_blocks:
             forward, back, weights = (one / constants.block_speed for one in (forward, back, weights))
         again = self.again(*modules)
         self.times.add("gemm", forward, back, 0.0 if self.software.frozen else weights, again)
         # Each expert's product and casts are kernels of their own, which a loop in C++ starts.
         each = 1 if copies == 1 else copies * constants.grouped_kernel
         started = each
-        if kind == "fp8" and cast:
-            reordered = self.job.fp8 == "mxfp8" and not self.software.ordered_scales
-            moved = CAST_BYTES[self.job.fp8 or ""] + (SCALE_BYTES if reordered else 0)
+        if recipe is not None and cast:
+            reordered = recipe.reordered_scales and not self.software.ordered_scales
+            moved = recipe.cast_bytes + (SCALE_BYTES if reordered else 0)
             moved *= constants.quantize_passes * (self.unfused if copies > 1 else 1)
             parts = self.job.layout.tp if self.job.sequence_parallel else 1
             inward = kernels.memory(hardware, moved * copies * rows * inputs / (parts if split == "inputs" else 1))
             outward = kernels.memory(hardware, moved * copies * rows * outputs / (parts if split == "outputs" else 1))
             self.times.add("quantize", inward, outward, 0.0 if self.software.frozen else inward + outward, again)
-            started += each * CAST_KERNELS[self.job.fp8 or ""]
+            started += each * recipe.cast_kernels
             if reordered:
                 ahead, behind = (count * constants.small_kernel_us * MICRO for count in SCALE_KERNELS)
                 self.times.add("quantize", ahead, behind, 0.0, again)
@@ -170,9 +163,11 @@ class _Layer:
         if not job.sequence_parallel:  # an all-reduce is a scatter and a gather, behind the module and before it
             forward, backward = 2 * behind, 2 * before
         elif job.fp8 and cast:
-            sent = SENT_BYTES[job.fp8]
+            # Inputs are sent once for the GEMM and once more for the gradient of its weights.
+            recipe = RECIPES[job.fp8]
+            sent = recipe.sent_bytes
             inputs = network.ring(self.hardware, group, sent * gathered, gathers)
-            gradients = network.ring(self.hardware, group, SENT_COPIES[job.fp8] * sent * scattered)
+            gradients = network.ring(self.hardware, group, recipe.sent_copies * sent * scattered)
             forward, backward = inputs + behind, gradients + inputs + before
         else:
             forward, backward = before + behind, behind + 2 * before

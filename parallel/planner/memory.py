@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from parallel.fp8_recipes import RECIPES
 from parallel.planner.activations import (
     EXPERT_TENSORS,
-    FP8_BYTES,
     FP32,
     INDEX,
     Saved,
@@ -98,7 +98,7 @@ def parameter_bytes(job: Job, weights: Weights) -> float:
     whole = job.element * (weights.shared + weights.experts)
     if job.fp8 is None:
         return whole
-    copies = 2 * FP8_BYTES[job.fp8] * weights.in_fp8
+    copies = 2 * RECIPES[job.fp8].element_bytes * weights.in_fp8
     return copies + whole - (job.element * weights.in_fp8 if job.fp8_weights_only else 0)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import log2
 
+from parallel.fp8_recipes import RECIPES
 from parallel.planner import kernels, network
 from parallel.planner.hardware import MICRO
 from parallel.planner.layer_time import Machine, Times, embedding_times, layer_times, loss_times, mtp_times, total
@@ -228,8 +229,8 @@ def data_parallel_seconds(job: Job, machine: Machine, weights: Weights, backward
         one = network.ring(machine.hardware, dense, element * weights.shared)
         return one + network.ring(machine.hardware, expert, element * weights.experts)
 
-    # Weights in MXFP8 are gathered in 16 bits, and cast along rows and columns behind it.
-    reduce, gather = both(job.grad_bytes), both(1.0 if job.fp8_weights_only and job.fp8 != "mxfp8" else job.element)
+    gathers_fp8 = job.fp8_weights_only and job.fp8 is not None and not RECIPES[job.fp8].gathers_high_precision
+    reduce, gather = both(job.grad_bytes), both(1.0 if gathers_fp8 else job.element)
     if not job.distributed_optimizer:
         reduce, gather = 2 * reduce, 0.0
     if not software.overlap_dp:

@@ -17,6 +17,7 @@ from moe_train.config.composition.explain import CONF_DIR, group_options
 from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields, get
 from parallel.errors import ConfigError
+from parallel.fp8_recipes import RECIPES
 from parallel.planner.search import Plan
 
 FOLDER = CONF_DIR / "experiment"
@@ -24,7 +25,6 @@ NAMED = ("model", "precision", "cluster")  # groups whose options are called as 
 NOT_OF_A_RUN = ("plan.", "convert.", "inspect.", "run_dir", "verbose", "rank")
 RUN = ("1f1b", "interleaved")  # schedules of Megatron-Core
 MARK = "# Planned by moe-plan"
-RECIPES = {None: "bf16", "block": "fp8_block", "tensor": "fp8_tensor", "delayed": "fp8_delayed", "mxfp8": "mxfp8"}
 
 
 def target(write: str) -> Path:
@@ -68,7 +68,7 @@ def planned(cfg: Config, plan: Plan) -> Config:
     found.recompute.mode, found.recompute.modules = job.recompute, sorted(job.recompute_modules)
     found.recompute.stages = [] if not job.recompute_of_chunks else job.recomputes.split("|")
     if job.fp8 != cfg.precision.fp8 and job.dtype == "bf16":
-        found.precision = _composed([f"precision={RECIPES[job.fp8]}"]).precision
+        found.precision = _composed([f"precision={RECIPES[job.fp8].option if job.fp8 else 'bf16'}"]).precision
     return found
 
 

@@ -6,24 +6,30 @@ from collections.abc import Iterator
 
 from moe_train.config.resolve import Facts, Rule
 from moe_train.config.schema import PrecisionConfig
+from parallel.fp8_recipes import RECIPES, FP8Recipe
 from parallel.suggest import Fix, Impossible, fixes_of, multiples, nearest
 
 _OPTIONS = ("first_last_layers_bf16", "fp8_param_gather", "fp8_dispatch")
 _TILE = 128  # of fp8_dispatch, elements
-# What rows and columns of an operand must be a multiple of: 16 bytes (TE's cublaslt_gemm.cu and pytorch/utils.py
-# `assert_dim_for_fp8_exec`), and whole blocks of 32 where scales are laid out by them (cast/mxfp8, cast/nvfp4).
-_ALIGNMENT = {"block": 16, "tensor": 16, "delayed": 16, "mxfp8": 32, "nvfp4": 32}
 
 
 def recipe(precision: PrecisionConfig) -> str | None:
-    """How linear layers are quantised: block, tensor, delayed, mxfp8, nvfp4, or not at all."""
+    """How linear layers are quantised: a name of `parallel.fp8_recipes.RECIPES`, or not at all."""
     return precision.fp8 or precision.fp4
+
+
+def properties(precision: PrecisionConfig) -> FP8Recipe | None:
+    """What is known of the recipe of linear layers; None without one."""
+    name = recipe(precision)
+    return RECIPES[name] if name else None
 
 
 def power_of_two_scales(precision: PrecisionConfig) -> bool:
     """Whether FP8 scales are powers of two: as asked, else the default of Transformer Engine's recipe."""
     asked = precision.power_of_two_scales
-    return precision.fp8 in ("block", "mxfp8") if asked is None else asked
+    if asked is None:
+        return precision.fp8 is not None and RECIPES[precision.fp8].power_of_two_scales
+    return asked
 
 
 def high_precision_layers(precision: PrecisionConfig, num_layers: int) -> frozenset[int]:
@@ -78,11 +84,16 @@ def low_precision(facts: Facts) -> None:
 def scales(facts: Facts) -> None:
     """Which recipes let the user say whether scales are powers of two."""
     precision = facts.cfg.precision
-    asked = precision.power_of_two_scales
-    if precision.fp8 == "mxfp8" and asked is False:
-        raise Impossible("precision.power_of_two_scales=false does not go with precision.fp8=mxfp8: E8M0 has no others",
-                         fixes_of("precision.power_of_two_scales", (None, True)))  # fmt: skip
-    if asked and (precision.fp8 == "delayed" or precision.fp4):
+    asked, known = precision.power_of_two_scales, properties(precision)
+    if known is None or known.settable_scales or asked is None:
+        return
+    if known.power_of_two_scales and not asked:
+        raise Impossible(
+            f"precision.power_of_two_scales=false does not go with {_named(precision)}: E8M0 scales are powers of two "
+            "by definition",
+            fixes_of("precision.power_of_two_scales", (None, True)),
+        )
+    if asked and not known.power_of_two_scales:
         raise Impossible(
             f"precision.power_of_two_scales=true does not go with {_named(precision)}: Transformer Engine has no "
             "such option",
@@ -96,7 +107,7 @@ def layers_in_bf16(facts: Facts) -> None:
     if recipe(precision) is None or not precision.first_last_layers_bf16:
         return
     off: Fix = {"precision.first_last_layers_bf16": False}
-    if precision.fp8 == "delayed":
+    if RECIPES[recipe(precision) or ""].delayed:
         raise Impossible(
             "precision.first_last_layers_bf16=true does not go with precision.fp8=delayed: Megatron-Core enters its "
             "FP8 region once for all layers",
@@ -144,7 +155,8 @@ def dispatch(facts: Facts) -> None:
     off: Fix = {"precision.fp8_dispatch": False}
     if not model.is_moe:
         raise Impossible("precision.fp8_dispatch=true needs experts, but model.num_experts=0", [off])
-    if cfg.precision.fp8 != "block":
+    known = properties(cfg.precision)
+    if known is None or not known.sent_by_dispatch:
         raise Impossible(
             f"precision.fp8_dispatch=true sends the tiles of precision.fp8=block, not of {_named(cfg.precision)}",
             [{"precision.fp8": "block", "precision.fp4": None}, off],
@@ -179,7 +191,7 @@ def dimensions(facts: Facts) -> None:
     name = recipe(cfg.precision)
     if name is None or facts.backend != "te":
         return
-    unit, named = _ALIGNMENT[name], _named(cfg.precision)
+    unit, named = RECIPES[name].alignment, _named(cfg.precision)
     for field, text, width, step in _widths(facts):
         if width % unit:
             value: int = getattr(cfg.model, field)
@@ -240,7 +252,8 @@ def _widths(facts: Facts) -> Iterator[tuple[str, str, int, int]]:
 def kept_scales(facts: Facts) -> None:
     """Transformer Engine's delayed scaling pickles its scales with its layers, and checkpoints keep nothing pickled."""
     checkpoint = facts.cfg.checkpoint
-    if not facts.trains or facts.cfg.precision.fp8 != "delayed" or facts.backend != "te":
+    known = properties(facts.cfg.precision)
+    if not facts.trains or known is None or not known.delayed or facts.backend != "te":
         return
     if checkpoint.save_at_end or checkpoint.interval_steps:
         raise Impossible(

@@ -8,6 +8,7 @@ from moe_train.config.recompute import WHOLE, of_chunk, settings
 from moe_train.config.resolve import Facts, Rule
 from moe_train.config.walk import all_fields
 from parallel import pipeline
+from parallel.fp8_recipes import RECIPES
 from parallel.suggest import Fix, Impossible, divisors, fixes_of, nearest
 
 _OFF: Fix = {"recompute.mode": "none", "recompute.modules": []}
@@ -92,8 +93,9 @@ def _missing(facts: Facts, module: str) -> tuple[str, list[Fix]] | None:
     if module == "moe_act" and not grouped_experts(facts):
         fix: dict[str, Any] = {"backend.grouped_gemm": True}
         return "only grouped experts (backend.grouped_gemm=true) can recompute their activation", [fix]
-    if module in ("layernorm", "moe_act") and cfg.precision.fp8 == "delayed" and facts.backend == "te":
-        reason = "precision.fp8=delayed would take statistics of the recomputed tensor a second time"
+    delayed = cfg.precision.fp8 is not None and RECIPES[cfg.precision.fp8].delayed
+    if module in ("layernorm", "moe_act") and delayed and facts.backend == "te":
+        reason = f"precision.fp8={cfg.precision.fp8} would take statistics of the recomputed tensor a second time"
         return reason, [{"precision.fp8": "tensor"}]
     if module == "shared_experts" and cfg.parallel.shared_expert_overlap:
         return "parallel.shared_expert_overlap=true runs them in pieces", [{"parallel.shared_expert_overlap": False}]

@@ -6,6 +6,7 @@ from moe_train.config.recompute import settings
 from moe_train.config.resolve import Facts, Rule
 from moe_train.config.schema import Config
 from moe_train.config.walk import get
+from parallel.fp8_recipes import RECIPES
 from parallel.suggest import Impossible
 
 _DEFAULTS = Config()
@@ -14,11 +15,12 @@ _DEFAULTS = Config()
 def _cases(cfg: Config) -> list[tuple[str, bool, str]]:
     """(field, whether it has an effect, what it would need)."""
     precision, recompute = cfg.precision, cfg.recompute
+    delayed = precision.fp8 is not None and RECIPES[precision.fp8].delayed
     full = any(one.mode == "full" for one in settings(recompute))
     return [
         ("precision.fp8_format", precision.fp8 is not None, "precision.fp8"),
         ("precision.power_of_two_scales", bool(precision.fp8 or precision.fp4), "precision.fp8"),
-        ("precision.amax_history_len", precision.fp8 == "delayed", "precision.fp8=delayed"),
+        ("precision.amax_history_len", delayed, "precision.fp8=delayed"),
         *(
             (f"precision.num_layers_at_{end}_in_bf16", precision.first_last_layers_bf16,
              "precision.first_last_layers_bf16=true")

@@ -18,6 +18,7 @@ from moe_train.model.fp8 import quantisation
 from moe_train.model.fp8.delayed_scaling import DelayedScale
 from moe_train.model.kernels import gemm
 from moe_train.model.kernels.gemm import Counts
+from parallel.fp8_recipes import RECIPES, FP8Recipe
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,12 @@ class Recipe:
     @property
     def exact_in_bf16(self) -> bool:
         """Whether rounded values are a bf16 number each."""
-        return self.scaling == "mxfp8" or (self.power_of_two and self.scaling != "delayed")
+        return self.row.e8m0_scales or (self.power_of_two and not self.row.delayed)
+
+    @property
+    def row(self) -> FP8Recipe:
+        """What is known of the recipe."""
+        return RECIPES[self.scaling]
 
 
 class Operand:
@@ -51,7 +57,7 @@ class Operand:
         self.recipe, self.is_weight = recipe, is_weight
         self.format = quantisation.E5M2 if is_gradient and recipe.hybrid else quantisation.E4M3
         largest = quantisation.LARGEST[self.format]
-        self.delayed = DelayedScale(count, recipe.history, largest) if recipe.scaling == "delayed" else None
+        self.delayed = DelayedScale(count, recipe.history, largest) if recipe.row.delayed else None
 
     def scale(self, x: Tensor, counts: Counts, learn: bool) -> Tensor | None:
         """One scale for each tensor, for both directions of `x`: [experts] for rows in groups of `counts` or for the
@@ -60,7 +66,7 @@ class Operand:
         Args:
             learn: whether delayed scaling remembers this tensor (not while evaluating).
         """
-        if self.recipe.scaling in ("block", "mxfp8"):
+        if self.recipe.row.scaled_blocks:
             return None
         parts = [x] if counts is None else x.unbind() if self.is_weight else x.split(list(counts))
         zero = x.new_zeros((), dtype=torch.float32)
@@ -88,8 +94,8 @@ class Operand:
         return quantisation.round_values(x.float() * scale, self.format).mul_(1.0 / scale)
 
     def _in_tiles(self, x: Tensor, along: int, dtype: torch.dtype) -> Tensor:
-        mx = self.recipe.scaling == "mxfp8"
-        length = quantisation.MX_BLOCK if mx else quantisation.BLOCK
+        mx, length = self.recipe.row.e8m0_scales, self.recipe.row.tile
+        assert length is not None, "recipes with one scale a tensor do not come here"
         tile = (length, length) if self.is_weight and not mx else (1, length) if along == -1 else (length, 1)
         power_of_two = self.recipe.power_of_two
         return quantisation.rounded(x, tile, dtype, dtype=self.format, power_of_two=power_of_two, mx=mx)

@@ -19,7 +19,6 @@ from torch import Tensor
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 BLOCK = 128
-MX_BLOCK = 32
 _EXPONENT = 0x7F800000  # of float32
 _SHAPE = {E4M3: (3, -6), E5M2: (2, -14)}  # bits of the mantissa, smallest exponent that has all of them
 
