@@ -57,7 +57,10 @@ def distinct_ranks(layout: ParallelLayout) -> list[int]:
 
 def add_up(cfg: Config, layout: ParallelLayout, ranks: list[int]) -> tuple[int, int]:
     """Parameters and expert-bias entries of the whole model, each counted once; weights split over tp are summed."""
-    from moe_train import simulate
+    from parallel.runtime.imports import without_compilation
+
+    with without_compilation():
+        from moe_train import simulate
 
     if layout.tp > 1 or layout.etp > 1:
         raise MoeTrainError("only layouts with parallel.tp=1 and parallel.etp=1 are added up", "use pp and ep")

@@ -14,9 +14,17 @@ import os
 from launch import quiet
 
 quiet.silence()
+# Optimizers import torch._dynamo in their first step, each rank for itself if it is not there yet.
+_MODULES = (
+    "torch.distributed", "megatron.core", "megatron.core.models.gpt", "moe_train.train", "torch._dynamo",
+)  # fmt: skip
 # An import that fails here fails again in the rank, which can explain it.
-for _module in ("torch", "torch.distributed", "megatron.core", "megatron.core.models.gpt", "moe_train.train"):
-    with contextlib.suppress(Exception):
-        importlib.import_module(_module)
+with contextlib.suppress(Exception):
+    from parallel.runtime.imports import without_compilation
+
+    with without_compilation():
+        for _module in _MODULES:
+            with contextlib.suppress(Exception):
+                importlib.import_module(_module)
 # Nothing is left to do when the server ends, and taking down all those modules takes a second.
 atexit.register(os._exit, 0)

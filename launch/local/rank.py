@@ -87,8 +87,13 @@ def enter(setup: Setup, work: Callable[..., None], args: tuple[Any, ...]) -> Non
 def train(config_path: str, entry: str, rank: RankInfo) -> None:
     """Call `entry` ("module:function") with the config at `config_path` and this rank; leave the process groups."""
     from moe_train.config.composition.compose import from_yaml
+    from parallel.runtime.imports import without_compilation
 
-    load(entry)(from_yaml(config_path), rank)
+    cfg = from_yaml(config_path)
+    on_gpu = cfg.runtime in ("auto", "cuda")
+    with contextlib.nullcontext() if on_gpu else without_compilation():
+        function = load(entry)
+    function(cfg, rank)
     leave_groups()
 
 
