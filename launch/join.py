@@ -53,7 +53,7 @@ def run(info: RankInfo, entry: str | None = None) -> int:
                 f"--multirun runs one job after another, and {info.launcher} has started the ranks of one",
                 "run moe-train --multirun alone, or start one job for each value",
             )
-        store = rendezvous.meet(info)
+        store = rendezvous.connect(info)
         if info.launcher.startswith("srun"):
             store.set(f"{_SRUN}/{info.rank}", rendezvous.component())
     except MoeTrainError as error:

@@ -1,4 +1,4 @@
-"""Rank, world size and meeting point from what torchrun, srun or mpirun tell each process they start."""
+"""Rank, world size and rendezvous address from the environment that torchrun, srun or mpirun set."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 # Steps in which Slurm runs a script or a shell rather than the tasks of srun (slurm/slurm.h, SLURM_BATCH_SCRIPT etc).
 _STEPS_WITHOUT_TASKS = {"", "batch", "extern", "interactive", "4294967290", "4294967291", "4294967292"}
 MPI_ASKED = "MOE_RENDEZVOUS"
-"""With the value mpi, ranks of srun too meet through mpi4py (srun --mpi=pmi2, srun --mpi=pmix)."""
-MEET_S = "MOE_MEET_S"
-"""Longest that ranks wait for each other, seconds: they meet before they know the config."""
+"""With the value mpi, ranks of srun rendezvous through mpi4py (srun --mpi=pmi2, srun --mpi=pmix)."""
+RENDEZVOUS_TIMEOUT = "MOE_RENDEZVOUS_TIMEOUT_S"
+"""Rendezvous timeout, seconds. An environment variable, because ranks have no config before the rendezvous."""
 # Set by mpirun alone: Open MPI; the hydra of MPICH and Intel MPI. srun --mpi sets PMI_RANK or PMIX_RANK without them.
 _MPIRUN_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "RANK", "SLURM_PROCID")
@@ -198,8 +198,8 @@ def _from_communicator(
     node = world.Split_type(shared)
     # A job on one machine must not depend on how its host name resolves.
     host = env.get("MASTER_ADDR") or ("127.0.0.1" if node.size == world.size else socket.gethostname())
-    meeting = (host, _number(env, "MASTER_PORT", 0) or _free_port()) if world.rank == 0 else None
-    host, port = world.bcast(meeting, root=0)
+    address = (host, _number(env, "MASTER_PORT", 0) or _free_port()) if world.rank == 0 else None
+    host, port = world.bcast(address, root=0)
     return _checked(RankInfo(world.rank, world.size, node.rank, node.size, host, port, launcher))
 
 
@@ -228,17 +228,21 @@ def _checked(info: RankInfo) -> RankInfo:
     return info
 
 
-def meet(info: RankInfo) -> TCPStore:
+def _raise_timeout(timeout_s: int) -> str:
+    return f", or {RENDEZVOUS_TIMEOUT} (launcher.rendezvous_timeout_s) above {timeout_s} where it starts later"
+
+
+def connect(info: RankInfo) -> TCPStore:
     """Connect to the store of the job, which rank 0 hosts unless torchrun does. torch finds the same store afterwards.
 
-    Other ranks are waited for as long as `MEET_S` says, here and in what they then ask of the store.
+    The timeout is that of the environment variable `RENDEZVOUS_TIMEOUT`, here and in later requests to the store.
 
     Raises:
         LaunchError: the store could not be opened or reached.
     """
     from torch.distributed import TCPStore
 
-    timeout_s = _number(os.environ, MEET_S, LauncherConfig().meet_timeout_s)
+    timeout_s = _number(os.environ, RENDEZVOUS_TIMEOUT, LauncherConfig().rendezvous_timeout_s)
     os.environ.update(info.environment())
     hosts = info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
@@ -255,8 +259,8 @@ def meet(info: RankInfo) -> TCPStore:
     except (RuntimeError, ValueError) as error:
         what = "open" if hosts else "reach"
         raise LaunchError(
-            f"rank {info.rank} cannot {what} the meeting point {info.master_addr}:{info.master_port}: "
+            f"rank {info.rank} cannot {what} the rendezvous address {info.master_addr}:{info.master_port}: "
             f"{str(error).splitlines()[0]}",
             "set MASTER_PORT to a free port of rank 0's host, and MASTER_ADDR to an address the other hosts reach"
-            + ("" if hosts else f", or {MEET_S} (launcher.meet_timeout_s) above {timeout_s} where it starts later"),
+            + ("" if hosts else _raise_timeout(timeout_s)),
         ) from error

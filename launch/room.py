@@ -52,7 +52,7 @@ def _refuse(cfg: Config, needed: float, room: float, what: str, where: str) -> N
     raise ConfigError(
         f"model.name={cfg.model.name}: {what}, and {where} {room / GIB:,.1f} available",
         "use a smaller model or train.seq_length, more machines (moe-memory shows what a rank holds, moe-plan which "
-        "layouts fit), or launcher.check_memory=false to try it all the same",
+        "layouts fit), or launcher.check_memory=false to start it anyway",
     )
 
 

@@ -83,7 +83,7 @@ def run(cfg: Config, line: CommandLine, team: Team) -> None:
         _verify(directory_writer.together(team, lambda: _written(source)), threads, team, cfg.convert.allow_nonfinite)
         return
     if cfg.convert.target is None:
-        raise ConfigError("convert.target=null names no directory to write", "use moe-convert SOURCE TARGET")
+        raise ConfigError("convert.target is missing: the directory to write", "use moe-convert SOURCE TARGET")
     target = Path(cfg.convert.target)
     plan = directory_writer.together(team, lambda: make_plan(cfg, source, target, line.overrides, team, threads))
     share = sum(job.bytes for job in plan.jobs[team.rank :: team.size])
@@ -116,13 +116,14 @@ def _verify(source: Path, threads: int, team: Team, allow_nonfinite: bool) -> No
         if found.found:
             print(f"warning: {found}", file=sys.stderr)
         files, size = (sum(part[i] for part in checked) for i in (0, 1))
-        print(f"{source}: {files} files, {size / 1e9:,.2f} GB, as they were written")
+        print(f"{source}: {files} files, {size / 1e9:,.2f} GB, every byte as written")
 
 
 def _source(cfg: Config) -> Path:
     if cfg.convert.source is None:
         raise ConfigError(
-            "convert.source=null names no checkpoint", "use moe-convert SOURCE TARGET, or moe-convert verify DIR"
+            "convert.source is missing: the checkpoint to read",
+            "use moe-convert SOURCE TARGET, or moe-convert verify DIR",
         )
     path = Path(cfg.convert.source)
     if not path.is_dir():

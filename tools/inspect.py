@@ -60,9 +60,11 @@ def run(cfg: Config, compared: bool) -> bool:
     """
     path, other = cfg.inspect.path, cfg.inspect.other
     if path is None:
-        raise ConfigError("inspect.path=null names no checkpoint", "use moe-inspect DIR or moe-inspect --diff A B")
+        raise ConfigError(
+            "inspect.path is missing: the checkpoint to describe", "use moe-inspect DIR or moe-inspect --diff A B"
+        )
     if compared and other is None:
-        raise ConfigError("inspect.other=null names no second checkpoint", "use moe-inspect --diff A B")
+        raise ConfigError("inspect.other is missing: the second checkpoint", "use moe-inspect --diff A B")
     quiet.silence()
     import torch
 

@@ -113,7 +113,7 @@ def does_not_fit(result: Answer) -> ConfigError:
     """The layout that was asked for needs more memory than its GPUs have."""
     needed, room = result.best.memory_bytes / 2**30, result.hardware.usable_bytes / 2**30
     return ConfigError(
-        f"the layout of parallel.* needs {needed:,.1f} GiB on its fullest GPU, and {room:,.1f} of "
+        f"the layout of parallel.* needs {needed:,.1f} GiB on its peak rank, and {room:,.1f} of "
         f"cluster={result.hardware.name} can be used",
         "recompute more (recompute=full), use a larger parallel.pp, ep or tp, or plan.search=true to find what fits",
     )
@@ -142,11 +142,11 @@ def _writable(name: str | None, field: str) -> None:
         place = place.parent
     wrong = ""
     if not name or (field == "plan.write" and name.endswith("/")):
-        wrong = "it names no file" if field == "plan.write" else "it names no directory"
+        wrong = "it is not a file name" if field == "plan.write" else "it is empty"
     elif place == path and path.is_dir() == (field == "plan.write"):
-        wrong = "it is a directory" if path.is_dir() else "it is no directory"
+        wrong = "it is a directory" if path.is_dir() else "it is not a directory"
     elif place != path and not place.is_dir():
-        wrong = f"{place} is no directory"
+        wrong = f"{place} is not a directory"
     elif not os.access(place, os.W_OK):
         wrong = f"{place} is not writable"
     if wrong:

@@ -106,7 +106,7 @@ def load(entry: str) -> Callable[[Config, RankInfo], None]:
     module, _, name = entry.partition(":")
     function = getattr(importlib.import_module(module), name, None)
     if not callable(function):
-        raise LaunchError(f"{entry!r} names no function", "write it as module:function")
+        raise LaunchError(f"{entry!r} has no such function", "write it as module:function")
     return function
 
 

@@ -37,7 +37,7 @@ def nodes_of(cfg: Config, layout: ParallelLayout) -> int:
 def job(cfg: Config) -> None:
     """Times, nodes and layouts of the batch job itself."""
     launcher = cfg.launcher
-    for name in ("grace_s", "meet_timeout_s"):
+    for name in ("grace_s", "rendezvous_timeout_s"):
         if (seconds := getattr(launcher, name)) * 2 > launcher.time_limit_min * 60:
             raise ConfigError(
                 f"launcher.{name}={seconds} leaves less than half of launcher.time_limit_min={launcher.time_limit_min} "

@@ -18,7 +18,7 @@ from parallel.errors import ConfigError, LaunchError
 
 SCRIPT = Path(__file__).parents[1] / "train.sbatch"
 _UNHEARD = {"start": "MOE_START", "preflight": "MOE_PREFLIGHT", "requeues": "MOE_REQUEUES", "grace_s": "MOE_GRACE_S",
-            "meet_timeout_s": "MOE_MEET_S", "container": "MOE_CONTAINER",
+            "rendezvous_timeout_s": "MOE_RENDEZVOUS_TIMEOUT_S", "container": "MOE_CONTAINER",
             "container_runtime": "MOE_CONTAINER_RUNTIME"}  # fmt: skip
 _DEFAULTS = LauncherConfig()
 _AWAY = ("down", "drain", "drng", "fail", "failg", "futr", "inval", "maint", "unk")
@@ -198,7 +198,7 @@ def environment(cfg: Config, place: Path, counts: Sequence[int]) -> dict[str, st
         "MOE_RESTARTS": str(3 if launcher.restarts is None else launcher.restarts),
         "MOE_REQUEUES": str(0 if launcher.chain > 1 else launcher.requeues),
         "MOE_GRACE_S": str(launcher.grace_s),
-        "MOE_MEET_S": str(launcher.meet_timeout_s),
+        "MOE_RENDEZVOUS_TIMEOUT_S": str(launcher.rendezvous_timeout_s),
     }
     if len(counts) > 1:
         found["MOE_NODE_COUNTS"] = " ".join(map(str, counts))

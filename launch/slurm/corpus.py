@@ -129,7 +129,7 @@ def _prepared(manifest: Path) -> Corpus:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{manifest} is damaged: {type(error).__name__} {error}", remedy) from error
     if not found:
-        raise ConfigError(f"{manifest} is damaged: it names no tokens", remedy)
+        raise ConfigError(f"{manifest} is damaged: its token count is 0 or missing", remedy)
     for name, size in sizes.items():
         path = manifest.parent / name
         _readable(path, f"{path}, which {manifest.name} names,", remedy, ConfigError)

@@ -136,7 +136,7 @@ def newest_place(run_dir: str | Path) -> Path:
     """
     found = sorted(Path(run_dir).glob(f"{FOLDER}/*/{FACTS}"))
     if not found:
-        raise ConfigError(f"{run_dir} is no directory of a run that moe-submit has started", "name its run_dir")
+        raise ConfigError(f"{run_dir} is not the directory of a run that moe-submit started", "name its run_dir")
     return found[-1].parent
 
 

@@ -193,7 +193,7 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
     if any((run.nodes, run.cfg.launcher) != (first.nodes, launcher) for run in runs):
         raise ConfigError(
             "the jobs of this sweep need other nodes or other fields of launcher, and an array has one request for all",
-            "sweep over what leaves nodes and launcher as they are, or submit the others by themselves",
+            "sweep over fields that change neither nodes nor launcher, or submit these jobs separately",
         )
     place = directory / submission.FOLDER / time.strftime("%Y-%m-%d_%H-%M-%S")
     container.sees(launcher, {"the copy of the code": str(place)}, {})
@@ -282,7 +282,7 @@ def _parseable(run_dir: str) -> None:
 def _report(run: Checked) -> None:
     cfg, layout, found = run.cfg, run.layout, run.found
     launcher = cfg.launcher
-    memory = f"{found.memory_gib:,.1f} GiB on the fullest rank (stage {found.stage} of {layout.pp})"
+    memory = f"{found.memory_gib:,.1f} GiB on the peak rank (stage {found.stage} of {layout.pp})"
     if found.usable_gib is not None:
         memory += f", of {found.usable_gib:,.1f} that a GPU has"
     rows = [

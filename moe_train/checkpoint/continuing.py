@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moe_train.config.aliases import with_current_names
 from moe_train.config.resolve import total_steps
 from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields, get, group_names, violation, with_values
@@ -274,8 +275,9 @@ def config_of(values: Any, where: Path) -> Config:
         CheckpointError: a field has a value that it cannot have.
     """
     found = {}
+    current = with_current_names(values) if isinstance(values, Mapping) else values
     for name in all_fields():
-        value = values
+        value = current
         for part in name.split("."):
             value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
         if value is _MISSING:

@@ -126,7 +126,7 @@ class Job:
             try:
                 retention.apply(self.root, settings.keep_last, settings.keep_every)
             except OSError as error:  # what was saved is saved
-                collective.warn(f"cannot remove a checkpoint that is not kept: {error}")
+                collective.warn(f"cannot remove a checkpoint that retention removes: {error}")
         if self.near is not None and self.run.rank.local_rank == 0:
             node_local.keep(self.near.parent, settings.local_keep)
 

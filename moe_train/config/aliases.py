@@ -1,6 +1,32 @@
-"""Names that other trainers give to fields of this configuration, and options that users of Slurm expect. No torch."""
+"""Names that other trainers give to fields of this configuration, options that users of Slurm expect, and names of
+earlier versions. No torch."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED = {
+    "checkpoint.tries": "checkpoint.max_consecutive_failures",
+    "launcher.meet_timeout_s": "launcher.rendezvous_timeout_s",
+}
+"""Fields that had another name in earlier versions. A run directory may still have the old one."""
+
+
+def with_current_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested `config` of an earlier version with its fields under their current names.
+
+    Where both names are present, the value of the current one counts.
+    """
+    result = dict(config)
+    for old, new in RENAMED.items():
+        group, _, leaf = old.partition(".")
+        if isinstance(result.get(group), Mapping) and leaf in result[group]:
+            fields = dict(result[group])
+            value = fields.pop(leaf)
+            result[group] = {new.partition(".")[2]: value} | fields
+    return result
+
 
 FIELDS = {
     # Megatron-LM (arguments.py), Hugging Face Trainer, torchtitan, plain speech

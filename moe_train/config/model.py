@@ -26,7 +26,7 @@ class ModelConfig:
         4096, "Rows of the embedding, before padding to a multiple of 128.", minimum=2, maximum=100_000_000
     )
     max_position_embeddings: int = doc(
-        4096, "Longest sequence the model is meant for, tokens.", minimum=1, maximum=1_000_000_000
+        4096, "Maximum sequence length of the model, tokens.", minimum=1, maximum=1_000_000_000
     )
     tie_embeddings: bool = doc(False, "Output head shares the embedding matrix.")
     norm_epsilon: float = doc(1e-6, "Epsilon of every RMSNorm.")
@@ -52,9 +52,11 @@ class ModelConfig:
         0, "Rank of the mla query compression; 0 means an uncompressed query.", minimum=0, maximum=10_000_000
     )
     kv_lora_rank: int = doc(64, "Rank of the mla key/value compression.", minimum=1, maximum=10_000_000)
-    qk_nope_head_dim: int = doc(32, "Part of an mla query/key head without position.", minimum=1, maximum=10_000_000)
+    qk_nope_head_dim: int = doc(
+        32, "Part of an mla query/key head without rotary position.", minimum=1, maximum=10_000_000
+    )
     qk_rope_head_dim: int = doc(
-        16, "Part of an mla query/key head that carries rotary position.", minimum=2, maximum=10_000_000
+        16, "Part of an mla query/key head with rotary position.", minimum=2, maximum=10_000_000
     )
     v_head_dim: int = doc(32, "Size of an mla value head.", minimum=1, maximum=10_000_000)
 
@@ -64,7 +66,7 @@ class ModelConfig:
         choices=("rope", "yarn", "llama3"),
     )  # fmt: skip
     rope_base: float = doc(10000.0, "Rotary base (theta).")
-    rotary_percent: float = doc(1.0, "Share of a gqa head, from its start, that carries rotary position.")
+    rotary_percent: float = doc(1.0, "Leading fraction of a gqa head with rotary position.")
     llama3_factor: float = doc(
         8.0, "Llama 3.1: how much low frequencies slow down; 1, 4 and 8192 tokens bound them, as in every release."
     )
@@ -79,33 +81,35 @@ class ModelConfig:
 
     # Experts
     num_experts: int = doc(0, "Routed experts in each MoE layer; 0 means a dense model.", minimum=0, maximum=100_000)
-    topk: int = doc(2, "Routed experts that each token visits.", minimum=1, maximum=100_000)
+    topk: int = doc(2, "Routed experts per token (top-k).", minimum=1, maximum=100_000)
     moe_ffn_hidden_size: int = doc(192, "Inner width of one routed expert.", minimum=1, maximum=10_000_000)
-    num_shared_experts: int = doc(
-        0, "Experts that every token visits, each as wide as a routed one.", minimum=0, maximum=100_000
-    )
+    num_shared_experts: int = doc(0, "Shared experts, each as wide as a routed one.", minimum=0, maximum=100_000)
     shared_expert_ffn_hidden_size: int = doc(
         0, "Inner width of all shared experts together; 0 means num_shared_experts x moe_ffn_hidden_size.",
         minimum=0, maximum=10_000_000,
     )  # fmt: skip
     shared_expert_gate: bool = doc(False, "Scale the shared experts' output by a sigmoid of the token's own score.")
     num_dense_layers: int = doc(0, "Leading layers with a dense feed-forward.", minimum=0, maximum=10_000)
-    capacity_factor: float | None = doc(None, "Tokens an expert takes, over the even share; null drops none.")
+    capacity_factor: float | None = doc(
+        None, "Capacity of an expert as a multiple of the mean load; null drops no token."
+    )
     pad_to_capacity: bool = doc(False, "Pad every expert's input to its capacity (static shapes).")
     token_drop_policy: str = doc(
-        "probs", "Which tokens an over-full expert drops: lowest probability, or last.", choices=("probs", "position")
+        "probs",
+        "Which tokens an expert over capacity drops: lowest probability, or last.",
+        choices=("probs", "position"),
     )
 
     # Router
     router_score: str = doc("softmax", "Score function of the router.", choices=("softmax", "sigmoid"))
     router_pre_softmax: bool = doc(False, "Softmax over all experts before top-k (weights then do not sum to 1).")
-    router_bias: bool = doc(False, "Per-expert selection bias, moved after each step to balance the load.")
-    router_bias_update_rate: float = doc(1e-3, "How far the selection bias moves in one step.")
+    router_bias: bool = doc(False, "Per-expert selection bias, updated after each step to balance the load.")
+    router_bias_update_rate: float = doc(1e-3, "Update of the selection bias per step.")
     router_scaling_factor: float = doc(1.0, "Factor on the weights of the routed experts.")
     router_num_groups: int = doc(
         0, "Groups of experts for group-limited routing; 0 means no groups.", minimum=0, maximum=100_000
     )
-    router_topk_groups: int = doc(0, "Groups that a token may choose experts from.", minimum=0, maximum=100_000)
+    router_topk_groups: int = doc(0, "Groups whose experts a token may select.", minimum=0, maximum=100_000)
     router_group_score: str = doc(
         "sum", "Score of a group: sum of its topk / router_topk_groups best experts, or its best (DeepSeek-V2).",
         choices=("sum", "max"),

@@ -1,4 +1,4 @@
-"""What `moe-plan` is asked. YAML files under `conf/plan/` fill it. No torch import."""
+"""Options of `moe-plan`. YAML files under `conf/plan/` fill it. No torch import."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class PlanConfig:
 
     gpus: int | None = doc(None, "GPUs to plan for; null takes those of parallel.*.", minimum=1, maximum=10_000_000)
     search: bool = doc(True, "Search all layouts; false times the one of parallel.* alone.")
-    top: int = doc(10, "Plans that are shown.", minimum=1, maximum=1_000)
+    top: int = doc(10, "Number of plans to show.", minimum=1, maximum=1_000)
     schedules: list[str] = doc(
         ["1f1b", "interleaved"], "Pipeline schedules to try; Megatron-Core runs 1f1b and interleaved.",
         choices=("1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"),
@@ -27,18 +27,20 @@ class PlanConfig:
         [], "Context-parallel degrees to try; empty means 1, and up to 16 for long sequences.", minimum=1
     )
     software: str = doc(
-        "megatron", "Software that is timed: Megatron-Core as usual in `software_date`, or DeepSeek's own of 2024.",
+        "megatron", "Software to model: Megatron-Core as of `software_date`, or DeepSeek's own of 2024.",
         choices=("megatron", "deepseek"),
     )  # fmt: skip
     software_date: int = doc(202604, "Month of the software, year x 100 + month.", minimum=202001, maximum=210012)
-    overlap_all_to_all: bool | None = doc(None, "Expert dispatch overlaps with compute; null means as in the software.")
-    imbalance: float = doc(1.0, "Tokens of the fullest expert rank over the mean.", minimum=1)
+    overlap_all_to_all: bool | None = doc(
+        None, "Overlap expert dispatch with compute; null means as the software does."
+    )
+    imbalance: float = doc(1.0, "Tokens of the most loaded expert-parallel rank, relative to the mean.", minimum=1)
     recipe: list[str] = doc(
         [], "Stages of the whole training: 'NAME tokens=14.8T', 'NAME seq=32768 batch=1920 steps=1000 cp=8' or "
         "'NAME gpu_hours=5000'; empty means one stage of train.tokens.",
     )  # fmt: skip
     checkpoint_interval_s: float | None = doc(
-        None, "Time between checkpoints, seconds; null takes the best one for the failures expected.", minimum=1
+        None, "Time between checkpoints, seconds; null means the optimum for the expected failures.", minimum=1
     )
     output: str | None = doc(
         None, "Directory for report.html, pipeline.svg, trace.json and plan.json; null writes none."

@@ -19,7 +19,7 @@ from parallel.fp8_recipes import FP4, FP8
 
 @dataclass
 class ParallelConfig:
-    """How the work is laid over ranks: tp x cp x dp x pp ranks, and the same ranks as etp x ep x edp x pp."""
+    """Layout of the ranks: tp x cp x dp x pp ranks, and the same ranks as etp x ep x edp x pp."""
 
     tp: int = doc(1, "Tensor-parallel degree.", minimum=1, maximum=1_000_000)
     pp: int = doc(1, "Pipeline-parallel degree.", minimum=1, maximum=1_000_000)
@@ -37,14 +37,16 @@ class ParallelConfig:
         None, "Layers of each stage, such as 'E,t*4|t*4|t*4|t,m,L'; null means balanced by cost."
     )
     distributed_optimizer: bool = doc(True, "Shard optimizer state over data-parallel ranks (ZeRO-1).")
-    overlap_grad_reduce: bool = doc(False, "Reduce gradients while the backward pass still runs.")
-    overlap_param_gather: bool = doc(False, "Gather updated parameters while the next forward pass runs.")
-    overlap_p2p: bool | None = doc(None, "Overlap pipeline messages with compute; null means yes when vpp > 1.")
+    overlap_grad_reduce: bool = doc(False, "Overlap gradient reduction with the backward pass.")
+    overlap_param_gather: bool = doc(False, "Overlap parameter all-gather with the next forward pass.")
+    overlap_p2p: bool | None = doc(
+        None, "Overlap pipeline point-to-point communication with compute; null means yes when vpp > 1."
+    )
     dispatcher: str = doc(
-        "alltoall", "How tokens reach their experts; flex (DeepEP) needs GPUs.",
+        "alltoall", "Token dispatcher; flex (DeepEP) needs GPUs.",
         choices=("alltoall", "allgather", "flex"),
     )  # fmt: skip
-    shared_expert_overlap: bool = doc(False, "Run the shared experts while tokens travel (GPUs only).")
+    shared_expert_overlap: bool = doc(False, "Overlap the shared experts with token dispatch (GPUs only).")
 
 
 @dataclass
@@ -56,7 +58,7 @@ class BackendConfig:
         choices=("auto", "te", "local"),
     )  # fmt: skip
     apex: bool = doc(False, "Use NVIDIA apex (fused norm, Adam, gradient accumulation) where TE is absent.")
-    fusions: bool | None = doc(None, "Megatron-Core's fused kernels as its docs recommend; null means yes on cuda.")
+    fusions: bool | None = doc(None, "Fused kernels that Megatron-Core's docs recommend; null means yes on cuda.")
     grouped_gemm: bool | None = doc(None, "All local experts in one grouped GEMM; null means yes.")
 
 
@@ -67,66 +69,62 @@ class PrecisionConfig:
     name: str = doc("fp32", "Name of the recipe, for logs and reports.")
     dtype: str = doc("fp32", "Format of weights and activations.", choices=("fp32", "bf16", "fp16"))
     fp8: str | None = doc(
-        None, "FP8 recipe of linear layers, by how values are scaled; null means none.",
+        None, "FP8 recipe of linear layers, by its scaling; null means none.",
         choices=FP8,
     )  # fmt: skip
-    fp4: str | None = doc(
-        None, "FP4 recipe of linear layers, in the place of FP8 (te only); null means none.", choices=FP4
-    )
+    fp4: str | None = doc(None, "FP4 recipe of linear layers, instead of FP8 (te only); null means none.", choices=FP4)
     moments_dtype: str = doc("fp32", "Format of the two Adam moments.", choices=("fp32", "bf16"))
-    stochastic_rounding: bool = doc(
-        False, "Round bf16 moments up or down at random, so that small steps add up (local only)."
-    )
+    stochastic_rounding: bool = doc(False, "Stochastic rounding of bf16 moments (local only).")
     fp8_format: str = doc(
         "e4m3", "FP8 format: e4m3 everywhere, or hybrid with e5m2 for gradients.", choices=("e4m3", "hybrid")
     )
     power_of_two_scales: bool | None = doc(
-        None, "Cut FP8 scales to powers of two; null means as the recipe does: block and mxfp8 do, the others do not."
+        None, "FP8 scales are powers of two; null means the recipe's default: true for block and mxfp8."
     )
     amax_history_len: int = doc(
-        1024, "Steps (te: micro-batches) whose largest values set a scale of fp8=delayed.", minimum=1, maximum=1_000_000
+        1024, "Steps (te: micro-batches) in the amax history of fp8=delayed.", minimum=1, maximum=1_000_000
     )
     first_last_layers_bf16: bool = doc(False, "Keep the first and last transformer layers in bf16.")
     num_layers_at_start_in_bf16: int = doc(1, "First layers that first_last_layers_bf16 keeps in bf16.", minimum=0)
     num_layers_at_end_in_bf16: int = doc(1, "Last layers that first_last_layers_bf16 keeps in bf16.", minimum=0)
-    fp8_param_gather: bool = doc(False, "Keep the weights of linear layers in FP8 and gather them so (te only).")
+    fp8_param_gather: bool = doc(False, "Store and all-gather the weights of linear layers in FP8 (te only).")
     fp8_dispatch: bool = doc(
-        False, "Send tokens to their experts in FP8, and the gradients of their outputs (fp8=block on local only)."
+        False, "Dispatch tokens, and gradients of expert outputs, in FP8 (fp8=block on local only)."
     )
     grad_reduce_fp32: bool = doc(True, "Accumulate and reduce gradients in fp32.")
-    initial_loss_scale: float = doc(65536.0, "First dynamic loss scale of fp16.", minimum=1)
+    initial_loss_scale: float = doc(65536.0, "Initial dynamic loss scale of fp16.", minimum=1)
 
 
 @dataclass
 class RecomputeConfig:
-    """Which activations are thrown away in the forward pass and computed again in the backward pass."""
+    """Which activations are discarded in the forward pass and recomputed in the backward pass."""
 
     mode: str = doc(
-        "none", "Keep every activation; recompute whole layers; or recompute only `modules`.",
+        "none", "Save every activation; recompute whole layers; or recompute only `modules`.",
         choices=("none", "full", "selective"),
     )  # fmt: skip
     method: str = doc(
-        "uniform", "full: keep the input of every group of num_layers layers, or recompute num_layers of each chunk.",
+        "uniform", "full: save the input of every num_layers layers, or recompute num_layers layers of each chunk.",
         choices=("uniform", "block"),
     )  # fmt: skip
-    num_layers: int = doc(1, "full: layers of one group (uniform), or recomputed layers of a chunk (block).", minimum=1)
+    num_layers: int = doc(1, "full: layers per group (uniform), or recomputed layers per chunk (block).", minimum=1)
     modules: list[str] = doc(
-        [], "selective: the parts of a layer to recompute.",
+        [], "selective: modules to recompute.",
         choices=("core_attn", "mla_up_proj", "layernorm", "moe_act", "mlp", "moe", "shared_experts"),
     )  # fmt: skip
     stages: list[str] = doc(
-        [], "What each of the pp stages (or pp x vpp chunks, as tokens pass them) recomputes, in the place of mode and "
-        "modules: none, full, or modules joined by +; empty means all alike."
+        [], "Recompute set of each of the pp stages (or pp x vpp chunks, in forward order), instead of mode and "
+        "modules: none, full, or modules joined by +; empty means the same for all."
     )  # fmt: skip
     offload: str = doc(
-        "none", "Move kept activations out until the backward pass: to memory (on cuda that of the host), or, on the "
-        "CPU only, to a file without a name in run_dir.", choices=("none", "memory", "file"),
+        "none", "Offload saved activations until the backward pass: to memory (on cuda host memory), or, on the CPU "
+        "only, to an unnamed file in run_dir.", choices=("none", "memory", "file"),
     )  # fmt: skip
     offload_modules: list[str] = doc(
-        [], "te: modules whose inputs are moved out. On the CPU everything is.",
+        [], "te: modules whose inputs are offloaded. On the CPU every saved activation is.",
         choices=("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"),
     )  # fmt: skip
-    offload_min_bytes: int = doc(1048576, "Smaller tensors stay, bytes.", minimum=1)
+    offload_min_bytes: int = doc(1048576, "Smallest tensor to offload, bytes.", minimum=1)
 
 
 @dataclass
@@ -136,7 +134,7 @@ class OptimizerConfig:
     lr: float = doc(1e-3, "Peak learning rate.", minimum=0)
     beta1: float = doc(0.9, "Decay of the first moment.")
     beta2: float = doc(0.95, "Decay of the second moment.")
-    eps: float = doc(1e-8, "Added to the root of the second moment.")
+    eps: float = doc(1e-8, "Epsilon added to the root of the second moment.")
     weight_decay: float = doc(0.1, "Decoupled weight decay; norms and biases are exempt.", minimum=0)
     clip_grad: float = doc(1.0, "Largest global gradient norm; 0 means no clipping.", minimum=0)
 
@@ -150,11 +148,11 @@ class ScheduleConfig:
         20, "Steps of linear warm-up from 0; where nothing sets it, a tenth of a run of fewer than 20 steps.", minimum=0
     )
     decay_steps: int | None = doc(None, "Step at which the decay ends; null means the last step.", minimum=1)
-    min_lr_ratio: float = doc(0.1, "Final over peak learning rate.", minimum=0)
+    min_lr_ratio: float = doc(0.1, "Final learning rate, as a fraction of the peak.", minimum=0)
     on_resume: str = doc(
-        "match", "A schedule that differs from the checkpoint's: refuse it (match), take the checkpoint's as "
-        "Megatron-LM's --use-checkpoint-opt-param-scheduler does (checkpoint), or this run's as its "
-        "--override-opt-param-scheduler does (override).", choices=("match", "checkpoint", "override"),
+        "match", "A schedule that differs from the checkpoint's: reject it (match), use the checkpoint's, like "
+        "Megatron-LM's --use-checkpoint-opt-param-scheduler (checkpoint), or use this run's, like "
+        "--override-opt-param-scheduler (override).", choices=("match", "checkpoint", "override"),
     )  # fmt: skip
 
 
@@ -183,13 +181,15 @@ class DataConfig:
     encoding: str = doc("utf-8", "Encoding of txt, md and jsonl files, such as latin-1; one that keeps line ends.")
     follow_links: bool = doc(True, "Read directories behind symbolic links too, each once.")
     deduplicate: str = doc(
-        "exact", "Which repeated documents are left out: none, equal ones, or those that differ only in case and white "
-        "space too.", choices=("none", "exact", "normalized"),
+        "exact", "Which repeated documents are skipped: none, identical ones, or also those that differ only in "
+        "case and white space.", choices=("none", "exact", "normalized"),
     )  # fmt: skip
-    min_characters: int = doc(1, "Shorter documents are left out, white space at both ends not counted.", minimum=0)
-    null_text: str = doc("skip", "Records whose text is null: leave them out, or stop.", choices=("skip", "error"))
+    min_characters: int = doc(
+        1, "Shorter documents are skipped; leading and trailing white space does not count.", minimum=0
+    )
+    null_text: str = doc("skip", "Records whose text is null: skip them, or stop.", choices=("skip", "error"))
     bad_records: str = doc(
-        "error", "Records without text, and files that are damaged or in another encoding: stop, or leave them out.",
+        "error", "Records without text, and files that are damaged or in another encoding: stop, or skip them.",
         choices=("error", "skip"),
     )  # fmt: skip
     tokenizer: str | None = doc(None, "Directory or tokenizer.json of an existing tokenizer; null trains one.")
@@ -206,107 +206,103 @@ class DataConfig:
     )
     prepend_bos: bool = doc(False, "Begin each document with the beginning-of-sequence token.")
     bos_token: str | None = doc(
-        None, "Beginning-of-sequence token, by its text; null takes the one that the tokenizer's files name."
+        None, "Beginning-of-sequence token, by its text; null means that of the tokenizer's files."
     )
     parse_special_tokens: bool = doc(
-        False, "Text that spells a special token becomes that token; false keeps it plain text."
+        False, "Encode text that spells a special token as that token; false keeps it plain text."
     )
     reset_at_eod: bool = doc(False, "Restart positions and mask attention and loss at document ends.")
     on_resume: str = doc(
-        "match", "Data, sequence length or seed that differ from the checkpoint's: refuse them (match), or go on with "
-        "them (change).", choices=("match", "change"),
+        "match", "Data, sequence length or seed that differ from the checkpoint's: reject them (match), or "
+        "use them (change).", choices=("match", "change"),
     )  # fmt: skip
     verify: str = doc(
-        "auto", "Which files with a checksum are compared with it before a run starts, once until they change: all up "
-        "to 32 GiB, all, or none (sizes only).", choices=("auto", "full", "size"),
+        "auto", "Which checksums are verified before a run starts, once until a file changes: those of up to 32 GiB, "
+        "all, or none (sizes only).", choices=("auto", "full", "size"),
     )  # fmt: skip
     cache_dir: str | None = doc(
-        None, "Directory of the sample indices that Megatron-Core makes; null means dir/cache. All nodes share it."
+        None, "Directory of Megatron-Core's sample indices, shared by all nodes; null means dir/cache."
     )
     prepare_workers: int | None = doc(
-        None, "Processes that tokenise; null means one for each core.", minimum=1, maximum=10_000
+        None, "Tokenisation processes; null means one per core.", minimum=1, maximum=10_000
     )
-    loader_workers: int = doc(0, "Processes that read batches on each rank.", minimum=0, maximum=10_000)
+    loader_workers: int = doc(0, "Data loader processes per rank.", minimum=0, maximum=10_000)
 
 
 @dataclass
 class TrainConfig:
-    """Length of the run and what is done between steps."""
+    """Length of the run, evaluation and sampling."""
 
     steps: int | None = doc(None, "Optimizer steps; this or `tokens`; null for both means 200.", minimum=1)
     tokens: int | None = doc(None, "Training tokens, rounded up to whole steps; this or `steps`.", minimum=1)
     seq_length: int = doc(128, "Tokens in one training sequence.", minimum=2, maximum=1_000_000_000)
     eval_interval_steps: int = doc(50, "Steps between evaluations; 0 means only first and last.", minimum=0)
     eval_batches: int = doc(4, "Global batches in one evaluation; 0 means no evaluation.", minimum=0)
-    sample_continuations: int = doc(0, "Held-out texts that the model continues at the end.", minimum=0)
+    sample_continuations: int = doc(0, "Held-out texts to sample continuations of at the end.", minimum=0)
     deterministic: bool = doc(False, "Deterministic kernels on CUDA (slower); the CPU always is.")
 
 
 @dataclass
 class CheckpointConfig:
-    """When and where the state of a run is written."""
+    """When and where checkpoints are written."""
 
     dir: str | None = doc(None, "Directory of checkpoints; null means run_dir/checkpoints.")
-    interval_steps: int = doc(0, "Steps between checkpoints; 0 means none between.", minimum=0)
+    interval_steps: int = doc(0, "Steps between periodic checkpoints; 0 means none.", minimum=0)
     save_at_end: bool = doc(True, "Write a checkpoint after the last step.")
-    asynchronous: bool = doc(
-        False, "Write while training goes on, which waits only until the state is copied to host memory."
-    )
+    asynchronous: bool = doc(False, "Write in the background; training waits only for the copy to host memory.")
     local_dir: str | None = doc(
-        None, "Directory on each node's own disk that is written first and then copied to dir; null means none."
+        None, "Node-local directory that is written first and then copied to dir; null means none."
     )
-    local_keep: int = doc(1, "Newest checkpoints that stay in local_dir.", minimum=1)
-    keep_last: int | None = doc(None, "Newest checkpoints that stay; null means all.", minimum=1)
+    local_keep: int = doc(1, "Number of most recent checkpoints to retain in local_dir.", minimum=1)
+    keep_last: int | None = doc(None, "Number of most recent checkpoints to retain; null means all.", minimum=1)
     keep_every: int | None = doc(
-        None, "Checkpoints of multiples of this many steps are kept permanently; null means none.", minimum=1
+        None, "Retain checkpoints whose step is a multiple of this permanently; null means none.", minimum=1
     )
-    tries: int = doc(
-        3, "Checkpoints in a row, between the first and last step, that fail before the run does.", minimum=1
-    )
-    verify: bool = doc(True, "Compare the bytes of a checkpoint with its manifest before it is loaded.")
+    max_consecutive_failures: int = doc(3, "Consecutive failed periodic saves before the run aborts.", minimum=1)
+    verify: bool = doc(True, "Verify a checkpoint against the SHA-256 sums of its manifest before loading.")
 
 
 @dataclass
 class ConvertConfig:
-    """What moe-convert reads and writes."""
+    """Options of moe-convert."""
 
     source: str | None = doc(None, "Checkpoint to read: a Hugging Face directory, or one of a run (its newest).")
     target: str | None = doc(None, "Directory to write; it must not exist.")
-    to: str | None = doc(None, "Format to write; null means the other one.", choices=("hf", "megatron"))
+    to: str | None = doc(None, "Format to write; null means the other format.", choices=("hf", "megatron"))
     dtype: str | None = doc(
         None, "Format of the weights; null keeps that of each tensor (bf16 for FP8).",
         choices=("fp32", "bf16", "fp16", "fp8"),
     )  # fmt: skip
     file_gb: float | None = doc(
-        None, "About the size of a file, GB; null makes some thirty files, of at most 4 GiB.", minimum=1e-6
+        None, "Approximate file size, GB; null makes about thirty files of at most 4 GiB.", minimum=1e-6
     )
-    optimizer: bool = doc(True, "Whether a copy in the same format keeps the optimizer state.")
-    power_of_two_scales: bool = doc(True, "Cut FP8 scales to powers of two, so that converting again changes nothing.")
+    optimizer: bool = doc(True, "Keep the optimizer state in a copy of the same format.")
+    power_of_two_scales: bool = doc(True, "FP8 scales are powers of two, so that a second conversion is lossless.")
     allow_nonfinite: bool = doc(
-        False, "Convert NaN and infinite numbers unchanged, with a warning; else they end moe-convert and its verify."
+        False, "Convert NaN and infinite numbers unchanged, with a warning; otherwise they are an error."
     )
     threads: int | None = doc(
-        None, "Files written at a time by one process; null is two for each core, and two.", minimum=1, maximum=1_000
+        None, "Files that one process writes concurrently; null means two per core, plus two.", minimum=1, maximum=1_000
     )
 
 
 @dataclass
 class InspectConfig:
-    """What moe-inspect looks at."""
+    """Options of moe-inspect."""
 
     path: str | None = doc(None, "Checkpoint: a Hugging Face directory, one of a run, or a run (its newest).")
     other: str | None = doc(None, "Second checkpoint, to compare the first with; null describes the first.")
-    rows: int = doc(20, "Differing tensors that are shown; all are counted.", minimum=0)
+    rows: int = doc(20, "Number of differing tensors to show; all are counted.", minimum=0)
     atol: float = doc(
         0.0, "Absolute part of the tolerance for each number: |a - b| <= atol + rtol max(|a|, |b|).", minimum=0
     )
     rtol: float = doc(0.0, "Relative part of the tolerance for each number; 0 in both allows no difference.", minimum=0)
     norm_rtol: float | None = doc(
-        None, "Largest norm-relative difference of a tensor, |A - B| / |A|; null asks for none.", minimum=0
+        None, "Largest norm-relative difference of a tensor, |A - B| / |A|; null means no limit.", minimum=0
     )
-    weights_only: bool = doc(False, "Leave optimizer state, random streams and FP8 scales of training out of --diff.")
+    weights_only: bool = doc(False, "Exclude optimizer state, random states and FP8 scales of training from --diff.")
     threads: int | None = doc(
-        None, "Files or tensors read at a time; null takes as many as there are cores.", minimum=1, maximum=1_000
+        None, "Files or tensors to read concurrently; null means one per core.", minimum=1, maximum=1_000
     )
 
 
@@ -317,9 +313,7 @@ class TelemetryConfig:
     log_interval_steps: int = doc(1, "Steps between lines of metrics.jsonl.", minimum=1)
     tensorboard: bool = doc(True, "Write TensorBoard events.")
     progress: bool = doc(True, "Show a live progress line on rank 0.")
-    profile_memory_steps: int = doc(
-        0, "First steps in which tensors kept for the backward pass are measured; 0 means none.", minimum=0
-    )
+    profile_memory_steps: int = doc(0, "First steps in which saved activations are measured; 0 means none.", minimum=0)
     peak_tflops: float | None = doc(
         None, "Peak of one rank for MFU, TFLOPS; null means the device's BF16 peak, measured on cpu."
     )
@@ -348,20 +342,21 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     runtime: str = doc(
-        "auto", "What device code runs on; auto means cuda where a GPU is visible.",
+        "auto", "Device backend; auto means cuda where a GPU is visible.",
         choices=("auto", "cuda", "cpu", "simulated"),
     )  # fmt: skip
-    rank: int = doc(0, "Which rank runtime=simulated builds.", minimum=0)
+    rank: int = doc(0, "Rank that runtime=simulated builds.", minimum=0)
     seed: int = doc(1234, "Seed of weights and data order.", minimum=0)
-    run_dir: str = doc("runs/run", "Directory of everything that the run writes.")
+    run_dir: str = doc("runs/run", "Directory of all output of the run.")
     resume: str = doc(
-        "auto", "auto (the newest checkpoint of run_dir), never (another run; the earlier one is moved aside), or the "
+        "auto", "auto (the newest checkpoint of run_dir), never (a new run; an earlier one is moved aside), or the "
         "path of a checkpoint.",
     )  # fmt: skip
     init_from: str | None = doc(
-        None, "Checkpoint or Hugging Face directory whose weights start the run, at step 0; null means random."
+        None,
+        "Checkpoint or Hugging Face directory of the initial weights; training starts at step 0; null means random.",
     )
-    export_hf: bool = doc(False, "Write the trained weights in Hugging Face format too, to run_dir/hf.")
+    export_hf: bool = doc(False, "Export the trained weights in Hugging Face format, to run_dir/hf.")
     verbose: bool = doc(False, "Show tracebacks of errors.")
 
     @property

@@ -61,11 +61,13 @@ def violation(name: str, value: Any) -> str:
     if value is None and type(None) in kinds:
         return ""
     if bool in kinds or isinstance(value, bool):
-        return "" if bool in kinds and isinstance(value, bool) else f"no {_KINDS.get(kinds[0], 'value of it')}"
+        return (
+            "" if bool in kinds and isinstance(value, bool) else f"not {_KINDS.get(kinds[0], 'a value of this field')}"
+        )
     if (int in kinds or float in kinds) and not isinstance(value, int if float not in kinds else (int, float)):
-        return f"no {_KINDS[kinds[0]]}"
+        return f"not {_KINDS[kinds[0]]}"
     if str in kinds and not isinstance(value, str):
-        return "no text"
+        return "not text"
     if str in kinds:
         return "" if not info.choices or value in info.choices else f"not one of {', '.join(info.choices)}"
     if not isfinite(value):
@@ -78,13 +80,13 @@ def violation(name: str, value: Any) -> str:
 def _violation_of_list(kind: Any, value: Any) -> str:
     """Why a field that is a list of `kind` cannot have this value; "" where it can."""
     if not isinstance(value, list):
-        return "no list"
+        return "not a list"
     kinds = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}.get(kind)
     wrong = [item for item in value if kinds and type(item) not in kinds]
-    return f"a list with {wrong[0]!r:.100}, which is no {_KINDS[kind]}" if wrong else ""
+    return f"a list with {wrong[0]!r:.100}, which is not {_KINDS[kind]}" if wrong else ""
 
 
-_KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def get(cfg: Config, name: str) -> Any:

@@ -140,7 +140,7 @@ class MappedSource:
 
     def _remedy(self, name: str) -> str:
         if _layer(name) >= self.model.num_layers:
-            return "set model.mtp_num_layers=0 to go on without multi-token prediction, or restore its weights"
+            return "set model.mtp_num_layers=0 to continue without multi-token prediction, or restore its weights"
         return "restore the missing files or the config.json that belongs to these weights"
 
     def _stored(self, part: Part) -> str:

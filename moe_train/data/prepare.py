@@ -254,7 +254,7 @@ def _make(
     made = Tokenizer(tokenizer, data.eod_token, data.bos_token)
     if data.prepend_bos and made.bos is None:
         raise DataError(
-            "data.prepend_bos=true, but the tokenizer's files name no beginning-of-sequence token",
+            "data.prepend_bos=true, but the tokenizer's files define no beginning-of-sequence token",
             "set data.bos_token=TOKEN or data.prepend_bos=false",
         )
     vocab_size = made.vocab_size

@@ -104,7 +104,7 @@ class Tokenizer:
             if token and (number := self._tokenizer.token_to_id(token)) is not None:
                 return token, int(number)
         raise DataError(
-            f"{self.path} names no end-of-document token",
+            f"{self.path} defines no end-of-document token",
             f"set data.eod_token, or name eos_token in {CONFIG} next to it",
         )
 

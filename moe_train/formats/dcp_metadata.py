@@ -199,12 +199,12 @@ def read(directory: Path) -> Metadata:
     except Exception as error:  # a damaged pickle raises nearly anything
         raise damaged(directory, f"{METADATA} cannot be read: {error or type(error).__name__}") from error
     if not isinstance(contents, Metadata) or not isinstance(getattr(contents, "storage_data", None), dict):
-        raise damaged(directory, f"{METADATA} is no table of contents")
+        raise damaged(directory, f"{METADATA} is not a table of contents")
     try:
         _check_parts(directory, contents)
         _check_sizes(directory, contents)
     except (AttributeError, TypeError, ValueError) as error:  # the right types with other things inside
-        raise damaged(directory, f"{METADATA} is no table of contents: {error}") from error
+        raise damaged(directory, f"{METADATA} is not a table of contents: {error}") from error
     return contents
 
 
@@ -245,7 +245,7 @@ def _check_sizes(directory: Path, contents: Metadata) -> None:
         needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
     for name, size in needed.items():
         if Path(name).name != name:
-            raise damaged(directory, f"{METADATA} names {name}, which is no file of it")
+            raise damaged(directory, f"{METADATA} names {name}, which is not one of its files")
         path = directory / name
         if not path.is_file():
             raise damaged(directory, f"{name} is missing")

@@ -56,7 +56,7 @@ def read(directory: Path) -> Files | None:
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
             raise ValueError("it names files elsewhere")
         if text not in _texts(files):  # any other byte is damage
-            raise ValueError("it is not as it was written")
+            raise ValueError("its content differs from what was written")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from moe_train.config.aliases import with_current_names
 from moe_train.config.learning_rate import learning_rate
 from moe_train.config.model import ModelConfig
 from moe_train.config.resolve import total_steps
@@ -72,8 +73,8 @@ def read(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise damaged(directory, f"{CONFIG} cannot be read: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise damaged(directory, f"{CONFIG} is no config of a run")
-    return config
+        raise damaged(directory, f"{CONFIG} is not the config of a run")
+    return with_current_names(config)
 
 
 def model_of(directory: Path, any_version: bool = False) -> ModelConfig:
@@ -137,7 +138,7 @@ def check_data(saved: dict[str, Any], cfg: Config, directory: Path) -> None:
         what = ", ".join(f"{field} was {_text(old)} and is {_text(new)}" for _, field, old, new in found)
         before = " ".join(f"{field}={override_value(old)}" for _, field, old, _ in found)
         raise CheckpointError(
-            f"the run would go on with other data than {directory}: {what} now",
+            f"the run would continue with other data than {directory}: {what} now",
             f"use {before}, or add data.on_resume=change",
         )
 
@@ -176,7 +177,7 @@ def check_schedule(
     rates = [learning_rate(one.optimizer, one.schedule, last, position.schedule_steps)
              for one, last in ((before, end_before), (cfg, end))]  # fmt: skip
     raise CheckpointError(
-        f"the run would go on with another learning rate, {rates[1]:.3g} instead of {rates[0]:.3g} at step "
+        f"the run would continue with another learning rate, {rates[1]:.3g} instead of {rates[0]:.3g} at step "
         f"{position.step}: this command changes {' and '.join(what)}",
         "add schedule.on_resume=checkpoint to keep the schedule of the checkpoint, or schedule.on_resume=override to "
         "take the new one",

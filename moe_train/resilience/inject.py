@@ -63,7 +63,7 @@ def parse(text: str) -> Fault:
         try:
             values[name] = types[name](value)
         except ValueError:
-            raise ValueError(f"{pair} is no number") from None
+            raise ValueError(f"{pair} is not a number") from None
     fault = Fault(kind, **values)
     if fault.at not in ("begin", "end"):
         raise ValueError(f"at={fault.at} is neither begin nor end")

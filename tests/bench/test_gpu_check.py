@@ -69,7 +69,7 @@ def test_a_case_that_goes_wrong_is_reported_and_ends_no_other(tmp_path: Path) ->
     assert why["other_number"] == "error is missing, and its limit 1"
     assert why["raises"] == "exit code 1: RuntimeError: CUDA error: an illegal memory access was encountered"
     assert why["crashes"].startswith("ended by SIGSEGV")
-    assert "names no function" in why["absent"]
+    assert "has no such function" in why["absent"]
     assert why["hangs"] == "killed after 20 s without an end"
     _ends(int((tmp_path / f"{gpu_faults.CHILD}.pt").read_text()))
 

@@ -249,6 +249,19 @@ def test_a_config_of_another_version_or_none_at_all_is_made_up_for(capsys: pytes
     assert again() == first
 
 
+def test_a_run_directory_with_the_old_name_of_a_field_keeps_its_value() -> None:
+    """In run_dir/config.yaml, and in a checkpoint's config where that is all there is."""
+    cfg = begin(*FIRST, "checkpoint.max_consecutive_failures=7")
+    own = Path("R/config.yaml")
+    for path in (own, cfg.checkpoint_root / "step_00000010" / run_directory.CONFIG):
+        values = yaml.safe_load(path.read_text())
+        values["checkpoint"]["tries"] = values["checkpoint"].pop("max_consecutive_failures")
+        path.write_text(yaml.safe_dump(values))
+    assert again() == cfg
+    own.unlink()
+    assert again() == cfg
+
+
 def test_a_run_whose_checkpoints_are_damaged_is_not_begun_with_the_defaults() -> None:
     """Its ranks say what is wrong with them, or find an earlier one that is whole."""
     first = begin(step=10)
@@ -328,7 +341,7 @@ def test_a_command_gets_the_config_of_the_run_that_it_continues(options: list[st
 def test_a_refusal_is_one_line_before_anything_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     first = begin()
     assert hydra_entry(_never, argv=["run_dir=R", "train.steps=20"], revise=continuing.continued) == 2
-    assert capsys.readouterr().err.startswith("error: the run would go on with another learning rate")
+    assert capsys.readouterr().err.startswith("error: the run would continue with another learning rate")
     assert from_yaml("R/config.yaml") == first
 
 

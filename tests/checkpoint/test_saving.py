@@ -110,7 +110,7 @@ def test_ranks_gather_who_writes_what_only_where_it_has_changed(tmp_path: Path) 
 def fail_and_recover(run_dir: Path) -> list[Any]:
     """Rank 1 cannot write at steps 2 and 3. The steps after which each rank is told of it, and what is there then."""
     cfg = small_run.config(run_dir, {}, checkpoint__interval_steps=1, checkpoint__asynchronous=True)
-    cfg.checkpoint.tries, cfg.checkpoint.keep_last = 3, 2
+    cfg.checkpoint.max_consecutive_failures, cfg.checkpoint.keep_last = 3, 2
     run, callback = small_run.prepare(cfg), CheckpointCallback()
     seen = []
     for step in range(1, 6):
@@ -134,7 +134,7 @@ def test_a_writer_that_fails_is_a_warning_on_every_rank_and_the_next_is_tried(tm
 def fail_too_often(run_dir: Path) -> list[Any]:
     """Where a run ends that can never write, and with which line."""
     cfg = small_run.config(run_dir, {}, checkpoint__interval_steps=1, checkpoint__asynchronous=True)
-    cfg.checkpoint.tries = 2
+    cfg.checkpoint.max_consecutive_failures = 2
     run, callback = small_run.prepare(cfg), CheckpointCallback()
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))

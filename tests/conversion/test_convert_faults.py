@@ -273,7 +273,7 @@ FAULTS = {
         "hf", change_config(model_type="mixtral", num_local_experts=4), ("n_shared_experts=1", "the mixtral models")
     ),
     "a field is missing": Fault("hf", edit("config.json", lambda c: c.pop("kv_lora_rank") and None), ("kv_a_proj",)),
-    "a field is text": Fault("hf", change_config(hidden_size="200"), ("hidden_size='200'", "no whole number")),
+    "a field is text": Fault("hf", change_config(hidden_size="200"), ("hidden_size='200'", "not a whole number")),
     "a field is null": Fault("hf", change_config(num_hidden_layers=None), ("num_hidden_layers",)),
     "a field is a list": Fault("hf", change_config(n_group=[2]), ("n_group",)),
     "a field is zero": Fault("hf", change_config(num_attention_heads=0), ("num_attention_heads=0",)),
@@ -364,7 +364,7 @@ def test_verify_finds_a_flipped_byte_of_every_file(
     name: str, sources: dict[str, Path], tmp_path: Path, convert: Command
 ) -> None:
     shutil.copytree(sources["megatron"], tmp_path / "copy")
-    assert "as they were written" in convert.well("verify", tmp_path / "copy").out
+    assert "every byte as written" in convert.well("verify", tmp_path / "copy").out
     size = (tmp_path / "copy" / name).stat().st_size
     flip(tmp_path / "copy" / name, size // 2)
     fails(convert("verify", tmp_path / "copy"), str(tmp_path / "copy" / name))

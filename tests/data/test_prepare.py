@@ -476,7 +476,7 @@ def test_documents_begin_and_end_with_the_chosen_tokens_and_the_dataset_remember
     assert (found.eod, found.bos) == (end, begin), "without the options that it was made with"
     parsed = documents("parsed", parse_special_tokens=True)
     assert [sum(d.count(token) for d in parsed) for token in (begin, end)] == [1, 1]
-    with pytest.raises(DataError, match=r"data\.prepend_bos=true, .* name no beginning.*data\.bos_token"):
+    with pytest.raises(DataError, match=r"data\.prepend_bos=true, .* define no beginning.*data\.bos_token"):
         documents("none", prepend_bos=True)
 
 

@@ -114,7 +114,7 @@ def test_caches_are_named_after_what_a_tokenizer_is_and_not_where_it_lies(traine
 
 def test_tokenizers_that_cannot_be_used_are_named(trained: Path, tmp_path: Path) -> None:
     for settings, tokens, cause in (
-        (None, ["<other>"], "names no end-of-document token"),
+        (None, ["<other>"], "defines no end-of-document token"),
         ({"eos_token": "<absent>"}, ["</s>"], "has eos_token '<absent>', which tokenizer.json has not"),
         ("{", ["</s>"], "tokenizer_config.json is not a tokenizer's configuration"),
         ("[]", ["</s>"], "tokenizer_config.json is not a tokenizer's configuration"),

@@ -102,13 +102,13 @@ WRONG: dict[str, tuple[Callable[[Metadata], None], str]] = {
     "a part one column too far": (chunk(sizes=Size((2, 4))), "at (2, 0) is not inside (4, 3)"),
     "a part with another offset": (chunk(offsets=Size((1, 0))), "at (1, 0) is in no file"),
     "a part without a place": (lose, "at (2, 0) is in no file"),
-    "a part of fewer axes": (chunk(sizes=Size((2,))), "is no table of contents"),
+    "a part of fewer axes": (chunk(sizes=Size((2,))), "is not a table of contents"),
     "sizes that are a tuple": (chunk(sizes=(2, 3)), f"a part of {NAME} has no shape"),
     "offsets that are a tuple": (chunk(offsets=(2, 0)), f"a part of {NAME} has no shape"),
     "a negative offset": (place(offset=-1), "an item of __0_0.distcp has no place"),
     "an offset that is no number": (place(offset="28"), "an item of __0_0.distcp has no place"),
     "a negative length": (place(length=-1), "does not fit into its item"),
-    "a file elsewhere": (place(relative_path="../__0_0.distcp"), "names ../__0_0.distcp, which is no file of it"),
+    "a file elsewhere": (place(relative_path="../__0_0.distcp"), "__0_0.distcp, which is not one of its files"),
     "a file that is missing": (place(relative_path="__1_0.distcp"), "__1_0.distcp is missing"),
     "no dtype": (lambda one: setattr(entry_of(one).properties, "dtype", "bfloat16"), f"{NAME} has no shape"),
     "no size": (lambda one: setattr(entry_of(one), "size", (4, 3)), f"{NAME} has no shape"),
@@ -131,7 +131,7 @@ def test_a_table_that_is_missing_or_unreadable_is_named(tmp_path: Path) -> None:
         dcp_metadata.read(tmp_path)
     write(tmp_path, table())
     whole = (tmp_path / ".metadata").read_bytes()
-    for content, told in ((whole[:-1], "cannot be read: "), (pickle.dumps({}), "is no table of contents; ")):
+    for content, told in ((whole[:-1], "cannot be read: "), (pickle.dumps({}), "is not a table of contents; ")):
         (tmp_path / ".metadata").write_bytes(content)
         with pytest.raises(CheckpointError, match=rf"is damaged: \.metadata {told}"):
             dcp_metadata.read(tmp_path)

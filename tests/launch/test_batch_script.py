@@ -121,7 +121,7 @@ def test_sigterm_to_the_script_lets_the_ranks_save(batch: Batch) -> None:
     code, text = batch.run(srun, "run_dir=run")
     assert (code, batch.lines()[-1]) == (75, "USR1"), text
     assert "requeue 7" not in batch.lines()
-    assert "saved, as the job was told to end" in text
+    assert "saved on request" in text
     assert "error:" not in text
 
 
@@ -171,7 +171,11 @@ def test_the_script_alone_asks_for_nodes_as_moe_submit_does() -> None:
 def test_what_the_script_takes_by_itself_is_what_the_fields_say() -> None:
     """Defaults of MOE_* without moe-submit."""
     script, launcher = commands.SCRIPT.read_text(), LauncherConfig()
-    for name, field in {"MEET_S": "meet_timeout_s", "GRACE_S": "grace_s", "REQUEUES": "requeues"}.items():
+    for name, field in {
+        "RENDEZVOUS_TIMEOUT_S": "rendezvous_timeout_s",
+        "GRACE_S": "grace_s",
+        "REQUEUES": "requeues",
+    }.items():
         assert f"{{MOE_{name}:-{getattr(launcher, field)}}}" in script, name
 
 

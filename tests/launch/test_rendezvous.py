@@ -207,10 +207,10 @@ def test_ranks_wait_for_the_first_as_long_as_they_are_told(monkeypatch: pytest.M
     with socket.socket() as listener:  # takes the port, and does not answer
         listener.bind(("127.0.0.1", 0))
         info = RankInfo(1, 2, 1, 2, "127.0.0.1", listener.getsockname()[1], "srun")
-        monkeypatch.setattr(os, "environ", dict(os.environ) | {rendezvous.MEET_S: "1"})
+        monkeypatch.setattr(os, "environ", dict(os.environ) | {rendezvous.RENDEZVOUS_TIMEOUT: "1"})
         began = time.monotonic()
-        with pytest.raises(LaunchError, match=r"launcher\.meet_timeout_s\) above 1 where it starts later"):
-            rendezvous.meet(info)
+        with pytest.raises(LaunchError, match=r"launcher\.rendezvous_timeout_s\) above 1 where it starts later"):
+            rendezvous.connect(info)
     assert time.monotonic() - began < 30
 
 

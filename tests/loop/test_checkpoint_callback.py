@@ -105,12 +105,12 @@ def test_failures_in_a_row_are_borne_up_to_a_number(
     failing.update((1, 2, 4, 5, 6))
     run = fake_run(tmp_path, total_steps=20)
     with pytest.raises(CheckpointError, match="cannot write"):
-        train(run, 10, asynchronous=asynchronous, interval_steps=1, tries=3)
+        train(run, 10, asynchronous=asynchronous, interval_steps=1, max_consecutive_failures=3)
     assert run.state.step == (7 if asynchronous else 6)
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 1  # of step 3
     assert captured.err.splitlines() == [
-        f"warning: cannot write; free space (not saved; {count} in a row, and checkpoint.tries=3)"
+        f"warning: cannot write; free space (not saved; {count} in a row, and checkpoint.max_consecutive_failures=3)"
         for count in (1, 2, 1, 2)
     ]
 
@@ -118,7 +118,7 @@ def test_failures_in_a_row_are_borne_up_to_a_number(
 def test_the_last_checkpoint_must_be_written(tmp_path: Path, begun: list[FakeSaving]) -> None:
     failing.update((5, 6))
     with pytest.raises(CheckpointError, match="cannot write"):
-        train(fake_run(tmp_path, total_steps=6), 6, asynchronous=True, interval_steps=5, tries=3)
+        train(fake_run(tmp_path, total_steps=6), 6, asynchronous=True, interval_steps=5, max_consecutive_failures=3)
     assert [saving.job.step for saving in begun] == [5, 6]  # that an earlier one failed is no reason not to try
 
 

@@ -43,7 +43,7 @@ def test_the_documentation_lists_every_code() -> None:
     table = page[page.index("| exit code of a rank |") :].partition("\n\n")[0]
     rows = {int(code): remedy for code, remedy in re.findall(r"^\| (\d+) \| .* \| (.*) \|$", table, re.MULTILINE)}
     assert set(rows) == OF_OUR_PROCESSES
-    never = {code for code, remedy in rows.items() if "do not start again" in remedy or "without the nodes" in remedy}
+    never = {code for code, remedy in rows.items() if "do not retry" in remedy or "without the reported" in remedy}
     assert never == NOT_RETRIED
 
 

@@ -31,7 +31,7 @@ def test_what_an_entry_leaves_open() -> None:
     ("text", "what"),
     [
         ("explode:step=1", "explode is not one of kill, stop"),
-        ("kill:step=x", "step=x is no number"),
+        ("kill:step=x", "step=x is not a number"),
         ("kill:node=1:step=2", "node=1 is not one of rank=, step="),
         ("kill:step", "step is not one of rank=, step="),
         ("kill:kind=stop:step=2", "kind=stop is not one of rank=, step="),

@@ -33,7 +33,7 @@ def test_sigterm_to_the_batch_script_lets_the_ranks_save(start: str, jobs: Jobs,
     jobs.cluster.run("scancel", "--batch", "--signal=TERM", job)
     facts = jobs.end(job, 240)
     assert (facts["ExitCode"], facts["Restarts"]) == ("75:0", "0"), jobs.logs(job)
-    assert "saved, as the job was told to end" in (tmp_path / f"slurm-{job}.out").read_text()
+    assert "saved on request" in (tmp_path / f"slurm-{job}.out").read_text()
     step = int(sorted((run_dir / "checkpoints").glob("step_*"))[-1].name.removeprefix("step_"))
     assert step == len(losses(run_dir)) > 3
 
@@ -48,7 +48,7 @@ def test_the_warning_after_the_last_step_does_not_start_the_job_again(jobs: Jobs
     facts = jobs.finish(job)
     assert facts["Restarts"] == "0"
     output = (tmp_path / f"slurm-{job}.out").read_text()
-    assert "the time limit is near: telling the ranks to save" in output
+    assert "the time limit is near: asking the ranks to save" in output
     assert output.count(", attempt ") == 1, output
     assert len(losses(tmp_path / "run")) == 4
 

@@ -47,7 +47,7 @@ def test_the_time_limit(jobs: Jobs, tmp_path: Path, slow_python: str, quiet: lis
     facts = jobs.finish(job, 900)
     output = (tmp_path / f"slurm-{job}.out").read_text()
     assert int(facts["Restarts"]) >= 1, output
-    assert "the time limit is near: telling the ranks to save" in output
+    assert "the time limit is near: asking the ranks to save" in output
     assert "saved before the time limit: back to the queue" in output
     assert len(_resumed_at(tmp_path / "run")) == int(facts["Restarts"])
     assert losses(tmp_path / "run") == quiet

@@ -270,7 +270,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, command: Command) -> N
         (["empty"], "holds no checkpoint"),
         (["file"], "is not a directory"),
         (["nowhere"], "does not exist"),
-        (["--diff", "empty"], "names no second checkpoint"),
+        (["--diff", "empty"], "inspect.other is missing"),
     ):
         code, out, err = command(*words)
         assert (code, out) == (2, "")

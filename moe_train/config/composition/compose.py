@@ -28,6 +28,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 
+from moe_train.config.aliases import with_current_names
 from moe_train.config.composition import help, store
 from moe_train.config.composition.command_line import escaped, for_hydra, sorted_words
 from moe_train.config.composition.explain import (
@@ -104,6 +105,8 @@ def from_yaml(path: str | Path) -> Config:
     """
     try:
         loaded = _literal(untrusted.read_yaml(Path(path)))
+        if isinstance(loaded, dict):
+            loaded = with_current_names(loaded)
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist", "name the config.yaml of a run directory") from error
     except (OSError, ValueError) as error:
@@ -188,7 +191,7 @@ def _make_run_dir(name: str) -> None:
     """The directory, made just before Hydra would, so that a refusal names the field."""
     remedy = f"use run_dir={Config().run_dir}"
     if not name.strip():
-        raise ConfigError(f"run_dir={override_value(name)} names no directory", remedy)
+        raise ConfigError(f"run_dir={override_value(name)} is empty", remedy)
     if "${" in name:
         raise ConfigError(f"run_dir={name} has ${{ in its name, which Hydra takes for a reference", remedy)
     try:

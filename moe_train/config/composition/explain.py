@@ -20,7 +20,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from moe_train.config.aliases import ABSENT, FIELDS
+from moe_train.config.aliases import ABSENT, FIELDS, RENAMED
 from moe_train.config.composition.command_line import field_of, is_list, is_text, plain
 from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields, get, group_names
@@ -70,6 +70,8 @@ def one_line(error: object) -> str:
 def unknown_field(name: str, value: str | None = None) -> ConfigError:
     """An error for a field that does not exist, with the fields that may have been meant."""
     shown = "VALUE" if value is None else value
+    if current := RENAMED.get(name):
+        return ConfigError(f"{name} was renamed", f"use {current}={shown}")
     if remedy := ABSENT.get(_leaf(name)):
         return ConfigError(f"{name} is not a field of the configuration", remedy)
     near = [near for near in similar_fields(name) if near in all_fields() or value in (None, *group_options(near))]

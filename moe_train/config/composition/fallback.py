@@ -58,7 +58,7 @@ def values_of(text: str) -> dict[str, Any]:
             raise ConfigError(f"launcher.fallbacks has {word!r}, which is not KEY=VALUE", "write 'parallel.dp=2'")
         if not name.startswith(_FREE) or name not in all_fields():
             raise ConfigError(
-                f"launcher.fallbacks changes {name}, which is no field of the layout",
+                f"launcher.fallbacks changes {name}, which is not a field of the layout",
                 "change fields of parallel and recompute, and batch.micro_batch_size",
             )
         try:

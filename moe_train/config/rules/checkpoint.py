@@ -19,7 +19,8 @@ def retention(facts: Facts) -> None:
                          [{"checkpoint.keep_last": 3}, {"checkpoint.keep_every": None}])  # fmt: skip
     if interval and every % interval:
         raise Impossible(
-            f"checkpoint.keep_every={every} is no multiple of checkpoint.interval_steps={interval}, at which is saved",
+            f"checkpoint.keep_every={every} is not a multiple of checkpoint.interval_steps={interval}, the steps "
+            "that are saved",
             fixes_of("checkpoint.keep_every", multiples(interval, every)),
         )
 

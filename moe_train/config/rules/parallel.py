@@ -169,8 +169,8 @@ def stages(facts: Facts) -> None:
         )
     if layout.pp == 2 and layout.vpp > 1 and not facts.overlap_p2p:
         raise Impossible(
-            f"parallel.overlap_p2p=false with parallel.pp=2 and parallel.vpp={layout.vpp} mixes up messages: both "
-            "neighbours of a rank are the same rank, and gradients come out wrong",
+            f"parallel.overlap_p2p=false with parallel.pp=2 and parallel.vpp={layout.vpp} mismatches sends and "
+            "receives: both neighbours of a rank are the same rank, and gradients come out wrong",
             [{"parallel.overlap_p2p": True}, {"parallel.vpp": 1}],
         )
     text, model = cfg.parallel.pipeline_layout, cfg.model

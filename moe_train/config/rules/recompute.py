@@ -22,7 +22,7 @@ def stages(facts: Facts) -> None:
         return
     if recompute.mode != "none":
         raise Impossible(
-            f"recompute.stages takes the place of recompute.mode={recompute.mode}",
+            f"recompute.stages replaces recompute.mode={recompute.mode}",
             [_OFF, {"recompute.stages": []}],
         )
     chunks = layout.pp * layout.vpp

@@ -118,7 +118,7 @@ def data_blend(facts: Facts) -> None:
         cause, fixed = found
         raise Impossible(cause, [{"data.blend": fixed}])
     if data.blend and data.source != "none":
-        raise Impossible(f"data.blend names datasets that are made already, but data.source={data.source} makes one",
+        raise Impossible(f"data.blend names existing datasets, but data.source={data.source} makes one",
                          [{"data.source": "none", "data.path": None}, {"data.blend": []}])  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def read(directory: Path) -> Json:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", "restore the file from a copy") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is no JSON object", "restore the file from a copy")
+        raise CheckpointError(f"{path} is not a JSON object", "restore the file from a copy")
     return config
 
 
@@ -215,7 +215,7 @@ def _wrong(where: Path | str, name: str, value: Any, why: str) -> CheckpointErro
 
 def _leading_layers(layers: Any, where: Path | str) -> int:
     if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
-        raise _wrong(where, "mlp_only_layers", layers, "no list of layers")
+        raise _wrong(where, "mlp_only_layers", layers, "not a list of layers")
     if sorted(layers) != list(range(len(layers))):
         raise CheckpointError(
             f"{where} has mlp_only_layers={layers}, and dense layers here are the first ones",

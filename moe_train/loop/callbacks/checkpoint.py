@@ -19,7 +19,8 @@ class CheckpointCallback(Callback):
     after the last one; each once. With `export_hf` the last one is also written in Hugging Face format.
 
     With `checkpoint.asynchronous` those between are written while training goes on. One that cannot be written (a full
-    disk) is a warning, and `checkpoint.tries` of them in a row are a CheckpointError on every rank in the same step.
+    disk) is a warning, and `checkpoint.max_consecutive_failures` of them in a row are a CheckpointError on every rank
+    in the same step.
     """
 
     def __init__(self) -> None:
@@ -74,7 +75,7 @@ class CheckpointCallback(Callback):
         """Wait for the checkpoint that is being written, if there is one. Every rank calls it.
 
         Raises:
-            CheckpointError: it failed, as the last of `checkpoint.tries` in a row.
+            CheckpointError: it failed, as the last of `checkpoint.max_consecutive_failures` in a row.
         """
         self._tolerate(run, lambda: self._wait(run))
 
@@ -122,10 +123,11 @@ class CheckpointCallback(Callback):
         except CheckpointError as error:
             self._saving, self._saved_step = None, -1
             self._failed += 1
-            if self._failed >= run.cfg.checkpoint.tries and not always:
+            limit = run.cfg.checkpoint.max_consecutive_failures
+            if self._failed >= limit and not always:
                 raise
             if run.is_main:
-                warn(f"{error} (not saved; {self._failed} in a row, and checkpoint.tries={run.cfg.checkpoint.tries})")
+                warn(f"{error} (not saved; {self._failed} in a row, and checkpoint.max_consecutive_failures={limit})")
 
     @contextmanager
     def _holding(self, run: Run) -> Iterator[None]:

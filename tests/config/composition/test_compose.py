@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from moe_train.config.aliases import RENAMED, with_current_names
 from moe_train.config.composition import compose as compose_module
 from moe_train.config.composition.compose import compose, from_yaml, hydra_entry, to_yaml
 from moe_train.config.composition.explain import CONF_DIR, group_options
@@ -266,6 +267,22 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ConfigError, match=rf"config\.yaml cannot be read: .*{why}"):
             from_yaml(path)
+
+
+def test_a_config_of_an_earlier_version_may_have_the_old_names(tmp_path: Path) -> None:
+    """Every field of RENAMED, both alone and next to the current name, which then counts."""
+    own = yaml.safe_load(to_yaml(Config()))
+    for old, new in RENAMED.items():
+        group, _, leaf = old.partition(".")
+        current = new.partition(".")[2]
+        assert old not in all_fields()
+        own[group][leaf] = own[group].pop(current) + 7
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(own))
+    cfg = from_yaml(path)
+    assert all(get(cfg, new) == get(Config(), new) + 7 for new in RENAMED.values())
+    both = {"checkpoint": {"tries": 1, "max_consecutive_failures": 2}}
+    assert with_current_names(both) == {"checkpoint": {"max_consecutive_failures": 2}}
 
 
 def test_length_of_a_run() -> None:

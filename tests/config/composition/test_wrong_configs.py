@@ -197,7 +197,7 @@ TABLE = [
     Wrong("recompute.stages=[mlp+mlp]", "recompute.stages[0]=mlp+mlp", "twice"),
     Wrong("recompute.stages=[mla_up_proj+mlp,none]", "recompute.stages[0]", "model.attention=gqa",
           f"parallel.pp=2 {GQA}"),
-    Wrong("recompute.stages=[none,none]", "recompute.stages", "takes the place of recompute.mode=full; use "
+    Wrong("recompute.stages=[none,none]", "recompute.stages", "replaces recompute.mode=full; use "
           "recompute.mode=none", "parallel.pp=2 recompute=full"),
     Wrong("recompute.stages=[none,full] recompute.method=block recompute.num_layers=3", "recompute.num_layers",
           "2 layers of the longest pipeline chunk", "parallel.pp=2 model.mtp_num_layers=0"),
@@ -385,9 +385,9 @@ TABLE = [
     Wrong("run_dir=/proc/x/y", "run_dir=/proc/x/y", "cannot be written: No such file"),
     Wrong("run_dir=/dev/null", "run_dir=/dev/null", "cannot be written: it is not a directory"),
     Wrong("run_dir=/dev/null/x", "run_dir=/dev/null/x", "cannot be written: Not a directory"),
-    Wrong("run_dir=", "run_dir=''", "names no directory"),
+    Wrong("run_dir=", "run_dir=''", "is empty"),
     Wrong("run_dir=/dev/null seed=1,2 -m", "run_dir=/dev/null", "it is not a directory", applies=False),
-    Wrong("run_dir= seed=1,2 -m", "run_dir=''", "names no directory", applies=False),
+    Wrong("run_dir= seed=1,2 -m", "run_dir=''", "is empty", applies=False),
     # The command line itself
     Wrong("path=x", "path", "use data.path=x", "data.source=files", replaces=True),
     Wrong("+path=x", "path", "use data.path=x", "data.source=files", replaces=True),
@@ -424,6 +424,10 @@ TABLE = [
     Wrong("foo.bar=a=b", "foo.bar", "is not a field", applies=False),
     # Names and options from other trainers and from Slurm
     Wrong("optimizer.learning_rate=1e-3", "optimizer.learning_rate", "use optimizer.lr=1e-3", replaces=True),
+    Wrong("checkpoint.tries=5", "checkpoint.tries was renamed", "use checkpoint.max_consecutive_failures=5",
+          replaces=True),
+    Wrong("launcher.meet_timeout_s=900", "launcher.meet_timeout_s was renamed",
+          "use launcher.rendezvous_timeout_s=900", replaces=True),
     Wrong("parallel.tensor_model_parallel_size=2", "parallel.tensor", "use parallel.tp=2", replaces=True),
     Wrong("batch.rampup_batch_size=[16,16,1000]", "batch.rampup_batch_size", "the batch size is constant: use "
           "batch.global_batch_size=N", applies=False),

@@ -18,7 +18,8 @@ from parallel.errors import ConfigError
         (
             "checkpoint.keep_last=2 checkpoint.keep_every=100 checkpoint.interval_steps=30",
             (
-                "checkpoint.keep_every=100 is no multiple of checkpoint.interval_steps=30, at which is saved; use "
+                "checkpoint.keep_every=100 is not a multiple of checkpoint.interval_steps=30, the steps that are "
+                "saved; use "
                 "checkpoint.keep_every=60 or checkpoint.keep_every=90"
             ),
         ),
@@ -30,7 +31,13 @@ from parallel.errors import ConfigError
             ),
         ),
         ("checkpoint.keep_last=0", "checkpoint.keep_last=0 is below the smallest value 1; use checkpoint.keep_last=1"),
-        ("checkpoint.tries=0", "checkpoint.tries=0 is below the smallest value 1; use checkpoint.tries=1"),
+        (
+            "checkpoint.max_consecutive_failures=0",
+            (
+                "checkpoint.max_consecutive_failures=0 is below the smallest value 1; use "
+                "checkpoint.max_consecutive_failures=1"
+            ),
+        ),
     ],
 )
 def test_what_cannot_be_kept_or_placed_is_refused(overrides: str, message: str) -> None:

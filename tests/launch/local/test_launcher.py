@@ -147,7 +147,7 @@ def test_an_error_of_an_earlier_run_in_the_same_directory_is_forgotten(tmp_path:
 
 
 def test_an_entry_that_is_no_function_is_named(tmp_path: Path) -> None:
-    assert "'tests.launch.fake_job:nothing' names no function" in str(_failure(tmp_path, "nothing", 1))
+    assert "'tests.launch.fake_job:nothing' has no such function" in str(_failure(tmp_path, "nothing", 1))
 
 
 def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:

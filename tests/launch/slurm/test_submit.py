@@ -91,8 +91,8 @@ WRONG = {
     "more nodes than there are": (["parallel.dp=192", "batch.global_batch_size=1920"], "partition h800 has 300"),
     "over the time limit": (["launcher.time_limit_min=4000"], "exceeds the 2880 minutes of partition h800"),
     "warning longer than the job": (["launcher.time_limit_min=8"], "less than half of launcher.time_limit_min=8"),
-    "meeting longer than the job": (["launcher.time_limit_min=20", "launcher.meet_timeout_s=900"],
-                                    "launcher.meet_timeout_s=900 leaves less than half"),
+    "meeting longer than the job": (["launcher.time_limit_min=20", "launcher.rendezvous_timeout_s=900"],
+                                    "launcher.rendezvous_timeout_s=900 leaves less than half"),
     "no FP8": (["cluster=a100"], "cluster=a100 has no FP8 or FP4"),
     "no MXFP8": (["cluster=h100", "precision=mxfp8"], "cluster=h100 has no MXFP8"),
     "no NVFP4": (["cluster=h800", "precision=nvfp4"], "cluster=h800 has no NVFP4, which needs Blackwell"),
@@ -267,7 +267,7 @@ def test_a_dry_run_of_2048_gpus_says_what_they_are_for(
         "256 x 8 = 2,048 ranks",
         "ep: 32 of 64 ranks, each over 8 nodes, 1 on a node",
         "pp: 128 of 16 ranks, each over 16 nodes, 8 on a node",
-        "71.1 GiB on the fullest rank (stage 0 of 16), of 78.6",
+        "71.1 GiB on the peak rank (stage 0 of 16), of 78.6",
         "predicted for cluster=h800 at an MFU of ",
         "at $2 for a GPU and hour",
         "sbatch --parsable --job-name=moe-deepseek_v3 --nodes=256 --ntasks-per-node=8 --gpus-per-node=8 --time=1440",
@@ -306,7 +306,7 @@ def test_a_dry_run_needs_no_data(
     words = ["experiment=deepseek_v3/pretrain", "launcher.scratch_dir=null", *data, f"run_dir={tmp_path}/v3"]
     assert submit.run(["--dry-run", *words]) == 0
     text = capsys.readouterr().out
-    for expected in ("256 x 8 = 2,048 ranks", "GiB on the fullest rank", "hours: a step", "cost    $", "sbatch"):
+    for expected in ("256 x 8 = 2,048 ranks", "GiB on the peak rank", "hours: a step", "cost    $", "sbatch"):
         assert expected in text
     assert "note    the data are not checked: data." in text
     assert submit.run(words) == 2
@@ -477,7 +477,7 @@ def test_status_cancel_and_logs(cluster: Path, tmp_path: Path, capsys: pytest.Ca
     run_dir = tmp_path / "run"
     for verb in ("status", "cancel", "logs"):
         assert submit.run([verb, str(run_dir)]) == 2
-        assert "is no directory of a run that moe-submit has started" in capsys.readouterr().err
+        assert "is not the directory of a run that moe-submit started" in capsys.readouterr().err
     submit.run([*TINY, f"run_dir={run_dir}"])
     Path(f"{cluster}.state").write_text("RUNNING")
     (run_dir / "logs").mkdir()
