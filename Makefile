@@ -107,4 +107,4 @@ dryrun: setup ## Build all 1,024 distinct ranks of DeepSeek-V3 on 2,048 GPUs and
 	$(BIN)/moe-dryrun model=deepseek_v3 parallel=deepseek_v3_h800 model.mtp_num_layers=0
 
 clean: ## Remove what can be made again (not runs/, and not your own datasets in data/)
-	rm -rf .venv .venv-latest data/stdlib-* .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-latest data/stdlib-* .pytest_cache .mypy_cache .ruff_cache *.egg-info build

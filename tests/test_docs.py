@@ -109,7 +109,7 @@ def _names_of(path: Path) -> set[str]:
 
 
 def _spans(page: Path) -> list[str]:
-    """What stands in backticks, outside of blocks. A span may go on in the next line."""
+    """Text in backticks, outside of blocks. A span may go on in the next line."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
 
