@@ -25,6 +25,7 @@ WITHOUT_TORCH = (
     *sorted((ROOT / "moe_train/files").glob("*.py")),
     ROOT / "moe_train/model/arithmetic.py",
     ROOT / "moe_train/model/memory.py",
+    ROOT / "moe_train/telemetry/registry.py",
     *sorted((ROOT / "launch/slurm").glob("*.py")),
     *(ROOT / "tools" / f"{name}.py" for name in ("plan", "memory", "published/predict", "planning/answer")),
     *sorted((ROOT / "parallel/planner").glob("*.py")),

@@ -199,3 +199,10 @@ def test_configuration_page_is_current() -> None:
     from tools.config_reference import PAGE, page
 
     assert PAGE.read_text(encoding="utf-8") == page()
+
+
+def test_metrics_page_is_current() -> None:
+    """Its tables are those of the registry: `python -m tools.metrics_reference` writes them."""
+    from tools.metrics_reference import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page()

@@ -1,0 +1,275 @@
+"""The metrics and events of a run: name, unit, reduction over ranks, meaning, and where each appears. No torch import.
+
+Sinks, the progress line, the summary and the loss curve take names, units and number formats from here, and
+`python -m tools.metrics_reference` writes the tables of docs/metrics.md. A new metric is one row of `METRICS`, a new
+event one row of `EVENTS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+
+class Reduction(Enum):
+    """How the values of the ranks become the value of the run."""
+
+    SUM = "sum"
+    MEAN = "mean"
+    """Sum of the numerators of all ranks over the sum of their denominators, not a mean of means."""
+    MAX = "max"
+    NORM = "L2 norm"
+    """Root of the sum of the squares of all ranks."""
+    NONE = "none"
+    """Every rank has the same value, or only rank 0 has one."""
+
+
+class Line(Enum):
+    """Kind of line in metrics.jsonl."""
+
+    BOTH = "training and evaluation lines"
+    TRAINING = "training lines"
+    EVALUATION = "evaluation lines"
+
+
+class Place(Enum):
+    """Where a metric appears."""
+
+    METRICS_FILE = "metrics.jsonl"
+    TENSORBOARD = "TensorBoard"
+    RUN_LOG = "run.log"
+    PROGRESS = "progress line"
+    LOSS_CURVE = "loss.svg"
+    SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric. `{}` in a name is a number: of a layer, for example."""
+
+    name: str
+    line: Line
+    unit: str
+    """"" for a value without one."""
+    reduction: Reduction
+    doc: str
+    places: frozenset[Place]
+    when: str = ""
+    """Condition under which it appears; "" for a metric that each line of its kind has."""
+    label: str = ""
+    """Name for people, where one reads it."""
+    number: str = ""
+    """Format of the value for people, as in `format(value, number)`."""
+    progress: str = ""
+    """Text in the progress line, with {} for the number; "" where it is not in that line."""
+
+    def text(self, value: float) -> str:
+        """The value as people read it, without its unit."""
+        return format(value, self.number)
+
+    def matches(self, name: str) -> bool:
+        """Whether a metric with this name is meant."""
+        return re.fullmatch(re.escape(self.name).replace(r"\{\}", r"\d+"), name) is not None
+
+
+@dataclass(frozen=True)
+class Event:
+    """One kind of event: a line with `step`, `event` (its name) and `fields`."""
+
+    name: str
+    fields: tuple[str, ...]
+    doc: str
+
+
+_FILE = frozenset({Place.METRICS_FILE})
+_SCALAR = _FILE | {Place.TENSORBOARD}
+_SPEED = _SCALAR | {Place.SUMMARY}
+_LOSS = _SPEED | {Place.PROGRESS, Place.LOSS_CURVE}
+_NATS = "nats per token"
+_PROFILED = "in the first `telemetry.profile_memory_steps` steps"
+_BALANCE = "without its coefficient: mean over MoE layers and micro-batches"
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        "step", Line.BOTH, "steps", Reduction.NONE, "optimizer steps so far", _FILE | {Place.PROGRESS, Place.SUMMARY}
+    ),
+    Metric(
+        "tokens", Line.BOTH, "tokens", Reduction.NONE, "training tokens consumed so far", _FILE | {Place.SUMMARY}
+    ),
+    Metric(
+        "lm_loss", Line.TRAINING, _NATS, Reduction.MEAN,
+        "loss over the tokens of the global batch that count (loss mask), without auxiliary losses; 0 if none counts",
+        _LOSS, label="training loss", number=".4f", progress="loss {}",
+    ),
+    Metric(
+        "valid_loss", Line.EVALUATION, _NATS, Reduction.MEAN,
+        "loss over `train.eval_batches` global batches of held-out text", _LOSS | {Place.RUN_LOG},
+        when="`train.eval_batches` > 0 and a validation split", label="validation loss", number=".4f",
+        progress="valid {}",
+    ),
+    Metric(
+        "grad_norm", Line.TRAINING, "", Reduction.NORM, "norm of all gradients, before clipping", _SCALAR
+    ),
+    Metric("lr", Line.TRAINING, "", Reduction.NONE, "learning rate of this step", _SCALAR),
+    Metric(
+        "global_batch_size", Line.TRAINING, "sequences", Reduction.NONE, "sequences of this step, over all ranks", _FILE
+    ),
+    Metric(
+        "skipped", Line.TRAINING, "", Reduction.NONE, "true: the weights stayed unchanged", _SCALAR,
+        when="gradients in fp16 overflowed, the step was bad, or no token counted",
+    ),
+    Metric(
+        "bad_step", Line.TRAINING, "", Reduction.NONE, "why the step was bad ([resilience.md](resilience.md))", _FILE,
+        when="the step was bad",
+    ),
+    Metric(
+        "no_tokens", Line.TRAINING, "", Reduction.NONE, "true: no token of the global batch counted", _SCALAR,
+        when="no token of the global batch counts",
+    ),
+    Metric(
+        "load_balancing_loss", Line.TRAINING, "", Reduction.MEAN, f"balance loss of a micro-batch, {_BALANCE}", _SCALAR,
+        when="`aux_loss` in `model.balance_losses`",
+    ),
+    Metric(
+        "seq_load_balancing_loss", Line.TRAINING, "", Reduction.MEAN, f"balance loss of a sequence, {_BALANCE}",
+        _SCALAR, when="`seq_aux_loss` in `model.balance_losses`",
+    ),
+    Metric(
+        "global_load_balancing_loss", Line.TRAINING, "", Reduction.MEAN, f"balance loss of a global batch, {_BALANCE}",
+        _SCALAR, when="`global_aux_loss` in `model.balance_losses`",
+    ),
+    Metric(
+        "z_loss", Line.TRAINING, "", Reduction.MEAN, f"router z-loss, {_BALANCE}", _SCALAR,
+        when="`model.z_loss_coeff` is set",
+    ),
+    Metric(
+        "dispatch_bytes", Line.TRAINING, "bytes", Reduction.SUM,
+        "tokens that ranks sent to experts on other ranks in forward passes", _SCALAR,
+        when="`parallel.ep` > 1 with the all-to-all dispatcher on local modules",
+    ),
+    Metric(
+        "mtp_loss", Line.TRAINING, _NATS, Reduction.MEAN,
+        "loss of multi-token prediction over the tokens that count, then the mean over depths", _SCALAR,
+        when="`model.mtp_num_layers` > 0",
+    ),
+    Metric(
+        "saved_activation_bytes", Line.TRAINING, "bytes", Reduction.MEAN,
+        "what a micro-batch keeps for its backward pass, logits included; a list with the mean over the ranks of each "
+        "pipeline stage", _FILE, when=_PROFILED,
+    ),
+    Metric(
+        "parameter_bytes", Line.TRAINING, "bytes", Reduction.MEAN, "weights, a list as above", _FILE, when=_PROFILED
+    ),
+    Metric(
+        "gradient_bytes", Line.TRAINING, "bytes", Reduction.MEAN, "gradients, a list as above", _FILE, when=_PROFILED
+    ),
+    Metric(
+        "optimizer_bytes", Line.TRAINING, "bytes", Reduction.MEAN, "Adam's moments and fp32 weights, a list as above",
+        _FILE, when=_PROFILED,
+    ),
+    Metric(
+        "step_time_s", Line.TRAINING, "s", Reduction.MAX,
+        "mean over the steps since the last line, of the slowest rank; without evaluations and checkpoints",
+        _SCALAR,
+    ),
+    Metric(
+        "tokens_per_s", Line.TRAINING, "tokens/s", Reduction.NONE, "over all ranks, from `step_time_s`",
+        _SPEED | {Place.PROGRESS}, label="throughput", number=",.0f", progress="{} tokens/s",
+    ),
+    Metric(
+        "tflops_per_rank", Line.TRAINING, "TFLOPS per rank", Reduction.NONE,
+        "10^12 FLOPs of the model ([below](#mfu)) per second and rank", _SPEED, number=".4g",
+    ),
+    Metric(
+        "mfu", Line.TRAINING, "fraction", Reduction.NONE,
+        "model FLOPs utilisation: `tflops_per_rank` over the peak of one rank; null where the peak is not known",
+        _SPEED | {Place.PROGRESS}, label="MFU", number=".1%", progress="MFU {}",
+    ),
+    Metric(
+        "memory_peak_bytes", Line.TRAINING, "bytes", Reduction.MAX,
+        "of the fullest rank: allocated by torch on a GPU, resident in the process on a CPU", _SPEED,
+        label="memory peak",
+    ),
+    Metric(
+        "expert_load", Line.TRAINING, "tokens", Reduction.SUM,
+        "tokens of each expert in this step, a list for each MoE layer, multi-token-prediction layers last",
+        _FILE | {Place.SUMMARY}, when="MoE models", label="expert load", number=".2f",
+    ),
+    Metric(
+        "expert_load_imbalance/layer_{}", Line.TRAINING, "", Reduction.NONE,
+        "from `expert_load`: tokens of the fullest expert of a layer over the mean of its experts; layers count from 1",
+        frozenset({Place.TENSORBOARD}), when="MoE models",
+    ),
+    Metric(
+        "non_finite", Line.BOTH, "", Reduction.NONE,
+        "what the values are that are null in this line, by name: `nan`, `inf` or `-inf`", _FILE,
+        when="a value is not finite",
+    ),
+)  # fmt: skip
+"""In the order of the documentation and of the progress line."""
+
+EVENTS: tuple[Event, ...] = (
+    Event(
+        "skipped", ("reason", "in_a_row"),
+        "the weights stayed unchanged; `in_a_row` counts bad steps, and is absent where no token counted",
+    ),
+    Event("evaluation_skipped", ("reason",), "no token of the validation batches counts; there is no evaluation line"),
+    Event(
+        "rolled_back", ("reason", "from_step", "samples_passed_over"),
+        "the run went back from `from_step` to the checkpoint of `step`; the samples in between are not used again",
+    ),
+    Event("damaged", ("checkpoint", "reason"), "a checkpoint could not be read while the run went back"),
+    Event(
+        "straggler", ("rank", "host", "what", "seconds", "median_s"),
+        "a rank is slower than the median of the ranks that it is compared with",
+    ),
+)  # fmt: skip
+
+
+def metric(name: str) -> Metric:
+    """The row of a metric.
+
+    Raises:
+        KeyError: it has none.
+    """
+    for row in METRICS:
+        if row.matches(name):
+            return row
+    raise KeyError(f"{name} has no row in {__name__}.METRICS")
+
+
+def event(name: str) -> Event:
+    """The row of an event.
+
+    Raises:
+        KeyError: it has none.
+    """
+    for row in EVENTS:
+        if row.name == name:
+            return row
+    raise KeyError(f"{name} has no row in {__name__}.EVENTS")
+
+
+def shown_in(place: Place) -> tuple[Metric, ...]:
+    """Rows of the metrics that appear in `place`, in their order."""
+    return tuple(row for row in METRICS if place in row.places)
+
+
+def unregistered(line: Mapping[str, Any]) -> list[str]:
+    """Keys of a line of metrics.jsonl that no row describes, for a line of an event with its name."""
+    if "event" not in line:
+        return [name for name in line if not _is_metric(name)]
+    name = line["event"]
+    rows = [row for row in EVENTS if row.name == name]
+    if not rows:
+        return [str(name)]
+    known = {"step", "event", "non_finite", *rows[0].fields}
+    return [f"{name}.{key}" for key in line if key not in known]
+
+
+def _is_metric(name: str) -> bool:
+    return any(row.matches(name) for row in METRICS)
