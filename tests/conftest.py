@@ -13,6 +13,8 @@ import pytest
 # Tests measure no kernels for the user's own runs: the machine is busy while they run.
 _cache = tempfile.TemporaryDirectory(prefix="cache-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
+# Training refuses metrics and events that are not in the registry (moe_train/telemetry/registry.py).
+os.environ["MOE_TRAIN_STRICT_METRICS"] = "1"
 
 # A background job of a script ignores SIGINT, and runs honour what they inherit: the tests send such signals.
 _HANDLERS = {

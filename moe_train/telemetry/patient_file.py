@@ -34,6 +34,11 @@ class PatientFile:
         self._failed = ""
         self._late = 0
 
+    @property
+    def failure(self) -> str:
+        """Why records cannot be written at the moment; "" if they can."""
+        return self._failed
+
     def write(self, record: bytes | str) -> int:
         """Append a record, with its end of line where it has one. Never raises OSError."""
         data = record.encode() if isinstance(record, str) else record
@@ -54,18 +59,18 @@ class PatientFile:
             self._close()  # a handle of a storage that was away can stay unusable
             if not self._failed:
                 self._failed = error.strerror or str(error)
-                _warn(f"{self.path} cannot be written: {self._failed}; the run goes on and keeps its {self.what}")
+                warn(f"{self.path} cannot be written: {self._failed}; the run goes on and keeps its {self.what}")
             return
         self._late += late
         if self._failed and not self._waiting:
-            _warn(f"{self.path} can be written again: {self._late} {self.what} came late, {self.lost} were lost")
+            warn(f"{self.path} can be written again: {self._late} {self.what} came late, {self.lost} were lost")
             self._failed, self._late, self.lost = "", 0, 0
 
     def close(self) -> None:
         """Try once more, and say how many records are lost."""
         self.flush()
         if self._failed:
-            _warn(f"{self.lost + len(self._waiting)} {self.what} of {self.path} are lost: {self._failed}")
+            warn(f"{self.lost + len(self._waiting)} {self.what} of {self.path} are lost: {self._failed}")
         self._waiting.clear()
         self._waiting_bytes = 0
         self._close()
@@ -91,5 +96,6 @@ class PatientFile:
                 self._failed = self._failed or error.strerror or str(error)
 
 
-def _warn(line: str) -> None:
+def warn(line: str) -> None:
+    """Tell the terminal of rank 0."""
     print(f"warning: {line}", file=sys.stderr, flush=True)

@@ -7,10 +7,12 @@ event one row of `EVENTS`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Any
 
 
@@ -148,7 +150,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "dispatch_bytes", Line.TRAINING, "bytes", Reduction.SUM,
-        "tokens that ranks sent to experts on other ranks in forward passes", _SCALAR,
+        "what token dispatch sent to other ranks in forward passes", _SCALAR,
         when="`parallel.ep` > 1 with the all-to-all dispatcher on local modules",
     ),
     Metric(
@@ -158,8 +160,8 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "saved_activation_bytes", Line.TRAINING, "bytes", Reduction.MEAN,
-        "what a micro-batch keeps for its backward pass, logits included; a list with the mean over the ranks of each "
-        "pipeline stage", _FILE, when=_PROFILED,
+        "activations that a micro-batch saves for its backward pass, logits included; a list with the mean over the "
+        "ranks of each pipeline stage", _FILE, when=_PROFILED,
     ),
     Metric(
         "parameter_bytes", Line.TRAINING, "bytes", Reduction.MEAN, "weights, a list as above", _FILE, when=_PROFILED
@@ -191,7 +193,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "memory_peak_bytes", Line.TRAINING, "bytes", Reduction.MAX,
-        "of the fullest rank: allocated by torch on a GPU, resident in the process on a CPU", _SPEED,
+        "allocated by torch on a GPU, resident in the process on a CPU", _SPEED,
         label="memory peak",
     ),
     Metric(
@@ -201,7 +203,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "expert_load_imbalance/layer_{}", Line.TRAINING, "", Reduction.NONE,
-        "from `expert_load`: tokens of the fullest expert of a layer over the mean of its experts; layers count from 1",
+        "tokens of the most loaded expert of an MoE layer, relative to the mean; layers count from 1",
         frozenset({Place.TENSORBOARD}), when="MoE models",
     ),
     Metric(
@@ -227,7 +229,16 @@ EVENTS: tuple[Event, ...] = (
         "straggler", ("rank", "host", "what", "seconds", "median_s"),
         "a rank is slower than the median of the ranks that it is compared with",
     ),
+    Event(
+        "sink_failed", ("sink", "reason"),
+        "metrics.jsonl, TensorBoard or run.log cannot be written; the run goes on and tries again; once per reason",
+    ),
+    Event("sink_recovered", ("sink",), "what waited since `sink_failed` is written"),
 )  # fmt: skip
+
+
+STRICT = "MOE_TRAIN_STRICT_METRICS"
+"""Environment variable; with the value 1 `check` raises an error, as in our tests."""
 
 
 def metric(name: str) -> Metric:
@@ -236,10 +247,15 @@ def metric(name: str) -> Metric:
     Raises:
         KeyError: it has none.
     """
-    for row in METRICS:
-        if row.matches(name):
-            return row
-    raise KeyError(f"{name} has no row in {__name__}.METRICS")
+    row = _find(name)
+    if row is None:
+        raise KeyError(f"{name} has no row in {__name__}.METRICS")
+    return row
+
+
+@cache
+def _find(name: str) -> Metric | None:
+    return next((row for row in METRICS if row.matches(name)), None)
 
 
 def event(name: str) -> Event:
@@ -262,7 +278,7 @@ def shown_in(place: Place) -> tuple[Metric, ...]:
 def unregistered(line: Mapping[str, Any]) -> list[str]:
     """Keys of a line of metrics.jsonl that no row describes, for a line of an event with its name."""
     if "event" not in line:
-        return [name for name in line if not _is_metric(name)]
+        return [name for name in line if _find(name) is None]
     name = line["event"]
     rows = [row for row in EVENTS if row.name == name]
     if not rows:
@@ -271,5 +287,19 @@ def unregistered(line: Mapping[str, Any]) -> list[str]:
     return [f"{name}.{key}" for key in line if key not in known]
 
 
-def _is_metric(name: str) -> bool:
-    return any(row.matches(name) for row in METRICS)
+def placed_in(place: Place, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics that appear in `place`. One without a row, as a callback of a user may add, is a scalar."""
+    rows = ((name, _find(name)) for name in metrics)
+    return {name: metrics[name] for name, row in rows if place in (_SCALAR if row is None else row.places)}
+
+
+def check(line: Mapping[str, Any]) -> None:
+    """Refuse what has no row, where `STRICT` is set.
+
+    Raises:
+        LookupError: it names the keys.
+    """
+    if os.environ.get(STRICT) == "1" and (missing := unregistered(line)):
+        raise LookupError(
+            f"{', '.join(missing)}: no row in {__name__}; add one and run python -m tools.metrics_reference"
+        )

@@ -56,7 +56,7 @@ class Throughput(Callback):
     """Adds speed and memory to the metrics of logged steps. Must come before the callbacks that write them.
 
     `step_time_s` is the mean over the steps since the last logged one, evaluation and checkpoints left out, of the
-    slowest rank; `memory_peak_bytes` is that of the fullest rank.
+    slowest rank; `memory_peak_bytes` is the maximum over ranks.
     """
 
     def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config
-from moe_train.run import Metrics, Run
+from moe_train.loop.callbacks.sinks import CloseSinks, Sinks
+from moe_train.run import Callback, Metrics, Run
+from moe_train.telemetry.sinks.base import Sink
+from moe_train.telemetry.sinks.table import SINKS, SinkRow
 from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
 
@@ -57,3 +61,22 @@ def evaluate(run: Run, callbacks: list[Any], loss: float) -> None:
     run.evaluations.append({"step": run.state.step, "tokens": run.state.consumed_tokens, "valid_loss": loss})
     for callback in callbacks:
         callback.on_evaluation_end(run, run.evaluations[-1])
+
+
+def with_sinks(run: Run, *makers: Callable[[Path], Sink]) -> list[Callback]:
+    """The callbacks that drive these sinks; without any, those of the config."""
+    sinks = Sinks(run, [SinkRow(make, lambda telemetry: True) for make in makers] or SINKS)
+    return [sinks, CloseSinks(sinks)]
+
+
+def start(run: Run, callbacks: list[Callback]) -> None:
+    """The start of a run with these callbacks."""
+    run.callbacks = callbacks
+    for callback in callbacks:
+        callback.on_start(run)
+
+
+def end(run: Run, callbacks: list[Callback]) -> None:
+    """The end of a run with these callbacks."""
+    for callback in callbacks:
+        callback.on_end(run)

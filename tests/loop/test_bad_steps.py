@@ -13,12 +13,13 @@ from moe_train.checkpoint import checkpoint
 from moe_train.loop import step
 from moe_train.loop.callbacks.checkpoint import CheckpointCallback
 from moe_train.loop.callbacks.inject import InjectFaults
-from moe_train.loop.callbacks.metrics_file import MetricsFile, read
 from moe_train.loop.callbacks.recovery import Recovery
 from moe_train.resilience.bad_steps import DivergedError
 from moe_train.run import Run
+from moe_train.telemetry.sinks.jsonl import MetricsFile, read
 from tests.checkpoint import small_run
 from tests.distributed.helper import run_distributed
+from tests.loop.fake_run import with_sinks
 
 BATCH = small_run.BATCH
 
@@ -40,7 +41,8 @@ def begin(run_dir: Path, degrees: dict[str, int], inject: list[str], **settings:
     run = small_run.prepare(small_run.config(run_dir, degrees, resilience__inject=inject, **changes))
     run.cfg.checkpoint.interval_steps, run.total_steps = 2, 100
     checkpoints = CheckpointCallback()
-    run.callbacks = [MetricsFile(), InjectFaults(), Recovery(checkpoints), checkpoints]
+    sinks, close = with_sinks(run, MetricsFile)
+    run.callbacks = [sinks, InjectFaults(), Recovery(checkpoints), checkpoints, close]
     for callback in run.callbacks:
         callback.on_start(run)
     run.clock.start()

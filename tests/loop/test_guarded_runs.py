@@ -17,7 +17,7 @@ from launch.failures import RankError
 from launch.local import launcher
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
-from moe_train.loop.callbacks.metrics_file import read
+from moe_train.telemetry.sinks.jsonl import read
 from parallel.exit_codes import ExitCode
 from tests.launch import programs
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from moe_train.loop import step
-from moe_train.loop.callbacks.metrics_file import encode
 from moe_train.resilience.bad_steps import BadSteps
 from moe_train.run import Callback, Metrics, Run
+from moe_train.telemetry.sinks.jsonl import encode
 from tests.checkpoint import small_run
 from tests.distributed.helper import run_distributed
 

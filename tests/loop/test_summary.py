@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -12,10 +13,10 @@ import torch
 
 from moe_train.clock import StepClock
 from moe_train.loop.callbacks import summary as module
-from moe_train.loop.callbacks.metrics_file import MetricsFile
 from moe_train.loop.callbacks.summary import NAME, Summary, lines
 from moe_train.run import Run
-from tests.loop.fake_run import BATCH, evaluate, fake_run, take_step
+from moe_train.telemetry.sinks.jsonl import MetricsFile
+from tests.loop.fake_run import BATCH, evaluate, fake_run, take_step, with_sinks
 
 
 class _Words:
@@ -29,7 +30,8 @@ def _train(run: Run, losses: list[float], completed: bool = True) -> None:
     """Steps with these losses between evaluations of the same loss, and the end of the run."""
     seconds = iter(range(0, 1000, 2))
     run.clock = StepClock(now=lambda: next(seconds))
-    callbacks = [MetricsFile(), Summary()]
+    sinks, close = with_sinks(run, MetricsFile)
+    callbacks = [sinks, Summary(), close]
     for callback in callbacks:
         callback.on_start(run)
     run.clock.start()
@@ -76,6 +78,24 @@ def test_the_numbers_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "unigram entropy   1.3863 nats of the validation tokens; the last validation loss is below it" in output
     assert "64 tokens/s" in output
     assert "256 MiB" in output
+
+
+def test_a_summary_that_cannot_be_written_is_shown_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "replace_file", full)
+    run, callbacks = fake_run(tmp_path), [Summary()]
+    for callback in callbacks:
+        callback.on_start(run)
+    take_step(run, callbacks)
+    run.completed = True
+    callbacks[0].on_end(run)
+    told = capsys.readouterr()
+    assert told.out.startswith("Done: ")
+    assert "summary.json cannot be written: No space left on device; the same command writes it" in told.err
 
 
 def test_a_resumed_run_tells_the_losses_from_its_first_start(tmp_path: Path) -> None:

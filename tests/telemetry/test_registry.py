@@ -21,7 +21,7 @@ def test_a_numbered_name_finds_its_row() -> None:
     for name in ("expert_load_imbalance/layer_", "expert_load_imbalance/layer_x", "lm_loss_2", "lm"):
         with pytest.raises(KeyError, match=name):
             registry.metric(name)
-    with pytest.raises(KeyError, match="lm_loss has no row in moe_train.telemetry.registry.EVENTS"):
+    with pytest.raises(KeyError, match="lm_loss has no row"):
         registry.event("lm_loss")
 
 

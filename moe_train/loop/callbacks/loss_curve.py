@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_train.telemetry.registry import Place, metric, shown_in
+
 NAME = "loss.svg"
+_STYLES: dict[str, dict[str, Any]] = {
+    "lm_loss": {"linewidth": 1},
+    "valid_loss": {"marker": "o", "markersize": 3},
+}
 _MOST_POINTS = 2000  # of a curve: more cannot be seen, and make the file large
 
 
@@ -14,7 +20,7 @@ class LossCurve:
     """Collects the losses of the lines of metrics.jsonl, in constant memory, and draws them."""
 
     def __init__(self) -> None:
-        self._curves = {"lm_loss": _Points(), "valid_loss": _Points()}
+        self._curves = {row.name: _Points() for row in shown_in(Place.LOSS_CURVE)}
 
     def add(self, line: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl, in the order of steps. Losses that are not finite (null) leave a gap."""
@@ -31,8 +37,8 @@ class LossCurve:
         Raises:
             OSError: it cannot be written.
         """
-        training, validation = (points.kept() for points in self._curves.values())
-        if not training and not validation:
+        curves = {name: points.kept() for name, points in self._curves.items()}
+        if not any(curves.values()):
             return False
         import matplotlib
         from matplotlib.figure import Figure
@@ -40,13 +46,13 @@ class LossCurve:
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 9}):
             figure = Figure(figsize=(7, 4), layout="constrained")
             axes = figure.add_subplot()
-            if training:
-                axes.plot(*zip(*training, strict=True), linewidth=1, label="training")
-            if validation:
-                axes.plot(*zip(*validation, strict=True), marker="o", markersize=3, label="validation")
+            for name, points in curves.items():
+                if points:
+                    label = metric(name).label.removesuffix(" loss")
+                    axes.plot(*zip(*points, strict=True), **_STYLES.get(name, {}), label=label)
             if entropy is not None:
                 axes.axhline(entropy, linestyle="--", linewidth=1, color="gray", label="unigram entropy")
-            axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+            axes.set(xlabel="step", ylabel=f"loss ({metric('lm_loss').unit})", title=title)
             axes.grid(alpha=0.3)
             axes.legend()
             figure.savefig(path, format="svg", metadata={"Date": None})

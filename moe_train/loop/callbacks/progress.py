@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_train.run import Callback, Metrics, Run
+from moe_train.telemetry.registry import Place, metric, shown_in
 
 _LIVE_S = 0.2
 """Shortest time between two drawings of the live line."""
@@ -45,7 +46,9 @@ class Progress(Callback):
 
     def on_evaluation_end(self, run: Run, metrics: Metrics) -> None:
         if run.is_main and self._live is None:
-            print(f"step {metrics['step']}/{run.total_steps} | validation loss {metrics['valid_loss']:.4f}", flush=True)
+            loss = metric("valid_loss")
+            text = f"{loss.label} {loss.text(metrics['valid_loss'])}"
+            print(f"step {metrics['step']}/{run.total_steps} | {text}", flush=True)
 
     def on_rollback(self, run: Run) -> None:
         self._first_step, self._began = run.state.step, time.monotonic()
@@ -69,13 +72,11 @@ class Progress(Callback):
         self._live.update(row, refresh=True)
 
     def _parts(self, run: Run) -> list[str]:
-        parts = [f"loss {run.last_metrics['lm_loss']:.4f}"]
+        newest = {**self._speed, **run.last_metrics}
         if run.evaluations:
-            parts.append(f"valid {run.evaluations[-1]['valid_loss']:.4f}")
-        if self._speed:
-            parts.append(f"{self._speed['tokens_per_s']:,.0f} tokens/s")
-            if self._speed["mfu"] is not None:
-                parts.append(f"MFU {self._speed['mfu']:.1%}")
+            newest["valid_loss"] = run.evaluations[-1]["valid_loss"]
+        rows = [row for row in shown_in(Place.PROGRESS) if row.progress and newest.get(row.name) is not None]
+        parts = [row.progress.format(row.text(newest[row.name])) for row in rows]
         done = max(1, run.state.step - self._first_step)
         left = (time.monotonic() - self._began) / done * (run.total_steps - run.state.step)
         return [*parts, f"ETA {timedelta(seconds=round(left))}"]

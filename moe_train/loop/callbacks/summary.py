@@ -26,9 +26,12 @@ from moe_train.data.tokenizer import load_tokenizer
 from moe_train.formats import run_directory
 from moe_train.formats.run_directory import replace_file
 from moe_train.inference import uncached
-from moe_train.loop.callbacks import loss_curve, metrics_file
+from moe_train.loop.callbacks import loss_curve
 from moe_train.loop.callbacks.loss_curve import LossCurve
 from moe_train.run import Callback, Metrics, Run
+from moe_train.telemetry import expert_load
+from moe_train.telemetry.registry import metric
+from moe_train.telemetry.sinks import jsonl
 from moe_train.telemetry.throughput import speed
 
 log = logging.getLogger(__name__)
@@ -71,10 +74,10 @@ class Summary(Callback):
             console.print(line, markup=False)
 
     def _numbers(self, run: Run, curve: LossCurve) -> dict[str, Any]:
-        path = run.run_dir / metrics_file.NAME
+        path = run.run_dir / jsonl.NAME
         losses: dict[str, list[float | None]] = {"lm_loss": [], "valid_loss": []}
         memory_peak = 0
-        for line in metrics_file.read(path):
+        for line in jsonl.read(path):
             curve.add(line)
             for name, ends in losses.items():
                 if name in line and not line.get("no_tokens"):
@@ -108,10 +111,10 @@ class Summary(Callback):
         }
 
     def _load(self, run: Run) -> dict[str, float] | None:
-        """Tokens of the fullest and of the emptiest expert of any layer, over the even share, in the newest steps."""
+        """Tokens of the most and the least loaded expert of any layer, relative to the mean, in the newest steps."""
         if not self._loads:
             return None
-        load = metrics_file.moe_layers(run, np.sum(self._loads, axis=0).tolist())
+        load = expert_load.by_moe_layer(run.cfg.model, np.sum(self._loads, axis=0).tolist())
         shares = [tokens * len(row) / max(1, sum(row)) for row in load.values() for tokens in row]
         return {"most": max(shares), "least": min(shares), "steps": len(self._loads)}
 
@@ -197,12 +200,12 @@ def lines(summary: dict[str, Any]) -> list[str]:
     degrees = " ".join(f"{name}{value}" for name, value in summary["layout"].items() if value > 1) or "one rank"
     rows: list[tuple[str, str | None]] = [
         ("steps", _steps(summary)),
-        ("training loss", _change(summary["train_loss"])),
-        ("validation loss", _change(summary["valid_loss"])),
+        (metric("lm_loss").label, _change("lm_loss", summary["train_loss"])),
+        (metric("valid_loss").label, _change("valid_loss", summary["valid_loss"])),
         ("unigram entropy", _entropy(summary)),
-        ("throughput", _throughput(summary)),
-        ("expert load", _load_text(summary["expert_load"])),
-        ("memory peak", _memory(summary["memory_peak_bytes"])),
+        (metric("tokens_per_s").label, _throughput(summary)),
+        (metric("expert_load").label, _load_text(summary["expert_load"])),
+        (metric("memory_peak_bytes").label, _memory(summary["memory_peak_bytes"])),
         ("checkpoint", summary["checkpoint"]),
         ("metrics", summary["metrics"]),
     ]
@@ -215,10 +218,11 @@ def _steps(summary: dict[str, Any]) -> str:
     return f"{summary['steps']:,} ({summary['tokens']:,} tokens), {duration}{since}"
 
 
-def _change(loss: dict[str, float | None] | None) -> str | None:
+def _change(name: str, loss: dict[str, float | None] | None) -> str | None:
     if loss is None:
         return None
-    first, last = ("not finite" if value is None else f"{value:.4f}" for value in (loss["first"], loss["last"]))
+    values = (loss["first"], loss["last"])
+    first, last = ("not finite" if value is None else metric(name).text(value) for value in values)
     change = loss["change_percent"]
     return f"first {first}, last {last}" + ("" if change is None else f" ({change:+.1f} %)")
 
@@ -232,28 +236,34 @@ def _entropy(summary: dict[str, Any]) -> str | None:
         True: "; the last validation loss is below it: context was learned, not only frequencies",
         False: "; the last validation loss is not below it: no use of context shows yet",
     }
-    return f"{entropy:.4f} nats of the validation tokens{verdict[below]}"
+    return f"{metric('valid_loss').text(entropy)} nats of the validation tokens{verdict[below]}"
 
 
 def _throughput(summary: dict[str, Any]) -> str | None:
     if summary["tokens_per_s"] is None:
         return None
-    text = f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['tflops_per_rank']:.4g} TFLOPS a rank"
+    text = ", ".join(_with_unit(name, summary[name]) for name in ("tokens_per_s", "tflops_per_rank"))
     if summary["mfu"] is None:
         return f"{text}, MFU unknown (set telemetry.peak_tflops)"
     if summary["mfu"] > 1:
         return f"{text}; no MFU: other processes disturbed the measurement of the peak (set telemetry.peak_tflops)"
-    return f"{text}, MFU {summary['mfu']:.1%} of {summary['peak_tflops']:.4g} TFLOPS"
+    mfu, peak_tflops = metric("mfu"), metric("tflops_per_rank").text(summary["peak_tflops"])
+    return f"{text}, {mfu.label} {mfu.text(summary['mfu'])} of {peak_tflops} TFLOPS"
+
+
+def _with_unit(name: str, value: float) -> str:
+    return f"{metric(name).text(value)} {metric(name).unit}"
 
 
 def _load_text(load: dict[str, float] | None) -> str | None:
     if load is None:
         return None
-    return f"fullest {load['most']:.2f}, emptiest {load['least']:.2f} of an even share (last {load['steps']} steps)"
+    most, least = (metric("expert_load").text(load[name]) for name in ("most", "least"))
+    return f"most loaded {most}, least loaded {least} of the mean load (last {load['steps']} steps)"
 
 
 def _memory(size: int | None) -> str | None:
-    return None if size is None else f"{size / 2**20:,.0f} MiB on the fullest rank"
+    return None if size is None else f"{size / 2**20:,.0f} MiB, maximum over ranks"
 
 
 def _texts(continuations: list[dict[str, str]]) -> list[str]:

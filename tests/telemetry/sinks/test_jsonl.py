@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from moe_train.files import untrusted
-from moe_train.loop.callbacks.metrics_file import NAME, MetricsFile, read
 from moe_train.loop.callbacks.summary import Summary
-from moe_train.run import Run
-from tests.loop.fake_run import evaluate, fake_run, take_step
+from moe_train.run import Callback, Run
+from moe_train.telemetry.sinks.jsonl import NAME, MetricsFile, read
+from tests.loop.fake_run import end, evaluate, fake_run, set_step, start, take_step, with_sinks
 
 
 def _strict(path: Path) -> list[dict[str, Any]]:
@@ -25,15 +25,16 @@ def _strict(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
-def _train(run_dir: Path, start: int, end: int, loss: float, interval: int = 1) -> list[dict[str, Any]]:
-    """Steps start+1 .. end of 10 with an evaluation before and after them, as moe_train.train does them."""
-    run, callback = fake_run(run_dir, step=start, log_interval=interval), MetricsFile()
-    callback.on_start(run)
-    evaluate(run, [callback], loss)
-    for _ in range(start, end):
-        take_step(run, [callback], loss)
-    evaluate(run, [callback], loss)
-    callback.on_end(run)
+def _train(run_dir: Path, first: int, last: int, loss: float, interval: int = 1) -> list[dict[str, Any]]:
+    """Steps first+1 .. last of 10 with an evaluation before and after them, as moe_train.train does them."""
+    run = fake_run(run_dir, step=first, log_interval=interval)
+    callbacks = with_sinks(run, MetricsFile)
+    start(run, callbacks)
+    evaluate(run, callbacks, loss)
+    for _ in range(first, last):
+        take_step(run, callbacks, loss)
+    evaluate(run, callbacks, loss)
+    end(run, callbacks)
     return _strict(run_dir / NAME)
 
 
@@ -77,11 +78,12 @@ def test_a_fresh_run_starts_a_new_file(tmp_path: Path) -> None:
 
 
 def test_values_that_json_cannot_hold_are_null_and_named(tmp_path: Path) -> None:
-    run, callback = fake_run(tmp_path), MetricsFile()
-    callback.on_start(run)
-    take_step(run, [callback], float("nan"), grad_norm=float("inf"))
-    evaluate(run, [callback], float("-inf"))
-    callback.on_end(run)
+    run = fake_run(tmp_path)
+    callbacks = with_sinks(run, MetricsFile)
+    start(run, callbacks)
+    take_step(run, callbacks, float("nan"), grad_norm=float("inf"))
+    evaluate(run, callbacks, float("-inf"))
+    end(run, callbacks)
     train, valid = _strict(tmp_path / NAME)
     assert train["lm_loss"] is None
     assert train["grad_norm"] is None
@@ -92,11 +94,12 @@ def test_values_that_json_cannot_hold_are_null_and_named(tmp_path: Path) -> None
 
 
 def test_each_line_is_on_disk_when_its_step_ends(tmp_path: Path) -> None:
-    run, callback = fake_run(tmp_path), MetricsFile()
-    callback.on_start(run)
-    take_step(run, [callback])
+    run = fake_run(tmp_path)
+    callbacks = with_sinks(run, MetricsFile)
+    start(run, callbacks)
+    take_step(run, callbacks)
     assert [line["step"] for line in _strict(tmp_path / NAME)] == [1]
-    callback.on_end(run)
+    end(run, callbacks)
 
 
 def test_damaged_lines_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,11 +118,12 @@ def test_only_every_nth_step_and_the_first_and_last_are_logged(tmp_path: Path) -
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    run, callback = fake_run(tmp_path, rank=1), MetricsFile()
-    callback.on_start(run)
-    take_step(run, [callback])
-    evaluate(run, [callback], 5.0)
-    callback.on_end(run)
+    run = fake_run(tmp_path, rank=1)
+    callbacks = with_sinks(run)
+    start(run, callbacks)
+    take_step(run, callbacks)
+    evaluate(run, callbacks, 5.0)
+    end(run, callbacks)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -133,20 +137,38 @@ def test_memory_does_not_follow_the_length_of_the_file(tmp_path: Path) -> None:
                 file.write(json.dumps({"step": step, "lm_loss": 9.0 - step / 1000, "expert_load": load}) + "\n")
     size = (tmp_path / NAME).stat().st_size
 
-    def start_and_end(callback: MetricsFile | Summary, run: Run) -> None:
+    def start_and_end(run: Run, callbacks: list[Callback]) -> None:
         run.completed = True
-        callback.on_start(run)
-        callback.on_end(run)
+        start(run, callbacks)
+        end(run, callbacks)
 
-    start_and_end(Summary(), fake_run(tmp_path / "short", step=3))  # imports matplotlib
+    start_and_end(fake_run(tmp_path / "short", step=3), [Summary()])  # imports matplotlib
     run = fake_run(tmp_path, step=199)
-    for callback in (MetricsFile(), Summary()):
+    for callbacks in (with_sinks(run, MetricsFile), [Summary()]):
         tracemalloc.start()
-        start_and_end(callback, run)
+        start_and_end(run, callbacks)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert peak < size / 2, type(callback).__name__
+        assert peak < size / 2, callbacks
     with (tmp_path / NAME).open() as file:
         assert [json.loads(line)["step"] for line in file] == list(range(1, 200))
     losses = json.loads((tmp_path / "summary.json").read_text())["train_loss"]
     assert (losses["first"], losses["last"]) == (9.0 - 0.001, 9.0 - 0.199)
+
+
+def test_lines_of_steps_to_repeat_stay_where_the_file_cannot_be_rewritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fake_run(tmp_path)
+    callbacks = with_sinks(run, MetricsFile)
+    start(run, callbacks)
+    for _ in range(3):
+        take_step(run, callbacks)
+    set_step(run, 1)
+    (tmp_path / "metrics.jsonl.part").mkdir()  # a file cannot be made of that name
+    callbacks[0].on_rollback(run)
+    take_step(run, callbacks)
+    end(run, callbacks)
+    assert "metrics.jsonl keeps its lines after step 1" in capsys.readouterr().err
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 2]

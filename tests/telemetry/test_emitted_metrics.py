@@ -1,0 +1,49 @@
+"""What a run emits is in the registry, and what is in the registry is emitted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bench.fault_runs import SMALL
+from launch.local import launcher
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
+from moe_train.telemetry import registry
+from moe_train.telemetry.registry import METRICS, Line, Place
+from moe_train.telemetry.sinks.jsonl import read
+
+
+def test_every_metric_has_a_row_and_every_row_a_metric(small_data: tuple[str, ...], tmp_path: Path) -> None:
+    """Two ranks with experts, multi-token prediction, evaluations, measured memory and a bad step."""
+    cfg = compose([
+        *SMALL, *small_data, "parallel.ep=2", "parallel.dp=2", "model.mtp_num_layers=1", "model.z_loss_coeff=1e-3",
+        "model.balance_losses=[aux_loss,seq_aux_loss,global_aux_loss]", "model.balance_loss_coeffs=[1e-3,1e-3,1e-3]",
+        "train.eval_batches=1", "train.steps=3", "checkpoint.save_at_end=false", "telemetry.tensorboard=true",
+        "telemetry.profile_memory_steps=1", "resilience.inject=['nan:step=2']", f"run_dir={tmp_path}",
+    ])  # fmt: skip
+    launcher.start(cfg, validate(cfg))
+    lines = list(read(tmp_path / "metrics.jsonl"))
+    assert [registry.unregistered(line) for line in lines] == [[]] * len(lines)
+    assert [line["event"] for line in lines if "event" in line] == ["skipped"]
+    seen: dict[Line, set[str]] = {
+        Line.TRAINING: {name for line in lines if "lm_loss" in line for name in line},
+        Line.EVALUATION: {name for line in lines if "valid_loss" in line for name in line},
+    }
+    for row in METRICS:
+        kinds = [Line.TRAINING, Line.EVALUATION] if row.line is Line.BOTH else [row.line]
+        for kind in kinds:
+            if Place.METRICS_FILE in row.places and row.name not in seen[kind]:
+                assert row.when, f"{row.name} is in no line: it needs a condition, or is not a metric any more"
+            for other in set(Line) - {row.line, Line.BOTH}:
+                assert row.line is Line.BOTH or row.name not in seen[other]
+    # With these settings only one is absent.
+    names = {row.name for row in METRICS if Place.METRICS_FILE in row.places}
+    assert names - seen[Line.TRAINING] - seen[Line.EVALUATION] == {"no_tokens"}
+    tags = set(EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"])
+    for tag in tags:
+        assert Place.TENSORBOARD in registry.metric(tag).places, tag
+    for row in METRICS:
+        if Place.TENSORBOARD in row.places and row.name not in ("no_tokens",):
+            assert any(row.matches(tag) for tag in tags), row.name
