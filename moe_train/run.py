@@ -62,6 +62,7 @@ class Run(RankContext):
     config: Any = None  # megatron.core TransformerConfig
     chunks: list[Any] = field(default_factory=list)  # DistributedDataParallel around GPTModel, one a virtual stage
     optimizer: Any = None  # megatron.core MegatronOptimizer
+    objective: Any = None  # moe_train.objectives.base.Objective
     schedule: Any = None  # megatron.core OptimizerParamScheduler
     expert_load: Any = None  # moe_train.telemetry.model_metrics.ExpertLoad of an MoE model
     prediction_loss: Any = None  # moe_train.telemetry.model_metrics.PredictionLoss with multi-token prediction

@@ -15,6 +15,7 @@ from moe_train.config.schema import Config
 from moe_train.data.datasets import build_datasets
 from moe_train.data.iterator import BatchIterator
 from moe_train.loop import callbacks, step
+from moe_train.objectives import base
 from moe_train.optim.optimizer import build_optimizer, build_schedule, data_parallel
 from moe_train.ranks import RankContext, build_model, setup_ranks
 from moe_train.run import Run
@@ -61,6 +62,7 @@ def build_trainer(ranks: RankContext, model: list[nn.Module]) -> Run:
     cfg, layout, device = ranks.cfg, ranks.layout, ranks.device
     run = Run(cfg, layout, ranks.rank, device, ranks.runtime, ranks.backend, total_steps(cfg), Path(cfg.run_dir))
     run.config = model[0].config
+    run.objective = base.create(cfg)
     if cfg.model.is_moe:
         layers = cfg.model.num_layers + cfg.model.mtp_num_layers
         run.expert_load = ExpertLoad(model, layers, cfg.model.num_experts, device)
@@ -95,12 +97,14 @@ def train(run: Run) -> None:
     def evaluate() -> None:
         if eval_count and run.valid_data is not None:
             with run.clock.paused():
-                loss = step.evaluate(run, iterators(run, run.valid_data, 0), eval_count)
-            if loss is None:
+                found = step.evaluate(run, iterators(run, run.valid_data, 0), eval_count)
+            if found.loss is None:
                 run.announce("evaluation_skipped", reason="no token of the validation batches counts towards the loss")
                 return
             state = run.state
-            run.evaluations.append({"step": state.step, "tokens": state.consumed_tokens, "valid_loss": loss})
+            own = {f"valid_{name}": value for name, value in found.metrics.items()}
+            progress = {"step": state.step, "tokens": state.consumed_tokens}
+            run.evaluations.append({**progress, "valid_loss": found.loss, **own})
             for callback in run.callbacks:
                 callback.on_evaluation_end(run, run.evaluations[-1])
 

@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from moe_train.checkpoint import checkpoint, weights
 from moe_train.inference import uncached
 from moe_train.loop import forward, step
+from moe_train.objectives import base
 from moe_train.ranks import build_model
 from tests.checkpoint import small_run
 from tests.distributed.helper import run_distributed
@@ -31,7 +32,7 @@ def of_a_run(run_dir: Path) -> dict[str, Any]:
     losses = []
     for steps in (0, 2):
         small_run.train(run, steps)
-        losses.append(step.evaluate(run, [small_run.samples_from(run, HELD_OUT) for _ in run.chunks], EVALUATIONS))
+        losses.append(step.evaluate(run, [small_run.samples_from(run, HELD_OUT) for _ in run.chunks], EVALUATIONS).loss)
     checkpoint.save(run)
     return {"losses": losses, "text": uncached.continue_prompts(run, run.chunks, prompts(), 4).tolist()}
 
@@ -39,12 +40,12 @@ def of_a_run(run_dir: Path) -> dict[str, Any]:
 def of_a_model(run_dir: Path, degrees: small_run.Degrees) -> dict[str, Any]:
     """The same of model chunks alone, before and after they got the weights of the newest checkpoint of the run."""
     ranks = small_run.join(small_run.config(Path("unused"), degrees))
-    chunks = build_model(ranks)
+    chunks, objective = build_model(ranks), base.create(ranks.cfg)
     assert not any(isinstance(chunk, DistributedDataParallel) for chunk in chunks)
 
     def loss() -> float | None:
         data = [small_run.samples_from(ranks, HELD_OUT) for _ in chunks]
-        return forward.mean_loss(ranks, chunks, data, EVALUATIONS, small_run.BATCH)
+        return forward.evaluate(ranks, chunks, objective, data, EVALUATIONS, small_run.BATCH).loss
 
     losses = [loss()]
     assert weights.load(ranks, chunks, run_dir) == run_dir / "checkpoints" / "step_00000002"

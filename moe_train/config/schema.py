@@ -12,6 +12,7 @@ from moe_train.config.cluster import ClusterConfig
 from moe_train.config.fields import doc
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.model import ModelConfig
+from moe_train.config.objective import OBJECTIVES
 from moe_train.config.plan import PlanConfig
 from moe_train.config.resilience import ResilienceConfig
 from parallel.fp8_recipes import FP4, FP8
@@ -341,6 +342,7 @@ class Config:
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    objective: str = doc("language_model", "Training objective.", choices=tuple(OBJECTIVES))
     runtime: str = doc(
         "auto", "Device backend; auto means cuda where a GPU is visible.",
         choices=("auto", "cuda", "cpu", "simulated"),

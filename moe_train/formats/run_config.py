@@ -39,6 +39,7 @@ _TRAINING = {
     ),
     "optimizer": None,
     "schedule": ("decay", "warmup_steps", "decay_steps", "min_lr_ratio"),
+    "objective": None,
 }  # fmt: skip
 # What of `data` does not change what a run reads, or in which order.
 _FREE_OF_DATA = {

@@ -1,4 +1,4 @@
-"""Forward and backward passes of a global batch, and the mean loss over all ranks. They need no optimizer."""
+"""Forward and backward passes of a global batch with an objective. They need no optimizer."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from moe_train.objectives.base import Batch, Objective
+from moe_train.objectives.reduction import Partial, Reduced, partial_of, reduce
 from moe_train.ranks import RankContext
 from parallel import sequence
-
-Batch = dict[str, Tensor]
 
 
 def micro_batches_of(ranks: RankContext, samples: int) -> int:
@@ -24,13 +23,11 @@ def micro_batches_of(ranks: RankContext, samples: int) -> int:
 
 
 @torch.no_grad()
-def mean_loss(
-    ranks: RankContext, chunks: Sequence[nn.Module], batches: Sequence[Iterator[Batch]], count: int, samples: int,
-    beat: Callable[[], None] | None = None,
-) -> float | None:  # fmt: skip
-    """Mean loss over `count` global batches of `samples`, nats a token; None where no token counts.
-
-    Every rank calls it.
+def evaluate(
+    ranks: RankContext, chunks: Sequence[nn.Module], objective: Objective, batches: Sequence[Iterator[Batch]],
+    count: int, samples: int, beat: Callable[[], None] | None = None,
+) -> Reduced:  # fmt: skip
+    """Loss and metrics over `count` global batches of `samples`. Every rank calls it.
 
     Args:
         chunks: this rank's part of the model, with or without DDP around it.
@@ -39,21 +36,21 @@ def mean_loss(
     """
     for chunk in chunks:
         chunk.eval()
-    losses: list[Tensor] = []
+    partials: list[Partial] = []
     for _ in range(count):
-        losses += forward_backward(ranks, chunks, batches, samples, forward_only=True, beat=beat)
+        partials += forward_backward(ranks, chunks, objective, batches, samples, forward_only=True, beat=beat)
     for chunk in chunks:
         chunk.train()
-    return mean(losses, ranks.device)[0]
+    return reduce(objective, partials, ranks.device)
 
 
 def forward_backward(
-    ranks: RankContext, chunks: Sequence[nn.Module], batches: Sequence[Iterator[Batch]], samples: int, *,
-    forward_only: bool, beat: Callable[[], None] | None = None,
-) -> list[Tensor]:  # fmt: skip
-    """[loss sum, tokens] of each micro-batch, on the last pipeline stage; empty elsewhere."""
+    ranks: RankContext, chunks: Sequence[nn.Module], objective: Objective, batches: Sequence[Iterator[Batch]],
+    samples: int, *, forward_only: bool, beat: Callable[[], None] | None = None,
+) -> list[Partial]:  # fmt: skip
+    """What each micro-batch contributes to loss and metrics, on the last pipeline stage; empty elsewhere."""
     outputs = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, beat),
+        forward_step_func=partial(_forward_step, objective, beat),
         data_iterator=list(batches) if len(batches) > 1 else batches[0],
         model=list(chunks),
         num_microbatches=micro_batches_of(ranks, samples),
@@ -61,40 +58,19 @@ def forward_backward(
         micro_batch_size=ranks.cfg.batch.micro_batch_size,
         forward_only=forward_only,
     )
-    return [output["loss"] for output in outputs]
+    return [output["partial"] for output in outputs]
 
 
-def _forward_step(beat: Callable[[], None] | None, batches: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
+def _forward_step(
+    objective: Objective, beat: Callable[[], None] | None, batches: Iterator[Batch], chunk: Any
+) -> tuple[Tensor, Any]:
     if beat is not None:
         beat()
     batch = sequence.on_this_rank(next(batches), ps.get_context_parallel_rank(), ps.get_context_parallel_world_size())
-    losses = chunk(
-        batch["tokens"],
-        batch["position_ids"],
-        batch.get("attention_mask"),
-        labels=batch["labels"],
-        # Upstream counts tokens with it for multi-token prediction, and would cast fp32 to the training precision first
-        # (`Float16Module`): bf16 cannot count beyond 256, and fp16 ends at 65,504.
-        loss_mask=batch["loss_mask"].double(),
-    )
-    return losses, partial(_loss, batch["loss_mask"])
+    return chunk(**objective.forward_inputs(batch)), partial(_loss, objective, batch)
 
 
-def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum over the tokens of a micro-batch, [b, s] each; Megatron-Core divides by the tokens of the global batch."""
-    total = (losses.float() * mask).sum()
-    tokens = mask.sum(dtype=torch.float64).to(torch.int)
-    # Copies, because the schedule scales the returned loss in place. fp32 would not count beyond 2^24 tokens.
-    return total, tokens, {"loss": torch.stack([total.detach().double(), tokens.double()])}
-
-
-def mean(losses: list[Tensor], device: torch.device, doubt: bool = False) -> tuple[float | None, bool]:
-    """Mean over all tokens of all ranks, None where none counts, and whether any rank has a doubt. Only tensor rank 0
-    of the last stage adds its losses: others hold copies."""
-    total = torch.zeros(3, dtype=torch.float64, device=device)
-    if losses and ps.get_tensor_model_parallel_rank() == 0:
-        total[:2] += torch.stack(losses).sum(dim=0)
-    total[2] = float(doubt)
-    dist.all_reduce(total)
-    loss, tokens, doubts = total.tolist()
-    return loss / tokens if tokens else None, doubts > 0
+def _loss(objective: Objective, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Partial]]:
+    """Of one micro-batch, [b, s / cp]; Megatron-Core divides gradients by the denominator of the global batch."""
+    loss = objective.loss(batch, losses)
+    return loss.total, loss.denominator, {"partial": partial_of(objective, loss)}

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from moe_train.loop import forward
-from moe_train.loop.forward import Batch
 from moe_train.model.fp8 import delayed_scaling
+from moe_train.objectives.base import Batch
+from moe_train.objectives.reduction import Reduced, reduce
 from moe_train.optim import update
 from moe_train.run import Metrics, Run
 from moe_train.telemetry import model_metrics
@@ -28,16 +29,19 @@ def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
     biases = run.expert_load.biases() if run.expert_load is not None else []
     biases_before = [bias.clone() for bias in biases]
     samples = run.cfg.batch.global_batch_size
-    losses = forward.forward_backward(run, run.chunks, batches, samples, forward_only=False, beat=partial(_beat, run))
+    partials = forward.forward_backward(
+        run, run.chunks, run.objective, batches, samples, forward_only=False, beat=partial(_beat, run)
+    )
     run.pulse.beat(run.state.step, "update")
     norm = update.gradient_norm(run.optimizer)
-    loss, doubted = forward.mean(losses, run.device, doubt=bool(run.bad_steps.doubt(norm)))
+    reduced = reduce(run.objective, partials, run.device, doubt=bool(run.bad_steps.doubt(norm)))
+    loss = reduced.loss
     bad = ""
     if loss is None:
         # Upstream then leaves gradients undivided, and those of auxiliary losses are sums over tokens.
         norm = None
     else:
-        bad = run.bad_steps.judge(loss, norm, doubted)
+        bad = run.bad_steps.judge(loss, norm, reduced.doubted)
     if bad or loss is None:
         for bias, before in zip(biases, biases_before, strict=True):
             bias.copy_(before)
@@ -61,13 +65,13 @@ def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
     if loss is None:
         metrics["no_tokens"] = True
         run.announce("skipped", reason=NO_TOKENS)
-    return {**metrics, **model_metrics.collect(run)}
+    return {**metrics, **reduced.metrics, **model_metrics.collect(run)}
 
 
-def evaluate(run: Run, batches: Sequence[Iterator[Batch]], count: int) -> float | None:
-    """Mean loss over `count` global batches of held-out text, nats a token; None where none of their tokens counts."""
+def evaluate(run: Run, batches: Sequence[Iterator[Batch]], count: int) -> Reduced:
+    """Loss and metrics of the objective over `count` global batches of held-out text."""
     samples = run.cfg.batch.global_batch_size
-    return forward.mean_loss(run, run.chunks, batches, count, samples, partial(_beat, run))
+    return forward.evaluate(run, run.chunks, run.objective, batches, count, samples, partial(_beat, run))
 
 
 def _beat(run: Run) -> None:

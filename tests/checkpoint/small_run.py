@@ -77,18 +77,22 @@ def batches(run: Run) -> list[Iterator[dict[str, torch.Tensor]]]:
 
 def samples_from(run: RankContext, start: int) -> Iterator[dict[str, torch.Tensor]]:
     """Micro-batches of this data-parallel rank, from sample `start` on."""
-    dp_rank = run.layout.coordinates(run.rank.rank).dp
-    index, length = start + dp_rank, run.cfg.train.seq_length
+    size, length = run.cfg.batch.micro_batch_size, run.cfg.train.seq_length
+    index = start + run.layout.coordinates(run.rank.rank).dp * size
     while True:
-        generator = torch.Generator().manual_seed(index)
-        text = torch.randint(0, VOCABULARY, (1, length + 1), generator=generator)
+        text = torch.cat([_text(sample, length) for sample in range(index, index + size)])
         yield {
             "tokens": text[:, :-1].contiguous(),
             "labels": text[:, 1:].contiguous(),
-            "loss_mask": torch.ones(1, length),
-            "position_ids": torch.arange(length)[None],
+            "loss_mask": torch.ones(size, length),
+            "position_ids": torch.arange(length).repeat(size, 1),
         }
-        index += run.layout.dp
+        index += run.layout.dp * size
+
+
+def _text(sample: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sample)
+    return torch.randint(0, VOCABULARY, (1, length + 1), generator=generator)
 
 
 def train(run: Run, steps: int) -> list[float]:

@@ -48,7 +48,9 @@ def outputs(run: Run) -> dict[str, Any]:
                 routes[module.layer_number] = held = []
                 hooks.append(module.register_forward_hook(lambda m, i, o, held=held: held.append(o[1].clone())))
     with torch.no_grad():
-        forward.forward_backward(run, run.chunks, small_run.batches(run), small_run.BATCH, forward_only=True)
+        forward.forward_backward(
+            run, run.chunks, run.objective, small_run.batches(run), small_run.BATCH, forward_only=True
+        )
     for hook in hooks:
         hook.remove()
     dp, dp_rank = run.layout.dp, run.layout.coordinates(run.rank.rank).dp

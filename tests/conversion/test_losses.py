@@ -11,6 +11,7 @@ import torch
 
 from moe_train.checkpoint import checkpoint
 from moe_train.loop import forward, step
+from moe_train.objectives.reduction import reduce
 from tests.checkpoint import small_run
 from tests.conversion import models, ranks
 from tests.conversion.convert import convert
@@ -66,14 +67,14 @@ def ours(sources: Sources, work: Path, degrees: small_run.Degrees) -> dict[str, 
     for number, (name, (source, vocabulary)) in enumerate(sources.items()):
         # The distributed optimizer would leave each rank the sums of a part of its gradients.
         run = ranks.load(source, work / str(number), degrees, parallel__distributed_optimizer=False)
-        valid = step.evaluate(run, [batches(run, vocabulary) for _ in run.chunks], 1)
+        valid = step.evaluate(run, [batches(run, vocabulary) for _ in run.chunks], 1).loss
         assert valid is not None
         data = [batches(run, vocabulary) for _ in run.chunks]
-        losses = forward.forward_backward(run, run.chunks, data, small_run.BATCH, forward_only=False)
+        losses = forward.forward_backward(run, run.chunks, run.objective, data, small_run.BATCH, forward_only=False)
         for chunk in run.chunks:
             for parameter in chunk.parameters():
                 parameter.data.copy_(parameter.main_grad)
-        loss, _ = forward.mean(losses, run.device)
+        loss = reduce(run.objective, losses, run.device).loss
         assert loss is not None
         found[name] = (valid, loss, Path(checkpoint.save(run)))
     return found

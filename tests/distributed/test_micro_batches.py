@@ -79,7 +79,7 @@ def first_step(
     """Metrics, sums of squares of each gradient (up to a factor) and router biases after one step, evaluated before."""
     changes = {"batch__global_batch_size": SEQUENCES, **changes}
     run = small_run.prepare(small_run.config(run_dir, degrees, **changes))
-    valid = step.evaluate(run, [micro_batches(run, same, masked) for _ in run.chunks], 1)
+    valid = step.evaluate(run, [micro_batches(run, same, masked) for _ in run.chunks], 1).loss
     metrics = step.train_step(run, [micro_batches(run, same, masked) for _ in run.chunks])
     tensors = small_run.tensors(run)
     return {

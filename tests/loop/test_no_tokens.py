@@ -48,7 +48,7 @@ def one_empty_step(run_dir: Path, degrees: small_run.Degrees, changes: dict[str,
     before, rate = small_run.bits(run), run.optimizer.param_groups[0]["lr"]
     metrics = step.train_step(run, [masked(batches) for batches in small_run.batches(run)])
     same = small_run.bits(run) == before and run.optimizer.param_groups[0]["lr"] == rate
-    valid = step.evaluate(run, [masked(batches) for batches in small_run.batches(run)], 1)
+    valid = step.evaluate(run, [masked(batches) for batches in small_run.batches(run)], 1).loss
     after = step.train_step(run, small_run.batches(run))
     return {
         "line": encode(metrics), "metrics": metrics, "same": same, "valid": valid, "after": after,

@@ -106,7 +106,7 @@ def trained(run_dir: Path, degrees: small_run.Degrees, changes: dict[str, Any], 
         rows.fill_(filled)
     run.optimizer.reload_model_params()
     expected = reference(run)
-    valid = step.evaluate(run, small_run.batches(run), 1)
+    valid = step.evaluate(run, small_run.batches(run), 1).loss
     steps = [step.train_step(run, small_run.batches(run)) for _ in range(3)]
     padding = [float(rows.abs().max()) for rows in padding_of(run).values() if rows.numel()]
     return {
@@ -152,7 +152,7 @@ def test_more_padding_changes_nothing(tmp_path: Path) -> None:
 def of_vocabulary(run_dir: Path, vocabulary: int) -> float:
     """Validation loss of an untrained model."""
     run = small_run.prepare(small_run.config(run_dir, {}, model__vocab_size=vocabulary))
-    loss_before = step.evaluate(run, small_run.batches(run), 1)
+    loss_before = step.evaluate(run, small_run.batches(run), 1).loss
     assert loss_before is not None
     return loss_before
 
