@@ -15,9 +15,8 @@ from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
 from moe_train.model import backend
 from moe_train.model.build import build, transformer_config
-from moe_train.model.init import initialise
 from moe_train.model.kernels import cpu_kernels
-from moe_train.model.precision import DTYPES, in_training_precision
+from moe_train.model.precision import DTYPES
 from parallel import groups, runtime
 from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
@@ -68,7 +67,4 @@ def build_model(ranks: RankContext) -> list[nn.Module]:
     cfg, layout = ranks.cfg, ranks.layout
     stage = layout.coordinates(ranks.rank.rank).pp
     config = transformer_config(cfg, layout, ranks.backend, ranks.runtime, stage)
-    built = build(cfg, config, ranks.backend, layout.vpp)
-    chunks = [in_training_precision(chunk, config) for chunk in built]
-    initialise(chunks, cfg.model, cfg.seed)
-    return chunks
+    return build(cfg, config, ranks.backend, layout.vpp)

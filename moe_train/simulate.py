@@ -60,7 +60,7 @@ def build_rank(cfg: Config, layout: ParallelLayout, rank: int) -> Held:
     runtime.start("simulated", info, cfg.launcher.timeout_s)
     groups.create(layout, cfg.seed)
     config = transformer_config(cfg, layout, implementation, "simulated", layout.coordinates(rank).pp)
-    chunks = build(cfg, config, implementation, layout.vpp)
+    chunks = build(cfg, config, implementation, layout.vpp, weights=False)
     named = [item for chunk in chunks for item in chunk.named_parameters()]
     bias = sum(b.numel() for c in chunks for name, b in c.named_buffers() if name.endswith("expert_bias"))
     groups.destroy()

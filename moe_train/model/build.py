@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from copy import copy
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as ps
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from packaging.version import Version
 from torch import nn
@@ -20,8 +17,7 @@ from moe_train.config.model import ModelConfig
 from moe_train.config.recompute import of_chunk
 from moe_train.config.rules.precision import high_precision_layers
 from moe_train.config.schema import Config, RecomputeConfig
-from moe_train.model.kernels import gemm
-from moe_train.model.local import dispatch, loss, offload
+from moe_train.model import surgery
 from moe_train.model.local.router import scores_groups_by_best
 from moe_train.model.precision import dtype_options, emulated_recipe, low_precision_options
 from moe_train.model.specs import LocalBackend, local_specs, te_specs
@@ -263,25 +259,21 @@ def build_chunk(
     )
 
 
-def build(cfg: Config, config: TransformerConfig, backend: str, vpp: int) -> list[GPTModel]:
-    """The `vpp` chunks of this rank, first to last, on the current device. Process groups must exist."""
+def build(cfg: Config, config: TransformerConfig, backend: str, vpp: int, *, weights: bool = True) -> list[nn.Module]:
+    """The `vpp` chunks of this rank, first to last, on the current device. Process groups must exist.
+
+    Args:
+        weights: make initial weights in the training precision; False leaves upstream's, for shapes only.
+    """
     chunks = []
     for i in range(vpp):
         stage = i if vpp > 1 else None
         pre = ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage)
         post = ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
-        chunks.append(build_chunk(cfg, _config_of(cfg, config, i), backend, pre=pre, post=post, vp_stage=stage))
-        _mark_expert_parameters(chunks[-1], config)
-        _set_latent_norm_epsilon(chunks[-1], cfg.model)
-        _place_shared_expert_gates(chunks[-1], config)
-        if backend == "local":
-            dispatch.use_in(chunks[-1])
-        if post:
-            loss.use_in(chunks[-1], cfg.model.vocab_size, own=backend == "local")
-        if post and backend == "local":
-            gemm.use_in(chunks[-1].output_layer)
-        if cfg.recompute.offload != "none" and backend == "local":
-            offload.use_in(chunks[-1], cfg.recompute.offload, Path(cfg.run_dir), cfg.recompute.offload_min_bytes)
+        own_config = _config_of(cfg, config, i)
+        chunk = build_chunk(cfg, own_config, backend, pre=pre, post=post, vp_stage=stage)
+        target = surgery.Target(cfg, own_config, local=backend == "local", post=post, weights=weights)
+        chunks.append(surgery.operate(chunk, target))
     return chunks
 
 
@@ -296,42 +288,3 @@ def _config_of(cfg: Config, config: TransformerConfig, chunk: int) -> Transforme
     for name, value in {**cleared, "recompute_modules": ["core_attn"], **_recompute(own)}.items():
         setattr(config, name, value)
     return config
-
-
-def _set_latent_norm_epsilon(chunk: GPTModel, model: ModelConfig) -> None:
-    """Give mla's latent norms an epsilon of their own, which upstream has no option for.
-
-    They are modules (`local`) or fused into the projections that follow them (Transformer Engine).
-    """
-    if model.latent_norm_epsilon is None:
-        return
-    for module in chunk.modules():
-        if isinstance(module, MLASelfAttention):
-            names = ("q_layernorm", "linear_q_up_proj", "kv_layernorm", "linear_kv_up_proj")
-            candidates: list[Any] = [getattr(module, name, None) for name in names]
-            norms = [norm for norm in candidates if hasattr(norm, "eps")]
-            if len(norms) != (2 if model.q_lora_rank else 1):
-                raise RuntimeError(f"{type(module).__name__} has {len(norms)} latent norms that know their epsilon")
-            for norm in norms:
-                norm.eps = model.latent_norm_epsilon
-
-
-def _place_shared_expert_gates(chunk: GPTModel, config: TransformerConfig) -> None:
-    """Put the gates of shared experts on this rank's device; upstream makes them on the CPU (shared_experts.py)."""
-    for module in chunk.modules():
-        gate = getattr(module, "gate_weight", None) if isinstance(module, SharedExpertMLP) else None
-        if gate is not None:
-            module.gate_weight = nn.Parameter(torch.empty_like(gate, device=torch.cuda.current_device()).copy_(gate))
-            module.gate_weight.sequence_parallel = config.sequence_parallel
-
-
-def _mark_expert_parameters(chunk: GPTModel, config: TransformerConfig) -> None:
-    """Have expert gradients reduced over the ranks that hold the same expert.
-
-    Upstream says so only where ep > 1 (tensor_parallel/layers.py, `allreduce`). With ep=1 and etp < tp the
-    tensor-parallel ranks hold the same experts and see other tokens, yet their gradients would never be added up.
-    """
-    if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
-        for name, parameter in chunk.named_parameters():
-            if ".experts." in name:
-                parameter.allreduce = False

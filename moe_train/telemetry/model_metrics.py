@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from moe_train.model.local import dispatch
+from moe_train.model.local.loss import LanguageModelLoss
 from moe_train.run import Metrics, Run
 
 # Names under which Megatron-Core's router records its losses.
@@ -70,20 +71,20 @@ class PredictionLoss:
                     self._watch(module)
 
     def _watch(self, model: GPTModel) -> None:
-        compute = model.compute_language_model_loss
-
         def before(module: nn.Module, _: Any, inputs: dict[str, Any]) -> None:
             self._masks = self._shifted(inputs["loss_mask"]) if module.training else []
 
-        def loss(labels: Tensor, logits: Tensor) -> Tensor:
-            losses: Tensor = compute(labels, logits)  # [b, s]; of each depth, and at last of the next token
+        def observe(losses: Tensor) -> None:
+            """Losses [b, s] of each depth, and at last of the next token."""
             if self._masks:
                 mask = self._masks.pop(0).double()
                 self.sums[-1 - len(self._masks)] += torch.stack([(losses.detach() * mask).sum(), mask.sum()])
-            return losses
 
+        compute = model.compute_language_model_loss
+        if not isinstance(compute, LanguageModelLoss):
+            raise TypeError(f"{type(compute).__name__} is not the loss of model/local/loss.py, which can be observed")
+        compute.observe = observe
         model.register_forward_pre_hook(before, with_kwargs=True)
-        model.compute_language_model_loss = loss
 
     def _shifted(self, mask: Tensor) -> list[Tensor]:
         """The loss mask [b, s/cp] of each depth: that of one token further on."""

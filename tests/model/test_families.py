@@ -88,7 +88,7 @@ def fused_epsilons() -> list[Any]:
     """Epsilons that stand-ins for Transformer Engine's fused layers get, and the error for one that has none."""
     from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
-    from moe_train.model.build import _set_latent_norm_epsilon
+    from moe_train.model.surgery import set_latent_norm_epsilon
 
     class Fused(torch.nn.Module):
         eps = 1e-5
@@ -98,11 +98,11 @@ def fused_epsilons() -> list[Any]:
     attention.linear_q_up_proj, attention.linear_kv_up_proj = Fused(), Fused()
     attention.q_layernorm = attention.kv_layernorm = torch.nn.Identity()
     chunk: Any = torch.nn.Sequential(attention)
-    _set_latent_norm_epsilon(chunk, ModelConfig(q_lora_rank=8, latent_norm_epsilon=1e-6))
+    set_latent_norm_epsilon(chunk, ModelConfig(q_lora_rank=8, latent_norm_epsilon=1e-6))
     found: list[Any] = [attention.linear_q_up_proj.eps, attention.linear_kv_up_proj.eps]
     attention.linear_kv_up_proj = torch.nn.Identity()
     with pytest.raises(RuntimeError, match="1 latent norms"):
-        _set_latent_norm_epsilon(chunk, ModelConfig(q_lora_rank=8, latent_norm_epsilon=1e-6))
+        set_latent_norm_epsilon(chunk, ModelConfig(q_lora_rank=8, latent_norm_epsilon=1e-6))
     return found
 
 
@@ -166,7 +166,7 @@ def gates_elsewhere() -> list[tuple[str, bool]]:
     cfg = tiny_config(*GATED, "runtime=simulated", "parallel.tp=2")
     layout = validate(cfg)
     groups.create(layout, cfg.seed)
-    (chunk,) = build(cfg, transformer_config(cfg, layout, "local", "simulated"), "local", 1)
+    (chunk,) = build(cfg, transformer_config(cfg, layout, "local", "simulated"), "local", 1, weights=False)
     gates: list[Any] = [p for name, p in chunk.named_parameters() if name.endswith("gate_weight")]
     return [(gate.device.type, gate.sequence_parallel) for gate in gates]
 

@@ -30,4 +30,4 @@ def build_tiny(*overrides: str) -> list[Any]:
     cfg = tiny_config(*overrides)
     layout = validate(cfg)
     groups.create(layout, cfg.seed)
-    return build(cfg, transformer_config(cfg, layout, "local", "cpu"), "local", layout.vpp)
+    return build(cfg, transformer_config(cfg, layout, "local", "cpu"), "local", layout.vpp, weights=False)

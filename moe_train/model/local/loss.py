@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,30 +42,42 @@ class CrossEntropy(torch.autograd.Function):
         return grad.mul_(grad_losses.unsqueeze(1)), None, None
 
 
-def use_in(model: Any, vocab_size: int, own: bool) -> None:
-    """Have a GPT model compute its loss over the first `vocab_size` tokens, in multi-token prediction too.
+class LanguageModelLoss:
+    """`compute_language_model_loss` of a GPT model, over the first `vocab_size` tokens.
 
     Args:
+        upstream: the method that it replaces.
         own: use `CrossEntropy` where every rank has the whole vocabulary and a CPU computes. Upstream's
             (tensor_parallel/cross_entropy.py) passes eight times over fp32 logits: a sixth of a small model's step.
     """
-    upstream = model.compute_language_model_loss
 
-    def loss(labels: Tensor, logits: Tensor) -> Tensor:
+    def __init__(self, upstream: Callable[[Tensor, Tensor], Tensor], vocab_size: int, own: bool) -> None:
+        self._upstream, self._vocab_size, self._own = upstream, vocab_size, own
+        self.observe: Callable[[Tensor], object] = lambda losses: None
+        """Called with the losses [b, s] of each call, those of multi-token prediction too."""
+
+    def __call__(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s] and logits [s, b, v / tp] -> [b, s]."""
+        losses = self._losses(labels, logits)
+        self.observe(losses)
+        return losses
+
+    def _losses(self, labels: Tensor, logits: Tensor) -> Tensor:
         columns = logits.size(-1)
         first = ps.get_tensor_model_parallel_rank() * columns
-        valid = min(max(vocab_size - first, 0), columns)
+        valid = min(max(self._vocab_size - first, 0), columns)
         whole = ps.get_tensor_model_parallel_world_size() == 1
-        if own and whole and logits.device.type == "cpu":
+        if self._own and whole and logits.device.type == "cpu":
             rows = labels.t().reshape(-1)
             losses: Tensor = CrossEntropy.apply(logits.flatten(0, 1), rows, valid)
             return losses.view(logits.shape[:2]).t().contiguous()
         _exclude(logits, valid)
-        result: Tensor = upstream(labels, logits)
-        return result
+        return self._upstream(labels, logits)
 
-    model.compute_language_model_loss = loss
+
+def use_in(model: Any, vocab_size: int, own: bool) -> None:
+    """Have a GPT model compute its loss with `LanguageModelLoss`, in multi-token prediction too."""
+    model.compute_language_model_loss = LanguageModelLoss(model.compute_language_model_loss, vocab_size, own)
 
 
 @torch.no_grad()

@@ -42,8 +42,8 @@ def built(overrides: list[str], ranks: list[int]) -> list[tuple[dict[str, list[i
     layout = validate(cfg)
     chunks: list[Chunk] = []
 
-    def kept(*arguments: Any) -> Any:
-        made = build(*arguments)
+    def kept(*arguments: Any, **options: Any) -> Any:
+        made = build(*arguments, **options)
         for chunk in made:
             numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
             depths = len(chunk.mtp.layers) if getattr(chunk, "mtp", None) else 0
