@@ -40,6 +40,10 @@ class RankContext:
         """Whether this rank writes files and the terminal."""
         return self.rank.rank == 0
 
+    def micro_batches_of(self, samples: int) -> int:
+        """Forward passes of one data-parallel rank over a global batch of `samples`."""
+        return samples // (self.cfg.batch.micro_batch_size * self.layout.dp)
+
 
 def setup_ranks(cfg: Config, rank: RankInfo) -> RankContext:
     """Join the other ranks: runtime, process groups, seeds. Every rank of the job calls it with the same config.

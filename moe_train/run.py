@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.clock import StepClock
+from moe_train.config.resolve import batch_schedule
 from moe_train.ranks import RankContext
 from moe_train.resilience.bad_steps import BadSteps
 from moe_train.resilience.watch import Pulse
+from moe_train.schedules import BatchSchedule
 
 Metrics = dict[str, Any]
 
@@ -88,6 +90,24 @@ class Run(RankContext):
             callback.on_event(self, {"step": self.state.step, "event": event, **facts})
 
     @property
+    def batch_schedule(self) -> BatchSchedule:
+        """The global batch size by the progress of the run."""
+        return batch_schedule(self.cfg)
+
+    def batch_size(self) -> int:
+        """Sequences in the next step, over all ranks."""
+        return self.batch_schedule.size_at(self.state.trained_samples)
+
+    def last_batch_size(self) -> int:
+        """Sequences in the step just done, over all ranks."""
+        return self.batch_schedule.size_at(max(0, self.state.trained_samples - 1))
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Sequences in a global batch of an evaluation, the same at any progress: losses are to be compared."""
+        return self.batch_schedule.last_size
+
+    @property
     def micro_batches(self) -> int:
-        """Forward passes of one data-parallel rank in one step."""
-        return self.cfg.batch.global_batch_size // (self.cfg.batch.micro_batch_size * self.layout.dp)
+        """Forward passes of one data-parallel rank in the next step."""
+        return self.micro_batches_of(self.batch_size())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from moe_train.objectives import base
 from moe_train.optim.optimizer import build_optimizer, build_schedule, data_parallel
 from moe_train.ranks import RankContext, build_model, setup_ranks
 from moe_train.run import Run
+from moe_train.schedules import BatchSchedule
 from moe_train.telemetry.model_metrics import DispatchTraffic, ExpertLoad, PredictionLoss
 from parallel.rank_info import RankInfo
 
@@ -46,7 +48,7 @@ def run(cfg: Config, rank: RankInfo) -> None:
 def set_length(run: Run) -> None:
     """How many steps are to do, which with a token budget depends on the tokens that were consumed."""
     state, position = run.state, run.schedule.num_steps
-    run.total_steps = total_steps(run.cfg, state.step, state.consumed_tokens)
+    run.total_steps = total_steps(run.cfg, state.step, state.consumed_tokens, state.trained_samples)
     run.schedule = build_schedule(run.cfg, run.optimizer, run.total_steps)
     run.schedule.step(increment=position)
 
@@ -82,22 +84,22 @@ def samples_of(run: Run) -> int:
 
     The order of the samples depends on this number, so that it must be the same after a restart.
     """
-    return run.state.trained_samples + (run.total_steps - run.state.step) * run.cfg.batch.global_batch_size
+    return run.batch_schedule.samples_after(run.state.trained_samples, run.total_steps - run.state.step)
 
 
 def train(run: Run) -> None:
     """Step until the end of the run. All that is not the step is a callback."""
     cfg = run.cfg
     eval_count = cfg.train.eval_batches
-    batch = cfg.batch.global_batch_size
-    train_data, run.valid_data, _ = build_datasets(cfg, samples_of(run), eval_count * batch, 0)
+    evaluated = eval_count * run.evaluation_batch_size
+    train_data, run.valid_data, _ = build_datasets(cfg, samples_of(run), evaluated, 0)
     # A run that left data out after a bad step needs more than its steps take, and uses its first samples again.
     batches = iterators(run, train_data, run.state.consumed_samples, wrap=True)
 
     def evaluate() -> None:
         if eval_count and run.valid_data is not None:
             with run.clock.paused():
-                found = step.evaluate(run, iterators(run, run.valid_data, 0), eval_count)
+                found = step.evaluate(run, held_out(run), eval_count)
             if found.loss is None:
                 run.announce("evaluation_skipped", reason="no token of the validation batches counts towards the loss")
                 return
@@ -121,7 +123,7 @@ def train(run: Run) -> None:
                 callback.on_step_end(run, run.last_metrics)
             for iterator in batches:
                 if iterator.consumed_samples != run.state.consumed_samples:  # the run went back, and passes over data
-                    iterator.load_state_dict({"consumed_samples": run.state.consumed_samples})
+                    iterator.load_state_dict(asdict(run.state))
             interval = cfg.train.eval_interval_steps
             if run.state.step == run.total_steps or (interval and run.state.step % interval == 0):
                 evaluate()
@@ -132,15 +134,27 @@ def train(run: Run) -> None:
 
 
 def iterators(run: Run, dataset: Any, start_sample: int, wrap: bool = False) -> list[BatchIterator]:
-    """One iterator over the same batches for each model chunk of this rank."""
+    """One iterator over the next batches of training for each model chunk of this rank."""
+    return _iterators(run, dataset, run.batch_schedule, start_sample, run.state.trained_samples, wrap)
+
+
+def held_out(run: Run) -> list[BatchIterator]:
+    """One iterator over the batches of an evaluation for each model chunk of this rank."""
+    return _iterators(run, run.valid_data, BatchSchedule.constant(run.evaluation_batch_size), 0, 0, wrap=False)
+
+
+def _iterators(
+    run: Run, dataset: Any, schedule: BatchSchedule, start_sample: int, trained_samples: int, wrap: bool
+) -> list[BatchIterator]:
     return [
         BatchIterator(
             dataset,
             dp_rank=ps.get_data_parallel_rank(),
             dp_size=run.layout.dp,
             micro_batch_size=run.cfg.batch.micro_batch_size,
-            global_batch_size=run.cfg.batch.global_batch_size,
+            schedule=schedule,
             start_sample=start_sample,
+            trained_samples=trained_samples,
             device=run.device,
             workers=run.cfg.data.loader_workers,
             wrap=wrap,

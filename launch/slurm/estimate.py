@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from moe_train.config.composition.validate import total_steps
+from moe_train.config.resolve import batch_schedule
 from moe_train.config.schema import Config
 from moe_train.model.arithmetic import flops_per_token
 from moe_train.model.memory import job_of, predict, weights_on
@@ -47,7 +48,7 @@ class Estimate:
 def estimate(cfg: Config, layout: ParallelLayout) -> Estimate:
     """From a validated config."""
     fullest = max(predict(cfg, layout), key=lambda stage: stage.total)
-    tokens = total_steps(cfg) * cfg.batch.global_batch_size * cfg.train.seq_length
+    tokens = batch_schedule(cfg).samples_after(0, total_steps(cfg)) * cfg.train.seq_length
     gpus = cfg.runtime != "cpu"
     return Estimate(
         stage=fullest.stage,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_train.config.schema import Config
+from moe_train.schedules import BatchSchedule
 from parallel.layout import ParallelLayout
 
 DEFAULT_STEPS = 200
@@ -62,18 +63,28 @@ def gather_facts(cfg: Config, layout: ParallelLayout, trains: bool = True) -> Fa
     )
 
 
-def total_steps(cfg: Config, step: int = 0, consumed_tokens: int = 0) -> int:
+def batch_schedule(cfg: Config) -> BatchSchedule:
+    """The global batch size by the progress of the run."""
+    return BatchSchedule.constant(cfg.batch.global_batch_size)
+
+
+def total_steps(cfg: Config, step: int = 0, consumed_tokens: int = 0, trained_samples: int | None = None) -> int:
     """Optimizer steps of the run: `train.steps`, or as many as `train.tokens` needs, or 200 where neither is given.
 
     A token budget counts all tokens of the run. What is left of it after `consumed_tokens` in `step` steps is divided
-    by the tokens of one step now, so that a changed global batch changes only the steps to come.
+    into steps of the sizes to come, so that a changed global batch changes only those.
+
+    Args:
+        trained_samples: sequences of the steps so far; None where all had the length that they have now.
     """
     if cfg.train.steps is not None:
         return cfg.train.steps
     if cfg.train.tokens is None:
         return DEFAULT_STEPS
+    length = cfg.train.seq_length
     left = max(0, cfg.train.tokens - consumed_tokens)
-    return step - (-left // (cfg.batch.global_batch_size * cfg.train.seq_length))
+    trained = consumed_tokens // length if trained_samples is None else trained_samples
+    return step + batch_schedule(cfg).steps_for(trained, -(-left // length))
 
 
 def gpu_visible() -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from moe_train.schedules import BatchSchedule
 from parallel.errors import DataError
 
 Batch = dict[str, Tensor]
@@ -17,53 +18,55 @@ Batch = dict[str, Tensor]
 class BatchIterator:
     """Iterates over micro-batches of [micro_batch_size, sequence] tensors until the dataset has no whole global batch.
 
-    Global batch k is samples k*G ... (k+1)*G - 1 for every layout. Micro-batch m of it takes, on data-parallel rank r
-    of d, samples k*G + (m*d + r)*b ... + b - 1.
+    A global batch of G samples from sample f on is samples f ... f + G - 1 for every layout. Micro-batch m of it takes,
+    on data-parallel rank r of d, samples f + (m*d + r)*b ... + b - 1. The next global batch follows.
 
     Args:
+        schedule: size of each global batch.
         start_sample: samples that all ranks together have used before.
+        trained_samples: where the first batch is in the schedule. It may be less than `start_sample`: samples that were
+            used and not trained count there alone.
         device: where batches go; None leaves them on the CPU.
         workers: processes that read ahead; 0 reads in this one. `close` ends them.
         wrap: whether to begin again with the first sample behind the last one, instead of ending.
 
     Raises:
-        ValueError: the global batch is not whole micro-batches on every rank.
+        ValueError: a global batch is not whole micro-batches on every rank.
         DataError: while iterating, where `dataset` raises one, also in a worker process.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], *, dp_rank: int, dp_size: int, micro_batch_size: int, global_batch_size: int,
-        start_sample: int = 0, device: torch.device | None = None, workers: int = 0,
-        wrap: bool = False,
+        self, dataset: Dataset[Any], *, dp_rank: int, dp_size: int, micro_batch_size: int,
+        schedule: BatchSchedule, start_sample: int = 0, trained_samples: int = 0, device: torch.device | None = None,
+        workers: int = 0, wrap: bool = False,
     ) -> None:  # fmt: skip
-        if global_batch_size % (micro_batch_size * dp_size):
-            raise ValueError(
-                f"{global_batch_size} samples are not micro-batches of {micro_batch_size} on {dp_size} ranks"
-            )
+        for size in schedule.sizes:
+            if size % (micro_batch_size * dp_size):
+                raise ValueError(f"{size} samples are not micro-batches of {micro_batch_size} on {dp_size} ranks")
         self.dataset, self.device, self.workers, self.wrap = dataset, device, workers, wrap
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
-        self._start, self._taken = start_sample, 0
+        self.micro_batch_size, self.schedule = micro_batch_size, schedule
+        self._consumed, self._trained = start_sample, trained_samples
+        self._taken = 0  # micro-batches of the current global batch
         self._batches: Iterator[Batch | DataError] | None = None
 
     @property
     def consumed_samples(self) -> int:
         """Samples of the global batches that are finished, over all ranks, including those before the start."""
-        each = self.global_batch_size // (self.micro_batch_size * self.dp_size)
-        return self._start + self._taken // each * self.global_batch_size
+        return self._consumed
 
     def state_dict(self) -> dict[str, int]:
         """The position, equal on all ranks after a step. It fits another layout and another batch size too."""
-        return {"consumed_samples": self.consumed_samples}
+        return {"consumed_samples": self._consumed, "trained_samples": self._trained}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue behind the samples that `state` has consumed; batches read ahead are dropped."""
         self.close()
-        self._start, self._taken = state["consumed_samples"], 0
+        self._consumed, self._trained = state["consumed_samples"], state["trained_samples"]
 
     def close(self) -> None:
-        """End the worker processes. The iterator stays where it is and can go on."""
-        self._start, self._taken = self.consumed_samples, 0
+        """End the worker processes. The iterator can go on, with the global batch that it has not finished."""
+        self._taken = 0
         self._batches = None  # torch ends the workers with the iterator that owns them
 
     def __iter__(self) -> BatchIterator:
@@ -75,18 +78,26 @@ class BatchIterator:
         batch = next(self._batches)
         if isinstance(batch, DataError):
             raise batch
-        self._taken += 1
+        self._count()
         if self.device is None:
             return batch
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
+    def _count(self) -> None:
+        """One more micro-batch was taken; a global batch is consumed when its last one is."""
+        self._taken += 1
+        size = self.schedule.size_at(self._trained)
+        if self._taken * self.micro_batch_size * self.dp_size == size:
+            self._consumed, self._trained, self._taken = self._consumed + size, self._trained + size, 0
+
     def _indices(self) -> Iterator[list[int]]:
-        size, first = self.micro_batch_size, self._start
+        size, first, trained = self.micro_batch_size, self._consumed, self._trained
         length = len(self.dataset)  # type: ignore[arg-type]
-        while self.wrap or first + self.global_batch_size <= length:
-            for sample in range(self.dp_rank * size, self.global_batch_size, self.dp_size * size):
+        while self.wrap or first + self.schedule.size_at(trained) <= length:
+            batch_size = self.schedule.size_at(trained)
+            for sample in range(self.dp_rank * size, batch_size, self.dp_size * size):
                 yield [index % length for index in range(first + sample, first + sample + size)]
-            first += self.global_batch_size
+            first, trained = first + batch_size, trained + batch_size
 
     def _read(self) -> Iterator[Batch | DataError]:
         for indices in self._indices():

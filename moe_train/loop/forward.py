@@ -17,11 +17,6 @@ from moe_train.ranks import RankContext
 from parallel import sequence
 
 
-def micro_batches_of(ranks: RankContext, samples: int) -> int:
-    """Forward passes of one data-parallel rank over a global batch of `samples`."""
-    return samples // (ranks.cfg.batch.micro_batch_size * ranks.layout.dp)
-
-
 @torch.no_grad()
 def evaluate(
     ranks: RankContext, chunks: Sequence[nn.Module], objective: Objective, batches: Sequence[Iterator[Batch]],
@@ -53,7 +48,7 @@ def forward_backward(
         forward_step_func=partial(_forward_step, objective, beat),
         data_iterator=list(batches) if len(batches) > 1 else batches[0],
         model=list(chunks),
-        num_microbatches=micro_batches_of(ranks, samples),
+        num_microbatches=ranks.micro_batches_of(samples),
         seq_length=ranks.cfg.train.seq_length,
         micro_batch_size=ranks.cfg.batch.micro_batch_size,
         forward_only=forward_only,

@@ -28,7 +28,7 @@ def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
     run.optimizer.zero_grad()
     biases = run.expert_load.biases() if run.expert_load is not None else []
     biases_before = [bias.clone() for bias in biases]
-    samples = run.cfg.batch.global_batch_size
+    samples = run.batch_size()
     partials = forward.forward_backward(
         run, run.chunks, run.objective, batches, samples, forward_only=False, beat=partial(_beat, run)
     )
@@ -65,12 +65,12 @@ def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
     if loss is None:
         metrics["no_tokens"] = True
         run.announce("skipped", reason=NO_TOKENS)
-    return {**metrics, **reduced.metrics, **model_metrics.collect(run)}
+    return {**metrics, **reduced.metrics, **model_metrics.collect(run, run.micro_batches_of(samples))}
 
 
 def evaluate(run: Run, batches: Sequence[Iterator[Batch]], count: int) -> Reduced:
     """Loss and metrics of the objective over `count` global batches of held-out text."""
-    samples = run.cfg.batch.global_batch_size
+    samples = run.evaluation_batch_size
     return forward.evaluate(run, run.chunks, run.objective, batches, count, samples, partial(_beat, run))
 
 

@@ -6,7 +6,7 @@ import math
 
 from moe_train.config.model import ModelConfig
 from moe_train.config.recompute import of_chunk
-from moe_train.config.resolve import Facts, gather_facts
+from moe_train.config.resolve import Facts, batch_schedule, gather_facts
 from moe_train.config.rules.precision import high_precision_layers, recipe
 from moe_train.config.rules.recompute import grouped_experts
 from moe_train.config.schema import Config
@@ -39,7 +39,7 @@ def job_of(cfg: Config, layout: ParallelLayout) -> Job:
         stages=stages,
         micro_batch_size=cfg.batch.micro_batch_size,
         seq_length=cfg.train.seq_length,
-        micro_batches=max(1, cfg.batch.global_batch_size // facts.data_ranks_batch),
+        micro_batches=max(1, batch_schedule(cfg).last_size // facts.data_ranks_batch),
         sequence_parallel=facts.sequence_parallel,
         backend=facts.backend,
         fused=fused,

@@ -121,12 +121,16 @@ class DispatchTraffic:
         return int(total)
 
 
-def collect(run: Run) -> Metrics:
-    """Balance losses and multi-token-prediction losses of the step just done, as means over the global batch."""
+def collect(run: Run, micro_batches: int) -> Metrics:
+    """Balance losses and multi-token-prediction losses of the step just done, as means over the global batch.
+
+    Args:
+        micro_batches: of one data-parallel rank in that step.
+    """
     cfg = run.cfg
     metrics: Metrics = {}
     if cfg.model.is_moe:
-        metrics.update(_balance_losses(run, run.micro_batches))
+        metrics.update(_balance_losses(run, micro_batches))
         metrics["expert_load"] = run.expert_load.take().long().tolist()
         if run.traffic is not None:
             metrics["dispatch_bytes"] = run.traffic.take()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from moe_train.config.resolve import batch_schedule
 from moe_train.config.schema import Config
 from moe_train.model.arithmetic import flops_per_token
 from moe_train.run import Callback, Metrics, Run
@@ -30,9 +31,15 @@ class Speed:
     """Fraction of the peak, 0 to 1."""
 
 
-def speed(cfg: Config, world_size: int, step_time_s: float, peak_tflops: float | None) -> Speed:
-    """Speed of `world_size` ranks that take `step_time_s` for a step of `cfg`."""
-    tokens = cfg.batch.global_batch_size * cfg.train.seq_length
+def speed(
+    cfg: Config, world_size: int, step_time_s: float, peak_tflops: float | None, batch_size: float | None = None
+) -> Speed:
+    """Speed of `world_size` ranks that take `step_time_s` for a step of `cfg`.
+
+    Args:
+        batch_size: sequences in the step, which may be a mean; None means those of the last steps of a run.
+    """
+    tokens = (batch_schedule(cfg).last_size if batch_size is None else batch_size) * cfg.train.seq_length
     flops = tokens * flops_per_token(cfg.model, cfg.train.seq_length, causal=True, include_mtp=True)
     tflops = flops / step_time_s / world_size / 1e12
     return Speed(tokens / step_time_s, tflops, tflops / peak_tflops if peak_tflops else None)
@@ -60,7 +67,7 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        self._elapsed_s, self._steps = 0.0, 0
+        self._elapsed_s, self._steps, self._samples = 0.0, 0, 0
 
     def on_start(self, run: Run) -> None:
         run.peak_tflops = peak.tflops_of_rank(run)
@@ -68,16 +75,17 @@ class Throughput(Callback):
     def on_step_end(self, run: Run, metrics: Metrics) -> None:
         self._elapsed_s += run.clock.lap()
         self._steps += 1
+        self._samples += run.last_batch_size()
         if not is_logged(run):
             return
         mine = [self._elapsed_s / self._steps, float(memory_peak_bytes(run.device))]
         largest = torch.tensor(mine, dtype=torch.float64, device=run.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         step_time_s, memory = largest.tolist()
-        now = speed(run.cfg, run.layout.world_size, step_time_s, run.peak_tflops)
+        now = speed(run.cfg, run.layout.world_size, step_time_s, run.peak_tflops, self._samples / self._steps)
         metrics["step_time_s"] = step_time_s
         metrics["tokens_per_s"] = now.tokens_per_s
         metrics["tflops_per_rank"] = now.tflops_per_rank
         metrics["mfu"] = now.mfu
         metrics["memory_peak_bytes"] = int(memory)
-        self._elapsed_s, self._steps = 0.0, 0
+        self._elapsed_s, self._steps, self._samples = 0.0, 0, 0

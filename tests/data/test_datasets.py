@@ -16,6 +16,7 @@ from moe_train.data.datasets import build_datasets
 from moe_train.data.iterator import BatchIterator
 from moe_train.data.prepare import PREFIX, prepare
 from moe_train.data.tokenizer import load_tokenizer
+from moe_train.schedules import BatchSchedule
 from parallel.errors import DataError
 from tests.data.corpora import config, texts, write_txt
 from tests.distributed.helper import run_distributed
@@ -109,7 +110,7 @@ def test_documents_are_kept_apart_where_that_is_asked_for(directory: Path) -> No
     cfg = settings(directory, reset_at_eod=True)
     cfg.train.seq_length = 256
     data = build_datasets(cfg, 8, 0, 0)[0]
-    batch = next(BatchIterator(data, dp_rank=0, dp_size=1, micro_batch_size=2, global_batch_size=2))
+    batch = next(BatchIterator(data, dp_rank=0, dp_size=1, micro_batch_size=2, schedule=BatchSchedule.constant(2)))
     assert batch["attention_mask"].shape == (2, 1, 256, 256)
     eod = load_tokenizer(cfg.data).eod
     for tokens, mask, positions, loss_mask in zip(
@@ -145,7 +146,13 @@ def tokens_of(cfg: Config) -> list[list[list[int]]]:
     dp = dist.get_world_size()
     data = build_datasets(cfg, 24, 8, 0)[0]
     batches = BatchIterator(
-        data, dp_rank=dist.get_rank(), dp_size=dp, micro_batch_size=2, global_batch_size=8, workers=1, start_sample=8
+        data,
+        dp_rank=dist.get_rank(),
+        dp_size=dp,
+        micro_batch_size=2,
+        schedule=BatchSchedule.constant(8),
+        workers=1,
+        start_sample=8,
     )
     found = [next(batches)["tokens"].tolist() for _ in range(2 * 8 // (2 * dp))]
     # One worker, and no server that imports torch again for it, which a rank would start if it were not told otherwise.
@@ -159,7 +166,12 @@ def test_ranks_together_read_what_one_rank_reads_alone_with_indices_that_rank_0_
     cfg.seed = 77  # not in the cache yet
     first, second = run_distributed(tokens_of, 2, cfg)
     alone = BatchIterator(
-        build_datasets(cfg, 24, 8, 0)[0], dp_rank=0, dp_size=1, micro_batch_size=2, global_batch_size=8, start_sample=8
+        build_datasets(cfg, 24, 8, 0)[0],
+        dp_rank=0,
+        dp_size=1,
+        micro_batch_size=2,
+        schedule=BatchSchedule.constant(8),
+        start_sample=8,
     )
     assert [batch for pair in zip(first, second, strict=True) for batch in pair] == [
         next(alone)["tokens"].tolist() for _ in range(8)

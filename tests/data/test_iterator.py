@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import Dataset
 
 from moe_train.data.iterator import Batch, BatchIterator
+from moe_train.schedules import BatchSchedule, BatchSegment
 
 
 class Numbered(Dataset[Batch]):
@@ -26,7 +27,12 @@ def iterator(
     dp_rank: int = 0, dp_size: int = 1, micro: int = 1, size: int = 8, count: int = 50, **others: int
 ) -> BatchIterator:
     return BatchIterator(
-        Numbered(count), dp_rank=dp_rank, dp_size=dp_size, micro_batch_size=micro, global_batch_size=size, **others
+        Numbered(count),
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        micro_batch_size=micro,
+        schedule=BatchSchedule.constant(size),
+        **others,
     )
 
 
@@ -55,6 +61,43 @@ def test_every_layout_sees_the_same_global_batches_in_order(dp_size: int, micro:
     assert global_batches(dp_size, micro) == [list(range(k * 8, k * 8 + 8)) for k in range(6)]
 
 
+RAMP = BatchSchedule([BatchSegment(0, 4), BatchSegment(8, 8), BatchSegment(24, 16)])
+
+
+@pytest.mark.parametrize(("dp_size", "micro", "workers"), [(1, 1, 0), (2, 2, 0), (4, 1, 0), (2, 1, 1)])
+def test_batches_grow_as_the_schedule_says_in_every_layout(dp_size: int, micro: int, workers: int) -> None:
+    """Each sample is used once, in order, and any rank can go on from the end of any global batch."""
+    options = {"micro_batch_size": micro, "dp_size": dp_size, "schedule": RAMP, "workers": workers}
+    ranks = [BatchIterator(Numbered(60), dp_rank=rank, **options) for rank in range(dp_size)]  # type: ignore[arg-type]
+    sizes, used = [], []
+    while True:
+        state = ranks[0].state_dict()
+        size = RAMP.size_at(state["trained_samples"])
+        if state["consumed_samples"] + size > 60:
+            break
+        rows = [next(rank)["tokens"][:, 0].tolist() for _ in range(size // (micro * dp_size)) for rank in ranks]
+        sizes.append(size)
+        used += [sample for row in rows for sample in row]
+        other = BatchIterator(Numbered(60), dp_rank=0, **options)  # type: ignore[arg-type]
+        other.load_state_dict(ranks[0].state_dict())
+        following = next(other, None)
+        assert (None if following is None else int(following["tokens"][0, 0])) == (
+            len(used) if len(used) < 56 else None
+        )
+        other.close()
+    for rank in ranks:
+        assert next(rank, None) is None
+        rank.close()
+    assert sizes == [4, 4, 8, 8, 16, 16]
+    assert used == list(range(56))
+
+
+def test_samples_that_were_not_trained_do_not_move_the_schedule() -> None:
+    one = BatchIterator(Numbered(60), dp_rank=0, dp_size=1, micro_batch_size=4, schedule=RAMP, start_sample=20)
+    assert [int(next(one)["tokens"][0, 0]) for _ in range(4)] == [20, 24, 28, 32]
+    assert one.state_dict() == {"consumed_samples": 36, "trained_samples": 16}
+
+
 def test_ranks_share_no_sample() -> None:
     taken = [[int(row[0]) for batch in iterator(r, 4, 1) for row in batch["tokens"]] for r in range(4)]
     assert sorted(sample for rank in taken for sample in rank) == list(range(48))
@@ -65,7 +108,7 @@ def test_it_goes_on_in_another_layout_and_batch_size() -> None:
     for _ in range(2 * 3):  # three steps of two micro-batches
         next(before)
     state = before.state_dict()
-    assert state == {"consumed_samples": 24}
+    assert state == {"consumed_samples": 24, "trained_samples": 24}
     assert global_batches(4, 1, start=24) == global_batches(1, 8)[3:]
     after = iterator(0, 1, 2, 4)
     next(after)
@@ -117,7 +160,7 @@ def test_behind_the_last_sample_comes_the_first_again_where_that_is_asked_for() 
     batches = [[int(row[0]) for rank in ranks for row in next(rank)["tokens"]] for _ in range(4)]
     assert batches == [[4, 5, 6, 7], [8, 9, 0, 1], [2, 3, 4, 5], [6, 7, 8, 9]]
     assert ranks[1].consumed_samples == 20
-    ranks[0].load_state_dict({"consumed_samples": 9})
+    ranks[0].load_state_dict({"consumed_samples": 9, "trained_samples": 9})
     assert [int(row[0]) for row in next(ranks[0])["tokens"]] == [9, 0]
 
 
@@ -127,7 +170,7 @@ def test_a_position_that_is_loaded_begins_with_a_whole_global_batch() -> None:
     for _ in range(3):
         next(one)
     assert one.consumed_samples == 0
-    one.load_state_dict({"consumed_samples": 16})
+    one.load_state_dict({"consumed_samples": 16, "trained_samples": 16})
     consumed = []
     for _ in range(8):
         next(one)

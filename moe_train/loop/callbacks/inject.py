@@ -35,7 +35,7 @@ class InjectFaults(Callback):
         self._act(run, run.state.step + 1, "begin")
         first = run.state.consumed_samples
         for fault in self._faults:
-            if fault.touches(run.rank.rank, first, first + run.cfg.batch.global_batch_size):
+            if fault.touches(run.rank.rank, first, first + run.batch_size()):
                 self._change_loss(run, fault)
 
     def on_step_end(self, run: Run, metrics: Metrics) -> None:

@@ -164,7 +164,7 @@ def held_out_entropy(run: Run) -> float | None:
     if run.valid_data is None or not run.cfg.train.eval_batches:
         return None
     parts = []
-    for i in range(run.cfg.train.eval_batches * run.cfg.batch.global_batch_size):
+    for i in range(run.cfg.train.eval_batches * run.evaluation_batch_size):
         sample = run.valid_data[i]
         parts.append(np.asarray(sample["labels"])[np.asarray(sample["loss_mask"]) > 0])
     tokens = np.concatenate(parts)
