@@ -1,7 +1,6 @@
 """One process as a rank of a job: device, process groups, seeds, and its part of the model. No optimizer.
 
-Training builds on it (`train.build_trainer`). So does whatever only computes with a model: evaluation, generation, a
-reference model.
+`train.build_trainer` makes a run of it. Evaluation, generation and reference models need no run.
 """
 
 from __future__ import annotations

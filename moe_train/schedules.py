@@ -1,4 +1,4 @@
-"""What changes with the progress of a run, in steps or samples. No torch import.
+"""Settings that depend on the progress of a run. No torch import.
 
 The global batch size is a function of the sequences trained so far, so that a run that resumes, in any layout, makes
 the same batches of the same samples.
@@ -79,7 +79,7 @@ class BatchSchedule:
         return bisect_right(self._starts, trained_samples) - 1
 
     def _parts(self, trained_samples: int) -> Iterator[tuple[int, int | None]]:
-        """(size, steps) of what is left of the segment of the next step, then of each later one; None: no end.
+        """(size, steps) of the rest of the current segment, then of each later one; None: no end.
 
         A run that resumed with another schedule may be inside of a batch of this one, and end a segment late.
         """

@@ -65,7 +65,7 @@ class BatchIterator:
         self._consumed, self._trained = state["consumed_samples"], state["trained_samples"]
 
     def close(self) -> None:
-        """End the worker processes. The iterator can go on, with the global batch that it has not finished."""
+        """End the worker processes. The iterator continues with its unfinished global batch."""
         self._taken = 0
         self._batches = None  # torch ends the workers with the iterator that owns them
 

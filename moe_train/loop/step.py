@@ -34,14 +34,14 @@ def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
     )
     run.pulse.beat(run.state.step, "update")
     norm = update.gradient_norm(run.optimizer)
-    reduced = reduce(run.objective, partials, run.device, doubt=bool(run.bad_steps.doubt(norm)))
+    reduced = reduce(run.objective, partials, run.device, anomaly=bool(run.bad_steps.doubt(norm)))
     loss = reduced.loss
     bad = ""
     if loss is None:
         # Upstream then leaves gradients undivided, and those of auxiliary losses are sums over tokens.
         norm = None
     else:
-        bad = run.bad_steps.judge(loss, norm, reduced.doubted)
+        bad = run.bad_steps.judge(loss, norm, reduced.anomaly)
     if bad or loss is None:
         for bias, before in zip(biases, biases_before, strict=True):
             bias.copy_(before)

@@ -48,7 +48,7 @@ class Change:
     why: str
     when: Callable[[Target], bool]
     apply: Callable[[Any, Target], nn.Module | None]
-    """Changes the chunk; returns a module that takes its place, or None."""
+    """Changes the chunk; returns a module that replaces it, or None."""
 
 
 def _mark_expert_parameters(chunk: nn.Module, target: Target) -> None:
@@ -177,7 +177,7 @@ def changes_of(target: Target) -> list[Change]:
 
 
 def operate(chunk: nn.Module, target: Target) -> nn.Module:
-    """Apply the changes to a chunk that was just built, and return what takes its place."""
+    """Apply the changes to a chunk that was just built, and return the chunk or its wrapper."""
     for change in changes_of(target):
         chunk = change.apply(chunk, target) or chunk
     return chunk

@@ -1,4 +1,4 @@
-"""What a run minimises. The loop computes, reduces and reports it, and knows nothing else about it.
+"""The interface of training objectives. The loop computes, reduces and reports a loss, and knows nothing else of it.
 
 To add an objective: write a class like `Objective` in a file of this folder, and a row for it in the table of
 `moe_train/config/objective.py`.

@@ -31,8 +31,8 @@ class Reduced:
     """Mean; None where the denominator is zero."""
     metrics: dict[str, float]
     """Without means whose denominator is zero, and maxima of nothing."""
-    doubted: bool
-    """Whether any rank has a doubt about the step."""
+    anomaly: bool
+    """Whether any rank has found an anomaly in the step."""
 
 
 def partial_of(objective: Objective, loss: Loss) -> Partial:
@@ -60,12 +60,12 @@ def partial_of(objective: Objective, loss: Loss) -> Partial:
     return Partial(torch.stack(sums), torch.cat(maxima))
 
 
-def reduce(objective: Objective, partials: list[Partial], device: torch.device, doubt: bool = False) -> Reduced:
+def reduce(objective: Objective, partials: list[Partial], device: torch.device, anomaly: bool = False) -> Reduced:
     """Values over all micro-batches of all ranks. Every rank calls it: one all-reduce, and one more for maxima.
 
     Args:
         partials: of this rank; nothing before the last pipeline stage.
-        doubt: whether this rank doubts the step.
+        anomaly: whether this rank has found one in the step.
     """
     kinds = list(objective.reductions.values())
     count = 2 + kinds.count(Reduction.SUM) + 2 * kinds.count(Reduction.MEAN)
@@ -75,13 +75,13 @@ def reduce(objective: Objective, partials: list[Partial], device: torch.device, 
     if partials and ps.get_tensor_model_parallel_rank() == 0:
         sums[:count] += torch.stack([partial.sums for partial in partials]).sum(dim=0)
         maxima = torch.stack([partial.maxima for partial in partials]).amax(dim=0)
-    sums[count] = float(doubt)
+    sums[count] = float(anomaly)
     dist.all_reduce(sums)
     if len(maxima):
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-    loss, denominator, *rest, doubts = sums.tolist()
+    loss, denominator, *rest, anomalies = sums.tolist()
     metrics = _metrics(objective, iter(rest), iter(maxima.tolist()))
-    return Reduced(loss / denominator if denominator else None, metrics, doubts > 0)
+    return Reduced(loss / denominator if denominator else None, metrics, anomalies > 0)
 
 
 def _metrics(objective: Objective, sums: Iterator[float], maxima: Iterator[float]) -> dict[str, float]:

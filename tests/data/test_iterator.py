@@ -66,7 +66,7 @@ RAMP = BatchSchedule([BatchSegment(0, 4), BatchSegment(8, 8), BatchSegment(24, 1
 
 @pytest.mark.parametrize(("dp_size", "micro", "workers"), [(1, 1, 0), (2, 2, 0), (4, 1, 0), (2, 1, 1)])
 def test_batches_grow_as_the_schedule_says_in_every_layout(dp_size: int, micro: int, workers: int) -> None:
-    """Each sample is used once, in order, and any rank can go on from the end of any global batch."""
+    """Each sample is used once, in order, and any rank can continue from the end of any global batch."""
     options = {"micro_batch_size": micro, "dp_size": dp_size, "schedule": RAMP, "workers": workers}
     ranks = [BatchIterator(Numbered(60), dp_rank=rank, **options) for rank in range(dp_size)]  # type: ignore[arg-type]
     sizes, used = [], []

@@ -62,7 +62,7 @@ OTHERS = {
     "moe_train/optim/optimizer.py: config.finalize_model_grads_func": "a field that upstream has for the trainer",
     "moe_train/optim/optimizer.py: config.grad_scale_func": "a field that upstream has for the trainer",
     "moe_train/optim/optimizer.py: config.no_sync_func": "a field that upstream has for the trainer",
-    "moe_train/optim/optimizer.py: part.optimizer": "Megatron-Core's optimizer, which is no module",
+    "moe_train/optim/optimizer.py: part.optimizer": "Megatron-Core's optimizer, not a module",
     "moe_train/telemetry/model_metrics.py: compute.observe": "our own class",
     "moe_train/telemetry/model_metrics.py: dispatcher.sent_bytes": "our own class",
     "moe_train/telemetry/saved_tensors.py: offload.observe": "our own class",
