@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moe_train.config import former
 from moe_train.config.aliases import with_current_names
 from moe_train.config.resolve import total_steps
 from moe_train.config.schema import Config
@@ -269,12 +270,13 @@ def _is_experiment(word: str) -> bool:
 
 
 def config_of(values: Any, where: Path) -> Config:
-    """The config in `values`. Fields of other versions are left out, and those that are missing have their default.
+    """The config in `values`. Fields that this version does not know are left out; those that are missing have the
+    default of the versions that lacked them.
 
     Raises:
         CheckpointError: a field has a value that it cannot have.
     """
-    found = {}
+    found = dict(former.DEFAULTS)
     current = with_current_names(values) if isinstance(values, Mapping) else values
     for name in all_fields():
         value = current

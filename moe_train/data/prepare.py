@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from moe_train.config import former
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import DataConfig
 from moe_train.data import corpus, lock, parts
@@ -56,7 +57,9 @@ _SETTINGS = (
     "bos_token", "parse_special_tokens",
 )  # fmt: skip
 # What a manifest means that lacks a setting, being older than it.
-_DEFAULTS: dict[str, Any] = vars(DataConfig()) | {"deduplicate": "normalized", "follow_links": False}
+_DEFAULTS: dict[str, Any] = vars(DataConfig()) | {
+    name.removeprefix("data."): value for name, value in former.DEFAULTS.items() if name.startswith("data.")
+}
 _FORMAT = 2  # of the documents that are made from one corpus; raise it when this code makes others
 
 
