@@ -178,7 +178,7 @@ def test_an_installed_command_explains_itself(command: str, installation: Instal
 def test_an_installed_package_plans_and_submits(installation: Installation, tmp_path: Path) -> None:
     plan = installation.run("moe-plan", "model=deepseek_v3", "cluster=h800", "gpus=2048", "tokens=14.8T", cwd=tmp_path)
     assert plan.returncode == 0, plan.stderr
-    words = ("--dry-run", "model=tiny", "runtime=cpu", "parallel.ep=2", "train.steps=3", "run_dir=run")
+    words = ("--dry-run", "model=tiny", "runtime=cpu", "parallel.ep=2", "launcher.ranks_per_node=2", "train.steps=3")
     submit = installation.run("moe-submit", *words, cwd=tmp_path)
     assert submit.returncode == 0, submit.stderr
     assert str(installation.packages / "moe_train/_code/launch/train.sbatch") in submit.stdout
