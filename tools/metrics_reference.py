@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_train.telemetry.registry import EVENTS, METRICS, Line, Metric, Place, Reduction
+from moe_train.telemetry.registry import EVENTS, METRICS, Line, Metric, Place
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 START = "<!-- tables, written by python -m tools.metrics_reference -->\n"
@@ -37,7 +37,7 @@ def _section(title: str, rows: list[Metric]) -> str:
 
 def _row(row: Metric) -> str:
     places = [place.value for place in Place if place in row.places and place is not Place.METRICS_FILE]
-    reduction = "" if row.reduction is Reduction.NONE else row.reduction.value
+    reduction = row.reduction.value if row.reduction else ""
     name = row.name.replace("{}", "N")
     meaning = row.doc + (f". Condition: {row.when}" if row.when else "")
     return f"| `{name}` | {row.unit} | {reduction} | {meaning} | {', '.join(places)} |\n"

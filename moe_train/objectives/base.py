@@ -9,24 +9,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from moe_train.config.objective import OBJECTIVES
 from moe_train.config.schema import Config
+from moe_train.telemetry.registry import Reduction
 
 Batch = dict[str, Tensor]
-
-
-class Reduction(Enum):
-    """How a metric is reduced over the micro-batches of all ranks."""
-
-    SUM = "sum"
-    MEAN = "mean"
-    """Of a sum and its denominator, each summed before the division."""
-    MAX = "max"
 
 
 @dataclass(frozen=True)

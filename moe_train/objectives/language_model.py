@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moe_train.config.schema import Config
-from moe_train.objectives.base import Batch, Loss, Reduction
+from moe_train.objectives.base import Batch, Loss
+from moe_train.telemetry.registry import Reduction
 
 
 class LanguageModel:

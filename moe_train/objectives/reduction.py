@@ -11,7 +11,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from torch import Tensor
 
-from moe_train.objectives.base import Loss, Objective, Reduction
+from moe_train.objectives.base import Loss, Objective
+from moe_train.telemetry.registry import Reduction
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,12 @@ from typing import Any
 
 
 class Reduction(Enum):
-    """How the values of the ranks become the value of the run."""
+    """How a metric is reduced over the micro-batches of all ranks."""
 
     SUM = "sum"
     MEAN = "mean"
-    """Sum of the numerators of all ranks over the sum of their denominators, not a mean of means."""
+    """Of a sum and its denominator, each summed before the division."""
     MAX = "max"
-    NORM = "L2 norm"
-    """Root of the sum of the squares of all ranks."""
-    NONE = "none"
-    """Every rank has the same value, or only rank 0 has one."""
 
 
 class Line(Enum):
@@ -56,7 +52,8 @@ class Metric:
     line: Line
     unit: str
     """"" for a value without one."""
-    reduction: Reduction
+    reduction: Reduction | None
+    """None where every rank has the same value."""
     doc: str
     places: frozenset[Place]
     when: str = ""
@@ -97,10 +94,10 @@ _BALANCE = "without its coefficient: mean over MoE layers and micro-batches"
 
 METRICS: tuple[Metric, ...] = (
     Metric(
-        "step", Line.BOTH, "steps", Reduction.NONE, "optimizer steps so far", _FILE | {Place.PROGRESS, Place.SUMMARY}
+        "step", Line.BOTH, "steps", None, "optimizer steps so far", _FILE | {Place.PROGRESS, Place.SUMMARY}
     ),
     Metric(
-        "tokens", Line.BOTH, "tokens", Reduction.NONE, "training tokens consumed so far", _FILE | {Place.SUMMARY}
+        "tokens", Line.BOTH, "tokens", None, "training tokens consumed so far", _FILE | {Place.SUMMARY}
     ),
     Metric(
         "lm_loss", Line.TRAINING, _NATS, Reduction.MEAN,
@@ -114,22 +111,22 @@ METRICS: tuple[Metric, ...] = (
         progress="valid {}",
     ),
     Metric(
-        "grad_norm", Line.TRAINING, "", Reduction.NORM, "norm of all gradients, before clipping", _SCALAR
+        "grad_norm", Line.TRAINING, "", None, "L2 norm of the gradients of all ranks, before clipping", _SCALAR
     ),
-    Metric("lr", Line.TRAINING, "", Reduction.NONE, "learning rate of this step", _SCALAR),
+    Metric("lr", Line.TRAINING, "", None, "learning rate of this step", _SCALAR),
     Metric(
-        "global_batch_size", Line.TRAINING, "sequences", Reduction.NONE, "sequences of this step, over all ranks", _FILE
+        "global_batch_size", Line.TRAINING, "sequences", None, "sequences of this step, over all ranks", _FILE
     ),
     Metric(
-        "skipped", Line.TRAINING, "", Reduction.NONE, "true: the weights stayed unchanged", _SCALAR,
+        "skipped", Line.TRAINING, "", None, "true: the weights stayed unchanged", _SCALAR,
         when="gradients in fp16 overflowed, the step was bad, or no token counted",
     ),
     Metric(
-        "bad_step", Line.TRAINING, "", Reduction.NONE, "why the step was bad ([resilience.md](resilience.md))", _FILE,
+        "bad_step", Line.TRAINING, "", None, "why the step was bad ([resilience.md](resilience.md))", _FILE,
         when="the step was bad",
     ),
     Metric(
-        "no_tokens", Line.TRAINING, "", Reduction.NONE, "true: no token of the global batch counted", _SCALAR,
+        "no_tokens", Line.TRAINING, "", None, "true: no token of the global batch counted", _SCALAR,
         when="no token of the global batch counts",
     ),
     Metric(
@@ -179,15 +176,15 @@ METRICS: tuple[Metric, ...] = (
         _SCALAR,
     ),
     Metric(
-        "tokens_per_s", Line.TRAINING, "tokens/s", Reduction.NONE, "over all ranks, from `step_time_s`",
+        "tokens_per_s", Line.TRAINING, "tokens/s", None, "over all ranks, from `step_time_s`",
         _SPEED | {Place.PROGRESS}, label="throughput", number=",.0f", progress="{} tokens/s",
     ),
     Metric(
-        "tflops_per_rank", Line.TRAINING, "TFLOPS per rank", Reduction.NONE,
+        "tflops_per_rank", Line.TRAINING, "TFLOPS per rank", None,
         "10^12 FLOPs of the model ([below](#mfu)) per second and rank", _SPEED, number=".4g",
     ),
     Metric(
-        "mfu", Line.TRAINING, "fraction", Reduction.NONE,
+        "mfu", Line.TRAINING, "fraction", None,
         "model FLOPs utilisation: `tflops_per_rank` over the peak of one rank; null where the peak is not known",
         _SPEED | {Place.PROGRESS}, label="MFU", number=".1%", progress="MFU {}",
     ),
@@ -202,12 +199,12 @@ METRICS: tuple[Metric, ...] = (
         _FILE | {Place.SUMMARY}, when="MoE models", label="expert load", number=".2f",
     ),
     Metric(
-        "expert_load_imbalance/layer_{}", Line.TRAINING, "", Reduction.NONE,
+        "expert_load_imbalance/layer_{}", Line.TRAINING, "", None,
         "tokens of the most loaded expert of an MoE layer, relative to the mean; layers count from 1",
         frozenset({Place.TENSORBOARD}), when="MoE models",
     ),
     Metric(
-        "non_finite", Line.BOTH, "", Reduction.NONE,
+        "non_finite", Line.BOTH, "", None,
         "what the values are that are null in this line, by name: `nan`, `inf` or `-inf`", _FILE,
         when="a value is not finite",
     ),

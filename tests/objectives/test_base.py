@@ -16,9 +16,10 @@ from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields
 from moe_train.loop import step
 from moe_train.objectives import base
-from moe_train.objectives.base import Batch, Loss, Reduction
+from moe_train.objectives.base import Batch, Loss
 from moe_train.objectives.language_model import LanguageModel
 from moe_train.objectives.reduction import partial_of
+from moe_train.telemetry.registry import Reduction
 from tests.checkpoint import small_run
 from tests.distributed.helper import run_distributed
 
