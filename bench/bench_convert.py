@@ -64,7 +64,7 @@ def synthesise(directory: Path, size_gb: float) -> int:
     from moe_train.conversion.mapping import pieces
     from moe_train.formats import safetensors
     from moe_train.formats.hashing_file import HashingFile
-    from moe_train.formats.tensor_slices import Rows
+    from moe_train.formats.tensor_slices import TensorSlice
     from moe_train.model.arithmetic import count_parameters
 
     def parameters(layers: int) -> int:
@@ -86,7 +86,7 @@ def synthesise(directory: Path, size_gb: float) -> int:
         for name in held:
             # Random bytes would be as good as any to copy, but not to load: NaN takes other paths.
             values = torch.empty(shapes[name]).normal_(0, 0.02, generator=generator)
-            out.write(Rows.of(values.to(_dtype(name).torch)).data)
+            out.write(TensorSlice.of(values.to(_dtype(name).torch)).data)
             weight_map[name] = file
         out.close()
         total += out.position

@@ -62,5 +62,5 @@ def _products(
     return {
         "output": (lambda counts: gemm.grouped_matmul(x, weight.mT, counts), theirs(x, weight.mT)),
         "input gradient": (lambda counts: gemm.grouped_matmul(grad, weight, counts), theirs(grad, weight)),
-        "weight gradient": (lambda counts: gemm.grouped_outer(grad, x, counts), theirs(grad.t(), x)),
+        "weight gradient": (lambda counts: gemm.grouped_matmul_tn(grad, x, counts), theirs(grad.t(), x)),
     }

@@ -1,7 +1,7 @@
-"""A process that torchrun, srun or mpirun started: it meets the others, takes rank 0's config and trains.
+"""A rank that torchrun, srun or mpirun started: rendezvous, receive the config of rank 0, train.
 
-Only rank 0 reads the command line, so a wrong one is explained once, and a default such as the time in run_dir is one
-value for all ranks.
+Only rank 0 parses the command line: an error is printed once, and a default such as the time in run_dir is the same on
+all ranks.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def run(info: RankInfo, entry: str | None = None) -> int:
         if info.rank == 0 or isinstance(error, LaunchError):
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return _lead(info, store, entry) if info.rank == 0 else _follow(info, store, entry)
+    return _run_coordinator(info, store, entry) if info.rank == 0 else _run_worker(info, store, entry)
 
 
-def _lead(info: RankInfo, store: TCPStore, entry: str | None) -> int:
+def _run_coordinator(info: RankInfo, store: TCPStore, entry: str | None) -> int:
     from moe_train.checkpoint import continuing
     from moe_train.config.composition import compose
 
@@ -91,7 +91,7 @@ def _lead(info: RankInfo, store: TCPStore, entry: str | None) -> int:
         if entry is None and stop.asked():  # while the data were made, which can take hours
             print(f"stopped by {stop.asked()} before the first step; the same command continues", file=sys.stderr)
             raise stop.Stopped
-        with contextlib.nullcontext() if entry else lock.held(cfg, _leave_to_another_run):
+        with contextlib.nullcontext() if entry else lock.held(cfg, _exit_for_another_run):
             if entry is None:
                 continuing.set_aside(cfg)
                 # A later start begins with the layout that was asked for, not with the one that fits these ranks.
@@ -106,7 +106,7 @@ def _lead(info: RankInfo, store: TCPStore, entry: str | None) -> int:
     code = compose.hydra_entry(work, argv=words, revise=continuing.continued)
     if not published:  # a wrong config, or --cfg and --help: hydra_entry has said all there is to say
         store.set(_CONFIG, json.dumps({"exit": code}))
-        _await(store, _READ, info.world_size - 1)
+        _wait_for_count(store, _READ, info.world_size - 1)
     return code
 
 
@@ -125,7 +125,7 @@ def _refuse_components(info: RankInfo, store: TCPStore) -> None:
     rendezvous.refuse_components([component.decode() for component in store.multi_get(keys)])
 
 
-def _follow(info: RankInfo, store: TCPStore, entry: str | None) -> int:
+def _run_worker(info: RankInfo, store: TCPStore, entry: str | None) -> int:
     from datetime import timedelta
 
     try:
@@ -155,25 +155,27 @@ def _train(cfg: Config, path: Path, info: RankInfo, store: TCPStore, entry: str 
         rank.use_threads(cfg.launcher.threads_per_rank or cfg.launcher.cpus_per_rank or _threads(info))
         _compare(cfg, info, store, versions=entry is None)
         rank.train(str(path), entry or launcher.ENTRY, info)
-    except SystemExit as ended:  # early, as asked
-        _part(info, store)
-        _leave(ended.code if isinstance(ended.code, int) else 1)
+    except SystemExit as ended:  # a requested stop
+        _exit_barrier(info, store)
+        _exit(ended.code if isinstance(ended.code, int) else 1)
     except Exception as error:
-        _tell(error, cfg, info, store)
-        _leave(failures.exit_code_of(error))  # a broken communicator can keep a process, and the launcher waits
-    _part(info, store)
+        _report_error(error, cfg, info, store)
+        _exit(failures.exit_code_of(error))  # a broken communicator can keep a process, and the launcher waits
+    _exit_barrier(info, store)
 
 
-def _part(info: RankInfo, store: TCPStore) -> None:
-    """Leave together: soon after the first has left, or at once where its exit code is not 0, a launcher ends those
-    that are not done, and rank 0 has a report to write."""
+def _exit_barrier(info: RankInfo, store: TCPStore) -> None:
+    """Exit barrier: ranks exit together, after rank 0 has written its report.
+
+    A launcher kills the other ranks soon after the first has exited, or at once if its exit code is not 0.
+    """
     from datetime import timedelta
 
     with contextlib.suppress(RuntimeError):  # the store ends with rank 0
         if info.rank == 0:
-            _await(store, _DONE, info.world_size - 1, timeout_s=60)
+            _wait_for_count(store, _DONE, info.world_size - 1, timeout_s=60)
             store.set(_END, "")
-            _await(store, _LEFT, info.world_size - 1)  # or torch complains in each rank that did not get the answer
+            _wait_for_count(store, _LEFT, info.world_size - 1)  # else torch warns on ranks that got no answer
         else:
             store.add(_DONE, 1)
             store.wait([_END], timedelta(seconds=_REPORT_S))
@@ -200,16 +202,16 @@ def _compare(cfg: Config, info: RankInfo, store: TCPStore, versions: bool) -> No
         verdict = json.loads(store.get(_VERDICT))
         if verdict:
             store.add(_LEFT, 1)
-            _leave(verdict)
+            _exit(verdict)
         return
     store.wait([f"{_CODE}/{i}" for i in range(info.world_size)])
     error = refusal([json.loads(store.get(f"{_CODE}/{i}")) for i in range(info.world_size)])
     if error:  # told before anyone ends, because a launcher may kill the others at the first that does
-        _tell(error, cfg, info, store)
+        _report_error(error, cfg, info, store)
     store.set(_VERDICT, json.dumps(error.exit_code if error else 0))
     if error:
-        _await(store, _LEFT, info.world_size - 1)
-        _leave(error.exit_code)
+        _wait_for_count(store, _LEFT, info.world_size - 1)
+        _exit(error.exit_code)
 
 
 def _only_gpu() -> str:
@@ -234,13 +236,13 @@ def refusal(found: Sequence[Mapping[str, Any]]) -> MoeTrainError | None:
     return None
 
 
-def _leave_to_another_run(why: str) -> NoReturn:
+def _exit_for_another_run(why: str) -> NoReturn:
     """At once: a signal would have the ranks save over what the other run has there."""
     print(f"error: {why}; this run ends, so that not two write there", file=sys.stderr, flush=True)
     os._exit(LaunchError.exit_code)
 
 
-def _leave(code: int) -> NoReturn:
+def _exit(code: int) -> NoReturn:
     lock.release_all()
     failures.leave_code(code)
     sys.stdout.flush()
@@ -266,7 +268,7 @@ def _threads(info: RankInfo) -> int:
     return int(os.environ.get("SLURM_CPUS_PER_TASK") or 0) or launcher.threads_for(info.local_world_size)
 
 
-def _tell(error: Exception, cfg: Config, info: RankInfo, store: TCPStore) -> None:
+def _report_error(error: Exception, cfg: Config, info: RankInfo, store: TCPStore) -> None:
     """Print `error` in one line, unless it only says that a rank is gone whose own error was printed."""
     lost = failures.lost_peer(error)
     try:
@@ -285,7 +287,7 @@ def _tell(error: Exception, cfg: Config, info: RankInfo, store: TCPStore) -> Non
     print(f"error: rank {info.rank}: {failures.one_line(error)}{hint}", file=sys.stderr)
 
 
-def _await(store: TCPStore, key: str, count: int, timeout_s: float = 10) -> None:
+def _wait_for_count(store: TCPStore, key: str, count: int, timeout_s: float = 10) -> None:
     """Wait until `key` has been counted up to `count`, but not for long: this is a courtesy to the other ranks."""
     deadline = time.monotonic() + timeout_s
     while store.add(key, 0) < count and time.monotonic() < deadline:

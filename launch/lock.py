@@ -70,7 +70,7 @@ class Lock:
     def __init__(self, path: Path, owner: Owner, timeout_s: float, lost: Callable[[str], None]) -> None:
         self.path, self.owner, self._lost = path, owner, lost
         try:
-            self._heartbeat = locks.Heartbeat(path, timeout_s / _BEATS, _POLL_S, self._is_ours, self._tell)
+            self._heartbeat = locks.LockHeartbeat(path, timeout_s / _BEATS, _POLL_S, self._is_ours, self._tell)
         except RuntimeError as error:
             self._remove()
             raise LaunchError(f"the lock of run_dir needs a thread: {error}", "raise ulimit -u and ulimit -v") from None
@@ -176,7 +176,7 @@ class _Watched:
 
     def __init__(self, path: Path, me: Owner, timeout_s: float) -> None:
         self._path, self._me, self._timeout_s = path, me, timeout_s
-        self._watch = locks.Watch(path)
+        self._watch = locks.LockWatch(path)
 
     def why_gone(self, found: Owner) -> str:
         """Why `found` no longer runs; "" while that is not known.

@@ -46,7 +46,7 @@ def run(entry: str | None = None, about: str | None = __doc__, common: Sequence[
     if {"-h", "--help"} & set(sys.argv[1:]):
         from moe_train.config.composition import compose
 
-        if not rendezvous.speaks():
+        if not rendezvous.is_reporting_rank():
             return 0
         return compose.hydra_entry(train_here, trains=False, about=about, common=common)
     from launch import failures
@@ -66,7 +66,7 @@ def _run(entry: str | None) -> int:
     try:
         info = rendezvous.detect()
     except MoeTrainError as error:
-        if rendezvous.speaks():
+        if rendezvous.is_reporting_rank():
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if info is not None:

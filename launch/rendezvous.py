@@ -160,8 +160,8 @@ def _tasks_on_this_node(env: Mapping[str, str], size: int) -> int:
     return counts[node] if node < len(counts) else size
 
 
-def speaks(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process prints an error that every rank has."""
+def is_reporting_rank(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is rank 0, which prints the errors that all ranks have."""
     return next((env[name] for name in _RANKS if name in env), "0") == "0"
 
 

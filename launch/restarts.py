@@ -53,7 +53,7 @@ def found(cfg: Config) -> dict[str, Any]:
     """
     root = cfg.checkpoint_root.resolve()
     first: dict[str, Any] = {"dir": str(root), "checkpoints": _written(root)}
-    near = run_directory.near_of(cfg, root)
+    near = run_directory.node_local_dir(cfg, root)
     if near is not None and cfg.resume == "never" and not first["checkpoints"] and not run_directory.candidates(near):
         first["near"] = str(near)
     return first

@@ -9,16 +9,16 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_train.checkpoint.continuing import SUMMARY
-from moe_train.config.composition.compose import Job
+from moe_train.config.composition.compose import SweepJob
 from moe_train.files import untrusted
 
 
-def show(jobs: Sequence[Job]) -> None:
+def show(jobs: Sequence[SweepJob]) -> None:
     """Print the table. A job that failed has its exit code instead of losses."""
     Console(highlight=False).print(table(jobs))
 
 
-def table(jobs: Sequence[Job]) -> Table:
+def table(jobs: Sequence[SweepJob]) -> Table:
     """Overrides, losses, time and directory of each job."""
     common = set(jobs[0].words).intersection(*(job.words for job in jobs))
     result = Table("job", "overrides", "training loss", "validation loss", "time", "run_dir", title="Sweep")

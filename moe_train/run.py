@@ -10,7 +10,7 @@ from moe_train.clock import StepClock
 from moe_train.config.resolve import batch_schedule
 from moe_train.ranks import RankContext
 from moe_train.resilience.bad_steps import BadSteps
-from moe_train.resilience.watch import Pulse
+from moe_train.resilience.watch import ProgressMarker
 from moe_train.schedules import BatchSchedule
 
 Metrics = dict[str, Any]
@@ -78,7 +78,7 @@ class Run(RankContext):
     peak_tflops: float | None = None  # of one rank; None where it is not known
     stopped_by: str = ""  # signal that asked the run to end before its last step
     completed: bool = False  # all steps and evaluations are done; stays False when one raised an error
-    pulse: Pulse = field(default_factory=Pulse)  # beat it where a step makes progress
+    pulse: ProgressMarker = field(default_factory=ProgressMarker)  # marked where a step makes progress
     bad_steps: BadSteps = field(init=False)
 
     def __post_init__(self) -> None:

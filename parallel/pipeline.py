@@ -94,7 +94,7 @@ def _unroll(text: str) -> str:
     """Without commas, and with every repeat written out, as upstream does it."""
     text = text.replace(",", "")
     for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
-        # A slip of the finger (t*1000000000) must not fill the memory: no model has this many layers.
+        # Guards against typos such as t*1000000000: no model has this many layers.
         text = re.sub(pattern, lambda match: match.group(1) * min(int(match.group(2)), 10_000), text)
     return text
 

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from moe_train.conversion import plans
     from moe_train.conversion.small_files import SmallFiles
     from moe_train.formats import dcp
-    from moe_train.formats.communicator import Team
-    from moe_train.formats.directory_writer import Plan
+    from moe_train.formats.communicator import Communicator
+    from moe_train.formats.directory_writer import WritePlan
 
 _VERIFY = "verify"
 
@@ -49,23 +49,23 @@ def main() -> None:
 
     words = sys.argv[1:]
     try:
-        team = communicator.from_environment()
+        comm = communicator.from_environment()
     except MoeTrainError as error:
-        if communicator.speaks():
+        if communicator.is_reporting_rank():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     with contextlib.ExitStack() as stack:
-        if team.rank:
+        if comm.rank:
             stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
         # Hydra wants a directory of its own, which ranks that end at different times would take from each other.
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-convert-"))
         line = parse(words, [_VERIFY])
         argv = [*line.argv("convert.source", "convert.target"), f"run_dir={scratch}/run"]
-        work = partial(run, line=line, team=team)
+        work = partial(run, line=line, comm=comm)
         sys.exit(hydra_entry(work, argv=argv, runs=False, rules=False, about=__doc__, common=_COMMON))
 
 
-def run(cfg: Config, line: CommandLine, team: Team) -> None:
+def run(cfg: Config, line: CommandLine, comm: Communicator) -> None:
     """Convert or verify.
 
     Raises:
@@ -75,44 +75,44 @@ def run(cfg: Config, line: CommandLine, team: Team) -> None:
     from moe_train.formats import communicator, directory_writer
 
     os.environ["OMP_NUM_THREADS"] = "1"  # for torch where numbers change: files are written side by side
-    threads = cfg.convert.threads or 2 * communicator.cores(team) + 2  # some wait for the disk while others compute
-    source = directory_writer.together(team, lambda: _source(cfg))
+    threads = cfg.convert.threads or 2 * communicator.cores(comm) + 2  # some wait for the disk while others compute
+    source = directory_writer.together(comm, lambda: _source(cfg))
     if line.command == _VERIFY:
         if cfg.convert.target is not None:
             raise ConfigError(f"moe-convert verify takes one directory, not also {cfg.convert.target}", "verify each")
-        _verify(directory_writer.together(team, lambda: _written(source)), threads, team, cfg.convert.allow_nonfinite)
+        _verify(directory_writer.together(comm, lambda: _written(source)), threads, comm, cfg.convert.allow_nonfinite)
         return
     if cfg.convert.target is None:
         raise ConfigError("convert.target is missing: the directory to write", "use moe-convert SOURCE TARGET")
     target = Path(cfg.convert.target)
-    plan = directory_writer.together(team, lambda: make_plan(cfg, source, target, line.overrides, team, threads))
-    share = sum(job.bytes for job in plan.jobs[team.rank :: team.size])
-    with _bar("converting", share, team) as advance:
-        outcome = directory_writer.run(plan, team, threads, advance)
-    notes = [note for notes in team.gather(plan.notes) for note in notes]
-    if team.rank == 0:
+    plan = directory_writer.together(comm, lambda: make_plan(cfg, source, target, line.overrides, comm, threads))
+    share = sum(job.bytes for job in plan.jobs[comm.rank :: comm.size])
+    with _bar("converting", share, comm) as advance:
+        outcome = directory_writer.run(plan, comm, threads, advance)
+    notes = [note for notes in comm.all_gather(plan.notes) for note in notes]
+    if comm.rank == 0:
         for note in notes:
             print(f"warning: {note}", file=sys.stderr)
         kept = f", {outcome.reused} of them from an earlier try" if outcome.reused else ""
         print(f"{plan.target}: {outcome.files} files{kept}, {outcome.bytes / 1e9:,.2f} GB")
 
 
-def _verify(source: Path, threads: int, team: Team, allow_nonfinite: bool) -> None:
+def _verify(source: Path, threads: int, comm: Communicator, allow_nonfinite: bool) -> None:
     from moe_train.conversion import inventory, plans
     from moe_train.formats import directory_writer, nonfinite
 
     def check() -> tuple[int, int, nonfinite.Tally]:
         total = sum(entry["bytes"] for entry in directory_writer.manifest_of(source).values())
-        with _bar("verifying", total // team.size, team) as advance:
-            return inventory.verify(source, threads, advance, team.rank, team.size)
+        with _bar("verifying", total // comm.size, comm) as advance:
+            return inventory.verify(source, threads, advance, comm.rank, comm.size)
 
-    checked = team.gather(directory_writer.together(team, check))
+    checked = comm.all_gather(directory_writer.together(comm, check))
     found = nonfinite.Tally()
     for _, _, tally in checked:
         found.merge(tally.found)
     if not allow_nonfinite:
         found.refuse(f"{source}: the bytes are those that were written, and not all numbers are finite", plans.ALLOW)
-    if team.rank == 0:
+    if comm.rank == 0:
         if found.found:
             print(f"warning: {found}", file=sys.stderr)
         files, size = (sum(part[i] for part in checked) for i in (0, 1))
@@ -142,11 +142,16 @@ def _written(path: Path) -> Path:
 
 
 def make_plan(
-    cfg: Config, source: Path, target: Path, words: Sequence[str] = (), team: Team | None = None, threads: int = 1
-) -> Plan:
+    cfg: Config,
+    source: Path,
+    target: Path,
+    words: Sequence[str] = (),
+    comm: Communicator | None = None,
+    threads: int = 1,
+) -> WritePlan:
     """What to write. The target's format is the other one unless the config says so.
 
-    A Hugging Face source with a manifest is compared with it first, by each process of `team` a share. Items of a
+    A Hugging Face source with a manifest is compared with it first, by each process of `comm` a share. Items of a
     Megatron source have checksums, with which they are compared while they are read.
 
     Raises:
@@ -157,14 +162,14 @@ def make_plan(
     from moe_train.formats import directory_writer
 
     directory_writer.refuse_existing(target)  # before anything large is read
-    options = plans.Options(
+    options = plans.ConvertOptions(
         cfg.convert.dtype,
         None if cfg.convert.file_gb is None else int(cfg.convert.file_gb * 1e9),
         cfg.convert.optimizer,
         cfg.convert.power_of_two_scales,
         cfg.convert.allow_nonfinite,
     )
-    share = (team.rank, team.size) if team else (0, 1)
+    share = (comm.rank, comm.size) if comm else (0, 1)
     if (source / config.FILE).is_file():
         if (source / directory_writer.MANIFEST).is_file():  # a flipped byte must not travel on
             directory_writer.verify(source, threads, rank=share[0], size=share[1])
@@ -194,8 +199,8 @@ def _open_megatron(source: Path) -> dcp.Checkpoint:
 
 
 def _plan_of_megatron(
-    cfg: Config, checkpoint: dcp.Checkpoint, target: Path, words: Sequence[str], options: plans.Options
-) -> Plan:
+    cfg: Config, checkpoint: dcp.Checkpoint, target: Path, words: Sequence[str], options: plans.ConvertOptions
+) -> WritePlan:
     from moe_train.conversion import mapping, plans
     from moe_train.formats import run_config, run_directory
 
@@ -257,9 +262,9 @@ def _chosen(cfg: Config, words: Sequence[str], described: Callable[[], ModelConf
 
 
 @contextlib.contextmanager
-def _bar(what: str, total: int, team: Team) -> Iterator[Callable[[int], None]]:
+def _bar(what: str, total: int, comm: Communicator) -> Iterator[Callable[[int], None]]:
     """A progress bar of this rank's bytes, on the first rank's terminal."""
-    if team.rank > 0 or not sys.stderr.isatty():  # elsewhere it would leave an empty line
+    if comm.rank > 0 or not sys.stderr.isatty():  # elsewhere it would leave an empty line
         yield lambda _: None
         return
     from rich.console import Console

@@ -109,7 +109,7 @@ def warned(pids: Callable[[], Mapping[int, int]]) -> Iterator[None]:
         return
 
     def forward(signum: int, frame: FrameType | None) -> None:
-        stop.note(signum)
+        stop.request(signum)
         warn(pids())
 
     before = signal.signal(WARNING, forward)

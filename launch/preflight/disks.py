@@ -76,7 +76,7 @@ def places(cfg: Config, layout: ParallelLayout, local_world_size: int) -> list[P
     ]
     if not inside:
         found.append(Place("checkpoint.dir", root, True, least, whole))
-    near = run_directory.near_of(cfg, root)
+    near = run_directory.node_local_dir(cfg, root)
     if near is not None:
         here = size * local_world_size // layout.world_size
         kept = min(to_come, cfg.checkpoint.local_keep + 1)

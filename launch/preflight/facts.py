@@ -27,8 +27,8 @@ _CODE = ("parallel", "moe_train", "launch")
 
 
 @dataclass
-class Facts:
-    """One rank's findings. Every rank's are gathered on all.
+class RankFacts:
+    """Measurements of one rank, all-gathered over all ranks.
 
     Args:
         node: host name.

@@ -20,7 +20,7 @@ from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
 
 _PATIENCE_S = 10.0  # a file on network storage may be seen late
-PRODUCTS_S = 2.0
+GEMM_S = 2.0
 """Longer than the time in which a node that is stopped most of the time runs at a stretch."""
 _ENOUGH_S, _LEAST_ROUNDS, _MOST_ROUNDS = 0.3, 3, 50  # of a collective
 now = time.time
@@ -85,7 +85,7 @@ def _appears(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Products:
+class GemmTimes:
     """Matrix multiplications, one after another for a while.
 
     Args:
@@ -99,7 +99,7 @@ class Products:
     waited: float
 
 
-def products(device: torch.device, seconds: float = PRODUCTS_S) -> Products:
+def gemm_times(device: torch.device, seconds: float = GEMM_S) -> GemmTimes:
     """Multiply for some seconds, while all ranks multiply.
 
     The mean includes the time for which the process or its node was stopped; the best of a few would not. Time spent
@@ -122,7 +122,7 @@ def products(device: torch.device, seconds: float = PRODUCTS_S) -> Products:
             times.append(taken - waited)
     finally:
         torch.set_num_threads(threads)
-    return Products(sum(times) / len(times), median(times), max(times), waiting / whole)
+    return GemmTimes(sum(times) / len(times), median(times), max(times), waiting / whole)
 
 
 def _waited_s() -> float:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from launch.preflight import disks, facts, measure, verdict
-from launch.preflight.facts import Facts
+from launch.preflight.facts import RankFacts
 from launch.slurm import submission
 from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
@@ -36,7 +36,7 @@ def run(cfg: Config, info: RankInfo) -> None:
     layout = validate(cfg, info.world_size)
     device = _start(cfg, info)
     mine = look(cfg, layout, info, device)
-    gathered: list[Facts] = [mine] * info.world_size
+    gathered: list[RankFacts] = [mine] * info.world_size
     dist.all_gather_object(gathered, mine)
     findings = verdict.judge(gathered, cfg.launcher, cfg.cluster, info.local_world_size)
     if info.rank == 0:
@@ -46,10 +46,10 @@ def run(cfg: Config, info: RankInfo) -> None:
         raise SystemExit(ExitCode.BAD_NODE)
 
 
-def look(cfg: Config, layout: ParallelLayout, info: RankInfo, device: torch.device) -> Facts:
+def look(cfg: Config, layout: ParallelLayout, info: RankInfo, device: torch.device) -> RankFacts:
     """Everything that this rank can find out, alone and together with the others."""
     cuda = device.type == "cuda"
-    found = Facts(facts.node_name(), info.rank, facts.versions())
+    found = RankFacts(facts.node_name(), info.rank, facts.versions())
     if cuda:
         free, total = torch.cuda.mem_get_info()
         found.gpus, found.memory_free = torch.cuda.device_count(), free / total
@@ -63,7 +63,7 @@ def look(cfg: Config, layout: ParallelLayout, info: RankInfo, device: torch.devi
     places = disks.places(cfg, layout, info.local_world_size)
     found.unseen, found.disks = measure.storage(places, info, 256 if cuda else 16)
     dist.barrier()
-    products = measure.products(device)
+    products = measure.gemm_times(device)
     found.matmul_s, found.waited = products.mean_s, products.waited
     found.matmul_median_s, found.matmul_worst_s = products.median_s, products.worst_s
     nodes = [""] * info.world_size
@@ -88,7 +88,7 @@ def _start(cfg: Config, info: RankInfo) -> torch.device:
     return torch.device("cpu")
 
 
-def _report(cfg: Config, gathered: list[Facts], findings: list[verdict.Finding]) -> None:
+def _report(cfg: Config, gathered: list[RankFacts], findings: list[verdict.Finding]) -> None:
     nodes = verdict.excluded(findings)
     lines = verdict.table(gathered, findings)
     if nodes:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median, median_low
 
 from launch.preflight.disks import Disk
-from launch.preflight.facts import UNKNOWN, Facts
+from launch.preflight.facts import UNKNOWN, RankFacts
 from moe_train.config.cluster import ClusterConfig
 from moe_train.config.launcher import LauncherConfig
 
@@ -26,7 +26,9 @@ class Finding:
     suspects: tuple[str, ...] = ()
 
 
-def judge(facts: list[Facts], launcher: LauncherConfig, cluster: ClusterConfig, ranks_per_node: int) -> list[Finding]:
+def judge(
+    facts: list[RankFacts], launcher: LauncherConfig, cluster: ClusterConfig, ranks_per_node: int
+) -> list[Finding]:
     """Everything wrong, in the order of the checks."""
     return [
         *_versions(facts),
@@ -49,7 +51,7 @@ def suspected(findings: Iterable[Finding]) -> list[str]:
     return sorted({node for finding in findings for node in finding.suspects})
 
 
-def _versions(facts: list[Facts]) -> list[Finding]:
+def _versions(facts: list[RankFacts]) -> list[Finding]:
     found = []
     for name in facts[0].versions:
         known = [f for f in facts if f.versions[name] != UNKNOWN]
@@ -61,7 +63,7 @@ def _versions(facts: list[Facts]) -> list[Finding]:
     return found
 
 
-def _clocks(facts: list[Facts], most_s: float) -> list[Finding]:
+def _clocks(facts: list[RankFacts], most_s: float) -> list[Finding]:
     of_node: dict[str, float] = {}
     for f in facts:  # the rank of a node that was disturbed least
         if f.node not in of_node or abs(f.clock_s) < abs(of_node[f.node]):
@@ -74,7 +76,7 @@ def _clocks(facts: list[Facts], most_s: float) -> list[Finding]:
     ]
 
 
-def _devices(facts: list[Facts], ranks_per_node: int) -> list[Finding]:
+def _devices(facts: list[RankFacts], ranks_per_node: int) -> list[Finding]:
     found = []
     for f in facts:
         found += [Finding("GPU", f.node, f"rank {f.rank}: {problem}") for problem in f.gpu_problems]
@@ -91,16 +93,16 @@ def _devices(facts: list[Facts], ranks_per_node: int) -> list[Finding]:
     return found
 
 
-def _unchecked(facts: list[Facts]) -> dict[str, list[Facts]]:
+def _unchecked(facts: list[RankFacts]) -> dict[str, list[RankFacts]]:
     """Ranks whose GPU could not be asked, by what."""
-    found: dict[str, list[Facts]] = {}
+    found: dict[str, list[RankFacts]] = {}
     for f in facts:
         for item in f.gpu_unchecked:
             found.setdefault(item, []).append(f)
     return found
 
 
-def notes(facts: list[Facts]) -> list[str]:
+def notes(facts: list[RankFacts]) -> list[str]:
     """What could not be checked on so many ranks that none of their nodes is to blame for it."""
     return [
         f"{item} could not be checked on {len(ranks)} of {len(facts)} ranks: {ranks[0].gpu_unchecked[item]}"
@@ -109,7 +111,7 @@ def notes(facts: list[Facts]) -> list[str]:
     ]
 
 
-def _storage(facts: list[Facts]) -> list[Finding]:
+def _storage(facts: list[RankFacts]) -> list[Finding]:
     found = [
         Finding("storage", f.node, f"{field} there is not the directory that rank 0 sees")
         for f in facts
@@ -134,7 +136,7 @@ def _disk_problem(disk: Disk) -> str:
     return ""
 
 
-def _disk_notes(facts: list[Facts]) -> list[str]:
+def _disk_notes(facts: list[RankFacts]) -> list[str]:
     """Directories that will be full before the run ends, if nothing is removed."""
     tightest: dict[str, Disk] = {}
     for disk in (disk for f in facts for disk in f.disks if not _disk_problem(disk)):
@@ -156,7 +158,7 @@ def _size(count: float) -> str:
     return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
 
 
-def _products(facts: list[Facts], ratio: float) -> list[Finding]:
+def _products(facts: list[RankFacts], ratio: float) -> list[Finding]:
     """Ranks whose multiplications take much longer than those of most."""
     usual = median_low(f.matmul_s for f in facts)  # of two ranks the faster one
     found = []
@@ -170,12 +172,12 @@ def _products(facts: list[Facts], ratio: float) -> list[Finding]:
     return found
 
 
-def relaxed(ratio: float, facts: list[Facts]) -> float:
+def relaxed(ratio: float, facts: list[RankFacts]) -> float:
     """`ratio` for what ranks do together: it takes longer where they wait for cores that other processes have."""
     return ratio / (1 - min(max(f.waited for f in facts), _MOST_WAITED))
 
 
-def _contended(facts: list[Facts]) -> list[str]:
+def _contended(facts: list[RankFacts]) -> list[str]:
     """Nodes that other processes compute on."""
     waited = {f.node: max(g.waited for g in facts if g.node == f.node) for f in facts}
     busy = {node: share for node, share in waited.items() if share > _NOTED_WAITED}
@@ -194,7 +196,7 @@ def remedy(findings: Iterable[Finding]) -> str:
     return "; ".join(text for check, text in told.items() if check in checks)
 
 
-def _links(facts: list[Facts], ratio: float) -> list[Finding]:
+def _links(facts: list[RankFacts], ratio: float) -> list[Finding]:
     speeds = {f.node: f.link_gb_s for f in facts if f.link_gb_s is not None}
     if len(speeds) < 3:  # of two nodes neither can be blamed
         return []
@@ -206,11 +208,11 @@ def _links(facts: list[Facts], ratio: float) -> list[Finding]:
     ]
 
 
-def _groups(facts: list[Facts], launcher: LauncherConfig, cluster: ClusterConfig) -> list[Finding]:
+def _groups(facts: list[RankFacts], launcher: LauncherConfig, cluster: ClusterConfig) -> list[Finding]:
     """Slow groups. A node is blamed only where the group lies within it; of others the suspects are named."""
     found = []
     for name in sorted({name for f in facts for name in f.groups}):
-        members: dict[int, list[Facts]] = {}
+        members: dict[int, list[RankFacts]] = {}
         for f in facts:
             if name in f.groups:
                 members.setdefault(f.groups[name][0], []).append(f)
@@ -234,7 +236,7 @@ def _groups(facts: list[Facts], launcher: LauncherConfig, cluster: ClusterConfig
     return found
 
 
-def _least(what: str, ranks: list[Facts], world: int, launcher: LauncherConfig, cluster: ClusterConfig) -> float:
+def _least(what: str, ranks: list[RankFacts], world: int, launcher: LauncherConfig, cluster: ClusterConfig) -> float:
     """GB/s that a group must reach; 0 where nothing is expected of it."""
     if launcher.expected_gbps is not None:
         return launcher.expected_gbps
@@ -272,7 +274,7 @@ def reachable(what: str, size: int, on_node: int, world: int, cluster: ClusterCo
     return 1 / (2 * (near - 1) / near / domain + 2 * (across - 1) / across / near / network)
 
 
-def table(facts: list[Facts], findings: list[Finding]) -> list[str]:
+def table(facts: list[RankFacts], findings: list[Finding]) -> list[str]:
     """A line for each check: what was measured, and what is wrong."""
     nodes = {f.node for f in facts}
     usual = Counter(tuple(sorted(f.versions.items())) for f in facts).most_common(1)[0][0]
@@ -300,7 +302,7 @@ def table(facts: list[Facts], findings: list[Finding]) -> list[str]:
     return lines
 
 
-def _storages(facts: list[Facts]) -> str:
+def _storages(facts: list[RankFacts]) -> str:
     """Of each directory what the node with the least finds."""
     texts = []
     for field in dict.fromkeys(disk.field for f in facts for disk in f.disks):
@@ -314,7 +316,7 @@ def _storages(facts: list[Facts]) -> str:
     return "; ".join(texts)
 
 
-def _bandwidths(facts: list[Facts]) -> str:
+def _bandwidths(facts: list[RankFacts]) -> str:
     texts = []
     for name in sorted({name for f in facts for name in f.groups}):
         of_group = {f.groups[name][0]: f.groups[name][1:] for f in facts if name in f.groups}

@@ -59,7 +59,7 @@ def clean(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Options:
+class ConfigSources:
     """Where the command line told Hydra to find YAML files: the job finds copies of them.
 
     Args:
@@ -76,19 +76,19 @@ class Options:
         return found + ([] if self.config_name is None else [f"--config-name={self.config_name}"])
 
 
-def options() -> Options:
+def options() -> ConfigSources:
     """Those of this process, in a Hydra job."""
     hydra = HydraConfig.get()
     given = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     name = hydra.job.config_name
-    return Options(given[0] if given else None, None if name in (None, _CONFIG_NAME) else name)
+    return ConfigSources(given[0] if given else None, None if name in (None, _CONFIG_NAME) else name)
 
 
 def _only_yaml(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if not name.endswith((".yaml", ".yml")) and not Path(folder, name).is_dir()]
 
 
-def take(cfg: Config, directory: Path, given: Options | None = None) -> Path:
+def take(cfg: Config, directory: Path, given: ConfigSources | None = None) -> Path:
     """Copy the project's code to `directory`/code, with the commit, what differs from it, and the resolved config; and
     YAML files of `--config-dir` to `directory`/conf.
 

@@ -52,7 +52,7 @@ _VERBS = {"status": status.status, "cancel": status.cancel, "logs": status.logs}
 
 @dataclass(frozen=True)
 class Checked:
-    """A run that nothing speaks against."""
+    """A validated submission."""
 
     cfg: Config
     overrides: list[str]
@@ -68,7 +68,7 @@ class Checked:
     """Why the limits of the cluster could not be looked at; "" where they were."""
     notes: list[str]
     """On the nodes, for the user."""
-    options: submission.Options
+    options: submission.ConfigSources
     """Options of the command line that the job needs too."""
 
 
@@ -80,7 +80,7 @@ def main() -> None:
 def run(words: Sequence[str]) -> int:
     """What `main` does with these words, returning the exit code."""
     if words and words[0] in _VERBS:
-        return _follow(words)
+        return _show_run(words)
     dry = _DRY in words
     rest = [word for word in words if word != _DRY]
     rest += _assumed([word for word in rest if not word.startswith("-")])
@@ -229,11 +229,11 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
             own = [*run.options.words(place), *_overrides(run)]
             (place / "sweep" / str(number)).write_text("".join(f"{word}\0" for word in own))
     record = submission.Submission(command, variables)
-    _give(record, first_after, launcher.chain, place)
+    _sbatch(record, first_after, launcher.chain, place)
     print(f"submitted {', '.join(record.jobs)}; follow with: moe-submit status {directory}")
 
 
-def _give(record: submission.Submission, first_after: list[str], count: int, place: Path) -> None:
+def _sbatch(record: submission.Submission, first_after: list[str], count: int, place: Path) -> None:
     """Submit `count` jobs, each after all before it have failed, and write down their numbers."""
     for _ in range(count):
         after = first_after
@@ -332,7 +332,7 @@ def _tidy(cfg: Config, dry: bool) -> None:
             Path(cfg.run_dir).rmdir()
 
 
-def _follow(words: Sequence[str]) -> int:
+def _show_run(words: Sequence[str]) -> int:
     try:
         if len(words) != 2:
             raise ConfigError(f"moe-submit {words[0]} takes one directory", f"moe-submit {words[0]} RUN_DIR")

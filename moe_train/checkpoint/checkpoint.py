@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from moe_train.checkpoint import node_local, state, storage, weights
 from moe_train.checkpoint.collective import free_bytes, on_main, say, together, warn
-from moe_train.checkpoint.saving import Job, Saving
+from moe_train.checkpoint.saving import SaveJob, Saving
 from moe_train.conversion import small_files
 from moe_train.formats import dcp_metadata, run_config, run_directory, state_file
 from moe_train.run import Run, TrainState
@@ -65,7 +65,7 @@ def begin(run: Run, *, copy: bool = True) -> Saving:
         if run.is_main:
             shutil.rmtree(hidden, ignore_errors=True)
         raise
-    return Saving(Job(run, root, run.state.step, share.copied(unshared) if copy else share, small, near))
+    return Saving(SaveJob(run, root, run.state.step, share.copied(unshared) if copy else share, small, near))
 
 
 def _share(run: Run) -> tuple[storage.Share, set[int]]:
@@ -180,12 +180,12 @@ def _continue_newest(run: Run) -> bool:
     if first_error is not None:
         raise CheckpointError(
             f"no checkpoint in {root} can be read ({first_error.cause})",
-            "restore one from a copy, or start afresh with resume=never",
+            "restore one from a copy, or start a new run with resume=never",
         )
     return False
 
 
-def _restore(run: Run, found: node_local.Found) -> None:
+def _restore(run: Run, found: node_local.LocalCheckpoint) -> None:
     root = root_of(run)
     try:
         node_local.restore(run, root, found)
@@ -273,7 +273,7 @@ def _facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _check(run: Run, path: Path) -> tuple[state_file.Facts, list[str]]:
+def _check(run: Run, path: Path) -> tuple[state_file.SavedProgress, list[str]]:
     """Facts of the checkpoint, and warnings about settings that differ from it."""
     run_directory.check_files(path)
     stored, saved = run_directory.read_state(path), run_config.read(path)

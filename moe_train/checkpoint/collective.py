@@ -25,8 +25,8 @@ _NO_THREAD = "can't start new thread"
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What an action returned, or the error it ended with."""
+class ActionResult:
+    """The return value of an action, or its error."""
 
     value: Any = None
     error: MoeTrainError | None = None
@@ -34,7 +34,7 @@ class Outcome:
 
 def on_main(ranks: RankContext, action: Callable[[], T], what: str) -> T:
     """Result of `action` on the first rank, or its error, on every rank."""
-    shared = [attempt(action, what) if ranks.is_main else Outcome()]
+    shared = [attempt(action, what) if ranks.is_main else ActionResult()]
     dist.broadcast_object_list(shared, src=0)
     return _value(shared[0])
 
@@ -48,9 +48,9 @@ def together(ranks: RankContext, action: Callable[[], T], what: str) -> T:
     return _value(outcome)
 
 
-def gathered(ranks: RankContext, outcome: Outcome) -> list[Any]:
+def gathered(ranks: RankContext, outcome: ActionResult) -> list[Any]:
     """The values of the outcomes of all ranks, on the first rank; elsewhere none. Every rank raises the first error."""
-    outcomes: list[Outcome] = [Outcome()] * ranks.layout.world_size
+    outcomes: list[ActionResult] = [ActionResult()] * ranks.layout.world_size
     dist.gather_object(outcome, outcomes if ranks.is_main else None)
     shared = [[found.error for found in outcomes if found.error is not None][:1]]
     dist.broadcast_object_list(shared, src=0)
@@ -58,34 +58,34 @@ def gathered(ranks: RankContext, outcome: Outcome) -> list[Any]:
     return [found.value for found in outcomes] if ranks.is_main else []
 
 
-def attempt(action: Callable[[], Any], what: str) -> Outcome:
+def attempt(action: Callable[[], Any], what: str) -> ActionResult:
     """Do `action` and keep its error, if it is one of storage. Other errors are bugs and pass through."""
     try:
-        return Outcome(action())
+        return ActionResult(action())
     except CheckpointError as error:
-        return Outcome(error=error.copied())
+        return ActionResult(error=error.copied())
     except OSError as error:
-        return Outcome(error=CheckpointError(f"cannot {what}: {error.strerror or error}", REMEDY))
+        return ActionResult(error=CheckpointError(f"cannot {what}: {error.strerror or error}", REMEDY))
     except MemoryError:
-        return Outcome(error=CheckpointError(f"cannot {what}: not enough memory", LIMITS))
+        return ActionResult(error=CheckpointError(f"cannot {what}: not enough memory", LIMITS))
     except CheckpointException as error:  # torch gathers the errors of all ranks in one, with their tracebacks
         rank, (cause, _) = next(iter(sorted(error.failures.items())))
         first_line = str(cause).strip().partition("\n")[0]
-        return Outcome(
+        return ActionResult(
             error=CheckpointError(f"cannot {what}: rank {rank}: {type(cause).__name__}: {first_line}", REMEDY)
         )
 
 
-def attempt_aside(action: Callable[[], Any], what: str) -> Outcome:
+def attempt_aside(action: Callable[[], Any], what: str) -> ActionResult:
     """`attempt` in a background thread, where a bug would otherwise go unnoticed and leave ranks waiting."""
     try:
         return attempt(action, what)
     except Exception as error:
         if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
-            return Outcome(error=no_thread(error, what))
+            return ActionResult(error=no_thread(error, what))
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = f"cannot {what}: {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
-        return Outcome(error=MoeTrainError(text, "this is a bug"))
+        return ActionResult(error=MoeTrainError(text, "this is a bug"))
 
 
 def no_thread(error: RuntimeError, what: str) -> CheckpointError:
@@ -126,7 +126,7 @@ def _raise_first(errors: list[Any]) -> None:
             raise error
 
 
-def _value(outcome: Outcome) -> Any:
+def _value(outcome: ActionResult) -> Any:
     if outcome.error is not None:
         raise outcome.error
     return outcome.value

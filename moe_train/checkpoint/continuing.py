@@ -39,8 +39,8 @@ _SHOWN = 4
 
 
 @dataclass(frozen=True)
-class Found:
-    """The checkpoint that a run goes on from."""
+class ResumePoint:
+    """The checkpoint that a run resumes from."""
 
     path: Path
     config: dict[str, Any]
@@ -86,7 +86,7 @@ def continued(cfg: Config, words: Sequence[str], compose: Callable[[Sequence[str
     return run_config.check_schedule(before, merged, found.position, asked)
 
 
-def find(cfg: Config) -> Found | None:
+def find(cfg: Config) -> ResumePoint | None:
     """The checkpoint that `resume` means and that this machine can read; None where there is none.
 
     Ranks look closer: they verify its bytes, and take an earlier one where it is damaged.
@@ -100,7 +100,7 @@ def find(cfg: Config) -> Found | None:
             position = run_config.Position(*state_file.position(state))
         except (run_directory.DamagedCheckpoint, ValueError):
             continue
-        return Found(path, config, position)
+        return ResumePoint(path, config, position)
     return None
 
 
@@ -303,7 +303,7 @@ def _candidates(cfg: Config) -> Iterator[Path]:
         return
     root = cfg.checkpoint_root
     shared = run_directory.candidates(root)
-    near = run_directory.near_of(cfg, root)
+    near = run_directory.node_local_dir(cfg, root)
     newest = run_directory.step_of(shared[0].name) if shared else -1
     yield from (
         [] if near is None else [p for p in run_directory.candidates(near) if run_directory.step_of(p.name) > newest]
@@ -311,7 +311,7 @@ def _candidates(cfg: Config) -> Iterator[Path]:
     yield from shared
 
 
-def _refuse_another_run(cfg: Config, found: Found) -> None:
+def _refuse_another_run(cfg: Config, found: ResumePoint) -> None:
     """Raise ConfigError where run_dir holds a run of its own that `resume=PATH` is not about."""
     root = cfg.checkpoint_root
     there = run_directory.candidates(root)

@@ -17,8 +17,8 @@ from moe_train.conversion import plans, small_files
 from moe_train.conversion.hf_source import HuggingFace, MappedSource
 from moe_train.conversion.mapping import Piece, pieces
 from moe_train.formats import dcp, run_directory
-from moe_train.formats.communicator import TorchTeam
-from moe_train.formats.directory_writer import Plan, together
+from moe_train.formats.communicator import TorchCommunicator
+from moe_train.formats.directory_writer import WritePlan, together
 from moe_train.formats.directory_writer import run as write
 from moe_train.formats.dtypes import of_torch
 from moe_train.run import Run
@@ -84,10 +84,10 @@ def export(run: Run, checkpoint: Path) -> Path:
         CheckpointError: it cannot be written.
     """
     target = continuing.export_of(run.cfg, checkpoint)
-    team = TorchTeam()
-    together(team, lambda: _remove(target) if run.is_main else None)
-    plan = together(team, lambda: _export_plan(run, checkpoint, target))
-    write(plan, team, threads=max(1, torch.get_num_threads()))
+    comm = TorchCommunicator()
+    together(comm, lambda: _remove(target) if run.is_main else None)
+    plan = together(comm, lambda: _export_plan(run, checkpoint, target))
+    write(plan, comm, threads=max(1, torch.get_num_threads()))
     return target
 
 
@@ -97,11 +97,11 @@ def _remove(target: Path) -> None:
         shutil.rmtree(target)
 
 
-def _export_plan(run: Run, checkpoint: Path, target: Path) -> Plan:
+def _export_plan(run: Run, checkpoint: Path, target: Path) -> WritePlan:
     stored = dcp.Checkpoint(checkpoint)
     all_pieces = pieces(run.cfg.model)
     reader = plans.MegatronReader(stored, all_pieces)
     small = small_files.of_run(run.cfg.model, run.cfg.data, run.run_dir)
     return plans.to_hf(
-        reader, all_pieces, run.cfg.model, target, plans.Options(), checkpoint, stored.files, small
+        reader, all_pieces, run.cfg.model, target, plans.ConvertOptions(), checkpoint, stored.files, small
     )  # fmt: skip

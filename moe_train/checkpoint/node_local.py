@@ -1,4 +1,4 @@
-"""Checkpoints on the nodes' own disks, which are written first and copied to where all checkpoints are.
+"""Node-local checkpoints, which are written first and then copied to shared storage.
 
     local_dir/NAME-HASH/step_N/    on each node: the files of its ranks; on that of the first rank the small ones too
 
@@ -28,7 +28,7 @@ from parallel.errors import CheckpointError
 
 def root_of(run: Run, shared: Path) -> Path | None:
     """This node's directory for the run with checkpoints in `shared`."""
-    return run_directory.near_of(run.cfg, shared)
+    return run_directory.node_local_dir(run.cfg, shared)
 
 
 def prepare(run: Run, shared: Path, step: int, own_bytes: int) -> Path | None:
@@ -121,8 +121,8 @@ def copy_small(source: Path, target: Path) -> None:
     run_directory.replace_file(target / run_directory.MANIFEST, (source / run_directory.MANIFEST).read_text())
 
 
-def keep(root: Path, count: int) -> None:
-    """Remove all but the `count` newest checkpoints of this node."""
+def prune(root: Path, count: int) -> None:
+    """Remove all but the `count` newest checkpoints of this node's disk."""
     for path in sorted(_steps(root), key=lambda path: run_directory.step_of(path.name), reverse=True)[count:]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -132,8 +132,8 @@ def _steps(root: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A complete checkpoint on the nodes' disks."""
+class LocalCheckpoint:
+    """A complete checkpoint on the nodes' own disks."""
 
     name: str
     files: manifest.Files
@@ -141,7 +141,7 @@ class Found:
     """The rank that can copy a file."""
 
 
-def find(run: Run, shared: Path) -> list[Found]:
+def find(run: Run, shared: Path) -> list[LocalCheckpoint]:
     """Complete checkpoints on the nodes' disks, newest first. Every rank calls it, and gets the same."""
     root = root_of(run, shared)
     if root is None:
@@ -164,7 +164,7 @@ def _listing(path: Path, with_manifest: bool) -> tuple[dict[str, int], manifest.
         return {}, None
 
 
-def _joined(name: str, parts: list[tuple[dict[str, int], manifest.Files | None]]) -> Found | None:
+def _joined(name: str, parts: list[tuple[dict[str, int], manifest.Files | None]]) -> LocalCheckpoint | None:
     """The parts of all ranks as one checkpoint, if nothing of it is missing."""
     files = next((files for _, files in parts if files is not None), None)
     if files is None:
@@ -177,14 +177,14 @@ def _joined(name: str, parts: list[tuple[dict[str, int], manifest.Files | None]]
             return None
         sender[file] = min(able, key=load.__getitem__)
         load[sender[file]] += entry.bytes
-    return Found(name, files, sender)
+    return LocalCheckpoint(name, files, sender)
 
 
-def restore(run: Run, shared: Path, found: Found) -> Path:
+def restore(run: Run, shared: Path, found: LocalCheckpoint) -> Path:
     """Copy a checkpoint from the nodes' disks to `shared` and return it. Every rank calls it.
 
     Raises:
-        CheckpointError: it is damaged or cannot be written. What is in `shared` stays as it is.
+        CheckpointError: it is damaged or cannot be written. `shared` is unchanged.
     """
     root, final = root_of(run, shared), shared / found.name
     hidden = collective.on_main(run, lambda: run_directory.prepare(shared, found.name), f"write to {shared}")

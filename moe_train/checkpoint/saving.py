@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from moe_train.checkpoint import collective, node_local, retention
-from moe_train.checkpoint.collective import Outcome
+from moe_train.checkpoint.collective import ActionResult
 from moe_train.checkpoint.storage import Share, Written
 from moe_train.formats import dcp_metadata, manifest, run_directory
 from moe_train.run import Run
@@ -34,8 +34,8 @@ Stages = Generator[tuple[str, Callable[[], Any]], list[Any], None]
 
 
 @dataclass
-class Job:
-    """What this rank does for one checkpoint."""
+class SaveJob:
+    """This rank's part in saving one checkpoint."""
 
     run: Run
     root: Path
@@ -43,12 +43,12 @@ class Job:
     share: Share
     small: dict[str, str]
     """Small text files: name -> content."""
-    near: Path | None
+    local_dir: Path | None
     """Directory on this node's disk that is written first."""
     stop: threading.Event = field(default_factory=threading.Event)
     written: list[Written] = field(default_factory=list)
     """What every rank has written. On the first rank only."""
-    near_complete: bool = False
+    local_complete: bool = False
     mine: manifest.Files = field(default_factory=dict)
     """Files of this rank."""
     bytes: int = 0
@@ -66,16 +66,16 @@ class Job:
 
     def stages(self) -> Stages:
         """What to do, one after the other, with what to call it. Each is sent what the one before returned."""
-        self.written = yield f"write {self.near or self.final}", self.write
-        if self.near is not None:
-            yield f"write {self.near}", self.complete_near
-            self.near_complete = True
+        self.written = yield f"write {self.local_dir or self.final}", self.write
+        if self.local_dir is not None:
+            yield f"write {self.local_dir}", self.complete_local
+            self.local_complete = True
             yield f"write {self.final}", self.send
         yield f"write {self.final}", self.publish
 
     def write(self) -> Written:
         """This rank's file."""
-        where = self.near or self.hidden
+        where = self.local_dir or self.hidden
         try:
             written = self.share.write(where, self.stop)
         except OSError as error:
@@ -102,40 +102,40 @@ class Job:
         self.bytes = sum(entry.bytes for entry in files.values())
         manifest.write(where, files)
 
-    def complete_near(self) -> None:
+    def complete_local(self) -> None:
         """With its manifest, the checkpoint on the nodes' disks is complete."""
-        if self.run.is_main and self.near is not None:
-            self.complete(self.near)
+        if self.run.is_main and self.local_dir is not None:
+            self.complete(self.local_dir)
 
     def send(self) -> None:
         """This rank's file from the node's disk to where all checkpoints are."""
         for name, entry in self.mine.items():
-            if self.near is not None:
-                node_local.copy(self.near / name, self.hidden / name, entry, self.stop)
+            if self.local_dir is not None:
+                node_local.copy(self.local_dir / name, self.hidden / name, entry, self.stop)
 
     def publish(self) -> None:
         """On the first rank: give the complete checkpoint its name, and remove those that are not kept."""
         settings = self.run.cfg.checkpoint
         if self.run.is_main:
-            if self.near is None:
+            if self.local_dir is None:
                 self.complete(self.hidden)
             else:
-                node_local.copy_small(self.near, self.hidden)
+                node_local.copy_small(self.local_dir, self.hidden)
             check_complete(self.hidden)
             run_directory.publish(self.root, self.final.name)
             try:
                 retention.apply(self.root, settings.keep_last, settings.keep_every)
             except OSError as error:  # what was saved is saved
                 collective.warn(f"cannot remove a checkpoint that retention removes: {error}")
-        if self.near is not None and self.run.rank.local_rank == 0:
-            node_local.keep(self.near.parent, settings.local_keep)
+        if self.local_dir is not None and self.run.rank.local_rank == 0:
+            node_local.prune(self.local_dir.parent, settings.local_keep)
 
     def undo(self) -> None:
         """Remove what was written of a checkpoint that failed. What is complete on the nodes' disks stays."""
         if self.run.is_main:
             shutil.rmtree(self.hidden, ignore_errors=True)
-        if self.near is not None and not self.near_complete and self.run.rank.local_rank == 0:
-            shutil.rmtree(self.near, ignore_errors=True)
+        if self.local_dir is not None and not self.local_complete and self.run.rank.local_rank == 0:
+            shutil.rmtree(self.local_dir, ignore_errors=True)
 
 
 def check_complete(path: Path) -> None:
@@ -153,7 +153,7 @@ def check_complete(path: Path) -> None:
 class Saving:
     """A checkpoint that is being written. Every rank makes the same calls in the same steps."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: SaveJob) -> None:
         self.job = job
         self._began = time.monotonic()
         self.seconds = 0.0
@@ -199,7 +199,7 @@ class Saving:
 
     def _begin(self, stage: tuple[str, Callable[[], Any]]) -> None:
         what, action = stage
-        self._outcome = Outcome()
+        self._outcome = ActionResult()
 
         def work() -> None:
             self._outcome = collective.attempt_aside(action, what)
@@ -209,7 +209,7 @@ class Saving:
         try:
             thread.start()
         except RuntimeError as error:  # an exception here would leave the other ranks waiting in their next collective
-            self._thread, self._outcome = None, Outcome(error=collective.no_thread(error, what))
+            self._thread, self._outcome = None, ActionResult(error=collective.no_thread(error, what))
 
     def _join(self) -> None:
         """Wait a moment for this rank's thread."""

@@ -12,7 +12,7 @@ def doc(
 ) -> Any:
     """A dataclass field with a one-line doc (and its unit), the strings it may hold, its smallest and largest value.
 
-    `maximum` only keeps a slip of the finger from filling memory: it is far above what anyone means.
+    `maximum` only guards against typos that would fill memory: it is far above any intended value.
     """
     metadata = {"doc": text, "choices": tuple(choices), "minimum": minimum, "maximum": maximum}
     if isinstance(default, list):

@@ -24,7 +24,7 @@ from moe_train.conversion.mapping import Part, Piece, pieces, refuse_larger
 from moe_train.conversion.plans import MegatronReader, is_model_tensor
 from moe_train.formats import dcp, run_config, run_directory, safetensors
 from moe_train.formats.dtypes import Dtype
-from moe_train.formats.tensor_slices import Extent, Rows
+from moe_train.formats.tensor_slices import FileRegion, TensorSlice
 from parallel.errors import CheckpointError
 
 _BLOCK_BYTES = 1 << 20  # of each side, at once, in each thread; measuring differences takes some forty times that
@@ -37,7 +37,7 @@ class Stored:
 
     dtype: Dtype
     shape: tuple[int, ...]
-    read: Callable[[int | None, int, int], Rows]
+    read: Callable[[int | None, int, int], TensorSlice]
     """(i, start, stop) -> rows of the i-th slice of the first axis; i is None where there are at most two axes."""
 
     def blocks(self) -> Iterator[tuple[int | None, int, int]]:
@@ -189,8 +189,8 @@ def _raw(path: Path) -> Tensors:
     }
 
 
-def _of_extent(extent: Extent) -> Stored:
-    def read(index: int | None, start: int, stop: int) -> Rows:
+def _of_extent(extent: FileRegion) -> Stored:
+    def read(index: int | None, start: int, stop: int) -> TensorSlice:
         if not extent.shape:
             return extent.read()
         return (extent if index is None else extent.index(index)).row_range(start, stop).read()
@@ -198,7 +198,7 @@ def _of_extent(extent: Extent) -> Stored:
     return Stored(extent.dtype, extent.shape, read)
 
 
-def _megatron_rows(checkpoint: dcp.Checkpoint, key: str, index: int | None, start: int, stop: int) -> Rows:
+def _megatron_rows(checkpoint: dcp.Checkpoint, key: str, index: int | None, start: int, stop: int) -> TensorSlice:
     if not checkpoint.tensors[key].size:
         return checkpoint.chunks(key)[0].extent.read()
     return checkpoint.read(key, index, start, stop)
@@ -232,7 +232,7 @@ def _mapped(path: Path, model: ModelConfig | None) -> Tensors:
 
 
 def _of_piece(reader: MegatronReader, piece: Piece, part: Part) -> Stored:
-    def read(_: int | None, start: int, stop: int) -> Rows:
+    def read(_: int | None, start: int, stop: int) -> TensorSlice:
         return reader.part_rows(piece, part, start, stop)
 
     return Stored(reader.dtype(piece), piece.part_shape(part), read)

@@ -13,7 +13,7 @@ from moe_train.conversion.families.tables import FAMILIES
 from moe_train.conversion.mapping import Fused, Part, Piece, pieces, refuse_larger
 from moe_train.formats import block_fp8, nonfinite, safetensors
 from moe_train.formats.dtypes import DTYPES, Dtype
-from moe_train.formats.tensor_slices import Extent, Rows
+from moe_train.formats.tensor_slices import FileRegion, TensorSlice
 from parallel.errors import CheckpointError
 
 _FP8 = (DTYPES["float8_e4m3fn"], DTYPES["float8_e5m2"])
@@ -26,7 +26,7 @@ class HuggingFace:
         self.directory = directory
         self.config = config.read(directory)
         self.extents = safetensors.open_directory(directory)
-        self._scales: dict[str, Rows] = {}
+        self._scales: dict[str, TensorSlice] = {}
         self._check_blocks()
         for name, extent in self.extents.items():
             if extent.dtype in _FP8:
@@ -41,7 +41,7 @@ class HuggingFace:
                 f"FP8 here has one scale for each block of {block_fp8.BLOCK} x {block_fp8.BLOCK}",
             )
 
-    def _check_scale(self, name: str, extent: Extent) -> None:
+    def _check_scale(self, name: str, extent: FileRegion) -> None:
         scale = self.extents.get(name + block_fp8.SUFFIX)
         expected = block_fp8.scale_shape(extent.shape) if len(extent.shape) == 2 else None
         if (
@@ -75,7 +75,7 @@ class HuggingFace:
         stored = self.extents[name].dtype
         return DTYPES["bfloat16"] if stored in _FP8 else stored
 
-    def read(self, name: str, start: int, stop: int, out: memoryview | None = None) -> Rows:
+    def read(self, name: str, start: int, stop: int, out: memoryview | None = None) -> TensorSlice:
         """Rows `start` to `stop`, in `out` where it is given and they are stored as they are read."""
         extent = self.extents[name]
         part = extent.row_range(start, stop)
@@ -86,7 +86,7 @@ class HuggingFace:
         if scale is None:
             scale = self.extents[name + block_fp8.SUFFIX].read()
             self._scales = {name: scale}  # rows of one tensor are read one after the other
-        return Rows.of(block_fp8.dequantise(rows.tensor(), scale.tensor(), start))
+        return TensorSlice.of(block_fp8.dequantise(rows.tensor(), scale.tensor(), start))
 
 
 class MappedSource:
@@ -158,13 +158,13 @@ class MappedSource:
         found = {self.source.dtype(self._stored(part)) for part in piece.parts}
         return max(found, key=lambda dtype: dtype.itemsize)
 
-    def read(self, piece: Piece, start: int, stop: int, dtype: Dtype, out: memoryview | None = None) -> Rows:
+    def read(self, piece: Piece, start: int, stop: int, dtype: Dtype, out: memoryview | None = None) -> TensorSlice:
         """Rows `start` to `stop` of the piece in `dtype`; in `out` where given. Rows that only pad are zero.
 
         Raises:
             CheckpointError: what must be copies of one tensor are not equal.
         """
-        whole = Rows.empty(dtype, (stop - start, *piece.shape[1:]), out)
+        whole = TensorSlice.empty(dtype, (stop - start, *piece.shape[1:]), out)
         filled = 0
         for part in piece.parts:
             row = 0  # of the part, where the block begins
@@ -185,7 +185,7 @@ class MappedSource:
             padding[:] = bytes(len(padding))
         return whole
 
-    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> Rows:
+    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> TensorSlice:
         """Rows of the Hugging Face tensor `part`, in `out` where it is given and they are stored as they are read."""
         name = self._stored(part)
         if part.fused is not None and name not in (part.name, part.other):
@@ -199,13 +199,15 @@ class MappedSource:
                 )
         return rows
 
-    def _fused_rows(self, name: str, fused: Fused, rows: int, start: int, stop: int, out: memoryview | None) -> Rows:
+    def _fused_rows(
+        self, name: str, fused: Fused, rows: int, start: int, stop: int, out: memoryview | None
+    ) -> TensorSlice:
         expert = self.source.extents[name].index(fused.expert)
         first = fused.part * rows
         return expert.row_range(first + start, first + stop).read(out)
 
 
-def narrowed(rows: Rows, dtype: Dtype, name: str) -> Rows:
+def narrowed(rows: TensorSlice, dtype: Dtype, name: str) -> TensorSlice:
     """The rows of the tensor `name` in another precision.
 
     Raises:
@@ -215,7 +217,7 @@ def narrowed(rows: Rows, dtype: Dtype, name: str) -> Rows:
         return rows
     tensor = rows.tensor()
     result = tensor.to(dtype.torch)
-    narrow = Rows.of(result)
+    narrow = TensorSlice.of(result)
     if nonfinite.count(dtype, narrow.data).infinite:
         lost = result.isinf() & tensor.isfinite()
         if lost.any():
@@ -240,7 +242,7 @@ def _layer(name: str) -> int:
     return int(found.group(1)) if found else -1
 
 
-def _same_bits(a: Rows, b: Rows) -> bool:
+def _same_bits(a: TensorSlice, b: TensorSlice) -> bool:
     return a.dtype == b.dtype and bytes(a.data) == bytes(b.data)  # views would be compared item by item
 
 

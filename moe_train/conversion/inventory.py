@@ -14,7 +14,7 @@ from moe_train.conversion.mapping import pieces, refuse_larger
 from moe_train.formats import block_fp8, dcp, directory_writer, run_config, run_directory, safetensors
 from moe_train.formats.dtypes import Dtype
 from moe_train.formats.nonfinite import Tally
-from moe_train.formats.tensor_slices import Extent
+from moe_train.formats.tensor_slices import FileRegion
 from moe_train.model.arithmetic import ParameterCount, count_parameters
 from moe_train.model.megatron_names import EMBEDDING, EXPERTS, HEAD
 from parallel.errors import CheckpointError, MoeTrainError
@@ -143,7 +143,7 @@ def _hugging_face(path: Path) -> Inventory:
         refuse_larger(found.model, sum(prod(extent.shape) for extent in extents.values()), path / config.FILE)
         parts = _hugging_face_parts(found.model)
     except MoeTrainError as error:
-        found.facts["parts"] = f"cannot be told: {error.cause}"
+        found.facts["parts"] = f"unknown: {error.cause}"
     for key, extent in extents.items():
         scaled = key.endswith(block_fp8.SUFFIX) and key.removesuffix(block_fp8.SUFFIX) in extents
         found.add(SCALES if scaled else parts.get(key, OTHER), extent.shape, extent.dtype)
@@ -230,9 +230,9 @@ def verify(
     return files, checked, tally
 
 
-def _places(path: Path) -> dict[str, list[tuple[str, Extent]]]:
+def _places(path: Path) -> dict[str, list[tuple[str, FileRegion]]]:
     """Where the tensors of each file of a checkpoint are: file -> (tensor, place). Nothing for other directories."""
-    found: dict[str, list[tuple[str, Extent]]] = {}
+    found: dict[str, list[tuple[str, FileRegion]]] = {}
     if is_hugging_face(path):
         for name, extent in safetensors.open_directory(path).items():
             found.setdefault(extent.path.name, []).append((name, extent))

@@ -21,12 +21,12 @@ from moe_train.conversion.hf_source import HuggingFace, MappedSource, narrowed
 from moe_train.conversion.mapping import Part, Piece
 from moe_train.conversion.small_files import KEPT, SmallFiles, accompanying
 from moe_train.formats import block_fp8, dcp, run_config, safetensors
-from moe_train.formats.directory_writer import FileJob, Plan
+from moe_train.formats.directory_writer import FileJob, WritePlan
 from moe_train.formats.dtypes import DTYPES, Dtype
 from moe_train.formats.hashing_file import HashingFile
 from moe_train.formats.nonfinite import Tally
 from moe_train.formats.run_directory import CONFIG, FORMAT, METADATA, STATE, read_state
-from moe_train.formats.tensor_slices import BLOCK_BYTES, Rows
+from moe_train.formats.tensor_slices import BLOCK_BYTES, TensorSlice
 from parallel.errors import CheckpointError, ConfigError
 
 FP32, BF16 = DTYPES["float32"], DTYPES["bfloat16"]
@@ -43,7 +43,7 @@ class Reader(Protocol):
     def dtype(self, piece: Piece) -> Dtype:
         """Of the piece as it is stored."""
 
-    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> Rows:
+    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> TensorSlice:
         """Rows of the Hugging Face tensor `part`, in `out` where it is given and they are stored as they are read."""
 
     def has(self, name: str) -> bool:
@@ -54,8 +54,8 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the user can choose."""
+class ConvertOptions:
+    """Options of a conversion."""
 
     dtype: str | None = None
     """fp32, bf16, fp16, fp8 (Hugging Face only); None keeps that of each tensor."""
@@ -94,8 +94,8 @@ class MegatronReader:
     def has(self, name: str) -> bool:
         return name != "lm_head.weight"  # a tied head: transformers leaves it out
 
-    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> Rows:
-        rows, row = Rows.empty(self.dtype(piece), (stop - start, *piece.shape[1:]), out), 0
+    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> TensorSlice:
+        rows, row = TensorSlice.empty(self.dtype(piece), (stop - start, *piece.shape[1:]), out), 0
         for first, last in part.blocks:
             begin, end = max(row, start), min(row + last - first, stop)
             if begin < end:
@@ -146,14 +146,14 @@ class HuggingFaceReader:
     def has(self, name: str) -> bool:
         return name in self._source.source.extents
 
-    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> Rows:
+    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> TensorSlice:
         return self._source.part_rows(piece, part, start, stop, out)
 
     def settle(self) -> None:
         """Its files have no checksum but that of the whole."""
 
 
-def to_megatron(source: MappedSource, target: Path, cfg: Config, options: Options) -> Plan:
+def to_megatron(source: MappedSource, target: Path, cfg: Config, options: ConvertOptions) -> WritePlan:
     """Hugging Face -> Megatron: weights for `init_from`, which any layout of ranks reads.
 
     Args:
@@ -193,13 +193,13 @@ def to_megatron(source: MappedSource, target: Path, cfg: Config, options: Option
     kept = {f"{KEPT}/{path.name}": path for path in accompanying(directory)}
     used = {extent.path for extent in source.source.extents.values()}
     identity = {"format": "megatron", **_identity(directory, used, options, source.model, jobs)}
-    return Plan(target, identity, jobs, finish, kept, tallies.notes)
+    return WritePlan(target, identity, jobs, finish, kept, tallies.notes)
 
 
 class _Tallies:
     """What becomes of numbers that are not finite."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: ConvertOptions) -> None:
         self.allowed = options.allow_nonfinite
         self.notes: list[str] = []
         """What was written in spite of them, a line for each file."""
@@ -242,7 +242,7 @@ def _write_chunks(source: MappedSource, chunks: list[_Chunk], tallies: _Tallies,
         offsets = (*lead, chunk.start, *[0] * (len(piece.shape) - 1))
         shape = (*tail, chunk.stop - chunk.start, *piece.shape[1:])
         row_bytes = prod(piece.shape[1:]) * chunk.dtype.itemsize
-        rows: Iterator[Rows] = (
+        rows: Iterator[TensorSlice] = (
             source.read(piece, first, last, chunk.dtype, out.scratch((last - first) * row_bytes))
             for first, last in _blocks(chunk, chunk.bytes)
         )
@@ -260,7 +260,7 @@ def _blocks(rows: _Chunk | _Box, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _save(
-    out: HashingFile, dtype: Dtype, shape: Sequence[int], blocks: Iterator[Rows], key: str,
+    out: HashingFile, dtype: Dtype, shape: Sequence[int], blocks: Iterator[TensorSlice], key: str,
     global_shape: Sequence[int], offsets: Sequence[int],
 ) -> list[Any]:  # fmt: skip
     start = out.position
@@ -285,7 +285,7 @@ def upstream_files() -> dict[str, bytes]:
     return {"metadata.json": json.dumps(kinds).encode(), "common.pt": dcp.EMPTY}
 
 
-def copy_megatron(checkpoint: dcp.Checkpoint, target: Path, options: Options) -> Plan:
+def copy_megatron(checkpoint: dcp.Checkpoint, target: Path, options: ConvertOptions) -> WritePlan:
     """Megatron -> Megatron: the same state in another precision of the weights, in files of another size, or without
     the optimizer. Nothing is done for another layout: a checkpoint has none.
 
@@ -308,7 +308,7 @@ def copy_megatron(checkpoint: dcp.Checkpoint, target: Path, options: Options) ->
             if options.dtype and is_model_tensor(box.key) and not box.key.endswith("expert_bias"):
                 dtype = _CHOICES[options.dtype]
             parts = (extent.row_range(first, last) for first, last in _blocks(box, box.bytes))
-            rows: Iterator[Rows] = (
+            rows: Iterator[TensorSlice] = (
                 narrowed(checkpoint.read_part(box.chunk, part, out.scratch(part.bytes)), dtype, box.key)
                 for part in parts
             )
@@ -333,7 +333,7 @@ def copy_megatron(checkpoint: dcp.Checkpoint, target: Path, options: Options) ->
 
     kept = {f"{KEPT}/{path.name}": path for path in accompanying(directory / KEPT)}
     identity = {"format": "megatron", **_identity(directory, checkpoint.files, options, None, jobs)}
-    return Plan(target, identity, jobs, finish, kept, tallies.notes)
+    return WritePlan(target, identity, jobs, finish, kept, tallies.notes)
 
 
 @dataclass(frozen=True)
@@ -358,13 +358,13 @@ def _boxes(key: str, chunk: dcp.Chunk) -> Iterator[_Box]:
 
 
 @dataclass(frozen=True)
-class _Output:
+class _TensorOutput:
     """One tensor of a safetensors file and its rows, a block at a time."""
 
     name: str
     dtype: Dtype
     shape: tuple[int, ...]
-    blocks: Callable[[HashingFile, Tally], Iterator[Rows]]
+    blocks: Callable[[HashingFile, Tally], Iterator[TensorSlice]]
 
     @property
     def bytes(self) -> int:
@@ -372,9 +372,9 @@ class _Output:
 
 
 def to_hf(
-    reader: Reader, all_pieces: Sequence[Piece], model: ModelConfig, target: Path, options: Options,
+    reader: Reader, all_pieces: Sequence[Piece], model: ModelConfig, target: Path, options: ConvertOptions,
     origin: Path, files: Iterable[Path], small: SmallFiles,
-) -> Plan:  # fmt: skip
+) -> WritePlan:  # fmt: skip
     """Anything -> Hugging Face.
 
     Args:
@@ -414,45 +414,45 @@ def to_hf(
         }
 
     identity = {"format": "hf", **_identity(origin, files, options, model, jobs)}
-    return Plan(target, identity, jobs, finish, small.copied, tallies.notes)
+    return WritePlan(target, identity, jobs, finish, small.copied, tallies.notes)
 
 
-def _outputs(reader: Reader, piece: Piece, part: Part, dtype: Dtype, options: Options) -> list[_Output]:
+def _outputs(reader: Reader, piece: Piece, part: Part, dtype: Dtype, options: ConvertOptions) -> list[_TensorOutput]:
     shape = piece.part_shape(part)
     copies = [name for name in part.copies if reader.has(name)]
     if dtype != block_fp8.DTYPE:
-        return [_Output(n, dtype, shape, _rows(reader, piece, part, dtype)) for n in (part.name, *copies)]
-    scales: list[Rows] = []
+        return [_TensorOutput(n, dtype, shape, _rows(reader, piece, part, dtype)) for n in (part.name, *copies)]
+    scales: list[TensorSlice] = []
 
-    def weight(out: HashingFile, tally: Tally) -> Iterator[Rows]:
+    def weight(out: HashingFile, tally: Tally) -> Iterator[TensorSlice]:
         scales.clear()
         for rows in _rows(reader, piece, part, None)(out, tally):
             values = rows.tensor()
             if options.allow_nonfinite and values.isinf().any():  # by the rule of training it would become 448
                 raise CheckpointError(f"{part.name} has infinities, and FP8 (E4M3) has none", "set convert.dtype=bf16")
             quantised, scale = block_fp8.quantise(values, options.power_of_two_scales)
-            scales.append(Rows.of(scale))
-            yield Rows.of(quantised)
+            scales.append(TensorSlice.of(scale))
+            yield TensorSlice.of(quantised)
 
-    def scale(*_: Any) -> Iterator[Rows]:  # written after the weight, in the same file
+    def scale(*_: Any) -> Iterator[TensorSlice]:  # written after the weight, in the same file
         yield from scales
 
     scale_shape = block_fp8.scale_shape(shape)
     return [
-        _Output(part.name, dtype, shape, weight),
-        _Output(part.name + block_fp8.SUFFIX, FP32, scale_shape, scale),
+        _TensorOutput(part.name, dtype, shape, weight),
+        _TensorOutput(part.name + block_fp8.SUFFIX, FP32, scale_shape, scale),
     ]
 
 
 def _rows(
     reader: Reader, piece: Piece, part: Part, dtype: Dtype | None
-) -> Callable[[HashingFile, Tally], Iterator[Rows]]:
+) -> Callable[[HashingFile, Tally], Iterator[TensorSlice]]:
     """The rows of a part, a few at a time; as they are stored and in whole FP8 blocks where no `dtype` is given."""
     row_bytes = prod(piece.shape[1:]) * reader.dtype(piece).itemsize
     whole = block_fp8.BLOCK if dtype is None else 1
     step = max(1, BLOCK_BYTES // row_bytes // whole) * whole
 
-    def blocks(out: HashingFile, tally: Tally) -> Iterator[Rows]:
+    def blocks(out: HashingFile, tally: Tally) -> Iterator[TensorSlice]:
         for start in range(0, part.rows, step):
             stop = min(start + step, part.rows)
             rows = reader.part_rows(piece, part, start, stop, out.scratch((stop - start) * row_bytes))
@@ -461,7 +461,7 @@ def _rows(
     return blocks
 
 
-def _write_outputs(reader: Reader, outputs: list[_Output], tallies: _Tallies, out: HashingFile) -> None:
+def _write_outputs(reader: Reader, outputs: list[_TensorOutput], tallies: _Tallies, out: HashingFile) -> None:
     tally = Tally()
     out.write(safetensors.header([(o.name, o.dtype, o.shape) for o in outputs]))
     for output in outputs:
@@ -471,7 +471,7 @@ def _write_outputs(reader: Reader, outputs: list[_Output], tallies: _Tallies, ou
     tallies.settle(tally)
 
 
-def _wanted(options: Options, piece: Piece, stored: Dtype) -> Dtype:
+def _wanted(options: ConvertOptions, piece: Piece, stored: Dtype) -> Dtype:
     """The precision in which a piece is written."""
     if piece.keeps_fp32:
         return FP32
@@ -499,7 +499,7 @@ def _pack(things: Sequence[Any], size_of: Callable[[Any], int], wanted: int | No
 
 
 def _identity(
-    directory: Path, files: Iterable[Path], options: Options, model: ModelConfig | None, jobs: Iterable[FileJob]
+    directory: Path, files: Iterable[Path], options: ConvertOptions, model: ModelConfig | None, jobs: Iterable[FileJob]
 ) -> dict[str, Any]:
     """What decides the bytes of the result: the source's files as they are, every option, what goes into which file."""
     stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(set(files))}
@@ -512,4 +512,4 @@ def _identity(
     }
 
 
-__all__ = ["HuggingFace", "MappedSource", "MegatronReader", "Options", "copy_megatron", "to_hf", "to_megatron"]
+__all__ = ["ConvertOptions", "HuggingFace", "MappedSource", "MegatronReader", "copy_megatron", "to_hf", "to_megatron"]

@@ -55,7 +55,7 @@ def only_one(directory: Path, tell: Callable[[str], None]) -> Iterator[None]:
     path = directory / NAME
     held = _wait(path, directory, tell)
     try:
-        beat = locks.Heartbeat(path, BEAT_S, _POLL_S)
+        beat = locks.LockHeartbeat(path, BEAT_S, _POLL_S)
     except RuntimeError as error:
         _let_go(held)
         raise DataError(f"the lock of data.dir needs a thread: {error}", "raise ulimit -u and ulimit -v") from None
@@ -75,7 +75,7 @@ def _let_go(held: IO[str]) -> None:
 
 def _wait(path: Path, directory: Path, tell: Callable[[str], None]) -> IO[str]:
     told = False
-    watch = locks.Watch(path)
+    watch = locks.LockWatch(path)
     while True:
         file = _try(path)
         if file is not None:
@@ -139,7 +139,7 @@ def _not_a_file(path: Path) -> DataError:
 
 def _beats(path: Path) -> bool:
     """Whether another process holds the lock, and has a heartbeat."""
-    watch = locks.Watch(path)
+    watch = locks.LockWatch(path)
     while watch.watched_s < 3 * BEAT_S:
         try:
             if watch.look():

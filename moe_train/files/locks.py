@@ -47,8 +47,8 @@ def name_of(pid: int, host: str) -> str:
     return f"process {pid} on {printable(host)}"
 
 
-class Heartbeat:
-    """A thread that sets the time of modification of a lock until `end`.
+class LockHeartbeat:
+    """A thread that renews the modification time of a lock until `end`.
 
     Args:
         interval_s: seconds between two heartbeats.
@@ -94,8 +94,8 @@ class Heartbeat:
                 return
 
 
-class Watch:
-    """Watches the heartbeat of a lock that another process holds. Seconds are those of this machine's clock."""
+class LockWatch:
+    """Observes the heartbeat of a lock that another process holds. Seconds are those of this machine's clock."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

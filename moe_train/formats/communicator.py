@@ -1,4 +1,4 @@
-"""Who converts which file: the processes of an MPI job, of a training run, or this one alone."""
+"""Communicators of a conversion: the ranks of an MPI job, the ranks of a training run, or a single process."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import Any, Protocol
 from parallel.errors import LaunchError
 
 
-class Team(Protocol):
-    """Processes that work on one conversion. Every one calls each method at the same point."""
+class Communicator(Protocol):
+    """Ranks of one conversion. The methods are collective."""
 
     rank: int
     size: int
 
     def broadcast(self, value: Any) -> Any:
-        """The value of rank 0, everywhere."""
+        """The value of rank 0, on every rank."""
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, everywhere."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on every rank."""
 
 
-class Alone:
-    """This process only."""
+class SingleProcess:
+    """A conversion without other ranks."""
 
     rank, size = 0, 1
 
     def broadcast(self, value: Any) -> Any:
         return value
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         return [value]
 
 
-class MpiTeam:
+class MpiCommunicator:
     """The ranks of an MPI job, through mpi4py."""
 
     def __init__(self, communicator: Any) -> None:
@@ -46,11 +46,11 @@ class MpiTeam:
     def broadcast(self, value: Any) -> Any:
         return self._communicator.bcast(value, root=0)
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         return list(self._communicator.allgather(value))
 
 
-class TorchTeam:
+class TorchCommunicator:
     """The ranks of `torch.distributed`."""
 
     def __init__(self) -> None:
@@ -64,25 +64,25 @@ class TorchTeam:
         self._dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
         self._dist.all_gather_object(values, value)
         return values
 
 
-def cores(team: Team) -> int:
+def cores(comm: Communicator) -> int:
     """This rank's share of the cores that the ranks on this machine may use, at least one. Every rank calls it."""
     mine = platform.node(), os.sched_getaffinity(0)
-    here = [allowed for machine, allowed in team.gather(mine) if machine == mine[0]]
+    here = [allowed for machine, allowed in comm.all_gather(mine) if machine == mine[0]]
     return max(1, len(set().union(*here)) // len(here))
 
 
-# What launchers tell each process of how many there are: Open MPI, hydra and Slurm's PMI-2, Slurm itself.
+# Rank and size in the environment, by launcher: Open MPI, hydra and Slurm's PMI-2, Slurm itself.
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
-def from_environment(env: Mapping[str, str] = os.environ) -> Team:
+def from_environment(env: Mapping[str, str] = os.environ) -> Communicator:
     """The MPI job that this process is a rank of, or this process alone.
 
     Raises:
@@ -91,7 +91,7 @@ def from_environment(env: Mapping[str, str] = os.environ) -> Team:
     """
     announced = max((int(env[name]) for name in _SIZES if env.get(name, "").isdigit()), default=1)
     if announced == 1:
-        return Alone()
+        return SingleProcess()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a launcher of another MPI, which is an error here
@@ -101,15 +101,15 @@ def from_environment(env: Mapping[str, str] = os.environ) -> Team:
             f"{announced} processes were started, but mpi4py cannot be used: {str(error).splitlines()[0]}",
             "pip install 'moe-train[mpi]' with the MPI that the launcher belongs to, or start one process",
         ) from error
-    team = MpiTeam(MPI.COMM_WORLD)
-    if team.size != announced:
+    comm = MpiCommunicator(MPI.COMM_WORLD)
+    if comm.size != announced:
         raise LaunchError(
-            f"{announced} processes were started, but mpi4py sees {team.size}: it is built for another MPI",
+            f"{announced} processes were started, but mpi4py sees {comm.size}: it is built for another MPI",
             "use mpirun of the MPI that mpi4py is built for, or srun --mpi=pmi2",
         )
-    return team
+    return comm
 
 
-def speaks(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process prints an error that all processes of the launcher have."""
+def is_reporting_rank(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is rank 0 of its launcher, which prints the errors that all ranks have."""
     return not any(env.get(name, "0") != "0" for name in _RANKS)

@@ -27,7 +27,7 @@ from moe_train.files import untrusted
 from moe_train.formats import dcp_metadata, torch_item
 from moe_train.formats.dtypes import DTYPES, Dtype
 from moe_train.formats.run_directory import METADATA, damaged
-from moe_train.formats.tensor_slices import BLOCK_BYTES, Extent, Rows
+from moe_train.formats.tensor_slices import BLOCK_BYTES, FileRegion, TensorSlice
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -49,7 +49,7 @@ class Chunk:
     length: int
 
     @property
-    def extent(self) -> Extent:
+    def extent(self) -> FileRegion:
         """Where its numbers are."""
         return self._located[0]
 
@@ -60,7 +60,7 @@ class Chunk:
 
     def check(self) -> None:
         """Raise CheckpointError where its numbers are not those that were written, by the checksum next to them."""
-        found, flat = 0, Extent(self.file, self.extent.offset, DTYPES["uint8"], (self.bytes,))
+        found, flat = 0, FileRegion(self.file, self.extent.offset, DTYPES["uint8"], (self.bytes,))
         block = memoryview(bytearray(min(BLOCK_BYTES, self.bytes)))
         for start in range(0, self.bytes, BLOCK_BYTES):
             part = flat.row_range(start, min(start + BLOCK_BYTES, self.bytes))
@@ -73,7 +73,7 @@ class Chunk:
             raise damaged(self.file.parent, f"the bytes of an item of {self.file.name} are not those that were written")
 
     @cached_property
-    def _located(self) -> tuple[Extent, int]:
+    def _located(self) -> tuple[FileRegion, int]:
         """Where its numbers are, and their CRC-32. Reads the item's table of contents; they must lie in one piece."""
         try:
             with untrusted.open_binary(self.file) as file:
@@ -86,7 +86,7 @@ class Chunk:
             raise damaged(self.file.parent, f"an item of {self.file.name} is not what its table of contents says")
         if not 0 <= data <= self.length - entry.file_size:
             raise damaged(self.file.parent, f"an item of {self.file.name} is cut off")
-        return Extent(self.file, self.start + data, dtype, self.sizes), entry.CRC
+        return FileRegion(self.file, self.start + data, dtype, self.sizes), entry.CRC
 
     def _opened(self, window: _Window) -> tuple[Dtype | None, zipfile.ZipInfo, int]:
         """Format of the numbers (None where they are not these rows in one piece), their entry, where they begin."""
@@ -156,7 +156,7 @@ class Checks:
         begun: dict[int, tuple[Chunk, int, int]] = self._begun.__dict__.setdefault("chunks", {})
         return begun
 
-    def read(self, chunk: Chunk, part: Extent, out: memoryview | None = None) -> Rows:
+    def read(self, chunk: Chunk, part: FileRegion, out: memoryview | None = None) -> TensorSlice:
         """`part` of `chunk`.
 
         Raises:
@@ -264,11 +264,11 @@ class Checkpoint:
                 ):
                     _ = chunk.extent
 
-    def read_part(self, chunk: Chunk, part: Extent, out: memoryview | None = None) -> Rows:
+    def read_part(self, chunk: Chunk, part: FileRegion, out: memoryview | None = None) -> TensorSlice:
         """A part of a chunk, read into `out` where given."""
         return self.checks.read(chunk, part, out) if self.checks else part.read(out)
 
-    def read(self, key: str, index: int | None, start: int, stop: int, out: memoryview | None = None) -> Rows:
+    def read(self, key: str, index: int | None, start: int, stop: int, out: memoryview | None = None) -> TensorSlice:
         """Rows `start` to `stop` of a tensor, or of its `index`-th slice on the first axis; in `out` where given.
 
         Raises:
@@ -276,7 +276,7 @@ class Checkpoint:
         """
         shape = tuple(self.tensors[key].size)
         rows = shape if index is None else shape[1:]
-        whole = Rows.empty(self.tensors[key].properties.dtype, (stop - start, *rows[1:]), out)
+        whole = TensorSlice.empty(self.tensors[key].properties.dtype, (stop - start, *rows[1:]), out)
         filled = 0
         for chunk in self.chunks(key) if index is None else self._holding(key, index):
             box = chunk.offsets, chunk.sizes
@@ -303,7 +303,7 @@ def _first(chunk: Chunk) -> int:
     return chunk.offsets[0]
 
 
-def _put(rows: Rows, target: Rows, offsets: tuple[int, ...]) -> None:
+def _put(rows: TensorSlice, target: TensorSlice, offsets: tuple[int, ...]) -> None:
     """Copy a box into `target`, where it begins at `offsets` on the axes after the first."""
     place = target.tensor()
     for axis, (offset, size) in enumerate(zip(offsets, rows.shape[1:], strict=True), 1):
@@ -330,9 +330,9 @@ def _empty() -> bytes:
 EMPTY = _empty()
 
 
-def write_item(out: _Output, dtype: Dtype, shape: tuple[int, ...], blocks: Iterable[Rows]) -> None:
+def write_item(out: _Output, dtype: Dtype, shape: tuple[int, ...], blocks: Iterable[TensorSlice]) -> None:
     """Append a tensor of `shape` as torch.save writes it, from `blocks` of its rows."""
-    with zipfile.ZipFile(cast(IO[bytes], _Stream(out)), "w") as archive:
+    with zipfile.ZipFile(cast(IO[bytes], _WriteOnlyStream(out)), "w") as archive:
         archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickled(dtype, shape))
         archive.writestr(zipfile.ZipInfo("archive/byteorder"), sys.byteorder)
         numbers = zipfile.ZipInfo("archive/data/0")
@@ -342,7 +342,7 @@ def write_item(out: _Output, dtype: Dtype, shape: tuple[int, ...], blocks: Itera
         archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
 
 
-class _Stream:
+class _WriteOnlyStream:
     """What `zipfile` needs of a file that is written from start to end: no way to seek, and nothing to flush."""
 
     def __init__(self, out: _Output) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moe_train.files import untrusted
-from moe_train.formats.communicator import Team
+from moe_train.formats.communicator import Communicator
 from moe_train.formats.hashing_file import HashingFile
 from moe_train.formats.nonfinite import Places, Tally, entry_of
 from moe_train.formats.run_directory import MANIFEST, sync
@@ -52,7 +52,7 @@ class FileJob:
 
 
 @dataclass
-class Plan:
+class WritePlan:
     """A directory to write."""
 
     target: Path
@@ -68,8 +68,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What was written by all processes together."""
+class WriteResult:
+    """Totals of what all ranks wrote."""
 
     files: int
     bytes: int
@@ -82,8 +82,10 @@ def partial_of(target: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
-def run(plan: Plan, team: Team, threads: int, progress: Callable[[int], None] = lambda _: None) -> Outcome:
-    """Write `plan` with `team`, `threads` files at a time in each process. `progress` gets the bytes of each file.
+def run(
+    plan: WritePlan, comm: Communicator, threads: int, progress: Callable[[int], None] = lambda _: None
+) -> WriteResult:
+    """Write `plan` with `comm`, `threads` files at a time in each process. `progress` gets the bytes of each file.
 
     Raises:
         CheckpointError: the target exists, is being written by another process, or does not fit on the disk. Files
@@ -91,26 +93,28 @@ def run(plan: Plan, team: Team, threads: int, progress: Callable[[int], None] = 
     """
     held: list[int] = []
     try:
-        opened = team.broadcast(_attempt(lambda: _open(plan, held), team) if team.rank == 0 else None)
-        _raise_first(plan, team, held, [opened])
-        mine = _share(plan.jobs, team)
-        _raise_first(plan, team, held, team.gather(_attempt(lambda: _write_all(plan, mine, threads, progress), team)))
-        outcome = team.broadcast(_attempt(lambda: _publish(plan, opened.value), team) if team.rank == 0 else None)
-        _raise_first(plan, team, held, [outcome])
+        opened = comm.broadcast(_attempt(lambda: _open(plan, held), comm) if comm.rank == 0 else None)
+        _raise_first(plan, comm, held, [opened])
+        mine = _share(plan.jobs, comm)
+        _raise_first(
+            plan, comm, held, comm.all_gather(_attempt(lambda: _write_all(plan, mine, threads, progress), comm))
+        )
+        outcome = comm.broadcast(_attempt(lambda: _publish(plan, opened.value), comm) if comm.rank == 0 else None)
+        _raise_first(plan, comm, held, [outcome])
     finally:
         for descriptor in held:
             os.close(descriptor)
-    result: Outcome = outcome.value
+    result: WriteResult = outcome.value
     return result
 
 
-def together(team: Team, action: Callable[[], T]) -> T:
+def together(comm: Communicator, action: Callable[[], T]) -> T:
     """Result of `action`, which every rank does. If it fails on any rank, every rank raises the first one's error.
 
     A rank that left alone would keep the others waiting for it without end.
     """
-    result = _attempt(action, team)
-    for error in team.gather(result.error):
+    result = _attempt(action, comm)
+    for error in comm.all_gather(result.error):
         if error is not None:
             raise error
     value: T = result.value
@@ -125,7 +129,7 @@ class _Result:
     """Whether the same command can do better later."""
 
 
-def _attempt(action: Callable[[], Any], team: Team) -> _Result:
+def _attempt(action: Callable[[], Any], comm: Communicator) -> _Result:
     try:
         return _Result(action())
     except MoeTrainError as error:
@@ -135,21 +139,21 @@ def _attempt(action: Callable[[], Any], team: Team) -> _Result:
         remedy = "free space or correct permissions and run the same command again (or name another target)"
         return _Result(error=CheckpointError(f"{where}{error.strerror or error}", remedy), resumable=True)
     except Exception as error:
-        if team.size == 1:
+        if comm.size == 1:
             raise
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"rank {team.rank}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+        what = f"rank {comm.rank}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
         return _Result(error=MoeTrainError(what, "this is a bug: run one process to see where"), resumable=True)
 
 
-def _raise_first(plan: Plan, team: Team, held: list[int], results: Iterable[_Result]) -> None:
+def _raise_first(plan: WritePlan, comm: Communicator, held: list[int], results: Iterable[_Result]) -> None:
     """Raise the first error on every rank, after the first rank has cleared away what no other try can use."""
     failed = [result for result in results if result.error is not None]
     if failed:
-        raise team.broadcast(_given_up(plan, held, failed) if team.rank == 0 else None)
+        raise comm.broadcast(_given_up(plan, held, failed) if comm.rank == 0 else None)
 
 
-def _given_up(plan: Plan, held: list[int], failed: list[_Result]) -> MoeTrainError:
+def _given_up(plan: WritePlan, held: list[int], failed: list[_Result]) -> MoeTrainError:
     first = next((result for result in failed if not result.resumable), failed[0])
     error = first.error or CheckpointError(f"{plan.target} was not written")
     if not held:  # the hidden directory is another process's
@@ -162,7 +166,7 @@ def _given_up(plan: Plan, held: list[int], failed: list[_Result]) -> MoeTrainErr
     return error.copied(f"{error.remedy}: the {kept} complete files in {partial} are kept for it")
 
 
-def _open(plan: Plan, held: list[int]) -> int:
+def _open(plan: WritePlan, held: list[int]) -> int:
     """Prepare the hidden directory; returns how many files of it are complete. `held` gets the lock on it."""
     refuse_existing(plan.target)
     partial = partial_of(plan.target)
@@ -245,7 +249,7 @@ def _locked(partial: Path) -> int:
     return descriptor
 
 
-def _check_space(plan: Plan, complete: set[str]) -> None:
+def _check_space(plan: WritePlan, complete: set[str]) -> None:
     needed = sum(job.bytes for job in plan.jobs if job.name not in complete)
     usage = os.statvfs(plan.target.parent)
     free = usage.f_bavail * usage.f_frsize
@@ -256,7 +260,7 @@ def _check_space(plan: Plan, complete: set[str]) -> None:
         )
 
 
-def _complete(plan: Plan, partial: Path) -> Iterator[str]:
+def _complete(plan: WritePlan, partial: Path) -> Iterator[str]:
     for job in plan.jobs:
         file, record = partial / job.name, _record_of(job, partial)
         if record is not None and _is_file(file) and file.stat().st_size == record["bytes"]:
@@ -279,12 +283,12 @@ def _record_of(job: FileJob, partial: Path) -> Json | None:
         return None
 
 
-def _share(jobs: list[FileJob], team: Team) -> list[FileJob]:
+def _share(jobs: list[FileJob], comm: Communicator) -> list[FileJob]:
     """The jobs of this rank. Files are about equally large, so every size-th one is a fair share."""
-    return jobs[team.rank :: team.size]
+    return jobs[comm.rank :: comm.size]
 
 
-def _write_all(plan: Plan, jobs: list[FileJob], threads: int, progress: Callable[[int], None]) -> None:
+def _write_all(plan: WritePlan, jobs: list[FileJob], threads: int, progress: Callable[[int], None]) -> None:
     partial = partial_of(plan.target)
     complete = set(_complete(plan, partial))
     progress(sum(job.bytes for job in jobs if job.name in complete))
@@ -329,7 +333,7 @@ def _write_file(job: FileJob, partial: Path) -> None:
         raise cause from None
 
 
-def _publish(plan: Plan, reused: int) -> Outcome:
+def _publish(plan: WritePlan, reused: int) -> WriteResult:
     partial = partial_of(plan.target)
     records = {job.name: untrusted.read_json(_record_path(job, partial)) for job in plan.jobs}
     small = plan.finish({name: record["facts"] for name, record in records.items()})
@@ -352,7 +356,7 @@ def _publish(plan: Plan, reused: int) -> Outcome:
     # Only now: without the lock another process would take the hidden directory.
     shutil.rmtree(plan.target / _BOOKKEEPING)
     sync(plan.target.parent)
-    return Outcome(len(plan.jobs), sum(record["bytes"] for record in records.values()), reused)
+    return WriteResult(len(plan.jobs), sum(record["bytes"] for record in records.values()), reused)
 
 
 def _part_of(path: Path) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 from moe_train.files import untrusted
 from moe_train.formats.dtypes import Dtype
 from moe_train.formats.manifest import Entry
-from moe_train.formats.tensor_slices import Extent, Rows
+from moe_train.formats.tensor_slices import FileRegion, TensorSlice
 from parallel.errors import CheckpointError
 
 _INFINITE = {
@@ -76,13 +76,13 @@ class Tally:
     found: dict[str, Count] = field(default_factory=dict)
     """Tensor -> its numbers that are not finite, where it has any."""
 
-    def add(self, name: str, rows: Rows) -> Rows:
+    def add(self, name: str, rows: TensorSlice) -> TensorSlice:
         """Count `rows` of the tensor `name` and return them."""
         if held := count(rows.dtype, rows.data):
             self.found[name] = self.found.get(name, _NONE) + held
         return rows
 
-    def checked(self, name: str, blocks: Iterable[Rows]) -> Iterator[Rows]:
+    def checked(self, name: str, blocks: Iterable[TensorSlice]) -> Iterator[TensorSlice]:
         """The `blocks` of a tensor, counted on their way."""
         return (self.add(name, rows) for rows in blocks)
 
@@ -102,7 +102,7 @@ class Tally:
             raise CheckpointError(f"{where}: {self}", f"restore the weights from a copy, or {remedy}")
 
 
-Places = Sequence[tuple[str, Extent]]
+Places = Sequence[tuple[str, FileRegion]]
 """(tensor, where its numbers are) in one file. They do not overlap."""
 
 

@@ -53,12 +53,12 @@ def name_of(step: int) -> str:
 
 
 def step_of(name: str) -> int:
-    """Step of the checkpoint with the directory name `name`; -1 where that is no name of a checkpoint."""
+    """Step of the checkpoint with the directory name `name`; -1 if that is not the name of a checkpoint."""
     return int(name.removeprefix("step_")) if _NAME.fullmatch(name) else -1
 
 
-def near_of(cfg: Config, shared: Path) -> Path | None:
-    """Where on its own disk each node keeps the checkpoints that go to `shared`; None without checkpoint.local_dir."""
+def node_local_dir(cfg: Config, shared: Path) -> Path | None:
+    """Node-local directory of the checkpoints that are copied to `shared`; None without checkpoint.local_dir."""
     if cfg.checkpoint.local_dir is None:
         return None
     digest = hashlib.sha256(str(shared.resolve()).encode()).hexdigest()[:8]

@@ -16,7 +16,7 @@ from typing import Any
 
 from moe_train.files import untrusted
 from moe_train.formats.dtypes import DTYPES, Dtype
-from moe_train.formats.tensor_slices import Extent, truncated
+from moe_train.formats.tensor_slices import FileRegion, truncated
 from parallel.errors import CheckpointError
 
 _DTYPES = {
@@ -43,7 +43,7 @@ def header(tensors: Sequence[tuple[str, Dtype, tuple[int, ...]]]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def contents(path: Path) -> dict[str, Extent]:
+def contents(path: Path) -> dict[str, FileRegion]:
     """Where each tensor of the file stands.
 
     Raises:
@@ -76,7 +76,7 @@ def contents(path: Path) -> dict[str, Extent]:
     return found
 
 
-def _extent(path: Path, base: int, entry: dict[str, Any]) -> Extent:
+def _extent(path: Path, base: int, entry: dict[str, Any]) -> FileRegion:
     if entry["dtype"] not in _DTYPES:
         raise CheckpointError(
             f"{path} has numbers of format {entry['dtype']}, which cannot be read",
@@ -88,14 +88,14 @@ def _extent(path: Path, base: int, entry: dict[str, Any]) -> Extent:
         raise ValueError("a shape or a place has something other than sizes")
     if stop - start != prod(shape) * dtype.itemsize:
         raise ValueError(f"{entry['dtype']} {list(shape)} does not take {stop - start} bytes")
-    return Extent(path, base + start, dtype, shape)
+    return FileRegion(path, base + start, dtype, shape)
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged: {what}", "restore the file from a copy")
 
 
-def open_directory(directory: Path) -> dict[str, Extent]:
+def open_directory(directory: Path) -> dict[str, FileRegion]:
     """Every tensor of a checkpoint directory: of the files that its index names, or of its only file.
 
     Raises:
@@ -129,8 +129,8 @@ def open_directory(directory: Path) -> dict[str, Extent]:
     return found
 
 
-def _merged(files: Sequence[Path]) -> dict[str, Extent]:
-    found: dict[str, Extent] = {}
+def _merged(files: Sequence[Path]) -> dict[str, FileRegion]:
+    found: dict[str, FileRegion] = {}
     for file in files:
         for name, extent in contents(file).items():
             if name in found:

@@ -17,8 +17,8 @@ _LARGEST = 1 << 62
 
 
 @dataclass(frozen=True)
-class Facts:
-    """How far a checkpoint is, and how it was written."""
+class SavedProgress:
+    """Training progress in a checkpoint, and how it was written."""
 
     step: int
     consumed_samples: int
@@ -41,7 +41,7 @@ def counts_of_run(counts: Mapping[str, int]) -> dict[str, Any]:
     return {**added, "progress": {name: count for name, count in counts.items() if name not in _ADDED}}
 
 
-def parse(state: Mapping[str, Any]) -> Facts:
+def parse(state: Mapping[str, Any]) -> SavedProgress:
     """The facts in the object of a `state.json`.
 
     Raises:
@@ -54,7 +54,7 @@ def parse(state: Mapping[str, Any]) -> Facts:
     schedule_steps = _count(_mapping(state, "schedule"), "num_steps")
     if not isinstance(state.get("device"), str):
         raise ValueError("it has no device")
-    return Facts(
+    return SavedProgress(
         **counts,
         trained_samples=_count(state, TRAINED) if TRAINED in state else None,
         optimizer_updates=_count(state, UPDATES) if UPDATES in state else schedule_steps,

@@ -1,8 +1,8 @@
-"""Tensors in files, read by rows: `Extent` says where a tensor's bytes are, and nothing is read before it is wanted.
+"""Lazy reads of tensors in files: `FileRegion` locates a tensor's bytes, `TensorSlice` has rows of it in memory.
 
-Reading goes through pread into memory of the caller. A mapped file would count every page that was touched as memory of
-the process, and a conversion touches all of them. Nearly always bytes are only moved, so torch, which takes a second
-to import, is imported where numbers are computed with.
+Reads use pread into the caller's memory. With mmap, touched pages count as memory of the process, and a conversion
+touches all of them. Most conversions only move bytes, so torch, which takes a second to import, is imported
+only for arithmetic.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK_BYTES = 1 << 19
-"""Read, converted and written at once: it stays in a core's cache on its way."""
+"""Block size of reads, conversions and writes: it fits in a core's cache."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of a tensor in memory."""
+class TensorSlice:
+    """Consecutive rows of a tensor, in memory."""
 
     dtype: Dtype
     shape: tuple[int, ...]
@@ -34,20 +34,20 @@ class Rows:
     """Their bytes, without gaps."""
 
     @staticmethod
-    def empty(dtype: Dtype, shape: tuple[int, ...], out: memoryview | None = None) -> Rows:
+    def empty(dtype: Dtype, shape: tuple[int, ...], out: memoryview | None = None) -> TensorSlice:
         """Memory for rows: the beginning of `out` where that is given."""
         size = prod(shape) * dtype.itemsize
         if out is None:
             out = memoryview(bytearray(size))
-        return Rows(dtype, shape, out if len(out) == size else out[:size])
+        return TensorSlice(dtype, shape, out if len(out) == size else out[:size])
 
     @staticmethod
-    def of(tensor: torch.Tensor) -> Rows:
+    def of(tensor: torch.Tensor) -> TensorSlice:
         """A tensor's memory, or that of a copy where it is not contiguous."""
         import torch
 
         data: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        return Rows(of_torch(tensor.dtype), tuple(tensor.shape), data)
+        return TensorSlice(of_torch(tensor.dtype), tuple(tensor.shape), data)
 
     def tensor(self) -> torch.Tensor:
         """The same memory as a tensor."""
@@ -57,15 +57,15 @@ class Rows:
             return torch.empty(self.shape, dtype=self.dtype.torch)
         return torch.frombuffer(self.data, dtype=self.dtype.torch).reshape(self.shape)
 
-    def range(self, start: int, stop: int) -> Rows:
+    def range(self, start: int, stop: int) -> TensorSlice:
         """Rows `start` to `stop`, in the same memory."""
         row = len(self.data) // max(1, self.shape[0])
-        return Rows(self.dtype, (stop - start, *self.shape[1:]), self.data[start * row : stop * row])
+        return TensorSlice(self.dtype, (stop - start, *self.shape[1:]), self.data[start * row : stop * row])
 
 
 @dataclass(frozen=True)
-class Extent:
-    """A C-contiguous tensor in a file."""
+class FileRegion:
+    """The bytes of a C-contiguous tensor in a file."""
 
     path: Path
     offset: int
@@ -82,21 +82,21 @@ class Extent:
         """Of the whole tensor."""
         return prod(self.shape) * self.dtype.itemsize
 
-    def row_range(self, start: int, stop: int) -> Extent:
+    def row_range(self, start: int, stop: int) -> FileRegion:
         """The tensor of rows `start` to `stop`."""
-        return Extent(self.path, self.offset + start * self.row_bytes, self.dtype, (stop - start, *self.shape[1:]))
+        return FileRegion(self.path, self.offset + start * self.row_bytes, self.dtype, (stop - start, *self.shape[1:]))
 
-    def index(self, i: int) -> Extent:
+    def index(self, i: int) -> FileRegion:
         """The i-th slice of the first axis, without that axis."""
-        return Extent(self.path, self.offset + i * self.row_bytes, self.dtype, self.shape[1:])
+        return FileRegion(self.path, self.offset + i * self.row_bytes, self.dtype, self.shape[1:])
 
-    def read(self, out: memoryview | None = None) -> Rows:
+    def read(self, out: memoryview | None = None) -> TensorSlice:
         """The tensor, at the beginning of `out` where given.
 
         Raises:
             CheckpointError: the file is missing or ends too early.
         """
-        rows = Rows.empty(self.dtype, self.shape, out)
+        rows = TensorSlice.empty(self.dtype, self.shape, out)
         view = rows.data
         try:
             descriptor = untrusted.open_regular(self.path)

@@ -43,7 +43,7 @@ class TensorDescription:
 
 
 @dataclass(frozen=True)
-class _Storage:
+class _StorageReference:
     dtype: Dtype
     numbers: int
 
@@ -60,11 +60,11 @@ def described(data: bytes) -> TensorDescription:
     return found
 
 
-def _storage(reference: Any) -> _Storage:
+def _storage(reference: Any) -> _StorageReference:
     kind, dtype, name, _, numbers = reference
     if kind != "storage" or name != "0" or not isinstance(dtype, Dtype) or type(numbers) is not int:
         raise ValueError("its numbers are not in one piece")
-    return _Storage(dtype, numbers)
+    return _StorageReference(dtype, numbers)
 
 
 def _rebuild(storage: Any, first: Any, shape: Any, strides: Any, *_: Any) -> TensorDescription:
@@ -79,7 +79,7 @@ def _rebuild_untyped(
 
 def _description(storage: Any, dtype: Any, first: Any, shape: Any, strides: Any) -> TensorDescription:
     sizes = (first, *shape, *strides)
-    plain = isinstance(storage, _Storage) and isinstance(dtype, Dtype) and len(shape) == len(strides)
+    plain = isinstance(storage, _StorageReference) and isinstance(dtype, Dtype) and len(shape) == len(strides)
     if not plain or not all(type(n) is int and n >= 0 for n in sizes):
         raise ValueError("it is not a tensor")
     return TensorDescription(dtype, tuple(shape), tuple(strides), first, storage.numbers * storage.dtype.itemsize)

@@ -32,16 +32,16 @@ def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
     partials = forward.forward_backward(
         run, run.chunks, run.objective, batches, samples, forward_only=False, beat=partial(_beat, run)
     )
-    run.pulse.beat(run.state.step, "update")
+    run.pulse.mark(run.state.step, "update")
     norm = update.gradient_norm(run.optimizer)
-    reduced = reduce(run.objective, partials, run.device, anomaly=bool(run.bad_steps.doubt(norm)))
+    reduced = reduce(run.objective, partials, run.device, anomaly=bool(run.bad_steps.grad_norm_anomaly(norm)))
     loss = reduced.loss
     bad = ""
     if loss is None:
         # Upstream then leaves gradients undivided, and those of auxiliary losses are sums over tokens.
         norm = None
     else:
-        bad = run.bad_steps.judge(loss, norm, reduced.anomaly)
+        bad = run.bad_steps.classify(loss, norm, reduced.anomaly)
     if bad or loss is None:
         for bias, before in zip(biases, biases_before, strict=True):
             bias.copy_(before)
@@ -75,4 +75,4 @@ def evaluate(run: Run, batches: Sequence[Iterator[Batch]], count: int) -> Reduce
 
 
 def _beat(run: Run) -> None:
-    run.pulse.beat(run.state.step, "forward and backward")
+    run.pulse.mark(run.state.step, "forward and backward")

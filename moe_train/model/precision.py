@@ -1,6 +1,6 @@
 """PrecisionConfig -> options of Megatron-Core, Transformer Engine and the emulation on CPUs; the cast of a model.
 
-The emulation itself: fp8.py (numbers), fp8_products.py (the three products of a linear layer), delayed_scaling.py.
+The emulation itself: fp8.py (numbers), linear.py (the three GEMMs of a linear layer), delayed_scaling.py.
 """
 
 from __future__ import annotations

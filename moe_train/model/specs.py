@@ -41,7 +41,7 @@ from moe_train.model.local.swiglu import SwiGLU
 class LocalBackend(LocalSpecProvider):
     """Megatron-Core's own modules with torch attention and norm: the CPU, and CUDA without Transformer Engine.
 
-    With an FP8 `recipe`, every linear layer that it provides emulates the recipe's products (CPU only).
+    With an FP8 `recipe`, every linear layer that it provides emulates the recipe (CPU only).
     """
 
     def __init__(self, apex: bool = False, recipe: Recipe | None = None) -> None:
@@ -56,11 +56,11 @@ class LocalBackend(LocalSpecProvider):
         return ApexRMSNorm if self.apex else RMSNorm
 
     def column_parallel_linear(self) -> type:
-        """Upstream's, with faster products on the CPU."""
+        """Upstream's, with faster GEMMs on the CPU."""
         return in_fp8(ColumnParallelLinear, self.recipe)
 
     def row_parallel_linear(self) -> type:
-        """Upstream's, with faster products on the CPU."""
+        """Upstream's, with faster GEMMs on the CPU."""
         return in_fp8(RowParallelLinear, self.recipe)
 
     def activation_func(self) -> type:

@@ -1,4 +1,4 @@
-"""Which steps are bad: a loss or gradient norm that is NaN, infinite or far above the steps before it."""
+"""Anomaly detection: a loss or gradient norm that is NaN, infinite or a spike makes a step bad."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class DivergedError(MoeTrainError):
 
 
 class BadSteps:
-    """Judges each step by its loss and gradient norm. All ranks see the same steps and come to the same judgement.
+    """Classifies each step by its loss and gradient norm. All ranks see the same values and reach the same result.
 
-    What it remembers is not saved: after a resume there are no spikes until `spike_window` steps are done.
+    The window is not saved in checkpoints: after a resume there are no spikes until `spike_window` steps are done.
     """
 
     def __init__(self, cfg: ResilienceConfig) -> None:
@@ -28,18 +28,18 @@ class BadSteps:
         self._losses: deque[float] = deque(maxlen=cfg.spike_window)
         self._norms: deque[float] = deque(maxlen=cfg.spike_window)
 
-    def doubt(self, norm: float | None) -> str:
-        """What is wrong with a gradient norm; "" where nothing is, or where fp16 overflowed, which is no fault."""
+    def grad_norm_anomaly(self, norm: float | None) -> str:
+        """The anomaly of a gradient norm; "" if there is none, or if fp16 overflowed, which the loss scale handles."""
         return "" if norm is None else _wrong("grad_norm", norm, self._norms, self._cfg.grad_spike_factor)
 
-    def judge(self, loss: float, norm: float | None, doubted: bool) -> str:
-        """Why the step is bad, "" where it is good.
+    def classify(self, loss: float, norm: float | None, anomaly_on_any_rank: bool) -> str:
+        """Why the step is bad; "" if it is good.
 
         Args:
-            doubted: whether any rank has a `doubt` about its gradient norm.
+            anomaly_on_any_rank: whether any rank has a `grad_norm_anomaly`.
         """
-        reason = _wrong("lm_loss", loss, self._losses, self._cfg.spike_factor) or self.doubt(norm)
-        if not reason and doubted:
+        reason = _wrong("lm_loss", loss, self._losses, self._cfg.spike_factor) or self.grad_norm_anomaly(norm)
+        if not reason and anomaly_on_any_rank:
             reason = "grad_norm is bad on another rank"
         if not reason:
             self._losses.append(loss)

@@ -1,4 +1,4 @@
-"""A scheduler's wish that the run end soon: a signal notes it, and the loop ends after a step with a checkpoint."""
+"""Cooperative stop: a signal sets a flag, which the loop checks after each step. It then saves and exits."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from types import FrameType
 
 from parallel.exit_codes import ExitCode
 
-_asked: list[str] = []
+_requests: list[str] = []
 
 
 class Stopped(SystemExit):
-    """The run ends early, as asked, with everything saved. No Exception: nothing failed."""
+    """The run ends early on request, with a checkpoint. Not an Exception, because nothing failed."""
 
     def __init__(self) -> None:
         super().__init__(ExitCode.SAVED)
 
 
 def listen(*numbers: signal.Signals) -> None:
-    """From now on these signals only note the wish, however often they come. In the main thread; else no effect."""
+    """Install the handler for these signals; repeated signals have no further effect. Only in the main thread."""
     if threading.current_thread() is threading.main_thread():
         for number in numbers:
-            signal.signal(number, note)
+            signal.signal(number, request)
 
 
-def note(number: int, frame: FrameType | None = None) -> None:
-    """Note that this signal asked this process to stop."""
-    _asked.append(signal.Signals(number).name)
+def request(number: int, frame: FrameType | None = None) -> None:
+    """Signal handler: record the stop request."""
+    _requests.append(signal.Signals(number).name)
 
 
 def asked() -> str:
-    """Name of the first signal that asked this process to stop; "" if none has."""
-    return _asked[0] if _asked else ""
+    """Name of the first signal that requested a stop; "" if there was none."""
+    return _requests[0] if _requests else ""
 
 
-def forget() -> None:
-    """Take back the wish, for tests that run several jobs in one process."""
-    _asked.clear()
+def reset() -> None:
+    """Clear the stop request, for tests that run several jobs in one process."""
+    _requests.clear()

@@ -46,8 +46,8 @@ class Judge:
         for rank, (own_s, product_s, step_s) in enumerate(times):
             peers = [times[r][0] for r, stage in enumerate(self._stages) if stage == self._stages[rank] and r != rank]
             others = [row[1] for r, row in enumerate(times) if r != rank]
-            found += self._count(Slow(rank, "own time of a step", own_s, _median(peers)), _LEAST_SHARE * step_s)
-            found += self._count(Slow(rank, "matrix product", product_s, _median(others)), 0.0)
+            found += self._count(Slow(rank, "busy time of a step", own_s, _median(peers)), _LEAST_SHARE * step_s)
+            found += self._count(Slow(rank, "GEMM", product_s, _median(others)), 0.0)
         return found
 
     def _count(self, one: Slow, least_s: float) -> list[Slow]:

@@ -1,7 +1,7 @@
-"""A thread that notices when its rank makes no progress, says where every rank is, and ends the process.
+"""Watchdog: a thread that detects a hang of its rank, reports where every rank is, and ends the process.
 
-It needs no collective: ranks tell each other through small files in run_dir/heartbeats. All times are monotonic, so a
-jump of the wall clock has no effect.
+It uses no collective: ranks exchange heartbeats through files in run_dir/heartbeats. All times are monotonic, so a jump
+of the wall clock has no effect.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ _WAITS = ("/torch/distributed/", "/megatron/core/distributed/", "/p2p_communicat
 _OURS = ("/moe_train/", "/parallel/", "/launch/", "/tests/")
 
 
-class Pulse:
-    """Where a rank is. Code that makes progress calls `beat`, which costs next to nothing."""
+class ProgressMarker:
+    """Position of a rank in its step. Code that makes progress calls `mark`, which is cheap."""
 
     def __init__(self) -> None:
         self.step, self.count, self.place = 0, 0, "start"
 
-    def beat(self, step: int, place: str) -> None:
-        """Progress: the rank begins with `place` of the step after `step`."""
+    def mark(self, step: int, place: str) -> None:
+        """Record progress: the rank starts `place` of the step after `step`."""
         self.step, self.place = step, place
         self.count += 1
 
 
 @dataclass
 class Heartbeat:
-    """What one rank last said of itself."""
+    """Last state that a rank wrote."""
 
     rank: int
     host: str
@@ -71,24 +71,24 @@ class Watch(threading.Thread):
 
     Args:
         world_size: ranks of the run; files of others are of an earlier start with more.
-        limit_s: longest time without progress, asked at every look; 0 means none.
-        counts: whether time now belongs to steps, for `own_share`.
+        limit_s: timeout without progress, read at every sample; 0 means none.
+        counts: whether time now belongs to steps, for `busy_fraction`.
     """
 
     def __init__(
-        self, pulse: Pulse, run_dir: Path, rank: int, world_size: int,
+        self, pulse: ProgressMarker, run_dir: Path, rank: int, world_size: int,
         limit_s: Callable[[], float], counts: Callable[[], bool],
     ) -> None:  # fmt: skip
         super().__init__(name="watchdog", daemon=True)
         self.pulse, self.run_dir, self.rank, self._limit_s, self._counts = pulse, run_dir, rank, limit_s, counts
         self._world_size = world_size
         self._end = threading.Event()
-        self._looks = self._waiting = 0
+        self._samples = self._waiting = 0
         self._main = threading.main_thread().ident or 0
         self._stacks = run_dir / "logs" / f"hang_rank_{rank}.txt"
 
     def start(self) -> None:
-        """Say that this rank lives, and begin."""
+        """Write the first heartbeat, and start."""
         with contextlib.suppress(OSError):  # what is written there says so
             (self.run_dir / "heartbeats").mkdir(parents=True, exist_ok=True)
             self._stacks.parent.mkdir(parents=True, exist_ok=True)
@@ -101,20 +101,20 @@ class Watch(threading.Thread):
         self.join()
         faulthandler.cancel_dump_traceback_later()
 
-    def own_share(self) -> float | None:
-        """Share of the looks since the last call at which the rank did not wait for others; None without a look."""
-        looks, waiting = self._looks, self._waiting
-        self._looks = self._waiting = 0
-        return 1 - waiting / looks if looks else None
+    def busy_fraction(self) -> float | None:
+        """Fraction of the samples since the last call without waiting for another rank; None without samples."""
+        samples, waiting = self._samples, self._waiting
+        self._samples = self._waiting = 0
+        return 1 - waiting / samples if samples else None
 
     def run(self) -> None:
-        """Look until `stop`."""
+        """Sample until `stop`."""
         seen, silent_s, before = self.pulse.count, 0.0, time.monotonic()
         written, armed, limit_before = 0, 0.0, 0.0
         with _opened(self._stacks) as stacks:
             while not self._end.wait(_POLL_S):
                 now, limit = time.monotonic(), self._limit_s()
-                self._look()
+                self._sample()
                 # A process that was suspended as a whole, this thread included, has not been silent for so long.
                 silent_s += min(now - before, max(limit / 4, 2 * _POLL_S))
                 before = now
@@ -135,18 +135,18 @@ class Watch(threading.Thread):
                     self._give_up(silent_s, min(limit / 4, 30.0), stacks.fileno())
         self._remove_empty()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         if self._counts():
-            self._looks += 1
+            self._samples += 1
             self._waiting += waits(sys._current_frames().get(self._main))
 
     def _give_up(self, silent_s: float, grace_s: float, stacks: int) -> None:
         try:
-            self._tell(silent_s, grace_s, stacks)
+            self._report(silent_s, grace_s, stacks)
         finally:  # also where a full disk takes nothing of it
             os._exit(ExitCode.HUNG)
 
-    def _tell(self, silent_s: float, grace_s: float, stacks: int) -> None:
+    def _report(self, silent_s: float, grace_s: float, stacks: int) -> None:
         mine = self._state(stuck=True)
         head = f"rank {self.rank} made no progress for {silent_s:.1f} s in step {mine.step + 1}, {mine.place}"
         os.write(stacks, f"--- {head}\n".encode())
@@ -233,9 +233,9 @@ def read(run_dir: Path) -> list[Heartbeat]:
 
 def verdict(ranks: list[Heartbeat]) -> list[str]:
     """Which of the ranks of a hung run keep the others waiting, a line each: the silent ones, else those that do not
-    wait for another, else those that came least far; all of them where none stands out."""
+    wait for another, else those that are furthest behind; all of them if none differs."""
     if silent := [r for r in ranks if not r.stuck]:
-        return [f"rank {r.rank} ({r.host}) gives no sign of life, last seen after step {r.step}" for r in silent]
+        return [f"rank {r.rank} ({r.host}) sends no heartbeat, last seen after step {r.step}" for r in silent]
     least = min(((r.step, r.count) for r in ranks), default=(0, 0))
     found = [r for r in ranks if not r.waits] or [r for r in ranks if (r.step, r.count) == least]
     return [f"rank {r.rank} ({r.host}) hangs in step {r.step + 1}, {r.place}, in {r.at}" for r in found]

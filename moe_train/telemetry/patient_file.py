@@ -59,7 +59,7 @@ class PatientFile:
             self._close()  # a handle of a storage that was away can stay unusable
             if not self._failed:
                 self._failed = error.strerror or str(error)
-                warn(f"{self.path} cannot be written: {self._failed}; the run goes on and keeps its {self.what}")
+                warn(f"{self.path} cannot be written: {self._failed}; the run continues and buffers its {self.what}")
             return
         self._late += late
         if self._failed and not self._waiting:

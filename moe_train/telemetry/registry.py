@@ -228,7 +228,7 @@ EVENTS: tuple[Event, ...] = (
     ),
     Event(
         "sink_failed", ("sink", "reason"),
-        "metrics.jsonl, TensorBoard or run.log cannot be written; the run goes on and tries again; once per reason",
+        "metrics.jsonl, TensorBoard or run.log cannot be written; the run continues and retries; once per reason",
     ),
     Event("sink_recovered", ("sink",), "what waited since `sink_failed` is written"),
 )  # fmt: skip

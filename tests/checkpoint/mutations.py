@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.config.schema import Config
-from moe_train.formats.communicator import Alone
+from moe_train.formats.communicator import SingleProcess
 from moe_train.formats.directory_writer import partial_of
 from parallel.errors import MoeTrainError
 from tools import convert, inspect
@@ -143,8 +143,8 @@ def _commands(source: Path, target: Path) -> dict[str, Callable[[], Any]]:
     verified = Config()
     verified.convert.source, verified.convert.threads = str(source), 1
     return {
-        "convert": lambda: convert.run(cfg, parse([], ["verify"]), Alone()),
-        "verify": lambda: convert.run(verified, parse(["verify"], ["verify"]), Alone()),
+        "convert": lambda: convert.run(cfg, parse([], ["verify"]), SingleProcess()),
+        "verify": lambda: convert.run(verified, parse(["verify"], ["verify"]), SingleProcess()),
         "inspect": lambda: inspect.run(described, compared=False),
     }
 

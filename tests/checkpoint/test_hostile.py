@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from moe_train.config.schema import Config
 from moe_train.formats import dcp_metadata, directory_writer
-from moe_train.formats.communicator import Alone
+from moe_train.formats.communicator import SingleProcess
 from parallel.errors import CheckpointError
 from tests.checkpoint import mutated_runs, mutations
 from tests.conversion import tiny_v3
@@ -234,7 +234,7 @@ def check(directory: Path, command: str, **options: Any) -> None:
     for name, value in options.items():
         setattr(cfg.convert, name, value)
     if command == "verify":
-        tool.run(cfg, parse(["verify"], ["verify"]), Alone())
+        tool.run(cfg, parse(["verify"], ["verify"]), SingleProcess())
     else:
         inspect.run(cfg, compared=False)
 

@@ -17,19 +17,19 @@ from moe_train.checkpoint import hf_exchange
 from moe_train.conversion import small_files
 from moe_train.conversion.families import config
 from moe_train.formats import communicator, dcp, directory_writer, safetensors
-from moe_train.formats.communicator import Alone
+from moe_train.formats.communicator import SingleProcess
 from parallel.errors import CheckpointError
 from tests.conversion.convert import convert
 from tests.tools.test_inspect import EXPERT, MODEL, add_optimizer, weights, write_hf, write_megatron
 
 
-class ThisMachine(Alone):
+class ThisMachine(SingleProcess):
     """One of several ranks here, of which the others may use `others` cores."""
 
     def __init__(self, *others: set[int]) -> None:
         self._others = others
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         machine, _ = value
         return [value, *((machine, allowed) for allowed in self._others), ("elsewhere", set(range(10_000)))]
 
@@ -38,7 +38,7 @@ def test_ranks_of_one_machine_share_the_cores_that_they_may_use(monkeypatch: pyt
     """Not those of the whole machine, and not with ranks on other machines."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    assert communicator.cores(Alone()) == 8
+    assert communicator.cores(SingleProcess()) == 8
     assert communicator.cores(ThisMachine()) == 8
     assert communicator.cores(ThisMachine(*[set(range(8))] * 3)) == 2  # all are free to use the same eight
     assert communicator.cores(ThisMachine(set(range(8, 16)))) == 8  # each is bound to eight of its own
@@ -107,7 +107,7 @@ def test_an_export_continues_only_what_was_of_the_same_checkpoint(run_checkpoint
     shutil.copytree(run_checkpoint, source)
     cfg = SimpleNamespace(model=MODEL, init_from=None, data=SimpleNamespace(dir=str(tmp_path / "none")))
 
-    def plan() -> directory_writer.Plan:
+    def plan() -> directory_writer.WritePlan:
         run = SimpleNamespace(cfg=cfg, run_dir=tmp_path / "run")
         return hf_exchange._export_plan(run, source, tmp_path / "out")  # type: ignore[arg-type]
 
@@ -126,7 +126,7 @@ def test_an_export_keeps_what_only_the_first_config_json_knows(run_checkpoint: P
     small_files.keep(megatron, run.run_dir)  # as the run did when it began
     shutil.rmtree(megatron)
     plan = hf_exchange._export_plan(run, run_checkpoint, tmp_path / "out")  # type: ignore[arg-type]
-    directory_writer.run(plan, Alone(), 1)
+    directory_writer.run(plan, SingleProcess(), 1)
     assert config.read(tmp_path / "out")["bos_token_id"] == 77
 
 
@@ -143,9 +143,11 @@ def test_a_file_of_another_version_with_other_contents_is_not_reused(run_checkpo
     assert identities[0] != identities[1]
 
 
-def _plan(target: Path) -> directory_writer.Plan:
+def _plan(target: Path) -> directory_writer.WritePlan:
     jobs = [directory_writer.FileJob(name, 3, lambda file: file.write(b"abc")) for name in ("one", "two")]
-    return directory_writer.Plan(target, {"of": "a test"}, jobs, lambda facts: {"table": json.dumps(facts).encode()})
+    return directory_writer.WritePlan(
+        target, {"of": "a test"}, jobs, lambda facts: {"table": json.dumps(facts).encode()}
+    )
 
 
 def _dies_at(patch: Callable[[pytest.MonkeyPatch], None], target: Path) -> None:
@@ -153,7 +155,7 @@ def _dies_at(patch: Callable[[pytest.MonkeyPatch], None], target: Path) -> None:
     child = os.fork()
     if child == 0:
         patch(pytest.MonkeyPatch())
-        directory_writer.run(_plan(target), Alone(), 1)
+        directory_writer.run(_plan(target), SingleProcess(), 1)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
@@ -171,6 +173,6 @@ def test_a_process_killed_while_it_tidies_up_leaves_what_the_next_can_finish(wha
 
     _dies_at(patch, target)
     assert not target.exists()
-    assert directory_writer.run(_plan(target), Alone(), 1).files == 2
+    assert directory_writer.run(_plan(target), SingleProcess(), 1).files == 2
     assert directory_writer.verify(target, 1)[0] == 3
     assert sorted(file.name for file in target.iterdir()) == ["manifest.json", "one", "table", "two"]

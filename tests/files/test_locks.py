@@ -44,7 +44,7 @@ def test_an_owner_is_read(tmp_path: Path) -> None:
 
 def test_a_watch_sees_heartbeats_of_a_machine_with_another_clock(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    watch = locks.Watch(path)
+    watch = locks.LockWatch(path)
     with pytest.raises(FileNotFoundError):
         watch.look()
     path.touch()
@@ -64,9 +64,9 @@ def test_a_watch_sees_heartbeats_of_a_machine_with_another_clock(tmp_path: Path)
 def test_a_heartbeat_ends_where_its_lock_is_removed(tmp_path: Path) -> None:
     path, lost = tmp_path / "lock", threading.Event()
     path.touch()
-    heartbeat = locks.Heartbeat(path, 0.01, 0.01, lost=lost.set)
+    heartbeat = locks.LockHeartbeat(path, 0.01, 0.01, lost=lost.set)
     try:
-        watch = locks.Watch(path)
+        watch = locks.LockWatch(path)
         watch.look()
         programs.wait_for(watch.look, 10)
         assert not lost.is_set()

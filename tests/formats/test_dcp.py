@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import metadata as torch_metadata
 
 from moe_train.formats import dcp, torch_item
 from moe_train.formats.dtypes import DTYPES
-from moe_train.formats.tensor_slices import Rows
+from moe_train.formats.tensor_slices import TensorSlice
 from parallel.errors import CheckpointError
 
 
@@ -38,7 +38,7 @@ def test_item_is_that_of_torch_save(dtype: str, shape: tuple[int, ...]) -> None:
     tensor = torch.randint(2, shape).to(DTYPES[dtype].torch)
     rows, saved, out = tensor.flatten(0, -2) if len(shape) == 3 else tensor, io.BytesIO(), Output()
     torch.save(tensor, saved)
-    dcp.write_item(out, DTYPES[dtype], shape, iter([Rows.of(rows[:2]), Rows.of(rows[2:])]))
+    dcp.write_item(out, DTYPES[dtype], shape, iter([TensorSlice.of(rows[:2]), TensorSlice.of(rows[2:])]))
     ours, theirs = records(out), records(saved)
     assert ours == {name: theirs[name] for name in ours}  # torch adds entries of its own
     out.seek(0)
@@ -99,7 +99,7 @@ ORDERS = {
 def test_what_is_read_is_checked_in_any_order(order: str, damaged: bool, tmp_path: Path) -> None:
     """A byte that is wrong is found even where its row is not read: the rank that wrote it wrote other rows too."""
     out = Output()
-    dcp.write_item(out, DTYPES["float32"], (8, 4), [Rows.of(torch.rand(8, 4))])
+    dcp.write_item(out, DTYPES["float32"], (8, 4), [TensorSlice.of(torch.rand(8, 4))])
     content = bytearray(out.getvalue())
     if damaged:
         content[content.index(b"archive/data/0") + 14 + 4 * 16] ^= 1  # in row 4

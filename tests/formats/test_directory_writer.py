@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from moe_train.formats import directory_writer
-from moe_train.formats.communicator import Alone, Team, TorchTeam
-from moe_train.formats.directory_writer import FileJob, Outcome, Plan, partial_of
+from moe_train.formats.communicator import Communicator, SingleProcess, TorchCommunicator
+from moe_train.formats.directory_writer import FileJob, WritePlan, WriteResult, partial_of
 from moe_train.formats.hashing_file import HashingFile
 from parallel.errors import CheckpointError, MoeTrainError
 from tests.conversion import tiny_v3
@@ -34,7 +34,7 @@ def content(number: int) -> bytes:
     return random.Random(number).randbytes(5_000 + number)
 
 
-def toy(target: Path, files: int = 5, identity: int = 1, **special: Write) -> Plan:
+def toy(target: Path, files: int = 5, identity: int = 1, **special: Write) -> WritePlan:
     """A plan of a few small files. `special` gives files another writer, by `file_N`."""
 
     def write(number: int, out: HashingFile) -> list[int]:
@@ -48,11 +48,11 @@ def toy(target: Path, files: int = 5, identity: int = 1, **special: Write) -> Pl
     def finish(facts: dict[str, Any]) -> dict[str, bytes]:
         return {"table.json": str(facts).encode(), "sub/small": b"small"}
 
-    return Plan(target, {"identity": identity}, [job(i) for i in range(files)], finish)
+    return WritePlan(target, {"identity": identity}, [job(i) for i in range(files)], finish)
 
 
-def write(plan: Plan, team: Team | None = None, threads: int = 1) -> Outcome:
-    return directory_writer.run(plan, team or Alone(), threads)
+def write(plan: WritePlan, comm: Communicator | None = None, threads: int = 1) -> WriteResult:
+    return directory_writer.run(plan, comm or SingleProcess(), threads)
 
 
 def fails(error: BaseException) -> Write:
@@ -312,12 +312,12 @@ def test_two_at_a_time_do_not_mix(tmp_path: Path, good: dict[str, bytes]) -> Non
 
 
 class Threads:
-    """Ranks of a team that are threads of this process."""
+    """Ranks of a comm that are threads of this process."""
 
     def __init__(self, size: int) -> None:
         self.size, self._barrier, self._values = size, threading.Barrier(size, timeout=20), [None] * size
 
-    def rank(self, rank: int) -> Team:
+    def rank(self, rank: int) -> Communicator:
         outer = self
 
         class Rank:
@@ -326,7 +326,7 @@ class Threads:
             def __init__(self) -> None:
                 self.rank = rank
 
-            def gather(self, value: Any) -> list[Any]:
+            def all_gather(self, value: Any) -> list[Any]:
                 outer._values[rank] = value
                 outer._barrier.wait()
                 values = list(outer._values)
@@ -338,7 +338,7 @@ class Threads:
 
         return Rank()
 
-    def run(self, action: Callable[[Team], Any]) -> list[Any]:
+    def run(self, action: Callable[[Communicator], Any]) -> list[Any]:
         """What `action` returns or raises on each rank."""
         results: list[Any] = [None] * self.size
 
@@ -369,11 +369,11 @@ def test_a_team_writes_the_same(size: int, tmp_path: Path, good: dict[str, bytes
 
         return write
 
-    def work(team: Team) -> Outcome:
-        special = {f"file_{i}": recording(team.rank, i) for i in range(5)}
-        return write(toy(tmp_path / "target", **special), team)
+    def work(comm: Communicator) -> WriteResult:
+        special = {f"file_{i}": recording(comm.rank, i) for i in range(5)}
+        return write(toy(tmp_path / "target", **special), comm)
 
-    assert Threads(size).run(work) == [Outcome(5, sum(len(content(i)) for i in range(5)), 0)] * size
+    assert Threads(size).run(work) == [WriteResult(5, sum(len(content(i)) for i in range(5)), 0)] * size
     assert files_of(tmp_path / "target") == good
     assert wrote == {(number % size, number) for number in range(5)}  # each rank did its share
 
@@ -392,45 +392,45 @@ def test_an_error_of_one_rank_ends_all_of_them(
 ) -> None:
     """With the same line, so that the first rank can print it."""
     plan = toy(tmp_path / "target", file_3=fails(error))
-    lines = Threads(2).run(lambda team: write(plan, team))
+    lines = Threads(2).run(lambda comm: write(plan, comm))
     assert lines[0] == lines[1]
     assert lines[0].startswith(mentions) or mentions in lines[0]
     assert ("complete files" in lines[0]) is kept
     assert partial_of(tmp_path / "target").exists() is kept
-    outcome = Threads(2).run(lambda team: write(toy(tmp_path / "target"), team))[0]
+    outcome = Threads(2).run(lambda comm: write(toy(tmp_path / "target"), comm))[0]
     assert (outcome.reused >= 3) is kept
     assert files_of(tmp_path / "target") == good
 
 
 def test_a_target_that_exists_ends_all_ranks(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
-    lines = Threads(3).run(lambda team: write(toy(tmp_path / "target"), team))
+    lines = Threads(3).run(lambda comm: write(toy(tmp_path / "target"), comm))
     assert len(set(lines)) == 1
     assert "exists" in lines[0]
 
 
 def test_a_rank_that_fails_before_writing_ends_all_ranks() -> None:
-    def plan(team: Team) -> Any:
+    def plan(comm: Communicator) -> Any:
         def action() -> str:
-            if team.rank == 1:
+            if comm.rank == 1:
                 raise CheckpointError("no file on this node", "mount it")
             return "fine"
 
-        return directory_writer.together(team, action)
+        return directory_writer.together(comm, action)
 
     assert Threads(2).run(plan) == ["no file on this node; mount it"] * 2
-    assert Threads(2).run(lambda team: directory_writer.together(team, lambda: team.rank)) == [0, 1]
+    assert Threads(2).run(lambda comm: directory_writer.together(comm, lambda: comm.rank)) == [0, 1]
 
 
-def convert_together(source: Path, target: Path) -> Outcome:
+def convert_together(source: Path, target: Path) -> WriteResult:
     from moe_train.config.composition.compose import compose
     from tools.convert import make_plan
 
-    team = TorchTeam()
+    comm = TorchCommunicator()
     cfg = compose(["convert.file_gb=0.0003"])
-    plan = directory_writer.together(team, lambda: make_plan(cfg, source, target, team=team))
+    plan = directory_writer.together(comm, lambda: make_plan(cfg, source, target, comm=comm))
     torch.set_num_threads(1)
-    return directory_writer.run(plan, team, threads=1)
+    return directory_writer.run(plan, comm, threads=1)
 
 
 def test_ranks_of_a_training_run_convert_together(tmp_path: Path, convert: tiny_v3.Command) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from moe_train.formats import nonfinite
 from moe_train.formats.dtypes import DTYPES, of_torch
-from moe_train.formats.tensor_slices import Extent, Rows
+from moe_train.formats.tensor_slices import FileRegion, TensorSlice
 
 FORMATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2, torch.float8_e4m3fn]
 
@@ -27,10 +27,10 @@ def test_every_pattern_is_judged_as_torch_does(dtype: torch.dtype) -> None:
         bits = torch.tensor([*edges, *(-edge for edge in edges)], dtype=dtype).view(whole_numbers)
     for pattern in bits[:: max(1, len(bits) // 2048)].tolist() + bits[bits.view(dtype).float().isnan()].tolist()[:3]:
         value = torch.tensor([pattern], dtype=bits.dtype).view(dtype)
-        found = nonfinite.count(of_torch(dtype), Rows.of(value).data)
+        found = nonfinite.count(of_torch(dtype), TensorSlice.of(value).data)
         wide = value.double()
         assert (found.nan, found.infinite) == (int(wide.isnan().sum()), int(wide.isinf().sum())), pattern
-    whole, values = nonfinite.count(of_torch(dtype), Rows.of(bits.view(dtype)).data), bits.view(dtype).double()
+    whole, values = nonfinite.count(of_torch(dtype), TensorSlice.of(bits.view(dtype)).data), bits.view(dtype).double()
     assert (whole.nan, whole.infinite) == (int(values.isnan().sum()), int(values.isinf().sum()))
 
 
@@ -46,10 +46,10 @@ def test_a_file_is_hashed_and_searched_in_one_reading(tmp_path: Path) -> None:
         [float("nan"), float("inf"), -float("inf"), float("nan")]
     )
     halves = torch.full((5,), float("nan"), dtype=torch.bfloat16)
-    data = b"head" + bytes(Rows.of(values).data) + b"gap" + bytes(Rows.of(halves).data) + b"tail"
+    data = b"head" + bytes(TensorSlice.of(values).data) + b"gap" + bytes(TensorSlice.of(halves).data) + b"tail"
     (tmp_path / "file").write_bytes(data)
-    first = Extent(tmp_path / "file", 4, DTYPES["float32"], (3_000_000,))
-    second = Extent(tmp_path / "file", 4 + first.bytes + 3, DTYPES["bfloat16"], (5,))
+    first = FileRegion(tmp_path / "file", 4, DTYPES["float32"], (3_000_000,))
+    second = FileRegion(tmp_path / "file", 4 + first.bytes + 3, DTYPES["bfloat16"], (5,))
     entry, tally = nonfinite.entry_of(tmp_path / "file", [("b", second), ("a", first)])
     assert (entry.bytes, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     assert tally.found == {"a": nonfinite.Count(2, 2), "b": nonfinite.Count(5, 0)}

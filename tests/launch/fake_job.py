@@ -17,7 +17,7 @@ import torch.distributed as dist
 from moe_train.config.schema import Config
 from moe_train.resilience import stop
 from moe_train.resilience.bad_steps import DivergedError
-from moe_train.resilience.watch import Pulse, Watch
+from moe_train.resilience.watch import ProgressMarker, Watch
 from parallel.errors import ConfigError, DataError
 from parallel.rank_info import RankInfo
 
@@ -171,11 +171,11 @@ def killed_twice(cfg: Config, rank: RankInfo) -> None:
 
 def stopped_once(cfg: Config, rank: RankInfo) -> None:
     """Rank 1 is stopped (SIGSTOP) in the first start, while the others wait for it."""
-    pulse = Pulse()
+    pulse = ProgressMarker()
     watched = Watch(pulse, Path(cfg.run_dir), rank.rank, rank.world_size, lambda: 1.0, lambda: False)
     watched.start()
     _meet(rank)
-    pulse.beat(4, "update")
+    pulse.mark(4, "update")
     if _attempt(cfg, rank) == 0 and rank.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     dist.all_reduce(torch.ones(1))

@@ -215,6 +215,6 @@ def test_ranks_wait_for_the_first_as_long_as_they_are_told(monkeypatch: pytest.M
 
 
 def test_one_rank_speaks() -> None:
-    assert rendezvous.speaks({})
-    assert rendezvous.speaks({"PMI_RANK": "0", "SLURM_PROCID": "3"})  # mpirun in a Slurm job
-    assert not rendezvous.speaks({"SLURM_PROCID": "3"})
+    assert rendezvous.is_reporting_rank({})
+    assert rendezvous.is_reporting_rank({"PMI_RANK": "0", "SLURM_PROCID": "3"})  # mpirun in a Slurm job
+    assert not rendezvous.is_reporting_rank({"SLURM_PROCID": "3"})

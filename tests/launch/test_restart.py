@@ -66,7 +66,7 @@ def test_a_stopped_rank_is_found_by_the_others_and_replaced(tmp_path: Path, capf
     start(tmp_path, "stopped_once", restarts=1)
     assert len(attempts(tmp_path)) == 2
     assert "rank 1 " in (errors := capfd.readouterr().err)
-    assert "gives no sign of life, last seen after step 0 (stacks in" in errors
+    assert "sends no heartbeat, last seen after step 0 (stacks in" in errors
     stacks = (tmp_path / "logs/hang_rank_0.txt").read_text()
     assert stacks.startswith("--- rank 0 made no progress for 1.")
     assert "in all_reduce" in stacks
@@ -122,7 +122,7 @@ def test_a_first_checkpoint_on_the_nodes_disks_is_continued(
     monkeypatch.setenv(restarts.FIRST, str(tmp_path / ".first"))
     cfg = Config(run_dir=str(tmp_path), resume=resume)
     cfg.checkpoint.local_dir = str(tmp_path / "disk")
-    near = run_directory.near_of(cfg, cfg.checkpoint_root)
+    near = run_directory.node_local_dir(cfg, cfg.checkpoint_root)
     assert near is not None
     if older:  # of an earlier run with the same directories
         _save({"checkpoints": cfg.checkpoint_root, "disk": near}[older], 9)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import sweep
-from moe_train.config.composition.compose import Job, hydra_entry
+from moe_train.config.composition.compose import SweepJob, hydra_entry
 from moe_train.config.schema import Config
 from parallel.errors import DataError
 
@@ -50,7 +50,7 @@ def test_a_damaged_summary_leaves_its_losses_out(text: str, tmp_path: Path) -> N
 
 
 def test_one_job_has_no_table(tmp_path: Path) -> None:
-    def refuse(jobs: list[Job]) -> None:
+    def refuse(jobs: list[SweepJob]) -> None:
         raise AssertionError
 
     assert hydra_entry(lambda cfg: None, argv=[f"run_dir={tmp_path}/s"], after_sweep=refuse) == 0

@@ -35,7 +35,7 @@ def others(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     yield wish
     for number, handler in before.items():
         signal.signal(number, handler)
-    stop.forget()
+    stop.reset()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from moe_train.resilience.bad_steps import BadSteps, DivergedError
 def judged(steps: list[tuple[float, float | None]], **settings: float) -> list[str]:
     """The judgement of each (loss, gradient norm)."""
     guard = BadSteps(ResilienceConfig(spike_window=3, **settings))
-    return [guard.judge(loss, norm, doubted=False) for loss, norm in steps]
+    return [guard.classify(loss, norm, anomaly_on_any_rank=False) for loss, norm in steps]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -53,11 +53,11 @@ def test_neither_value_of_a_bad_step_enters_the_window() -> None:
     """The norm is bad, so the loss of the same step, which is not a spike, does not raise the median of the losses."""
     guard = BadSteps(ResilienceConfig(spike_window=3, spike_factor=2.0))
     for _ in range(3):
-        assert guard.judge(1.0, 1.0, doubted=False) == ""
+        assert guard.classify(1.0, 1.0, anomaly_on_any_rank=False) == ""
     for _ in range(3):
-        assert guard.judge(1.9, math.nan, doubted=False) == "grad_norm is nan"
-        assert guard.judge(1.9, 1.0, doubted=True) == "grad_norm is bad on another rank"
-    assert guard.judge(2.1, 1.0, doubted=False) == "lm_loss is 2.1, 2.1 times the median of 3 steps"
+        assert guard.classify(1.9, math.nan, anomaly_on_any_rank=False) == "grad_norm is nan"
+        assert guard.classify(1.9, 1.0, anomaly_on_any_rank=True) == "grad_norm is bad on another rank"
+    assert guard.classify(2.1, 1.0, anomaly_on_any_rank=False) == "lm_loss is 2.1, 2.1 times the median of 3 steps"
 
 
 def test_the_window_holds_the_latest_good_steps() -> None:
@@ -83,6 +83,6 @@ def test_a_run_that_diverged_has_an_exit_code_of_its_own() -> None:
 
 def test_the_doubt_of_another_rank_counts() -> None:
     guard = BadSteps(ResilienceConfig())
-    assert guard.judge(5.0, 1.0, doubted=True) == "grad_norm is bad on another rank"
-    assert guard.doubt(math.inf)
-    assert not guard.doubt(1.0)
+    assert guard.classify(5.0, 1.0, anomaly_on_any_rank=True) == "grad_norm is bad on another rank"
+    assert guard.grad_norm_anomaly(math.inf)
+    assert not guard.grad_norm_anomaly(1.0)

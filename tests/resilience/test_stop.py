@@ -21,7 +21,7 @@ def handlers() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-    stop.forget()
+    stop.reset()
 
 
 def test_the_first_of_several_signals_is_named() -> None:
@@ -30,7 +30,7 @@ def test_the_first_of_several_signals_is_named() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         os.kill(os.getpid(), number)
     assert stop.asked() == "SIGTERM"
-    stop.forget()
+    stop.reset()
     assert stop.asked() == ""
 
 

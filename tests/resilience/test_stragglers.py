@@ -17,7 +17,7 @@ def test_a_rank_that_is_slow_several_times_in_a_row_is_named() -> None:
     assert judge.slow(table) == []
     assert judge.slow([EVEN] * 4) == []
     assert judge.slow(table) == []
-    assert judge.slow(table) == [Slow(2, "own time of a step", 0.9, 0.4)]
+    assert judge.slow(table) == [Slow(2, "busy time of a step", 0.9, 0.4)]
     assert judge.slow(table) == []  # named again after as many intervals
 
 
@@ -30,15 +30,15 @@ def test_ranks_are_compared_with_their_pipeline_stage() -> None:
 
 def test_the_matrix_product_is_compared_over_all_stages() -> None:
     judge = Judge([0, 1, 2, 3], ratio=2.0, intervals=1)
-    assert judge.slow([EVEN, EVEN, EVEN, DULL]) == [Slow(3, "matrix product", 0.03, 0.01)]
+    assert judge.slow([EVEN, EVEN, EVEN, DULL]) == [Slow(3, "GEMM", 0.03, 0.01)]
 
 
 def test_a_rank_is_not_compared_with_itself() -> None:
     """Of two ranks, the one that takes 2.5 times as long as the other is slow; it is 1.4 times the median of both."""
     judge = Judge([0, 1], ratio=2.0, intervals=1)
-    assert judge.slow([(0.4, 0.010, 1.0), (0.4, 0.025, 1.0)]) == [Slow(1, "matrix product", 0.025, 0.010)]
+    assert judge.slow([(0.4, 0.010, 1.0), (0.4, 0.025, 1.0)]) == [Slow(1, "GEMM", 0.025, 0.010)]
     judge = Judge([0, 0], ratio=2.0, intervals=1)
-    assert judge.slow([(0.2, 0.01, 1.0), (0.5, 0.01, 1.0)]) == [Slow(1, "own time of a step", 0.5, 0.2)]
+    assert judge.slow([(0.2, 0.01, 1.0), (0.5, 0.01, 1.0)]) == [Slow(1, "busy time of a step", 0.5, 0.2)]
 
 
 @pytest.mark.parametrize("step_s", [0.1, 1.0, 20.0])

@@ -26,8 +26,8 @@ def start(program: str, run_dir: Path) -> subprocess.CompletedProcess[str]:
     head = """
         import sys, time
         from pathlib import Path
-        from moe_train.resilience.watch import Pulse, Watch
-        pulse, counts, limit = Pulse(), True, 0.5
+        from moe_train.resilience.watch import ProgressMarker, Watch
+        pulse, counts, limit = ProgressMarker(), True, 0.5
         watched = Watch(pulse, Path(sys.argv[1]), 3, 4, lambda: limit, lambda: counts)
         watched.start()
     """
@@ -43,7 +43,7 @@ def test_a_rank_without_progress_leaves_its_stacks_and_ends_itself(tmp_path: Pat
         """
         def deep_inside():
             time.sleep(60)
-        pulse.beat(7, "update")
+        pulse.mark(7, "update")
         deep_inside()
         """,
         tmp_path,
@@ -63,7 +63,7 @@ def test_ranks_of_an_earlier_start_are_not_blamed(tmp_path: Path) -> None:
     for rank in (2, 4, 5):
         (tmp_path / f"heartbeats/rank_{rank}.json").write_text(json.dumps(asdict(beat(rank, stuck=False))))
     assert start("time.sleep(60)", tmp_path).returncode == ExitCode.HUNG
-    told = "rank 2 (gpu2) gives no sign of life, last seen after step 4"
+    told = "rank 2 (gpu2) sends no heartbeat, last seen after step 4"
     assert (tmp_path / watch.VERDICT).read_text() == f"{told}\n"
 
 
@@ -77,16 +77,16 @@ def test_stacks_go_to_the_standard_error_where_run_dir_takes_none(tmp_path: Path
 
 def test_other_ranks_see_how_far_a_rank_has_come(tmp_path: Path) -> None:
     """Also where nothing has made run_dir before."""
-    pulse, run_dir = watch.Pulse(), tmp_path / "runs/new"
+    pulse, run_dir = watch.ProgressMarker(), tmp_path / "runs/new"
     watched = watch.Watch(pulse, run_dir, 1, 2, lambda: 1.0, lambda: True)
     watched.start()
     (first,) = watch.read(run_dir)
     assert (first.rank, first.step, first.count, first.place, first.stuck) == (1, 0, 0, "start", False)
     for _ in range(2):
-        pulse.beat(5, "update")
+        pulse.mark(5, "update")
     deadline = time.monotonic() + 20
     while (found := watch.read(run_dir)[0]).step == 0 and time.monotonic() < deadline:
-        pulse.beat(5, "update")
+        pulse.mark(5, "update")
         time.sleep(0.05)
     watched.stop()
     assert (found.step, found.place, found.stuck) == (5, "update", False)
@@ -115,7 +115,7 @@ def test_progress_and_jumps_of_the_clock_leave_it_alone(tmp_path: Path) -> None:
         time.time = lambda: wall() + jump
         for i in range(12):
             jump = 1e6 * (-1) ** i
-            pulse.beat(i, "forward")
+            pulse.mark(i, "forward")
             time.sleep(0.1)
         watched.stop()
         """,
@@ -134,7 +134,7 @@ def test_the_end_of_what_may_take_longer_is_a_new_start(tmp_path: Path) -> None:
         limit = 0.5
         for i in range(5):
             time.sleep(0.25)
-            pulse.beat(i, "forward")
+            pulse.mark(i, "forward")
         watched.stop()
         """,
         tmp_path,
@@ -148,7 +148,7 @@ def test_a_process_that_was_suspended_is_not_taken_for_hung(tmp_path: Path) -> N
         import os, subprocess
         resume = f"sleep 1.5; kill -CONT {os.getpid()}"
         for i in range(3):
-            pulse.beat(i, "forward")
+            pulse.mark(i, "forward")
             if i == 1:
                 subprocess.Popen(["sh", "-c", resume])
                 os.kill(os.getpid(), 19)
@@ -175,7 +175,7 @@ class Script:
         self.now, self.limit = 0.0, 0.0
         self.ended: tuple[float, float, float] | None = None
         self.armed, self.written = list[tuple[float, float]](), list[tuple[float, int]]()
-        self.pulse = watch.Pulse()
+        self.pulse = watch.ProgressMarker()
         self.watched = watch.Watch(self.pulse, run_dir, 3, 4, lambda: self.limit, lambda: True)
         (run_dir / "logs").mkdir()
         monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: self.now))
@@ -205,7 +205,7 @@ class Script:
         return False
 
     def beat(self, step: int = 0) -> None:
-        self.pulse.beat(step, "forward")
+        self.pulse.mark(step, "forward")
 
     def set(self, limit: float) -> None:
         self.limit = limit
@@ -285,7 +285,7 @@ def test_stacks_that_are_empty_are_removed(script: Script, tmp_path: Path) -> No
 def test_the_thread_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what faulthandler was told is taken back, also where a run ends without `stop`: the thread is a daemon."""
     calls: list[str] = []
-    watched = watch.Watch(watch.Pulse(), tmp_path, 0, 1, lambda: 1e6, lambda: True)
+    watched = watch.Watch(watch.ProgressMarker(), tmp_path, 0, 1, lambda: 1e6, lambda: True)
     assert watched.daemon
     monkeypatch.setattr(watch.faulthandler, "dump_traceback_later", lambda *_, **__: calls.append("later"))
     monkeypatch.setattr(watch.faulthandler, "cancel_dump_traceback_later", lambda: calls.append("cancel"))
@@ -305,8 +305,8 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[watch.Watch, 
     for name in ("logs", "heartbeats"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=slept.append))
-    watched = watch.Watch(watch.Pulse(), tmp_path, 1, 3, lambda: 1.0, lambda: True)
-    watched.pulse.beat(7, "update")
+    watched = watch.Watch(watch.ProgressMarker(), tmp_path, 1, 3, lambda: 1.0, lambda: True)
+    watched.pulse.mark(7, "update")
     return watched, slept, (tmp_path / "logs/hang_rank_1.txt").open("a")
 
 
@@ -320,13 +320,13 @@ def test_what_a_rank_that_gives_up_leaves(
         text = json.dumps(asdict(beat(rank, stuck=False, step=6)))
         (tmp_path / f"heartbeats/rank_{rank}.json").write_text(text)
     with stacks:
-        watched._tell(3.21, 0.25, stacks.fileno())
+        watched._report(3.21, 0.25, stacks.fileno())
     assert slept == [0.25]
     own, other, _ = watch.read(tmp_path)
     assert (own.rank, own.step, own.stuck, own.place) == (1, 7, True, "update")
     assert other.rank == 2
     head = "rank 1 made no progress for 3.2 s in step 8, update"
-    found = "rank 2 (gpu2) gives no sign of life, last seen after step 6"
+    found = "rank 2 (gpu2) sends no heartbeat, last seen after step 6"
     text = f"{head}; {found}; stacks in {tmp_path}/logs/hang_rank_1.txt"
     assert capsys.readouterr().err == f"error: {text}\n"
     assert caplog.messages == [text]
@@ -377,36 +377,36 @@ def test_where_a_rank_waits_for_others(file: str, expected: bool) -> None:
 
 
 def test_every_beat_is_progress() -> None:
-    pulse = watch.Pulse()
+    pulse = watch.ProgressMarker()
     for _ in range(3):
-        pulse.beat(4, "forward")
+        pulse.mark(4, "forward")
     assert (pulse.step, pulse.count, pulse.place) == (4, 3, "forward")
 
 
 def test_the_share_of_time_that_is_its_own(tmp_path: Path) -> None:
-    pulse = watch.Pulse()
+    pulse = watch.ProgressMarker()
     watched = watch.Watch(pulse, tmp_path, 0, 1, lambda: 0.0, lambda: True)
     waiting: dict[str, Any] = {"sleep": time.sleep}
     source = compile("def all_reduce():\n    sleep(0.6)\n", "/lib/torch/distributed/c10d.py", "exec")
     exec(source, waiting)
     watched.start()
     time.sleep(0.6)
-    own = watched.own_share()
+    own = watched.busy_fraction()
     waiting["all_reduce"]()
-    others = watched.own_share()
+    others = watched.busy_fraction()
     watched.stop()
     assert own == 1.0
     assert others is not None
     assert others <= 0.35  # one look may fall between
-    assert watched.own_share() is None
+    assert watched.busy_fraction() is None
 
 
 def test_time_that_belongs_to_no_step_is_not_counted(tmp_path: Path) -> None:
-    watched = watch.Watch(watch.Pulse(), tmp_path, 0, 1, lambda: 0.0, lambda: False)
+    watched = watch.Watch(watch.ProgressMarker(), tmp_path, 0, 1, lambda: 0.0, lambda: False)
     watched.start()
     time.sleep(0.3)
     watched.stop()
-    assert watched.own_share() is None
+    assert watched.busy_fraction() is None
 
 
 def test_a_place_is_the_innermost_function_and_the_innermost_of_this_project() -> None:
@@ -460,7 +460,7 @@ def test_heartbeats_are_read_in_the_order_of_ranks(tmp_path: Path) -> None:
 
 def test_a_silent_rank_is_blamed_first() -> None:
     ranks = [beat(0), beat(1, stuck=False, step=3), beat(2, waits=False)]
-    assert verdict(ranks) == ["rank 1 (gpu1) gives no sign of life, last seen after step 3"]
+    assert verdict(ranks) == ["rank 1 (gpu1) sends no heartbeat, last seen after step 3"]
 
 
 def test_then_the_one_that_does_not_wait_for_others() -> None:

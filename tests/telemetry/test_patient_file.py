@@ -42,7 +42,7 @@ def test_a_record_that_was_cut_short_is_completed_when_there_is_space(
         file.write(f"line of {number}\n")  # 10 bytes: the third is cut in its middle
     assert (tmp_path / "lines").stat().st_size == 25
     assert capsys.readouterr().err == (
-        f"warning: {tmp_path}/lines cannot be written: File too large; the run goes on and keeps its lines\n"
+        f"warning: {tmp_path}/lines cannot be written: File too large; the run continues and buffers its lines\n"
     )
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     file.write("line of 6\n")

@@ -20,10 +20,10 @@ from moe_train.conversion.families import config
 from moe_train.conversion.hf_source import names_of
 from moe_train.conversion.mapping import pieces
 from moe_train.formats import block_fp8, dcp, directory_writer, safetensors
-from moe_train.formats.communicator import Alone
+from moe_train.formats.communicator import SingleProcess
 from moe_train.formats.dtypes import of_torch
 from moe_train.formats.hashing_file import HashingFile
-from moe_train.formats.tensor_slices import Rows
+from moe_train.formats.tensor_slices import TensorSlice
 from moe_train.model.arithmetic import count_parameters
 from tools import inspect
 from tools.convert import make_plan
@@ -57,7 +57,7 @@ def write_hf(directory: Path, tensors: dict[str, Tensor], settings: config.Json 
     out = HashingFile(directory / safetensors.SINGLE)
     out.write(safetensors.header([(name, of_torch(t.dtype), tuple(t.shape)) for name, t in tensors.items()]))
     for tensor in tensors.values():
-        out.write(Rows.of(tensor).data)
+        out.write(TensorSlice.of(tensor).data)
     out.close()
     settings = config.to_hf(MODEL, "bfloat16") if settings is None else settings
     (directory / config.FILE).write_text(json.dumps(settings))
@@ -67,7 +67,7 @@ def write_hf(directory: Path, tensors: dict[str, Tensor], settings: config.Json 
 def write_megatron(directory: Path, source: Path) -> Path:
     """`source` converted, with a manifest."""
     cfg = compose(["convert.to=megatron"])
-    directory_writer.run(make_plan(cfg, source, directory), Alone(), 1)
+    directory_writer.run(make_plan(cfg, source, directory), SingleProcess(), 1)
     return directory
 
 
@@ -236,7 +236,7 @@ def test_a_flipped_bit_is_found_where_there_is_a_manifest(
     kind: str, made: SimpleNamespace, tmp_path: Path, command: Command
 ) -> None:
     directory = tmp_path / "copy"
-    directory_writer.run(make_plan(compose([f"convert.to={kind}"]), made.megatron, directory), Alone(), 1)
+    directory_writer.run(make_plan(compose([f"convert.to={kind}"]), made.megatron, directory), SingleProcess(), 1)
     victim = max(directory.rglob("*"), key=lambda file: file.stat().st_size)
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
@@ -429,7 +429,7 @@ def test_a_family_that_is_not_ours_cannot_be_compared_with_megatron(
 def test_tolerances_let_a_lossy_copy_pass(made: SimpleNamespace, tmp_path: Path, command: Command) -> None:
     """bf16 -> FP8 moves a number by 1/16 at most, those near 0 by more of themselves, and a tensor by about 1/40."""
     cfg = compose(["convert.to=hf", "convert.dtype=fp8"])
-    directory_writer.run(make_plan(cfg, made.hf, tmp_path / "fp8"), Alone(), 1)
+    directory_writer.run(make_plan(cfg, made.hf, tmp_path / "fp8"), SingleProcess(), 1)
     compare = ("--diff", made.hf, tmp_path / "fp8")
     code, out, _ = command(*compare)
     assert code == 1

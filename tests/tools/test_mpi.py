@@ -87,7 +87,7 @@ def test_without_mpi4py_several_processes_are_refused(monkeypatch: pytest.Monkey
 
 
 def test_only_the_first_process_speaks_of_what_all_have() -> None:
-    assert communicator.speaks({})
-    assert communicator.speaks({"PMI_RANK": "0", "PMI_SIZE": "2"})
+    assert communicator.is_reporting_rank({})
+    assert communicator.is_reporting_rank({"PMI_RANK": "0", "PMI_SIZE": "2"})
     for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
-        assert not communicator.speaks({name: "1"})
+        assert not communicator.is_reporting_rank({name: "1"})

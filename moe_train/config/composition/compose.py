@@ -216,7 +216,7 @@ def hydra_entry(
     revise: Revise | None = None,
     common: Sequence[str] = (),
     flags: Sequence[str] = (),
-    after_sweep: Callable[[list[Job]], None] | None = None,
+    after_sweep: Callable[[list[SweepJob]], None] | None = None,
 ) -> int:
     """Run `fn` on the config of the command line, once, or once for each job of a sweep (-m). Returns the exit code.
 
@@ -302,7 +302,7 @@ def _run(
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class SweepJob:
     """How one job of a sweep ended."""
 
     words: list[str]
@@ -318,7 +318,7 @@ class _Entry:
     def __init__(self, fn: Callable[[Config], None], answers: bool) -> None:
         self.fn, self.exit_code, self.prefix = fn, 0, ""
         self.overrides: list[str] = []
-        self.jobs: list[Job] = []
+        self.jobs: list[SweepJob] = []
         self.answers, self.only_prints = answers, False
         self.user_environment = os.environ.get(_FULL_ERROR)
         self.verbose = self.user_environment == "1"
@@ -341,7 +341,7 @@ class _Entry:
 
         started, before, self.exit_code = time.monotonic(), self.exit_code, 0
         self.work(config)
-        self.jobs.append(Job(job_words(hydra_config), str(output), self.exit_code, time.monotonic() - started))
+        self.jobs.append(SweepJob(job_words(hydra_config), str(output), self.exit_code, time.monotonic() - started))
         self.exit_code = before or self.exit_code
         _remove_empty(output)  # not every command writes there
 

@@ -258,7 +258,7 @@ def kept_scales(facts: Facts) -> None:
     if checkpoint.save_at_end or checkpoint.interval_steps:
         raise Impossible(
             "precision.fp8=delayed on backend.name=te has scales that no checkpoint keeps (Transformer Engine pickles "
-            "them), so that a run could not go on as it was",
+            "them), so that a resumed run would differ",
             [
                 {"precision.fp8": "tensor"},
                 {"checkpoint.save_at_end": False, "checkpoint.interval_steps": 0},

@@ -199,7 +199,7 @@ def _unlike_transformers(model: ModelConfig) -> str | None:
     if model.family not in ("deepseek_v3", "glm4_moe") or not model.is_moe:
         return None
     if model.topk == 1:
-        return "num_experts_per_tok=1, whose weight the family makes 1 and Megatron-Core leaves as it is"
+        return "num_experts_per_tok=1, whose weight the family sets to 1 and Megatron-Core does not change"
     if model.router_topk_groups and model.topk // model.router_topk_groups != 2:
         best = model.topk // model.router_topk_groups
         return (

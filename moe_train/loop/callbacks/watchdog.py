@@ -44,7 +44,7 @@ class Watchdog(Callback):
             self.watch.start()
 
     def on_step_end(self, run: Run, metrics: Metrics) -> None:
-        run.pulse.beat(run.state.step, "callbacks")
+        run.pulse.mark(run.state.step, "callbacks")
 
     def on_end(self, run: Run) -> None:
         if self.watch is not None:
@@ -77,7 +77,7 @@ class Stragglers(Callback):
         self._steps += 1
         if self._steps <= run.cfg.resilience.straggler_interval_steps:
             return
-        share = self._watchdog.watch.own_share() if self._watchdog.watch else None
+        share = self._watchdog.watch.busy_fraction() if self._watchdog.watch else None
         elapsed_s = time.monotonic() - self._began - (run.clock.total_paused_s - self._paused_s)
         step_s = elapsed_s / (self._steps - 1)
         times = torch.zeros(run.layout.world_size, 3, dtype=torch.float64, device=run.device)
@@ -90,7 +90,7 @@ class Stragglers(Callback):
 
     def _begin(self, run: Run) -> None:
         if self._watchdog.watch is not None:
-            self._watchdog.watch.own_share()
+            self._watchdog.watch.busy_fraction()
         self._steps, self._began, self._paused_s = 1, time.monotonic(), run.clock.total_paused_s
 
     def _tell(self, run: Run, found: list[stragglers.Slow]) -> None:

@@ -34,14 +34,14 @@ class DelayedScale:
         self.scale = torch.ones(count)
         self.latest = torch.zeros(count)  # of this step, so far
 
-    def of(self, amax: Tensor, learn: bool) -> Tensor:
+    def of(self, amax: Tensor, training: bool) -> Tensor:
         """The scales [count] for tensors whose largest values are `amax` [count]; those count from the next step on.
 
         Args:
-            learn: whether they count at all (not while evaluating). Seeing a tensor twice changes nothing.
+            training: whether they count at all (not while evaluating). Seeing a tensor twice changes nothing.
         """
-        if learn:
-            torch.fmax(self.latest, amax, out=self.latest)  # passes over what is no number, as upstream does
+        if training:
+            torch.fmax(self.latest, amax, out=self.latest)  # ignores NaN, as upstream does
         return self.scale
 
     def step(self) -> None:
@@ -56,7 +56,7 @@ class DelayedScale:
 
 def scales_of(module: nn.Module) -> list[DelayedScale]:
     """Those of a linear layer's input, weight and gradient; nothing where scaling is not delayed."""
-    return list(getattr(getattr(module, "products", None), "delayed_scales", ()))
+    return list(getattr(getattr(module, "kernel", None), "delayed_scales", ()))
 
 
 def layers_of(chunks: list[Any]) -> Iterator[tuple[nn.Module, list[DelayedScale]]]:

@@ -1,8 +1,8 @@
-"""The three products of a linear layer as FP8 hardware computes them, emulated on the CPU.
+"""fprop, dgrad and wgrad of a linear layer in FP8, emulated on the CPU.
 
-Each operand is rounded to FP8 along the dimension that its product adds up over, always from the high-precision tensor;
-the rounded values are multiplied with sums in fp32. Where all scales are powers of two the rounded values are exact in
-bf16, and the faster bf16 product computes the same sums.
+Each operand is quantised to FP8 along the reduction dimension of its GEMM, always from the high-precision tensor. GEMMs
+accumulate in fp32. If all scales are powers of two, dequantised values are exact in bf16, and the faster bf16 GEMM
+computes the same sums.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Recipe:
         scaling: block, tensor, delayed or mxfp8.
         hybrid: E5M2 for gradients instead of E4M3.
         power_of_two: cut the scales of block and tensor to powers of two.
-        history: steps whose largest values delayed scaling looks back on.
-        dispatch: send tokens to their experts in FP8, too (dispatch.py).
+        history: steps in the amax history of delayed scaling.
+        dispatch: also dispatch tokens in FP8 (dispatch.py).
     """
 
     scaling: str
@@ -59,12 +59,12 @@ class Operand:
         largest = quantisation.LARGEST[self.format]
         self.delayed = DelayedScale(count, recipe.history, largest) if recipe.row.delayed else None
 
-    def scale(self, x: Tensor, counts: Counts, learn: bool) -> Tensor | None:
+    def scale(self, x: Tensor, counts: Counts, training: bool) -> Tensor | None:
         """One scale for each tensor, for both directions of `x`: [experts] for rows in groups of `counts` or for the
         weights of experts, else [1]. None where tiles have scales of their own.
 
         Args:
-            learn: whether delayed scaling remembers this tensor (not while evaluating).
+            training: whether delayed scaling remembers this tensor (not while evaluating).
         """
         if self.recipe.row.scaled_blocks:
             return None
@@ -72,11 +72,11 @@ class Operand:
         zero = x.new_zeros((), dtype=torch.float32)
         amax = torch.stack([part.abs().amax().float() if part.numel() else zero for part in parts])
         if self.delayed is not None:
-            return self.delayed.of(amax, learn)
+            return self.delayed.of(amax, training)
         return quantisation.scale_of(amax, quantisation.LARGEST[self.format], torch.float32, self.recipe.power_of_two)
 
     def rounded(self, x: Tensor, along: int, scale: Tensor | None, counts: Counts) -> Tensor:
-        """`x` rounded to FP8, for a product that adds up over its dimension `along` (-1 columns, -2 rows).
+        """`x` quantised to FP8 and back, for a GEMM with the reduction dimension `along` (-1 columns, -2 rows).
 
         Sums over rows never leave a group of `counts` rows, nor do their tiles.
         """
@@ -101,8 +101,8 @@ class Operand:
         return quantisation.rounded(x, tile, dtype, dtype=self.format, power_of_two=power_of_two, mx=mx)
 
 
-class Products(gemm.Products):
-    """Emulated products of one linear layer, or of one linear layer of `count` local experts."""
+class FP8LinearKernel(gemm.LinearKernel):
+    """Emulated GEMMs of one linear layer, or of one linear layer of `count` local experts."""
 
     def __init__(self, recipe: Recipe, count: int = 1) -> None:
         self.recipe = recipe
@@ -115,31 +115,44 @@ class Products(gemm.Products):
         operands = (self.input, self.weight, self.gradient)
         return [operand.delayed for operand in operands if operand.delayed is not None]
 
-    def forward(self, x: Tensor, weight: Tensor, counts: Counts, learn: bool) -> Tensor:
-        rounded = self.input.rounded(x, -1, self.input.scale(x, counts, learn), counts)
-        weights = self.weight.rounded(weight, -1, self.weight.scale(weight, counts, learn), counts)
-        return gemm.product(rounded, weights.mT, counts).to(x.dtype)
+    def fprop(self, x: Tensor, weight: Tensor, counts: Counts, training: bool) -> Tensor:
+        rounded = self.input.rounded(x, -1, self.input.scale(x, counts, training), counts)
+        weights = self.weight.rounded(weight, -1, self.weight.scale(weight, counts, training), counts)
+        return gemm.matmul(rounded, weights.mT, counts).to(x.dtype)
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
-        """What the forward pass rounded is rounded again, so that nothing but x and the weight is kept for it."""
-        scale = self.gradient.scale(grad, counts, learn=True)
-        rounded = self.gradient.rounded(grad, -1, scale, counts)
-        weights = self.weight.rounded(weight, -2, self.weight.scale(weight, counts, learn=False), counts)
-        grad_x = gemm.product(rounded, weights, counts).to(grad.dtype)
-        if scale is None:  # a scale for the whole tensor has rounded it for both products
-            rounded = self.gradient.rounded(grad, -2, None, counts)
-        inputs = self.input.rounded(x, -2, self.input.scale(x, counts, learn=False), counts)
-        return grad_x, gemm.product_over_rows(rounded, inputs, counts).to(x.dtype)
+        """dgrad and wgrad. x and the weight are quantised again, so that only their 16-bit tensors are saved."""
+        scale = self.gradient.scale(grad, counts, training=True)
+        by_columns = self.gradient.rounded(grad, -1, scale, counts)
+        # A scale for the whole tensor gives the same values along either dimension.
+        by_rows = by_columns if scale is not None else self.gradient.rounded(grad, -2, None, counts)
+        return self._dgrad(by_columns, weight, counts).to(grad.dtype), self._wgrad(by_rows, x, counts)
+
+    def dgrad(self, grad: Tensor, weight: Tensor, counts: Counts) -> Tensor:
+        scale = self.gradient.scale(grad, counts, training=True)
+        return self._dgrad(self.gradient.rounded(grad, -1, scale, counts), weight, counts).to(grad.dtype)
+
+    def wgrad(self, grad: Tensor, x: Tensor, counts: Counts) -> Tensor:
+        scale = self.gradient.scale(grad, counts, training=True)
+        return self._wgrad(self.gradient.rounded(grad, -2, scale, counts), x, counts)
+
+    def _dgrad(self, rounded: Tensor, weight: Tensor, counts: Counts) -> Tensor:
+        weights = self.weight.rounded(weight, -2, self.weight.scale(weight, counts, training=False), counts)
+        return gemm.matmul(rounded, weights, counts)
+
+    def _wgrad(self, rounded: Tensor, x: Tensor, counts: Counts) -> Tensor:
+        inputs = self.input.rounded(x, -2, self.input.scale(x, counts, training=False), counts)
+        return gemm.matmul_tn(rounded, inputs, counts).to(x.dtype)
 
 
 def recipe_of(module: Any) -> Recipe | None:
     """What a linear layer emulates; None for one in high precision and for other modules."""
-    products = getattr(module, "products", None)
-    return products.recipe if isinstance(products, Products) else None
+    kernel = getattr(module, "kernel", None)
+    return kernel.recipe if isinstance(kernel, FP8LinearKernel) else None
 
 
 def in_fp8(linear: type, recipe: Recipe | None) -> type:
-    """`linear`, a class of layers with `products`, with those of each layer emulated; `linear` itself without a recipe.
+    """`linear`, a class of layers with `kernel`, with those of each layer emulated; `linear` itself without a recipe.
 
     One class for each recipe, which Megatron-Core's specs can name.
     """
@@ -155,7 +168,7 @@ def with_linears(module: type, attribute: str, recipe: Recipe | None) -> type:
 def _emulating(linear: type, recipe: Recipe) -> type:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         linear.__init__(self, *args, **kwargs)  # type: ignore[misc]
-        self.products = Products(recipe, len(self.weight) if self.weight.dim() == 3 else 1)
+        self.kernel = FP8LinearKernel(recipe, len(self.weight) if self.weight.dim() == 3 else 1)
 
     return type(f"Fp8{linear.__name__}", (linear,), {"__init__": init, "__doc__": f"{linear.__name__} in FP8."})
 

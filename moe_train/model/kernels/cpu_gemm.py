@@ -25,12 +25,12 @@ def onednn_matmul(a: Tensor, b: Tensor) -> Tensor:
     return result
 
 
-def torch_outer(a: Tensor, b: Tensor) -> Tensor:
+def torch_matmul_tn(a: Tensor, b: Tensor) -> Tensor:
     """a^T b: [t, m] and [t, n] -> [m, n]."""
     return torch.mm(a.t(), b)
 
 
-def onednn_outer(a: Tensor, b: Tensor) -> Tensor:
+def onednn_matmul_tn(a: Tensor, b: Tensor) -> Tensor:
     """a^T b: [t, m] and [t, n] -> [m, n] in fp32."""
     if a.size(1) > b.size(1):  # oneDNN copies its transposed left operand: let that be the smaller one
         return onednn_matmul(b.t(), a).t().contiguous()
@@ -47,10 +47,10 @@ def torch_grouped_matmul(a: Tensor, b: Tensor, counts: Counts) -> Tensor:
     return torch._grouped_mm(a, b, offs=_ends(counts, a.device))
 
 
-def torch_grouped_outer(a: Tensor, b: Tensor, counts: Counts) -> Tensor:
+def torch_grouped_matmul_tn(a: Tensor, b: Tensor, counts: Counts) -> Tensor:
     """a^T b of each group of rows: `a` [t, m] and `b` [t, n] -> [groups, m, n]; zero for a group without rows."""
     if not _aligned(a, b):
-        return looped_grouped_outer(a, b, counts)
+        return looped_grouped_matmul_tn(a, b, counts)
     return torch._grouped_mm(a.t(), b, offs=_ends(counts, a.device))
 
 
@@ -68,8 +68,8 @@ def padded_grouped_matmul(a: Tensor, b: Tensor, counts: Counts) -> Tensor:
     return out
 
 
-def padded_grouped_outer(a: Tensor, b: Tensor, counts: Counts) -> Tensor:
-    """`torch_grouped_outer` with few distinct sizes (`padded_rows`)."""
+def padded_grouped_matmul_tn(a: Tensor, b: Tensor, counts: Counts) -> Tensor:
+    """`torch_grouped_matmul_tn` with few distinct sizes (`padded_rows`)."""
     total, start = a.size(0), 0
     out = a.new_empty(len(counts), a.size(1), b.size(1))
     for count, result in zip(counts, out, strict=True):
@@ -99,8 +99,8 @@ def looped_grouped_matmul(a: Tensor, b: Tensor, counts: Counts) -> Tensor:
     return out
 
 
-def looped_grouped_outer(a: Tensor, b: Tensor, counts: Counts) -> Tensor:
-    """`torch_grouped_outer` for rows of any width, one GEMM a group."""
+def looped_grouped_matmul_tn(a: Tensor, b: Tensor, counts: Counts) -> Tensor:
+    """`torch_grouped_matmul_tn` for rows of any width, one GEMM a group."""
     out = a.new_empty(len(counts), a.size(1), b.size(1))
     for left, right, result in zip(a.split(list(counts)), b.split(list(counts)), out.unbind(), strict=True):
         torch.mm(left.t(), right, out=result)
@@ -123,14 +123,14 @@ def _multiply_into(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 _GROUPED_MATMUL = {"padded": padded_grouped_matmul, "torch": torch_grouped_matmul}
-_GROUPED_OUTER = {"padded": padded_grouped_outer, "torch": torch_grouped_outer}
+_GROUPED_MATMUL_TN = {"padded": padded_grouped_matmul_tn, "torch": torch_grouped_matmul_tn}
 KERNELS: dict[str, dict[str, Kernel]] = {
     "matmul": {"torch": torch.mm, "onednn": onednn_matmul},
-    "outer": {"torch": torch_outer, "onednn": onednn_outer},
+    "outer": {"torch": torch_matmul_tn, "onednn": onednn_matmul_tn},
     "grouped_matmul": _GROUPED_MATMUL,
     "grouped_matmul_small": _GROUPED_MATMUL,
-    "grouped_outer": _GROUPED_OUTER,
-    "grouped_outer_small": _GROUPED_OUTER,
+    "grouped_outer": _GROUPED_MATMUL_TN,
+    "grouped_outer_small": _GROUPED_MATMUL_TN,
 }
 """Candidates by operation. `_small` is the same operation on small groups (`SMALL_GROUP_ROWS`)."""
 
@@ -179,7 +179,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return _kernels(a.dtype)["matmul"](a, b)
 
 
-def outer(a: Tensor, b: Tensor) -> Tensor:
+def matmul_tn(a: Tensor, b: Tensor) -> Tensor:
     """a^T b: [t, m] and [t, n] -> [m, n]."""
     return _kernels(a.dtype)["outer"](a, b)
 
@@ -189,7 +189,7 @@ def grouped_matmul(a: Tensor, b: Tensor, counts: Counts) -> Tensor:
     return _kernels(a.dtype)["grouped_matmul" + _size(a, counts)](a, b, counts)
 
 
-def grouped_outer(a: Tensor, b: Tensor, counts: Counts) -> Tensor:
+def grouped_matmul_tn(a: Tensor, b: Tensor, counts: Counts) -> Tensor:
     """a^T b of each group of rows: `a` [t, m] and `b` [t, n] -> [groups, m, n]; zero for a group without rows."""
     return _kernels(a.dtype)["grouped_outer" + _size(a, counts)](a, b, counts)
 

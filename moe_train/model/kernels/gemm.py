@@ -20,14 +20,21 @@ from moe_train.model.kernels import cpu_gemm
 Counts = Sequence[int] | None
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """[m, k] x [k, n] -> [m, n]. Not differentiable: for use in `autograd.Function`s."""
+def matmul(a: Tensor, b: Tensor, counts: Counts = None) -> Tensor:
+    """a b: [t, k] x [k, n] -> [t, n], or grouped with `counts`: b [groups, k, n].
+
+    Not differentiable: for use in `autograd.Function`s.
+    """
+    if counts is not None:
+        return grouped_matmul(a, b, counts)
     return cpu_gemm.matmul(a, b) if a.device.type == "cpu" else torch.mm(a, b)
 
 
-def outer(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b: [t, m] and [t, n] -> [m, n]. Not differentiable."""
-    return cpu_gemm.outer(a, b) if a.device.type == "cpu" else torch.mm(a.t(), b)
+def matmul_tn(a: Tensor, b: Tensor, counts: Counts = None) -> Tensor:
+    """a^T b: [t, m] and [t, n] -> [m, n], or grouped with `counts`: [groups, m, n]. Not differentiable."""
+    if counts is not None:
+        return grouped_matmul_tn(a, b, counts)
+    return cpu_gemm.matmul_tn(a, b) if a.device.type == "cpu" else torch.mm(a.t(), b)
 
 
 def grouped_matmul(a: Tensor, b: Tensor, counts: Sequence[int]) -> Tensor:
@@ -37,41 +44,42 @@ def grouped_matmul(a: Tensor, b: Tensor, counts: Sequence[int]) -> Tensor:
     return cpu_gemm.torch_grouped_matmul(a, b, counts)
 
 
-def grouped_outer(a: Tensor, b: Tensor, counts: Sequence[int]) -> Tensor:
+def grouped_matmul_tn(a: Tensor, b: Tensor, counts: Sequence[int]) -> Tensor:
     """a^T b of each group of rows: `a` [t, m] and `b` [t, n] -> [groups, m, n]; zero for a group without rows."""
     if a.device.type == "cpu":
-        return cpu_gemm.grouped_outer(a, b, counts)
-    return cpu_gemm.torch_grouped_outer(a, b, counts)
+        return cpu_gemm.grouped_matmul_tn(a, b, counts)
+    return cpu_gemm.torch_grouped_matmul_tn(a, b, counts)
 
 
-def product(a: Tensor, b: Tensor, counts: Counts) -> Tensor:
-    """a b: [t, k] and [k, n], or rows in groups of `counts` and [groups, k, n], -> [t, n]. Not differentiable."""
-    return matmul(a, b) if counts is None else grouped_matmul(a, b, counts)
+class LinearKernel:
+    """The three GEMMs of a linear layer with x [t, in] and weight [out, in].
 
+    With `counts` they are grouped: rows of x in groups of `counts`, and weight [groups, out, in]. A subclass implements
+    another number format (model/fp8/linear.py).
+    """
 
-def product_over_rows(a: Tensor, b: Tensor, counts: Counts) -> Tensor:
-    """a^T b: [t, m] and [t, n] -> [m, n], or for each group of `counts` rows [groups, m, n]. Not differentiable."""
-    return outer(a, b) if counts is None else grouped_outer(a, b, counts)
-
-
-class Products:
-    """The products of a linear layer, x [t, in] and weight [out, in] (a [groups, out, in] of them for rows in groups of
-    `counts`). Other number formats override them (fp8_products.py)."""
-
-    def forward(self, x: Tensor, weight: Tensor, counts: Counts, learn: bool) -> Tensor:
+    def fprop(self, x: Tensor, weight: Tensor, counts: Counts, training: bool) -> Tensor:
         """The output [t, out].
 
         Args:
-            learn: whether a backward pass follows, so that statistics of the tensors count.
+            training: whether a backward pass follows, so that statistics of the tensors count.
         """
-        return product(x, weight.mT, counts)
+        return matmul(x, weight.mT, counts)
+
+    def dgrad(self, grad: Tensor, weight: Tensor, counts: Counts) -> Tensor:
+        """Gradient of x [t, in], from that of the output [t, out]."""
+        return matmul(grad, weight, counts)
+
+    def wgrad(self, grad: Tensor, x: Tensor, counts: Counts) -> Tensor:
+        """Gradient of the weight, summed over rows, from that of the output [t, out]."""
+        return matmul_tn(grad, x, counts)
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
-        """Gradients of x and of the weight, from that of the output [t, out]."""
-        return product(grad, weight, counts), product_over_rows(grad, x, counts)
+        """dgrad and wgrad. A subclass overrides it to share work between them."""
+        return self.dgrad(grad, weight, counts), self.wgrad(grad, x, counts)
 
 
-PLAIN = Products()
+HIGH_PRECISION = LinearKernel()
 
 
 class GroupedLinear(torch.autograd.Function):
@@ -79,63 +87,68 @@ class GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, counts: Sequence[int], products: Products = PLAIN, learn: bool = False
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        counts: Sequence[int],
+        kernel: LinearKernel = HIGH_PRECISION,
+        training: bool = False,
     ) -> Tensor:
         """`counts` is the number of rows of each group; they add up to t."""
         ctx.save_for_backward(x, weight)
-        ctx.counts, ctx.products, ctx.parameter = counts, products, weight
-        return products.forward(x, weight, counts, learn)
+        ctx.counts, ctx.kernel, ctx.parameter = counts, kernel, weight
+        return kernel.fprop(x, weight, counts, training)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        if ctx.products is PLAIN and accumulates_into_main_grad(ctx.parameter):
+        if ctx.kernel is HIGH_PRECISION and accumulates_into_main_grad(ctx.parameter):
             rows = zip(ctx.parameter.main_grad, grad.split(list(ctx.counts)), x.split(list(ctx.counts)), strict=True)
             for main_grad, grad_rows, x_rows in rows:
                 main_grad.addmm_(grad_rows.t(), x_rows)
-            return product(grad, weight, ctx.counts), _already_added(ctx.parameter), None, None, None
-        return *ctx.products.backward(grad, x, weight, ctx.counts), None, None, None
+            return ctx.kernel.dgrad(grad, weight, ctx.counts), _already_added(ctx.parameter), None, None, None
+        return *ctx.kernel.backward(grad, x, weight, ctx.counts), None, None, None
 
 
 class _Linear(torch.autograd.Function):
     """x [s * b, in] and weight [out, in] -> [s * b, out], with the collectives of tensor parallelism.
 
     Args:
-        gather: the ranks whose parts of the sequence are gathered first (sequence parallelism), or None.
-        add_up: the ranks over which the gradient of x is added up, or None.
+        gather_group: ranks over which the sequence is all-gathered first (sequence parallelism), or None.
+        reduce_group: ranks over which the gradient of x is all-reduced, or None.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, gather: Any, add_up: Any, products: Products, learn: bool
+        ctx: Any, x: Tensor, weight: Tensor, gather_group: Any, reduce_group: Any, kernel: LinearKernel, training: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.gather, ctx.add_up, ctx.products, ctx.parameter = gather, add_up, products, weight
-        return products.forward(_gathered(x, gather), weight, None, learn)
+        ctx.gather_group, ctx.reduce_group, ctx.kernel, ctx.parameter = gather_group, reduce_group, kernel, weight
+        return kernel.fprop(_gathered(x, gather_group), weight, None, training)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        whole_x = _gathered(x, ctx.gather)
-        if ctx.products is PLAIN and accumulates_into_main_grad(ctx.parameter):
+        whole_x = _gathered(x, ctx.gather_group)
+        if ctx.kernel is HIGH_PRECISION and accumulates_into_main_grad(ctx.parameter):
             ctx.parameter.main_grad.addmm_(grad.t(), whole_x)
-            grad_x, grad_weight = product(grad, weight, None), _already_added(ctx.parameter)
+            grad_x, grad_weight = ctx.kernel.dgrad(grad, weight, None), _already_added(ctx.parameter)
         else:
-            grad_x, grad_weight = ctx.products.backward(grad, whole_x, weight, None)
-        if ctx.gather is not None:
+            grad_x, grad_weight = ctx.kernel.backward(grad, whole_x, weight, None)
+        if ctx.gather_group is not None:
             part = torch.empty_like(x)
-            dist.reduce_scatter_tensor(part, grad_x, group=ctx.gather)
+            dist.reduce_scatter_tensor(part, grad_x, group=ctx.gather_group)
             grad_x = part
-        elif ctx.add_up is not None:
-            dist.all_reduce(grad_x, group=ctx.add_up)
+        elif ctx.reduce_group is not None:
+            dist.all_reduce(grad_x, group=ctx.reduce_group)
         return grad_x, grad_weight, None, None, None, None
 
 
 def accumulates_into_main_grad(weight: Tensor) -> bool:
     """Whether the GEMM of the weight gradient can add to the gradient buffer of Megatron-Core's DDP itself.
 
-    That saves a gradient of its own and two passes over memory. Upstream does it with a CUDA extension of apex
+    That saves a separate gradient tensor and two passes over memory. Upstream does it with a CUDA extension of apex
     (`gradient_accumulation_fusion`, tensor_parallel/layers.py). Here it needs a buffer in the precision of the weight,
     and a weight that the embedding does not share: the embedding's gradient comes the usual way.
     """
@@ -160,54 +173,60 @@ def _gathered(x: Tensor, group: Any) -> Tensor:
     return whole
 
 
-def linear(x: Tensor, weight: Tensor, products: Products = PLAIN) -> Tensor:
+def linear(x: Tensor, weight: Tensor, kernel: LinearKernel = HIGH_PRECISION) -> Tensor:
     """[..., in] -> [..., out] without tensor parallelism."""
-    if x.device.type != "cpu" and products is PLAIN:
+    if x.device.type != "cpu" and kernel is HIGH_PRECISION:
         return F.linear(x, weight)
-    return _linear(x, weight, None, None, products)
+    return _linear(x, weight, None, None, kernel)
 
 
-def _linear(x: Tensor, weight: Tensor, gather: Any, add_up: Any, products: Products) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, gather_group: Any, reduce_group: Any, kernel: LinearKernel) -> Tensor:
     # Views are made out here: autograd forbids changing a view that a Function returns, as upstream's loss does.
-    rows: Tensor = _Linear.apply(x.flatten(0, -2), weight, gather, add_up, products, torch.is_grad_enabled())
+    rows: Tensor = _Linear.apply(x.flatten(0, -2), weight, gather_group, reduce_group, kernel, torch.is_grad_enabled())
     return rows.view(-1, *x.shape[1:-1], weight.size(0))
 
 
 def _forward_impl(
-    upstream: Callable[..., Tensor], x: Tensor, weight: Tensor, options: dict[str, Any], products: Products = PLAIN
+    upstream: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    options: dict[str, Any],
+    kernel: LinearKernel = HIGH_PRECISION,
 ) -> Tensor:
-    """What upstream's parallel layers call to multiply (tensor_parallel/layers.py), with the products of this file on
-    the CPU. `upstream` does the rest: other devices, biases, weights that are not trained."""
+    """The GEMM of upstream's parallel layers (tensor_parallel/layers.py), with the kernels of this file on the CPU.
+
+    `upstream` handles the rest: other devices, biases, frozen weights.
+    """
     bias = options.get("bias")
     special = bias is not None or options.get("grad_output_buffer") is not None
-    if products is PLAIN and (x.device.type != "cpu" or special or not weight.requires_grad):
+    if kernel is HIGH_PRECISION and (x.device.type != "cpu" or special or not weight.requires_grad):
         return upstream(input=x, weight=weight, **options)
     group = options["tp_group"] if options["tp_group"] is not None and options["tp_group"].size() > 1 else None
-    gather, add_up = (group if options[name] else None for name in ("sequence_parallel", "allreduce_dgrad"))
-    y = _linear(x, weight, gather, add_up, products)
+    gather_group, reduce_group = (group if options[name] else None for name in ("sequence_parallel", "allreduce_dgrad"))
+    y = _linear(x, weight, gather_group, reduce_group, kernel)
     return y if bias is None else y + bias
 
 
 class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
     """Weight split by rows (output features) over tensor-parallel ranks."""
 
-    products = PLAIN
+    kernel = HIGH_PRECISION
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
-        return _forward_impl(super()._forward_impl, input, weight, options, self.products)
+        return _forward_impl(super()._forward_impl, input, weight, options, self.kernel)
 
 
 class RowParallelLinear(tensor_parallel.RowParallelLinear):
     """Weight split by columns (input features) over tensor-parallel ranks."""
 
-    products = PLAIN
+    kernel = HIGH_PRECISION
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
-        return _forward_impl(super()._forward_impl, input, weight, options, self.products)
+        return _forward_impl(super()._forward_impl, input, weight, options, self.kernel)
 
 
 def use_in(layer: Any) -> None:
-    """Have a layer that upstream made itself (the output head, in models/gpt/gpt_model.py) use these products."""
+    """Have a layer that upstream builds itself (the LM head, in models/gpt/gpt_model.py) use these kernels."""
     upstream = layer._forward_impl
 
     def forward(input: Tensor, weight: Tensor, **options: Any) -> Tensor:

@@ -136,7 +136,7 @@ class ShortAttention(torch.autograd.Function):
 class ReplicatedLinear(nn.Module):
     """A linear layer that every tensor-parallel rank holds whole and applies to its own part of the sequence."""
 
-    products = gemm.PLAIN
+    kernel = gemm.HIGH_PRECISION
 
     def __init__(self, input_size: int, output_size: int, config: Any) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class ReplicatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """[s/tp, b, input_size] -> [s/tp, b, output_size], and no bias."""
-        return gemm.linear(x, self.weight, self.products), None
+        return gemm.linear(x, self.weight, self.kernel), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -1,7 +1,7 @@
 """Token dispatch of the `local` backend: upstream's all-to-all, which counts what it sends and can send it in FP8.
 
 In FP8 (DeepSeek-V3, arXiv 2412.19437, section 3.3.3) go the tokens on their way to the experts and, in the backward
-pass, the gradients of the experts' outputs: both enter FP8 products at the end. Each row is cut into tiles of 1 x 128,
+pass, the gradients of the experts' outputs: both enter FP8 GEMMs at the end. Each row is cut into tiles of 1 x 128,
 whose fp32 scales travel with it. Outputs of experts, and gradients of tokens, come back in 16 bits.
 """
 

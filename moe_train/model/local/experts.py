@@ -1,5 +1,5 @@
 """Routed experts of the `local` backend in one grouped GEMM. Checkpoints are those of upstream's SequentialMLP and
-TEGroupedMLP, which run experts one by one or need Transformer Engine (transformer/moe/experts.py)."""
+TEGroupedMLP, which use a GEMM per expert or need Transformer Engine (transformer/moe/experts.py)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ StateDict = dict[str, Any]
 
 
 class ExpertLinear(nn.Module):
-    """One linear layer of all local experts: weight [experts, out, in], whose rows or columns etp ranks split.
+    """One linear layer of all local experts: weight [experts, out, in], sharded by rows or columns over etp ranks.
 
-    Other number formats set `products`.
+    Other number formats set `kernel`.
     """
 
-    products = gemm.PLAIN
+    kernel = gemm.HIGH_PRECISION
     is_expert = True
 
     def __init__(self, experts: int, outputs: int, inputs: int, split: int, config: Any, init_method: Any) -> None:
@@ -41,13 +41,13 @@ class ExpertLinear(nn.Module):
         # As upstream marks expert parameters: their gradients are reduced over the ranks with the same experts only.
         self.weight.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
 
-    def product(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+    def gemm(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """[t, in] -> [t, out]; the first counts[0] rows go through the first expert, and so on."""
-        result: Tensor = gemm.GroupedLinear.apply(x, self.weight, counts, self.products, torch.is_grad_enabled())
+        result: Tensor = gemm.GroupedLinear.apply(x, self.weight, counts, self.kernel, torch.is_grad_enabled())
         return result
 
     def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        return self.product(x, counts)
+        return self.gemm(x, counts)
 
 
 class GroupedExperts(MegatronModule):

@@ -143,7 +143,7 @@ class _Guard:
         self._error = _text(error)
         self._tries += 1
         if self._tell(f"{type(error).__name__} {getattr(error, 'errno', '')}", self._error):
-            warn(f"{self.sink.name} failed: {self._error}; the run goes on, and its records follow later")
+            warn(f"{self.sink.name} failed: {self._error}; the run continues, and its records follow later")
         is_outage = isinstance(error, OSError) or self._waiting[0] is self._open  # nothing works without `open`
         if self._tries >= MOST_TRIES and not is_outage:
             self._waiting.popleft()

@@ -341,7 +341,7 @@ TABLE = [
     Wrong("train.seq_length=64", "train.seq_length", "1 x 64 / 4 = 16 tokens",
           f"precision=nvfp4 {WIDE} parallel.tp=2 parallel.cp=2 model.num_shared_experts=0"),
     Wrong("precision.fp8=delayed", "precision.fp8", "no checkpoint keeps (Transformer Engine pickles them), so that a "
-          "run could not go on as it was; use precision.fp8=tensor or checkpoint.save_at_end=false "
+          "resumed run would differ; use precision.fp8=tensor or checkpoint.save_at_end=false "
           "checkpoint.interval_steps=0", "precision=bf16 runtime=cuda"),
     Wrong("precision.moments_dtype=bf16", "precision.moments_dtype",
           "use backend.name=te or precision.moments_dtype=fp32", "precision=bf16 runtime=cuda backend.name=local"),

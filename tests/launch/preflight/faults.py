@@ -38,14 +38,14 @@ def clock(cfg: Config, info: RankInfo) -> None:
 
 def slow(cfg: Config, info: RankInfo) -> None:
     """The clock of its processor is low."""
-    before = measure.products
+    before = measure.gemm_times
     if info.rank == BROKEN:
 
-        def products(device: torch.device) -> measure.Products:
+        def gemm_times(device: torch.device) -> measure.GemmTimes:
             found = before(device)
             return replace(found, mean_s=2 * found.mean_s, median_s=2 * found.median_s)
 
-        measure.products = products
+        measure.gemm_times = gemm_times
     none(cfg, info)
 
 

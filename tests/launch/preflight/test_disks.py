@@ -240,7 +240,7 @@ def test_a_local_disk_holds_the_newest_and_the_one_that_is_written(
     (root / f"step_{100 - steps:08d}").mkdir(parents=True)
     cfg = _config(f"run_dir={tmp_path}/run", "checkpoint.interval_steps=10", f"checkpoint.local_keep={keep}",
                   f"checkpoint.local_dir={tmp_path}/local")  # fmt: skip
-    near = run_directory.near_of(cfg, cfg.checkpoint_root)
+    near = run_directory.node_local_dir(cfg, cfg.checkpoint_root)
     assert near is not None
     for number in range(present):
         (near / f"step_{number:08d}").mkdir(parents=True)

@@ -231,15 +231,15 @@ def test_products_do_not_count_the_time_without_a_core(waited: list[float], monk
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        found = measure.products(CPU, seconds=7.0)
+        found = measure.gemm_times(CPU, seconds=7.0)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
     assert seen == [1] * 4
     if any(waited):
-        assert found == measure.Products(mean_s=1.5 / 3, median_s=0.5, worst_s=1.0, waited=5.5 / 7)
+        assert found == measure.GemmTimes(mean_s=1.5 / 3, median_s=0.5, worst_s=1.0, waited=5.5 / 7)
     else:
-        assert found == measure.Products(mean_s=7 / 3, median_s=2.0, worst_s=4.0, waited=0.0)
+        assert found == measure.GemmTimes(mean_s=7 / 3, median_s=2.0, worst_s=4.0, waited=0.0)
 
 
 @pytest.mark.parametrize(("text", "expected"), [("12 2500000000 3\n", 2.5), ("12\n", 0.0), ("a b c\n", 0.0), ("", 0.0)])

@@ -14,7 +14,7 @@ import pytest
 
 from launch.preflight import facts, measure, rank, verdict
 from launch.preflight.disks import Disk
-from launch.preflight.facts import Facts
+from launch.preflight.facts import RankFacts
 from launch.slurm import commands, submission
 from moe_train.config.cluster import ClusterConfig
 from moe_train.config.launcher import LauncherConfig
@@ -70,10 +70,10 @@ SHARED = Disk("run_dir", "/shared/run", True, 2 * 10**9, 5 * 10**9, "", 10**12, 
 LOCAL = replace(SHARED, field="checkpoint.local_dir", path="/local/run", shared=False)
 
 
-def healthy(count: int = 8, per_node: int = 2) -> list[Facts]:
+def healthy(count: int = 8, per_node: int = 2) -> list[RankFacts]:
     """Ranks in tp pairs within nodes and dp groups across them."""
     return [
-        Facts(
+        RankFacts(
             f"n{i // per_node}", i, {"torch": "2.9"}, 0.001 * i, gpus=per_node, memory_free=0.99, matmul_s=0.010,
             matmul_median_s=0.010, link_gb_s=40.0 if i % per_node == 0 else None,
             disks=[SHARED] if i % per_node == 0 else [],
@@ -83,7 +83,7 @@ def healthy(count: int = 8, per_node: int = 2) -> list[Facts]:
     ]  # fmt: skip
 
 
-def judged(ranks: list[Facts], **launcher: float | None) -> list[verdict.Finding]:
+def judged(ranks: list[RankFacts], **launcher: float | None) -> list[verdict.Finding]:
     return verdict.judge(ranks, LauncherConfig(**launcher), ClusterConfig(), 2)  # type: ignore[arg-type]
 
 

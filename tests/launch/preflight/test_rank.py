@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from launch.preflight import disks, facts, measure, rank
-from launch.preflight.facts import Facts
+from launch.preflight.facts import RankFacts
 from launch.preflight.verdict import Finding
 from launch.slurm import commands, submission
 from moe_train.config.composition.validate import validate
@@ -36,12 +36,12 @@ def cfg(tmp_path: Path) -> Config:
 
 
 @pytest.fixture
-def gathered(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> list[Facts]:
+def gathered(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> list[RankFacts]:
     """What all ranks find; a test may break one of them."""
     ranks = healthy()
     waited: list[bool] = []
 
-    def gather(found: list[Facts], own: Facts) -> None:
+    def gather(found: list[RankFacts], own: RankFacts) -> None:
         assert own is ranks[own.rank]
         assert len(found) == len(ranks)
         found[:] = ranks
@@ -58,7 +58,7 @@ def gathered(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> list[Facts]:
 
 
 def test_healthy_ranks_end_and_the_first_one_reports(
-    cfg: Config, gathered: list[Facts], capsys: pytest.CaptureFixture[str]
+    cfg: Config, gathered: list[RankFacts], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in (1, 2):
         rank.run(cfg, info(number))
@@ -74,7 +74,7 @@ def test_healthy_ranks_end_and_the_first_one_reports(
     assert [found["rank"] for found in result["ranks"]] == list(range(8))
 
 
-def test_every_rank_ends_with_the_same_code_after_the_report(cfg: Config, gathered: list[Facts]) -> None:
+def test_every_rank_ends_with_the_same_code_after_the_report(cfg: Config, gathered: list[RankFacts]) -> None:
     gathered[5].gpu_problems = ["NVLink down: Link 3"]
     for number in (0, 5):
         with pytest.raises(SystemExit) as ended:
@@ -202,7 +202,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     disk = disks.Disk("run_dir", "/run", True, 0, 0)
     monkeypatch.setattr(measure, "clock", answer("clock", -0.5))
     monkeypatch.setattr(measure, "storage", answer("storage", (["run_dir"], [disk]), 2))
-    monkeypatch.setattr(measure, "products", answer("products", measure.Products(0.1, 0.2, 0.3, 0.4), 0))
+    monkeypatch.setattr(measure, "gemm_times", answer("gemm_times", measure.GemmTimes(0.1, 0.2, 0.3, 0.4), 0))
     monkeypatch.setattr(measure, "links", answer("links", 12.5, 0, 3))
     monkeypatch.setattr(measure, "bandwidth", answer("bandwidth", {"tp": (2, 3.0, 4.0)}, 3, 4))
     monkeypatch.setattr(facts, "node_name", lambda: "n1")
@@ -229,10 +229,10 @@ def test_all_findings_of_a_rank_on_cpus(
     layout = validate(_two_ranks(cfg), 2)
     found = rank.look(cfg, layout, info(1, 2), CPU)
     assert measured == [
-        ("clock",), ("storage", 16), ("barrier",), ("products", CPU), ("links", ["n0", "n1"], 4),
+        ("clock",), ("storage", 16), ("barrier",), ("gemm_times", CPU), ("links", ["n0", "n1"], 4),
         ("bandwidth", 4, cfg.launcher.timeout_s),
     ]  # fmt: skip
-    assert found == Facts(
+    assert found == RankFacts(
         "n1", 1, {"torch": "2.9"}, -0.5, memory_free=0.25, unseen=["run_dir"],
         disks=[disks.Disk("run_dir", "/run", True, 0, 0)], matmul_s=0.1, matmul_median_s=0.2, matmul_worst_s=0.3,
         waited=0.4, link_gb_s=12.5, groups={"tp": (2, 3.0, 4.0)},

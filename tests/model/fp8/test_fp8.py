@@ -18,7 +18,7 @@ from moe_train.config.composition.validate import validate
 from moe_train.formats import block_fp8
 from moe_train.model.fp8 import quantisation
 from moe_train.model.fp8.delayed_scaling import DelayedScale
-from moe_train.model.fp8.linear import Products, Recipe
+from moe_train.model.fp8.linear import FP8LinearKernel, Recipe
 from moe_train.model.kernels import gemm
 from moe_train.model.precision import emulated_recipe
 from tests.distributed.helper import run_distributed
@@ -221,11 +221,11 @@ def tensors(tokens: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Ten
 Named = dict[str, Array]
 
 
-def three_products(products: Products, shape: tuple[int, int, int], size: float = 1.0) -> tuple[Named, Named]:
-    """x, weight and gradient, all `size` times as large, and what the products make of them, by name."""
+def fprop_dgrad_wgrad(kernel: FP8LinearKernel, shape: tuple[int, int, int], size: float = 1.0) -> tuple[Named, Named]:
+    """x, weight and gradient, all `size` times as large, and the results of the kernel, by name."""
     x, weight, grad = (size * t for t in tensors(*shape))
-    y = products.forward(x, weight, None, True)
-    found = y, *products.backward(grad, x, weight, None)
+    y = kernel.fprop(x, weight, None, True)
+    found = y, *kernel.backward(grad, x, weight, None)
     given = {"x": x.numpy(), "weight": weight.numpy(), "gradient": grad.numpy()}
     return given, {name: t.numpy() for name, t in zip(("y", "gradient of x", "of the weight"), found, strict=True)}
 
@@ -242,9 +242,9 @@ def assert_near(found: Named, expected: Named) -> None:
     Recipe("mxfp8", hybrid=True),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("shape", [(256, 384, 128), (100, 200, 300), (7, 129, 65)], ids=str)
-def test_all_three_products_are_those_of_the_loop_over_blocks(recipe: Recipe, shape: tuple[int, int, int]) -> None:
-    """Each operand has tiles along the sum of its own product, quantised from what came in and not from each other."""
-    given, found = three_products(Products(recipe), shape)
+def test_fprop_dgrad_and_wgrad_are_those_of_the_loop_over_blocks(recipe: Recipe, shape: tuple[int, int, int]) -> None:
+    """Each operand has tiles along the reduction dimension of its GEMM, quantised from the input tensor."""
+    given, found = fprop_dgrad_wgrad(FP8LinearKernel(recipe), shape)
     x, weight, grad = given.values()
     high, length = (128, 128) if recipe.scaling == "block" else (1, 32)
     of_grad = "e5m2" if recipe.hybrid else "e4m3"
@@ -259,12 +259,12 @@ def test_all_three_products_are_those_of_the_loop_over_blocks(recipe: Recipe, sh
     Recipe("tensor", power_of_two=False), Recipe("tensor", hybrid=True, power_of_two=True),
     Recipe("delayed", power_of_two=False, history=1), Recipe("delayed", hybrid=True, power_of_two=False, history=1),
 ], ids=str)  # fmt: skip
-def test_all_three_products_with_one_scale_for_each_tensor(recipe: Recipe) -> None:
+def test_fprop_dgrad_and_wgrad_with_one_scale_per_tensor(recipe: Recipe) -> None:
     """Its own, or with delayed scaling that of the step before: 1 in the first, too large for the second's tensors."""
     formats = {"x": "e4m3", "weight": "e4m3", "gradient": "e5m2" if recipe.hybrid else "e4m3"}
-    before, products = dict.fromkeys(formats, np.float32(1)), Products(recipe)
+    before, kernel = dict.fromkeys(formats, np.float32(1)), FP8LinearKernel(recipe)
     for size in (1.0, 3.0, 1e-3):
-        given, found = three_products(products, (100, 200, 300), size)
+        given, found = fprop_dgrad_wgrad(kernel, (100, 200, 300), size)
         own = {name: naive_scale(given[name], formats[name], BIGGEST, recipe.power_of_two) for name in formats}
         scales = before if recipe.scaling == "delayed" else own
         x, weight, grad = (
@@ -273,17 +273,36 @@ def test_all_three_products_with_one_scale_for_each_tensor(recipe: Recipe) -> No
         )
         assert_near(found, {"y": x @ weight.T, "gradient of x": grad @ weight, "of the weight": grad.T @ x})
         before = own
-        end_step(products)
+        end_step(kernel)
 
 
-def test_a_bias_is_added_to_emulated_products() -> None:
+@pytest.mark.parametrize("recipe", [Recipe("block"), Recipe("tensor"), Recipe("delayed"), Recipe("mxfp8")], ids=str)
+def test_backward_is_dgrad_and_wgrad(recipe: Recipe) -> None:
+    """Shared quantisation of the gradient changes no bit of either, for dense and grouped GEMMs."""
+    x, weight, grad = tensors(100, 256, 96)
+    together, apart = FP8LinearKernel(recipe), FP8LinearKernel(recipe)
+    for _ in range(2):  # the second pass of delayed scaling has statistics
+        for kernel in (together, apart):
+            kernel.fprop(x, weight, None, True)
+        grad_x, grad_weight = together.backward(grad, x, weight, None)
+        assert torch.equal(grad_x, apart.dgrad(grad, weight, None))
+        assert torch.equal(grad_weight, apart.wgrad(grad, x, None))
+        end_step(together, apart)
+    counts, experts = [60, 0, 40], torch.stack([weight, 2 * weight, -weight])
+    grouped = FP8LinearKernel(recipe, len(counts))
+    grad_x, grad_weight = grouped.backward(grad, x, experts, counts)
+    assert torch.equal(grad_x, grouped.dgrad(grad, experts, counts))
+    assert torch.equal(grad_weight, grouped.wgrad(grad, x, counts))
+
+
+def test_a_bias_is_added_to_emulated_gemms() -> None:
     """In the precision of the output, with a gradient of its own."""
     x, weight, grad = tensors(5, 256, 3)
     bias = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
     options = {"bias": bias, "tp_group": None, "sequence_parallel": False, "allreduce_dgrad": False}
-    products = Products(BLOCK_RECIPE)
-    y = gemm._forward_impl(lambda **_: torch.empty(0), x, weight.requires_grad_(), options, products)
-    assert torch.equal(y, gemm.linear(x, weight, products) + bias)
+    kernel = FP8LinearKernel(BLOCK_RECIPE)
+    y = gemm._forward_impl(lambda **_: torch.empty(0), x, weight.requires_grad_(), options, kernel)
+    assert torch.equal(y, gemm.linear(x, weight, kernel) + bias)
     y.backward(grad)
     assert bias.grad is not None
     assert torch.allclose(bias.grad, grad.sum(0))
@@ -312,21 +331,21 @@ RECIPES = [
 ]  # fmt: skip
 
 
-def end_step(*products: Products) -> None:
+def end_step(*kernels: FP8LinearKernel) -> None:
     """As `delayed_scaling.update` does on one rank."""
-    for scale in itertools.chain(*(p.delayed_scales for p in products)):
+    for scale in itertools.chain(*(p.delayed_scales for p in kernels)):
         scale.step()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
-def test_bf16_products_are_the_fp32_ones_rounded_at_the_end(recipe: Recipe) -> None:
-    """Values rounded to FP8 with a power of two are bf16 numbers: the faster product loses nothing. Others are not."""
+def test_bf16_gemms_are_the_fp32_ones_rounded_at_the_end(recipe: Recipe) -> None:
+    """Values rounded to FP8 with a power of two are bf16 numbers: the faster GEMM loses nothing. Others are not."""
     x, weight, grad = (t.bfloat16() for t in tensors(256, 384, 128))
     wide = x.float(), weight.float(), grad.float()
-    fast, exact = Products(recipe), Products(recipe)
+    fast, exact = FP8LinearKernel(recipe), FP8LinearKernel(recipe)
     for _ in range(2):  # the second pass of delayed scaling has statistics
-        found = fast.forward(x, weight, None, True), *fast.backward(grad, x, weight, None)
-        expected = exact.forward(*wide[:2], None, True), *exact.backward(wide[2], *wide[:2], None)
+        found = fast.fprop(x, weight, None, True), *fast.backward(grad, x, weight, None)
+        expected = exact.fprop(*wide[:2], None, True), *exact.backward(wide[2], *wide[:2], None)
         end_step(fast, exact)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype is torch.bfloat16
@@ -337,10 +356,10 @@ def test_bf16_products_are_the_fp32_ones_rounded_at_the_end(recipe: Recipe) -> N
 @pytest.mark.parametrize("scaling", ["block", "tensor", "delayed", "mxfp8"])
 @pytest.mark.parametrize("wrong", [math.inf, -math.inf, math.nan])
 def test_what_is_no_number_shows_in_the_output(scaling: str, wrong: float) -> None:
-    """Of the product in which it is, whatever its tile holds besides."""
+    """In the GEMM that has it, for any other values in its tile."""
     x, weight, _ = tensors(5, 256, 3)
     weight[1, 130] = wrong
-    y = Products(Recipe(scaling)).forward(x + 1, weight, None, True)
+    y = FP8LinearKernel(Recipe(scaling)).fprop(x + 1, weight, None, True)
     assert not y[:, 1].isfinite().any()
 
 
@@ -354,12 +373,12 @@ def test_gradients_flow_and_are_near_the_exact_ones(recipe: Recipe) -> None:
     generator = torch.Generator().manual_seed(2)
     x, weight = torch.randn(64, 2, 160, generator=generator), torch.randn(96, 160, generator=generator) * 0.05
     grad = torch.randn(64, 2, 96, generator=generator)
-    products = Products(recipe)
+    kernel = FP8LinearKernel(recipe)
     for _ in range(2):  # the second pass of delayed scaling has statistics
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-        y = gemm.linear(*leaves, products)
+        y = gemm.linear(*leaves, kernel)
         y.backward(grad)
-        end_step(products)
+        end_step(kernel)
     exact = x @ weight.T, grad @ weight, torch.einsum("sbo,sbi->oi", grad, x)
     for found, reference in zip((y.detach(), leaves[0].grad, leaves[1].grad), exact, strict=True):
         assert found is not None
@@ -367,13 +386,13 @@ def test_gradients_flow_and_are_near_the_exact_ones(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
-def test_experts_are_rounded_one_by_one(recipe: Recipe) -> None:
+def test_experts_are_quantised_separately(recipe: Recipe) -> None:
     """Neither a tile nor a scale reaches from one expert into the next."""
     counts = [0, 3, 130, 1, 0, 40]
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(sum(counts), 140, generator=generator) * torch.rand(sum(counts), 1, generator=generator) * 50
     weight, grad = torch.randn(6, 72, 140, generator=generator), torch.randn(sum(counts), 72, generator=generator)
-    together, alone = Products(recipe, len(counts)), [Products(recipe) for _ in counts]
+    together, alone = FP8LinearKernel(recipe, len(counts)), [FP8LinearKernel(recipe) for _ in counts]
     for _ in range(2):
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
         y = gemm.GroupedLinear.apply(*leaves, counts, together, True)
@@ -382,11 +401,11 @@ def test_experts_are_rounded_one_by_one(recipe: Recipe) -> None:
         for expert, count in enumerate(counts):
             if not count:
                 assert leaves[1].grad[expert].abs().max() == 0
-                alone[expert].forward(x[:0], weight[expert], None, True)  # so that it has seen its weight too
+                alone[expert].fprop(x[:0], weight[expert], None, True)  # so that it has seen its weight too
                 alone[expert].gradient.scale(grad[:0], None, True)
                 continue
             rows, matrix = slice(start, start + count), weight[expert]
-            one = alone[expert].forward(x[rows], matrix, None, True)
+            one = alone[expert].fprop(x[rows], matrix, None, True)
             grads = alone[expert].backward(grad[rows], x[rows], matrix, None)
             for found, expected in zip(
                 (y[rows], leaves[0].grad[rows], leaves[1].grad[expert]), (one, *grads), strict=True
@@ -434,24 +453,26 @@ def test_delayed_scales_follow_the_history(length: int) -> None:
 
 
 def test_evaluation_leaves_delayed_scales_alone() -> None:
-    products = Products(Recipe("delayed", power_of_two=False))
+    kernel = FP8LinearKernel(Recipe("delayed", power_of_two=False))
     x, weight = torch.randn(4, 8), torch.randn(8, 8, requires_grad=True)
     with torch.no_grad():
-        gemm.linear(x, weight, products)
-    assert products.delayed_scales[0].latest == 0
-    gemm.linear(x, weight, products)
-    assert products.delayed_scales[0].latest == x.abs().max()
+        gemm.linear(x, weight, kernel)
+    assert kernel.delayed_scales[0].latest == 0
+    gemm.linear(x, weight, kernel)
+    assert kernel.delayed_scales[0].latest == x.abs().max()
 
 
 def fp8_linears(*overrides: str) -> list[str]:
-    """Names of the modules whose products are emulated."""
+    """Names of the modules whose GEMMs are emulated."""
     from parallel import groups
     from parallel.runtime import cpu
 
     cpu.prepare()
     (chunk,) = build_tiny("precision=fp8_block", *overrides)
     groups.destroy()
-    return [name for name, module in chunk.named_modules() if isinstance(getattr(module, "products", None), Products)]
+    return [
+        name for name, module in chunk.named_modules() if isinstance(getattr(module, "kernel", None), FP8LinearKernel)
+    ]
 
 
 MLA = {f"self_attention.linear_{name}" for name in ("q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj", "proj")}

@@ -86,7 +86,7 @@ def test_calls_that_failed_follow_later_and_in_order(
         {"step": 2, "event": "sink_recovered", "sink": "recorder"},
     ]
     assert capsys.readouterr().err.splitlines() == [
-        f"warning: recorder failed: {reason}; the run goes on, and its records follow later",
+        f"warning: recorder failed: {reason}; the run continues, and its records follow later",
         "warning: recorder works again: 3 records came late, 0 were lost",
     ]
     both.close(END)
