@@ -46,7 +46,7 @@ def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
         for bias, before in zip(biases, biases_before, strict=True):
             bias.copy_(before)
         delayed_scaling.discard(run.chunks)
-    elif run.cfg.precision.fp8 == "delayed":
+    else:
         delayed_scaling.update(run.chunks)
     learning_rate = run.schedule.optimizer.param_groups[0]["lr"] if run.optimizer.param_groups else 0.0
     updated = norm is not None and not bad and update.apply(run.optimizer, norm)

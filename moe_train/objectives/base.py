@@ -36,8 +36,8 @@ class Objective(Protocol):
     """A loss over the tokens of a batch. Constructed from the config, once a run."""
 
     reductions: Mapping[str, Reduction]
-    """The metrics that `loss` returns besides the loss, by their names in metrics.jsonl. Every rank needs them: those
-    of earlier pipeline stages take part in the reduction and compute no loss."""
+    """The metrics that `loss` returns in addition to the loss: sums, means and maxima, by their names in metrics.jsonl.
+    Every rank needs them: those of earlier pipeline stages take part in the reduction and compute no loss."""
 
     def __init__(self, cfg: Config) -> None: ...
 

@@ -14,6 +14,9 @@ from torch import Tensor
 from moe_train.objectives.base import Loss, Objective
 from moe_train.telemetry.registry import Reduction
 
+_PARTS = {Reduction.SUM: 1, Reduction.MEAN: 2, Reduction.MAX: 1}
+"""Scalars of a metric in one micro-batch."""
+
 
 @dataclass(frozen=True)
 class Partial:
@@ -51,7 +54,7 @@ def partial_of(objective: Objective, loss: Loss) -> Partial:
     for name, reduction in objective.reductions.items():
         value = loss.metrics[name]
         parts = value if isinstance(value, tuple) else (value,)
-        if len(parts) != (2 if reduction is Reduction.MEAN else 1):
+        if reduction not in _PARTS or len(parts) != _PARTS[reduction]:
             raise ValueError(f"{type(objective).__name__}: metric {name} is declared as {reduction.value}")
         scalars = [part.detach().double() for part in parts]
         if reduction is Reduction.MAX:
