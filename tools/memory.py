@@ -1,11 +1,11 @@
-"""`moe-memory`: what one rank of each pipeline stage holds, from the configuration alone.
+"""`moe-memory`: predicted memory of one rank per pipeline stage, from the configuration alone.
 
     moe-memory model=deepseek_v3 parallel=deepseek_v3_h800 recompute=deepseek_v3
     moe-memory model=qwen3_30b_a3b parallel.ep=8 precision=bf16 cluster=h100
 
-It takes the overrides of `moe-train`. Where they say nothing else it looks at GPUs with Transformer Engine
-(runtime=cuda) in BF16 (precision=bf16) and, without an experiment, at sequences of 4,096 tokens in DeepSeek-V3's
-global batch (train.seq_length=4096 batch=large).
+It takes the overrides of `moe-train`. The defaults are GPUs with Transformer Engine (runtime=cuda), BF16
+(precision=bf16) and, without an experiment, sequences of 4,096 tokens in DeepSeek-V3's global batch
+(train.seq_length=4096 batch=large).
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ def run(cfg: Config) -> None:
     title, rows = table(cfg, layout, shown(stages))
     console.print(title, soft_wrap=True)
     console.print(rows)
-    console.print(verdict(stages, cfg.cluster), soft_wrap=True)
+    console.print(verdict(stages, cfg.cluster, fp8=cfg.precision.fp8 is not None), soft_wrap=True)
 
 
 def shown(stages: Sequence[StageMemory]) -> list[StageMemory]:
-    """All of a few stages; of many the first, the fullest in between, and the last."""
+    """All of a few stages; of many the first, the one with the highest memory in between, and the last."""
     if len(stages) <= 4:
         return list(stages)
     return [stages[0], max(stages[1:-1], key=lambda stage: stage.total), stages[-1]]
@@ -141,20 +141,25 @@ def gpus() -> dict[str, ClusterConfig]:
     return {name: cluster for name, cluster in found.items() if cluster.gpu != "CPU core"}
 
 
-def verdict(stages: Sequence[StageMemory], chosen: ClusterConfig) -> str:
-    """The fullest stage, whether the chosen cluster holds it, and the smallest GPU that does."""
-    fullest = max(stages, key=lambda stage: stage.total)
-    size, usable = fullest.total / GIB, chosen.memory_gib - chosen.reserved_gib
+def verdict(stages: Sequence[StageMemory], chosen: ClusterConfig, *, fp8: bool) -> str:
+    """The peak stage, whether it fits the GPUs of the chosen cluster, and the smallest GPU that it fits.
+
+    Args:
+        fp8: only GPUs with FP8 count, those whose FP8 peak is above the BF16 peak.
+    """
+    peak = max(stages, key=lambda stage: stage.total)
+    size, usable = peak.total / GIB, chosen.memory_gib - chosen.reserved_gib
     judged = ""
     if size > usable:
         judged = f"more than the {usable:g} GiB that torch gets of the {chosen.memory_gib:g} of cluster={chosen.name}; "
-    fits = {name: gpu.memory_gib for name, gpu in gpus().items() if size <= gpu.memory_gib - gpu.reserved_gib}
+    able = {name: gpu for name, gpu in gpus().items() if not fp8 or gpu.fp8_tflops > gpu.bf16_tflops}
+    fits = {name: gpu.memory_gib for name, gpu in able.items() if size <= gpu.memory_gib - gpu.reserved_gib}
     which = "more than any GPU in conf/cluster has: split it further"
     if fits:
         least = min(fits.values())
         names = ", ".join(name for name, memory in fits.items() if memory == least)
         which = f"every stage fits a GPU of {least:g} GiB (cluster={names})"
-    return f"fullest: stage {fullest.stage} of {len(stages)} with {size:,.2f} GiB; {judged}{which}"
+    return f"peak: stage {peak.stage} of {len(stages)} with {size:,.2f} GiB; {judged}{which}"
 
 
 if __name__ == "__main__":

@@ -58,11 +58,11 @@ class RankProcesses(PContext):
         self.failures: list[failures.Failure] = []
 
     def run(self, timeout_s: float = -1) -> None:
-        """Start the processes and return when all have succeeded. None is left, however this ends.
+        """Start the processes and return when all have succeeded. No process outlives the call.
 
         Raises:
             RankError: a rank failed.
-            SystemExit: all ranks ended early, as they had agreed, with one of `exit_codes.COLLECTIVE`.
+            SystemExit: all ranks exited early by agreement, with one of `exit_codes.COLLECTIVE`.
             TimeoutError: some still ran after `timeout_s` seconds; a negative number means no limit.
             Interrupted: a signal told this process to end.
         """

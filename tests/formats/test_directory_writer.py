@@ -334,7 +334,7 @@ class Threads:
                 return values
 
             def broadcast(self, value: Any) -> Any:
-                return self.gather(value)[0]
+                return self.all_gather(value)[0]
 
         return Rank()
 
