@@ -54,7 +54,7 @@ def partial_of(objective: Objective, loss: Loss) -> Partial:
     for name, reduction in objective.reductions.items():
         value = loss.metrics[name]
         parts = value if isinstance(value, tuple) else (value,)
-        if reduction not in _PARTS or len(parts) != _PARTS[reduction]:
+        if len(parts) != _PARTS[reduction]:
             raise ValueError(f"{type(objective).__name__}: metric {name} is declared as {reduction.value}")
         scalars = [part.detach().double() for part in parts]
         if reduction is Reduction.MAX:

@@ -147,12 +147,6 @@ def test_metrics_that_are_not_declared_are_a_bug() -> None:
             partial(metrics)
 
 
-def test_a_reduction_that_no_objective_can_have_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Declares, "reductions", {"nll": Reduction.NORM})
-    with pytest.raises(ValueError, match="metric nll is declared as L2 norm"):
-        partial({"nll": torch.ones([])})
-
-
 def test_the_step_knows_no_objective() -> None:
     """What a batch holds is known to objectives alone."""
     for path in sorted(Path(step.__file__).parent.glob("*.py")):
