@@ -33,7 +33,7 @@ from launch.local import forkserver, launcher
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
 from moe_train.loop.callbacks.profiler import PARTS
-from moe_train.model.memory import job_of, predict
+from moe_train.model.memory import predict, workload_of
 from parallel.errors import ConfigError
 from parallel.planner.memory import saved_per_micro_batch
 
@@ -99,7 +99,7 @@ def measure(overrides: Sequence[str]) -> list[dict[str, Any]]:
         job.prepare_data(cfg)
         launcher.start(cfg, layout)
         line = json.loads(Path(directory, "run", "metrics.jsonl").read_text().splitlines()[0])
-    planned, rows = job_of(cfg, layout), []
+    planned, rows = workload_of(cfg, layout), []
     for stage, memory in enumerate(predict(cfg, layout)):
         expected = (saved_per_micro_batch(planned, stage), memory.parameters, memory.gradients, memory.optimizer)
         row: dict[str, Any] = {"stage": stage}

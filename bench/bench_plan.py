@@ -31,15 +31,14 @@ from launch.local import forkserver, launcher
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.model.memory import job_of, weights_on
+from moe_train.model.memory import weights_of, workload_of
 from parallel.planner.calibration import Calibration
+from parallel.planner.estimate import estimate
 from parallel.planner.hardware import MICRO, Hardware
-from parallel.planner.layer_time import Machine
 from parallel.planner.software import Software
-from parallel.planner.step_time import plan_step
 from parallel.rank_info import RankInfo
+from tools.published.clusters import hardware_of as hardware_named
 from tools.published.ranking import spearman
-from tools.published.rows import cluster
 
 TOLERANCE, RANK_CORRELATION = 0.20, 0.9
 STEPS, WARM_UP, ROUNDS, LOADS = 8, 2, 2, 2
@@ -135,7 +134,7 @@ def hardware_of(measured: Measured, ranks: int) -> Hardware:
     latency, rate = measured.latency_s[2] / MICRO, measured.link_bytes_per_s[2] / 1e9
     tflops = measured.flops[ranks] / 1e12
     return replace(
-        cluster("local_cpu"), fp32_tflops=tflops, bf16_tflops=tflops, fp8_tflops=tflops,
+        hardware_named("local_cpu"), fp32_tflops=tflops, bf16_tflops=tflops, fp8_tflops=tflops,
         memory_tb_per_s=measured.bytes_per_s[ranks] / 1e12, domain_gb_per_s=rate,
         network_gb_per_s=rate, domain_latency_us=latency, network_latency_us=latency,
     )  # fmt: skip
@@ -176,7 +175,7 @@ def predicted(overrides: Sequence[str], measured: Measured, host_us: float) -> f
     cfg = compose([*RUN, *overrides])
     layout = validate(cfg)
     ranks = layout.world_size
-    planned, hardware = job_of(cfg, layout), hardware_of(measured, ranks)
+    planned, hardware = workload_of(cfg, layout), hardware_of(measured, ranks)
     host_us *= measured.operation_s[ranks] / measured.operation_s[1]
     # Nothing overlaps on a CPU, and nothing is fused away: the constants of GPUs do not hold.
     constants = Calibration(
@@ -186,10 +185,8 @@ def predicted(overrides: Sequence[str], measured: Measured, host_us: float) -> f
         grouped_kernel=1, scores_passes=1, expert_passes_2026=1, step_s=0, straggler=0,
     )  # fmt: skip
     software = Software(dispatcher="alltoall", overlap_tp=False, overlap_dp=False, flash_attention=False)
-    weights = [weights_on(cfg, planned, rank) for rank in range(layout.pp)]
-    schedule = "interleaved" if layout.vpp > 1 else "1f1b"
-    step = plan_step(planned, Machine(hardware, software, constants), schedule, weights)
-    return step.seconds
+    weights = weights_of(cfg.model, planned)
+    return estimate(planned, hardware, software, weights, constants=constants).step.seconds
 
 
 def host_time(seconds: float, measured: Measured) -> float:

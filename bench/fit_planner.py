@@ -1,4 +1,4 @@
-"""Fits the constants of the time model on the fitting part of published runs: `python -m bench.fit_planner FILE.csv`.
+"""Fits the constants of the time model on the fitting part of published runs: `python -m bench.fit_planner [FILE.csv]`.
 
 An evolution strategy in the logarithm of each constant, on the mean absolute logarithmic error, where each
 configuration counts once however often it was published, and on the order of layouts. It starts from the present
@@ -8,7 +8,6 @@ constants, and prints those for parallel/planner/calibration.py.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections import Counter, defaultdict
 from dataclasses import dataclass, fields, replace
 from math import exp, log
@@ -18,13 +17,16 @@ from statistics import mean, median
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_train.model.memory import weights_of
 from parallel.planner.calibration import FITTED, Calibration
 from parallel.planner.memory import Weights
 from parallel.planner.step_time import StepTime
-from parallel.planner.workload import Job
-from tools.published.predict import predict, published_tokens_per_s, timed, weights_of
-from tools.published.rows import Row, understand
+from parallel.planner.workload import Workload
+from tools.published.predict import predict, published_tokens_per_s, timed
+from tools.published.rows import Row
 from tools.published.split import is_test, newest
+from tools.published.table import TABLE
+from tools.published.validation import read
 
 # Name -> smallest and largest value that the fit may take. `gemm_speed` may exceed 1: see `Calibration`.
 BOUNDS = {
@@ -54,35 +56,30 @@ class Case:
     """A published run with what does not depend on the constants."""
 
     row: Row
-    job: Job
+    workload: Workload
     weights: list[Weights]
     published: float
     share: float
 
 
 def cases(path: Path, constants: Calibration, test: bool = False) -> list[Case]:
-    """The rows of the fitting part (or of the test part) that count, with the job chosen under `constants`."""
+    """The rows of the fitting part (or of the test part) that count, with the workload chosen under `constants`."""
     found = []
-    with path.open(encoding="utf-8", newline="") as file:
-        for index, values in enumerate(csv.DictReader(file)):
-            row = understand(index, values, constants)
-            if isinstance(row, str) or row.left_out or is_test(row) != test:
-                continue
-            published = published_tokens_per_s(row)
-            if published is None:
-                continue
-            job = predict(row, constants, simulated=False).job
-            found.append(Case(row, job, weights_of(row.model, job), published, 1.0))
+    for _, row in read(path):
+        if isinstance(row, str) or row.run.left_out or is_test(row) != test:
+            continue
+        published = published_tokens_per_s(row)
+        if published is None:
+            continue
+        workload = predict(row, constants, simulated=False).workload
+        found.append(Case(row, workload, weights_of(row.model, workload), published, 1.0))
     counts = Counter(case.row.configuration for case in found)
     return [replace(case, share=1 / counts[case.row.configuration]) for case in found]
 
 
 def step(case: Case, constants: Calibration, simulated: bool) -> StepTime:
     """The predicted step of a case."""
-    row = understand(case.row.index, case.row.values, constants)
-    if isinstance(row, str):
-        raise ValueError(row)
-    return timed(row, case.job, case.weights, constants, simulated)
+    return timed(case.row, case.workload, case.weights, constants, simulated)
 
 
 def error(case: Case, constants: Calibration) -> float:
@@ -112,11 +109,11 @@ def objective(found: list[Case], constants: Calibration) -> float:
 
 def extension_hours(case: Case, constants: Calibration) -> float:
     """GPU-hours of DeepSeek-V3's context extension, with the step of its pre-training as `case`."""
-    seconds, layout = 0.0, case.job.layout
+    seconds, layout = 0.0, case.workload.layout
     for length, batch, cp in EXTENSION:
         longer = replace(layout, cp=cp, dp=layout.dp // cp)
-        job = replace(case.job, layout=longer, seq_length=length, micro_batches=batch // longer.dp)
-        seconds += EXTENSION_STEPS * timed(case.row, job, case.weights, constants).seconds
+        workload = replace(case.workload, layout=longer, seq_length=length, micro_batches=batch // longer.dp)
+        seconds += EXTENSION_STEPS * timed(case.row, workload, case.weights, constants).seconds
     return seconds / 3600 * layout.world_size
 
 
@@ -206,7 +203,7 @@ def fit(found: list[Case], rounds: int, seed: int = 1) -> Calibration:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", type=Path, help="published runs")
+    parser.add_argument("table", type=Path, nargs="?", default=TABLE, help="published runs (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=300, help="generations")
     parser.add_argument("--seed", type=int, default=1, help="of the random steps")
     arguments = parser.parse_args()

@@ -6,6 +6,7 @@ nothing runs on a device in an unknown state.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -33,19 +34,16 @@ from moe_train.data.datasets import build_datasets
 from moe_train.loop.callbacks.profiler import PARTS
 from moe_train.loop.step import train_step
 from moe_train.model import backend
-from moe_train.model.memory import job_of, predict, weights_on
+from moe_train.model.estimate import estimate_run
+from moe_train.model.memory import predict, workload_of
 from moe_train.run import Metrics, Run
 from moe_train.telemetry import peak
 from moe_train.telemetry.throughput import speed
 from parallel import groups
 from parallel.errors import HardwareError
-from parallel.planner.calibration import FITTED
-from parallel.planner.layer_time import Machine
 from parallel.planner.memory import saved_per_micro_batch
-from parallel.planner.step_time import plan_step
 from parallel.rank_info import RankInfo
-from tools.planning.answer import software_of
-from tools.published.rows import cluster
+from tools.published.clusters import cluster_config
 
 LOSSES = ("lm_loss", "mtp_loss", "seq_load_balancing_loss")
 STEPS = 3  # with the reference, and before and after a checkpoint
@@ -231,10 +229,8 @@ def step_time(cfg: Config, lines: Sequence[Metrics], device_name: str) -> dict[s
 
 def predicted_step_s(cfg: Config, cluster_name: str) -> float:
     """Seconds of a step of `cfg` on one GPU of a cluster, by the planner."""
-    planned = job_of(cfg, validate(cfg))
-    cfg.plan.search = False  # the software is that of this config, not the best one
-    machine = Machine(cluster(cluster_name), software_of(cfg), FITTED)
-    return plan_step(planned, machine, "1f1b", [weights_on(cfg, planned, 0)]).seconds
+    planned = dataclasses.replace(cfg, cluster=cluster_config(cluster_name))
+    return estimate_run(planned, validate(planned)).step.seconds
 
 
 def memory(cfg: Config, lines: Sequence[Metrics]) -> tuple[float, float]:
@@ -246,7 +242,7 @@ def memory(cfg: Config, lines: Sequence[Metrics]) -> tuple[float, float]:
     stage = predict(cfg, layout)[0]
     if cfg.runtime == "cuda":
         return max(line["memory_peak_bytes"] for line in lines), stage.total
-    kept = saved_per_micro_batch(job_of(cfg, layout), 0)
+    kept = saved_per_micro_batch(workload_of(cfg, layout), 0)
     return sum(lines[0][part][0] for part in PARTS), kept + stage.parameters + stage.gradients + stage.optimizer
 
 

@@ -6,7 +6,7 @@ scripts/performance and training/mixed_precision.py): gradients in bf16 (grad_re
 layers only in FP8 where they compute in it (fp8_param_gather=True), fp32 moments. Further: sequences of 4,096 tokens,
 micro-batches of one, the smallest data-parallel degree that fits, layers spread evenly over stages.
 
-torchtitan's rows (FSDP2) are predicted by the rules of `moe-plan validate` (tools/planning). Their source states GiB
+torchtitan's rows (FSDP2) are predicted by the rules of `moe-plan validate` (tools/published). Their source states GiB
 that torch has reserved, which is a little more than what is in use.
 
 Every other row is listed with the reason why it is not modelled.
@@ -25,12 +25,14 @@ from rich.table import Table
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.model.memory import job_of, weights_on
-from parallel.planner.calibration import FITTED
-from parallel.planner.memory import StageMemory, stage_memory
+from moe_train.model.memory import weights_of, workload_of
+from parallel.planner.estimate import stage_memories
+from parallel.planner.memory import StageMemory
+from tools.published.free_text import normalised
 from tools.published.predict import predict
 from tools.published.rows import understand
-from tools.published.validation import read as read_table
+from tools.published.table import parse
+from tools.published.table import read as read_table
 
 DATA = Path(__file__).parent / "data" / "published_memory.csv"
 GB, GIB = 1e9, 2**30
@@ -75,8 +77,8 @@ def overrides(row: dict[str, str]) -> list[str] | str:
 def fullest_stage(cfg: Config) -> StageMemory:
     """Memory of the fullest stage, with weights of linear layers in FP8 alone where they compute in it."""
     layout = validate(cfg)
-    job = replace(job_of(cfg, layout), fp8_weights_only=True)
-    stages = [stage_memory(job, stage, weights_on(cfg, job, stage)) for stage in range(layout.pp)]
+    workload = replace(workload_of(cfg, layout), fp8_weights_only=True)
+    stages = stage_memories(workload, weights_of(cfg.model, workload))
     return max(stages, key=lambda stage: stage.total)
 
 
@@ -112,15 +114,15 @@ def fully_sharded(row: dict[str, str]) -> float:
     Raises:
         ValueError: the row does not say how it was laid out.
     """
-    understood = understand(0, row, FITTED)
+    understood = understand(0, parse(normalised(row)))
     if isinstance(understood, str):
         raise ValueError(f"{row['source']}, {row['model']}: {understood}")
-    return predict(understood, FITTED).memory_bytes
+    return predict(understood).memory_bytes
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """`compare` for each row of the table that has a peak."""
-    return [compare(row) for row in read_table(path) if row["peak_mem_gb"]]
+    return [compare(row) for row in read_table(path)[1] if row["peak_mem_gb"]]
 
 
 def summary(path: Path) -> dict[str, Any]:

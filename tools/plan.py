@@ -3,12 +3,12 @@
     moe-plan model=deepseek_v3 cluster=h800 gpus=2048 tokens=14.8T
     moe-plan model=NAME cluster=NAME gpus=N top=20 output=DIR write=FILE
     moe-plan model=NAME cluster=NAME parallel=NAME search=false   one layout
-    moe-plan validate runs=FILE.csv [models=DIR] [results=FILE.json]
+    moe-plan validate [runs=FILE.csv] [models=DIR] [results=FILE.json]
 
-`validate` compares with published runs. It takes the overrides of `moe-train`; gpus, top, output, write, search, runs,
-models and results are short for plan.*, tokens for train.tokens. Where the command line says nothing else it looks at
-GPUs with Transformer Engine (runtime=cuda), BF16, and without an experiment at sequences of 4,096 tokens in
-DeepSeek-V3's global batch (train.seq_length=4096 batch=large).
+`validate` compares with published runs, by default with those of tools/published/published_runs.csv. The command takes
+the overrides of `moe-train`; gpus, top, output, write, search, runs, models and results are short for plan.*, tokens
+for train.tokens. Where the command line says nothing else, it looks at GPUs with Transformer Engine (runtime=cuda),
+BF16, and without an experiment at sequences of 4,096 tokens in DeepSeek-V3's batch (train.seq_length=4096 batch=large).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def run(cfg: Config) -> None:
 
         folder = Path(cfg.plan.output)
         events = pictures.events(result.best)
-        _write(folder / "pipeline.svg", pictures.svg(events, result.best.job.layout.pp))
+        _write(folder / "pipeline.svg", pictures.svg(events, result.best.workload.layout.pp))
         _write(folder / "trace.json", pictures.trace(events))
         _write(folder / "plan.json", report.as_json(result))
         _write(folder / "report.html", report.html(result, (folder / "pipeline.svg").read_text(encoding="utf-8")))
@@ -126,10 +126,10 @@ def run_validation(cfg: Config) -> None:
         ConfigError: the table cannot be read.
     """
     from tools.published import validation
+    from tools.published.table import TABLE
 
-    if not cfg.plan.runs:
-        raise ConfigError("moe-plan validate has no table of runs", "name one with runs=FILE.csv")
-    validation.run(Path(cfg.plan.runs), cfg.plan.models, Path(cfg.plan.results) if cfg.plan.results else None)
+    table = Path(cfg.plan.runs) if cfg.plan.runs else TABLE
+    validation.run(table, cfg.plan.models, Path(cfg.plan.results) if cfg.plan.results else None)
 
 
 def _writable(name: str | None, field: str) -> None:

@@ -14,7 +14,7 @@ from launch import env
 from moe_train.config.composition.validate import total_steps
 from moe_train.config.schema import Config
 from moe_train.formats import run_directory
-from moe_train.model.memory import checkpoint_bytes, job_of
+from moe_train.model.memory import checkpoint_bytes, workload_of
 from parallel.layout import ParallelLayout
 
 MIB = 1 << 20
@@ -66,7 +66,7 @@ class Disk:
 
 def places(cfg: Config, layout: ParallelLayout, local_world_size: int) -> list[Place]:
     """Directories of `cfg` that a node with `local_world_size` ranks writes."""
-    size = int(checkpoint_bytes(cfg, job_of(cfg, layout)))
+    size = int(checkpoint_bytes(cfg, workload_of(cfg, layout)))
     root = cfg.checkpoint_root
     to_come = checkpoints_to_come(cfg, _newest(root), _count(root))
     least, whole = size * min(to_come, 2), size * to_come

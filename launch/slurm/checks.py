@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launch import env
 from launch.slurm import container
-from launch.slurm.estimate import Estimate
+from launch.slurm.estimate import RunEstimate, assumptions
 from moe_train.config import blend
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.schema import Config
@@ -113,7 +113,7 @@ def _under(path: str, place: str) -> bool:
     return Path(path).resolve().is_relative_to(Path(place).resolve())
 
 
-def notes(cfg: Config, layout: ParallelLayout, found: Estimate) -> list[str]:
+def notes(cfg: Config, layout: ParallelLayout, found: RunEstimate) -> list[str]:
     """What is allowed and most often not meant."""
     launcher, lines = cfg.launcher, []
     hours, whole = launcher.time_limit_min / 60, found.pace.hours if found.pace else 0.0
@@ -125,8 +125,7 @@ def notes(cfg: Config, layout: ParallelLayout, found: Estimate) -> list[str]:
         lines.append("a crash loses everything since the last time limit: set checkpoint.interval_steps")
     lines += [f"{name}={path} is under /tmp, which most clusters have on each node for itself"
               for name, path in _shared(cfg).items() if _under(path, "/tmp")]  # fmt: skip
-    if cfg.precision.fp4:
-        lines.append("time and cost are those of MXFP8: NVFP4, which is faster, is not timed")
+    lines += assumptions(cfg, found)
     return lines + spans(layout, launcher.ranks_per_node)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.slurm.checks import spans
-from launch.slurm.estimate import Estimate, check_memory, estimate
+from launch.slurm.estimate import RunEstimate, check_memory, run_estimate
 from moe_train.config.composition.fallback import candidates
 from moe_train.config.composition.validate import fit, validate
 from moe_train.config.schema import Config
@@ -26,7 +26,7 @@ class Choice:
     cfg: Config
     counts: tuple[int, ...]
     layout: ParallelLayout
-    found: Estimate
+    found: RunEstimate
 
 
 def choices(cfg: Config, nodes: int) -> list[Choice]:
@@ -98,7 +98,7 @@ def _price(cfg: Config, nodes: int) -> str:
 
 def _choice(text: str, cfg: Config, counts: list[int], nodes: int) -> Choice:
     layout = validate(cfg, counts[0] * cfg.launcher.ranks_per_node)
-    found = estimate(cfg, layout)
+    found = run_estimate(cfg, layout)
     where = f"launcher.min_nodes={cfg.launcher.min_nodes} lets the job start with {counts[0]} nodes, where "
     where += f"{text!r} of launcher.fallbacks is used and " if text else ""
     check_memory(found, layout, where if counts[0] < nodes else "")

@@ -1,21 +1,18 @@
-"""What a job will need before it runs: memory of the fullest rank, and hours. No torch import."""
+"""What a run will need before it is submitted: memory of the fullest rank, and hours. No torch import."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from moe_train.config.composition.validate import total_steps
 from moe_train.config.resolve import batch_schedule
 from moe_train.config.schema import Config
 from moe_train.model.arithmetic import flops_per_token
-from moe_train.model.memory import job_of, predict, weights_on
+from moe_train.model.estimate import MEGATRON, estimate_run
+from moe_train.model.memory import predict
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
-from parallel.planner import software
-from parallel.planner.calibration import FITTED
 from parallel.planner.hardware import Hardware
-from parallel.planner.layer_time import Machine
-from parallel.planner.step_time import plan_step
 
 GIB = 2**30
 
@@ -28,14 +25,18 @@ class Pace:
     tokens_per_s_per_gpu: float
     mfu: float
     hours: float
+    schedule: str
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Args:
-    stage, memory_gib, usable_gib: the fullest pipeline stage, and what a GPU has for it; None on CPU nodes.
-    tokens: of the whole run.
-    pace: None on CPU nodes.
+class RunEstimate:
+    """What one run needs.
+
+    Args:
+        stage, memory_gib, usable_gib: the fullest pipeline stage as moe-train runs it, and what a GPU has for it; None
+            on CPU nodes.
+        tokens: of the whole run.
+        pace: None on CPU nodes.
     """
 
     stage: int
@@ -45,12 +46,16 @@ class Estimate:
     pace: Pace | None
 
 
-def estimate(cfg: Config, layout: ParallelLayout) -> Estimate:
-    """From a validated config."""
+def run_estimate(cfg: Config, layout: ParallelLayout) -> RunEstimate:
+    """From a validated config.
+
+    Raises:
+        ConfigError: `plan` describes a step that cannot be timed.
+    """
     fullest = max(predict(cfg, layout), key=lambda stage: stage.total)
     tokens = batch_schedule(cfg).samples_after(0, total_steps(cfg)) * cfg.train.seq_length
     gpus = cfg.runtime != "cpu"
-    return Estimate(
+    return RunEstimate(
         stage=fullest.stage,
         memory_gib=fullest.total / GIB,
         usable_gib=Hardware.of(cfg.cluster).usable_bytes / GIB if gpus else None,
@@ -60,33 +65,40 @@ def estimate(cfg: Config, layout: ParallelLayout) -> Estimate:
 
 
 def pace(cfg: Config, layout: ParallelLayout, tokens: int) -> Pace:
-    """From the planner's model of a step of this layout, with the dispatcher that the config names.
-
-    NVFP4 is timed as MXFP8, which is slower.
-    """
-    hardware, job = Hardware.of(cfg.cluster), job_of(cfg, layout)
-    if cfg.precision.fp4:
-        job = replace(job, fp8="mxfp8")
-    dispatcher = "flex" if cfg.parallel.dispatcher == "flex" else "alltoall"
-    machine = Machine(hardware, replace(software.of_date(cfg.plan.software_date), dispatcher=dispatcher), FITTED)
-    weights = [weights_on(cfg, job, stage) for stage in range(layout.pp)]
-    step = plan_step(job, machine, "interleaved" if layout.vpp > 1 else "1f1b", weights)
+    """The time that moe-plan gives for this layout, over so many tokens."""
+    estimate = estimate_run(cfg, layout)
+    rate = estimate.step.tokens_per_s_per_gpu
     flops = flops_per_token(cfg.model, cfg.train.seq_length)
     return Pace(
-        step_s=step.seconds,
-        tokens_per_s_per_gpu=step.tokens_per_s_per_gpu,
-        mfu=step.tokens_per_s_per_gpu * flops / (hardware.bf16_tflops * 1e12),
-        hours=tokens / step.tokens_per_s_per_gpu / layout.world_size / 3600,
+        step_s=estimate.step.seconds,
+        tokens_per_s_per_gpu=rate,
+        mfu=rate * flops / (estimate.hardware.bf16_tflops * 1e12),
+        hours=tokens / rate / layout.world_size / 3600,
+        schedule=estimate.schedule,
     )
 
 
-def check_memory(found: Estimate, layout: ParallelLayout, where: str = "") -> None:
+def assumptions(cfg: Config, estimate: RunEstimate) -> list[str]:
+    """What the time of a run assumes that moe-train does not do."""
+    plan, lines = cfg.plan, []
+    if cfg.precision.fp4:
+        lines.append("time and cost are those of MXFP8: NVFP4, which is faster, is not timed")
+    other = [f"plan.{name}=true" for name in ("fsdp", "frozen_weights") if getattr(plan, name)]
+    other += [f"plan.software={plan.software}"] if plan.software != "megatron" else []
+    if estimate.pace and estimate.pace.schedule not in MEGATRON:
+        other.append(f"plan.schedules={plan.schedules}")
+    if other:
+        lines.append(f"time and cost are those of {', '.join(other)}, which moe-train does not have")
+    return lines
+
+
+def check_memory(estimate: RunEstimate, layout: ParallelLayout, where: str = "") -> None:
     """Raise ConfigError where the fullest rank does not fit its GPU; the message begins with `where`."""
-    if found.usable_gib is None or found.memory_gib <= found.usable_gib:
+    if estimate.usable_gib is None or estimate.memory_gib <= estimate.usable_gib:
         return
     raise ConfigError(
-        f"{where}stage {found.stage} of {layout.pp} needs {found.memory_gib:,.1f} GiB, and a GPU has "
-        f"{found.usable_gib:,.1f}",
+        f"{where}stage {estimate.stage} of {layout.pp} needs {estimate.memory_gib:,.1f} GiB, and a GPU has "
+        f"{estimate.usable_gib:,.1f}",
         "recompute more (recompute=deepseek_v3, recompute=full), use more nodes with a larger parallel.pp or ep, or a "
         "smaller batch.micro_batch_size; moe-memory shows all stages",
     )

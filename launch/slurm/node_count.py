@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from launch.slurm import checks
-from launch.slurm.estimate import check_memory, estimate
+from launch.slurm.estimate import check_memory, run_estimate
 from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
 from moe_train.config.walk import with_values
@@ -35,7 +35,7 @@ def _fitting(cfg: Config, world_size: int | None = None) -> ParallelLayout | Non
     """The layout of a config that passes every rule, memory included; None where one refuses it."""
     try:
         layout = validate(cfg, world_size)
-        check_memory(estimate(cfg, layout), layout)
+        check_memory(run_estimate(cfg, layout), layout)
     except ConfigError:
         return None
     return layout

@@ -26,7 +26,7 @@ from hydra.types import RunMode
 
 from launch import chosen, lock
 from launch.slurm import checks, commands, container, corpus, elastic, node_count, status, submission
-from launch.slurm.estimate import Estimate, check_memory, estimate
+from launch.slurm.estimate import RunEstimate, check_memory, run_estimate
 from moe_train.checkpoint import continuing, origin
 from moe_train.config.assumed import on_gpus
 from moe_train.config.composition.command_line import PATHS, field_of, is_text, text_override
@@ -59,7 +59,7 @@ class Checked:
     layout: ParallelLayout
     nodes: int
     gpus: int
-    found: Estimate
+    found: RunEstimate
     data: str
     """What the run reads, in a line; "" where the data are not there yet."""
     choices: list[elastic.Choice]
@@ -150,7 +150,7 @@ def check(cfg: Config, dry: bool = False) -> Checked:
     nodes = launcher.nodes or checks.nodes_of(cfg, layout)
     choices = elastic.choices(cfg, nodes)
     own = next(choice for choice in choices if nodes in choice.counts)
-    found = own.found if own.counts[0] == nodes else estimate(fitted, layout)
+    found = own.found if own.counts[0] == nodes else run_estimate(fitted, layout)
     check_memory(found, layout)
     data = ""
     try:
@@ -301,7 +301,7 @@ def _report(run: Checked) -> None:
         pace, cluster, limit_h = found.pace, cfg.cluster, launcher.time_limit_min / 60
         rate = pace.tokens_per_s_per_gpu
         rows += [
-            ("time", f"{pace.hours:,.1f} hours: a step {pace.step_s:,.1f} s, {rate:,.0f} tokens/s a GPU"),
+            ("time", f"{pace.hours:,.1f} hours: a step {pace.step_s:,.3f} s, {rate:,.0f} tokens/s a GPU"),
             ("", f"predicted for cluster={cluster.name} at an MFU of {pace.mfu:.0%}; moe-plan shows how"),
             ("", f"{max(1, -(-pace.hours // limit_h)):,.0f} x the time limit of {limit_h:g} hours"),
             ("cost", _cost(run, pace.hours)),

@@ -31,10 +31,30 @@ class PlanConfig:
         choices=("megatron", "deepseek"),
     )  # fmt: skip
     software_date: int = doc(202604, "Month of the software, year x 100 + month.", minimum=202001, maximum=210012)
+    cuda_graphs: str | None = doc(
+        None, "CUDA graphs: none, scoped (attention, norms, router), or full (the whole step); null means as usual at "
+        "software_date.", choices=("none", "scoped", "full"),
+    )  # fmt: skip
     overlap_all_to_all: bool | None = doc(
-        None, "Overlap expert dispatch with compute; null means as the software does."
+        None, "Expert dispatch overlaps with compute; null means as usual at software_date."
     )
-    imbalance: float = doc(1.0, "Tokens of the most loaded expert-parallel rank, relative to the mean.", minimum=1)
+    overlap_tp: bool | None = doc(
+        None, "Tensor-parallel collectives overlap with their GEMM; null means as usual at software_date."
+    )
+    attention_kernel: str | None = doc(
+        None, "Kernel of core attention: the fastest of the GPU, FlashAttention-2, or unfused; null means as usual at "
+        "software_date.", choices=("fastest", "flash2", "unfused"),
+    )  # fmt: skip
+    imbalance: float | None = doc(
+        1.0, "Tokens of the most loaded expert-parallel rank, relative to the mean; null takes that of learned routing, "
+        "as fitted.", minimum=1,
+    )  # fmt: skip
+    fsdp: bool = doc(False, "Shard weights and gradients over data-parallel ranks, and gather them layer by layer.")
+    frozen_weights: bool = doc(False, "Weights without gradients and optimizer state, as under LoRA.")
+    loss: str = doc(
+        "megatron", "Cross entropy whose memory is counted: Megatron-Core's, or that of torch, eager or compiled.",
+        choices=("megatron", "torch", "torch_compiled"),
+    )  # fmt: skip
     recipe: list[str] = doc(
         [], "Stages of the whole training: 'NAME tokens=14.8T', 'NAME seq=32768 batch=1920 steps=1000 cp=8' or "
         "'NAME gpu_hours=5000'; empty means one stage of train.tokens.",
@@ -46,8 +66,11 @@ class PlanConfig:
         None, "Directory for report.html, pipeline.svg, trace.json and plan.json; null writes none."
     )
     write: str | None = doc(None, "File to which the best plan is written as a parallel/ YAML; null writes none.")
-    runs: str | None = doc(None, "validate: table of published runs, with the columns of published_runs.csv.")
-    models: str | None = doc(None, "validate: directory of model YAML files, in addition to those of this project.")
+    runs: str | None = doc(None, "validate: table of published runs; null means tools/published/published_runs.csv.")
+    models: str | None = doc(
+        None, "validate: directory of model YAML files, in addition to conf/model and "
+        "tools/published/validation_models.",
+    )  # fmt: skip
     results: str | None = doc(
         None,
         "validate: JSON file to write; null means plan_validate.json, in bench/results of a "

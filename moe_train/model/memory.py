@@ -13,18 +13,19 @@ from moe_train.config.schema import Config
 from moe_train.model.arithmetic import count_parameters, parameters_on_rank
 from parallel import pipeline
 from parallel.layout import ParallelLayout
-from parallel.planner.memory import StageMemory, Weights, stage_memory
-from parallel.planner.workload import Job
+from parallel.planner.estimate import stage_memories
+from parallel.planner.memory import StageMemory, Weights
+from parallel.planner.workload import Workload
 
 
 def predict(cfg: Config, layout: ParallelLayout) -> list[StageMemory]:
     """Memory of one rank of each pipeline stage, first to last. `cfg` is validated."""
-    job = job_of(cfg, layout)
-    return [stage_memory(job, stage, weights_on(cfg, job, stage)) for stage in range(layout.pp)]
+    workload = workload_of(cfg, layout)
+    return list(stage_memories(workload, weights_of(cfg.model, workload)))
 
 
-def job_of(cfg: Config, layout: ParallelLayout) -> Job:
-    """What the planner wants to know of `cfg`."""
+def workload_of(cfg: Config, layout: ParallelLayout) -> Workload:
+    """The workload of a step as moe-train runs `cfg`."""
     facts: Facts = gather_facts(cfg, layout)
     model, precision, recompute = cfg.model, cfg.precision, cfg.recompute
     stages = pipeline.stage_items(
@@ -33,7 +34,7 @@ def job_of(cfg: Config, layout: ParallelLayout) -> Job:
     offloads = recompute.offload != "none"
     each = [of_chunk(recompute, chunk) for chunk in range(len(recompute.stages))]
     fused = facts.runtime == "cuda" if cfg.backend.fusions is None else cfg.backend.fusions
-    return Job(
+    return Workload(
         model=model,
         layout=layout,
         stages=stages,
@@ -64,21 +65,28 @@ def job_of(cfg: Config, layout: ParallelLayout) -> Job:
     )
 
 
-def checkpoint_bytes(cfg: Config, job: Job) -> float:
+def checkpoint_bytes(cfg: Config, workload: Workload) -> float:
     """A whole checkpoint: weights, main weights and moments, once each."""
-    each = job.element + (0 if job.dtype == "fp32" else 4) + 2 * job.moment_bytes
+    each = workload.element + (0 if workload.dtype == "fp32" else 4) + 2 * workload.moment_bytes
     return each * count_parameters(cfg.model).total_with_mtp
 
 
-def weights_on(cfg: Config, job: Job, stage: int) -> Weights:
-    """Parameters on one rank of pipeline stage `stage` of a run."""
-    return weights_of_stage(cfg.model, job, stage)
+def weights_of(model: ModelConfig, workload: Workload) -> list[Weights]:
+    """Parameters on one rank of each pipeline rank, first to last."""
+    return [weights_of_stage(model, workload, stage) for stage in range(workload.layout.pp)]
 
 
-def weights_of_stage(model: ModelConfig, job: Job, stage: int) -> Weights:
+def weights_of_stage(model: ModelConfig, workload: Workload, stage: int) -> Weights:
     """Parameters on one rank of pipeline stage `stage`."""
-    layout = job.layout
+    layout = workload.layout
     held = parameters_on_rank(
-        model, job.stages, stage, pp=layout.pp, tp=layout.tp, ep=layout.ep, etp=layout.etp, bf16_layers=job.bf16_layers
+        model,
+        workload.stages,
+        stage,
+        pp=layout.pp,
+        tp=layout.tp,
+        ep=layout.ep,
+        etp=layout.etp,
+        bf16_layers=workload.bf16_layers,
     )
     return Weights(held.shared, held.experts, held.linear)

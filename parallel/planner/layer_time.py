@@ -16,7 +16,7 @@ from parallel.planner.calibration import Calibration
 from parallel.planner.hardware import MICRO, Hardware
 from parallel.planner.network import Group, Routing
 from parallel.planner.software import Software
-from parallel.planner.workload import Job
+from parallel.planner.workload import Workload
 
 # Scales of MXFP8 must lie in the order of the tensor cores. Where casts do not write them so (TransformerEngine until
 # 2026, pull request 2630), forward and backward of a product start so many kernels that clear and reorder them, which
@@ -82,13 +82,13 @@ def total(parts: dict[str, float], *, without: Iterable[str] = ()) -> float:
 class _Layer:
     """Adds up one layer."""
 
-    def __init__(self, job: Job, machine: Machine) -> None:
-        self.job, self.machine = job, machine
+    def __init__(self, workload: Workload, machine: Machine) -> None:
+        self.workload, self.machine = workload, machine
         self.hardware, self.software, self.constants = machine.hardware, machine.software, machine.constants
         self.times = Times()
-        self.precision = "fp8" if job.fp8 else "fp32" if job.dtype == "fp32" else "bf16"
-        self.full = job.recompute == "full"
-        self.modules = job.recompute_modules if job.recompute == "selective" else frozenset()
+        self.precision = "fp8" if workload.fp8 else "fp32" if workload.dtype == "fp32" else "bf16"
+        self.full = workload.recompute == "full"
+        self.modules = workload.recompute_modules if workload.recompute == "selective" else frozenset()
         self.unfused = self.constants.expert_passes(self.software.era)
         self.graphed = False  # whether what comes next lies within the scope of partial CUDA graphs
 
@@ -118,12 +118,12 @@ class _Layer:
         back = kernels.gemm(hardware, constants, kind, rows, inputs, outputs, copies)
         weights = kernels.gemm(hardware, constants, kind, outputs, inputs, rows, copies) / constants.weights_speed
         # gradients are added to those of earlier micro-batches: read and written
-        weights += kernels.memory(hardware, 2 * self.job.grad_bytes * copies * outputs * inputs)
-        recipe = RECIPES[self.job.fp8] if kind == "fp8" and self.job.fp8 else None
+        weights += kernels.memory(hardware, 2 * self.workload.grad_bytes * copies * outputs * inputs)
+        recipe = RECIPES[self.workload.fp8] if kind == "fp8" and self.workload.fp8 else None
         if recipe is not None and recipe.scaled_blocks:
             forward, back, weights = (one / constants.block_speed for one in (forward, back, weights))
         again = self.again(*modules)
-        self.times.add("gemm", forward, back, 0.0 if self.software.frozen else weights, again)
+        self.times.add("gemm", forward, back, 0.0 if self.workload.frozen else weights, again)
         # Each expert's product and casts are kernels of their own, which a loop in C++ starts.
         each = 1 if copies == 1 else copies * constants.grouped_kernel
         started = each
@@ -131,10 +131,10 @@ class _Layer:
             reordered = recipe.reordered_scales and not self.software.ordered_scales
             moved = recipe.cast_bytes + (SCALE_BYTES if reordered else 0)
             moved *= constants.quantize_passes * (self.unfused if copies > 1 else 1)
-            parts = self.job.layout.tp if self.job.sequence_parallel else 1
+            parts = self.workload.layout.tp if self.workload.sequence_parallel else 1
             inward = kernels.memory(hardware, moved * copies * rows * inputs / (parts if split == "inputs" else 1))
             outward = kernels.memory(hardware, moved * copies * rows * outputs / (parts if split == "outputs" else 1))
-            self.times.add("quantize", inward, outward, 0.0 if self.software.frozen else inward + outward, again)
+            self.times.add("quantize", inward, outward, 0.0 if self.workload.frozen else inward + outward, again)
             started += each * recipe.cast_kernels
             if reordered:
                 ahead, behind = (count * constants.small_kernel_us * MICRO for count in SCALE_KERNELS)
@@ -155,16 +155,16 @@ class _Layer:
     def tp(self, gathered: float, scattered: float, *modules: str, gathers: int = 1, cast: bool = True) -> None:
         """Gather so many elements before a module, in so many messages, and scatter so many behind it; the backward
         pass gathers the inputs once more, and the gradients of the outputs. With `cast` they travel in FP8."""
-        job, group = self.job, Group(self.job.layout.tp)
+        workload, group = self.workload, Group(self.workload.layout.tp)
         if group.size <= 1:
             return
-        before = network.ring(self.hardware, group, job.element * gathered, gathers)
-        behind = network.ring(self.hardware, group, job.element * scattered)
-        if not job.sequence_parallel:  # an all-reduce is a scatter and a gather, behind the module and before it
+        before = network.ring(self.hardware, group, workload.element * gathered, gathers)
+        behind = network.ring(self.hardware, group, workload.element * scattered)
+        if not workload.sequence_parallel:  # an all-reduce is a scatter and a gather, behind the module and before it
             forward, backward = 2 * behind, 2 * before
-        elif job.fp8 and cast:
+        elif workload.fp8 and cast:
             # Inputs are sent once for the GEMM and once more for the gradient of its weights.
-            recipe = RECIPES[job.fp8]
+            recipe = RECIPES[workload.fp8]
             sent = recipe.sent_bytes
             inputs = network.ring(self.hardware, group, sent * gathered, gathers)
             gradients = network.ring(self.hardware, group, recipe.sent_copies * sent * scattered)
@@ -176,11 +176,11 @@ class _Layer:
 
     def attention(self, heads: float, key: float, value: float, groups: float) -> None:
         """Core attention of this rank's heads over the whole sequence, in blocks that context parallelism makes."""
-        job, hardware, software = self.job, self.hardware, self.software
-        cp = job.layout.cp
-        keys = job.seq_length
-        flops = job.tokens * heads * keys * (key + value)  # causal: 2 flops, half of the keys
-        latents = software.latent_exchange and job.model.attention == "mla"  # gathered: all keys are there at once
+        workload, hardware, software = self.workload, self.hardware, self.software
+        cp = workload.layout.cp
+        keys = workload.seq_length
+        flops = workload.tokens * heads * keys * (key + value)  # causal: 2 flops, half of the keys
+        latents = software.latent_exchange and workload.model.attention == "mla"  # gathered: all keys are there at once
         blocks = 1 if latents else cp
         if software.flash_attention:
             again = flops * (3 * key + 2 * value) / (key + value)  # five products for two
@@ -192,12 +192,12 @@ class _Layer:
         if cp > 1:
             width = groups * (key + value)
             if latents:
-                width = job.model.kv_lora_rank + job.model.qk_rope_head_dim
+                width = workload.model.kv_lora_rank + workload.model.qk_rope_head_dim
             else:
-                self._merged(job.tokens * heads * key, job.tokens * heads * value, job.tokens * width)
-            size = job.element * job.tokens * cp * width
+                self._merged(workload.tokens * heads * key, workload.tokens * heads * value, workload.tokens * width)
+            size = workload.element * workload.tokens * cp * width
             # nothing of it turned out to be hidden
-            ring = network.relay(hardware, Group(cp, job.layout.tp), size)
+            ring = network.relay(hardware, Group(cp, workload.layout.tp), size)
             self.times.add("cp", ring, 2 * ring, 0.0, self.again("core_attn"))
 
     def _fused(self, flops: float, keys: float, blocks: int, backward: bool) -> float:
@@ -215,7 +215,7 @@ class _Layer:
         of half of the queries and all keys, as the causal mask leaves them; its outputs and gradients are added to what
         is there (transformer_engine/pytorch/attention, AttnFuncWithCPAndKVP2P, with the sequence as first dimension).
         """
-        further, element = self.job.layout.cp - 1, self.job.element
+        further, element = self.workload.layout.cp - 1, self.workload.element
         sums = further * 3 * 3 / 4
         forward = 2 * pairs + 2 * outputs + sums * outputs
         backward = 2 * pairs + 2 * (queries + pairs) + sums * (queries + pairs)
@@ -223,23 +223,23 @@ class _Layer:
 
     def _materialised(self, heads: float, key: float, value: float, keys: float) -> None:
         """Scores written to memory: two products over the whole square, mask, softmax and dropout between them."""
-        job, hardware = self.job, self.hardware
-        copies = max(1, round(heads * job.micro_batch_size))
-        rows = job.seq_length / job.layout.cp
+        workload, hardware = self.workload, self.hardware
+        copies = max(1, round(heads * workload.micro_batch_size))
+        rows = workload.seq_length / workload.layout.cp
         products = sum(
             kernels.gemm(hardware, self.constants, "bf16", rows, n, k, copies) for n, k in ((keys, key), (value, keys))
         )
         again = self.again("core_attn")
         self.times.add("attention", products, 2 * products, 0.0, again)
-        scores = job.element * copies * rows * keys
+        scores = workload.element * copies * rows * keys
         self.moved(5 * scores, 6 * scores, "core_attn", count=4, times=self.constants.scores_passes)
 
 
-def layer_times(job: Job, machine: Machine, moe: bool) -> Times:
+def layer_times(workload: Workload, machine: Machine, moe: bool) -> Times:
     """Seconds of one layer for one micro-batch on one rank, with routed experts or with a dense feed-forward."""
-    layer = _Layer(job, machine)
+    layer = _Layer(workload, machine)
     layer.graphed = True
-    (_mla if job.model.attention == "mla" else _gqa)(layer)
+    (_mla if workload.model.attention == "mla" else _gqa)(layer)
     _norms(layer)
     (_moe if moe else _dense)(layer)
     return layer.times
@@ -247,15 +247,15 @@ def layer_times(job: Job, machine: Machine, moe: bool) -> Times:
 
 def _norms(layer: _Layer) -> None:
     """Two norms and two residual sums of the hidden state."""
-    job = layer.job
-    size = job.element * job.split_tokens * job.model.hidden_size
+    workload = layer.workload
+    size = workload.element * workload.split_tokens * workload.model.hidden_size
     layer.moved(2 * 2 * size, 2 * 3 * size, "layernorm", count=2)
     layer.moved(2 * 3 * size, 2 * 2 * size, count=2)
 
 
 def _mla(layer: _Layer) -> None:
-    job, model = layer.job, layer.job.model
-    n, r, hidden, tp = job.tokens, job.split_tokens, job.model.hidden_size, job.layout.tp
+    workload, model = layer.workload, layer.workload.model
+    n, r, hidden, tp = workload.tokens, workload.split_tokens, workload.model.hidden_size, workload.layout.tp
     heads = model.num_attention_heads / tp
     rope, nope, value, latent = model.qk_rope_head_dim, model.qk_nope_head_dim, model.v_head_dim, model.kv_lora_rank
     # latents of queries, latents of keys and values, and rotary parts of the keys
@@ -267,21 +267,26 @@ def _mla(layer: _Layer) -> None:
         layer.linear(n, heads * (nope + rope), hidden, split="inputs")
     layer.linear(r, latent + rope, hidden)
     layer.linear(n, heads * (nope + value), latent, "mla_up_proj", split="inputs")
-    latents = job.element * r * (model.q_lora_rank + latent)
+    latents = workload.element * r * (model.q_lora_rank + latent)
     layer.moved(2 * latents, 3 * latents, "layernorm", "mla_up_proj", count=2)
-    queries = job.element * n * heads * (2 * (nope + rope))
+    queries = workload.element * n * heads * (2 * (nope + rope))
     layer.moved(2 * queries, 2 * queries, "mla_up_proj", count=3)  # rotary embedding, keys put together
     layer.attention(heads, nope + rope, value, heads)
     layer.linear(n, hidden, heads * value, split="outputs")
 
 
 def _gqa(layer: _Layer) -> None:
-    job, model = layer.job, layer.job.model
-    n, hidden, tp, size = job.tokens, job.model.hidden_size, job.layout.tp, job.model.attention_head_dim
+    workload, model = layer.workload, layer.workload.model
+    n, hidden, tp, size = (
+        workload.tokens,
+        workload.model.hidden_size,
+        workload.layout.tp,
+        workload.model.attention_head_dim,
+    )
     heads, groups = model.num_attention_heads / tp, max(1.0, model.kv_heads / tp)
     layer.tp(n * hidden, n * hidden)
     layer.linear(n, (heads + 2 * groups) * size, hidden, split="inputs")
-    mixed = job.element * n * (heads + groups) * size
+    mixed = workload.element * n * (heads + groups) * size
     layer.moved(2 * mixed, 2 * mixed, count=1)  # rotary embedding
     if model.qk_norm != "none":
         layer.moved(2 * mixed, 3 * mixed, count=2)
@@ -290,27 +295,27 @@ def _gqa(layer: _Layer) -> None:
 
 
 def _swiglu(layer: _Layer, rows: float, inner: float, *modules: str, times: float = 1) -> None:
-    size = layer.job.element * rows * inner
+    size = layer.workload.element * rows * inner
     layer.moved(3 * size, 5 * size, *modules, times=times)
 
 
 def _dense(layer: _Layer) -> None:
-    job, model = layer.job, layer.job.model
-    inner = model.ffn_hidden_size / job.layout.tp
-    layer.tp(job.tokens * model.hidden_size, job.tokens * model.hidden_size, "mlp")
-    layer.linear(job.tokens, 2 * inner, model.hidden_size, "mlp", split="inputs")
-    _swiglu(layer, job.tokens, inner, "mlp")
-    layer.linear(job.tokens, model.hidden_size, inner, "mlp", split="outputs")
+    workload, model = layer.workload, layer.workload.model
+    inner = model.ffn_hidden_size / workload.layout.tp
+    layer.tp(workload.tokens * model.hidden_size, workload.tokens * model.hidden_size, "mlp")
+    layer.linear(workload.tokens, 2 * inner, model.hidden_size, "mlp", split="inputs")
+    _swiglu(layer, workload.tokens, inner, "mlp")
+    layer.linear(workload.tokens, model.hidden_size, inner, "mlp", split="outputs")
 
 
 def _moe(layer: _Layer) -> None:
-    job, model, software, layout = layer.job, layer.job.model, layer.software, layer.job.layout
-    r, hidden = job.split_tokens, model.hidden_size
+    workload, model, software, layout = layer.workload, layer.workload.model, layer.software, layer.workload.layout
+    r, hidden = workload.split_tokens, model.hidden_size
     layer.linear(r, model.num_experts, hidden, "moe", precision="bf16")
     scores = 4 * r * model.num_experts
     layer.moved(8 * scores, 6 * scores, "moe", count=8 * layer.unfused + 2, name="router", times=layer.unfused)
     layer.graphed = False
-    visits = job.expert_tokens * software.imbalance
+    visits = workload.expert_tokens * software.imbalance
     _dispatch(layer, visits)
     local = max(1, model.num_experts // layout.ep)
     inner = model.moe_ffn_hidden_size / layout.etp
@@ -320,20 +325,20 @@ def _moe(layer: _Layer) -> None:
     layer.linear(visits / local, hidden, inner, "moe", copies=local, cast=not software.fused_experts)
     if model.num_shared_experts:
         shared = model.shared_expert_width / layout.tp
-        layer.tp(job.tokens * hidden, job.tokens * hidden, "shared_experts", "moe")
-        layer.linear(job.tokens, 2 * shared, hidden, "shared_experts", "moe", split="inputs")
-        _swiglu(layer, job.tokens, shared, "shared_experts", "moe")
-        layer.linear(job.tokens, hidden, shared, "shared_experts", "moe", split="outputs")
+        layer.tp(workload.tokens * hidden, workload.tokens * hidden, "shared_experts", "moe")
+        layer.linear(workload.tokens, 2 * shared, hidden, "shared_experts", "moe", split="inputs")
+        _swiglu(layer, workload.tokens, shared, "shared_experts", "moe")
+        layer.linear(workload.tokens, hidden, shared, "shared_experts", "moe", split="outputs")
 
 
 def _dispatch(layer: _Layer, visits: float) -> None:
     """Permutation, the way to the experts and back, un-permutation."""
-    job, model, software, layout = layer.job, layer.job.model, layer.software, layer.job.layout
-    r, hidden, e = job.split_tokens, model.hidden_size, job.element
+    workload, model, software, layout = layer.workload, layer.workload.model, layer.software, layer.workload.layout
+    r, hidden, e = workload.split_tokens, model.hidden_size, workload.element
     copied = e * hidden * (r + visits / layout.etp)
     layer.moved(2 * copied, 2 * copied, "moe", count=12 * layer.unfused + 2, times=layer.unfused)
     group = Group(layout.ep * layout.etp)
-    routing = routing_of(job)
+    routing = routing_of(workload)
     flex = software.dispatcher == "flex"
 
     def one(width: float) -> float:
@@ -352,41 +357,41 @@ def _dispatch(layer: _Layer, visits: float) -> None:
     layer.times.add("all_to_all", there + back, there + back, 0.0, layer.again("moe"))
 
 
-def routing_of(job: Job) -> Routing:
+def routing_of(workload: Workload) -> Routing:
     """How the model's router chooses."""
-    model = job.model
+    model = workload.model
     return Routing(model.topk, model.router_num_groups, model.router_topk_groups)
 
 
-def embedding_times(job: Job, machine: Machine) -> Times:
+def embedding_times(workload: Workload, machine: Machine) -> Times:
     """Look-up of the embedding."""
-    layer = _Layer(job, machine)
-    size = job.element * job.tokens * job.model.hidden_size
+    layer = _Layer(workload, machine)
+    size = workload.element * workload.tokens * workload.model.hidden_size
     layer.moved(2 * size, 3 * size)
     layer.times.recompute.clear()  # full recomputation covers transformer layers alone
     return layer.times
 
 
-def loss_times(job: Job, machine: Machine) -> Times:
+def loss_times(workload: Workload, machine: Machine) -> Times:
     """Final norm, output head in 16 bits, cross entropy over this rank's part of the vocabulary."""
-    layer = _Layer(job, machine)
-    model = job.model
-    vocabulary = model.padded_vocab_size / job.layout.tp
-    precision = "fp32" if job.dtype == "fp32" else "bf16"
-    layer.tp(job.tokens * model.hidden_size, 0.0, cast=False)
-    layer.linear(job.tokens, vocabulary, model.hidden_size, precision=precision)
-    scores = job.tokens * vocabulary
+    layer = _Layer(workload, machine)
+    model = workload.model
+    vocabulary = model.padded_vocab_size / workload.layout.tp
+    precision = "fp32" if workload.dtype == "fp32" else "bf16"
+    layer.tp(workload.tokens * model.hidden_size, 0.0, cast=False)
+    layer.linear(workload.tokens, vocabulary, model.hidden_size, precision=precision)
+    scores = workload.tokens * vocabulary
     layer.moved(12 * scores, 8 * scores, count=4)
     layer.times.recompute.clear()
     return layer.times
 
 
-def mtp_times(job: Job, machine: Machine) -> Times:
+def mtp_times(workload: Workload, machine: Machine) -> Times:
     """One multi-token-prediction depth: projection, a layer like the last, and its own pass through head and loss."""
-    layer = _Layer(job, machine)
-    model = job.model
-    layer.linear(job.tokens, model.hidden_size / job.layout.tp, 2 * model.hidden_size)
-    layer.times.plus(layer_times(job, machine, bool(model.moe_layer_pattern[-1])))
-    layer.times.plus(embedding_times(job, machine))
-    layer.times.plus(loss_times(job, machine))
+    layer = _Layer(workload, machine)
+    model = workload.model
+    layer.linear(workload.tokens, model.hidden_size / workload.layout.tp, 2 * model.hidden_size)
+    layer.times.plus(layer_times(workload, machine, bool(model.moe_layer_pattern[-1])))
+    layer.times.plus(embedding_times(workload, machine))
+    layer.times.plus(loss_times(workload, machine))
     return layer.times

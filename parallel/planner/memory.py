@@ -19,8 +19,9 @@ from parallel.planner.activations import (
     linear_input,
     norm,
     resident,
+    shared_embedding_bytes,
 )
-from parallel.planner.workload import Job
+from parallel.planner.workload import TORCH_LOSS_BYTES, Workload
 
 LONGEST_SIMULATION = 8  # rounds of pp micro-batches after which the interleaved schedule only repeats itself
 
@@ -69,174 +70,247 @@ class StageMemory:
         return static + self.activations + self.recompute + self.communication + self.logits
 
 
-def stage_memory(job: Job, stage: int, weights: Weights) -> StageMemory:
+def stage_memory(workload: Workload, stage: int, weights: Weights) -> StageMemory:
     """Memory of one rank of pipeline stage `stage`, which holds `weights`."""
-    pp = job.layout.pp
-    chunks = [chunk_activations(job, i) for i in range(stage, len(job.stages), pp)]
-    in_flight = peak_in_flight(job, stage, [sum(chunk.values()) for chunk in chunks])
+    pp = workload.layout.pp
+    chunks = [chunk_activations(workload, i) for i in range(stage, len(workload.stages), pp)]
+    in_flight = peak_in_flight(workload, stage, [sum(chunk.values()) for chunk in chunks])
     activations = sum(count * sum(chunk.values()) for count, chunk in zip(in_flight, chunks, strict=True))
-    items = tuple("".join(job.stages[i]) for i in range(stage, len(job.stages), pp))
+    items = tuple("".join(workload.stages[i]) for i in range(stage, len(workload.stages), pp))
     routed = [size for chunk in chunks for name, size in chunk.items() if EXPERT_TENSORS in name]
     return StageMemory(
         stage=stage,
         items=items,
-        parameters=round(parameter_bytes(job, weights)),
-        gradients=job.grad_bytes * (weights.shared + weights.experts),
-        optimizer=round(optimizer_bytes(job, weights)),
+        parameters=round(parameter_bytes(workload, weights)),
+        gradients=round(gradient_bytes(workload, weights)),
+        optimizer=round(optimizer_bytes(workload, weights)),
         micro_batches_in_flight=sum(in_flight),
         activations_per_micro_batch=round(sum(sum(chunk.values()) for chunk in chunks)),
         expert_share=round(sum(routed)),
         activations=round(activations),
-        recompute=round(max(_recomputed(job, i) for i in range(stage, len(job.stages), pp))),
-        communication=round(communication_bytes(job, stage, items, sum(in_flight))),
-        logits=round(logits_bytes(job, "".join(items))),
+        recompute=round(max(_recomputed(workload, i) for i in range(stage, len(workload.stages), pp))),
+        communication=round(communication_bytes(workload, stage, items, sum(in_flight))),
+        logits=round(logits_bytes(workload, "".join(items))),
     )
 
 
-def parameter_bytes(job: Job, weights: Weights) -> float:
-    """Weights; in FP8 also the two copies, for the products with them and with their transpose, that layers cache."""
-    whole = job.element * (weights.shared + weights.experts)
-    if job.fp8 is None:
+def memory_of_ranks(workload: Workload, schedule: str, memory: Sequence[StageMemory]) -> list[float]:
+    """Memory of each pipeline rank under a schedule, bytes, from that of its stage under 1F1B or interleaved.
+
+    A rank of DualPipe holds two stages, `rank` and its mirror image, the optimizer state of each shared with the rank
+    that holds the same two, and PP + 1 activations in all. DualPipeV keeps 2 PP + 1 activations of its half stages.
+    """
+    pp = workload.layout.pp
+    if schedule == "dualpipev":
+        alive = min(pp + 0.5, workload.micro_batches)
+        return [one.total - one.activations + alive * one.activations_per_micro_batch for one in memory]
+    if schedule != "dualpipe":
+        return [float(one.total) for one in memory]
+    sizes: list[float] = []
+    for rank, one in enumerate(memory):
+        other = memory[pp - 1 - rank]
+        static = float(one.parameters + one.gradients + other.parameters + other.gradients)
+        static += (one.optimizer + other.optimizer) / 2
+        if rank in (0, pp - 1):
+            static -= shared_embedding_bytes(workload)
+        alive = (pp - rank) * one.activations_per_micro_batch + (rank + 1) * other.activations_per_micro_batch
+        transient = max(one.recompute, other.recompute) + max(one.communication, other.communication)
+        sizes.append(static + alive + transient + one.logits + other.logits)
+    return sizes
+
+
+def parameter_bytes(workload: Workload, weights: Weights) -> float:
+    """Weights; in FP8 also the two copies, for the products with them and with their transpose, that layers cache.
+
+    Under FSDP: an fp32 shard, and what is gathered at once.
+    """
+    if workload.fsdp:
+        return 4 * _shard(workload, weights) + workload.element * _gathered(workload, weights)
+    whole = workload.element * (weights.shared + weights.experts)
+    if workload.fp8 is None:
         return whole
-    copies = 2 * RECIPES[job.fp8].element_bytes * weights.in_fp8
-    return copies + whole - (job.element * weights.in_fp8 if job.fp8_weights_only else 0)
+    copies = 2 * RECIPES[workload.fp8].element_bytes * weights.in_fp8
+    return copies + whole - (workload.element * weights.in_fp8 if workload.fp8_weights_only else 0)
 
 
-def optimizer_bytes(job: Job, weights: Weights) -> float:
-    """Adam's moments and, for 16-bit weights, the fp32 main weights; a mean over the ranks that share them."""
-    each = 2 * job.moment_bytes + (0 if job.dtype == "fp32" else FP32)
-    if not job.distributed_optimizer:
+def gradient_bytes(workload: Workload, weights: Weights) -> float:
+    """Gradients; under FSDP an fp32 shard, and those of the layers whose weights are gathered. None where weights are
+    frozen."""
+    if workload.frozen:
+        return 0.0
+    if workload.fsdp:
+        return 4 * _shard(workload, weights) + 4 * _gathered(workload, weights)
+    return workload.grad_bytes * (weights.shared + weights.experts)
+
+
+def _shard(workload: Workload, weights: Weights) -> float:
+    """Parameters that one rank keeps under FSDP."""
+    layout = workload.layout
+    return weights.shared / (layout.dp * layout.cp) + weights.experts / layout.edp
+
+
+def _gathered(workload: Workload, weights: Weights) -> float:
+    """Parameters that FSDP has gathered at once: two layers, or with a pipeline the whole stage between its
+    micro-batches."""
+    pp = workload.layout.pp
+    layers = max(1, len(workload.model.moe_layer_pattern) // pp)
+    return (weights.shared + weights.experts) * (1.0 if pp > 1 else min(1.0, 2 / layers))
+
+
+def optimizer_bytes(workload: Workload, weights: Weights) -> float:
+    """Adam's moments and, for 16-bit weights, the fp32 main weights; a mean over the ranks that share them. None where
+    weights are frozen."""
+    if workload.frozen:
+        return 0.0
+    each = 2 * workload.moment_bytes + (0 if workload.dtype == "fp32" else FP32)
+    if not workload.distributed_optimizer:
         return each * (weights.shared + weights.experts)
-    replicas = job.layout.dp * job.layout.cp
-    return each * (weights.shared / replicas + weights.experts / job.layout.edp)
+    replicas = workload.layout.dp * workload.layout.cp
+    return each * (weights.shared / replicas + weights.experts / workload.layout.edp)
 
 
-def chunk_activations(job: Job, index: int) -> Saved:
+def chunk_activations(workload: Workload, index: int) -> Saved:
     """What the forward pass of one micro-batch through chunk `index` keeps, without what its loss keeps."""
-    job, items = job.of_chunk(index), job.stages[index]
-    first = sum(stage.count("t") for stage in job.stages[:index])
-    pattern = job.model.moe_layer_pattern[first : first + items.count("t")]
-    r, hidden, last = job.split_tokens, job.model.hidden_size, first + len(pattern)
-    kept = _embedding(job, "embedding") if "E" in items else {}
-    kept |= _layers(job, first, [bool(moe) for moe in pattern])
+    workload, items = workload.of_chunk(index), workload.stages[index]
+    first = sum(stage.count("t") for stage in workload.stages[:index])
+    pattern = workload.model.moe_layer_pattern[first : first + items.count("t")]
+    r, hidden, last = workload.split_tokens, workload.model.hidden_size, first + len(pattern)
+    kept = _embedding(workload, "embedding") if "E" in items else {}
+    kept |= _layers(workload, first, [bool(moe) for moe in pattern])
     depths = items.count("m")
-    has_mtp = any("m" in stage for stage in job.stages)
-    if (first < last == len(job.model.moe_layer_pattern)) if has_mtp else "L" in items:
-        kept |= norm(job, "final norm", r, hidden, "final norm input")
+    has_mtp = any("m" in stage for stage in workload.stages)
+    if (first < last == len(workload.model.moe_layer_pattern)) if has_mtp else "L" in items:
+        kept |= norm(workload, "final norm", r, hidden, "final norm input")
     for depth in range(depths):
-        kept |= {f"mtp {depth} {name}": size for name, size in _mtp(job).items()}
+        kept |= {f"mtp {depth} {name}": size for name, size in _mtp(workload).items()}
     if "L" in items:
         outputs = 1 + depths  # one tensor for all of them
-        kept["output head input"] = job.element * r * hidden * outputs
-    return resident(job, kept)
+        kept["output head input"] = workload.element * r * hidden * outputs
+    return resident(workload, kept)
 
 
-def _embedding(job: Job, name: str) -> Saved:
-    mask = {f"{name}: mask": job.tokens} if job.layout.tp > 1 else {}
-    return {f"{name}: token ids": INDEX * job.tokens, **mask}
+def _embedding(workload: Workload, name: str) -> Saved:
+    mask = {f"{name}: mask": workload.tokens} if workload.layout.tp > 1 else {}
+    return {f"{name}: token ids": INDEX * workload.tokens, **mask}
 
 
-def _layers(job: Job, first: int, moe: Sequence[bool]) -> Saved:
+def _layers(workload: Workload, first: int, moe: Sequence[bool]) -> Saved:
     """All layers of a chunk from number `first` on, with whole ones or groups of them recomputed in `full` mode."""
-    r, hidden, size = job.split_tokens, job.model.hidden_size, job.recompute_num_layers
+    r, hidden, size = workload.split_tokens, workload.model.hidden_size, workload.recompute_num_layers
     kept: Saved = {}
-    if moe and job.recompute == "full" and job.model.attention == "gqa":  # one tensor that every checkpoint keeps
-        kept["rotary angles"] = FP32 * (job.seq_length // job.layout.cp) * job.model.rotary_dim
+    if (
+        moe and workload.recompute == "full" and workload.model.attention == "gqa"
+    ):  # one tensor that every checkpoint keeps
+        kept["rotary angles"] = FP32 * (workload.seq_length // workload.layout.cp) * workload.model.rotary_dim
     for number, is_moe in enumerate(moe):
-        if job.recompute == "full" and (job.recompute_method == "uniform" or number < size):
-            if job.recompute_method == "block" or number % size == 0:
-                kept[f"layer {number} input"] = job.element * r * hidden
+        if workload.recompute == "full" and (workload.recompute_method == "uniform" or number < size):
+            if workload.recompute_method == "block" or number % size == 0:
+                kept[f"layer {number} input"] = workload.element * r * hidden
             continue
-        kept |= {f"layer {number} {name}": value for name, value in layer(job.of_layer(first + number), is_moe).items()}
+        kept |= {
+            f"layer {number} {name}": value for name, value in layer(workload.of_layer(first + number), is_moe).items()
+        }
     return kept
 
 
-def _mtp(job: Job) -> Saved:
+def _mtp(workload: Workload) -> Saved:
     """One multi-token-prediction depth (transformer/multi_token_prediction.py upstream)."""
-    r, hidden, e = job.split_tokens, job.model.hidden_size, job.element
-    kept = _embedding(job, "embedding")
-    if job.recompute == "full" and job.recompute_method == "uniform":
+    r, hidden, e = workload.split_tokens, workload.model.hidden_size, workload.element
+    kept = _embedding(workload, "embedding")
+    if workload.recompute == "full" and workload.recompute_method == "uniform":
         return kept | {"hidden states": e * r * hidden, "next embedding": e * r * hidden}
-    kept |= norm(job, "embedding norm", r, hidden, "next embedding")
-    kept |= norm(job, "hidden norm", r, hidden, "hidden states")
-    kept |= linear_input(job, "projection input", r, 2 * hidden)
-    inside = layer(job, bool(job.model.moe_layer_pattern[-1]))
+    kept |= norm(workload, "embedding norm", r, hidden, "next embedding")
+    kept |= norm(workload, "hidden norm", r, hidden, "hidden states")
+    kept |= linear_input(workload, "projection input", r, 2 * hidden)
+    inside = layer(workload, bool(workload.model.moe_layer_pattern[-1]))
     if "input" in inside:  # a slice of the gathered projection, which it keeps alive
-        inside["input"] = e * job.tokens * hidden
+        inside["input"] = e * workload.tokens * hidden
     kept |= inside
-    return kept | norm(job, "final norm", r, hidden, "final norm input")
+    return kept | norm(workload, "final norm", r, hidden, "final norm input")
 
 
-def saved_per_micro_batch(job: Job, stage: int) -> float:
+def saved_per_micro_batch(workload: Workload, stage: int) -> float:
     """Bytes that one forward pass through all chunks of a rank keeps for its backward pass, logits included."""
     kept = 0.0
-    for index in range(stage, len(job.stages), job.layout.pp):
-        kept += sum(chunk_activations(job, index).values()) + saved_logits(job, "".join(job.stages[index]))
+    for index in range(stage, len(workload.stages), workload.layout.pp):
+        kept += sum(chunk_activations(workload, index).values()) + saved_logits(
+            workload, "".join(workload.stages[index])
+        )
     return kept
 
 
-def saved_logits(job: Job, items: str) -> float:
+def saved_logits(workload: Workload, items: str) -> float:
     """What the losses keep: fp32 scores of this rank's part of the vocabulary, labels and a mask; our own loss keeps
     the gradient of the scores instead."""
     if "L" not in items:
         return 0
-    own, vocabulary, depths = job.own_loss, job.model.padded_vocab_size, items.count("m")
+    own, vocabulary, depths = workload.own_loss, workload.model.padded_vocab_size, items.count("m")
     kept: Saved = {}
     for i in range(1 + depths):
-        kept[f"scores {i}"] = job.element * vocabulary if own else FP32 * vocabulary / job.layout.tp
+        kept[f"scores {i}"] = workload.element * vocabulary if own else FP32 * vocabulary / workload.layout.tp
         kept |= {} if own else {f"labels {i}": INDEX, f"mask {i}": 1}
         kept |= {f"sum {i}": FP32, f"weights {i}": FP32} if i else {}
-    return sum(resident(job, {name: job.tokens * size for name, size in kept.items()}).values())
+    return sum(resident(workload, {name: workload.tokens * size for name, size in kept.items()}).values())
 
 
-def logits_bytes(job: Job, items: str) -> float:
+def logits_bytes(workload: Workload, items: str) -> float:
     """`saved_logits`, and the scores of one loss in the training precision while it is computed."""
     if "L" not in items:
         return 0
-    return saved_logits(job, items) + job.element * job.tokens * job.model.padded_vocab_size / job.layout.tp
+    if workload.loss in TORCH_LOSS_BYTES:
+        each = TORCH_LOSS_BYTES[workload.loss]
+        return each * workload.tokens * workload.model.padded_vocab_size / workload.layout.tp
+    return (
+        saved_logits(workload, items)
+        + workload.element * workload.tokens * workload.model.padded_vocab_size / workload.layout.tp
+    )
 
 
-def _recomputed(job: Job, index: int) -> float:
+def _recomputed(workload: Workload, index: int) -> float:
     """The most that chunk `index` brings back at once: its largest group of layers, less what was kept of it."""
-    job = job.of_chunk(index)
-    if job.recompute == "none" or not {"t", "m"} & set(job.stages[index]):
+    workload = workload.of_chunk(index)
+    if workload.recompute == "none" or not {"t", "m"} & set(workload.stages[index]):
         return 0
-    first = sum(stage.count("t") for stage in job.stages[:index])
-    jobs = [
-        job,
-        *(job.of_layer(first + i) for i in range(job.stages[index].count("t")) if first + i in job.bf16_layers),
+    first = sum(stage.count("t") for stage in workload.stages[:index])
+    workloads = [
+        workload,
+        *(
+            workload.of_layer(first + i)
+            for i in range(workload.stages[index].count("t"))
+            if first + i in workload.bf16_layers
+        ),
     ]
-    kinds = [(one, bool(moe)) for one in jobs for moe in set(job.model.moe_layer_pattern)]
-    if job.recompute == "full":
-        layers = job.recompute_num_layers if job.recompute_method == "uniform" else 1
+    kinds = [(one, bool(moe)) for one in workloads for moe in set(workload.model.moe_layer_pattern)]
+    if workload.recompute == "full":
+        layers = workload.recompute_num_layers if workload.recompute_method == "uniform" else 1
         return layers * max(sum(layer(one, moe).values()) for one, moe in kinds)
     return max(sum(layer(one, moe, recompute=False).values()) - sum(layer(one, moe).values()) for one, moe in kinds)
 
 
-def communication_bytes(job: Job, stage: int, items: Sequence[str], in_flight: int) -> float:
+def communication_bytes(workload: Workload, stage: int, items: Sequence[str], in_flight: int) -> float:
     """Messages between stages that are held, tokens on their way to experts and back, gathered sequences."""
-    layout, e = job.layout, job.element
-    message = e * job.split_tokens * job.model.hidden_size
+    layout, e = workload.layout, workload.element
+    message = e * workload.split_tokens * workload.model.hidden_size
     held = 0.0
     if layout.pp > 1:
         whole = "".join(items)
-        received = in_flight if "E" not in whole and job.backend == "local" and job.dtype != "fp32" else 0
-        sent = in_flight if "L" not in whole and not job.frees_outputs else 0
+        received = in_flight if "E" not in whole and workload.backend == "local" and workload.dtype != "fp32" else 0
+        sent = in_flight if "L" not in whole and not workload.frees_outputs else 0
         held = message * (received + sent + 2)  # and one being received in each direction
     dispatched = 0.0
-    if job.model.num_experts and layout.ep * layout.etp > 1:
-        dispatched = 2 * e * job.expert_tokens * job.model.hidden_size
-    gathered = e * job.tokens * job.model.hidden_size if job.sequence_parallel and layout.tp > 1 else 0
+    if workload.model.num_experts and layout.ep * layout.etp > 1:
+        dispatched = 2 * e * workload.expert_tokens * workload.model.hidden_size
+    gathered = e * workload.tokens * workload.model.hidden_size if workload.sequence_parallel and layout.tp > 1 else 0
     return held + dispatched + gathered
 
 
-def peak_in_flight(job: Job, stage: int, sizes: Sequence[float]) -> list[int]:
+def peak_in_flight(workload: Workload, stage: int, sizes: Sequence[float]) -> list[int]:
     """Micro-batches of each chunk that are alive when activations of `sizes` bytes add up to the most."""
-    pp, chunks = job.layout.pp, len(sizes)
+    pp, chunks = workload.layout.pp, len(sizes)
     if chunks == 1:
-        return [min(job.micro_batches, pp - stage)]
+        return [min(workload.micro_batches, pp - stage)]
     alive, most = [0] * chunks, [0] * chunks
-    for chunk, forward in interleaved(pp, chunks, stage, min(job.micro_batches, LONGEST_SIMULATION * pp)):
+    for chunk, forward in interleaved(pp, chunks, stage, min(workload.micro_batches, LONGEST_SIMULATION * pp)):
         alive[chunk] += 1 if forward else -1
         if _bytes(alive, sizes) > _bytes(most, sizes):
             most = list(alive)

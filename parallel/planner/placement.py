@@ -11,7 +11,7 @@ from parallel.planner.layer_time import routing_of
 from parallel.planner.memory import Weights
 from parallel.planner.network import Group
 from parallel.planner.software import Software
-from parallel.planner.workload import Job
+from parallel.planner.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Placement:
     Args:
         kind: tp, cp, dp, pp, ep, etp or edp.
         size: ranks in a group.
-        groups: groups of that kind in the job.
+        groups: groups of that kind in the run.
         domains: NVLink domains that one spans.
         crosses_pods: whether some group leaves a non-blocking part of the network.
         network_bytes: that one rank sends to other domains in a step.
@@ -57,24 +57,24 @@ def members(layout: ParallelLayout, kind: str, rank: int) -> tuple[int, ...]:
     return tuple(first + number * group.stride for number in range(group.size))
 
 
-def placements(job: Job, hardware: Hardware, software: Software, weights: Weights) -> list[Placement]:
-    """All kinds of groups of a job, with what a rank of the heaviest stage sends over the network in a step."""
-    layout, model, e = job.layout, job.model, job.element
-    layers = max(stage.count("t") + stage.count("m") for stage in job.stages) * layout.vpp
+def placements(workload: Workload, hardware: Hardware, software: Software, weights: Weights) -> list[Placement]:
+    """All kinds of groups of a run, with what a rank of the heaviest stage sends over the network in a step."""
+    layout, model, e = workload.layout, workload.model, workload.element
+    layers = max(stage.count("t") + stage.count("m") for stage in workload.stages) * layout.vpp
     width = model.hidden_size * e
-    passes = job.micro_batches * layers
+    passes = workload.micro_batches * layers
     found = []
     for kind, group in groups_of(layout).items():
         sent = 0.0
         if group.domains(hardware) > 1:
             share = (group.size - 1) / group.size / group.in_domain(hardware)
             if kind in ("tp", "etp"):
-                sent = passes * 10 * job.tokens * width * share
+                sent = passes * 10 * workload.tokens * width * share
             elif kind == "cp":
                 sent = (
                     passes
                     * 6
-                    * job.tokens
+                    * workload.tokens
                     * (group.size - 1)
                     * e
                     * 2
@@ -84,14 +84,14 @@ def placements(job: Job, hardware: Hardware, software: Software, weights: Weight
                 )
                 sent /= group.in_domain(hardware)
             elif kind == "dp":
-                sent = (job.grad_bytes + e) * weights.shared * share
+                sent = (workload.grad_bytes + e) * weights.shared * share
             elif kind == "edp":
-                sent = (job.grad_bytes + e) * weights.experts * share
+                sent = (workload.grad_bytes + e) * weights.experts * share
             elif kind == "pp":
-                sent = 2 * job.micro_batches * layout.vpp * job.split_tokens * width
+                sent = 2 * workload.micro_batches * layout.vpp * workload.split_tokens * width
             elif model.num_experts:
                 there = network.network_bytes(
-                    hardware, group, job.split_tokens, width, routing_of(job), software.dispatcher == "flex"
+                    hardware, group, workload.split_tokens, width, routing_of(workload), software.dispatcher == "flex"
                 )
                 there_width = (1 + 4 / 128) / e if software.fp8_dispatch else 1.0
                 sent = 2 * passes * there * (1 + there_width)

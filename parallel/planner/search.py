@@ -16,26 +16,30 @@ from itertools import product
 from parallel import pipeline
 from parallel.layout import ParallelLayout
 from parallel.planner.activations import layer, shared_embedding_bytes
+from parallel.planner.calibration import FITTED, Calibration
+from parallel.planner.estimate import Estimate, estimate
+from parallel.planner.hardware import Hardware
 from parallel.planner.layer_time import Machine, Times
 from parallel.planner.memory import (
-    StageMemory,
     Weights,
     communication_bytes,
+    gradient_bytes,
     logits_bytes,
     optimizer_bytes,
     parameter_bytes,
-    stage_memory,
 )
 from parallel.planner.schedules import impossible
 from parallel.planner.software import Software
 from parallel.planner.step_time import StepTime, plan_step
-from parallel.planner.workload import Job, Recompute
+from parallel.planner.workload import Recompute, Workload
 from parallel.suggest import Impossible
 
-WeightsOf = Callable[[Job, int], Weights]
+WeightsOf = Callable[[Workload], Sequence[Weights]]
+SoftwareOf = Callable[[Workload], Software]
 DUAL = "dualpipe"
-SIMULATED = 20  # drafts, at least
-ESTIMATED = 1.03  # what is estimated to need so much more than there is may fit: it is counted stage by stage
+SIMULATED = 20  # candidates, at least
+# A candidate whose quick estimate exceeds the memory by up to this factor may fit: its stages are counted one by one.
+ESTIMATED = 1.03
 STATIC = "weights, gradients and optimizer alone need more memory than there is"
 
 
@@ -56,43 +60,11 @@ class Space:
     fp8: Sequence[str | None] = (None,)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One way to run the job.
-
-    Args:
-        job: layout, micro-batch, recomputation and precision.
-        schedule: of the pipeline.
-        software: dispatcher and overlap that it was timed with.
-        step: where the time of a step goes.
-        memory: of each pipeline rank; empty where it was only estimated.
-        memory_bytes: of the fullest rank.
-    """
-
-    job: Job
-    schedule: str
-    software: Software
-    step: StepTime
-    memory: tuple[StageMemory, ...]
-    memory_bytes: float
-
-    @property
-    def memory_of_ranks(self) -> list[float]:
-        """Bytes on a rank of each pipeline rank: of its stage, or of all that its schedule keeps there."""
-        return held_bytes(self.job, self.schedule, self.memory)
-
-    @property
-    def label(self) -> str:
-        """Degrees and choices in one line."""
-        size, again = self.job.micro_batch_size, self.job.recomputes
-        return f"{self.job.layout.label} mbs{size} recompute:{again} {self.schedule} {self.software.dispatcher}"
-
-
 @dataclass
-class Found:
+class SearchResult:
     """Plans that fit, fastest first; why layouts do not; how many were looked at."""
 
-    plans: list[Plan] = field(default_factory=list)
+    plans: list[Estimate] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     tried: int = 0
@@ -104,101 +76,65 @@ class Found:
 
 
 @dataclass(frozen=True)
-class _Draft:
-    """A candidate before it is simulated."""
+class Candidate:
+    """A plan before it is simulated."""
 
     seconds_per_token: float
-    job: Job
+    workload: Workload
     schedule: str
     software: Software
 
 
 def search(
-    base: Job, machine: Machine, gpus: int, global_batch_size: int, space: Space, weights_of: WeightsOf, top: int = 10
-) -> Found:
+    base: Workload, timer: Timer, gpus: int, global_batch_size: int, space: Space, top: int = 10
+) -> SearchResult:
     """The fastest plans for `gpus` accelerators. The same arguments give the same plans in the same order.
 
     Args:
         base: everything that is not searched: model, sequence, formats. Its layout and stages are replaced.
-        weights_of: parameters on one rank of a pipeline rank.
+        timer: what the plans are timed on.
         top: how many plans are wanted.
     """
-    found = Found()
-    drafts: list[_Draft] = []
-    timed = _Timer(machine, weights_of)
-    for layout in layouts(base, gpus, space, found):
-        drafts += _drafts(base, layout, global_batch_size, space, timed, found)
-    drafts.sort(key=lambda draft: (draft.seconds_per_token, _key(draft)))
+    result = SearchResult()
+    candidates: list[Candidate] = []
+    for layout in layouts(base, gpus, space, result):
+        candidates += _candidates(base, layout, global_batch_size, space, timer, result)
+    candidates.sort(key=lambda candidate: (candidate.seconds_per_token, _key(candidate)))
     simulated = max(SIMULATED, 2 * top)  # however few are wanted: the closed form may have the order wrong
-    for number, draft in enumerate(drafts):
-        if (number >= simulated and len(found.plans) >= top) or (number >= 3 * simulated and found.plans):
+    for number, candidate in enumerate(candidates):
+        if (number >= simulated and len(result.plans) >= top) or (number >= 3 * simulated and result.plans):
             break
-        plan = _counted(draft, machine, space, weights_of)
-        if plan.memory_bytes <= machine.hardware.offered_bytes:
-            found.plans.append(plan)
+        plan = _simulated(candidate, space, timer)
+        if plan.memory_bytes <= timer.hardware.offered_bytes:
+            result.plans.append(plan)
         else:
-            found.refuse("its stages, counted one by one, need more memory than there is", plan.label)
-    found.plans.sort(key=lambda plan: (plan.step.seconds / plan.step.tokens, plan.label))
-    del found.plans[top:]
-    return found
+            result.refuse("its stages, counted one by one, need more memory than there is", plan.label)
+    result.plans.sort(key=lambda plan: (plan.step.seconds / plan.step.tokens, plan.label))
+    del result.plans[top:]
+    return result
 
 
-def _counted(draft: _Draft, machine: Machine, space: Space, weights_of: WeightsOf) -> Plan:
-    """A draft simulated, with as much more recomputation as its memory, counted stage by stage, asks for."""
-    job, machine = draft.job, replace(machine, software=draft.software)
-    plan = evaluate(job, draft.schedule, machine, weights_of)
-    more = list(space.recompute)[list(space.recompute).index((job.recompute, job.recompute_modules)) + 1 :]
-    for mode, modules in more:
-        if plan.memory_bytes <= machine.hardware.offered_bytes:
+def _simulated(candidate: Candidate, space: Space, timer: Timer) -> Estimate:
+    """A candidate simulated, with as much more recomputation as its memory, counted stage by stage, asks for."""
+    workload = candidate.workload
+    plan = timer.simulate(candidate)
+    tried = list(space.recompute)
+    for mode, modules in tried[tried.index((workload.recompute, workload.recompute_modules)) + 1 :]:
+        if plan.memory_bytes <= timer.hardware.offered_bytes:
             break
-        tried = replace(job, recompute=mode, recompute_modules=modules)
-        plan = evaluate(tried, draft.schedule, machine, weights_of)
+        recomputed = replace(workload, recompute=mode, recompute_modules=modules)
+        plan = timer.simulate(replace(candidate, workload=recomputed))
     return plan
 
 
-def _key(draft: _Draft) -> str:
-    one = draft.job
-    again = f"{one.recompute} {sorted(one.recompute_modules)}"
-    return f"{one.layout} {one.micro_batch_size} {again} {draft.schedule} {draft.software.dispatcher} {one.fp8}"
+def _key(candidate: Candidate) -> str:
+    one = candidate.workload
+    recomputed = f"{one.recompute} {sorted(one.recompute_modules)}"
+    choices = f"{candidate.schedule} {candidate.software.dispatcher} {one.fp8}"
+    return f"{one.layout} {one.micro_batch_size} {recomputed} {choices}"
 
 
-def evaluate(job: Job, schedule: str, machine: Machine, weights_of: WeightsOf) -> Plan:
-    """Simulate one job, and count its memory stage by stage."""
-    weights = [weights_of(job, rank) for rank in range(job.layout.pp)]
-    step = plan_step(job, machine, schedule, weights)
-    memory = tuple(stage_memory(job, rank, one) for rank, one in enumerate(weights))
-    fullest = max(held_bytes(job, schedule, memory))
-    return Plan(job, schedule, machine.software, step, memory, fullest)
-
-
-def held_bytes(job: Job, schedule: str, memory: Sequence[StageMemory]) -> list[float]:
-    """Memory of each pipeline rank, bytes.
-
-    A rank of DualPipe holds two stages, `rank` and its mirror image, the optimizer state of each shared with the rank
-    that holds the same two, and PP + 1 activations in all.
-    """
-    if schedule == "dualpipev":  # 2 PP + 1 activations of its half stages
-        alive = job.layout.pp + 0.5
-        return [
-            one.total - one.activations + min(alive, job.micro_batches) * one.activations_per_micro_batch
-            for one in memory
-        ]
-    if schedule != DUAL:
-        return [float(one.total) for one in memory]
-    found: list[float] = []
-    for rank, one in enumerate(memory):
-        other, pp = memory[job.layout.pp - 1 - rank], job.layout.pp
-        static = float(one.parameters + one.gradients + other.parameters + other.gradients)
-        static += (one.optimizer + other.optimizer) / 2
-        if rank in (0, pp - 1):
-            static -= shared_embedding_bytes(job)
-        alive = (pp - rank) * one.activations_per_micro_batch + (rank + 1) * other.activations_per_micro_batch
-        passing = max(one.recompute, other.recompute) + max(one.communication, other.communication)
-        found.append(static + alive + passing + one.logits + other.logits)
-    return found
-
-
-def layouts(base: Job, gpus: int, space: Space, found: Found) -> Iterator[ParallelLayout]:
+def layouts(base: Workload, gpus: int, space: Space, result: SearchResult) -> Iterator[ParallelLayout]:
     """Every layout whose degrees fit the model and fill the accelerators."""
     for tp, pp, cp in product(space.tp, space.pp, space.cp):
         if gpus % (tp * pp * cp):
@@ -207,15 +143,15 @@ def layouts(base: Job, gpus: int, space: Space, found: Found) -> Iterator[Parall
         for ep, etp in product(space.ep if base.model.num_experts else (1,), [e for e in space.etp if e in (1, tp)]):
             if (tp * cp * dp) % (ep * etp):
                 continue
-            found.tried += 1
+            result.tried += 1
             layout = ParallelLayout(tp, pp, 1, cp, ep, etp, dp)
-            if reason := infeasible(base, layout):
-                found.refuse(reason, layout.label)
+            if reason := infeasible_reason(base, layout):
+                result.refuse(reason, layout.label)
             else:
                 yield layout
 
 
-def infeasible(base: Job, layout: ParallelLayout) -> str:
+def infeasible_reason(base: Workload, layout: ParallelLayout) -> str:
     """Why the model cannot be split so, or an empty string."""
     model = base.model
     if model.num_attention_heads % layout.tp or model.padded_vocab_size % layout.tp:
@@ -231,41 +167,60 @@ def infeasible(base: Job, layout: ParallelLayout) -> str:
     return ""
 
 
-class _Timer:
-    """Times drafts, with what does not depend on the pipeline computed once."""
+class Timer:
+    """Times candidates on an accelerator, with what does not depend on the pipeline computed once.
 
-    def __init__(self, machine: Machine, weights_of: WeightsOf) -> None:
-        self.machine, self.weights_of = machine, weights_of
+    Args:
+        software_of: software that a workload runs on.
+        weights_of: parameters on one rank of each pipeline rank.
+    """
+
+    def __init__(
+        self, hardware: Hardware, software_of: SoftwareOf, weights_of: WeightsOf, constants: Calibration = FITTED
+    ) -> None:
+        self.hardware, self.software_of, self.constants = hardware, software_of, constants
+        self.weights_of = weights_of
         self.layers: dict[object, dict[object, Times]] = {}
         self.kept: dict[object, tuple[dict[bool, float], float]] = {}
         self.ranks: dict[object, list[tuple[tuple[str, ...], Counter[bool]]]] = {}
-        self.held: dict[object, list[Weights]] = {}
+        self.held: dict[object, Sequence[Weights]] = {}
 
-    def weights(self, job: Job) -> list[Weights]:
+    def weights(self, workload: Workload) -> Sequence[Weights]:
         """Parameters of each pipeline rank."""
-        one = job.layout
-        key = (one.tp, one.pp, len(job.stages), one.ep, one.etp)
+        one = workload.layout
+        key = (one.tp, one.pp, tuple(map("".join, workload.stages)), one.ep, one.etp)
         if key not in self.held:
-            self.held[key] = [self.weights_of(job, rank) for rank in range(one.pp)]
+            self.held[key] = self.weights_of(workload)
         return self.held[key]
 
-    def layer_bytes(self, job: Job) -> tuple[dict[bool, float], float]:
+    def layer_bytes(self, workload: Workload) -> tuple[dict[bool, float], float]:
         """Activations of a dense layer and of one with experts, and the most that recomputing one brings back."""
-        one = job.layout
-        key = (one.tp, one.cp, one.ep, one.etp, job.micro_batch_size, job.recompute, job.recompute_modules, job.fp8)
+        one = workload.layout
+        key = (
+            one.tp,
+            one.cp,
+            one.ep,
+            one.etp,
+            workload.micro_batch_size,
+            workload.recompute,
+            workload.recompute_modules,
+            workload.fp8,
+        )
         if key not in self.kept:
-            kinds = [bool(moe) for moe in set(job.model.moe_layer_pattern)]
-            whole = {moe: sum(layer(job, moe, recompute=False).values()) for moe in kinds}
-            kept = dict.fromkeys(kinds, float(job.element * job.split_tokens * job.model.hidden_size))  # their input
-            if job.recompute != "full":
-                kept = {moe: sum(layer(job, moe).values()) for moe in kinds}
+            kinds = [bool(moe) for moe in set(workload.model.moe_layer_pattern)]
+            whole = {moe: sum(layer(workload, moe, recompute=False).values()) for moe in kinds}
+            kept = dict.fromkeys(
+                kinds, float(workload.element * workload.split_tokens * workload.model.hidden_size)
+            )  # their input
+            if workload.recompute != "full":
+                kept = {moe: sum(layer(workload, moe).values()) for moe in kinds}
             self.kept[key] = kept, max(whole[moe] - kept[moe] for moe in kinds)
         return self.kept[key]
 
-    def stages(self, job: Job) -> list[tuple[tuple[str, ...], Counter[bool]]]:
+    def stages(self, workload: Workload) -> list[tuple[tuple[str, ...], Counter[bool]]]:
         """Items of the chunks of each pipeline rank, and how many layers with experts and without they have."""
-        pattern, pp = job.model.moe_layer_pattern, job.layout.pp
-        key = (tuple("".join(items) for items in job.stages), pp)
+        pattern, pp = workload.model.moe_layer_pattern, workload.layout.pp
+        key = (tuple("".join(items) for items in workload.stages), pp)
         if key not in self.ranks:
             found: list[tuple[tuple[str, ...], Counter[bool]]] = [(key[0][rank::pp], Counter()) for rank in range(pp)]
             first = 0
@@ -277,40 +232,50 @@ class _Timer:
             self.ranks[key] = found
         return self.ranks[key]
 
-    def step(self, job: Job, schedule: str, software: Software) -> StepTime:
+    def step(self, workload: Workload, schedule: str, software: Software) -> StepTime:
         """The step in closed form."""
-        one = job.layout
-        key = (one.tp, one.cp, one.ep, one.etp, job.micro_batch_size, job.recompute, job.recompute_modules, job.fp8,
-               software.dispatcher)  # fmt: skip
+        one = workload.layout
+        # Layers do not depend on whether their dispatch overlaps with another micro-batch, which vpp decides.
+        key = (one.tp, one.cp, one.ep, one.etp, workload.micro_batch_size, workload.recompute,
+               workload.recompute_modules, workload.fp8, replace(software, overlap_all_to_all=False))  # fmt: skip
         kinds = self.layers.setdefault(key, {})
-        machine = replace(self.machine, software=software)
-        return plan_step(job, machine, schedule, self.weights(job), simulated=False, kinds=kinds)
+        machine = Machine(self.hardware, software, self.constants)
+        return plan_step(workload, machine, schedule, self.weights(workload), simulated=False, kinds=kinds)
 
-    def memory(self, job: Job, schedule: str) -> float:
+    def simulate(self, candidate: Candidate) -> Estimate:
+        """The estimate of a candidate, with its pipeline simulated."""
+        workload, schedule = candidate.workload, candidate.schedule
+        weights = self.weights(workload)
+        return estimate(workload, self.hardware, candidate.software, weights, schedule, self.constants)
+
+    def memory(self, workload: Workload, schedule: str) -> float:
         """Memory of the first, second, middle or last pipeline rank, bytes: close to `stage_memory`, and quick."""
-        one, weights, ranks = job.layout, self.weights(job), self.stages(job)
-        kept, brought = self.layer_bytes(job)
+        one, weights, ranks = workload.layout, self.weights(workload), self.stages(workload)
+        kept, brought = self.layer_bytes(workload)
 
         def of(rank: int, alive: float) -> tuple[float, float, float]:
             items, counts = ranks[rank]
             activations = alive * sum(count * kept[moe] for moe, count in counts.items())
-            messages = communication_bytes(job, rank, items, round(alive * one.vpp))
-            return activations, messages, logits_bytes(job, "".join(items))
+            messages = communication_bytes(workload, rank, items, round(alive * one.vpp))
+            return activations, messages, logits_bytes(workload, "".join(items))
 
         most = 0.0
         for rank in sorted({0, min(1, one.pp - 1), one.pp // 2, one.pp - 1}):
-            optimizer, held = optimizer_bytes(job, weights[rank]), _static_bytes(job, weights[rank])
-            alive = float(min(job.micro_batches, one.pp - rank))
+            optimizer, held = optimizer_bytes(workload, weights[rank]), _static_bytes(workload, weights[rank])
+            alive = float(min(workload.micro_batches, one.pp - rank))
             if one.vpp > 1:
-                alive = min(job.micro_batches * one.vpp, 2 * (one.pp - rank - 1) + (one.vpp - 1) * one.pp + 1) / one.vpp
+                alive = (
+                    min(workload.micro_batches * one.vpp, 2 * (one.pp - rank - 1) + (one.vpp - 1) * one.pp + 1)
+                    / one.vpp
+                )
             if schedule == "dualpipev":
                 alive = one.pp + 0.5
             activations, messages, scores = of(rank, float(one.pp - rank) if schedule == DUAL else alive)
-            if schedule == DUAL:  # two stages, as in `held_bytes`
+            if schedule == DUAL:  # two stages, as in `memory_of_ranks`
                 other = one.pp - 1 - rank
-                optimizer = (optimizer + optimizer_bytes(job, weights[other])) / 2
-                held += _static_bytes(job, weights[other]) - (
-                    shared_embedding_bytes(job) if rank in (0, one.pp - 1) else 0.0
+                optimizer = (optimizer + optimizer_bytes(workload, weights[other])) / 2
+                held += _static_bytes(workload, weights[other]) - (
+                    shared_embedding_bytes(workload) if rank in (0, one.pp - 1) else 0.0
                 )
                 more, others, further = of(other, float(rank + 1))
                 activations, messages, scores = activations + more, max(messages, others), scores + further
@@ -318,10 +283,10 @@ class _Timer:
         return most
 
 
-def _drafts(
-    base: Job, layout: ParallelLayout, batch: int, space: Space, timer: _Timer, found: Found
-) -> Iterator[_Draft]:
-    """For each schedule and micro-batch of a layout the draft that recomputes least and fits."""
+def _candidates(
+    base: Workload, layout: ParallelLayout, batch: int, space: Space, timer: Timer, result: SearchResult
+) -> Iterator[Candidate]:
+    """For each schedule and micro-batch of a layout the candidate that recomputes least and fits."""
     any_fits, last, room = False, "no micro-batch divides the batch", ""
     for vpp, schedule, size, fp8 in product(space.vpp, space.schedules, space.micro_batch_size, space.fp8):
         if (schedule == "interleaved") != (vpp > 1) or batch % (size * layout.dp):
@@ -341,24 +306,24 @@ def _drafts(
         except Impossible:
             last = "more pipeline stages than layers"
             continue
-        job = replace(
+        workload = replace(
             base, layout=replace(layout, vpp=vpp), stages=stages, micro_batch_size=size, micro_batches=micro_batches,
             sequence_parallel=layout.tp > 1, fp8=fp8, fp8_weights_only=base.fp8_weights_only and fp8 is not None,
         )  # fmt: skip
-        fitting = _least_recomputed(job, schedule, space, timer)
+        fitting = _least_recomputed(workload, schedule, space, timer)
         if isinstance(fitting, str):
             room = fitting
             continue
         any_fits = True
         for dispatcher in space.dispatchers if base.model.num_experts else space.dispatchers[:1]:
-            software = replace(timer.machine.software, dispatcher=dispatcher)
+            software = replace(timer.software_of(fitting), dispatcher=dispatcher)
             step = timer.step(fitting, schedule, software)
-            yield _Draft(step.seconds / step.tokens, fitting, schedule, software)
+            yield Candidate(step.seconds / step.tokens, fitting, schedule, software)
     if not any_fits:
-        found.refuse(room or last, layout.label)
+        result.refuse(room or last, layout.label)
 
 
-def _depths(base: Job) -> int:
+def _depths(base: Workload) -> int:
     return sum(stage.count("m") for stage in base.stages)
 
 
@@ -371,20 +336,20 @@ def stages_under(schedule: str, pp: int, vpp: int, layers: int, depths: int) -> 
     return [*chunks[:pp], *reversed(chunks[pp:])]
 
 
-def _static_bytes(job: Job, weights: Weights) -> float:
+def _static_bytes(workload: Workload, weights: Weights) -> float:
     """Weights and gradients of a rank."""
-    return parameter_bytes(job, weights) + job.grad_bytes * (weights.shared + weights.experts)
+    return parameter_bytes(workload, weights) + gradient_bytes(workload, weights)
 
 
-def _least_recomputed(job: Job, schedule: str, space: Space, timer: _Timer) -> Job | str:
-    """The job with the first set of `space.recompute` that fits, or what it lacks memory for."""
-    usable = timer.machine.hardware.offered_bytes
-    one = timer.weights(job)
-    static = min(_static_bytes(job, w) + optimizer_bytes(job, w) for w in one)
+def _least_recomputed(workload: Workload, schedule: str, space: Space, timer: Timer) -> Workload | str:
+    """The workload with the first set of `space.recompute` that fits, or what it lacks memory for."""
+    usable = timer.hardware.offered_bytes
+    one = timer.weights(workload)
+    static = min(_static_bytes(workload, w) + optimizer_bytes(workload, w) for w in one)
     if static > usable:
         return STATIC
     for mode, modules in space.recompute:
-        tried = replace(job, recompute=mode, recompute_modules=modules, recompute_of_chunks=())
+        tried = replace(workload, recompute=mode, recompute_modules=modules, recompute_of_chunks=())
         if timer.memory(tried, schedule) <= ESTIMATED * usable:
             return tried
     return "activations need more memory than there is, even with full recomputation"

@@ -28,8 +28,6 @@ class Software:
         overlap_all_to_all: dispatch runs during another micro-batch's compute.
         overlap_tp: tensor-parallel collectives run in pieces during their GEMM.
         overlap_dp: gradients are reduced during the backward pass, parameters gathered during the forward pass.
-        fsdp: weights are sharded over data-parallel ranks and gathered layer by layer.
-        frozen: weights need no gradient (LoRA).
         latent_exchange: context parallelism passes the latents of multi-head latent attention, not keys and values.
         imbalance: tokens of the fullest expert rank over the mean.
         communication_sms: part of the multiprocessors that dispatch takes from compute while both run.
@@ -46,8 +44,6 @@ class Software:
     overlap_all_to_all: bool = False
     overlap_tp: bool = True
     overlap_dp: bool = True
-    fsdp: bool = False
-    frozen: bool = False
     latent_exchange: bool = False
     imbalance: float = 1.0
     communication_sms: float = 0.0
@@ -78,19 +74,27 @@ def of_date(month: int) -> Software:
     return GENERATIONS[known[-1] if known else min(GENERATIONS)]
 
 
-def usual(month: int, domain_gpus: int, expert_gpus: int, vpp: int, fp8: str | None) -> Software:
-    """The same where experts are spread over so many GPUs (1: none are), on NVLink domains of a size."""
-    found = of_date(month)
+def usual(month: int, domain_gpus: int, expert_gpus: int, vpp: int, recipe: str | None) -> Software:
+    """The same for a layout.
+
+    Args:
+        month: year x 100 + month.
+        domain_gpus: GPUs of an NVLink domain.
+        expert_gpus: GPUs over which experts are spread; 1 where they are not, or where there are none.
+        vpp: chunks of each pipeline rank.
+        recipe: FP8 or FP4 recipe.
+    """
+    software = of_date(month)
     if expert_gpus == 1:
-        return found
+        return software
     if domain_gpus > 8:
-        if month >= FULL_GRAPHS_FROM and fp8 == "mxfp8":
-            return replace(found, graphs="full", fused_experts=True, overlap_all_to_all=True)
-        return replace(found, graphs="scoped" if month >= GRAPHS_FROM else "none")
+        if month >= FULL_GRAPHS_FROM and recipe == "mxfp8":
+            return replace(software, graphs="full", fused_experts=True, overlap_all_to_all=True)
+        return replace(software, graphs="scoped" if month >= GRAPHS_FROM else "none")
     overlap_from = OVERLAP_FROM if expert_gpus > domain_gpus else NODE_OVERLAP_FROM
-    scoped = month >= NODE_GRAPHS_FROM and fp8 == "mxfp8"
+    scoped = month >= NODE_GRAPHS_FROM and recipe == "mxfp8"
     return replace(
-        found, graphs="scoped" if scoped else "none", overlap_all_to_all=vpp > 1 and month >= overlap_from
+        software, graphs="scoped" if scoped else "none", overlap_all_to_all=vpp > 1 and month >= overlap_from
     )  # fmt: skip
 
 

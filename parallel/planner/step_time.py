@@ -17,7 +17,7 @@ from parallel.planner.layer_time import Machine, Times, embedding_times, layer_t
 from parallel.planner.memory import Weights
 from parallel.planner.network import Group
 from parallel.planner.simulation import StageTime, Timeline, estimated, step_time
-from parallel.planner.workload import Job
+from parallel.planner.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class StepTime:
         step_end: gradient norm, logging and synchronisation at the end of a step.
         parts: seconds of a mean rank over the step by part (gemm, attention, ...), exposed messages included.
         tokens: tokens of the step.
-        gpus: ranks of the job.
+        gpus: ranks of the run.
     """
 
     seconds: float
@@ -65,7 +65,7 @@ class StepTime:
 
 
 def plan_step(
-    job: Job,
+    workload: Workload,
     machine: Machine,
     schedule: str,
     weights: Sequence[Weights],
@@ -77,43 +77,46 @@ def plan_step(
     Args:
         schedule: one of `parallel.planner.schedules.SCHEDULES`.
         weights: parameters on one rank of each pipeline rank (of one of DualPipe's two copies).
-        kinds: times of layers that are already known, for jobs that differ in the pipeline alone; it is added to.
+        kinds: times of layers that are already known, for workloads that differ in the pipeline alone; it is added to.
         simulated: simulate the pipeline; else estimate it in closed form, some hundred times faster, to within a few %.
 
     Raises:
         ValueError: the schedule is not defined for the layout.
     """
-    layout = job.layout
-    counted = stage_parts(job, machine, weights, {} if kinds is None else kinds)
-    stages = tuple(stage_time(job, machine, schedule, times) for times in counted)
+    layout = workload.layout
+    counted = stage_parts(workload, machine, weights, {} if kinds is None else kinds)
+    stages = tuple(stage_time(workload, machine, schedule, times) for times in counted)
     if schedule == "dualpipev":  # chunks in the order of ranks -> stages in the order of the model
         stages = (*stages[: layout.pp], *reversed(stages[layout.pp :]))
-    message = job.element * job.split_tokens * job.model.hidden_size
+    message = workload.element * workload.split_tokens * workload.model.hidden_size
     hop = network.send(machine.hardware, Group(layout.pp, layout.world_size // layout.pp), message)
-    hidden = machine.constants.pp_exposed if schedule != "1f1b" else 1.0
+    exposed_fraction = machine.constants.pp_exposed if schedule != "1f1b" else 1.0
     run = step_time if simulated else estimated
-    timeline = run(schedule, layout.pp, layout.vpp, job.micro_batches, stages, hop * hidden)
+    timeline = run(schedule, layout.pp, layout.vpp, workload.micro_batches, stages, hop * exposed_fraction)
     copies = 2 if schedule == "dualpipe" else 1
-    optimizer = max(optimizer_seconds(job, machine, one) for one in weights) * copies
+    optimizer = max(optimizer_seconds(workload, machine, one) for one in weights) * copies
     data_parallel = max(
-        data_parallel_seconds(job, machine, one, stages[rank].backward * layout.vpp) for rank, one in enumerate(weights)
+        data_parallel_seconds(workload, machine, one, stages[rank].backward * layout.vpp)
+        for rank, one in enumerate(weights)
     )
     seconds = timeline.seconds + optimizer + data_parallel * copies + machine.constants.step_s
-    tokens = job.micro_batches * job.micro_batch_size * job.seq_length * layout.dp
-    parts = step_parts(job, counted) if simulated else {}
+    tokens = workload.micro_batches * workload.micro_batch_size * workload.seq_length * layout.dp
+    parts = step_parts(workload, counted) if simulated else {}
     return StepTime(
         seconds, timeline, stages, optimizer, data_parallel * copies, machine.constants.step_s, parts,
         tokens, layout.world_size,
     )  # fmt: skip
 
 
-def stage_parts(job: Job, machine: Machine, weights: Sequence[Weights], kinds: dict[object, Times]) -> list[Times]:
+def stage_parts(
+    workload: Workload, machine: Machine, weights: Sequence[Weights], kinds: dict[object, Times]
+) -> list[Times]:
     """The parts of each of the pp x vpp stages for one micro-batch."""
     found = []
     passed = 0
-    pattern = job.model.moe_layer_pattern
-    for index, items in enumerate(job.stages):
-        own, times, count = job.of_chunk(index), Times(), items.count("t")
+    pattern = workload.model.moe_layer_pattern
+    for index, items in enumerate(workload.stages):
+        own, times, count = workload.of_chunk(index), Times(), items.count("t")
         again = (own.recompute, own.recompute_modules)
         held = [
             (
@@ -135,16 +138,16 @@ def stage_parts(job: Job, machine: Machine, weights: Sequence[Weights], kinds: d
                 if (item, again) not in kinds:
                     kinds[item, again] = function(own, machine)
                 times.plus(kinds[item, again], items.count(item))
-        if machine.software.fsdp:
-            _gather_weights(job, machine, times, weights[index % job.layout.pp])
+        if workload.fsdp:
+            _gather_weights(workload, machine, times, weights[index % workload.layout.pp])
         found.append(times)
     return found
 
 
-def _gather_weights(job: Job, machine: Machine, times: Times, weights: Weights) -> None:
+def _gather_weights(workload: Workload, machine: Machine, times: Times, weights: Weights) -> None:
     """FSDP: weights of the stage gathered in the forward and the backward pass, gradients scattered in the latter."""
-    layout, hardware = job.layout, machine.hardware
-    element = 1 if job.fp8_weights_only else job.element
+    layout, hardware = workload.layout, machine.hardware
+    element = 1 if workload.fp8_weights_only else workload.element
     shared, experts = weights.shared * element / layout.vpp, weights.experts * element / layout.vpp
     one = network.ring(hardware, Group(layout.dp * layout.cp, layout.tp), shared)
     one += network.ring(hardware, Group(layout.edp, layout.ep * layout.etp), experts)
@@ -156,7 +159,7 @@ def _gather_weights(job: Job, machine: Machine, times: Times, weights: Weights) 
     )  # fmt: skip
 
 
-def stage_time(job: Job, machine: Machine, schedule: str, times: Times) -> StageTime:
+def stage_time(workload: Workload, machine: Machine, schedule: str, times: Times) -> StageTime:
     """Forward and backward pass of one micro-batch on one stage."""
     software, constants = machine.software, machine.constants
     forward = total(times.forward, without=["all_to_all"])
@@ -164,8 +167,8 @@ def stage_time(job: Job, machine: Machine, schedule: str, times: Times) -> Stage
     weights = total(times.weights)
     sent, returned = times.forward.get("all_to_all", 0.0), times.inputs.get("all_to_all", 0.0)
     returned += times.recompute.get("all_to_all", 0.0)
-    # Every collective waits for the slowest of its ranks, of which there are more in a larger job.
-    slower = 1 + constants.straggler * log2(max(1, job.layout.world_size))
+    # Every collective waits for the slowest of its ranks, of which there are more in a larger run.
+    slower = 1 + constants.straggler * log2(max(1, workload.layout.world_size))
     forward, inputs, weights, sent, returned = (slower * t for t in (forward, inputs, weights, sent, returned))
     # Where a layer waits for token counts, its host cannot run ahead, and the two add up in part.
     blend = constants.sync_blend if "sync" in times.forward else constants.host_blend
@@ -180,7 +183,7 @@ def stage_time(job: Job, machine: Machine, schedule: str, times: Times) -> Stage
         alone = forward + sent + backward + returned
         return StageTime(forward + sent, backward + returned, weights, both / alone if alone else 1.0)
     # Dispatch hides only where passes of two micro-batches lie side by side (Megatron-Core asks for vpp > 1).
-    if software.overlap_all_to_all and (schedule == "interleaved" or job.layout.pp == 1):
+    if software.overlap_all_to_all and (schedule == "interleaved" or workload.layout.pp == 1):
         exposed, rest = constants.all_to_all_exposed, 1 - software.communication_sms
         return StageTime(forward / rest + exposed * sent, backward / rest + exposed * returned, weights / rest)
     return StageTime(forward + sent, backward + returned, weights)
@@ -203,25 +206,25 @@ def _blend(device: float, host: float, power: float) -> float:
     return (device**power + host**power) ** (1 / power)
 
 
-def optimizer_seconds(job: Job, machine: Machine, weights: Weights) -> float:
+def optimizer_seconds(workload: Workload, machine: Machine, weights: Weights) -> float:
     """Adam over this rank's part, and casts of the new weights."""
-    layout = job.layout
-    if job.distributed_optimizer or machine.software.fsdp:
+    layout = workload.layout
+    if workload.distributed_optimizer or workload.fsdp:
         own = weights.shared / (layout.dp * layout.cp) + weights.experts / layout.edp
     else:
         own = weights.shared + weights.experts
-    if machine.software.frozen:
+    if workload.frozen:
         return 0.0
     # read gradient, read and write two moments and the main weight, write the weight
-    each = job.grad_bytes + 4 * job.moment_bytes + 8 + job.element
-    cast = 2 * job.element * (weights.shared + weights.experts)
+    each = workload.grad_bytes + 4 * workload.moment_bytes + 8 + workload.element
+    cast = 2 * workload.element * (weights.shared + weights.experts)
     return kernels.memory(machine.hardware, 2 * each * own + cast)  # twice: the norm of the gradient reads it all first
 
 
-def data_parallel_seconds(job: Job, machine: Machine, weights: Weights, backward: float) -> float:
+def data_parallel_seconds(workload: Workload, machine: Machine, weights: Weights, backward: float) -> float:
     """Reduction of gradients and gathering of parameters beyond what the passes around them hide."""
-    layout, software, constants = job.layout, machine.software, machine.constants
-    if software.fsdp or software.frozen:
+    layout, software, constants = workload.layout, machine.software, machine.constants
+    if workload.fsdp or workload.frozen:
         return 0.0
     dense, expert = Group(layout.dp * layout.cp, layout.tp), Group(layout.edp, layout.ep * layout.etp)
 
@@ -229,9 +232,11 @@ def data_parallel_seconds(job: Job, machine: Machine, weights: Weights, backward
         one = network.ring(machine.hardware, dense, element * weights.shared)
         return one + network.ring(machine.hardware, expert, element * weights.experts)
 
-    gathers_fp8 = job.fp8_weights_only and job.fp8 is not None and not RECIPES[job.fp8].gathers_high_precision
-    reduce, gather = both(job.grad_bytes), both(1.0 if gathers_fp8 else job.element)
-    if not job.distributed_optimizer:
+    gathers_fp8 = (
+        workload.fp8_weights_only and workload.fp8 is not None and not RECIPES[workload.fp8].gathers_high_precision
+    )
+    reduce, gather = both(workload.grad_bytes), both(1.0 if gathers_fp8 else workload.element)
+    if not workload.distributed_optimizer:
         reduce, gather = 2 * reduce, 0.0
     if not software.overlap_dp:
         return reduce + gather
@@ -239,10 +244,10 @@ def data_parallel_seconds(job: Job, machine: Machine, weights: Weights, backward
     return max(constants.dp_exposed * (reduce + gather), rest)
 
 
-def step_parts(job: Job, counted: Sequence[Times]) -> dict[str, float]:
+def step_parts(workload: Workload, counted: Sequence[Times]) -> dict[str, float]:
     """Seconds of a mean pipeline rank in each part over a whole step, before any overlap."""
     parts: dict[str, float] = {}
-    scale = job.micro_batches / job.layout.pp
+    scale = workload.micro_batches / workload.layout.pp
     for times in counted:
         for table in (times.forward, times.inputs, times.weights, times.recompute):
             for name, value in table.items():

@@ -27,6 +27,12 @@ def short_attention_scores(tokens: int, element: int) -> int:
 
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Cross entropy of Megatron-Core, and that of torch with which torchtitan trains.
+LOSSES = ("megatron", "torch", "torch_compiled")
+# Bytes that torch's cross entropy holds of one score in its backward pass. Eager: log-probabilities, their gradient
+# and that of the scores, each fp32 (aten's nll_loss_backward and log_softmax_backward). Compiled into one kernel:
+# scores and their gradient in fp32, and the latter in 16 bits.
+TORCH_LOSS_BYTES = {"torch": 12, "torch_compiled": 10}
 # none, full or selective, and the modules of the last.
 Recompute = tuple[str, frozenset[str]]
 
@@ -91,8 +97,8 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
-    """A run, as far as the models look at it.
+class Workload:
+    """What one step computes and keeps, as far as the models look at it.
 
     Args:
         stages: items of each of the pp x vpp pipeline chunks (`parallel.pipeline.stage_items`).
@@ -108,6 +114,9 @@ class Job:
         compact: activations are kept as in DeepSeek-V3 (`parallel.planner.activations.compacted`).
         grad_bytes, moment_bytes: of one gradient, and of one of the two Adam moments.
         distributed_optimizer: optimizer state is divided over data-parallel ranks.
+        fsdp: weights and gradients are sharded over data-parallel ranks too, and gathered layer by layer (ZeRO-3).
+        frozen: weights have no gradient and no optimizer state (LoRA, without its adapters).
+        loss: cross entropy whose memory is counted, one of `LOSSES`.
         recompute: none, full or selective, with what it applies to.
         recompute_of_chunks: mode and modules of each of the pp stages, or pp x vpp chunks, in the place of the former.
         offload_modules: on te, modules whose inputs wait for the backward pass outside.
@@ -134,6 +143,9 @@ class Job:
     grad_bytes: int = 4
     moment_bytes: int = 4
     distributed_optimizer: bool = True
+    fsdp: bool = False
+    frozen: bool = False
+    loss: str = "megatron"
     recompute: str = "none"
     recompute_method: str = "uniform"
     recompute_num_layers: int = 1
@@ -144,15 +156,15 @@ class Job:
     frees_outputs: bool = True
     on_cpu: bool = False
 
-    def of_chunk(self, index: int) -> Job:
-        """This job as chunk `index` of the pp x vpp sees it: with what that one recomputes."""
+    def of_chunk(self, index: int) -> Workload:
+        """The workload of chunk `index` of the pp x vpp, with what that chunk recomputes."""
         if not self.recompute_of_chunks:
             return self
         mode, modules = self.recompute_of_chunks[index % len(self.recompute_of_chunks)]
         return replace(self, recompute=mode, recompute_modules=modules, recompute_of_chunks=())
 
-    def of_layer(self, number: int) -> Job:
-        """This job as decoder layer `number` sees it: without FP8 where it stays in bf16."""
+    def of_layer(self, number: int) -> Workload:
+        """The workload of decoder layer `number`: without FP8 where the layer stays in bf16."""
         return replace(self, fp8=None) if self.fp8 and number in self.bf16_layers else self
 
     @property

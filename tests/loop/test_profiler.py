@@ -16,7 +16,7 @@ from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
 from moe_train.loop.callbacks import profiler
 from moe_train.loop.callbacks.profiler import PARTS, MemoryForecast
-from moe_train.model.memory import job_of, predict
+from moe_train.model.memory import predict, workload_of
 from parallel.layout import ParallelLayout
 from parallel.planner.memory import saved_per_micro_batch
 from tests.distributed.helper import run_distributed
@@ -49,7 +49,7 @@ def test_first_steps_have_what_was_measured(precision: str, tmp_path: Path, smal
     assert [set(PARTS) <= set(line) for line in lines] == [True, True, False]
     for line in lines[:2]:
         for stage, memory in enumerate(predict(cfg, layout)):
-            predicted = saved_per_micro_batch(job_of(cfg, layout), stage)
+            predicted = saved_per_micro_batch(workload_of(cfg, layout), stage)
             assert line["saved_activation_bytes"][stage] == pytest.approx(predicted, rel=0.01)
             static = [line[name][stage] for name in PARTS[1:]]
             assert static == [memory.parameters, memory.gradients, memory.optimizer]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moe_train.model.memory import job_of
+from moe_train.model.memory import workload_of
 from moe_train.telemetry.saved_tensors import SavedTensors
 from parallel.planner.memory import saved_per_micro_batch
 from tests.checkpoint.small_run import BATCH, SEQUENCE, batches, config, prepare
@@ -130,7 +130,7 @@ def kept_by_stages(directory: Path) -> dict[str, Any]:
     return {
         "told": [(one.recompute_granularity, one.recompute_modules) for one in configs],
         "first_is_shared": configs[0] is run.config,
-        "predicted_over_measured": saved_per_micro_batch(job_of(cfg, run.layout), stage) / saved.stop(),
+        "predicted_over_measured": saved_per_micro_batch(workload_of(cfg, run.layout), stage) / saved.stop(),
     }
 
 

@@ -82,7 +82,7 @@ def test_gradients_are_those_without_measuring() -> None:
 def measured_run(directory: Path, degrees: dict[str, int], changes: dict[str, Any]) -> dict[str, Any]:
     """What a small run of one step keeps and what is predicted, on this rank."""
     from moe_train.loop.step import train_step
-    from moe_train.model.memory import job_of, predict
+    from moe_train.model.memory import predict, workload_of
     from parallel.planner.memory import saved_per_micro_batch
 
     cfg = config(directory, degrees, **changes)
@@ -95,7 +95,7 @@ def measured_run(directory: Path, degrees: dict[str, int], changes: dict[str, An
     memory = predict(cfg, run.layout)[stage]
     return {
         "kept": kept,
-        "predicted": saved_per_micro_batch(job_of(cfg, run.layout), stage),
+        "predicted": saved_per_micro_batch(workload_of(cfg, run.layout), stage),
         "static": static,
         "predicted_static": (memory.parameters, memory.gradients, memory.optimizer),
     }

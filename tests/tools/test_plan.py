@@ -25,7 +25,7 @@ from tools.planning.answer import answer
 from tools.planning.pictures import COLOURS
 from tools.planning.recipe import count, parse
 from tools.published import models
-from tools.published.rows import date_of
+from tools.published.free_text import date_of
 
 ROOT = Path(__file__).parents[2]
 V3 = ("model=deepseek_v3", "cluster=h800", "gpus=2048", "tokens=14.8T")
@@ -266,7 +266,7 @@ def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:
             ["model=tiny", "gpus=1", "plan.recipe=['a tokens=2T steps=3']"],
             "error: plan.recipe: 'a tokens=2T steps=3' has tokens and steps",
         ),
-        (["plan.software_date=202613", "model=tiny", "gpus=1"], "error: plan.software_date=202613 is no month"),
+        (["plan.software_date=202613", "model=tiny", "gpus=1"], "error: plan.software_date=202613 is not a month"),
         (
             ["model=deepseek_v3", "parallel=deepseek_v3_h800", "plan.search=false", "gpus=64"],
             "error: parallel.ep=64 does",
@@ -275,7 +275,7 @@ def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:
             ["model=qwen3_30b_a3b", "parallel.ep=8", "plan.search=false", "gpus=24", "batch.global_batch_size=1000"],
             "error: batch.global_batch_size=1000 is not a multiple of",
         ),
-        (["validate"], "error: moe-plan validate has no table of runs"),
+        (["validate", "runs=none.csv"], "error: runs=none.csv cannot be read: "),
         (["plan.recipe=[pretraining]", "model=tiny", "gpus=1"], "error: plan.recipe: 'pretraining' has no tokens"),
     ],
 )
@@ -332,11 +332,11 @@ def test_a_stage_of_longer_sequences_gets_the_smallest_ring_that_can_run_it(
                    "parallel.vpp=2", "parallel.ep=64",
                    f"plan.recipe=['long seq=32768 batch={batch} steps=1000']"])  # fmt: skip
     found = answer(cfg, validate(cfg, trains=False))
-    job = found.plans_of_stages["long"].job
-    assert (job.layout.cp, job.micro_batches) == (cp, micro_batches)
-    assert job.layout.world_size == 2048
-    assert job.seq_length == 32768
-    assert job.micro_batches * job.micro_batch_size * job.layout.dp == batch
+    workload = found.plans_of_stages["long"].workload
+    assert (workload.layout.cp, workload.micro_batches) == (cp, micro_batches)
+    assert workload.layout.world_size == 2048
+    assert workload.seq_length == 32768
+    assert workload.micro_batches * workload.micro_batch_size * workload.layout.dp == batch
 
 
 def test_a_layout_that_does_not_fit_is_not_offered(tmp_path: Path) -> None:
@@ -487,7 +487,8 @@ def validated(directory: Path, rows: list[dict[str, str]], *words: str) -> dict:
 def test_published_runs_are_compared_row_by_row(tmp_path: Path) -> None:
     """Blanks, unknown models, and models of one's own."""
     (tmp_path / "own").mkdir()
-    (tmp_path / "own/wonder_7b.yaml").write_text((ROOT / "conf/validation_models/llama2_7b.yaml").read_text())
+    known = ROOT / "tools/published/validation_models/llama2_7b.yaml"
+    (tmp_path / "own/wonder_7b.yaml").write_text(known.read_text())
     rows = [
         ROW,
         ROW | {"tokens_per_s_per_gpu": "", "tflops_per_gpu": "200"},
@@ -533,8 +534,8 @@ def test_nonsense_in_a_row_is_named_and_stops_no_other(tmp_path: Path) -> None:
     first, *others = found["rows"]
     assert first["error_tokens_per_s_per_gpu"] is not None
     for row, (name, value) in zip(others, odd.items(), strict=False):
-        assert row["not_modelled"].startswith(f"{name}={value} is no ")
-        assert f"not modelled: rows {row['row']}: {name}={value} is no " in done.stdout
+        assert row["not_modelled"].startswith(f"{name}={value} is not a ")
+        assert f"not modelled: rows {row['row']}: {name}={value} is not a " in done.stdout
     assert others[-1]["not_modelled"].startswith("it cannot run so")
     assert found["rows_counted"] == 1
 
@@ -547,7 +548,7 @@ def test_nonsense_in_a_row_is_named_and_stops_no_other(tmp_path: Path) -> None:
      ("Mixtral-8x22B-G8T8", "mixtral_8x22b_g8t8"), ("Mixtral-8x22B", "mixtral_8x22b"),
      ("Mixtral-8x22B (tokendrop)", "mixtral_8x22b")],
 )  # fmt: skip
-@pytest.mark.parametrize("directory", [None, "conf/validation_models", "conf/model"])
+@pytest.mark.parametrize("directory", [None, "tools/published/validation_models", "conf/model"])
 def test_published_names_find_their_files(name: str, file: str | None, directory: str | None) -> None:
     """The longest name that fits wins, whichever folder it is in and whichever folder was named."""
     found = models.find(name, directory and str(ROOT / directory))
@@ -591,4 +592,4 @@ def test_a_directory_of_models_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs.csv").write_text("model,hardware\n")
     done = run(tmp_path, "validate", "runs=runs.csv", "models=nowhere")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: models=nowhere is no directory")
+    assert done.stderr.startswith("error: models=nowhere is not a directory")

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from moe_train.config.rules.precision import recipe
 from moe_train.config.schema import Config
 from moe_train.model.arithmetic import flops_per_token
-from moe_train.model.memory import checkpoint_bytes, job_of, weights_on
+from moe_train.model.estimate import estimates, planned_workload, software_of
+from moe_train.model.memory import checkpoint_bytes, weights_of
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
-from parallel.planner import cost, software
-from parallel.planner.calibration import FITTED
+from parallel.planner import cost
+from parallel.planner.estimate import Estimate, estimate
 from parallel.planner.hardware import Hardware
-from parallel.planner.layer_time import Machine
-from parallel.planner.memory import Weights
 from parallel.planner.placement import Placement, placements
 from parallel.planner.schedules import impossible
-from parallel.planner.search import STATIC, Found, Plan, Recompute, Space, evaluate, search, stages_under
-from parallel.planner.workload import Job
+from parallel.planner.search import STATIC, SearchResult, Space, Timer, search
+from parallel.planner.workload import Recompute, Workload
 from parallel.suggest import Impossible
 from tools.planning.recipe import Stage, parse
 
@@ -46,34 +46,34 @@ class Answer:
     cfg: Config
     hardware: Hardware
     gpus: int
-    found: Found
-    best: Plan
+    found: SearchResult
+    best: Estimate
     flops_causal: float
     flops_whole: float
     goodput: cost.Goodput
     placements: list[Placement]
     recipe: list[Stage]
-    asked: Plan | None = None
+    asked: Estimate | None = None
     bills: list[cost.Bill] = field(default_factory=list)
-    plans_of_stages: dict[str, Plan] = field(default_factory=dict)
+    plans_of_stages: dict[str, Estimate] = field(default_factory=dict)
     what_if: list[tuple[str, float, float, float]] = field(default_factory=list)
 
     @property
     def fits(self) -> bool:
         """Whether the best plan fits the memory of its GPUs: always after a search, which offers no other."""
-        return self.best.memory_bytes <= self.hardware.usable_bytes
+        return self.best.fits
 
     @property
     def used(self) -> int:
         """GPUs that the best plan uses."""
-        return self.best.job.layout.world_size
+        return self.best.workload.layout.world_size
 
-    def mfu(self, plan: Plan) -> tuple[float, float]:
+    def mfu(self, plan: Estimate) -> tuple[float, float]:
         """Parts of the BF16 peak that model FLOPs take: causal attention counted as such, and as if it were not."""
         rate = plan.step.tokens_per_s_per_gpu / (self.hardware.bf16_tflops * 1e12)
         return rate * self.flops_causal, rate * self.flops_whole
 
-    def price(self, plan: Plan) -> tuple[float, float] | None:
+    def price(self, plan: Estimate) -> tuple[float, float] | None:
         """Days and dollars in which a plan trains the tokens of the recipe that run as planned, without failures.
 
         None where the question names no tokens. GPUs that the plan leaves idle are paid for.
@@ -81,7 +81,7 @@ class Answer:
         tokens = sum(stage.tokens for stage in self.recipe if stage.as_planned and stage.tokens)
         if not tokens:
             return None
-        hours = cost.gpu_hours(tokens, plan.step.tokens_per_s_per_gpu) * self.gpus / plan.job.layout.world_size
+        hours = cost.gpu_hours(tokens, plan.step.tokens_per_s_per_gpu) * self.gpus / plan.workload.layout.world_size
         return hours / self.gpus / 24, hours * self.hardware.dollars_per_gpu_hour
 
     def total(self) -> cost.Bill:
@@ -102,39 +102,29 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
     """
     hardware = Hardware.of(cfg.cluster)
     _check(cfg, hardware)
-    machine = Machine(hardware, software_of(cfg), FITTED)
     gpus, recipe = cfg.plan.gpus or layout.world_size, parse(cfg.plan.recipe, cfg.train.tokens)
-    base = job_of(cfg, layout)
-    if cfg.plan.software == "deepseek":  # weights in FP8 alone, moments in 16 bits (arXiv 2412.19437, section 3.3.3)
-        base = replace(base, fp8_weights_only=base.fp8 is not None, compact=base.fp8 is not None, moment_bytes=2)
-
-    def weights_of(job: Job, rank: int) -> Weights:
-        return weights_on(cfg, job, rank)
-
-    if cfg.plan.search:
-        found = searched(cfg, base, machine, gpus, weights_of)
-    else:
-        found = given(cfg, base, machine, gpus, weights_of)
-    best = found.plans[0]
-    heaviest = max(
-        (weights_of(best.job, rank) for rank in range(best.job.layout.pp)), key=lambda w: w.shared + w.experts
-    )
+    base = planned_workload(cfg, layout)
+    plans = searched(cfg, base, gpus) if cfg.plan.search else given(cfg, base, gpus)
+    best = plans.plans[0]
+    weights = weights_of(cfg.model, best.workload)
+    heaviest = max(weights, key=lambda w: w.shared + w.experts)
+    ranks = best.workload.layout.world_size
     result = Answer(
-        cfg=cfg, hardware=hardware, gpus=gpus, found=found, best=best,
+        cfg=cfg, hardware=hardware, gpus=gpus, found=plans, best=best,
         flops_causal=flops_per_token(cfg.model, cfg.train.seq_length),
         flops_whole=flops_per_token(cfg.model, cfg.train.seq_length, causal=False),
         goodput=cost.goodput(
-            hardware, checkpoint_bytes(cfg, best.job), best.job.layout.world_size, cfg.plan.checkpoint_interval_s
+            hardware, checkpoint_bytes(cfg, best.workload), ranks, cfg.plan.checkpoint_interval_s
         ),
-        placements=placements(best.job, hardware, best.software, heaviest), recipe=recipe,
+        placements=placements(best.workload, hardware, best.software, heaviest), recipe=recipe,
     )  # fmt: skip
     if cfg.plan.search and max(layout.tp, layout.pp, layout.cp, layout.ep) > 1:
         with contextlib.suppress(ConfigError):  # a layout for another number of GPUs is nothing to compare with
-            result.asked = given(cfg, base, machine, gpus, weights_of).plans[0]
+            result.asked = given(cfg, base, gpus).plans[0]
     if not result.fits:  # what cannot run has no bill
         return result
     for stage in recipe:
-        result.bills.append(stage_bill(result, stage, machine, weights_of))
+        result.bills.append(stage_bill(result, stage))
     result.what_if = what_if(result)
     return result
 
@@ -150,23 +140,6 @@ def _check(cfg: Config, hardware: Hardware) -> None:
     for name in ("schedules", "micro_batch_sizes"):
         if not getattr(cfg.plan, name):
             raise ConfigError(f"plan.{name}=[] leaves nothing to try", f"leave plan.{name} out")
-
-
-def software_of(cfg: Config) -> software.Software:
-    """The software that is timed."""
-    plan = cfg.plan
-    if not 1 <= plan.software_date % 100 <= 12:
-        raise ConfigError(f"plan.software_date={plan.software_date} is no month", "write year x 100 + month: 202604")
-    if plan.software == "deepseek":
-        found = software.deepseek_v3()
-    else:  # overlap depends on the layout, and is only as `plan` says
-        experts = 2 if cfg.model.num_experts else 1
-        found = software.usual(plan.software_date, cfg.cluster.domain_gpus, experts, 1, cfg.precision.fp8)
-    if plan.overlap_all_to_all is not None:
-        found = replace(found, overlap_all_to_all=plan.overlap_all_to_all)
-    # A search tries dispatchers itself; DeepSeek's software has one, of which DeepEP is a part.
-    own = plan.search or plan.software == "deepseek" or cfg.parallel.dispatcher == "flex"
-    return replace(found, imbalance=plan.imbalance, dispatcher="flex" if own else "alltoall")
 
 
 def space_of(cfg: Config) -> Space:
@@ -192,16 +165,21 @@ def space_of(cfg: Config) -> Space:
     )  # fmt: skip
 
 
-def searched(cfg: Config, base: Job, machine: Machine, gpus: int, weights_of: object) -> Found:
+def searched(cfg: Config, base: Workload, gpus: int) -> SearchResult:
     """The best of all layouts. Where the GPUs do not divide, some are left as spares."""
-    best: Found | None = None
+    timer = Timer(
+        Hardware.of(cfg.cluster),
+        software_of=lambda workload: software_of(cfg, workload),
+        weights_of=lambda workload: weights_of(cfg.model, workload),
+    )
+    best: SearchResult | None = None
     counts = sorted(sizes(gpus, cfg.batch.global_batch_size), reverse=True)
-    last = Found()
+    last = SearchResult()
     for count in counts:
-        found = search(base, machine, count, cfg.batch.global_batch_size, space_of(cfg), weights_of, cfg.plan.top)  # type: ignore[arg-type]
-        last = found if found.tried >= last.tried else last
-        if found.plans and (best is None or _rate(found) > _rate(best)):
-            best = found
+        result = search(base, timer, count, cfg.batch.global_batch_size, space_of(cfg), cfg.plan.top)
+        last = result if result.tried >= last.tried else last
+        if result.plans and (best is None or _rate(result) > _rate(best)):
+            best = result
     if not last.tried:
         raise ConfigError(f"plan.cp={cfg.plan.cp} divides none of {counts} GPUs", "use plan.cp=[1]")
     if best is None:
@@ -225,12 +203,12 @@ def sizes(gpus: int, batch: int) -> set[int]:
     return found if gpus in filled else found | {one for one in filled if one > 0.75 * gpus}
 
 
-def _rate(found: Found) -> float:
-    step = found.plans[0].step
+def _rate(result: SearchResult) -> float:
+    step = result.plans[0].step
     return step.tokens / step.seconds
 
 
-def given(cfg: Config, base: Job, machine: Machine, gpus: int, weights_of: object) -> Found:
+def given(cfg: Config, base: Workload, gpus: int) -> SearchResult:
     """The layout of `parallel.*`, over `gpus` GPUs, under the first schedule that fits it."""
     one = base.layout
     each = one.tp * one.pp * one.cp
@@ -249,31 +227,16 @@ def given(cfg: Config, base: Job, machine: Machine, gpus: int, weights_of: objec
             f"{layout.dp} on plan.gpus={gpus}",
             f"use batch.global_batch_size={max(1, batch // (size * layout.dp)) * size * layout.dp}, or other plan.gpus",
         )
-    job = replace(base, layout=layout, micro_batches=max(1, batch // (size * layout.dp)))
-    found, reason = Found(tried=1), "no schedule"
-    for schedule in cfg.plan.schedules:
-        if (schedule == "interleaved") != (one.vpp > 1):
-            continue
-        if reason := impossible(schedule, one.pp, one.vpp, job.micro_batches):
-            continue
-        stages = job.stages
-        if schedule == "dualpipev":
-            stages = stages_under(schedule, one.pp, 1, cfg.model.num_layers, cfg.model.mtp_num_layers)
-        found.plans.append(evaluate(replace(job, stages=stages), schedule, machine, weights_of))  # type: ignore[arg-type]
-    if not found.plans:
-        raise ConfigError(
-            f"plan.schedules={cfg.plan.schedules} cannot run this layout: {reason}", "use plan.search=true"
-        )
-    found.plans.sort(key=lambda plan: plan.step.seconds)
-    return found
+    workload = replace(base, layout=layout, micro_batches=max(1, batch // (size * layout.dp)))
+    return SearchResult(estimates(cfg, workload), tried=1)
 
 
-def stage_bill(result: Answer, stage: Stage, machine: Machine, weights_of: object) -> cost.Bill:
+def stage_bill(result: Answer, stage: Stage) -> cost.Bill:
     """What one stage of the recipe takes under the best plan, adapted to its sequences and batch."""
     hardware = result.hardware
     if stage.gpu_hours is not None:
         return cost.bill(hardware, stage.name, stage.gpu_hours, None)
-    plan = result.best if stage.as_planned else adapted(result, stage, machine, weights_of)
+    plan = result.best if stage.as_planned else adapted(result, stage)
     result.plans_of_stages[stage.name] = plan
     tokens = stage.tokens if stage.tokens is not None else float(plan.step.tokens * (stage.steps or 1))
     useful = result.goodput.fraction if stage.with_failures else 1.0
@@ -282,54 +245,66 @@ def stage_bill(result: Answer, stage: Stage, machine: Machine, weights_of: objec
     return cost.bill(hardware, stage.name, hours, result.gpus, tokens, busy=result.used / result.gpus)
 
 
-def adapted(result: Answer, stage: Stage, machine: Machine, weights_of: object) -> Plan:
+def adapted(result: Answer, stage: Stage) -> Estimate:
     """The best plan with other sequences: same stages and experts, the smallest cp that can run, where the stage has
     none of its own, and the least recomputation that fits.
 
     Raises:
         ConfigError: the stage cannot run on the same ranks.
     """
-    one = result.best.job.layout
+    one = result.best.workload.layout
     more = [one.cp << power for power in range((one.cp * one.dp).bit_length()) if one.dp % (1 << power) == 0]
     for cp in [stage.cp] if stage.cp else more:
         try:
-            return _adapted(result, stage, cp, machine, weights_of)
+            return _adapted(result, stage, cp)
         except ConfigError as error:
             reason = error
     raise reason
 
 
-def _adapted(result: Answer, stage: Stage, cp: int, machine: Machine, weights_of: object) -> Plan:
-    job = result.best.job
-    ranks = job.layout.tp * job.layout.cp * job.layout.dp
-    if ranks % (job.layout.tp * cp):
+def _adapted(result: Answer, stage: Stage, cp: int) -> Estimate:
+    best = result.best
+    workload, layout = best.workload, best.workload.layout
+    ranks = layout.tp * layout.cp * layout.dp
+    if ranks % (layout.tp * cp):
         raise ConfigError(f"plan.recipe: cp={cp} of '{stage.name}' does not divide {ranks} ranks", "use another cp")
-    layout = replace(job.layout, cp=cp, dp=ranks // (job.layout.tp * cp))
-    seq, batch = stage.seq or job.seq_length, stage.batch or result.cfg.batch.global_batch_size
-    size = job.micro_batch_size if stage.seq is None else 1
-    micro_batches = max(1, batch // (size * layout.dp))
-    if reason := impossible(result.best.schedule, layout.pp, layout.vpp, micro_batches):
+    layout = replace(layout, cp=cp, dp=ranks // (layout.tp * cp))
+    size = workload.micro_batch_size if stage.seq is None else 1
+    batch = stage.batch or result.cfg.batch.global_batch_size
+    if batch % (size * layout.dp):
+        raise ConfigError(
+            f"plan.recipe: batch={batch} of '{stage.name}' is not a multiple of micro-batch x dp = {size} x {layout.dp}"
+            f" at cp={cp}",
+            f"use batch={-(-batch // (size * layout.dp)) * size * layout.dp}, or a larger cp",
+        )
+    micro_batches = batch // (size * layout.dp)
+    if reason := impossible(best.schedule, layout.pp, layout.vpp, micro_batches):
         raise ConfigError(
             f"plan.recipe: '{stage.name}' cannot run under the plan's schedule: {reason}", "use a larger cp"
         )
-    sets = [(job.recompute, job.recompute_modules), *space_of(result.cfg).recompute]
-    plan: Plan | None = None
-    for number, (mode, modules) in enumerate(sets):
-        if len(modules) < len(job.recompute_modules) and mode != "full":
-            continue
-        tried = replace(
-            job, layout=layout, seq_length=seq, micro_batch_size=size, micro_batches=micro_batches, recompute=mode,
-            recompute_modules=modules, recompute_of_chunks=() if number else job.recompute_of_chunks,
-        )  # fmt: skip
-        plan = evaluate(tried, result.best.schedule, replace(machine, software=result.best.software), weights_of)  # type: ignore[arg-type]
-        if plan.memory_bytes <= machine.hardware.offered_bytes:
+    other = replace(
+        workload, layout=layout, seq_length=stage.seq or workload.seq_length, micro_batch_size=size,
+        micro_batches=micro_batches,
+    )  # fmt: skip
+    weights = weights_of(result.cfg.model, other)
+    for recomputed in _more_recomputation(other, result.cfg):
+        plan = estimate(recomputed, result.hardware, best.software, weights, best.schedule)
+        if plan.memory_bytes <= result.hardware.offered_bytes:
             return plan
     raise ConfigError(f"plan.recipe: '{stage.name}' does not fit memory on these ranks", "use a larger cp")
 
 
+def _more_recomputation(workload: Workload, cfg: Config) -> Iterator[Workload]:
+    """The workload itself, and with every set of modules that recomputes at least as many of them."""
+    yield workload
+    for mode, modules in space_of(cfg).recompute:
+        if len(modules) >= len(workload.recompute_modules) or mode == "full":
+            yield replace(workload, recompute=mode, recompute_modules=modules, recompute_of_chunks=())
+
+
 def what_if(result: Answer) -> list[tuple[str, float, float, float]]:
     """The whole bill under other prices, speeds, failures and checkpoint intervals."""
-    hardware, size, asked = result.hardware, checkpoint_bytes(result.cfg, result.best.job), result.cfg.plan
+    hardware, size, asked = result.hardware, checkpoint_bytes(result.cfg, result.best.workload), result.cfg.plan
     gpus, now = result.used, result.goodput
     both = list(zip(result.recipe, result.bills, strict=True))
     whole = sum(  # without failures

@@ -18,7 +18,7 @@ from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields, get
 from parallel.errors import ConfigError
 from parallel.fp8_recipes import RECIPES
-from parallel.planner.search import Plan
+from parallel.planner.estimate import Estimate
 
 FOLDER = CONF_DIR / "experiment"
 NAMED = ("model", "precision", "cluster")  # groups whose options are called as their field `name`
@@ -53,26 +53,28 @@ def how_to_run(path: Path) -> str:
     )
 
 
-def planned(cfg: Config, plan: Plan) -> Config:
+def planned(cfg: Config, plan: Estimate) -> Config:
     """`cfg` with the layout, batch, precision and recomputation of a plan."""
-    found, job = copy.deepcopy(cfg), plan.job
-    for field in dataclasses.fields(job.layout):
-        setattr(found.parallel, field.name, getattr(job.layout, field.name))
-    found.parallel.dispatcher = plan.software.dispatcher if job.model.num_experts and job.layout.ep > 1 else "alltoall"
+    found, workload = copy.deepcopy(cfg), plan.workload
+    for field in dataclasses.fields(workload.layout):
+        setattr(found.parallel, field.name, getattr(workload.layout, field.name))
+    found.parallel.dispatcher = (
+        plan.software.dispatcher if workload.model.num_experts and workload.layout.ep > 1 else "alltoall"
+    )
     found.parallel.distributed_optimizer = True
     found.parallel.overlap_grad_reduce = True
     found.parallel.overlap_param_gather = True
     if cfg.plan.search:
         found.parallel.pipeline_layout = None
-    found.batch.micro_batch_size = job.micro_batch_size
-    found.recompute.mode, found.recompute.modules = job.recompute, sorted(job.recompute_modules)
-    found.recompute.stages = [] if not job.recompute_of_chunks else job.recomputes.split("|")
-    if job.fp8 != cfg.precision.fp8 and job.dtype == "bf16":
-        found.precision = _composed([f"precision={RECIPES[job.fp8].option if job.fp8 else 'bf16'}"]).precision
+    found.batch.micro_batch_size = workload.micro_batch_size
+    found.recompute.mode, found.recompute.modules = workload.recompute, sorted(workload.recompute_modules)
+    found.recompute.stages = [] if not workload.recompute_of_chunks else workload.recomputes.split("|")
+    if workload.fp8 != cfg.precision.fp8 and workload.dtype == "bf16":
+        found.precision = _composed([f"precision={RECIPES[workload.fp8].option if workload.fp8 else 'bf16'}"]).precision
     return found
 
 
-def as_yaml(cfg: Config, plan: Plan) -> str:
+def as_yaml(cfg: Config, plan: Estimate) -> str:
     """The file: groups by name, and each field that is not as they and the defaults have it."""
     wanted = planned(cfg, plan)
     names = {group: get(wanted, group).name for group in NAMED if get(wanted, group).name in group_options(group)}
@@ -101,15 +103,15 @@ def _composed(overrides: Sequence[str]) -> Config:
         one.hydra = running
 
 
-def _comments(cfg: Config, plan: Plan) -> list[str]:
+def _comments(cfg: Config, plan: Estimate) -> list[str]:
     rate, gib = plan.step.tokens_per_s_per_gpu, plan.memory_bytes / 2**30
     lines = [
-        f"{MARK} for {plan.job.layout.world_size:,} GPUs of {cfg.cluster.name}:",
+        f"{MARK} for {plan.workload.layout.world_size:,} GPUs of {cfg.cluster.name}:",
         f"# {rate:,.0f} tokens/s/GPU, {gib:.1f} GiB on the fullest.",
         "# Data, learning rate and schedule are not planned: give them, or add them here.",
     ]
     if plan.schedule not in RUN:
         lines.append(f"# Time and memory are those of {plan.schedule}; moe-train has only {' and '.join(RUN)}.")
-    if plan.software.dispatcher == "flex" and plan.job.layout.ep > 1:
+    if plan.software.dispatcher == "flex" and plan.workload.layout.ep > 1:
         lines.append("# dispatcher: flex needs GPUs and DeepEP; parallel.dispatcher=alltoall needs neither.")
     return lines

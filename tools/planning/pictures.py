@@ -6,8 +6,8 @@ import io
 import json
 from collections.abc import Sequence
 
+from parallel.planner.estimate import Estimate
 from parallel.planner.schedules import smallest_micro_batches
-from parallel.planner.search import Plan
 from parallel.planner.simulation import Event, simulate
 
 COLOURS = {"F": "#4e79a7", "B": "#59a14f", "I": "#8cd17d", "W": "#f1ce63", "FB": "#b07aa1"}
@@ -23,12 +23,12 @@ NARROWEST = 0.01  # of the width: a box that a number fits in
 LONGEST = 3  # rounds of micro-batches that are drawn
 
 
-def events(plan: Plan) -> tuple[Event, ...]:
+def events(plan: Estimate) -> tuple[Event, ...]:
     """The passes of a step with as many micro-batches as a picture can show."""
-    layout, step = plan.job.layout, plan.step
+    layout, step = plan.workload.layout, plan.step
     group = layout.pp * (2 if plan.schedule.startswith("dual") else 1)
     shown = max(smallest_micro_batches(plan.schedule, layout.pp), LONGEST * group)
-    number = min(plan.job.micro_batches, shown)
+    number = min(plan.workload.micro_batches, shown)
     return simulate(plan.schedule, layout.pp, layout.vpp, number, step.stages).events
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from parallel.planner.search import Plan
+from parallel.planner.estimate import Estimate
 from tools.planning import experiment, show
 from tools.planning.answer import Answer
 
@@ -87,16 +87,26 @@ def as_json(result: Answer) -> str:
     return json.dumps(found, indent=1) + "\n"
 
 
-def _plan(result: Answer, plan: Plan) -> dict[str, Any]:
-    job, step = plan.job, plan.step
+def _plan(result: Answer, plan: Estimate) -> dict[str, Any]:
+    workload, step = plan.workload, plan.step
     causal, whole = result.mfu(plan)
     return {
-        **{name: getattr(job.layout, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")},
-        "micro_batch_size": job.micro_batch_size, "micro_batches": job.micro_batches, "schedule": plan.schedule,
-        "dispatcher": plan.software.dispatcher, "fp8": job.fp8, "recompute": job.recompute,
-        "recompute_modules": sorted(job.recompute_modules),
-        "recompute_stages": job.recomputes.split("|") if job.recompute_of_chunks else [], "step_s": step.seconds,
-        "tokens_per_s_per_gpu": step.tokens_per_s_per_gpu, "mfu_causal": causal, "mfu_not_causal": whole,
-        "bubble_fraction": step.pipeline.bubble_fraction, "components_s": step.components, "parts_s": step.parts,
-        "memory_bytes": plan.memory_bytes, "memory_bytes_by_stage": plan.memory_of_ranks,
-    }  # fmt: skip
+        **{name: getattr(workload.layout, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")},
+        "micro_batch_size": workload.micro_batch_size,
+        "micro_batches": workload.micro_batches,
+        "schedule": plan.schedule,
+        "dispatcher": plan.software.dispatcher,
+        "fp8": workload.fp8,
+        "recompute": workload.recompute,
+        "recompute_modules": sorted(workload.recompute_modules),
+        "recompute_stages": workload.recomputes.split("|") if workload.recompute_of_chunks else [],
+        "step_s": step.seconds,
+        "tokens_per_s_per_gpu": step.tokens_per_s_per_gpu,
+        "mfu_causal": causal,
+        "mfu_not_causal": whole,
+        "bubble_fraction": step.pipeline.bubble_fraction,
+        "components_s": step.components,
+        "parts_s": step.parts,
+        "memory_bytes": plan.memory_bytes,
+        "memory_bytes_by_stage": plan.memory_of_ranks,
+    }

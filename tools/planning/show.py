@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from parallel.planner.estimate import Estimate
 from parallel.planner.memory import StageMemory
-from parallel.planner.search import Plan
 from tools.memory import table as memory_table
 from tools.planning.answer import Answer, duration
 
@@ -50,7 +50,7 @@ def show(result: Answer, console: Console) -> None:
         console.print(f"Goodput {result.goodput.fraction:.1%}: {failures(result)}", soft_wrap=True)
 
 
-def _shown(plan: Plan) -> list[StageMemory]:
+def _shown(plan: Estimate) -> list[StageMemory]:
     stages, held = list(plan.memory), plan.memory_of_ranks
     return stages if len(stages) <= 4 else [stages[0], max(stages[1:-1], key=lambda one: held[one.stage]), stages[-1]]
 
@@ -62,11 +62,11 @@ def memory(result: Answer, stages: Sequence[StageMemory]) -> Table:
     if best.schedule.startswith("dual"):
         held = best.memory_of_ranks
         more = {f"rank under {best.schedule}": [held[one.stage] for one in stages]}
-    job = best.job
-    title, shown = memory_table(result.cfg, job.layout, stages, more)
+    workload = best.workload
+    title, shown = memory_table(result.cfg, workload.layout, stages, more)
     shown.title = (
-        f"Memory of one rank, {job.fp8 or job.dtype}, micro-batches of {job.micro_batch_size} x {job.seq_length:,} "
-        f"tokens:{title.rpartition(':')[2].partition(' of ')[0]}"
+        f"Memory of one rank, {workload.fp8 or workload.dtype}, micro-batches of "
+        f"{workload.micro_batch_size} x {workload.seq_length:,} tokens:{title.rpartition(':')[2].partition(' of ')[0]}"
     )
     return shown
 
@@ -98,7 +98,7 @@ def plans(result: Answer) -> Table:
     for plan in result.found.plans:
         price = result.price(plan) if priced else None
         shown.add_row(
-            plan.label, plan.job.fp8 or plan.job.dtype, f"{plan.step.seconds:.2f}",
+            plan.label, plan.workload.fp8 or plan.workload.dtype, f"{plan.step.seconds:.2f}",
             f"{plan.step.tokens_per_s_per_gpu:,.0f}", f"{result.mfu(plan)[0]:.1%}",
             f"{plan.step.pipeline.bubble_fraction:.1%}", f"{plan.memory_bytes / GIB:.1f}",
             *([f"{price[0]:,.1f}", f"{price[1]:,.0f}"] if price else []),
@@ -106,7 +106,7 @@ def plans(result: Answer) -> Table:
     return shown
 
 
-def why(result: Answer, asked: Plan) -> str:
+def why(result: Answer, asked: Estimate) -> str:
     """What makes the layout that was asked for slower than the best, in a sentence."""
     best, room = result.best, result.hardware.usable_bytes / GIB
     more = asked.step.seconds / asked.step.tokens * best.step.tokens / best.step.seconds - 1
@@ -122,7 +122,7 @@ def why(result: Answer, asked: Plan) -> str:
     )  # fmt: skip
 
 
-def compared(result: Answer, asked: Plan) -> Table:
+def compared(result: Answer, asked: Estimate) -> Table:
     """The layout that was asked for, compared with the best."""
     shown = Table(title="The layout of parallel.* and the best, s of a step")
     for column in ("what", "asked for", "best", "difference"):
@@ -136,7 +136,7 @@ def compared(result: Answer, asked: Plan) -> Table:
     return shown
 
 
-def _parts(asked: Plan, best: Plan) -> list[tuple[str, float, float]]:
+def _parts(asked: Estimate, best: Estimate) -> list[tuple[str, float, float]]:
     """(name, seconds of the one, seconds of the other) of what a step consists of."""
     both = [{**{key: plan.step.components[key] for key in ("bubble", "optimizer")}, **plan.step.parts}
             for plan in (asked, best)]  # fmt: skip
@@ -154,7 +154,7 @@ def refusals(result: Answer) -> list[str]:
     ]
 
 
-def where(result: Answer, plan: Plan) -> Table:
+def where(result: Answer, plan: Estimate) -> Table:
     """Where a step's time goes: by passes, and by what the passes do."""
     shown = Table(title="Where a step goes, mean pipeline rank")
     for column in ("what", "s", "of the step"):

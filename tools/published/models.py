@@ -19,7 +19,7 @@ from moe_train.files import untrusted
 from parallel.errors import ConfigError
 from parallel.suggest import Impossible
 
-OWN = (Path(CONF_DIR) / "model", Path(CONF_DIR) / "validation_models")
+OWN = (Path(CONF_DIR) / "model", Path(__file__).parent / "validation_models")
 # Names for the same architecture, after `_key`.
 SAME = {
     "llama31": "llama3", "nemotron4": "nemotron", "olmoe1b7b": "olmoe7b", "qwen257b": "qwen2moe57b",
@@ -47,7 +47,7 @@ def find(name: str, directory: str | None = None) -> ModelConfig | None:
     if not fitting and re.search(r"\db$", key):
         longer = [own for own in files if own.startswith(key)]
         fitting = longer if len(longer) == 1 else []
-    return _adapted(load(files[max(fitting, key=len)]), name) if fitting else None
+    return load(files[max(fitting, key=len)]) if fitting else None
 
 
 def _files(directory: str | None) -> dict[str, Path]:
@@ -87,11 +87,6 @@ def _key(name: str) -> str:
     for other, own in SAME.items():
         key = key.replace(other, own)
     return key
-
-
-def _adapted(model: ModelConfig, name: str) -> ModelConfig:
-    """Without what the name in brackets says was left out."""
-    return dataclasses.replace(model, mtp_num_layers=0) if re.search(r"\(w/o MTP", name) else model
 
 
 def _shape(name: str) -> ModelConfig | None:

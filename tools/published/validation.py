@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from math import inf
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -16,45 +14,46 @@ from rich.table import Table
 
 from parallel.errors import ConfigError
 from parallel.planner.calibration import FITTED
+from parallel.planner.estimate import megatron_schedule
+from parallel.suggest import Impossible
 from tools import terminal
-from tools.published import ranking
-from tools.published.predict import predict, published, published_tokens_per_s
+from tools.published import free_text, ranking
+from tools.published import table as published_table
+from tools.published.predict import predict, published_tokens_per_s
 from tools.published.rows import FILLED, Row, understand
 from tools.published.split import is_test
 
 _RESULTS = Path(__file__).parents[2] / "bench" / "results"
 RESULTS = (_RESULTS if _RESULTS.is_dir() else Path()) / "plan_validate.json"
 """Kept with the code in a clone. An installed package has no such folder and writes to the current directory."""
-COLUMNS = ("source", "model", "hardware", "n_gpus", "precision", "seq_len", "gbs", "mbs", "tp", "pp", "vpp", "cp", "ep",
-           "etp", "recompute", "other_flags", "tflops_per_gpu", "mfu_pct", "tokens_per_s_per_gpu", "step_time_s",
-           "peak_mem_gb", "flops_convention_note")  # fmt: skip
-NUMBERS = ("n_gpus", "seq_len", "gbs", "mbs", "tp", "pp", "vpp", "cp", "ep", "etp", "tflops_per_gpu", "mfu_pct",
-           "tokens_per_s_per_gpu", "step_time_s", "peak_mem_gb")  # fmt: skip
-BLANK = {"-", "?", "n/a", "na", "nan", "none", "null"}  # what tables write where a number is not known
+# Of each row of the table as it is written there.
+SHOWN = ("source", "model", "hardware", "n_gpus", "precision", "seq_len", "gbs", "mbs", "tp", "pp", "vpp", "cp", "ep",
+         "etp", "recompute")  # fmt: skip
 WORST = 10
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of the table; columns that it lacks are blank, and so are numbers that it says are not known.
+def read(path: Path, models: str | None = None) -> list[tuple[dict[str, str], Row | str]]:
+    """The rows of a table: as they are written, and understood, or why there is no prediction.
 
     Raises:
-        ConfigError: it is no table with at least a model and its hardware.
+        ConfigError: it is not a table with at least a model and its hardware.
     """
+    columns, rows = published_table.read(path)
+    normalise = None if published_table.MARK in columns else free_text.normalised
+    return [(values, _understood(index, values, normalise, models)) for index, values in enumerate(rows)]
+
+
+def _understood(
+    index: int,
+    values: dict[str, str],
+    normalise: Callable[[Mapping[str, str], str | None], dict[str, str]] | None,
+    models: str | None,
+) -> Row | str:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            missing = {"model", "hardware"} - set(reader.fieldnames)
-            if missing:
-                raise ConfigError(
-                    f"{path} has no column {', '.join(sorted(missing))}", "give it the columns of published_runs.csv"
-                )
-            rows = [{name: (row.get(name) or "").strip() for name in COLUMNS} for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"runs={path} cannot be read: {error}", "name a CSV file") from error
-    for row in rows:
-        row.update({name: "" for name in NUMBERS if row[name].lower() in BLANK})
-    return rows
+        row = normalise(values, models) if normalise else values
+        return understand(index, published_table.parse(row), models)
+    except Impossible as error:
+        return error.cause
 
 
 def run(path: Path, models: str | None, results: Path | None) -> None:
@@ -64,11 +63,11 @@ def run(path: Path, models: str | None, results: Path | None) -> None:
         ConfigError: the table or a model file cannot be read, or the result cannot be written.
     """
     if models is not None and not Path(models).is_dir():
-        raise ConfigError(f"models={models} is no directory", "name one with YAML files of models")
-    given = read(path)
+        raise ConfigError(f"models={models} is not a directory", "name one with YAML files of models")
+    given = read(path, models)
     if not given:
         raise ConfigError(f"runs={path} has no rows", "name a table of published runs")
-    rows = [compare(index, values, models) for index, values in enumerate(given)]
+    rows = [compare(index, values, row) for index, (values, row) in enumerate(given)]
     found = {**summary(rows), "rules": " ".join(FILLED.split()), "rows": rows}
     console = terminal.console()
     console.print(table(rows))
@@ -92,11 +91,9 @@ def as_json(found: dict[str, Any]) -> str:
     return f'{head.removesuffix("}").rstrip()},\n "rows": [\n  {rows}\n ]\n}}\n'
 
 
-def compare(index: int, values: dict[str, str], models: str | None) -> dict[str, Any]:
+def compare(index: int, values: Mapping[str, str], row: Row | str) -> dict[str, Any]:
     """One row: what was published, what is predicted, and the relative errors; or why there is no prediction."""
-    kept = {name: values[name] for name in COLUMNS[:15]}
-    result: dict[str, Any] = {"row": index, **kept}
-    row = _nonsense(values) or understand(index, values, FITTED, models)
+    result: dict[str, Any] = {"row": index, **{name: values.get(name, "") for name in SHOWN}}
     if isinstance(row, str):
         return {**result, "not_modelled": row}
     try:
@@ -106,36 +103,23 @@ def compare(index: int, values: dict[str, str], models: str | None) -> dict[str,
         return {**result, "not_modelled": f"it cannot run so: {cause}"}
 
 
-def _nonsense(values: dict[str, str]) -> str:
-    """Which number of a row is none, or no size of anything; or an empty string."""
-    for name in NUMBERS:
-        try:
-            value = float(values[name] or 1)
-        except ValueError:
-            return f"{name}={values[name]} is no number"
-        whole = NUMBERS.index(name) < NUMBERS.index("tflops_per_gpu")
-        if not 0 < value < inf or (whole and value % 1):
-            return f"{name}={values[name]} is no {'whole ' if whole else ''}number above 0"
-    return ""
-
-
 def _predicted(row: Row) -> dict[str, Any]:
-    made = predict(row, FITTED)
-    step, layout = made.step, made.job.layout
+    made, run = predict(row, FITTED), row.run
+    step, layout = made.step, made.workload.layout
     figures = {
         "tokens_per_s_per_gpu": (published_tokens_per_s(row), step.tokens_per_s_per_gpu),
-        "step_time_s": (published(row.values)["step_time_s"], step.seconds),
-        "peak_mem_gb": (published(row.values)["peak_mem_gb"], made.memory_bytes / 1e9),
+        "step_time_s": (run.step_time_s, step.seconds),
+        "peak_mem_gb": (run.peak_mem_gb, made.memory_bytes / 1e9),
     }
     result: dict[str, Any] = {
         "architecture": row.model.name, "cluster": row.hardware.name, "configuration": row.configuration,
-        "month": row.month, "release": row.release, "part": "test" if is_test(row) else "fit",
+        "month": row.month, "release": run.release, "part": "test" if is_test(row) else "fit",
         "layout": " ".join(f"{field.name}{getattr(layout, field.name)}" for field in fields(layout)),
-        "recompute_taken": made.recompute, "schedule": row.schedule or ("interleaved" if layout.vpp > 1 else "1f1b"),
+        "recompute_taken": made.recompute, "schedule": row.schedule or megatron_schedule(made.workload),
         "bubble_fraction": round(step.pipeline.bubble_fraction, 4),
     }  # fmt: skip
-    if row.left_out:
-        result["left_out"] = row.left_out
+    if run.left_out:
+        result["left_out"] = run.left_out
     if not made.fits:
         result["does_not_fit"] = True
     for name, (known, predicted) in figures.items():

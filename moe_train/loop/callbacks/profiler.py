@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from moe_train.model.memory import job_of, predict
+from moe_train.model.memory import predict, workload_of
 from moe_train.run import Callback, Metrics, Run
 from moe_train.telemetry.saved_tensors import SavedTensors, static_bytes
 from parallel.planner.memory import saved_per_micro_batch
@@ -76,9 +76,9 @@ def _by_stage(run: Run, values: list[int]) -> dict[str, list[int]]:
 
 
 def _show(run: Run, metrics: Metrics) -> None:
-    job = job_of(run.cfg, run.layout)
+    workload = workload_of(run.cfg, run.layout)
     for stage, kept in enumerate(metrics[PARTS[0]]):
-        expected = saved_per_micro_batch(job, stage)
+        expected = saved_per_micro_batch(workload, stage)
         others = ", ".join(f"{name.removesuffix('_bytes')}s {metrics[name][stage] / _MIB:,.2f}" for name in PARTS[1:3])
         print(
             f"memory of a rank on stage {stage}, measured: a micro-batch keeps {kept / _MIB:,.2f} MiB (predicted "

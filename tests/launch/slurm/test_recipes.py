@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm.estimate import Estimate, Pace, estimate, pace
+from launch.slurm.estimate import Pace, RunEstimate, pace, run_estimate
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.explain import CONF_DIR
 from moe_train.config.composition.validate import validate
@@ -22,10 +22,10 @@ DOCS = CONF_DIR.parent / "docs" / "models.md"
 
 
 @cache
-def recipe(name: str, *more: str) -> tuple[Config, ParallelLayout, Estimate]:
+def recipe(name: str, *more: str) -> tuple[Config, ParallelLayout, RunEstimate]:
     cfg = compose([f"experiment={name}/pretrain", "data=indexed", *more])
     layout = validate(cfg)
-    return cfg, layout, estimate(cfg, layout)
+    return cfg, layout, run_estimate(cfg, layout)
 
 
 def time_of(name: str) -> Pace:
@@ -84,7 +84,7 @@ def test_every_recipe_can_continue_from_weights(name: str, tmp_path: Path) -> No
         its_layout, first.batch, first.precision, first.recompute,
     )  # fmt: skip
     assert (cfg.optimizer.lr, cfg.schedule.decay, cfg.train.tokens) == (3e-5, "cosine", 20_000_000_000)
-    found = estimate(cfg, layout)
+    found = run_estimate(cfg, layout)
     assert found.pace is not None
     assert found.usable_gib is not None
     assert found.memory_gib < found.usable_gib

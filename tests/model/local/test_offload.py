@@ -130,7 +130,7 @@ def test_a_storage_at_the_address_of_another_or_with_new_contents_is_written_aga
 def kept_and_predicted(directory: Path, degrees: dict[str, int]) -> list[tuple[str, float, float]]:
     """Bytes that a micro-batch keeps in memory, as the profiler counts and as predicted, with several thresholds."""
     from moe_train.loop.step import train_step
-    from moe_train.model.memory import job_of
+    from moe_train.model.memory import workload_of
     from parallel.planner.memory import saved_per_micro_batch
 
     found = []
@@ -143,7 +143,7 @@ def kept_and_predicted(directory: Path, degrees: dict[str, int]) -> list[tuple[s
             saved.start()
             train_step(run, batches(run))
             stage = run.layout.coordinates(run.rank.rank).pp
-            predicted = saved_per_micro_batch(job_of(cfg, run.layout), stage)
+            predicted = saved_per_micro_batch(workload_of(cfg, run.layout), stage)
             found.append((f"{dtype} from {smallest} bytes", saved.stop(), predicted))
     return found
 

@@ -11,9 +11,9 @@ from parallel.planner import cost
 from parallel.planner.hardware import Hardware
 from parallel.planner.network import Group
 from parallel.planner.placement import groups_of, members
-from tools.published.rows import cluster
+from tools.published.clusters import hardware_of
 
-H800: Hardware = cluster("h800")
+H800: Hardware = hardware_of("h800")
 
 
 def test_the_published_bill_of_pre_training() -> None:
@@ -35,7 +35,7 @@ def test_idle_gpus_are_paid_for_and_take_no_energy() -> None:
 
 def test_llama_3_failed_as_often_as_published() -> None:
     """419 stops in 54 days on 16,384 GPUs (arXiv 2407.21783, table 5)."""
-    assert 54 * cost.failures_per_day(cluster("h100"), 16384) == pytest.approx(419, rel=0.01)
+    assert 54 * cost.failures_per_day(hardware_of("h100"), 16384) == pytest.approx(419, rel=0.01)
 
 
 def test_goodput_of_a_job_that_one_can_count() -> None:
@@ -89,6 +89,6 @@ def test_an_expert_group_spans_the_nodes_that_deepseek_says() -> None:
     """EP64 over 8 nodes (arXiv 2412.19437, section 3.2)."""
     layout = ParallelLayout(1, 16, 1, 1, 64, 1, 128)
     assert groups_of(layout)["ep"].domains(H800) == 8
-    assert groups_of(layout)["ep"].domains(cluster("gb200")) == 1
+    assert groups_of(layout)["ep"].domains(hardware_of("gb200")) == 1
     assert Group(4096, 1).crosses_pods(H800)
     assert not Group(2048, 1).crosses_pods(H800)

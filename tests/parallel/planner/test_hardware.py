@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from parallel.planner.hardware import Hardware
-from tools.published.rows import cluster
+from tools.published.clusters import hardware_of
 
-H800, A100, GB200 = cluster("h800"), cluster("a100"), cluster("gb200")
+H800, A100, GB200 = hardware_of("h800"), hardware_of("a100"), hardware_of("gb200")
 
 
 def test_memory_that_a_plan_may_fill() -> None:

@@ -14,9 +14,9 @@ from parallel.planner import kernels, network
 from parallel.planner.calibration import FITTED
 from parallel.planner.hardware import Hardware
 from parallel.planner.network import Group, Routing
-from tools.published.rows import cluster
+from tools.published.clusters import hardware_of
 
-H800, H100, GB200 = cluster("h800"), cluster("h100"), cluster("gb200")
+H800, H100, GB200 = hardware_of("h800"), hardware_of("h100"), hardware_of("gb200")
 
 
 def rate(rows: float, columns: float, inner: float, precision: str = "bf16", copies: int = 1) -> float:
@@ -59,7 +59,7 @@ def test_a_thin_product_is_bound_by_memory() -> None:
 
 def test_fp8_is_faster_where_there_is_fp8() -> None:
     assert rate(8192, 8192, 8192, "fp8") > 1.5 * rate(8192, 8192, 8192)
-    a100 = cluster("a100")
+    a100 = hardware_of("a100")
     assert a100.matmul_flops("fp8") == a100.matmul_flops("bf16")
 
 
@@ -74,8 +74,8 @@ def test_attention_is_faster_for_long_sequences() -> None:
 def test_attention_is_as_fast_as_measured_where_it_was(name: str, forward: float, backward: float) -> None:
     """TFLOPS at 16,384 tokens."""
     measured = replace(FITTED, attention_speed=1.0)
-    ahead = kernels.attention(cluster(name), measured, 1e15, 16384)
-    back = kernels.attention(cluster(name), measured, 1e15, 16384, backward=True)
+    ahead = kernels.attention(hardware_of(name), measured, 1e15, 16384)
+    back = kernels.attention(hardware_of(name), measured, 1e15, 16384, backward=True)
     assert (1e3 / ahead, 1e3 / back) == pytest.approx((forward, backward), rel=0.01)
 
 
@@ -112,7 +112,7 @@ def test_an_exchange_around_a_ring_waits_for_its_slowest_link() -> None:
 
 def test_a_core_of_a_cpu_has_no_large_tiles_to_fill() -> None:
     """A tenth of the rows takes a tenth of the time."""
-    core = cluster("local_cpu")
+    core = hardware_of("local_cpu")
     few, many = (kernels.gemm(core, FITTED, "fp32", rows, 512, 512) for rows in (64, 640))
     assert many == pytest.approx(10 * few)
     peak = core.matmul_flops("fp32") * FITTED.gemm_speed
@@ -121,7 +121,7 @@ def test_a_core_of_a_cpu_has_no_large_tiles_to_fill() -> None:
 
 def test_attention_on_a_core_of_a_cpu_has_no_units_to_fill() -> None:
     """Its speed does not depend on the length of the sequence."""
-    core = cluster("local_cpu")
+    core = hardware_of("local_cpu")
     short, long = (kernels.attention(core, FITTED, 1e9, keys) for keys in (16, 16384))
     assert short == pytest.approx(long, rel=1e-9)
 
@@ -164,7 +164,7 @@ def test_every_number_of_a_cluster_has_a_source(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((CONF_DIR / "cluster").glob("*.yaml")), ids=lambda path: path.stem)
 def test_fractions_are_what_was_measured_over_the_peak(path: Path) -> None:
     """Where a comment begins with what was measured."""
-    peaks = cluster(path.stem)
+    peaks = hardware_of(path.stem)
     units = {
         "bf16_fraction": (peaks.bf16_tflops, r"([\d,.]+) TFLOPS"),
         "fp8_fraction": (peaks.fp8_tflops, r"([\d,.]+) TFLOPS"),

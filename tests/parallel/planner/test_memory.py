@@ -10,7 +10,7 @@ import pytest
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.model.memory import job_of, predict, weights_on
+from moe_train.model.memory import predict, weights_of_stage, workload_of
 from parallel.planner.activations import layer
 from parallel.planner.memory import (
     StageMemory,
@@ -22,18 +22,18 @@ from parallel.planner.memory import (
     saved_per_micro_batch,
     stage_memory,
 )
-from parallel.planner.workload import Job
+from parallel.planner.workload import Workload
 
 GB = 1e9
 V3 = ["model=deepseek_v3", "parallel=deepseek_v3_h800", "runtime=cuda", "batch=large", "train.seq_length=4096"]
 
 
-def job(*overrides: str) -> Job:
+def workload(*overrides: str) -> Workload:
     cfg = compose(["batch.global_batch_size=64", *overrides])
-    return job_of(cfg, validate(cfg))
+    return workload_of(cfg, validate(cfg))
 
 
-def kept(some: Job, moe: bool = True) -> float:
+def kept(some: Workload, moe: bool = True) -> float:
     return sum(layer(some, moe).values())
 
 
@@ -58,7 +58,7 @@ def test_deepseek_v3_activations_are_those_that_were_published() -> None:
 
 def test_full_recomputation_keeps_layer_inputs_only() -> None:
     """4 layers of 256 x 2 bytes a token, token ids, norms and head of the last stage in addition."""
-    some = job("runtime=cpu", "precision=bf16", "recompute=full", "model.mtp_num_layers=0")
+    some = workload("runtime=cpu", "precision=bf16", "recompute=full", "model.mtp_num_layers=0")
     inputs = [size for name, size in chunk_activations(some, 0).items() if name.startswith("layer")]
     assert inputs == [128 * 256 * 2] * 4
     grouped = replace(some, recompute_num_layers=2)
@@ -71,7 +71,7 @@ def test_full_recomputation_keeps_layer_inputs_only() -> None:
 def test_each_module_that_is_recomputed_saves_memory_and_all_save_more_than_any() -> None:
     """On both backends, and never more than there is."""
     for runtime in ("cpu", "cuda"):
-        some = job(f"runtime={runtime}", "precision=bf16")
+        some = workload(f"runtime={runtime}", "precision=bf16")
         whole = kept(some) + kept(some, moe=False)
         modules = ["core_attn", "mla_up_proj", "layernorm", "moe_act", "mlp", "moe", "shared_experts"]
         saved = {}
@@ -86,14 +86,14 @@ def test_each_module_that_is_recomputed_saves_memory_and_all_save_more_than_any(
 
 def test_core_attention_recomputed_on_transformer_engine_saves_only_statistics_in_bf16() -> None:
     """Its output is also the input of the projection, which keeps it: upstream warns that it is hardly worth it."""
-    some = job("runtime=cuda", "precision=bf16")
+    some = workload("runtime=cuda", "precision=bf16")
     without = replace(some, recompute="selective", recompute_modules=frozenset({"core_attn"}))
     assert kept(some) - kept(without) == 4 * some.tokens * some.model.num_attention_heads
 
 
 def test_a_dense_layer_on_transformer_engine_keeps_what_one_can_count() -> None:
     """Llama 3 8B in bf16: 32 heads of 128, of which 8 for keys and values each, and an inner width of 14,336."""
-    some = job("model=llama3_8b", "runtime=cuda", "precision=bf16")
+    some = workload("model=llama3_8b", "runtime=cuda", "precision=bf16")
     norms = 2 * (2 * 4096 + 2 * 4096 + 4)  # input, output, and an fp32 root for a token
     attention = 2 * 128 * (32 + 8 + 8 + 32) + 4 * 32  # queries, keys, values, output; an fp32 log-sum-exp for a head
     assert kept(some, moe=False) == some.tokens * (norms + attention + 2 * 3 * 14336)
@@ -102,24 +102,24 @@ def test_a_dense_layer_on_transformer_engine_keeps_what_one_can_count() -> None:
 def test_grouped_experts_keep_only_the_input_of_their_activation() -> None:
     """Their function is fused on both backends, and on a CPU that of dense and shared experts is too. Experts one by
     one also keep what their weights multiply."""
-    one, grouped = (layer(job("runtime=cpu", f"backend.grouped_gemm={on}"), True) for on in ("false", "null"))
+    one, grouped = (layer(workload("runtime=cpu", f"backend.grouped_gemm={on}"), True) for on in ("false", "null"))
     assert set(one) - set(grouped) == {"routed experts: silu x up"}
     unfused = ("runtime=cuda", "backend.name=local", "backend.fusions=false")
-    elsewhere = [layer(job(*unfused, f"backend.grouped_gemm={on}"), True) for on in ("false", "null")]
+    elsewhere = [layer(workload(*unfused, f"backend.grouped_gemm={on}"), True) for on in ("false", "null")]
     assert set(elsewhere[0]) - set(elsewhere[1]) == {f"routed experts: {name}" for name in ("silu", "up", "silu x up")}
 
 
 def test_the_cpu_keeps_attention_probabilities_of_short_sequences_only() -> None:
     """Beyond 512 tokens, and wherever it is not one CPU rank's whole sequence, flash attention keeps none. Four blocks
     of 128 queries see 128, 256, 384 and 512 keys; in fp32 a block has 64 queries."""
-    short = job("runtime=cpu", "precision=bf16", "train.seq_length=512")
+    short = workload("runtime=cpu", "precision=bf16", "train.seq_length=512")
     name, heads = "attention probabilities", short.model.num_attention_heads
     assert layer(short, False)[name] == 2 * heads * 128 * (128 + 256 + 384 + 512)
-    fp32 = job("runtime=cpu", "precision=fp32", "train.seq_length=96")
+    fp32 = workload("runtime=cpu", "precision=fp32", "train.seq_length=96")
     assert layer(fp32, False)[name] == 4 * heads * (64 * 64 + 32 * 96)
     assert "log-sum-exp" not in layer(short, False)
     for other in ("runtime=cuda", "runtime=cpu train.seq_length=640", "runtime=cpu parallel.cp=2"):
-        kept_by = layer(job("precision=bf16", "train.seq_length=512", *other.split()), False)
+        kept_by = layer(workload("precision=bf16", "train.seq_length=512", *other.split()), False)
         assert name not in kept_by, other
         assert "log-sum-exp" in kept_by, other
 
@@ -127,10 +127,10 @@ def test_the_cpu_keeps_attention_probabilities_of_short_sequences_only() -> None
 def test_the_loss_keeps_a_gradient_on_the_cpu_and_fp32_scores_elsewhere() -> None:
     """Of each of the two losses; tensor parallelism splits the scores, and then upstream's loss runs."""
     size = {
-        where: saved_logits(job("precision=bf16", "train.seq_length=128", *where.split()), "ttmL")
+        where: saved_logits(workload("precision=bf16", "train.seq_length=128", *where.split()), "ttmL")
         for where in ("runtime=cpu", "runtime=cpu parallel.tp=2", "runtime=cuda")
     }
-    scores = 128 * job("runtime=cpu").model.padded_vocab_size * 2
+    scores = 128 * workload("runtime=cpu").model.padded_vocab_size * 2
     assert size["runtime=cpu"] == pytest.approx(2 * scores, rel=0.01)
     assert size["runtime=cpu parallel.tp=2"] == pytest.approx(4 * scores / 2, rel=0.01)
     assert size["runtime=cuda"] == pytest.approx(4 * scores, rel=0.01)
@@ -138,7 +138,7 @@ def test_the_loss_keeps_a_gradient_on_the_cpu_and_fp32_scores_elsewhere() -> Non
 
 def test_each_further_loss_keeps_its_sum_and_weights_too() -> None:
     """Per token: fp32 scores, a label of 8 bytes and a mask of 1; multi-token prediction two fp32 numbers more."""
-    some = job("runtime=cuda", "precision=bf16", "train.seq_length=128")
+    some = workload("runtime=cuda", "precision=bf16", "train.seq_length=128")
     each = 4 * some.model.padded_vocab_size + 8 + 1
     assert saved_logits(some, "ttL") == 128 * each
     assert saved_logits(some, "ttmL") == 128 * (each + each + 4 + 4)
@@ -147,7 +147,7 @@ def test_each_further_loss_keeps_its_sum_and_weights_too() -> None:
 
 def test_multi_token_prediction_recomputed_keeps_its_two_inputs() -> None:
     """The hidden states and the embedding of the next token, in 16 bits; the token ids have 8 bytes."""
-    some = job("runtime=cuda", "precision=bf16", "recompute=full", "model.mtp_num_layers=1")
+    some = workload("runtime=cuda", "precision=bf16", "recompute=full", "model.mtp_num_layers=1")
     found = {name: size for name, size in chunk_activations(some, 0).items() if name.startswith("mtp 0")}
     states = 2 * 128 * 256
     assert found == {
@@ -158,9 +158,9 @@ def test_multi_token_prediction_recomputed_keeps_its_two_inputs() -> None:
 def test_inputs_of_modules_that_move_to_the_host_do_not_count() -> None:
     """On te each named module takes the input that it alone keeps; FP8 copies of it, too."""
     for precision in ("bf16", "fp8_block"):
-        some = job("runtime=cuda", f"precision={precision}")
+        some = workload("runtime=cuda", f"precision={precision}")
         whole, moved = kept(some), ["recompute.offload=memory", "recompute.offload_modules=[core_attn,expert_fc1]"]
-        left = kept(job("runtime=cuda", f"precision={precision}", *moved))
+        left = kept(workload("runtime=cuda", f"precision={precision}", *moved))
         names = ["queries", "keys", "values", *(name for name in layer(some, True) if "routed expert input" in name)]
         assert len(names) == 4
         assert whole - left == pytest.approx(sum(layer(some, True)[name] for name in names))
@@ -172,14 +172,16 @@ def test_inputs_of_modules_that_move_to_the_host_do_not_count() -> None:
 ])  # fmt: skip
 def test_each_module_moves_its_own_input(module: str, width: int) -> None:
     """Numbers of 2 bytes for a token: 4 heads with 48 of queries and keys and 32 of values, 4 experts of 160."""
-    some = job("runtime=cuda", "precision=bf16")
-    left = job("runtime=cuda", "precision=bf16", "recompute.offload=memory", f"recompute.offload_modules=[{module}]")
+    some = workload("runtime=cuda", "precision=bf16")
+    left = workload(
+        "runtime=cuda", "precision=bf16", "recompute.offload=memory", f"recompute.offload_modules=[{module}]"
+    )
     assert kept(some) - kept(left) == 2 * 128 * width
 
 
 def test_the_share_of_experts_is_what_their_tokens_keep() -> None:
     """Of 4 MoE layers, one of them for prediction: input, gate and up, router's weight and down input of each visit."""
-    some = job("runtime=cuda", "precision=bf16")
+    some = workload("runtime=cuda", "precision=bf16")
     visit = 2 * 256 + 2 * 2 * 160 + 4 + 2 * 160
     assert stage_memory(some, 0, Weights(0, 0)).expert_share == 4 * 128 * 4 * visit
 
@@ -188,10 +190,10 @@ def test_a_recomputed_layer_comes_back_for_its_backward_pass() -> None:
     """The largest layer, or group of them; with selected modules what they throw away."""
 
     def back(*overrides: str) -> int:
-        some = job("runtime=cuda", "precision=bf16", "model.mtp_num_layers=0", *overrides)
+        some = workload("runtime=cuda", "precision=bf16", "model.mtp_num_layers=0", *overrides)
         return stage_memory(some, 0, Weights(0, 0)).recompute
 
-    some = job("runtime=cuda", "precision=bf16")
+    some = workload("runtime=cuda", "precision=bf16")
     largest = max(kept(some), kept(some, moe=False))
     assert back() == 0
     assert back("recompute=full") == back("recompute=full", "recompute.method=block") == largest
@@ -201,7 +203,7 @@ def test_a_recomputed_layer_comes_back_for_its_backward_pass() -> None:
 
 def test_scores_are_there_in_the_training_precision_too_while_a_loss_is_computed() -> None:
     for layout, scores in (("parallel.tp=1", 128 * 4096), ("parallel.tp=2", 128 * 4096 // 2)):
-        some = job("runtime=cuda", "precision=bf16", layout)
+        some = workload("runtime=cuda", "precision=bf16", layout)
         saved = saved_logits(some, "".join(some.stages[0]))
         assert stage_memory(some, 0, Weights(0, 0)).logits == saved + 2 * scores
 
@@ -210,7 +212,7 @@ def test_communication_is_messages_tokens_of_experts_and_the_gathered_sequence()
     """In hidden states of a micro-batch; each token visits 4 experts, and goes there and back."""
 
     def states(*overrides: str, stage: int = 0) -> float:
-        some = job("precision=bf16", *overrides)
+        some = workload("precision=bf16", *overrides)
         return stage_memory(some, stage, Weights(0, 0)).communication / (2 * 128 * 256)
 
     assert states("runtime=cuda") == 0
@@ -224,8 +226,8 @@ def test_communication_is_messages_tokens_of_experts_and_the_gathered_sequence()
 
 
 def test_on_the_cpu_large_tensors_move_and_small_ones_stay() -> None:
-    some = job("runtime=cpu", "precision=bf16")
-    moves = job("runtime=cpu", "precision=bf16", "recompute.offload=file", "recompute.offload_min_bytes=65536")
+    some = workload("runtime=cpu", "precision=bf16")
+    moves = workload("runtime=cpu", "precision=bf16", "recompute.offload=file", "recompute.offload_min_bytes=65536")
     stays = chunk_activations(moves, 0)
     assert stays == {name: size for name, size in chunk_activations(some, 0).items() if size < 65536}
     assert 0 < sum(stays.values()) < sum(chunk_activations(some, 0).values()) / 2
@@ -235,14 +237,14 @@ def test_on_the_cpu_large_tensors_move_and_small_ones_stay() -> None:
 
 @pytest.mark.parametrize(("recipe", "element"), [("block", 1 + 4 / 128), ("tensor", 1), ("mxfp8", 1 + 1 / 32)])
 def test_fp8_keeps_linear_inputs_in_a_byte_and_caches_two_copies_of_weights(recipe: str, element: float) -> None:
-    bf16 = job("runtime=cuda", "precision=bf16")
+    bf16 = workload("runtime=cuda", "precision=bf16")
     fp8 = replace(bf16, fp8=recipe)
     name = "routed expert input"
     assert layer(fp8, True)[f"{name} in fp8"] == pytest.approx(layer(bf16, True)[name] / 2 * element)
     # Both down-projections of latent attention read the norm's output, and each makes a copy of it.
     assert layer(fp8, True)["input norm output in fp8"] == pytest.approx(2 * 128 * 256 * element)
     cfg = compose(["runtime=cuda", "precision=bf16"])
-    weights = weights_on(cfg, bf16, 0)
+    weights = weights_of_stage(cfg.model, bf16, 0)
     embeddings, routers = 2 * 4096 * 256, 4 * 16 * 256
     norms = 5 * (2 * 256 + 96 + 64) + 3 * 256 + 256  # of 5 layers and their latents, of the prediction, the final one
     assert weights.shared + weights.experts - weights.in_fp8 == embeddings + routers + norms
@@ -261,12 +263,12 @@ def test_weights_in_fp8_alone_save_memory() -> None:
 def test_optimizer_state_is_divided_over_the_ranks_that_hold_the_same_weights() -> None:
     """12 bytes a 16-bit weight; experts have ep times fewer replicas; bf16 moments take 4 bytes off."""
     cfg = compose(["precision=bf16", "parallel.ep=2", "parallel.dp=4"])
-    some = job_of(cfg, validate(cfg))
-    weights = weights_on(cfg, some, 0)
+    some = workload_of(cfg, validate(cfg))
+    weights = weights_of_stage(cfg.model, some, 0)
     assert stage_memory(some, 0, weights).optimizer == pytest.approx(12 * (weights.shared / 4 + weights.experts / 2))
     both = compose(["precision=bf16", "parallel.cp=2", "parallel.dp=2"])  # cp replicates weights as dp does
-    other = job_of(both, validate(both))
-    weights_of = weights_on(both, other, 0)
+    other = workload_of(both, validate(both))
+    weights_of = weights_of_stage(both.model, other, 0)
     expected = 12 * (weights_of.shared + weights_of.experts) / 4
     assert stage_memory(other, 0, weights_of).optimizer == pytest.approx(expected)
     whole = stage_memory(replace(some, distributed_optimizer=False, moment_bytes=2), 0, weights).optimizer
@@ -275,30 +277,30 @@ def test_optimizer_state_is_divided_over_the_ranks_that_hold_the_same_weights() 
 
 def test_sequence_parallelism_divides_what_tensor_parallelism_alone_repeats() -> None:
     """tp=2 halves every tensor of a layer but the small tables and the latents' rotary part."""
-    one, two = job("precision=bf16", "runtime=cpu"), job("precision=bf16", "runtime=cpu", "parallel.tp=2")
+    one, two = workload("precision=bf16", "runtime=cpu"), workload("precision=bf16", "runtime=cpu", "parallel.tp=2")
     assert kept(two, moe=False) == pytest.approx(kept(one, moe=False) / 2, rel=0.01)
     assert kept(replace(two, sequence_parallel=False), moe=False) > 1.3 * kept(two, moe=False)
 
 
 def test_experts_get_topk_visits_a_token_whatever_the_number_of_ranks() -> None:
     """Even routing: ep moves tokens and changes no mean. Capacity caps it, or pads it."""
-    assert job("runtime=cpu", "parallel.ep=4").expert_tokens == job("runtime=cpu").expert_tokens == 128 * 4
-    assert job("runtime=cpu", "model.capacity_factor=0.5").expert_tokens == 128 * 2
-    assert job("runtime=cpu", "model.capacity_factor=1.5").expert_tokens == 128 * 4
-    padded = job("runtime=cpu", "model.capacity_factor=1.5", "model.pad_to_capacity=true")
+    assert workload("runtime=cpu", "parallel.ep=4").expert_tokens == workload("runtime=cpu").expert_tokens == 128 * 4
+    assert workload("runtime=cpu", "model.capacity_factor=0.5").expert_tokens == 128 * 2
+    assert workload("runtime=cpu", "model.capacity_factor=1.5").expert_tokens == 128 * 4
+    padded = workload("runtime=cpu", "model.capacity_factor=1.5", "model.pad_to_capacity=true")
     assert padded.expert_tokens == 128 * 6
 
 
 @pytest.mark.parametrize(("pp", "micro_batches", "alive"), [(4, 8, [4, 3, 2, 1]), (4, 2, [2, 2, 2, 1]), (1, 8, [1])])
 def test_a_stage_holds_a_micro_batch_for_each_stage_after_it(pp: int, micro_batches: int, alive: list[int]) -> None:
-    some = replace(job("runtime=cpu", f"parallel.pp={pp}"), micro_batches=micro_batches)
+    some = replace(workload("runtime=cpu", f"parallel.pp={pp}"), micro_batches=micro_batches)
     assert [peak_in_flight(some, stage, [1.0])[0] for stage in range(pp)] == alive
 
 
 def test_the_interleaved_schedule_holds_more() -> None:
     """(pp - stage - 1) x 2 + (vpp - 1) x pp + 1 chunks, and each passes forward before it passes backward."""
     pp, chunks, micro_batches = 4, 3, 8
-    some = replace(job("runtime=cpu", "parallel.pp=4", "model.num_layers=12"), micro_batches=micro_batches)
+    some = replace(workload("runtime=cpu", "parallel.pp=4", "model.num_layers=12"), micro_batches=micro_batches)
     for stage in range(pp):
         passes = list(interleaved(pp, chunks, stage, micro_batches))
         forward = [chunk for chunk, is_forward in passes if is_forward]
@@ -314,9 +316,9 @@ def test_the_interleaved_schedule_holds_more() -> None:
 
 def test_a_pipeline_keeps_what_one_rank_keeps() -> None:
     """The stages' activations add up to those of the whole model."""
-    whole = job("runtime=cpu", "precision=bf16")
+    whole = workload("runtime=cpu", "precision=bf16")
     for layout in (["parallel.pp=2"], ["parallel.pp=2", "parallel.vpp=2"], ["parallel.pp=4"]):
-        stages = job("runtime=cpu", "precision=bf16", *layout)
+        stages = workload("runtime=cpu", "precision=bf16", *layout)
         parts = sum(saved_per_micro_batch(stages, stage) for stage in range(stages.layout.pp))
         assert parts == pytest.approx(saved_per_micro_batch(whole, 0))
 
@@ -345,7 +347,7 @@ def test_layers_kept_in_bf16_have_no_fp8_copies_and_keep_wider_inputs() -> None:
     plain, layout = compose(base), validate(mixed)
     bf16 = compose([*V3, "precision=bf16", "recompute=deepseek_v3", "model.mtp_num_layers=0"])
     before, after = predict(plain, layout), predict(mixed, layout)
-    assert job_of(mixed, layout).bf16_layers == {0, 59, 60}
+    assert workload_of(mixed, layout).bf16_layers == {0, 59, 60}
     assert [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b] == [0, len(after) - 1]
     for stage in (0, len(after) - 1):
         assert before[stage].activations_per_micro_batch < after[stage].activations_per_micro_batch

@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
-from moe_train.model.memory import job_of, weights_on
+from moe_train.model.memory import weights_of_stage, workload_of
 from parallel.planner.placement import members
-from parallel.planner.workload import Job
+from parallel.planner.workload import Workload
 from tests.distributed.helper import run_distributed
 
 KINDS = {
@@ -77,24 +77,24 @@ def test_groups_parameters_and_layers_are_megatrons(gpus: int) -> None:
     cfg = compose(overrides)
     layout = validate(cfg)
     assert layout.world_size == gpus
-    job = job_of(cfg, layout)
+    workload = workload_of(cfg, layout)
     ranks = [0, 1, gpus // 3, gpus - 1]
     (found,) = run_distributed(built, 1, overrides, ranks)
     for rank, (groups, shared, experts, chunks) in zip(ranks, found, strict=True):
         for kind, own in groups.items():
             assert own == sorted(members(layout, kind, rank)), (rank, kind)
-        planned = weights_on(cfg, job, layout.coordinates(rank).pp)
+        planned = weights_of_stage(cfg.model, workload, layout.coordinates(rank).pp)
         assert (planned.shared, planned.experts) == (shared, experts), rank
-        assert planned_chunks(job, layout.coordinates(rank).pp) == chunks, rank
+        assert planned_chunks(workload, layout.coordinates(rank).pp) == chunks, rank
 
 
-def planned_chunks(job: Job, stage: int) -> list[Chunk]:
+def planned_chunks(workload: Workload, stage: int) -> list[Chunk]:
     """What the planner puts on a pipeline rank."""
     found: list[Chunk] = []
     passed = 0
-    for index, items in enumerate(job.stages):
+    for index, items in enumerate(workload.stages):
         numbers = list(range(passed, passed + items.count("t")))
         passed += len(numbers)
-        if index % job.layout.pp == stage:
+        if index % workload.layout.pp == stage:
             found.append(("E" in items, numbers, items.count("m"), "L" in items))
     return found

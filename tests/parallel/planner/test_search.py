@@ -11,14 +11,13 @@ import pytest
 
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
-from moe_train.model.memory import job_of, weights_on
+from moe_train.model.estimate import software_of
+from moe_train.model.memory import weights_of, workload_of
 from parallel.layout import ParallelLayout
 from parallel.planner import search
 from parallel.planner.activations import shared_embedding_bytes
-from parallel.planner.calibration import FITTED
-from parallel.planner.layer_time import Machine
-from parallel.planner.memory import StageMemory, Weights
-from parallel.planner.workload import Job
+from parallel.planner.memory import StageMemory, memory_of_ranks
+from parallel.planner.workload import Workload
 from tools.planning.answer import Answer, answer, sizes
 from tools.planning.experiment import as_yaml
 
@@ -34,10 +33,10 @@ def plan(*overrides: str) -> Answer:
 
 
 @cache
-def base_of(*overrides: str) -> Job:
+def base_of(*overrides: str) -> Workload:
     """The job of DeepSeek-V3, or of what `overrides` make of it, for a test to change."""
     cfg = compose([*V3, "parallel=deepseek_v3_h800", *overrides])
-    return job_of(cfg, validate(cfg))
+    return workload_of(cfg, validate(cfg))
 
 
 def degrees(tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, etp: int = 1, dp: int = 1) -> ParallelLayout:
@@ -70,18 +69,18 @@ def test_degrees_that_do_not_divide_the_model_are_refused(
 ) -> None:
     base = base_of()
     model = replace(base.model, **changes)  # type: ignore[type-var]
-    assert search.infeasible(replace(base, model=model), layout) == reason
+    assert search.infeasible_reason(replace(base, model=model), layout) == reason
 
 
 @pytest.mark.parametrize(
     ("tokens", "cp", "reason"), [(4096, 2048, ""), (4096, 4096, SEQUENCE), (6, 2, SEQUENCE), (8, 2, ""), (7, 1, "")]
 )
 def test_context_parallelism_halves_the_share_of_each_rank(tokens: int, cp: int, reason: str) -> None:
-    assert search.infeasible(replace(base_of(), seq_length=tokens), degrees(cp=cp)) == reason
+    assert search.infeasible_reason(replace(base_of(), seq_length=tokens), degrees(cp=cp)) == reason
 
 
 def test_every_layout_that_fills_the_gpus_is_tried_or_refused() -> None:
-    base, result = base_of(), search.Found()
+    base, result = base_of(), search.SearchResult()
     space = search.Space(tp=(1, 2, 3), pp=(1, 2, 128), cp=(1, 2), ep=(1, 3, 16, 64), etp=(1, 2, 3))
     offered = list(search.layouts(base, 384, space, result))
     expected, tried = [], 0
@@ -95,7 +94,7 @@ def test_every_layout_that_fills_the_gpus_is_tried_or_refused() -> None:
     assert result.tried == tried == len(offered) + sum(result.reasons.values())
     assert set(result.reasons) == {HEADS, EXPERTS, LAYERS}
     dense = replace(base, model=replace(base.model, num_experts=0))  # type: ignore[type-var]
-    assert {layout.ep for layout in search.layouts(dense, 384, space, search.Found())} == {1}
+    assert {layout.ep for layout in search.layouts(dense, 384, space, search.SearchResult())} == {1}
 
 
 def test_what_a_rank_of_a_bidirectional_pipeline_holds() -> None:
@@ -113,10 +112,10 @@ def test_what_a_rank_of_a_bidirectional_pipeline_holds() -> None:
         for i in range(4)
     ]  # fmt: skip
     ends, middle = 5_448_305 - shared, 342_305
-    assert search.held_bytes(base, "dualpipe", memory) == [ends, middle, middle, ends]
-    assert search.held_bytes(base, "dualpipev", memory)[0] == 414_611  # 4.5 activations of half stages
-    assert search.held_bytes(replace(base, micro_batches=2), "dualpipev", memory)[0] == 412_111
-    assert search.held_bytes(base, "1f1b", memory) == [one.total for one in memory]
+    assert memory_of_ranks(base, "dualpipe", memory) == [ends, middle, middle, ends]
+    assert memory_of_ranks(base, "dualpipev", memory)[0] == 414_611  # 4.5 activations of half stages
+    assert memory_of_ranks(replace(base, micro_batches=2), "dualpipev", memory)[0] == 412_111
+    assert memory_of_ranks(base, "1f1b", memory) == [one.total for one in memory]
 
 
 @cache
@@ -137,8 +136,8 @@ def test_what_is_offered_fits_memory_and_the_gpus() -> None:
     result, _ = found()
     for one in result.found.plans:
         assert one.memory_bytes <= 80e9 < result.hardware.usable_bytes
-        assert one.job.layout.world_size == 2048
-        assert one.job.micro_batches * one.job.micro_batch_size * one.job.layout.dp == 15360
+        assert one.workload.layout.world_size == 2048
+        assert one.workload.micro_batches * one.workload.micro_batch_size * one.workload.layout.dp == 15360
     speeds = [one.step.tokens_per_s_per_gpu for one in result.found.plans]
     assert speeds == sorted(speeds, reverse=True)
 
@@ -187,13 +186,14 @@ def test_the_quick_estimate_of_memory_is_close(words: list[str], schedule: str) 
     cfg = compose([*V3, *words])
     found = answer(cfg, validate(cfg))
 
-    def weights_of(job: Job, rank: int) -> Weights:
-        return weights_on(cfg, job, rank)
-
-    timer = search._Timer(Machine(found.hardware, found.best.software, FITTED), weights_of)
+    timer = search.Timer(
+        found.hardware,
+        software_of=lambda workload: software_of(cfg, workload),
+        weights_of=lambda workload: weights_of(cfg.model, workload),
+    )
     for one in found.found.plans:
         assert schedule in one.schedule
-        assert timer.memory(one.job, one.schedule) == pytest.approx(one.memory_bytes, rel=0.08), one.label
+        assert timer.memory(one.workload, one.schedule) == pytest.approx(one.memory_bytes, rel=0.08), one.label
 
 
 def test_nothing_fits_too_few_gpus() -> None:
@@ -225,7 +225,7 @@ def test_a_schedule_that_folds_the_model_is_searched() -> None:
     assert best.memory_bytes <= result.hardware.usable_bytes
     assert "E" in best.memory[0].items[0]
     assert "L" in best.memory[0].items[1]
-    assert len(best.step.stages) == 2 * best.job.layout.pp
+    assert len(best.step.stages) == 2 * best.workload.layout.pp
 
 
 def test_the_published_layout_is_close_to_the_best_under_the_same_software() -> None:
@@ -238,7 +238,7 @@ def test_the_published_layout_is_close_to_the_best_under_the_same_software() -> 
     found = plan(*same, "plan.search=true", "plan.schedules=[1f1b,interleaved,zb1p,dualpipe]", "plan.top=3")
     assert published.best.memory_bytes <= published.hardware.usable_bytes
     assert found.best.step.seconds <= published.best.step.seconds <= 1.05 * found.best.step.seconds
-    assert published.best.job.layout in [one.job.layout for one in found.found.plans]
+    assert published.best.workload.layout in [one.workload.layout for one in found.found.plans]
 
 
 def test_how_many_plans_are_wanted_does_not_change_the_best() -> None:

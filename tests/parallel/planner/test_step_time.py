@@ -8,14 +8,14 @@ import pytest
 
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
-from moe_train.model.memory import job_of, weights_on
+from moe_train.model.memory import weights_of_stage, workload_of
 from parallel.planner import kernels, software
 from parallel.planner.calibration import FITTED, Calibration
 from parallel.planner.layer_time import Machine, Times, layer_times, loss_times, mtp_times, total
 from parallel.planner.software import Software
 from parallel.planner.step_time import StepTime, plan_step, stage_time
-from parallel.planner.workload import Job
-from tools.published.rows import cluster
+from parallel.planner.workload import Workload
+from tools.published.clusters import hardware_of
 
 V3 = [
     "model=deepseek_v3", "parallel=deepseek_v3_h800", "runtime=cuda", "batch=large", "train.seq_length=4096",
@@ -32,9 +32,11 @@ def planned(
     **changes: object,
 ) -> StepTime:  # fmt: skip
     cfg = compose([*V3, *overrides])
-    job = replace(job_of(cfg, validate(cfg)), **changes)
-    machine = Machine(cluster("h800"), soft or software.of_date(202604), constants)
-    return plan_step(job, machine, schedule, [weights_on(cfg, job, rank) for rank in range(job.layout.pp)])
+    workload = replace(workload_of(cfg, validate(cfg)), **changes)
+    machine = Machine(hardware_of("h800"), soft or software.of_date(202604), constants)
+    return plan_step(
+        workload, machine, schedule, [weights_of_stage(cfg.model, workload, rank) for rank in range(workload.layout.pp)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +58,20 @@ def test_components_of_that_step(published: StepTime, name: str) -> None:
 
 def moe_layer(*overrides: str, soft: Software | None = None) -> tuple[float, float]:
     cfg = compose([*V3, *overrides])
-    machine = Machine(cluster("h800"), soft or software.of_date(202604), FITTED)
-    times = layer_times(job_of(cfg, validate(cfg)), machine, moe=True)
+    machine = Machine(hardware_of("h800"), soft or software.of_date(202604), FITTED)
+    times = layer_times(workload_of(cfg, validate(cfg)), machine, moe=True)
     return total(times.forward), total(times.inputs) + total(times.weights) + total(times.recompute)
 
 
 def test_tensor_parallel_latents_are_gathered_one_by_one() -> None:
     """MLA's latents of queries, of keys and values, and the rotary keys: two messages more than GQA in each direction,
     which count where a message takes long."""
-    slow = replace(cluster("h800"), domain_latency_us=1e6)
+    slow = replace(hardware_of("h800"), domain_latency_us=1e6)
     found = []
     for words in (["model.attention=mla"], ["model.attention=mla", "model.q_lora_rank=0"], ["model.attention=gqa"]):
         cfg = compose(["model=tiny", "parallel.tp=2", "runtime=cuda", "precision=bf16", *words])
         machine = Machine(slow, replace(software.of_date(202604), overlap_tp=False), FITTED)
-        found.append(round(layer_times(job_of(cfg, validate(cfg)), machine, moe=False).forward["tp"]))
+        found.append(round(layer_times(workload_of(cfg, validate(cfg)), machine, moe=False).forward["tp"]))
     dense = 2  # a gather and a scatter
     assert found == [dense + 4, dense + 3, dense + 2]
 
@@ -89,9 +91,11 @@ def test_full_recomputation_covers_the_layers_that_are_asked_for() -> None:
     def recomputed(*words: str) -> float:
         model = ("model=mixtral_8x7b", "runtime=cuda", "precision=bf16", "train.seq_length=4096", "parallel.pp=2")
         cfg = compose([*model, *words])
-        job = job_of(cfg, validate(cfg))
-        machine = Machine(cluster("h800"), software.of_date(202604), FITTED)
-        return plan_step(job, machine, "1f1b", [weights_on(cfg, job, rank) for rank in range(2)]).parts["recompute"]
+        workload = workload_of(cfg, validate(cfg))
+        machine = Machine(hardware_of("h800"), software.of_date(202604), FITTED)
+        return plan_step(
+            workload, machine, "1f1b", [weights_of_stage(cfg.model, workload, rank) for rank in range(2)]
+        ).parts["recompute"]
 
     every = recomputed("recompute=full")  # 16 equal layers on each of the 2 stages, and neither embedding nor loss
     assert recomputed("recompute=full", "recompute.num_layers=4") == pytest.approx(every)
@@ -102,15 +106,17 @@ def test_full_recomputation_covers_the_layers_that_are_asked_for() -> None:
 
 def test_the_backward_passes_of_all_chunks_of_a_rank_hide_its_gradients() -> None:
     """Chunks divide the same work, so what the reduction takes beyond it stays the same."""
-    slow = replace(cluster("h800"), domain_gb_per_s=0.5, network_gb_per_s=0.5)
+    slow = replace(hardware_of("h800"), domain_gb_per_s=0.5, network_gb_per_s=0.5)
     constants = replace(FITTED, dp_exposed=0.0, pass_us=0.0)
     exposed = []
     for schedule, chunks in (("1f1b", 1), ("interleaved", 4)):
         words = ["model=mixtral_8x7b", "runtime=cuda", "precision=bf16", "train.seq_length=4096", "parallel.dp=2"]
         cfg = compose([*words, "parallel.pp=2", f"parallel.vpp={chunks}"])
-        job = job_of(cfg, validate(cfg))
+        workload = workload_of(cfg, validate(cfg))
         machine = Machine(slow, replace(software.of_date(202604), overlap_dp=True), constants)
-        found = plan_step(job, machine, schedule, [weights_on(cfg, job, rank) for rank in range(2)])
+        found = plan_step(
+            workload, machine, schedule, [weights_of_stage(cfg.model, workload, rank) for rank in range(2)]
+        )
         exposed.append(found.data_parallel)
     assert exposed[0] > 1.0
     assert exposed[1] == pytest.approx(exposed[0], rel=0.002)
@@ -128,8 +134,8 @@ def test_where_dispatch_hides_behind_another_micro_batch(schedule: str, pp: int,
     times = Times()
     times.add("gemm", 4.0, 5.0, 3.0)
     times.add("all_to_all", 2.0, 1.0)
-    job, machine = job_of(cfg, validate(cfg)), Machine(cluster("h800"), soft, constants)
-    found = stage_time(job, machine, schedule, times)
+    workload, machine = workload_of(cfg, validate(cfg)), Machine(hardware_of("h800"), soft, constants)
+    found = stage_time(workload, machine, schedule, times)
     share = 0.25 if hidden else 1.0
     assert (found.forward, found.backward, found.weights) == pytest.approx((4 + 2 * share, 8 + share, 3))
 
@@ -138,24 +144,24 @@ def test_sharded_weights_cross_the_network_three_times() -> None:
     """FSDP gathers them for both passes, and scatters their gradients. Where that takes far longer than compute, a
     network of half the rate adds as much again. Weights in 16 bits; each of 4 ranks holds a quarter."""
     cfg = compose(["model=mixtral_8x7b", "runtime=cuda", "precision=bf16", "parallel.dp=4", "parallel.ep=1"])
-    job, soft = job_of(cfg, validate(cfg)), replace(software.of_date(202604), fsdp=True, imbalance=1.0)
-    weights = weights_on(cfg, job, 0)
+    workload, soft = replace(workload_of(cfg, validate(cfg)), fsdp=True), software.of_date(202604)
+    weights = weights_of_stage(cfg.model, workload, 0)
     found = []
     for rate in (1e-2, 2e-2):
-        hardware = replace(cluster("h800"), domain_gb_per_s=rate, domain_fraction=1.0)
-        found.append(plan_step(job, Machine(hardware, soft, FITTED), "1f1b", [weights]).parts["fsdp"])
+        hardware = replace(hardware_of("h800"), domain_gb_per_s=rate, domain_fraction=1.0)
+        found.append(plan_step(workload, Machine(hardware, soft, FITTED), "1f1b", [weights]).parts["fsdp"])
     gathered = 2 * (weights.shared + weights.experts) * 3 / 4
-    expected = 3 * gathered * (1 / 1e7 - 1 / 2e7) * job.micro_batches
+    expected = 3 * gathered * (1 / 1e7 - 1 / 2e7) * workload.micro_batches
     assert found[0] - found[1] == pytest.approx(expected, rel=1e-6)
 
 
 def test_multi_token_prediction_projects_two_hidden_states_to_one() -> None:
     """Beyond a layer, the embedding and the head, it has one linear layer [2 hidden, hidden]."""
     cfg = compose(["model=deepseek_v3", "parallel=deepseek_v3_h800", "batch=large", "runtime=cuda", "precision=bf16"])
-    job, machine = job_of(cfg, validate(cfg)), Machine(cluster("h800"), software.of_date(202604), FITTED)
-    rest = layer_times(job, machine, moe=True).forward["gemm"] + loss_times(job, machine).forward["gemm"]
-    projection = kernels.gemm(machine.hardware, FITTED, "bf16", job.tokens, 7168, 2 * 7168)
-    assert mtp_times(job, machine).forward["gemm"] - rest == pytest.approx(projection)
+    workload, machine = workload_of(cfg, validate(cfg)), Machine(hardware_of("h800"), software.of_date(202604), FITTED)
+    rest = layer_times(workload, machine, moe=True).forward["gemm"] + loss_times(workload, machine).forward["gemm"]
+    projection = kernels.gemm(machine.hardware, FITTED, "bf16", workload.tokens, 7168, 2 * 7168)
+    assert mtp_times(workload, machine).forward["gemm"] - rest == pytest.approx(projection)
 
 
 def test_fp8_dispatch_and_nodes_make_dispatch_shorter() -> None:
@@ -166,14 +172,14 @@ def test_fp8_dispatch_and_nodes_make_dispatch_shorter() -> None:
     assert moe_layer(soft=replace(fast, imbalance=1.3))[0] > base
 
 
-def test_sharded_weights_are_gathered_beside_compute() -> None:
+def test_gathers_of_sharded_weights_overlap_with_compute() -> None:
     """FSDP adds what its gathers take beyond compute, and needs no reduction at the end of the step."""
     fast = software.of_date(202604)
-    plain, sharded = planned(soft=fast), planned(soft=replace(fast, fsdp=True))
+    plain, sharded = planned(soft=fast), planned(soft=fast, fsdp=True)
     assert sharded.data_parallel == 0 < plain.data_parallel
     assert sharded.parts["fsdp"] > 0
     assert sharded.seconds > plain.seconds
-    assert planned(soft=replace(fast, frozen=True)).seconds < plain.seconds  # no weight gradients
+    assert planned(soft=fast, frozen=True).seconds < plain.seconds  # no weight gradients
 
 
 def test_experts_in_one_node_need_no_network() -> None:
@@ -182,11 +188,13 @@ def test_experts_in_one_node_need_no_network() -> None:
 
 def test_an_estimate_is_close_to_the_simulation() -> None:
     cfg = compose(V3)
-    job: Job = job_of(cfg, validate(cfg))
-    machine = Machine(cluster("h800"), software.of_date(202604), FITTED)
-    weights = [weights_on(cfg, job, rank) for rank in range(job.layout.pp)]
+    workload: Workload = workload_of(cfg, validate(cfg))
+    machine = Machine(hardware_of("h800"), software.of_date(202604), FITTED)
+    weights = [weights_of_stage(cfg.model, workload, rank) for rank in range(workload.layout.pp)]
     for schedule in ("1f1b", "zb1p", "dualpipe"):
-        simulated, estimated = (plan_step(job, machine, schedule, weights, simulated=s).seconds for s in (True, False))
+        simulated, estimated = (
+            plan_step(workload, machine, schedule, weights, simulated=s).seconds for s in (True, False)
+        )
         assert estimated == pytest.approx(simulated, rel=0.1), schedule
 
 
@@ -207,15 +215,15 @@ def test_attention_of_2024_is_slower_on_heads_of_two_sizes() -> None:
     """DeepSeek's system had no kernel newer than FlashAttention-2 for them."""
     old = software.deepseek_v3()
     attention = [planned(schedule="dualpipe", soft=one).parts["attention"] for one in (old, replace(old, flash2=False))]
-    h800, work = cluster("h800"), (3 * 192 + 2 * 128) / (192 + 128)  # five products of a backward pass for two
+    h800, work = hardware_of("h800"), (3 * 192 + 2 * 128) / (192 + 128)  # five products of a backward pass for two
     fastest = 1 / h800.attention_fraction + work / h800.attention_backward_fraction
     assert attention[0] / attention[1] == pytest.approx((1 + work) / h800.flash2_fraction / fastest)
 
 
 def layer_parts(*overrides: str, soft: Software | None = None, **changes: object) -> Times:
     cfg = compose(["model=mixtral_8x7b", "runtime=cuda", "precision=bf16", "train.seq_length=16384", *overrides])
-    machine = Machine(cluster("h800"), soft or software.of_date(202604), FITTED)
-    return layer_times(replace(job_of(cfg, validate(cfg)), **changes), machine, moe=False)
+    machine = Machine(hardware_of("h800"), soft or software.of_date(202604), FITTED)
+    return layer_times(replace(workload_of(cfg, validate(cfg)), **changes), machine, moe=False)
 
 
 def test_blocks_of_a_context_parallel_ring_are_put_together() -> None:
@@ -235,7 +243,9 @@ def test_latents_that_are_gathered_leave_one_block() -> None:
     found = []
     for soft in (own, replace(own, latent_exchange=False)):
         cfg = compose([*V3, "parallel.cp=8", "parallel.dp=16", "train.seq_length=32768", LONG])
-        found.append(layer_times(job_of(cfg, validate(cfg)), Machine(cluster("h800"), soft, FITTED), moe=False))
+        found.append(
+            layer_times(workload_of(cfg, validate(cfg)), Machine(hardware_of("h800"), soft, FITTED), moe=False)
+        )
     gathered, ring = found
     assert gathered.forward["attention"] < ring.forward["attention"]
     assert gathered.forward["memory"] < ring.forward["memory"]
@@ -247,7 +257,7 @@ def test_gradients_in_16_bits_are_added_up_faster() -> None:
     four, two = (sum(layer_parts(grad_bytes=size).weights.values()) for size in (4, 2))
     model = compose(["model=mixtral_8x7b"]).model
     weights = 4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * model.ffn_hidden_size
-    assert four - two == pytest.approx(2 * 2 * weights / cluster("h800").memory_bytes_per_s)
+    assert four - two == pytest.approx(2 * 2 * weights / hardware_of("h800").memory_bytes_per_s)
 
 
 def test_every_pass_of_a_chunk_begins_a_little_later() -> None:
