@@ -144,7 +144,7 @@ def _config(run: PublishedRun, model: ModelConfig, layout: ParallelLayout, micro
             **{field.name: getattr(layout, field.name) for field in fields(layout)},
             sequence_parallel=run.sequence_parallel if layout.tp > 1 else False,
             distributed_optimizer=month >= DISTRIBUTED_OPTIMIZER_FROM,
-            dispatcher=run.dispatcher or _usual_dispatcher(run, layout),
+            dispatcher=run.dispatcher or _usual_dispatcher(run, model, layout),
         ),
         precision=_precision(run),
         recompute=_recompute(run.recompute, model),
@@ -154,8 +154,10 @@ def _config(run: PublishedRun, model: ModelConfig, layout: ParallelLayout, micro
     )
 
 
-def _usual_dispatcher(run: PublishedRun, layout: ParallelLayout) -> str:
+def _usual_dispatcher(run: PublishedRun, model: ModelConfig, layout: ParallelLayout) -> str:
     """Within a node NCCL's all-to-all was usual at first, and for tokens padded to capacity there was nothing else."""
+    if not model.is_moe:
+        return "alltoall"
     month, domain = run.month or 0, clusters.hardware_of(run.hardware).domain_gpus
     in_node = layout.ep * layout.etp <= domain <= 8
     if month < software.GRAPHS_FROM and (in_node or run.capacity_factor is not None):

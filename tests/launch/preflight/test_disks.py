@@ -17,7 +17,7 @@ from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
 from moe_train.formats import run_directory
-from moe_train.model.memory import checkpoint_bytes, job_of
+from moe_train.model.memory import checkpoint_bytes, workload_of
 from tests.launch.preflight.test_preflight import preflight
 
 MIB = disks.MIB
@@ -246,7 +246,7 @@ def test_a_local_disk_holds_the_newest_and_the_one_that_is_written(
         (near / f"step_{number:08d}").mkdir(parents=True)
     (tmp_path / "local/notes").mkdir(parents=True)
     found = {place.field: place for place in disks.places(cfg, validate(cfg, 4), 2)}
-    size = checkpoint_bytes(cfg, job_of(cfg, validate(cfg, 4)))
+    size = checkpoint_bytes(cfg, workload_of(cfg, validate(cfg, 4)))
     local = found["checkpoint.local_dir"]
     assert (local.path, local.shared) == (near, False)
     assert local.least_bytes == local.all_bytes == expected * int(size) // 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.slurm import checks, container
-from launch.slurm.estimate import Estimate, Pace
+from launch.slurm.estimate import Pace, RunEstimate
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError
@@ -179,8 +179,8 @@ def test_the_container_is_asked_for_every_path_of_the_run(monkeypatch: pytest.Mo
 
 
 def noted(cfg: Config, hours: float | None, layout: ParallelLayout = LAYOUT) -> list[str]:
-    pace = None if hours is None else Pace(1.0, 1.0, 0.4, hours)
-    return checks.notes(cfg, layout, Estimate(0, 1.0, 80.0, 1000, pace))
+    pace = None if hours is None else Pace(1.0, 1.0, 0.4, hours, "1f1b")
+    return checks.notes(cfg, layout, RunEstimate(0, 1.0, 80.0, 1000, pace))
 
 
 @pytest.mark.parametrize(
