@@ -46,8 +46,8 @@ class PlanConfig:
         "software_date.", choices=("fastest", "flash2", "unfused"),
     )  # fmt: skip
     imbalance: float | None = doc(
-        1.0, "Tokens of the most loaded expert-parallel rank, relative to the mean; null takes that of learned routing, "
-        "as fitted.", minimum=1,
+        1.0, "Tokens of the most loaded expert-parallel rank, relative to the mean; null takes that of learned "
+        "routing, as fitted.", minimum=1,
     )  # fmt: skip
     fsdp: bool = doc(False, "Shard weights and gradients over data-parallel ranks, and gather them layer by layer.")
     frozen_weights: bool = doc(False, "Weights without gradients and optimizer state, as under LoRA.")
