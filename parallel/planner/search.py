@@ -38,7 +38,7 @@ WeightsOf = Callable[[Workload], Sequence[Weights]]
 SoftwareOf = Callable[[Workload], Software]
 DUAL = "dualpipe"
 SIMULATED = 20  # candidates, at least
-# A candidate whose quick estimate exceeds the memory by up to this factor may fit: its stages are counted one by one.
+# A candidate whose quick estimate exceeds the memory by up to this factor may fit: its stages are then counted exactly.
 ESTIMATED = 1.03
 STATIC = "weights, gradients and optimizer alone need more memory than there is"
 
@@ -108,7 +108,7 @@ def search(
         if plan.memory_bytes <= timer.hardware.offered_bytes:
             result.plans.append(plan)
         else:
-            result.refuse("its stages, counted one by one, need more memory than there is", plan.label)
+            result.refuse("its stages, each counted exactly, need more memory than there is", plan.label)
     result.plans.sort(key=lambda plan: (plan.step.seconds / plan.step.tokens, plan.label))
     del result.plans[top:]
     return result

@@ -237,9 +237,9 @@ def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["gpus=many"], "error: plan.gpus='many' is no whole number"),
-        (["tokens=1e400"], "error: train.tokens='1e400' is no whole number"),
-        (["gpus=2.5"], "error: plan.gpus='2.5' is no whole number"),
+        (["gpus=many"], "error: plan.gpus='many' is not a whole number"),
+        (["tokens=1e400"], "error: train.tokens='1e400' is not a whole number"),
+        (["gpus=2.5"], "error: plan.gpus='2.5' is not a whole number"),
         (["model=deepseek_v3", "gpus=8", "batch.global_batch_size=8"], "error: no layout of deepseek_v3 fits 8 GPUs"),
         (["model=mixtral_8x7b", "gpus=8"], NO_ROOM),
         (["cluster=h801"], "error: cluster=h801"),

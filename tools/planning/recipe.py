@@ -42,7 +42,8 @@ def count(text: str, field: str = "", thousand: int = 1000) -> int:
         number = -1
     if number < 0:
         raise ConfigError(
-            f"{field}{'=' if field else ''}{text!r} is no whole number above 0", "write it as 14.8T, 500B, 2048 or 4e9"
+            f"{field}{'=' if field else ''}{text!r} is not a whole number above 0",
+            "write it as 14.8T, 500B, 2048 or 4e9",
         )
     return number
 

@@ -14,7 +14,7 @@ from tools.planning.answer import Answer, duration
 
 GIB = 2**30
 PART_NAMES = {
-    "gemm": "matrix products", "attention": "attention", "memory": "norms, activations, residuals, permutation",
+    "gemm": "GEMM", "attention": "attention", "memory": "norms, activations, residuals, permutation",
     "quantize": "casts to FP8", "router": "router", "sync": "waiting for token counts",
     "all_to_all": "expert dispatch and combine",
     "tp": "tensor-parallel collectives, exposed", "cp": "context-parallel exchange",
@@ -82,7 +82,7 @@ def headline(result: Answer) -> str:
         f"{result.cfg.model.name} on {result.used:,} x {result.hardware.gpu}{spares}: {best.label}\n"
         f"step {best.step.seconds:.3f} s, {rate:,.1f} tokens/s/GPU; {tflops[0]:.0f} TFLOPS with causal attention "
         f"counted as such, {tflops[1]:.0f} as if it were not: MFU {causal:.1%} or {whole:.1%} of BF16; bubble "
-        f"{best.step.pipeline.bubble_fraction:.1%}; {used:.1f} of {room:.1f} GiB on the fullest GPU"
+        f"{best.step.pipeline.bubble_fraction:.1%}; {used:.1f} of {room:.1f} GiB on the peak rank"
         + ("" if result.fits else ": IT DOES NOT FIT")
     )
 
@@ -131,7 +131,7 @@ def compared(result: Answer, asked: Estimate) -> Table:
     for name, mine, its in [("step", asked.step.seconds, best.step.seconds), *_parts(asked, best)]:
         shown.add_row(name, f"{mine:.3f}", f"{its:.3f}", f"{mine - its:+.3f}")
     held, its_held = asked.memory_bytes / GIB, best.memory_bytes / GIB
-    shown.add_row("GiB on the fullest GPU", f"{held:.1f}", f"{its_held:.1f}", f"{held - its_held:+.1f}")
+    shown.add_row("GiB on the peak rank", f"{held:.1f}", f"{its_held:.1f}", f"{held - its_held:+.1f}")
     shown.caption = "Parts but the bubble and the optimizer are counted as if nothing ran at the same time."
     return shown
 
@@ -194,7 +194,7 @@ def groups(result: Answer) -> Table:
 
 def bills(result: Answer) -> Table:
     """What each stage of the recipe takes, without failures."""
-    shown = Table(title="Bill, without failures")
+    shown = Table(title="Cost, without failures")
     for column in ("stage", "tokens", "days", "GPU-hours", "dollars", "kWh", "t CO2"):
         shown.add_column(column, justify="left" if column == "stage" else "right")
     for bill in [*result.bills, *([result.total()] if len(result.bills) > 1 else [])]:
@@ -208,7 +208,7 @@ def bills(result: Answer) -> Table:
 
 def changes(result: Answer) -> Table:
     """What if."""
-    shown = Table(title=f"What if ({failures(result)})")
+    shown = Table(title=f"Sensitivity ({failures(result)})")
     for column in ("change", "goodput", "days", "dollars"):
         shown.add_column(column, justify="left" if column == "change" else "right")
     for name, fraction, days, dollars in result.what_if:
