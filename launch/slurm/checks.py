@@ -18,7 +18,7 @@ from parallel.planner.placement import node_spans
 from parallel.rank_info import RankInfo
 
 _OF_ONE_MACHINE = ("/dev/shm", "/run", "/proc")
-_LEAST_S = 10  # that both launcher.grace_s and launcher.meet_timeout_s may be
+_LEAST_S = 10  # that both launcher.grace_s and launcher.rendezvous_timeout_s may be
 
 
 def nodes_of(cfg: Config, layout: ParallelLayout) -> int:

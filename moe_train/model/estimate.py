@@ -93,9 +93,7 @@ def software_of(cfg: Config, workload: Workload, constants: Calibration = FITTED
         base = software.deepseek_v3()  # with one dispatcher, of which DeepEP is a part
     else:
         experts = layout.ep * layout.etp if workload.model.num_experts else 1
-        base = software.usual(
-            plan.software_date, cfg.cluster.domain_gpus, experts, layout.vpp, cfg.precision.fp4 or workload.fp8
-        )
+        base = software.usual(plan.software_date, cfg.cluster.domain_gpus, experts, layout.vpp, workload.fp8)
         dispatcher = "flex" if cfg.parallel.dispatcher == "flex" else "alltoall"
         base = replace(base, dispatcher=dispatcher)
         # Tokens of one shape: whole layers run from CUDA graphs.

@@ -166,7 +166,7 @@ def _go_on(run: Run, case: Case) -> None:
 
 def judged(sources: Path, count: int, seed: int, scratch: Path) -> tuple[int, list[str]]:
     """How many of `count` mutations a rank refused, and what was wrong. Bounds the memory of this process."""
-    run = small_run.prepare(small_run.config(scratch / "run", {}))
+    run = small_run.prepare(small_run.config(scratch / "prepared", {}))
     mutations.bound_memory()
     wrong: list[str] = []
     refused = 0

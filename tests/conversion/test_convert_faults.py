@@ -266,7 +266,7 @@ FAULTS = {
     "no config.json": Fault("hf", without("config.json"), ("holds no checkpoint",)),
     "config.json is no JSON": Fault("hf", text("config.json", "{'a': 1}"), ("config.json",)),
     "config.json is no text": Fault("hf", text("config.json", b"\xff\xfe\x00"), ("config.json",)),
-    "config.json is a list": Fault("hf", text("config.json", "[]"), ("config.json", "no JSON object")),
+    "config.json is a list": Fault("hf", text("config.json", "[]"), ("config.json", "not a JSON object")),
     "no model_type": Fault("hf", edit("config.json", lambda c: c.pop("model_type") and None), ("model_type=None",)),
     "an unknown model_type": Fault("hf", change_config(model_type="gpt2"), ("model_type='gpt2'", "deepseek_v3")),
     "another family": Fault(
@@ -305,7 +305,7 @@ FAULTS = {
     ".metadata is missing": Fault("run", without(".metadata"), (".metadata is missing",)),
     ".metadata is cut off": Fault("run", lambda d: cut(d / ".metadata", 9), (".metadata cannot be read",)),
     ".metadata is no pickle": Fault("run", text(".metadata", "nothing"), (".metadata cannot be read",)),
-    ".metadata is a pickled list": Fault("run", text(".metadata", pickle.dumps([1])), (".metadata is no table",)),
+    ".metadata is a pickled list": Fault("run", text(".metadata", pickle.dumps([1])), (".metadata is not a table",)),
     "a malicious .metadata": Fault("run", malicious_metadata, (".metadata", "mkdir")),
     ".metadata names a file outside": Fault("run", rewrite_metadata(elsewhere), ("../secret",)),
     ".metadata lacks a part": Fault("run", rewrite_metadata(gap), ("output_layer.weight",)),

@@ -102,7 +102,11 @@ def test_ranks_that_do_not_save_in_time_are_requeued_while_there_is_some(count: 
 
 
 @pytest.mark.parametrize(
-    ("most", "count", "says"), [("0", "0", "a chain goes on"), ("2", "2", "error: saved before the time limit; it was")]
+    ("most", "count", "says"),
+    [
+        ("0", "0", "the next job of the chain, if any, continues"),
+        ("2", "2", "error: saved before the time limit; it was"),
+    ],
 )
 def test_a_run_that_saved_and_is_not_requeued_says_why(most: str, count: str, says: str, batch: Batch) -> None:
     """The end of a link of a chain is none of its errors."""
@@ -171,12 +175,10 @@ def test_the_script_alone_asks_for_nodes_as_moe_submit_does() -> None:
 def test_what_the_script_takes_by_itself_is_what_the_fields_say() -> None:
     """Defaults of MOE_* without moe-submit."""
     script, launcher = commands.SCRIPT.read_text(), LauncherConfig()
-    for name, field in {
-        "RENDEZVOUS_TIMEOUT_S": "rendezvous_timeout_s",
-        "GRACE_S": "grace_s",
-        "REQUEUES": "requeues",
-    }.items():
-        assert f"{{MOE_{name}:-{getattr(launcher, field)}}}" in script, name
+    for name in ("GRACE_S", "REQUEUES"):
+        assert f"{{MOE_{name}:-{getattr(launcher, name.lower())}}}" in script, name
+    former = f"${{MOE_MEET_S:-{launcher.rendezvous_timeout_s}}}"
+    assert f"{{MOE_RENDEZVOUS_TIMEOUT_S:-{former}}}" in script
 
 
 def test_every_start_of_a_job_or_chain_knows_where_the_first_is_remembered(batch: Batch) -> None:

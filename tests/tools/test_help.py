@@ -20,7 +20,7 @@ COMMANDS = {
 # A field that the page of a command must explain, with words of its doc in the schema.
 EXPLAINED = {
     "moe-train": ("train.tokens=null", "Training tokens"), "moe-submit": ("launcher.nodes=null", "Nodes of the job"),
-    "moe-preflight": ("launcher.slow_ratio=1.5", "times the median"),
+    "moe-preflight": ("launcher.slow_ratio=1.5", "multiple of the median time"),
     "moe-plan": ("plan.gpus=null", "GPUs to plan for"),
     "moe-memory": ("parallel.pp=1", "Pipeline-parallel degree"), "moe-convert": ("convert.dtype=null", "bf16 for FP8"),
     "moe-inspect": ("inspect.norm_rtol=null", "norm-relative"),

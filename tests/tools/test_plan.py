@@ -250,7 +250,10 @@ def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:
         (["model=tiny", "gpus=8", "plan.cp=[3]"], "error: plan.cp=[3] divides none of"),
         (["model=tiny", "gpus=1", "write=."], "error: plan.write=. cannot be written: it is a directory"),
         (["model=tiny", "gpus=1", "output=a_file/out"], "error: plan.output=a_file/out cannot be written"),
-        (["model=tiny", "gpus=1", "output=a_file"], "error: plan.output=a_file cannot be written: it is no directory"),
+        (
+            ["model=tiny", "gpus=1", "output=a_file"],
+            "error: plan.output=a_file cannot be written: it is not a directory",
+        ),
         (["model=tiny", "gpus=1", "write=new/"], "error: plan.write=new/ cannot be written: it is not a file name"),
         (["model=tiny", "gpus=1", "write=./x", "output=x"], "error: plan.write and plan.output are both ./x"),
         (

@@ -38,8 +38,8 @@ def test_where_none_fits_both_are_told() -> None:
     ("text", "told"),
     [
         ("parallel.tp", "not KEY=VALUE"),
-        ("batch.global_batch_size=2", "no field of the layout"),
-        ("parallel.tq=2", "no field of the layout"),
+        ("batch.global_batch_size=2", "not a field of the layout"),
+        ("parallel.tq=2", "not a field of the layout"),
         ("parallel.tp=many", "not a whole number"),
         ("parallel.tp=0", "below 1"),
         ("parallel.tp=1:30", "not a whole number"),

@@ -54,11 +54,11 @@ def test_a_layout_fills_its_nodes() -> None:
         checks.nodes_of(config(ranks_per_node=2), prime)
 
 
-@pytest.mark.parametrize("name", ["grace_s", "meet_timeout_s"])
+@pytest.mark.parametrize("name", ["grace_s", "rendezvous_timeout_s"])
 @pytest.mark.parametrize("minutes", [1, 10])
 def test_at_least_half_of_a_job_is_left_to_train(name: str, minutes: int) -> None:
     """The remedy is a value that the field may have, and that passes."""
-    other = "meet_timeout_s" if name == "grace_s" else "grace_s"
+    other = "rendezvous_timeout_s" if name == "grace_s" else "grace_s"
     half = minutes * 30
     checks.job(config(**{name: half, other: 10}, time_limit_min=minutes))
     remedy = max(10, minutes * 6)

@@ -153,7 +153,7 @@ WRONG = {
     "too large for the GPUs of fewer nodes": (
         ["launcher.min_nodes=128", "launcher.nodes=256", "parallel.dp=null", "cluster.memory_gib=72.9"],
         "launcher.min_nodes=128 lets the job start with 128 nodes, where stage"),
-    "fallback of another batch": (["launcher.fallbacks=['batch.global_batch_size=8']"], "no field of the layout"),
+    "fallback of another batch": (["launcher.fallbacks=['batch.global_batch_size=8']"], "not a field of the layout"),
     "two jobs in one run": (["launcher.preflight=resubmit", "launcher.chain=2"], "would start a second job"),
     "image that mpirun would ignore": (["launcher.container=nvcr.io/x", "launcher.start=mpirun"],
                                        "outside launcher.container"),
