@@ -22,6 +22,8 @@ MPI_ASKED = "MOE_RENDEZVOUS"
 """With the value mpi, ranks of srun rendezvous through mpi4py (srun --mpi=pmi2, srun --mpi=pmix)."""
 RENDEZVOUS_TIMEOUT = "MOE_RENDEZVOUS_TIMEOUT_S"
 """Rendezvous timeout, seconds. An environment variable, because ranks have no config before the rendezvous."""
+FORMER_TIMEOUT = "MOE_MEET_S"
+"""Its name in scripts for earlier versions."""
 # Set by mpirun alone: Open MPI; the hydra of MPICH and Intel MPI. srun --mpi sets PMI_RANK or PMIX_RANK without them.
 _MPIRUN_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "RANK", "SLURM_PROCID")
@@ -242,7 +244,8 @@ def connect(info: RankInfo) -> TCPStore:
     """
     from torch.distributed import TCPStore
 
-    timeout_s = _number(os.environ, RENDEZVOUS_TIMEOUT, LauncherConfig().rendezvous_timeout_s)
+    former = _number(os.environ, FORMER_TIMEOUT, LauncherConfig().rendezvous_timeout_s)
+    timeout_s = _number(os.environ, RENDEZVOUS_TIMEOUT, former)
     os.environ.update(info.environment())
     hosts = info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:

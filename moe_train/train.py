@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +120,10 @@ def train(run: Run) -> None:
             run.last_metrics = step.train_step(run, batches)
             for callback in run.callbacks:
                 callback.on_step_end(run, run.last_metrics)
+            position = {name: getattr(run.state, name) for name in ("consumed_samples", "trained_samples")}
             for iterator in batches:
-                if iterator.consumed_samples != run.state.consumed_samples:  # the run went back, and passes over data
-                    iterator.load_state_dict(asdict(run.state))
+                if iterator.state_dict() != position:  # the run went back to a checkpoint, and skips data
+                    iterator.load_state_dict(position)
             interval = cfg.train.eval_interval_steps
             if run.state.step == run.total_steps or (interval and run.state.step % interval == 0):
                 evaluate()

@@ -203,11 +203,12 @@ def test_an_srun_that_leaves_each_rank_alone_is_refused() -> None:
         rendezvous._from_communicator(SRUN, Communicator(1, 1), 0, "srun --mpi", sizes)
 
 
-def test_ranks_wait_for_the_first_as_long_as_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variable", [rendezvous.RENDEZVOUS_TIMEOUT, rendezvous.FORMER_TIMEOUT])
+def test_ranks_wait_for_the_first_as_long_as_they_are_told(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as listener:  # takes the port, and does not answer
         listener.bind(("127.0.0.1", 0))
         info = RankInfo(1, 2, 1, 2, "127.0.0.1", listener.getsockname()[1], "srun")
-        monkeypatch.setattr(os, "environ", dict(os.environ) | {rendezvous.RENDEZVOUS_TIMEOUT: "1"})
+        monkeypatch.setattr(os, "environ", dict(os.environ) | {variable: "1"})
         began = time.monotonic()
         with pytest.raises(LaunchError, match=r"launcher\.rendezvous_timeout_s\) above 1 where it starts later"):
             rendezvous.connect(info)
