@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.syntax import assigned, root_name
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("parallel", "moe_train", "launch", "tools", "bench")
 # Arrows point one way: each package may import those before it.
@@ -154,23 +156,12 @@ def test_what_login_nodes_run_imports_no_torch(path: Path) -> None:
                     waiting += [ROOT.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)]
 
 
-def _root_name(node: ast.AST) -> str:
-    """`a` of `a.b[c].d`."""
-    while isinstance(node, (ast.Attribute, ast.Subscript)):
-        node = node.value
-    return node.id if isinstance(node, ast.Name) else ""
-
-
 def _patches(tree: ast.Module) -> Iterator[str]:
     """Statements that set an attribute of something imported from torch or Megatron-Core."""
     upstream = {bound for module, bound in _imports(tree) if module.split(".")[0] in UPSTREAM}
     for node in ast.walk(tree):
-        targets: list[ast.expr] = []
-        if isinstance(node, (ast.Assign, ast.Delete)):
-            targets = node.targets
-        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
-            targets = [node.target]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+        targets = assigned(node)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
             "setattr",
             "delattr",
             "patch.object",
@@ -178,9 +169,8 @@ def _patches(tree: ast.Module) -> Iterator[str]:
         ):
             targets = [ast.Attribute(value=node.args[0], attr="")] if node.args else []
         for target in targets:
-            for part in target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]:
-                if isinstance(part, (ast.Attribute, ast.Subscript)) and _root_name(part) in upstream:
-                    yield f"line {node.lineno}: {ast.unparse(node)}"  # type: ignore[attr-defined]
+            if isinstance(target, (ast.Attribute, ast.Subscript)) and root_name(target) in upstream:
+                yield f"line {node.lineno}: {ast.unparse(node)}"  # type: ignore[attr-defined]
 
 
 OUTSIDE_RUNTIME = [path for path in FILES if "parallel/runtime" not in _name(path)]

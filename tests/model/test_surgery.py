@@ -16,6 +16,7 @@ from moe_train.config.schema import Config
 from moe_train.model import surgery
 from tests.checkpoint import small_run
 from tests.distributed.helper import run_distributed
+from tests.syntax import assigned, root_name
 
 ROOT = Path(__file__).parents[2]
 ALL = [
@@ -123,21 +124,11 @@ def test_a_change_may_replace_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None
 def _assigned(tree: ast.Module) -> Iterator[str]:
     """Attributes that a file sets of objects other than its own `self`, a run, or autograd's context."""
     for node in ast.walk(tree):
-        targets: list[ast.expr] = []
-        if isinstance(node, (ast.Assign, ast.Delete)):
-            targets = node.targets
-        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
-            targets = [node.target]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr"):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr"):
             yield ast.unparse(node)
-        for one in targets:
-            for part in one.elts if isinstance(one, (ast.Tuple, ast.List)) else [one]:
-                root: ast.expr = part
-                while isinstance(root, (ast.Attribute, ast.Subscript)):
-                    root = root.value
-                own = isinstance(root, ast.Name) and root.id in ("self", "cls", "ctx", "run")
-                if isinstance(part, ast.Attribute) and not own:
-                    yield ast.unparse(part)
+        for target in assigned(node):
+            if isinstance(target, ast.Attribute) and root_name(target) not in ("self", "cls", "ctx", "run"):
+                yield ast.unparse(target)
 
 
 def test_no_other_code_sets_attributes_of_upstreams_modules() -> None:
