@@ -9,7 +9,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What the end of a process means for whoever started it. A process that signal N ended has 128 + N."""
+    """What the end of a process means for its launcher. A process that signal N ended has 128 + N."""
 
     DONE = 0
     FAILED = 1

@@ -1,4 +1,4 @@
-"""What a run will need before it is submitted: memory of the fullest rank, and hours. No torch import."""
+"""What a run will need before it is submitted: memory of the peak rank, and hours. No torch import."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RunEstimate:
     """What one run needs.
 
     Args:
-        stage, memory_gib, usable_gib: the fullest pipeline stage as moe-train runs it, and what a GPU has for it; None
+        stage, memory_gib, usable_gib: the peak pipeline stage of moe-train, and what a GPU has for it; None
             on CPU nodes.
         tokens: of the whole run.
         pace: None on CPU nodes.
@@ -93,7 +93,7 @@ def assumptions(cfg: Config, estimate: RunEstimate) -> list[str]:
 
 
 def check_memory(estimate: RunEstimate, layout: ParallelLayout, where: str = "") -> None:
-    """Raise ConfigError where the fullest rank does not fit its GPU; the message begins with `where`."""
+    """Raise ConfigError where the peak rank does not fit its GPU; the message begins with `where`."""
     if estimate.usable_gib is None or estimate.memory_gib <= estimate.usable_gib:
         return
     raise ConfigError(

@@ -36,7 +36,7 @@ class Backend:
     """What one implementation keeps.
 
     Args:
-        norm_keeps_fp32: an RMSNorm keeps its input and the normalised input in fp32; else its input as it is.
+        norm_keeps_fp32: an RMSNorm keeps its input and the normalised input in fp32; else its input unchanged.
         norm_in_linear: norms before gqa's qkv, dense feed-forward and mla's up-projections are part of that linear
             layer, so that `layernorm` cannot recompute them and `mla_up_proj` recomputes mla's with it.
         pads_values: attention wants keys and values of one size.

@@ -50,12 +50,12 @@ class Estimate:
 
     @property
     def memory_bytes(self) -> float:
-        """Memory of the fullest rank, bytes."""
+        """Memory of the peak rank, bytes."""
         return max(self.memory_of_ranks)
 
     @property
     def fits(self) -> bool:
-        """Whether the fullest rank fits what torch can allocate of its accelerator."""
+        """Whether the peak rank fits what torch can allocate of its accelerator."""
         return self.memory_bytes <= self.hardware.usable_bytes
 
     @property
@@ -102,5 +102,5 @@ def stage_memories(workload: Workload, weights: Sequence[Weights]) -> tuple[Stag
 
 
 def fullest_bytes(workload: Workload, weights: Sequence[Weights], schedule: str | None = None) -> float:
-    """Memory of the fullest rank alone, bytes, without the time of a step."""
+    """Memory of the peak rank alone, bytes, without the time of a step."""
     return max(memory_of_ranks(workload, schedule or megatron_schedule(workload), stage_memories(workload, weights)))

@@ -1,4 +1,4 @@
-"""Prediction for a published run: throughput, step time, memory of the fullest GPU. No torch import.
+"""Prediction for a published run: throughput, step time, memory of the peak rank. No torch import.
 
 A row is a configuration (`tools.published.rows`), and takes the way of any other one: `moe_train.model.estimate`.
 """
