@@ -50,7 +50,9 @@ class Batch:
                "PATH": f"{self.dir / 'bin'}:{os.environ['PATH']}"}  # fmt: skip
         command, env = ["bash", str(commands.SCRIPT), *overrides], environment(**(job | variables))
         with (self.dir / "out").open("w") as out:  # not a pipe, which what outlives the script would hold open
-            done = subprocess.run(command, env=env, cwd=self.dir, stdout=out, stderr=out, text=True, timeout=120)
+            done = subprocess.run(
+                command, env=env, cwd=self.dir, stdout=out, stderr=out, text=True, timeout=120, start_new_session=True
+            )
         return done.returncode, (self.dir / "out").read_text()
 
     def lines(self) -> list[str]:
@@ -117,11 +119,12 @@ def test_a_run_that_saved_and_is_not_requeued_says_why(most: str, count: str, sa
     assert ("error:" in text) == says.startswith("error:")
 
 
-def test_sigterm_to_the_script_lets_the_ranks_save(batch: Batch) -> None:
-    """By `scancel --batch --signal=TERM`. At a SIGTERM srun would kill them at once."""
-    srun = """[ $what = train ] || exit 0
+@pytest.mark.parametrize("target", ['"$batch"', '"-$batch"'])
+def test_sigterm_to_the_script_lets_the_ranks_save(target: str, batch: Batch) -> None:
+    """To the script or to its process group, as `scancel --batch` and `--full` send it. srun would kill the ranks."""
+    srun = f"""[ $what = train ] || exit 0
     trap 'echo USR1 >>"$LOG"; exit 75' USR1; trap 'echo TERM >>"$LOG"; exit 143' TERM
-    kill -TERM "$batch"; for i in $(seq 100); do sleep 0.1; done"""
+    kill -TERM {target}; for i in $(seq 100); do sleep 0.1; done"""
     code, text = batch.run(srun, "run_dir=run")
     assert (code, batch.lines()[-1]) == (75, "USR1"), text
     assert "requeue 7" not in batch.lines()

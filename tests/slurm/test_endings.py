@@ -24,13 +24,14 @@ def _python(tmp_path: Path, module: str) -> str:
     return str(script)
 
 
+@pytest.mark.parametrize("target", ["--batch", "--full"])
 @pytest.mark.parametrize("start", ["srun", "torchrun", "mpirun"])
-def test_sigterm_to_the_batch_script_lets_the_ranks_save(start: str, jobs: Jobs, tmp_path: Path) -> None:
-    """And the job does not go back to the queue."""
+def test_sigterm_to_the_batch_script_lets_the_ranks_save(start: str, target: str, jobs: Jobs, tmp_path: Path) -> None:
+    """And the job does not go back to the queue. `--full` also signals the script's process group."""
     run_dir = tmp_path / "run"
     job = jobs.submit(run_dir, steps=100_000, MOE_START=start)
     jobs.wait_for_step(run_dir, 3)
-    jobs.cluster.run("scancel", "--batch", "--signal=TERM", job)
+    jobs.cluster.run("scancel", target, "--signal=TERM", job)
     facts = jobs.end(job, 240)
     assert (facts["ExitCode"], facts["Restarts"]) == ("75:0", "0"), jobs.logs(job)
     assert "saved on request" in (tmp_path / f"slurm-{job}.out").read_text()
