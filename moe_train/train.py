@@ -81,7 +81,7 @@ def build_trainer(ranks: RankContext, model: list[nn.Module]) -> Run:
 def samples_of(run: Run) -> int:
     """Samples of all steps: of those so far, whose batches and sequences may have had other sizes, and to come.
 
-    The order of the samples depends on this number, so that it must be the same after a restart.
+    With `data.shuffle=run` the order of the samples depends on this number: it must be the same after a restart.
     """
     return run.batch_schedule.samples_after(run.state.trained_samples, run.total_steps - run.state.step)
 

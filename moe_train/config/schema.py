@@ -201,6 +201,10 @@ class DataConfig:
         "all as 'PREFIX', which weighs them by their tokens."
     )  # fmt: skip
     split: str = doc("90,5,5", "Shares of train, validation and test documents, percent.")
+    shuffle: str = doc(
+        "epoch", "Sequences that are shuffled together: those of an epoch, so that a longer run continues the same "
+        "order, or those of the whole run, as Megatron-Core does by default.", choices=("epoch", "run"),
+    )  # fmt: skip
     append_eod: bool = doc(True, "End each document with the end-of-document token.")
     eod_token: str | None = doc(
         None, "End-of-document token, by its text; null takes the tokenizer's end-of-sequence token."

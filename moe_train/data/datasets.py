@@ -18,7 +18,7 @@ from moe_train.config.schema import Config, DataConfig
 from moe_train.data import manifest
 from moe_train.data.index_file import read_index
 from moe_train.data.prepare import check_vocabulary
-from moe_train.data.sequences import Sequences, SequencesConfig
+from moe_train.data.sequences import EpochSequences, Sequences, SequencesConfig
 from moe_train.data.tokenizer import load_tokenizer
 from parallel.errors import DataError
 
@@ -31,7 +31,8 @@ def build_datasets(cfg: Config, train_samples: int, valid_samples: int, test_sam
     """Datasets with at least that many sequences each, documents repeated as often as needed; None where 0 are asked.
 
     A sample is tokens, labels, loss_mask and position_ids [s], and with `data.reset_at_eod` attention_mask [1, s, s],
-    True where attention is forbidden. The order of samples depends on `seed` and on how many are asked for.
+    True where attention is forbidden. The order of samples depends on `seed`; with `data.shuffle=run` also on how many
+    are asked for.
 
     Rank 0 of the process group builds the indices in data.dir/cache, then the others read them: `data.dir` must be one
     directory for all nodes. A blend needs a process group, of one rank at least.
@@ -77,7 +78,8 @@ def build_datasets(cfg: Config, train_samples: int, valid_samples: int, test_sam
     if weights is not None:
         config.mid_level_dataset_surplus = _surplus(weights, sizes, config.mid_level_dataset_surplus)
     try:
-        train, valid, test = BlendedMegatronDatasetBuilder(Sequences, list(sizes), lambda: True, config).build()
+        kind = EpochSequences if data.shuffle == "epoch" else Sequences
+        train, valid, test = BlendedMegatronDatasetBuilder(kind, list(sizes), lambda: True, config).build()
     except RuntimeError:  # another rank is gone, and its own error says why
         raise
     except Exception as error:

@@ -1,13 +1,17 @@
-"""Megatron-Core's GPT dataset with a check that the model has an embedding for every token."""
+"""Megatron-Core's GPT dataset with a check that the model has an embedding for every token, and an order by epochs."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from parallel.errors import DataError
@@ -69,3 +73,62 @@ class Sequences(GPTDataset):
             document, start = int(self.document_index[i]), offset if i == first else 0
             length = end + 1 - start if i == last else None  # with the one token more that the last label needs
             yield document, start, self.dataset.get(document, offset=start, length=length)
+
+
+class EpochSequences(Sequences):
+    """`Sequences` in an order that depends on the seed and the position only, not on how many are asked for.
+
+    Each epoch shuffles documents and sequences for itself, and drops its last partial sequence. Upstream shuffles all
+    epochs but the last together, so that a longer run draws other sequences from its first step on. The first epoch is
+    as upstream orders a single one.
+    """
+
+    def __len__(self) -> int:
+        return len(self.shuffle_index)
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Document, sample and shuffle index, from files that rank 0 makes before others read.
+
+        Returns:
+            Document ids [epochs * documents]; (position in them, offset) where each sequence begins and, behind the
+            last one of each epoch, where that ends [epochs * (sequences + 1), 2]; rows of it [epochs * sequences].
+        """
+        base = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
+        cache = Path(self.config.path_to_cache)
+        files = [cache / f"{base}-{name}_index.npy" for name in ("document", "sample", "shuffle")]
+        is_main = not dist.is_initialized() or dist.get_rank() == 0
+        if is_main and not all(file.is_file() for file in files):
+            for file, index in zip(files, self._build_epochs(), strict=True):
+                _save(file, index)
+        document, sample, shuffle = (np.load(file, mmap_mode="r") for file in files)
+        return document, sample, shuffle
+
+    def _build_epochs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        length, tokens = self.config.sequence_length, self._get_num_tokens_per_epoch()
+        per_epoch = (tokens - 1) // length  # the last label needs one token more
+        epochs = -(-(self.num_samples or 1) // per_epoch)
+        documents = len(self.indices)
+        position = np.int32 if epochs * documents <= np.iinfo(np.int32).max else np.int64
+        row = np.uint32 if epochs * (per_epoch + 1) <= np.iinfo(np.uint32).max else np.int64
+        document_index = np.empty((epochs, documents), np.int32)
+        sample_index = np.empty((epochs, per_epoch + 1, 2), position)
+        shuffle_index = np.empty((epochs, per_epoch), row)
+        lengths = self.dataset.sequence_lengths.copy()
+        for epoch in range(epochs):
+            random = np.random.RandomState([self.config.random_seed, epoch] if epoch else self.config.random_seed)
+            document_index[epoch] = self.indices
+            random.shuffle(document_index[epoch])
+            sample_index[epoch] = helpers.build_sample_idx(lengths, document_index[epoch], length, 1, tokens)
+            sample_index[epoch, :, 0] += epoch * documents
+            order = np.arange(per_epoch, dtype=row)
+            random.shuffle(order)
+            shuffle_index[epoch] = epoch * (per_epoch + 1) + order
+        return document_index.reshape(-1), sample_index.reshape(-1, 2), shuffle_index.reshape(-1)
+
+
+def _save(file: Path, array: np.ndarray) -> None:
+    """Write a file of the cache. A kill leaves no half of it under its name."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    with partial.open("wb") as out:
+        np.save(out, array)
+    partial.replace(file)

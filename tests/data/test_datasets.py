@@ -92,6 +92,54 @@ def test_the_order_depends_on_the_seed_and_is_the_same_again_from_the_cache(dire
     assert order(2) != first
 
 
+def order(cfg: Config, samples: int) -> list[list[int]]:
+    data = build_datasets(cfg, samples, 0, 0)[0]
+    assert len(data) >= samples
+    return [data[i]["tokens"].tolist() for i in range(samples)]
+
+
+def per_epoch(cfg: Config) -> int:
+    return len(build_datasets(cfg, 1, 0, 0)[0])
+
+
+def test_a_longer_run_continues_the_same_order(directory: Path) -> None:
+    cfg = settings(directory)
+    epoch = per_epoch(cfg)
+    assert order(cfg, 3 * epoch)[: epoch + 10] == order(cfg, epoch + 10)
+    cfg.data.shuffle = "run"
+    assert order(cfg, 3 * epoch)[: epoch + 10] != order(cfg, epoch + 10)
+
+
+def test_the_first_epoch_is_ordered_as_upstream_orders_a_single_one(directory: Path) -> None:
+    cfg = settings(directory)
+    first = order(cfg, per_epoch(cfg))
+    cfg.data.shuffle = "run"
+    assert order(cfg, len(first)) == first
+
+
+def test_each_epoch_has_each_document_once_in_another_order(directory: Path, tmp_path: Path) -> None:
+    """Document i is 7 times the token i + 1, so that tokens say which documents were read."""
+    known = write(tmp_path / "known", [[i + 1] * 7 for i in range(100)])
+    cfg = settings(directory, blend=[f"1 {known}"], split="100,0,0")
+    epoch = (7 * 100 - 1) // LENGTH
+    read = np.array(run_distributed(order, 1, cfg, 2 * epoch)[0]).reshape(2, -1)
+    for tokens in read:
+        counts = np.bincount(tokens, minlength=101)[1:]
+        assert counts.max() == 7  # never twice
+        assert counts.sum() == epoch * LENGTH
+        # What is left out is the end of the last documents.
+        assert (counts == 7).sum() >= 95
+    assert read[0].tolist() != read[1].tolist()
+
+
+def test_a_longer_run_of_a_blend_continues_the_same_order(directory: Path, tmp_path: Path) -> None:
+    low = write(tmp_path / "low", [[i % 100] * 50 for i in range(30)])
+    high = write(tmp_path / "high", [[100 + i % 100] * 50 for i in range(30)])
+    cfg = settings(directory, blend=[f"3 {low}", f"1 {high}"])
+    (short,), (long,) = (run_distributed(order, 1, cfg, samples) for samples in (150, 400))
+    assert long[:150] == short
+
+
 def test_only_what_is_asked_for_is_built_and_needs_text(tmp_path: Path) -> None:
     data = config(write_txt(tmp_path / "text", texts(3)), tmp_path / "data")
     prepare(data, 300, progress=False)
