@@ -71,7 +71,7 @@ def _rank(overrides: list[str], rank: int, ranks: int, port: int, directory: str
     cfg = compose(overrides)
     run = train.prepare(cfg, RankInfo(rank, ranks, rank, ranks, "127.0.0.1", port, "torchrun"))
     data, _, _ = build_datasets(cfg, 1000 * cfg.batch.global_batch_size, 0, 0)
-    batches = train.iterators(run, data, 0)
+    batches = train.train_reader(run, data, 0).for_chunks(run.layout.vpp)
     times: dict[str, list[float]] = {name: [] for name in ("waiting", "beside", "in_all", "quiet_step", "busy_step")}
 
     def steps(count: int, name: str) -> None:

@@ -276,7 +276,7 @@ def steps(run: Run, count: int) -> tuple[list[dict[str, float]], dict[str, Tenso
     """Losses of the next steps, and the gradients of the first of them."""
     samples = (run.state.step + count) * run.cfg.batch.global_batch_size
     dataset, _, _ = build_datasets(run.cfg, samples, 0, 0)
-    batches = train.iterators(run, dataset, run.state.consumed_samples)
+    batches = train.train_reader(run, dataset, run.state.consumed_samples).for_chunks(run.layout.vpp)
     losses: list[dict[str, float]] = []
     first: dict[str, Tensor] = {}
     for _ in range(count):

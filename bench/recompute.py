@@ -98,7 +98,7 @@ def _train(cfg: Config, rank: RankInfo) -> tuple[list[Any], dict[str, Any]]:
     groups.destroy()
     run = train.prepare(cfg, rank)
     data, _, _ = build_datasets(cfg, cfg.batch.global_batch_size, 0, 0)
-    metrics = train_step(run, train.iterators(run, data, 0))
+    metrics = train_step(run, train.train_reader(run, data, 0).for_chunks(run.layout.vpp))
     return [p.main_grad.float().clone() for chunk in run.chunks for p in chunk.parameters()], metrics
 
 

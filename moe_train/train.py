@@ -93,12 +93,13 @@ def train(run: Run) -> None:
     evaluated = eval_count * run.evaluation_batch_size
     train_data, run.valid_data, _ = build_datasets(cfg, samples_of(run), evaluated, 0)
     # A run that left data out after a bad step needs more than its steps take, and uses its first samples again.
-    batches = iterators(run, train_data, run.state.consumed_samples, wrap=True)
+    reader = train_reader(run, train_data, run.state.consumed_samples, wrap=True)
+    batches = reader.for_chunks(run.layout.vpp)
 
     def evaluate() -> None:
         if eval_count and run.valid_data is not None:
             with run.clock.paused():
-                found = step.evaluate(run, held_out(run), eval_count)
+                found = step.evaluate(run, held_out(run).for_chunks(run.layout.vpp), eval_count)
             if found.loss is None:
                 run.announce("evaluation_skipped", reason="no token of the validation batches counts towards the loss")
                 return
@@ -121,9 +122,8 @@ def train(run: Run) -> None:
             for callback in run.callbacks:
                 callback.on_step_end(run, run.last_metrics)
             position = {name: getattr(run.state, name) for name in ("consumed_samples", "trained_samples")}
-            for iterator in batches:
-                if iterator.state_dict() != position:  # the run went back to a checkpoint, and skips data
-                    iterator.load_state_dict(position)
+            if reader.state_dict() != position:  # the run went back to a checkpoint, and skips data
+                reader.load_state_dict(position)
             interval = cfg.train.eval_interval_steps
             if run.state.step == run.total_steps or (interval and run.state.step % interval == 0):
                 evaluate()
@@ -133,31 +133,28 @@ def train(run: Run) -> None:
             callback.on_end(run)
 
 
-def iterators(run: Run, dataset: Any, start_sample: int, wrap: bool = False) -> list[BatchIterator]:
-    """One iterator over the next batches of training for each model chunk of this rank."""
-    return _iterators(run, dataset, run.batch_schedule, start_sample, run.state.trained_samples, wrap)
+def train_reader(run: Run, dataset: Any, start_sample: int, wrap: bool = False) -> BatchIterator:
+    """The next batches of training, for this rank."""
+    return _reader(run, dataset, run.batch_schedule, start_sample, run.state.trained_samples, wrap)
 
 
-def held_out(run: Run) -> list[BatchIterator]:
-    """One iterator over the batches of an evaluation for each model chunk of this rank."""
-    return _iterators(run, run.valid_data, BatchSchedule.constant(run.evaluation_batch_size), 0, 0, wrap=False)
+def held_out(run: Run) -> BatchIterator:
+    """The batches of an evaluation, for this rank."""
+    return _reader(run, run.valid_data, BatchSchedule.constant(run.evaluation_batch_size), 0, 0, wrap=False)
 
 
-def _iterators(
+def _reader(
     run: Run, dataset: Any, schedule: BatchSchedule, start_sample: int, trained_samples: int, wrap: bool
-) -> list[BatchIterator]:
-    return [
-        BatchIterator(
-            dataset,
-            dp_rank=ps.get_data_parallel_rank(),
-            dp_size=run.layout.dp,
-            micro_batch_size=run.cfg.batch.micro_batch_size,
-            schedule=schedule,
-            start_sample=start_sample,
-            trained_samples=trained_samples,
-            device=run.device,
-            workers=run.cfg.data.loader_workers,
-            wrap=wrap,
-        )
-        for _ in range(run.layout.vpp)
-    ]
+) -> BatchIterator:
+    return BatchIterator(
+        dataset,
+        dp_rank=ps.get_data_parallel_rank(),
+        dp_size=run.layout.dp,
+        micro_batch_size=run.cfg.batch.micro_batch_size,
+        schedule=schedule,
+        start_sample=start_sample,
+        trained_samples=trained_samples,
+        device=run.device,
+        workers=run.cfg.data.loader_workers,
+        wrap=wrap,
+    )

@@ -83,11 +83,12 @@ def grown(degrees: small_run.Degrees) -> list[dict[str, Any]]:
     run = small_run.prepare(small_run.config(Path("unused"), degrees))
     run.total_steps = len(SIZES)
     assert train.samples_of(run) == sum(SIZES)
-    batches = train.iterators(run, Texts(), 0)
+    reader = train.train_reader(run, Texts(), 0)
+    batches = reader.for_chunks(run.layout.vpp)
     found = []
     for _ in SIZES:
         metrics = step.train_step(run, batches)
-        assert {batch.consumed_samples for batch in batches} == {run.state.consumed_samples}
+        assert reader.consumed_samples == run.state.consumed_samples
         own = {name: metrics[name] for name in ("lm_loss", "grad_norm", "mtp_loss", "seq_load_balancing_loss")}
         routed = sum(metrics["expert_load"][1])
         found.append({**own, "routed": routed, "trained": run.state.trained_samples, "size": run.last_batch_size()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +64,14 @@ class BatchIterator:
         """Continue behind the samples that `state` has consumed; batches read ahead are dropped."""
         self.close()
         self._consumed, self._trained = state["consumed_samples"], state["trained_samples"]
+
+    def for_chunks(self, count: int) -> list[Iterator[Batch]]:
+        """An iterator over the same micro-batches for each of `count` model chunks. Each is read once.
+
+        Chunks of an interleaved pipeline take micro-batches at different times, and each takes all of a global batch.
+        Micro-batches between the first chunk and the last one stay in memory.
+        """
+        return list(itertools.tee(self, count))
 
     def close(self) -> None:
         """End the worker processes. The iterator continues with its unfinished global batch."""

@@ -157,7 +157,7 @@ def _go_on(run: Run, case: Case) -> None:
     checkpoint.resume(run)
     train.set_length(run)
     if run.state.step < run.total_steps:
-        data = train.iterators(run, Samples(), run.state.consumed_samples, wrap=True)
+        data = train.train_reader(run, Samples(), run.state.consumed_samples, wrap=True).for_chunks(run.layout.vpp)
         step.train_step(run, data)
     for name, value in asdict(run.state).items():
         if type(value) is not int or value < 0:

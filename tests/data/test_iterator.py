@@ -49,6 +49,24 @@ def global_batches(dp_size: int, micro: int, size: int = 8, start: int = 0, coun
     return batches
 
 
+def test_chunks_of_a_rank_share_one_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when one is a global batch ahead, and after the run went back."""
+    read: list[int] = []
+    take = Numbered.__getitem__
+    monkeypatch.setattr(Numbered, "__getitem__", lambda self, index: (read.append(index), take(self, index))[1])
+    reader = iterator(micro=2, size=4)
+    first, second = reader.for_chunks(2)
+    ahead = [next(first)["tokens"] for _ in range(4)]
+    assert read == list(range(8))
+    assert [next(second)["tokens"].tolist() for _ in range(4)] == [tokens.tolist() for tokens in ahead]
+    assert read == list(range(8))
+    assert reader.consumed_samples == 8
+    reader.load_state_dict({"consumed_samples": 4, "trained_samples": 4})
+    for chunk in (second, first):
+        assert next(chunk)["tokens"].tolist() == ahead[2].tolist()
+    assert read == [*range(8), 4, 5]
+
+
 def test_micro_batches_are_stacked_samples() -> None:
     batch = next(iterator(micro=2))
     assert batch["tokens"].tolist() == [[0, 1, 2], [1, 2, 3]]
