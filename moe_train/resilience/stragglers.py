@@ -17,7 +17,7 @@ class Slow:
 
     rank: int
     what: str
-    """own time of a step, or matrix product."""
+    """`busy time of a step` or `GEMM`."""
     seconds: float
     median_s: float
     """Of the ranks it is compared with."""
@@ -40,7 +40,7 @@ class Judge:
         """Ranks to name after one more interval.
 
         Args:
-            times: of each rank its own time of a step, the time of the fixed product, and that of a whole step, s.
+            times: of each rank its busy time of a step, the time of the fixed GEMM, and that of a whole step, s.
         """
         found = []
         for rank, (own_s, product_s, step_s) in enumerate(times):

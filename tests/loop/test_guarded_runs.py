@@ -99,8 +99,8 @@ def test_a_slow_rank_is_named(action: str, small_data: tuple[str, ...], tmp_path
     else:
         train(tmp_path, small_data, *wanted, inject=slow)
     found = [line for line in read(tmp_path / "metrics.jsonl") if line.get("event") == "straggler"]
-    named = {line["rank"] for line in found if line["what"] == "own time of a step"}
-    # Where other processes have the cores, the product of a rank may be slow too, and ends the run as well.
+    named = {line["rank"] for line in found if line["what"] == "busy time of a step"}
+    # Where other processes have the cores, the GEMM of a rank may be slow too, and ends the run as well.
     assert named == {1} or (action == "stop" and found and not named)
 
 
