@@ -157,4 +157,5 @@ def _reader(
         device=run.device,
         workers=run.cfg.data.loader_workers,
         wrap=wrap,
+        packed=run.cfg.data.reset_at_eod,
     )

@@ -9,15 +9,13 @@ from torch import Tensor
 def on_this_rank(batch: dict[str, Tensor], rank: int, cp: int) -> dict[str, Tensor]:
     """The part of `batch` that context-parallel rank `rank` of `cp` holds: slices `rank` and 2cp-1-rank of 2cp.
 
-    This zig-zag gives each rank the same causal work. Dimension 1 is the sequence, dimension 2 of `attention_mask`
-    [b, 1, s, s]. It is that of `megatron.core.utils.get_batch_on_this_cp_rank`, whose arguments differ between the
-    supported versions.
+    This zig-zag gives each rank the same causal work. Dimension 1 is the sequence. It is that of
+    `megatron.core.utils.get_batch_on_this_cp_rank`, whose arguments differ between the supported versions.
     """
     if cp == 1:
         return batch
     parts: dict[str, Tensor] = {}
     for name, value in batch.items():
-        dim = 2 if name == "attention_mask" else 1
-        slices = value.chunk(2 * cp, dim=dim)
-        parts[name] = torch.cat([slices[rank], slices[2 * cp - 1 - rank]], dim=dim)
+        slices = value.chunk(2 * cp, dim=1)
+        parts[name] = torch.cat([slices[rank], slices[2 * cp - 1 - rank]], dim=1)
     return parts

@@ -30,8 +30,8 @@ SPLITS = ("training", "validation", "test")
 def build_datasets(cfg: Config, train_samples: int, valid_samples: int, test_samples: int) -> tuple[Any, Any, Any]:
     """Datasets with at least that many sequences each, documents repeated as often as needed; None where 0 are asked.
 
-    A sample is tokens, labels, loss_mask and position_ids [s], and with `data.reset_at_eod` attention_mask [1, s, s],
-    True where attention is forbidden. The order of samples depends on `seed`; with `data.shuffle=run` also on how many
+    A sample is tokens, labels, loss_mask and position_ids [s]; with `data.reset_at_eod` each document of it begins at
+    position 0. The order of samples depends on `seed`; with `data.shuffle=run` also on how many
     are asked for.
 
     Rank 0 of the process group builds the indices in data.dir/cache, then the others read them: `data.dir` must be one
@@ -60,7 +60,7 @@ def build_datasets(cfg: Config, train_samples: int, valid_samples: int, test_sam
         reset_position_ids=data.reset_at_eod,
         reset_attention_mask=data.reset_at_eod,
         eod_mask_loss=data.reset_at_eod,
-        create_attention_mask=data.reset_at_eod,
+        create_attention_mask=False,
         model_vocab_size=cfg.model.vocab_size,
         tokenizer_path=str(tokenizer.path),
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from moe_train.data import packing
 from moe_train.schedules import BatchSchedule
 from parallel.errors import DataError
 
@@ -30,6 +32,7 @@ class BatchIterator:
         device: where batches go; None leaves them on the CPU.
         workers: processes that read ahead; 0 reads in this one. `close` ends them.
         wrap: whether to begin again with the first sample behind the last one, instead of ending.
+        packed: whether micro-batches are one row each, in which documents are kept apart (`packing.pack`).
 
     Raises:
         ValueError: a global batch is not whole micro-batches on every rank.
@@ -39,7 +42,7 @@ class BatchIterator:
     def __init__(
         self, dataset: Dataset[Any], *, dp_rank: int, dp_size: int, micro_batch_size: int,
         schedule: BatchSchedule, start_sample: int = 0, trained_samples: int = 0, device: torch.device | None = None,
-        workers: int = 0, wrap: bool = False,
+        workers: int = 0, wrap: bool = False, packed: bool = False,
     ) -> None:  # fmt: skip
         for size in schedule.sizes:
             if size % (micro_batch_size * dp_size):
@@ -47,6 +50,7 @@ class BatchIterator:
         self.dataset, self.device, self.workers, self.wrap = dataset, device, workers, wrap
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.micro_batch_size, self.schedule = micro_batch_size, schedule
+        self._collate = partial(_collate, packed=packed)
         self._consumed, self._trained = start_sample, trained_samples
         self._taken = 0  # micro-batches of the current global batch
         self._batches: Iterator[Batch | DataError] | None = None
@@ -90,7 +94,10 @@ class BatchIterator:
         self._count()
         if self.device is None:
             return batch
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        return {
+            name: tensor if name == packing.MAX_SEQLEN else tensor.to(self.device, non_blocking=True)
+            for name, tensor in batch.items()
+        }
 
     def _count(self) -> None:
         """One more micro-batch was taken; a global batch is consumed when its last one is."""
@@ -110,12 +117,12 @@ class BatchIterator:
 
     def _read(self) -> Iterator[Batch | DataError]:
         for indices in self._indices():
-            yield _collate([self.dataset[i] for i in indices])
+            yield self._collate([self.dataset[i] for i in indices])
 
     def _read_ahead(self) -> Iterator[Batch | DataError]:
         loader = DataLoader(
             _ErrorsAsSamples(self.dataset),
-            collate_fn=_collate,
+            collate_fn=self._collate,
             batch_sampler=self._indices(),
             num_workers=self.workers,
             # A rank's own default is how it was started itself: a worker would import torch and Megatron-Core again.
@@ -140,7 +147,7 @@ class _ErrorsAsSamples(Dataset[Any]):
             return error
 
 
-def _collate(samples: list[Any]) -> Batch | DataError:
+def _collate(samples: list[Any], packed: bool) -> Batch | DataError:
     """The tensors of samples, stacked; the first error where there is one.
 
     Other values are left out, such as `dataset_id` of a blend, a numpy integer without a sequence dimension.
@@ -149,4 +156,5 @@ def _collate(samples: list[Any]) -> Batch | DataError:
         if isinstance(sample, DataError):
             return sample
     names = [name for name, value in samples[0].items() if isinstance(value, Tensor)]
-    return {name: torch.stack([sample[name] for sample in samples]) for name in names}
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in names}
+    return packing.pack(batch) if packed else batch

@@ -44,13 +44,16 @@ def forward_backward(
     samples: int, *, forward_only: bool, beat: Callable[[], None] | None = None,
 ) -> list[Partial]:  # fmt: skip
     """What each micro-batch contributes to loss and metrics, on the last pipeline stage; empty elsewhere."""
+    rows, length = ranks.cfg.batch.micro_batch_size, ranks.cfg.train.seq_length
+    if ranks.cfg.data.reset_at_eod:  # packed in one row
+        rows, length = 1, rows * length
     outputs = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, objective, beat),
         data_iterator=list(batches) if len(batches) > 1 else batches[0],
         model=list(chunks),
         num_microbatches=ranks.micro_batches_of(samples),
-        seq_length=ranks.cfg.train.seq_length,
-        micro_batch_size=ranks.cfg.batch.micro_batch_size,
+        seq_length=length,
+        micro_batch_size=rows,
         forward_only=forward_only,
     )
     return [output["partial"] for output in outputs]

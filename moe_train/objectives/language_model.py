@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_train.config.schema import Config
+from moe_train.data.packing import packed_seq_params
 from moe_train.objectives.base import Batch, Loss
 from moe_train.telemetry.registry import Reduction
 
@@ -22,11 +23,12 @@ class LanguageModel:
         pass
 
     def forward_inputs(self, batch: Batch) -> dict[str, Any]:
-        """Tokens, positions, mask and labels."""
+        """Tokens, positions, labels, and in a packed batch the boundaries of documents."""
         return {
             "input_ids": batch["tokens"],
             "position_ids": batch["position_ids"],
-            "attention_mask": batch.get("attention_mask"),
+            "attention_mask": None,  # causal
+            "packed_seq_params": packed_seq_params(batch),
             "labels": batch["labels"],
             # Upstream counts tokens with it for multi-token prediction, and would cast fp32 to the training precision
             # first (`Float16Module`): bf16 cannot count beyond 256, and fp16 ends at 65,504.

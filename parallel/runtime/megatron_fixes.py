@@ -7,6 +7,8 @@ Apply them through `parallel.runtime.patching.apply`. Each names the upstream fi
 from __future__ import annotations
 
 import contextlib
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -169,8 +171,8 @@ def predicted_tokens_of_whole_sequences(device: torch.device, replace: Replace) 
     Upstream: transformer/multi_token_prediction.py and models/gpt/gpt_model.py take the tokens that each rank predicts
     in a micro-batch. From 0.19 on the loss is multiplied by the tokens that count over those that are predicted, so its
     weight changes with the micro-batch size where a mask leaves tokens out, and on the context-parallel rank that has
-    the end of the sequence. Here that ratio is the one of sequences in which every token counts. Goes when upstream
-    sums the counts over the global batch.
+    the end of the sequence. Here that ratio is the one of sequences in which every token counts, and 1 for packed
+    documents, whose lengths differ between micro-batches. Goes when upstream sums the counts over the global batch.
     """
     from megatron.core.models.gpt import gpt_model
     from megatron.core.transformer import multi_token_prediction
@@ -187,12 +189,38 @@ def predicted_tokens_of_whole_sequences(device: torch.device, replace: Replace) 
         # A mask carries the tokens of before its first roll, and how often it was rolled.
         tokens, depth = getattr(tensor, "tokens_and_depth", (tensor.sum(), 0))
         rolled.tokens_and_depth = tokens, depth + 1
+        if packed_seq_params is not None:
+            return rolled, tokens
         length = tensor.size(dims) * (1 if cp_group is None else cp_group.size())
         return rolled, tokens * (length - depth - 1) / length
 
     replace(multi_token_prediction, "roll_tensor", roll)
     if hasattr(gpt_model, "roll_tensor"):
         replace(gpt_model, "roll_tensor", roll)
+
+
+def prediction_recomputed_with_packed_documents(device: torch.device, replace: Replace) -> None:
+    """A prediction layer is recomputed with packed documents.
+
+    Upstream: transformer/multi_token_prediction.py of 0.16 passes `packed_seq_params`, which is not a tensor, through
+    the checkpoint function, which saves tensors only. Goes with the end of support for 0.16.
+    """
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+
+    original = MultiTokenPredictionLayer._checkpointed_forward
+    if "forward_func" not in inspect.signature(original).parameters:
+        return
+
+    def checkpointed(self: Any, forward_func: Callable[..., Any], **arguments: Any) -> Any:
+        packed, names = arguments["packed_seq_params"], list(arguments)
+
+        def forward(*values: Any, **named: Any) -> Any:
+            tensors = dict(zip(names, values, strict=False)) | named
+            return forward_func(**{**tensors, "packed_seq_params": packed})
+
+        return original(self, forward, **{**arguments, "packed_seq_params": None})
+
+    replace(MultiTokenPredictionLayer, "_checkpointed_forward", checkpointed)
 
 
 PATCHES = (
@@ -205,7 +233,8 @@ PATCHES = (
     gradients_scaled_in_place,
     parts_of_unequal_length,
     predicted_tokens_of_whole_sequences,
+    prediction_recomputed_with_packed_documents,
 )
 """What a machine without GPU needs."""
 
-ON_ANY_DEVICE = (predicted_tokens_of_whole_sequences,)
+ON_ANY_DEVICE = (predicted_tokens_of_whole_sequences, prediction_recomputed_with_packed_documents)

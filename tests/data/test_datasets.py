@@ -158,20 +158,17 @@ def test_documents_are_kept_apart_where_that_is_asked_for(directory: Path) -> No
     cfg = settings(directory, reset_at_eod=True)
     cfg.train.seq_length = 256
     data = build_datasets(cfg, 8, 0, 0)[0]
-    batch = next(BatchIterator(data, dp_rank=0, dp_size=1, micro_batch_size=2, schedule=BatchSchedule.constant(2)))
-    assert batch["attention_mask"].shape == (2, 1, 256, 256)
-    eod = load_tokenizer(cfg.data).eod
-    for tokens, mask, positions, loss_mask in zip(
-        batch["tokens"], batch["attention_mask"][:, 0], batch["position_ids"], batch["loss_mask"], strict=True
-    ):
-        ends = (tokens == eod).int()
-        assert ends.sum() >= 1
-        document = torch.cumsum(ends, 0) - ends  # the end token belongs to the document that it ends
-        allowed = (document[:, None] == document[None, :]).tril()
-        assert torch.equal(mask, ~allowed)
-        begins = torch.searchsorted(document, document)
-        assert torch.equal(positions, torch.arange(256) - begins)
-        assert torch.equal(loss_mask, 1.0 - ends)
+    schedule = BatchSchedule.constant(2)
+    batch = next(BatchIterator(data, dp_rank=0, dp_size=1, micro_batch_size=2, schedule=schedule, packed=True))
+    tokens, positions = batch["tokens"].view(2, 256), batch["position_ids"].view(2, 256)
+    ends = (tokens == load_tokenizer(cfg.data).eod).int()
+    assert (ends.sum(1) >= 1).all()
+    begins = {0, 256, 512, *((ends.flatten().nonzero().flatten() + 1).tolist())}
+    assert batch["cu_seqlens"].tolist() == sorted(begins)
+    for own_ends, own_positions, loss_mask in zip(ends, positions, batch["loss_mask"].view(2, 256), strict=True):
+        document = torch.cumsum(own_ends, 0) - own_ends  # the end token belongs to the document that it ends
+        assert torch.equal(own_positions, torch.arange(256) - torch.searchsorted(document, document))
+        assert torch.equal(loss_mask, 1.0 - own_ends)
 
 
 def both_kinds(cfg: Config) -> tuple[list[int], list[list[int]]]:

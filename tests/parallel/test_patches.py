@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,6 +162,7 @@ def _unequal_parts() -> None:
 
 
 def _tokens_of_a_split_sequence() -> None:
+    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer import multi_token_prediction
 
     group = torch.distributed.group.WORLD
@@ -173,6 +175,29 @@ def _tokens_of_a_split_sequence() -> None:
     assert count.item() == 1.75  # the same share of the tokens that count, wherever those are
     _, count = multi_token_prediction.roll_tensor(torch.tensor([[0.0, 1, 1, 1]]))
     assert count.item() == 3 * 3 / 4
+    documents = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor([0, 1, 4]))
+    rolled, count = multi_token_prediction.roll_tensor(torch.ones(1, 4), packed_seq_params=documents)
+    assert (rolled.tolist(), count.item()) == ([[0.0, 1, 1, 0]], 4)
+
+
+def _recomputed_prediction() -> None:
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+
+    class Layer:
+        config = SimpleNamespace(fp8=None, distribute_saved_activations=False, recompute_method="uniform",
+                                 recompute_num_layers=1)  # fmt: skip
+
+        def compute(self, hidden_states: torch.Tensor, packed_seq_params: Any = None, scale: Any = None) -> Any:
+            assert packed_seq_params is documents
+            return hidden_states * scale
+
+    documents, layer = PackedSeqParams(qkv_format="thd"), Layer()
+    x, scale = torch.rand(4, requires_grad=True), torch.tensor(3.0)
+    arguments = {"hidden_states": x, "packed_seq_params": documents, "scale": scale}
+    MultiTokenPredictionLayer._checkpointed_forward(layer, layer.compute, **arguments).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [3.0] * 4
 
 
 def _clipped_gradients() -> None:
@@ -211,9 +236,13 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "gradients_scaled_in_place": _clipped_gradients,
     "parts_of_unequal_length": _unequal_parts,
     "predicted_tokens_of_whole_sequences": _tokens_of_a_split_sequence,
+    "prediction_recomputed_with_packed_documents": _recomputed_prediction,
 }
 RANKS = {"parts_of_unequal_length": 2, "predicted_tokens_of_whole_sequences": 2}
-ONLY_OLD = {"attention_without_transformer_engine", "router_without_transformer_engine"}
+ONLY_OLD = {
+    "attention_without_transformer_engine", "router_without_transformer_engine",
+    "prediction_recomputed_with_packed_documents",
+}  # fmt: skip
 ONLY_NEW = {"recomputed_outputs_without_a_compiler"}
 
 

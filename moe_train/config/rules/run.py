@@ -123,7 +123,7 @@ def data_blend(facts: Facts) -> None:
 
 
 def document_masks(facts: Facts) -> None:
-    """Masks at document ends need whole sequences, and tokens that end documents."""
+    """Documents kept apart need whole sequences, and tokens that end documents."""
     cfg = facts.cfg
     if cfg.data.reset_at_eod and not cfg.data.append_eod and cfg.data.source != "none":
         raise Impossible("data.reset_at_eod=true needs end-of-document tokens, but data.append_eod=false writes none",
@@ -132,6 +132,13 @@ def document_masks(facts: Facts) -> None:
         raise Impossible(
             f"data.reset_at_eod=true needs whole sequences on each rank, but parallel.cp={cfg.parallel.cp} splits them",
             [{"data.reset_at_eod": False}, {"parallel.cp": 1}],
+        )
+    # Its sequences are packed in one, over which Megatron-Core's router would then balance experts.
+    if cfg.data.reset_at_eod and cfg.batch.micro_batch_size > 1 and "seq_aux_loss" in cfg.model.balance_losses:
+        raise Impossible(
+            f"data.reset_at_eod=true packs the {cfg.batch.micro_batch_size} sequences of a micro-batch "
+            "(batch.micro_batch_size) in one, but model.balance_losses has seq_aux_loss, which is a mean over each",
+            [{"batch.micro_batch_size": 1}, {"data.reset_at_eod": False}],
         )
 
 

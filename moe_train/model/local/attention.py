@@ -23,7 +23,7 @@ from parallel.planner.workload import SHORT_TOKENS, query_block
 
 
 class CoreAttention(nn.Module):
-    """softmax(q k^T * scale) v, causal, over the whole sequence.
+    """softmax(q k^T * scale) v, causal, over the whole sequence or within each of its documents.
 
     With context parallelism, rank r of c holds the 1/(2c) slices r and 2c-1-r of the sequence (zig-zag, as upstream
     splits it, so that causal work is even). Keys and values are gathered from all ranks; queries stay.
@@ -43,25 +43,24 @@ class CoreAttention(nn.Module):
     ) -> Tensor:  # fmt: skip
         """`query` [s, b, n, d], `key` [s, b, g, d], `value` [s, b, g, dv] -> [s, b, n * dv].
 
-        `attention_mask` [b, 1, s, s] is True where attention is forbidden; None means causal.
+        With `packed_seq_params` of format thd: [t, n, d], [t, g, d], [t, g, dv] -> [t, n * dv], where documents follow
+        one another.
 
         Raises:
-            ConfigError: for an explicit mask under context parallelism, a bias or packed sequences.
+            ConfigError: for an explicit mask, a bias, or packed documents under context parallelism.
         """
-        if packed_seq_params is not None or attention_bias is not None or (self.cp > 1 and attention_mask is not None):
+        if attention_mask is not None or attention_bias is not None or (self.cp > 1 and packed_seq_params is not None):
             raise ConfigError(
-                "backend.name=local attends causally, or by a mask without context parallelism",
+                "backend.name=local attends causally, and within documents only without context parallelism",
                 "set backend.name=te on cuda, or data.reset_at_eod=false",
             )
-        repeat = query.size(2) // key.size(2)
-        short_enough = len(key) == len(query) <= SHORT_TOKENS
-        if self.cp == 1 and attention_mask is None and query.device.type == "cpu" and short_enough:
-            key, value = _expand(key, repeat), _expand(value, repeat)
-            short: Tensor = ShortAttention.apply(query, key, value, self.scale)
-            return short
+        if packed_seq_params is not None:
+            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+            documents = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
+            return torch.cat([self._causal(*document) for document in documents]).squeeze(1)
         if self.cp == 1:
-            mask = None if attention_mask is None else ~attention_mask
-            return self._attend(query, _expand(key, repeat), _expand(value, repeat), mask)
+            return self._causal(query, key, value)
+        repeat = query.size(2) // key.size(2)
         key, value = (_expand(self._gather_sequence(x), repeat) for x in (key, value))
         rank, part = get_context_parallel_group().rank(), query.size(0) // 2
         outputs = []
@@ -70,6 +69,15 @@ class CoreAttention(nn.Module):
             allowed = torch.ones(part, seen, dtype=torch.bool, device=query.device).tril(diagonal=index * part)
             outputs.append(self._attend(queries, key[:seen], value[:seen], allowed))
         return torch.cat(outputs)
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[s, b, n or g, *] in, [s, b, n * dv] out."""
+        repeat = query.size(2) // key.size(2)
+        key, value = _expand(key, repeat), _expand(value, repeat)
+        if query.device.type == "cpu" and len(query) <= SHORT_TOKENS:
+            short: Tensor = ShortAttention.apply(query, key, value, self.scale)
+            return short
+        return self._attend(query, key, value, None)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
         """[s, b, n, *] in, [s, b, n * dv] out. Values are padded to the key size: with unequal sizes torch falls back

@@ -176,6 +176,7 @@ TABLE = [
     Wrong("rank=5", "rank", "0 .. 0; use rank=0", "runtime=simulated"),
     Wrong("rank=1", "rank", "runtime=simulated", "runtime=cpu parallel.dp=2"),
     Wrong("data.reset_at_eod=true", "data.reset_at_eod", "parallel.cp=2", "parallel.cp=2"),
+    Wrong("data.reset_at_eod=true", "data.reset_at_eod", "batch.micro_batch_size=1", "batch.micro_batch_size=2"),
     # Recomputation
     Wrong("recompute.mode=some", "recompute.mode", "none, full, selective"),
     Wrong("recompute.mode=selective", "recompute.mode", "use recompute.modules=[layernorm]"),
