@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
@@ -185,17 +186,22 @@ def _recomputed_prediction() -> None:
     from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
     class Layer:
-        config = SimpleNamespace(fp8=None, distribute_saved_activations=False, recompute_method="uniform",
-                                 recompute_num_layers=1)  # fmt: skip
+        config = SimpleNamespace(
+            fp8=None, fp4=None, distribute_saved_activations=False, recompute_method="uniform", recompute_num_layers=1
+        )
 
-        def compute(self, hidden_states: torch.Tensor, packed_seq_params: Any = None, scale: Any = None) -> Any:
+        def _proj_and_transformer_layer(
+            self, hidden_states: torch.Tensor, decoder_input: Any = None, packed_seq_params: Any = None, **_: Any
+        ) -> torch.Tensor:
             assert packed_seq_params is documents
-            return hidden_states * scale
+            return hidden_states * decoder_input
 
     documents, layer = PackedSeqParams(qkv_format="thd"), Layer()
     x, scale = torch.rand(4, requires_grad=True), torch.tensor(3.0)
-    arguments = {"hidden_states": x, "packed_seq_params": documents, "scale": scale}
-    MultiTokenPredictionLayer._checkpointed_forward(layer, layer.compute, **arguments).sum().backward()
+    checkpointed = partial(MultiTokenPredictionLayer._checkpointed_forward, layer)
+    if OLD:
+        checkpointed = partial(checkpointed, layer._proj_and_transformer_layer)
+    checkpointed(hidden_states=x, decoder_input=scale, packed_seq_params=documents).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [3.0] * 4
 
