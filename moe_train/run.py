@@ -71,6 +71,7 @@ class Run(RankContext):
     traffic: Any = None  # moe_train.telemetry.model_metrics.DispatchTraffic where tokens leave their rank
     state: TrainState = field(default_factory=TrainState)
     callbacks: list[Callback] = field(default_factory=list)
+    last_batch_size: int = 0  # sequences in the step just done, over all ranks
     last_metrics: Metrics = field(default_factory=dict)  # newest training metrics
     evaluations: list[Metrics] = field(default_factory=list)
     valid_data: Any = None  # dataset of the evaluations; None without held-out text
@@ -97,10 +98,6 @@ class Run(RankContext):
     def batch_size(self) -> int:
         """Sequences in the next step, over all ranks."""
         return self.batch_schedule.size_at(self.state.trained_samples)
-
-    def last_batch_size(self) -> int:
-        """Sequences in the step just done, over all ranks."""
-        return self.batch_schedule.size_at(max(0, self.state.trained_samples - 1))
 
     @property
     def evaluation_batch_size(self) -> int:

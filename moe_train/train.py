@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,10 @@ def train(run: Run) -> None:
             for callback in run.callbacks:
                 callback.on_evaluation_end(run, run.evaluations[-1])
 
-    try:
+    with contextlib.ExitStack() as ending:
+        # All of them end, in their order, even if one fails: the stack runs them from its top.
+        for callback in reversed(run.callbacks):
+            ending.callback(callback.on_end, run)
         for callback in run.callbacks:
             callback.on_start(run)
         evaluate()
@@ -128,9 +132,6 @@ def train(run: Run) -> None:
             if run.state.step == run.total_steps or (interval and run.state.step % interval == 0):
                 evaluate()
         run.completed = True
-    finally:
-        for callback in run.callbacks:
-            callback.on_end(run)
 
 
 def train_reader(run: Run, dataset: Any, start_sample: int, wrap: bool = False) -> BatchIterator:

@@ -91,7 +91,7 @@ def grown(degrees: small_run.Degrees) -> list[dict[str, Any]]:
         assert reader.consumed_samples == run.state.consumed_samples
         own = {name: metrics[name] for name in ("lm_loss", "grad_norm", "mtp_loss", "seq_load_balancing_loss")}
         routed = sum(metrics["expert_load"][1])
-        found.append({**own, "routed": routed, "trained": run.state.trained_samples, "size": run.last_batch_size()})
+        found.append({**own, "routed": routed, "trained": run.state.trained_samples, "size": run.last_batch_size})
     return found
 
 

@@ -53,6 +53,7 @@ def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
     if updated:  # fp16 skips the update when the gradients overflow
         run.state.optimizer_updates += 1
         run.schedule.step(increment=1)
+    run.last_batch_size = samples
     run.state.step += 1
     run.state.consumed_samples += samples
     run.state.consumed_tokens += samples * run.cfg.train.seq_length

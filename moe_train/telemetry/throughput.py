@@ -75,7 +75,7 @@ class Throughput(Callback):
     def on_step_end(self, run: Run, metrics: Metrics) -> None:
         self._elapsed_s += run.clock.lap()
         self._steps += 1
-        self._samples += run.last_batch_size()
+        self._samples += run.last_batch_size
         if not is_logged(run):
             return
         mine = [self._elapsed_s / self._steps, float(memory_peak_bytes(run.device))]

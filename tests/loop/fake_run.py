@@ -37,6 +37,7 @@ def set_step(run: Run, step: int) -> None:
     """As if `step` steps were done."""
     run.state.step, run.state.consumed_tokens = step, step * BATCH * SEQUENCE
     run.state.trained_samples = run.state.consumed_samples = step * BATCH
+    run.last_batch_size = BATCH
 
 
 def metrics(loss: float = 5.0, **others: Any) -> Metrics:

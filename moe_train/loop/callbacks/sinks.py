@@ -66,7 +66,7 @@ def training_record(run: Run, metrics: Metrics) -> Metrics:
     """The metrics of the step just done, in the order of metrics.jsonl. The longest come last."""
     record: Metrics = {"tokens": run.state.consumed_tokens}
     record |= {name: metrics[name] for name in ("lm_loss", "grad_norm", "lr")}
-    record["global_batch_size"] = run.last_batch_size()
+    record["global_batch_size"] = run.last_batch_size
     record |= {name: value for name, value in metrics.items() if name not in record and name != "expert_load"}
     if "expert_load" in metrics:
         load = expert_load.by_moe_layer(run.cfg.model, metrics["expert_load"])

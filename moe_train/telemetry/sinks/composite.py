@@ -12,7 +12,7 @@ from moe_train.telemetry.patient_file import warn
 from moe_train.telemetry.sinks.base import RunEnd, RunFacts, Sink
 
 MOST_WAITING = 1000
-"""Calls that wait for one sink."""
+"""Calls that wait for one sink. Further metrics are lost. A rewind is not, or a file would have steps twice."""
 MOST_TRIES = 10
 """Tries of a call that fails with something else than OSError: its own data may be the cause, and later calls wait."""
 
@@ -41,7 +41,7 @@ class CompositeSink:
         self._step = step
         for guard in self._guards:
             if placed := registry.placed_in(guard.sink.place, metrics):
-                guard.call(partial(guard.sink.scalars, step, placed))
+                guard.call(partial(guard.sink.scalars, step, placed), can_be_lost=True)
         self._report()
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -97,12 +97,12 @@ class _Guard:
         self._open = partial(self.sink.open, facts)
         self.call(self._open)
 
-    def call(self, function: Call) -> None:
+    def call(self, function: Call, can_be_lost: bool = False) -> None:
         """Do what waits, and then this, or keep it."""
-        if len(self._waiting) < MOST_WAITING:
-            self._waiting.append(function)
-        else:
+        if can_be_lost and len(self._waiting) >= MOST_WAITING:
             self._lost += 1
+        else:
+            self._waiting.append(function)
         self._drain()
         if not self._error:
             self._compare_own_failure()

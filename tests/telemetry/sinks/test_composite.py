@@ -149,6 +149,24 @@ def test_an_outage_that_lasts_has_bounds_and_its_loss_is_reported(
     assert "recorder cannot be closed" in told
 
 
+def test_an_outage_loses_no_rewind(
+    pair: tuple[Recorder, Recorder, CompositeSink], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file would have the steps after it twice."""
+    monkeypatch.setattr(composite, "MOST_WAITING", 20)
+    failing, _, both = pair
+    failing.error = OSError(28, "No space left on device")
+    both.open(FACTS)
+    for step in range(1, 31):
+        both.scalars(step, METRICS)
+    both.rewind(10)
+    failing.error = None
+    both.scalars(11, METRICS)
+    assert failing.calls[-2:] == [("scalars", 19), ("rewind", 10)]
+    both.scalars(12, METRICS)
+    assert failing.calls[-1] == ("scalars", 12)
+
+
 def test_a_sink_that_cannot_be_opened_gets_nothing_before_it_is(
     pair: tuple[Recorder, Recorder, CompositeSink],
 ) -> None:
