@@ -22,6 +22,7 @@ from moe_train.ranks import RankContext, build_model, setup_ranks
 from moe_train.run import Run
 from moe_train.schedules import BatchSchedule
 from moe_train.telemetry.model_metrics import DispatchTraffic, ExpertLoad, PredictionLoss
+from parallel.dispatchers import DISPATCHERS
 from parallel.rank_info import RankInfo
 
 
@@ -68,7 +69,7 @@ def build_trainer(ranks: RankContext, model: list[nn.Module]) -> Run:
     if cfg.model.is_moe:
         layers = cfg.model.num_layers + cfg.model.mtp_num_layers
         run.expert_load = ExpertLoad(model, layers, cfg.model.num_experts, device)
-        if layout.ep > 1 and run.backend == "local" and cfg.parallel.dispatcher == "alltoall":
+        if layout.ep > 1 and run.backend == "local" and DISPATCHERS[cfg.parallel.dispatcher].own_on_local:
             run.traffic = DispatchTraffic(model, device)
     if cfg.model.mtp_num_layers:
         run.prediction_loss = PredictionLoss(model, cfg.model.mtp_num_layers, device)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from parallel.architecture.attention import ATTENTIONS
+from parallel.dispatchers import DISPATCHERS
 from tests.syntax import assigned, root_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +33,11 @@ WITHOUT_TORCH = (
     *sorted((ROOT / "launch/slurm").glob("*.py")),
     *(ROOT / "tools" / f"{name}.py" for name in ("plan", "memory", "published/predict", "planning/answer")),
     *sorted((ROOT / "parallel/planner").glob("*.py")),
-    *(ROOT / "parallel" / f"{name}.py" for name in ("layout", "pipeline", "errors", "suggest", "rank_info")),
+    *sorted((ROOT / "parallel/architecture").glob("*.py")),
+    *(
+        ROOT / "parallel" / f"{name}.py"
+        for name in ("dispatchers", "fp8_recipes", "layout", "pipeline", "errors", "suggest", "rank_info")
+    ),
 )
 UPSTREAM = ("torch", "megatron")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
@@ -194,6 +200,39 @@ def test_nothing_outside_of_the_runtime_patches_upstream(path: Path) -> None:
 )
 def test_the_check_for_patches_sees_them(patch: str) -> None:
     assert list(_patches(ast.parse(patch)))
+
+
+# Names of rows whose properties a table holds -> the file with the table.
+TABLES = {
+    **dict.fromkeys(ATTENTIONS, "parallel/architecture/attention.py"),
+    **dict.fromkeys(DISPATCHERS, "parallel/dispatchers.py"),
+}
+
+
+def _compared(tree: ast.Module) -> Iterator[str]:
+    """Names of rows that an expression compares, looks for in a collection, or matches."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            operands = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            operands = [node.value]
+        else:
+            continue
+        for operand in operands:
+            for inner in ast.walk(operand):
+                if isinstance(inner, ast.Constant) and inner.value in TABLES:
+                    yield str(inner.value)
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_what_has_a_table_of_properties_is_not_told_apart_by_name(path: Path) -> None:
+    found = [name for name in _compared(_tree(path)) if TABLES[name] != _name(path)]
+    assert not found, f"read a property of the row in {TABLES[found[0]]}"
+
+
+@pytest.mark.parametrize("code", ['a.b == "mla"', 'c in ("flex", "x")', 'if "alltoall" != d: pass'])
+def test_the_check_for_names_of_rows_sees_them(code: str) -> None:
+    assert list(_compared(ast.parse(code)))
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)

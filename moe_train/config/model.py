@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_train.config.fields import doc
+from parallel.architecture.attention import ATTENTIONS
 
 
 @dataclass
@@ -36,7 +37,7 @@ class ModelConfig:
     init_std: float = doc(0.006, "Standard deviation of initial weights (DeepSeek-V3: 0.006 for all).")
 
     # Attention
-    attention: str = doc("mla", "Multi-head latent attention or grouped-query attention.", choices=("mla", "gqa"))
+    attention: str = doc("mla", "Multi-head latent attention or grouped-query attention.", choices=tuple(ATTENTIONS))
     num_attention_heads: int = doc(4, "Query heads.", minimum=1, maximum=100_000)
     num_query_groups: int = doc(
         0, "Key/value heads of gqa; 0 means as many as query heads.", minimum=0, maximum=100_000

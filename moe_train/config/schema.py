@@ -15,6 +15,7 @@ from moe_train.config.model import ModelConfig
 from moe_train.config.objective import OBJECTIVES
 from moe_train.config.plan import PlanConfig
 from moe_train.config.resilience import ResilienceConfig
+from parallel.dispatchers import DISPATCHERS
 from parallel.fp8_recipes import FP4, FP8
 
 
@@ -45,7 +46,7 @@ class ParallelConfig:
     )
     dispatcher: str = doc(
         "alltoall", "Token dispatcher; flex (DeepEP) needs GPUs.",
-        choices=("alltoall", "allgather", "flex"),
+        choices=tuple(DISPATCHERS),
     )  # fmt: skip
     shared_expert_overlap: bool = doc(False, "Overlap the shared experts with token dispatch (GPUs only).")
 

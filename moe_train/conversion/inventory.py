@@ -16,7 +16,7 @@ from moe_train.formats.dtypes import Dtype
 from moe_train.formats.nonfinite import Tally
 from moe_train.formats.tensor_slices import FileRegion
 from moe_train.model.arithmetic import ParameterCount, count_parameters
-from moe_train.model.megatron_names import EMBEDDING, EXPERTS, HEAD
+from parallel.architecture.layers import EMBEDDING, EXPERTS, HEAD
 from parallel.errors import CheckpointError, MoeTrainError
 
 _OLDEST_FORMAT = 1

@@ -14,15 +14,8 @@ from pathlib import Path
 from moe_train.config.model import ModelConfig
 from moe_train.conversion.families.tables import FAMILIES, Kind, Rule, Table
 from moe_train.model.arithmetic import count_parameters
-from moe_train.model.megatron_names import (
-    EMBEDDING,
-    EXPERTS,
-    Shapes,
-    layer_places,
-    layer_shapes,
-    model_shapes,
-    mtp_shapes,
-)
+from moe_train.model.megatron_names import Shapes, layer_places, layer_shapes, model_shapes, mtp_shapes
+from parallel.architecture.layers import EMBEDDING, EXPERTS
 from parallel.errors import CheckpointError, ConfigError
 
 _MOST_EXPERTS = 1_000_000

@@ -22,6 +22,8 @@ from moe_train.model.local.router import scores_groups_by_best
 from moe_train.model.precision import dtype_options, emulated_recipe, low_precision_options
 from moe_train.model.specs import LocalBackend, local_specs, te_specs
 from parallel import pipeline
+from parallel.architecture.attention import attention_kind
+from parallel.dispatchers import DISPATCHERS
 from parallel.layout import ParallelLayout
 
 
@@ -41,7 +43,7 @@ def transformer_config(
         **(low_precision_options(cfg.precision) if backend == "te" else {}),
         **_fusions(cfg, backend, runtime),
     }
-    config_class = MLATransformerConfig if cfg.model.attention == "mla" else TransformerConfig
+    config_class = MLATransformerConfig if attention_kind(cfg.model).latent else TransformerConfig
     config = config_class(**options)
     for name, value in _yarn_of_gqa(cfg.model).items():
         setattr(config, name, value)
@@ -68,7 +70,7 @@ def _backbone(model: ModelConfig) -> dict[str, Any]:
 
 
 def _attention(model: ModelConfig) -> dict[str, Any]:
-    if model.attention == "gqa":
+    if not attention_kind(model).latent:
         return {
             "num_query_groups": model.kv_heads,
             "kv_channels": model.attention_head_dim,
@@ -100,7 +102,7 @@ def _attention(model: ModelConfig) -> dict[str, Any]:
 
 def _yarn_of_gqa(model: ModelConfig) -> dict[str, Any]:
     """Upstream's GPTModel reads these from the config although they are no fields of it (models/gpt/gpt_model.py)."""
-    if model.attention != "gqa" or model.rope_type != "yarn":
+    if attention_kind(model).latent or model.rope_type != "yarn":
         return {}
     return {
         "yarn_rotary_scaling_factor": model.yarn_factor,
@@ -140,7 +142,7 @@ def _experts(cfg: Config, layout: ParallelLayout, backend: str) -> dict[str, Any
         "moe_expert_capacity_factor": model.capacity_factor,
         "moe_pad_expert_input_to_capacity": model.pad_to_capacity,
         "moe_token_drop_policy": model.token_drop_policy,
-        "moe_token_dispatcher_type": parallel.dispatcher,
+        "moe_token_dispatcher_type": DISPATCHERS[parallel.dispatcher].megatron,
         "moe_grouped_gemm": grouped,
         **(groups if model.router_num_groups else {}),
     }
@@ -207,7 +209,7 @@ def _fusions(cfg: Config, backend: str, runtime: str) -> dict[str, Any]:
         "use_te_activation_func": backend == "local" and runtime == "cpu" and not fused,  # ours: specs.LocalBackend
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": fused,
-        "apply_rope_fusion": te and cfg.model.attention == "gqa",  # for mla upstream calls it experimental
+        "apply_rope_fusion": te and attention_kind(cfg.model).fused_rope,
         # Upstream's own kernel ("native"), which its guide recommends. It rounds gradients to bf16 for every
         # dtype of the logits (fusions/fused_cross_entropy.py).
         "cross_entropy_loss_fusion": fused and cfg.precision.dtype == "bf16",
@@ -240,7 +242,7 @@ def build_chunk(
         provider = LocalBackend(cfg.backend.apex, emulated_recipe(cfg.precision))
         kept = high_precision_layers(cfg.precision, model.num_layers)
         block, mtp = local_specs(config, model, provider, vp_stage, kept)
-    yarn_gqa = model.attention == "gqa" and model.rope_type == "yarn"
+    yarn_gqa = not attention_kind(model).latent and model.rope_type == "yarn"
     return GPTModel(
         config=config,
         transformer_layer_spec=block,

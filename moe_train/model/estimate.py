@@ -11,6 +11,7 @@ from dataclasses import replace
 from moe_train.config.plan import PlanConfig
 from moe_train.config.schema import Config
 from moe_train.model.memory import weights_of, workload_of
+from parallel.dispatchers import DISPATCHERS
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
 from parallel.planner import software
@@ -94,8 +95,7 @@ def software_of(cfg: Config, workload: Workload, constants: Calibration = FITTED
     else:
         experts = layout.ep * layout.etp if workload.model.num_experts else 1
         base = software.usual(plan.software_date, cfg.cluster.domain_gpus, experts, layout.vpp, workload.fp8)
-        dispatcher = "flex" if cfg.parallel.dispatcher == "flex" else "alltoall"
-        base = replace(base, dispatcher=dispatcher)
+        base = replace(base, dispatcher=DISPATCHERS[cfg.parallel.dispatcher].planned_as)
         # Tokens of one shape: whole layers run from CUDA graphs.
         if workload.model.pad_to_capacity and Hardware.of(cfg.cluster).blackwell:
             base = replace(base, graphs="full")

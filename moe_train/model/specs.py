@@ -36,6 +36,8 @@ from moe_train.model.local.experts import GroupedExperts
 from moe_train.model.local.norm import ApexRMSNorm, KeyAllHeadsRMSNorm, QueryAllHeadsRMSNorm, RMSNorm
 from moe_train.model.local.router import set_router
 from moe_train.model.local.swiglu import SwiGLU
+from parallel.architecture.attention import attention_kind
+from parallel.architecture.layers import describe_layer
 
 
 class LocalBackend(LocalSpecProvider):
@@ -87,7 +89,7 @@ def _local_layer(backend: LocalBackend, model: ModelConfig, moe: bool, grouped_g
     """One transformer layer, as upstream's `get_gpt_layer_local_spec` lays it out, with the modules of `backend`."""
     linear, norm = backend.column_parallel_linear(), backend.layer_norm()
     common = {"core_attention": backend.core_attention(), "linear_proj": backend.row_parallel_linear()}
-    if model.attention == "mla":
+    if attention_kind(model).latent:
         linears = {f"linear_{name}": linear for name in ("q_proj", "q_up_proj", "kv_up_proj")}
         # Upstream takes only its own class here; `MultiLatentAttention` replaces these two layers.
         linears |= dict.fromkeys(("linear_q_down_proj", "linear_kv_down_proj"), tensor_parallel.ColumnParallelLinear)
@@ -130,14 +132,8 @@ def checkpoint_names(model: ModelConfig, moe: bool) -> dict[str, str]:
     Those fuse a norm into the linear layer behind it, where there is one alone (models/gpt/gpt_layer_specs.py,
     `get_gpt_layer_with_transformer_engine_spec`): so one backend reads what the other wrote.
     """
-    names = {} if moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
-    if model.attention == "gqa":
-        return {**names, "input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    return {
-        **names,
-        "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
-        "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
-    }
+    norms = [norm for norm in describe_layer(model, moe).norms if norm.local]
+    return {norm.local.removesuffix("weight"): norm.name.removesuffix("weight") for norm in norms}
 
 
 def _layer_ids(config: TransformerConfig, vp_stage: int | None) -> list[int]:
@@ -194,7 +190,7 @@ def te_specs(config: TransformerConfig, model: ModelConfig, vp_stage: int | None
 def _as_the_model_asks(layer: ModuleSpec, model: ModelConfig) -> None:
     """Change what upstream has no option for in the spec of a layer with Transformer Engine's modules."""
     attention = layer.submodules.self_attention
-    if model.attention == "mla":
+    if attention_kind(model).latent:
         attention.module = SpecifiedLatentAttention
     elif model.qk_norm == "full":
         attention.submodules.q_layernorm = QueryAllHeadsRMSNorm

@@ -7,8 +7,12 @@ the functions below put a layer together from it, and leave out what recomputati
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from parallel.architecture.attention import Attention
+from parallel.architecture.layers import GatedMLP, MixtureOfExperts
+from parallel.architecture.parts import Linear, Shard
 from parallel.fp8_recipes import RECIPES
 from parallel.planner.workload import Workload, short_attention_scores
 
@@ -72,6 +76,27 @@ def linear_input(workload: Workload, name: str, tokens: float, width: float, cop
     return {f"{name} in fp8": copies * RECIPES[workload.fp8].element_bytes * tokens * width}
 
 
+def linear_inputs(workload: Workload, linears: Iterable[Linear]) -> Saved:
+    """Inputs that linear layers keep. Layers that read one tensor share it, but for a copy of each in FP8."""
+    readers: dict[str, list[Linear]] = {}
+    for linear in linears:
+        readers.setdefault(linear.source, []).append(linear)
+    kept: Saved = {}
+    for source, its in readers.items():
+        first = its[0]
+        width = first.inputs_on_rank(getattr(workload.layout, first.degree))
+        kept |= linear_input(workload, source, _tokens(workload, first), width, copies=len(its))
+    return kept
+
+
+def _tokens(workload: Workload, linear: Linear) -> float:
+    """Tokens of the input that a linear layer keeps: with sequence parallelism those of this rank, unless all tokens
+    were gathered before, for the layer that splits its columns."""
+    if linear.experts:
+        return workload.expert_tokens
+    return workload.tokens if linear.shard is Shard.ROW else workload.split_tokens
+
+
 def norm(workload: Workload, name: str, tokens: float, width: float, source: str, source_width: float = 0) -> Saved:
     """RMSNorm over `width`. `source` names its input, which may be a part of a tensor that is `source_width` wide."""
     input_bytes = workload.element * tokens * (source_width or width)
@@ -95,17 +120,11 @@ def _own_swiglu(workload: Workload) -> bool:
 
 
 def swiglu(
-    workload: Workload,
-    name: str,
-    tokens: float,
-    inner: float,
-    *,
-    fused: bool,
-    weighted: bool = False,
-    recomputed: bool = False,
+    workload: Workload, name: str, down: Linear, *, fused: bool, weighted: bool = False, recomputed: bool = False
 ) -> Saved:
-    """Gate and up, what the unfused function keeps between them, router weights, and the input of the last layer."""
-    e = workload.element
+    """Gate and up, what the unfused function keeps between them, router weights, and the input of the layer `down`."""
+    e, tokens = workload.element, _tokens(workload, down)
+    inner = down.inputs_on_rank(getattr(workload.layout, down.degree))
     kept = {f"{name}: gate and up": e * tokens * 2 * inner}
     if weighted:
         kept[f"{name}: router weights"] = FP32 * tokens
@@ -115,14 +134,19 @@ def swiglu(
         kept |= {f"{name}: silu": e * tokens * inner, f"{name}: up": e * tokens * inner}
     if not fused and weighted:
         kept[f"{name}: silu x up"] = e * tokens * inner
-    return kept | linear_input(workload, f"{name}: down input", tokens, inner)
+    return kept | linear_inputs(workload, [down])
 
 
 def layer(workload: Workload, moe: bool, recompute: bool = True) -> Saved:
     """One transformer layer; with `recompute` without what selective recomputation throws away."""
     modules = workload.recompute_modules if recompute and workload.recompute == "selective" else frozenset()
-    attention = _mla(workload, modules) if workload.model.attention == "mla" else _gqa(workload, modules)
-    kept = attention | (_moe(workload, modules) if moe else _dense(workload, modules))
+    described = workload.description(moe)
+    attend = _latent_attention if described.attention.kind.latent else _grouped_attention
+    kept = attend(workload, described.attention, modules)
+    if described.dense:
+        kept |= _dense(workload, described.dense, modules)
+    if described.experts:
+        kept |= _moe(workload, described.experts, modules)
     if workload.compact:
         kept = compacted(workload, kept)
     # The norm before a dense feed-forward is part of its first linear layer, and its input stays.
@@ -144,33 +168,34 @@ def _layer_norm(workload: Workload, name: str, source: str, modules: frozenset[s
     return norm(workload, name, workload.split_tokens, width, source), True
 
 
-def _mla(workload: Workload, modules: frozenset[str]) -> Saved:
+def _latent_attention(workload: Workload, attention: Attention, modules: frozenset[str]) -> Saved:
     """Multi-head latent attention (transformer/multi_latent_attention.py upstream)."""
-    model, backend, e = workload.model, BACKENDS[workload.backend], workload.element
-    n, r, hidden = workload.tokens, workload.split_tokens, workload.model.hidden_size
-    rope, latent = model.qk_rope_head_dim, model.kv_lora_rank
+    backend, e, core = BACKENDS[workload.backend], workload.element, attention.core
+    n, r, rope = workload.tokens, workload.split_tokens, workload.model.qk_rope_head_dim
     kept, output_kept = _layer_norm(workload, "input norm", "input", modules)
+    up = [linear for linear in attention.projections if "mla_up_proj" in linear.recomputed_by]
     if output_kept:
-        kept |= linear_input(workload, "input norm output", r, hidden, copies=2)
+        kept |= linear_inputs(workload, [linear for linear in attention.projections if linear not in up])
     recomputed = "mla_up_proj" in modules
     fused_norms = backend.norm_in_linear and recomputed
-    if fused_norms:
-        kept |= {"query latent": e * r * model.q_lora_rank, "key/value latent": e * r * (latent + rope)}
-    else:
-        if model.q_lora_rank:
-            kept |= norm(workload, "query norm", r, model.q_lora_rank, "query latent")
-            kept |= linear_input(workload, "query norm output", r, model.q_lora_rank)
-        kept |= norm(workload, "key/value norm", r, latent, "key/value latent", latent + rope)
-        kept |= linear_input(workload, "key/value norm output", r, latent)
+    for linear in up:
+        name, width = linear.source.removesuffix(" norm output"), linear.inputs.size
+        # The norm of keys and values reads a part of a tensor that holds the rotary keys too.
+        latent_width = core.latent if name == "key/value" else width
+        if fused_norms:
+            kept[f"{name} latent"] = e * r * latent_width
+        else:
+            kept |= norm(workload, f"{name} norm", r, width, f"{name} latent", latent_width)
+            kept |= linear_inputs(workload, [linear])
     sequence = workload.seq_length // workload.layout.cp
     if recomputed:
         kept["rotary angles"] = FP32 * sequence * rope
         gathered = workload.sequence_parallel and workload.layout.tp > 1
-        name, size = ("rotary key", n * rope) if gathered else ("key/value latent", r * (latent + rope))
+        name, size = ("rotary key", n * rope) if gathered else ("key/value latent", r * core.latent)
         kept[name] = e * size
     else:
         kept |= _rotary(e * sequence * rope)
-    return kept | _mla_core(workload, modules)
+    return kept | _latent_core(workload, attention, modules)
 
 
 def _rotary(size: float) -> Saved:
@@ -178,17 +203,16 @@ def _rotary(size: float) -> Saved:
     return {f"rotary {function} of {what}": size for function in ("cosine", "sine") for what in ("queries", "keys")}
 
 
-def _mla_core(workload: Workload, modules: frozenset[str]) -> Saved:
+def _latent_core(workload: Workload, attention: Attention, modules: frozenset[str]) -> Saved:
     """softmax(q k) v of multi-head latent attention and the output projection."""
-    model, backend, e = workload.model, BACKENDS[workload.backend], workload.element
-    heads = model.num_attention_heads / workload.layout.tp
-    key, value = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
+    backend, e = BACKENDS[workload.backend], workload.element
+    heads, key, value = attention.core.heads_on_rank(workload.layout.tp), attention.core.key, attention.core.value
     unit = e * workload.tokens * heads
     padded = backend.pads_values and key > value
     projections = {} if "mla_up_proj" in modules else {"queries": unit * key, "keys": unit * key}
     if backend.gathers_sequence and workload.layout.cp > 1 and "core_attn" not in modules:
-        return _gathered(workload, heads, key, value, "queries" in projections)
-    output = linear_input(workload, "attention output", workload.tokens, heads * value)
+        return _gathered(workload, attention, "queries" in projections)
+    output = linear_inputs(workload, [attention.output])
     if "core_attn" in modules:
         values = {} if "mla_up_proj" in modules else {"values": unit * value}
         return projections | values | output
@@ -209,40 +233,41 @@ def _probabilities(workload: Workload, heads: float) -> Saved:
     return {"attention probabilities": workload.element * workload.micro_batch_size * heads * scores}
 
 
-def _gathered(workload: Workload, heads: float, key: float, value: float, queries: bool) -> Saved:
+def _gathered(workload: Workload, attention: Attention, queries: bool) -> Saved:
     """Core attention over keys and values gathered from all context-parallel ranks (moe_train.model.local.attention).
 
     A rank's two slices of the sequence see different parts of it, with a mask each. Padded values are copied for each.
     """
     cp, e = workload.layout.cp, workload.element
+    heads, key, value = attention.core.heads_on_rank(workload.layout.tp), attention.core.key, attention.core.value
     part = workload.seq_length // (2 * cp)
     unit, seen = e * heads * workload.tokens, (2 * cp + 1) * part * workload.micro_batch_size
     values = e * heads * (seen * key if key > value else workload.tokens * cp * value)
     kept = {"gathered keys": unit * cp * key, "gathered values": values, "outputs of slices": unit * key}
     kept |= {"masks": e * (2 * cp + 1) * part * part, "log-sum-exp": FP32 * workload.tokens * heads}
     kept |= {"queries": unit * key} if queries else {}
-    return kept | linear_input(workload, "attention output", workload.tokens, heads * value)
+    return kept | linear_inputs(workload, [attention.output])
 
 
-def _gqa(workload: Workload, modules: frozenset[str]) -> Saved:
+def _grouped_attention(workload: Workload, attention: Attention, modules: frozenset[str]) -> Saved:
     """Grouped-query attention (transformer/attention.py upstream)."""
     model, backend, e = workload.model, BACKENDS[workload.backend], workload.element
-    n, r, size = workload.tokens, workload.split_tokens, workload.model.attention_head_dim
-    heads, groups = model.num_attention_heads / workload.layout.tp, max(1.0, model.kv_heads / workload.layout.tp)
+    n, r, size, tp = workload.tokens, workload.split_tokens, attention.core.key, workload.layout.tp
+    heads, groups = attention.core.heads_on_rank(tp), attention.core.kv_heads_on_rank(tp)
     if backend.norm_in_linear:
         kept, output_kept = norm(workload, "input norm", r, model.hidden_size, "input"), True
     else:
         kept, output_kept = _layer_norm(workload, "input norm", "input", modules)
     if output_kept:
-        kept |= linear_input(workload, "input norm output", r, model.hidden_size)
+        kept |= linear_inputs(workload, attention.projections)
     mixed = {"queries, keys and values": e * n * (heads + 2 * groups) * size}
     kept |= _qk_norms(workload, heads, groups, mixed)
     if backend.separate_rope:
         kept |= _rotary(e * (workload.seq_length // workload.layout.cp) * model.rotary_dim)
     unit = e * n * size
     if backend.gathers_sequence and workload.layout.cp > 1 and "core_attn" not in modules:
-        return kept | _gathered(workload, heads, size, size, queries=True)
-    output = linear_input(workload, "attention output", n, heads * size)
+        return kept | _gathered(workload, attention, queries=True)
+    output = linear_inputs(workload, [attention.output])
     expands = backend.expands_keys and heads > groups and "core_attn" not in modules
     if expands:
         kept |= {"queries": unit * heads, "expanded keys": unit * heads, "expanded values": unit * heads}
@@ -279,10 +304,9 @@ def _qk_norms(workload: Workload, heads: float, groups: float, mixed: Saved) -> 
     return kept
 
 
-def _dense(workload: Workload, modules: frozenset[str]) -> Saved:
+def _dense(workload: Workload, block: GatedMLP, modules: frozenset[str]) -> Saved:
     """Dense feed-forward (transformer/mlp.py upstream)."""
     model, r = workload.model, workload.split_tokens
-    inner = model.ffn_hidden_size / workload.layout.tp
     fused_norm = BACKENDS[workload.backend].norm_in_linear
     if fused_norm and "mlp" in modules:
         return {"middle": workload.element * r * model.hidden_size}
@@ -293,11 +317,11 @@ def _dense(workload: Workload, modules: frozenset[str]) -> Saved:
     if "mlp" in modules:
         return kept | ({"feed-forward input": workload.element * r * model.hidden_size} if output_kept else {})
     if output_kept:
-        kept |= linear_input(workload, "feed-forward input", r, model.hidden_size)
-    return kept | swiglu(workload, "feed-forward", workload.tokens, inner, fused=workload.fused)
+        kept |= linear_inputs(workload, [block.up])
+    return kept | swiglu(workload, "feed-forward", block.down, fused=workload.fused)
 
 
-def _moe(workload: Workload, modules: frozenset[str]) -> Saved:
+def _moe(workload: Workload, experts: MixtureOfExperts, modules: frozenset[str]) -> Saved:
     """Router, dispatch, routed and shared experts (transformer/moe upstream)."""
     model, r = workload.model, workload.split_tokens
     kept, output_kept = _layer_norm(workload, "feed-forward norm", "middle", modules)
@@ -306,18 +330,16 @@ def _moe(workload: Workload, modules: frozenset[str]) -> Saved:
     if "moe" in modules:
         return kept
     kept |= _router(workload)
-    visits, inner = workload.expert_tokens, model.moe_ffn_hidden_size / workload.layout.etp
-    kept |= linear_input(workload, "routed expert input", visits, model.hidden_size)
+    kept |= linear_inputs(workload, [experts.routed.up])
     kept |= swiglu(
-        workload, "routed experts", visits, inner,
+        workload, "routed experts", experts.routed.down,
         fused=workload.fused or workload.grouped, weighted=True, recomputed="moe_act" in modules,
     )  # fmt: skip
-    if model.num_shared_experts and "shared_experts" not in modules:
+    if experts.shared and "shared_experts" not in modules:
         if output_kept:
-            kept |= linear_input(workload, "feed-forward input", r, model.hidden_size)
-        shared = model.shared_expert_width / workload.layout.tp
-        kept |= swiglu(workload, "shared experts", workload.tokens, shared, fused=workload.fused)
-        if model.shared_expert_gate:
+            kept |= linear_inputs(workload, [experts.shared.up])
+        kept |= swiglu(workload, "shared experts", experts.shared.down, fused=workload.fused)
+        if experts.shared_gate:
             width = model.hidden_size
             kept |= {
                 "shared experts: gate": workload.element * r,

@@ -10,6 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+from parallel.architecture.attention import Attention, CoreAttention
+from parallel.architecture.layers import GatedMLP, MixtureOfExperts, describe_mtp
+from parallel.architecture.parts import Linear, Shard
+from parallel.dispatchers import DISPATCHERS
 from parallel.fp8_recipes import RECIPES
 from parallel.planner import kernels, network
 from parallel.planner.calibration import Calibration
@@ -141,6 +145,19 @@ class _Layer:
                 self.times.add("quantize", ahead, behind, 0.0, again)
         self.started(started, started + each + (started if again else 0))
 
+    def run(self, linear: Linear, *, rows: float | None = None, copies: int = 1, cast: bool = True) -> None:
+        """A linear layer of the description, on the tokens of this rank or on `rows`, for `copies` experts."""
+        workload = self.workload
+        whole = linear.shard in (Shard.LATENT, Shard.REPLICATED)
+        tokens = workload.split_tokens if whole else workload.tokens
+        split = {Shard.COLUMN: "inputs", Shard.ROW: "outputs"}.get(linear.shard, "")
+        ranks = getattr(workload.layout, linear.degree)
+        self.linear(
+            tokens if rows is None else rows, linear.outputs_on_rank(ranks), linear.inputs_on_rank(ranks),
+            *linear.recomputed_by, copies=copies, precision="" if linear.quantised else "bf16", cast=cast,
+            split="" if linear.experts else split,
+        )  # fmt: skip
+
     def moved(
         self, forward: float, backward: float, *modules: str, count: float = 1, name: str = "memory", times: float = 1
     ) -> None:  # fmt: skip
@@ -174,13 +191,15 @@ class _Layer:
         exposed = self.constants.tp_exposed if self.software.overlap_tp else 1.0
         self.times.add("tp", exposed * forward, exposed * backward, 0.0, self.again(*modules))
 
-    def attention(self, heads: float, key: float, value: float, groups: float) -> None:
+    def attention(self, core: CoreAttention) -> None:
         """Core attention of this rank's heads over the whole sequence, in blocks that context parallelism makes."""
         workload, hardware, software = self.workload, self.hardware, self.software
+        heads, groups = core.heads_on_rank(workload.layout.tp), core.kv_heads_on_rank(workload.layout.tp)
+        key, value = core.key, core.value
         cp = workload.layout.cp
         keys = workload.seq_length
         flops = workload.tokens * heads * keys * (key + value)  # causal: 2 flops, half of the keys
-        latents = software.latent_exchange and workload.model.attention == "mla"  # gathered: all keys are there at once
+        latents = software.latent_exchange and core.latent > 0  # gathered: all keys are there at once
         blocks = 1 if latents else cp
         if software.flash_attention:
             again = flops * (3 * key + 2 * value) / (key + value)  # five products for two
@@ -192,7 +211,7 @@ class _Layer:
         if cp > 1:
             width = groups * (key + value)
             if latents:
-                width = workload.model.kv_lora_rank + workload.model.qk_rope_head_dim
+                width = core.latent
             else:
                 self._merged(workload.tokens * heads * key, workload.tokens * heads * value, workload.tokens * width)
             size = workload.element * workload.tokens * cp * width
@@ -239,9 +258,13 @@ def layer_times(workload: Workload, machine: Machine, moe: bool) -> Times:
     """Seconds of one layer for one micro-batch on one rank, with routed experts or with a dense feed-forward."""
     layer = _Layer(workload, machine)
     layer.graphed = True
-    (_mla if workload.model.attention == "mla" else _gqa)(layer)
+    described = workload.description(moe)
+    _attention(layer, described.attention)
     _norms(layer)
-    (_moe if moe else _dense)(layer)
+    if described.dense:
+        _gated_mlp(layer, described.dense)
+    if described.experts:
+        _moe(layer, described.experts)
     return layer.times
 
 
@@ -253,45 +276,35 @@ def _norms(layer: _Layer) -> None:
     layer.moved(2 * 3 * size, 2 * 2 * size, count=2)
 
 
-def _mla(layer: _Layer) -> None:
-    workload, model = layer.workload, layer.workload.model
-    n, r, hidden, tp = workload.tokens, workload.split_tokens, workload.model.hidden_size, workload.layout.tp
-    heads = model.num_attention_heads / tp
-    rope, nope, value, latent = model.qk_rope_head_dim, model.qk_nope_head_dim, model.v_head_dim, model.kv_lora_rank
-    # latents of queries, latents of keys and values, and rotary parts of the keys
-    layer.tp(n * (model.q_lora_rank + latent + rope), n * hidden, gathers=3 if model.q_lora_rank else 2)
-    if model.q_lora_rank:
-        layer.linear(r, model.q_lora_rank, hidden)
-        layer.linear(n, heads * (nope + rope), model.q_lora_rank, "mla_up_proj", split="inputs")
-    else:
-        layer.linear(n, heads * (nope + rope), hidden, split="inputs")
-    layer.linear(r, latent + rope, hidden)
-    layer.linear(n, heads * (nope + value), latent, "mla_up_proj", split="inputs")
-    latents = workload.element * r * (model.q_lora_rank + latent)
+def _attention(layer: _Layer, attention: Attention) -> None:
+    workload = layer.workload
+    layer.tp(
+        workload.tokens * sum(attention.gathered), workload.tokens * workload.model.hidden_size,
+        gathers=len(attention.gathered),
+    )  # fmt: skip
+    for linear in attention.projections:
+        layer.run(linear)
+    (_latent_elementwise if attention.core.latent else _grouped_elementwise)(layer, attention)
+    layer.attention(attention.core)
+    layer.run(attention.output)
+
+
+def _latent_elementwise(layer: _Layer, attention: Attention) -> None:
+    """Norms of latents; rotary embedding, and keys that are put together."""
+    workload, core = layer.workload, attention.core
+    latents = workload.element * workload.split_tokens * sum(norm.width for norm in attention.norms)
     layer.moved(2 * latents, 3 * latents, "layernorm", "mla_up_proj", count=2)
-    queries = workload.element * n * heads * (2 * (nope + rope))
-    layer.moved(2 * queries, 2 * queries, "mla_up_proj", count=3)  # rotary embedding, keys put together
-    layer.attention(heads, nope + rope, value, heads)
-    layer.linear(n, hidden, heads * value, split="outputs")
+    queries = workload.element * workload.tokens * core.heads_on_rank(workload.layout.tp) * (2 * core.key)
+    layer.moved(2 * queries, 2 * queries, "mla_up_proj", count=3)
 
 
-def _gqa(layer: _Layer) -> None:
-    workload, model = layer.workload, layer.workload.model
-    n, hidden, tp, size = (
-        workload.tokens,
-        workload.model.hidden_size,
-        workload.layout.tp,
-        workload.model.attention_head_dim,
-    )
-    heads, groups = model.num_attention_heads / tp, max(1.0, model.kv_heads / tp)
-    layer.tp(n * hidden, n * hidden)
-    layer.linear(n, (heads + 2 * groups) * size, hidden, split="inputs")
-    mixed = workload.element * n * (heads + groups) * size
-    layer.moved(2 * mixed, 2 * mixed, count=1)  # rotary embedding
-    if model.qk_norm != "none":
+def _grouped_elementwise(layer: _Layer, attention: Attention) -> None:
+    """Rotary embedding and norms of queries and keys."""
+    workload, core, tp = layer.workload, attention.core, layer.workload.layout.tp
+    mixed = workload.element * workload.tokens * (core.heads_on_rank(tp) + core.kv_heads_on_rank(tp)) * core.key
+    layer.moved(2 * mixed, 2 * mixed, count=1)
+    if attention.norms:
         layer.moved(2 * mixed, 3 * mixed, count=2)
-    layer.attention(heads, size, size, groups)
-    layer.linear(n, hidden, heads * size, split="outputs")
 
 
 def _swiglu(layer: _Layer, rows: float, inner: float, *modules: str, times: float = 1) -> None:
@@ -299,36 +312,32 @@ def _swiglu(layer: _Layer, rows: float, inner: float, *modules: str, times: floa
     layer.moved(3 * size, 5 * size, *modules, times=times)
 
 
-def _dense(layer: _Layer) -> None:
-    workload, model = layer.workload, layer.workload.model
-    inner = model.ffn_hidden_size / workload.layout.tp
-    layer.tp(workload.tokens * model.hidden_size, workload.tokens * model.hidden_size, "mlp")
-    layer.linear(workload.tokens, 2 * inner, model.hidden_size, "mlp", split="inputs")
-    _swiglu(layer, workload.tokens, inner, "mlp")
-    layer.linear(workload.tokens, model.hidden_size, inner, "mlp", split="outputs")
+def _gated_mlp(layer: _Layer, block: GatedMLP) -> None:
+    """A dense feed-forward, or the shared experts."""
+    workload, modules = layer.workload, block.down.recomputed_by
+    layer.tp(workload.tokens * workload.model.hidden_size, workload.tokens * workload.model.hidden_size, *modules)
+    layer.run(block.up)
+    _swiglu(layer, workload.tokens, block.down.inputs_on_rank(workload.layout.tp), *modules)
+    layer.run(block.down)
 
 
-def _moe(layer: _Layer) -> None:
+def _moe(layer: _Layer, experts: MixtureOfExperts) -> None:
     workload, model, software, layout = layer.workload, layer.workload.model, layer.software, layer.workload.layout
-    r, hidden = workload.split_tokens, model.hidden_size
-    layer.linear(r, model.num_experts, hidden, "moe", precision="bf16")
-    scores = 4 * r * model.num_experts
+    routed = experts.routed
+    layer.run(experts.router)
+    scores = 4 * workload.split_tokens * model.num_experts
     layer.moved(8 * scores, 6 * scores, "moe", count=8 * layer.unfused + 2, name="router", times=layer.unfused)
     layer.graphed = False
     visits = workload.expert_tokens * software.imbalance
     _dispatch(layer, visits)
     local = max(1, model.num_experts // layout.ep)
-    inner = model.moe_ffn_hidden_size / layout.etp
-    layer.linear(visits / local, 2 * inner, hidden, "moe", copies=local)
+    layer.run(routed.up, rows=visits / local, copies=local)
     if not software.fused_experts:
+        inner = routed.down.inputs_on_rank(layout.etp)
         _swiglu(layer, visits, inner, "moe", "moe_act", times=layer.unfused)
-    layer.linear(visits / local, hidden, inner, "moe", copies=local, cast=not software.fused_experts)
-    if model.num_shared_experts:
-        shared = model.shared_expert_width / layout.tp
-        layer.tp(workload.tokens * hidden, workload.tokens * hidden, "shared_experts", "moe")
-        layer.linear(workload.tokens, 2 * shared, hidden, "shared_experts", "moe", split="inputs")
-        _swiglu(layer, workload.tokens, shared, "shared_experts", "moe")
-        layer.linear(workload.tokens, hidden, shared, "shared_experts", "moe", split="outputs")
+    layer.run(routed.down, rows=visits / local, copies=local, cast=not software.fused_experts)
+    if experts.shared:
+        _gated_mlp(layer, experts.shared)
 
 
 def _dispatch(layer: _Layer, visits: float) -> None:
@@ -339,10 +348,12 @@ def _dispatch(layer: _Layer, visits: float) -> None:
     layer.moved(2 * copied, 2 * copied, "moe", count=12 * layer.unfused + 2, times=layer.unfused)
     group = Group(layout.ep * layout.etp)
     routing = routing_of(workload)
-    flex = software.dispatcher == "flex"
+    dispatcher = DISPATCHERS[software.dispatcher]
 
     def one(width: float) -> float:
-        return network.all_to_all(layer.hardware, group, r * software.imbalance, width, routing, flex)
+        return network.all_to_all(
+            layer.hardware, group, r * software.imbalance, width, routing, dispatcher.deduplicates
+        )
 
     there = one(hidden * (1 + 4 / 128 if software.fp8_dispatch else e))
     back = one(hidden * e)
@@ -352,7 +363,7 @@ def _dispatch(layer: _Layer, visits: float) -> None:
     if model.pad_to_capacity:
         layer.times.add("capacity", layer.constants.capacity_us * MICRO, recompute=layer.again("moe"))
     elif software.graphs != "full":
-        lost = (layer.constants.flex_sync_us if flex else layer.constants.sync_us) * MICRO
+        lost = (layer.constants.sync_us if dispatcher.waits_on_host else layer.constants.flex_sync_us) * MICRO
         layer.times.add("sync", lost, lost)
     layer.times.add("all_to_all", there + back, there + back, 0.0, layer.again("moe"))
 
@@ -390,7 +401,9 @@ def mtp_times(workload: Workload, machine: Machine) -> Times:
     """One multi-token-prediction depth: projection, a layer like the last, and its own pass through head and loss."""
     layer = _Layer(workload, machine)
     model = workload.model
-    layer.linear(workload.tokens, model.hidden_size / workload.layout.tp, 2 * model.hidden_size)
+    projection, _ = describe_mtp(model)
+    outputs, inputs = projection.outputs_on_rank(workload.layout.tp), projection.inputs_on_rank(workload.layout.tp)
+    layer.linear(workload.tokens, outputs, inputs)
     layer.times.plus(layer_times(workload, machine, bool(model.moe_layer_pattern[-1])))
     layer.times.plus(embedding_times(workload, machine))
     layer.times.plus(loss_times(workload, machine))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from parallel.architecture.attention import attention_kind
 from parallel.fp8_recipes import RECIPES
 from parallel.planner.activations import (
     EXPERT_TENSORS,
@@ -199,7 +200,7 @@ def _layers(workload: Workload, first: int, moe: Sequence[bool]) -> Saved:
     r, hidden, size = workload.split_tokens, workload.model.hidden_size, workload.recompute_num_layers
     kept: Saved = {}
     if (
-        moe and workload.recompute == "full" and workload.model.attention == "gqa"
+        moe and workload.recompute == "full" and attention_kind(workload.model).shared_rope
     ):  # one tensor that every checkpoint keeps
         kept["rotary angles"] = FP32 * (workload.seq_length // workload.layout.cp) * workload.model.rotary_dim
     for number, is_moe in enumerate(moe):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from parallel.dispatchers import DISPATCHERS
 from parallel.layout import ParallelLayout
 from parallel.planner import network
 from parallel.planner.hardware import Hardware
@@ -91,7 +92,12 @@ def placements(workload: Workload, hardware: Hardware, software: Software, weigh
                 sent = 2 * workload.micro_batches * layout.vpp * workload.split_tokens * width
             elif model.num_experts:
                 there = network.network_bytes(
-                    hardware, group, workload.split_tokens, width, routing_of(workload), software.dispatcher == "flex"
+                    hardware,
+                    group,
+                    workload.split_tokens,
+                    width,
+                    routing_of(workload),
+                    DISPATCHERS[software.dispatcher].deduplicates,
                 )
                 there_width = (1 + 4 / 128) / e if software.fp8_dispatch else 1.0
                 sent = 2 * passes * there * (1 + there_width)

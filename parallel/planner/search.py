@@ -14,6 +14,8 @@ from functools import cache
 from itertools import product
 
 from parallel import pipeline
+from parallel.architecture.attention import attention_kind
+from parallel.dispatchers import PLANNED
 from parallel.layout import ParallelLayout
 from parallel.planner.activations import layer, shared_embedding_bytes
 from parallel.planner.calibration import FITTED, Calibration
@@ -56,7 +58,7 @@ class Space:
     micro_batch_size: Sequence[int] = (1, 2, 4)
     recompute: Sequence[Recompute] = (("none", frozenset()), ("full", frozenset()))
     schedules: Sequence[str] = ("1f1b", "interleaved")
-    dispatchers: Sequence[str] = ("flex", "alltoall")
+    dispatchers: Sequence[str] = PLANNED
     fp8: Sequence[str | None] = (None,)
 
 
@@ -156,7 +158,8 @@ def infeasible_reason(base: Workload, layout: ParallelLayout) -> str:
     model = base.model
     if model.num_attention_heads % layout.tp or model.padded_vocab_size % layout.tp:
         return "tp does not divide the heads or the vocabulary"
-    if model.attention == "gqa" and model.kv_heads % layout.tp and layout.tp % model.kv_heads:
+    kv_heads = attention_kind(model).describe(model).core.kv_heads
+    if kv_heads % layout.tp and layout.tp % kv_heads:
         return "tp and the key/value heads do not divide each other"
     if model.num_experts and (model.num_experts % layout.ep or model.moe_ffn_hidden_size % layout.etp):
         return "ep does not divide the experts, or etp their width"

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from parallel.dispatchers import ALLTOALL, FLEX
+
 
 @dataclass(frozen=True)
 class Software:
@@ -39,7 +41,7 @@ class Software:
     graphs: str = "none"
     ordered_scales: bool = False
     fused_experts: bool = False
-    dispatcher: str = "flex"
+    dispatcher: str = FLEX.name
     fp8_dispatch: bool = False
     overlap_all_to_all: bool = False
     overlap_tp: bool = True
@@ -51,9 +53,9 @@ class Software:
 
 # First month (year x 100 + month) -> what a well-tuned Megatron run had from then on.
 GENERATIONS = {
-    202000: Software(flash_attention=False, dispatcher="alltoall", overlap_tp=False, overlap_dp=False, era=2023),
-    202301: Software(dispatcher="alltoall", overlap_tp=False, era=2023),
-    202406: Software(dispatcher="alltoall", era=2023),
+    202000: Software(flash_attention=False, dispatcher=ALLTOALL.name, overlap_tp=False, overlap_dp=False, era=2023),
+    202301: Software(dispatcher=ALLTOALL.name, overlap_tp=False, era=2023),
+    202406: Software(dispatcher=ALLTOALL.name, era=2023),
     202506: Software(era=2025),
     202511: Software(era=2026),
     202601: Software(ordered_scales=True, era=2026),
@@ -105,6 +107,6 @@ def deepseek_v3() -> Software:
     usual when it ran; no kernel newer than FlashAttention-2 took heads of 192 and 128 then.
     """
     return replace(
-        of_date(202410), dispatcher="flex", fp8_dispatch=True, overlap_all_to_all=True, overlap_dp=False,
+        of_date(202410), dispatcher=FLEX.name, fp8_dispatch=True, overlap_all_to_all=True, overlap_dp=False,
         communication_sms=20 / 132, latent_exchange=True, flash2=True,
     )  # fmt: skip

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
 
+from parallel.architecture.layers import Layer, describe_layer
+from parallel.architecture.parts import Model
 from parallel.layout import ParallelLayout
 
 # Up to here the `local` backend keeps attention's probabilities on a CPU, tokens: faster there, but they grow with the
@@ -35,65 +36,6 @@ LOSSES = ("megatron", "torch", "torch_compiled")
 TORCH_LOSS_BYTES = {"torch": 12, "torch_compiled": 10}
 # none, full or selective, and the modules of the last.
 Recompute = tuple[str, frozenset[str]]
-
-
-class Model(Protocol):
-    """The fields of an architecture that memory depends on, named as in `moe_train.config.model.ModelConfig`."""
-
-    hidden_size: int
-    ffn_hidden_size: int
-    attention: str
-    num_attention_heads: int
-    qk_norm: str
-    q_lora_rank: int
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    num_experts: int
-    topk: int
-    moe_ffn_hidden_size: int
-    num_shared_experts: int
-    shared_expert_gate: bool
-    capacity_factor: float | None
-    pad_to_capacity: bool
-    router_score: str
-    router_pre_softmax: bool
-    router_topk_groups: int
-    router_num_groups: int
-    router_group_score: str
-    router_bias: bool
-    balance_losses: list[str]
-
-    @property
-    def kv_heads(self) -> int:
-        """Key/value heads of gqa."""
-        ...
-
-    @property
-    def attention_head_dim(self) -> int:
-        """Size of a gqa head."""
-        ...
-
-    @property
-    def rotary_dim(self) -> int:
-        """Dimensions of a gqa head that carry rotary position."""
-        ...
-
-    @property
-    def shared_expert_width(self) -> int:
-        """Inner width of all shared experts together."""
-        ...
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding."""
-        ...
-
-    @property
-    def moe_layer_pattern(self) -> list[int]:
-        """1 for each MoE layer and 0 for each dense one."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -166,6 +108,10 @@ class Workload:
     def of_layer(self, number: int) -> Workload:
         """The workload of decoder layer `number`: without FP8 where the layer stays in bf16."""
         return replace(self, fp8=None) if self.fp8 and number in self.bf16_layers else self
+
+    def description(self, moe: bool) -> Layer:
+        """A layer with routed experts, or with a dense feed-forward."""
+        return describe_layer(self.model, moe)
 
     @property
     def recomputes(self) -> str:

@@ -17,8 +17,8 @@ from moe_train.conversion.families import config
 from moe_train.conversion.families.tables import FAMILIES
 from moe_train.conversion.hf_source import names_of
 from moe_train.conversion.mapping import pieces
-from moe_train.model import megatron_names
 from moe_train.model.arithmetic import count_parameters
+from parallel.architecture.layers import EMBEDDING, HEAD
 from parallel.errors import CheckpointError, ConfigError
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -36,7 +36,7 @@ def test_every_row_of_a_published_model_has_one_place(name: str) -> None:
         assert (piece.key, piece.index) not in seen
         seen.add((piece.key, piece.index))
         blocks = sorted(block for part in piece.parts for block in part.blocks)
-        rows = piece.rows if piece.key not in (megatron_names.EMBEDDING, megatron_names.HEAD) else model.vocab_size
+        rows = piece.rows if piece.key not in (EMBEDDING, HEAD) else model.vocab_size
         assert blocks[0][0] == 0
         assert blocks[-1][1] == rows
         assert all(a[1] == b[0] for a, b in itertools.pairwise(blocks)), piece.key

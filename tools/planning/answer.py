@@ -11,6 +11,8 @@ from moe_train.config.schema import Config
 from moe_train.model.arithmetic import flops_per_token
 from moe_train.model.estimate import estimates, planned_workload, software_of
 from moe_train.model.memory import checkpoint_bytes, weights_of
+from parallel.architecture.attention import modules_of_other_attentions
+from parallel.dispatchers import DISPATCHERS, PLANNED
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
 from parallel.planner import cost
@@ -145,11 +147,13 @@ def _check(cfg: Config, hardware: Hardware) -> None:
 def space_of(cfg: Config) -> Space:
     """What is searched."""
     model, plan = cfg.model, cfg.plan
+    gpus = cfg.cluster.multiprocessors > 1
+    foreign = modules_of_other_attentions(model)
     sets: list[Recompute] = []
     for modules in MODULES:
         kept = frozenset(
             m for m in modules
-            if not (m == "mla_up_proj" and model.attention != "mla") and not (m == "moe_act" and not model.is_moe)
+            if m not in foreign and not (m == "moe_act" and not model.is_moe)
             and not (m == "mlp" and 0 not in model.moe_layer_pattern)
         )  # fmt: skip
         one: Recompute = ("selective" if kept else "none", kept)
@@ -161,7 +165,7 @@ def space_of(cfg: Config) -> Space:
         cp=cp, ep=tuple(e for e in (2**n for n in range(11)) if e <= max(1, model.num_experts)),
         micro_batch_size=tuple(plan.micro_batch_sizes), recompute=(*sets, ("full", frozenset())),
         schedules=tuple(plan.schedules), fp8=fp8,
-        dispatchers=("alltoall",) if cfg.cluster.multiprocessors == 1 else ("flex", "alltoall"),  # DeepEP needs GPUs
+        dispatchers=tuple(one for one in PLANNED if gpus or not DISPATCHERS[one].needs_gpu),
     )  # fmt: skip
 
 

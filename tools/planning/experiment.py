@@ -16,6 +16,7 @@ from moe_train.config.composition.compose import compose
 from moe_train.config.composition.explain import CONF_DIR, group_options
 from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields, get
+from parallel.dispatchers import ALLTOALL, DISPATCHERS
 from parallel.errors import ConfigError
 from parallel.fp8_recipes import RECIPES
 from parallel.planner.estimate import Estimate
@@ -59,7 +60,7 @@ def planned(cfg: Config, plan: Estimate) -> Config:
     for field in dataclasses.fields(workload.layout):
         setattr(found.parallel, field.name, getattr(workload.layout, field.name))
     found.parallel.dispatcher = (
-        plan.software.dispatcher if workload.model.num_experts and workload.layout.ep > 1 else "alltoall"
+        plan.software.dispatcher if workload.model.num_experts and workload.layout.ep > 1 else ALLTOALL.name
     )
     found.parallel.distributed_optimizer = True
     found.parallel.overlap_grad_reduce = True
@@ -112,6 +113,9 @@ def _comments(cfg: Config, plan: Estimate) -> list[str]:
     ]
     if plan.schedule not in RUN:
         lines.append(f"# Time and memory are those of {plan.schedule}; moe-train has only {' and '.join(RUN)}.")
-    if plan.software.dispatcher == "flex" and plan.workload.layout.ep > 1:
-        lines.append("# dispatcher: flex needs GPUs and DeepEP; parallel.dispatcher=alltoall needs neither.")
+    row = DISPATCHERS[plan.software.dispatcher]
+    if row.library and plan.workload.layout.ep > 1:
+        lines.append(
+            f"# dispatcher: {row.name} needs GPUs and {row.library}; parallel.dispatcher={ALLTOALL.name} needs neither."
+        )
     return lines

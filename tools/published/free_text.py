@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 
 from moe_train.config.model import ModelConfig
+from parallel.dispatchers import ALLTOALL, FLEX
 from parallel.planner import software
 from parallel.planner.hardware import Hardware
 from tools.published import models
@@ -168,9 +169,9 @@ def _software(
         overlaps = "false"
     dispatcher = ""
     if "hybridep" in words or "deepep" in words:
-        dispatcher = "flex"
-    elif "alltoall" in words or "dispatcher=a2a" in words:
-        dispatcher = "alltoall"
+        dispatcher = FLEX.name
+    elif ALLTOALL.name in words or "dispatcher=a2a" in words:
+        dispatcher = ALLTOALL.name
     vanilla = "vanilla tp" in words or (torchtitan and "asynctp" not in words and "async tp" not in words)
     loss = ""
     if fsdp and "torchtitan" in row.get("source", ""):

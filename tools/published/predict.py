@@ -13,6 +13,7 @@ from moe_train.config.schema import Config, RecomputeConfig
 from moe_train.model.arithmetic import flops_per_token
 from moe_train.model.estimate import planned_workload, software_of
 from moe_train.model.memory import weights_of
+from parallel.architecture.attention import modules_of_other_attentions
 from parallel.planner.calibration import FITTED, Calibration
 from parallel.planner.estimate import estimate, fullest_bytes, megatron_schedule
 from parallel.planner.memory import Weights
@@ -112,9 +113,7 @@ def possible(model: ModelConfig) -> list[RecomputeConfig]:
     """The sets of `RECOMPUTE` that change anything of this model, each once."""
     found: list[RecomputeConfig] = []
     for recompute in RECOMPUTE:
-        modules = set(recompute.modules)
-        if model.attention != "mla":
-            modules -= {"mla_up_proj"}
+        modules = set(recompute.modules) - modules_of_other_attentions(model)
         if not model.is_moe:
             modules -= {"moe_act"}
         if 0 not in model.moe_layer_pattern:

@@ -17,6 +17,7 @@ from moe_train.config.schema import (
     RecomputeConfig,
     TrainConfig,
 )
+from parallel.dispatchers import ALLTOALL
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
 from parallel.planner import software
@@ -157,11 +158,11 @@ def _config(run: PublishedRun, model: ModelConfig, layout: ParallelLayout, micro
 def _usual_dispatcher(run: PublishedRun, model: ModelConfig, layout: ParallelLayout) -> str:
     """Within a node NCCL's all-to-all was usual at first, and for tokens padded to capacity there was nothing else."""
     if not model.is_moe:
-        return "alltoall"
+        return ALLTOALL.name
     month, domain = run.month or 0, clusters.hardware_of(run.hardware).domain_gpus
     in_node = layout.ep * layout.etp <= domain <= 8
     if month < software.GRAPHS_FROM and (in_node or run.capacity_factor is not None):
-        return "alltoall"
+        return ALLTOALL.name
     return software.of_date(month).dispatcher
 
 

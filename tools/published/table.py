@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from math import inf
 from pathlib import Path
 
+from parallel.dispatchers import PLANNED
 from parallel.errors import ConfigError
 from parallel.planner.schedules import SCHEDULES
 from parallel.planner.workload import LOSSES
@@ -99,7 +100,7 @@ CHOICES = {
     "moments_dtype": ("fp32", "bf16"),
     "schedule": SCHEDULES,
     "software": ("megatron", "deepseek"),
-    "dispatcher": ("flex", "alltoall"),
+    "dispatcher": PLANNED,
     "cuda_graphs": ("none", "scoped", "full"),
     "attention_kernel": ("fastest", "flash2", "unfused"),
     "routing": ("even", "learned"),

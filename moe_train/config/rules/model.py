@@ -5,6 +5,7 @@ from __future__ import annotations
 from moe_train.config.model import ModelConfig
 from moe_train.config.resolve import Facts, Rule, gather_facts
 from moe_train.config.schema import Config
+from parallel.architecture.attention import attention_kind
 from parallel.layout import ParallelLayout
 from parallel.suggest import Fix, Impossible, divisors, fixes_of, multiples, nearest
 
@@ -42,7 +43,7 @@ def attention_heads(facts: Facts) -> None:
     """Heads and their sizes must come out whole, and rotary dimensions in pairs."""
     model = facts.cfg.model
     heads = model.num_attention_heads
-    if model.attention == "mla":
+    if attention_kind(model).latent:
         if model.qk_rope_head_dim % 2:
             raise Impossible(
                 f"model.qk_rope_head_dim={model.qk_rope_head_dim} is odd, but rotary dimensions come in pairs",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import lcm
 
 from moe_train.config.resolve import Facts, Rule
 from parallel import pipeline
+from parallel.architecture.layers import describe_layer
+from parallel.architecture.parts import Shard
+from parallel.dispatchers import DISPATCHERS, Dispatcher
 from parallel.suggest import Fix, Impossible, divisors, fixes_of, multiples, nearest
 
 
@@ -26,23 +30,17 @@ def tensor_parallel_widths(facts: Facts) -> None:
     """Every matrix that tensor-parallel ranks split must split evenly."""
     model = facts.cfg.model
     _divides(facts, "tp", "model.num_attention_heads", model.num_attention_heads)
-    if model.attention == "gqa":
-        _query_groups(facts)
-    elif facts.backend == "local":  # Transformer Engine keeps the down-projections whole on every rank
-        _divides(facts, "tp", "model.q_lora_rank", model.q_lora_rank)
-        down = model.kv_lora_rank + model.qk_rope_head_dim
-        meaning = f"model.kv_lora_rank + qk_rope_head_dim = {model.kv_lora_rank} + {model.qk_rope_head_dim}"
-        _divides(facts, "tp", "model.kv_lora_rank", down, meaning, fixed=True)
-    if 0 in model.moe_layer_pattern:
-        _divides(facts, "tp", "model.ffn_hidden_size", model.ffn_hidden_size)
-    if model.is_moe:
-        _divides(facts, "etp", "model.moe_ffn_hidden_size", model.moe_ffn_hidden_size)
-        meaning = (
-            f"model.num_shared_experts x moe_ffn_hidden_size = {model.num_shared_experts} x {model.moe_ffn_hidden_size}"
-        )
-        own = model.shared_expert_ffn_hidden_size
-        field = "shared_expert_ffn_hidden_size" if own else "moe_ffn_hidden_size"
-        _divides(facts, "tp", f"model.{field}", model.shared_expert_width, "" if own else meaning, fixed=not own)
+    linears = [one for moe in sorted(set(model.moe_layer_pattern)) for one in describe_layer(model, bool(moe)).linears]
+    for linear in linears:
+        # Transformer Engine keeps the down-projections of latents whole on every rank.
+        column = linear.shard is Shard.COLUMN or (linear.shard is Shard.LATENT and facts.backend == "local")
+        for width, split in ((linear.outputs, column), (linear.inputs, linear.shard is Shard.ROW)):
+            if split and width.kv_heads:
+                _query_groups(facts)
+            elif split and not width.heads:
+                _divides(
+                    facts, linear.degree, f"model.{width.field}", sum(width.terms), width.meaning, bool(width.meaning)
+                )
     meaning = f"model.vocab_size={model.vocab_size} padded to {model.padded_vocab_size} rows"
     _divides(facts, "tp", "model.vocab_size", model.padded_vocab_size, meaning, fixed=True)
 
@@ -124,29 +122,37 @@ def experts(facts: Facts) -> None:
     _divides(facts, "ep", "model.num_experts", model.num_experts)
 
 
+def _instead(suits: Callable[[Dispatcher], bool]) -> list[Fix]:
+    """Dispatchers that suit."""
+    return fixes_of("parallel.dispatcher", [row.name for row in DISPATCHERS.values() if suits(row)])
+
+
 def dispatcher(facts: Facts) -> None:
     """What each way of sending tokens to experts needs."""
     cfg, layout, parallel = facts.cfg, facts.layout, facts.cfg.parallel
-    if parallel.dispatcher == "flex":
-        others: list[Fix] = fixes_of("parallel.dispatcher", ("alltoall", "allgather"))
-        if facts.runtime != "cuda":
-            raise Impossible(f"parallel.dispatcher=flex (DeepEP) needs GPUs, but runtime={facts.runtime}", others)
-        if layout.ep * layout.etp == 1:
-            raise Impossible(
-                "parallel.dispatcher=flex needs experts on several ranks, but parallel.ep x etp = 1 x 1",
-                [{"parallel.ep": 2}, *others],
-            )
-        if cfg.model.pad_to_capacity:
-            raise Impossible("parallel.dispatcher=flex (DeepEP) does not go with model.pad_to_capacity=true", others)
+    row = DISPATCHERS[parallel.dispatcher]
+    named = f"parallel.dispatcher={row.name}" + (f" ({row.library})" if row.library else "")
+    if row.needs_gpu and facts.runtime != "cuda":
+        raise Impossible(f"{named} needs GPUs, but runtime={facts.runtime}", _instead(lambda one: not one.needs_gpu))
+    if row.needs_peers and layout.ep * layout.etp == 1:
+        raise Impossible(
+            f"parallel.dispatcher={row.name} needs experts on several ranks, but parallel.ep x etp = 1 x 1",
+            [{"parallel.ep": 2}, *_instead(lambda one: not one.needs_peers)],
+        )
+    if cfg.model.pad_to_capacity and not row.pads_to_capacity:
+        raise Impossible(
+            f"{named} does not go with model.pad_to_capacity=true", _instead(lambda one: one.pads_to_capacity)
+        )
     if parallel.shared_expert_overlap:
         off: Fix = {"parallel.shared_expert_overlap": False}
         if not cfg.model.num_shared_experts:
             raise Impossible("parallel.shared_expert_overlap=true needs shared experts, but model.num_shared_experts=0",
                              [off, {"model.num_shared_experts": 1}])  # fmt: skip
-        if parallel.dispatcher != "alltoall":
+        if not row.overlaps_shared_experts:
+            able = [one.name for one in DISPATCHERS.values() if one.overlaps_shared_experts]
             raise Impossible(
-                f"parallel.shared_expert_overlap=true needs parallel.dispatcher=alltoall, not {parallel.dispatcher}",
-                [{"parallel.dispatcher": "alltoall"}, off],
+                f"parallel.shared_expert_overlap=true needs parallel.dispatcher={' or '.join(able)}, not {row.name}",
+                [*fixes_of("parallel.dispatcher", able), off],
             )
         if facts.runtime != "cuda":
             raise Impossible(

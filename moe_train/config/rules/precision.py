@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from moe_train.config.resolve import Facts, Rule
 from moe_train.config.schema import PrecisionConfig
+from parallel.architecture.layers import describe_layer, describe_mtp
+from parallel.architecture.parts import Shard
+from parallel.dispatchers import DISPATCHERS
 from parallel.fp8_recipes import RECIPES, FP8Recipe
 from parallel.suggest import Fix, Impossible, fixes_of, multiples, nearest
 
@@ -172,10 +176,11 @@ def dispatch(facts: Facts) -> None:
             "Megatron-Core send 16 bits",
             [off],
         )
-    if cfg.parallel.dispatcher != "alltoall":
+    if not DISPATCHERS[cfg.parallel.dispatcher].own_on_local:
+        able = [row.name for row in DISPATCHERS.values() if row.own_on_local]
         raise Impossible(
-            f"precision.fp8_dispatch=true needs parallel.dispatcher=alltoall, not {cfg.parallel.dispatcher}",
-            [{"parallel.dispatcher": "alltoall"}, off],
+            f"precision.fp8_dispatch=true needs parallel.dispatcher={' or '.join(able)}, not {cfg.parallel.dispatcher}",
+            [*fixes_of("parallel.dispatcher", able), off],
         )
     if model.hidden_size % _TILE:
         raise Impossible(
@@ -219,34 +224,19 @@ def _widths(facts: Facts) -> Iterator[tuple[str, str, int, int]]:
 
     Experts get as many rows as Megatron-Core pads them to (transformer/moe/experts.py `TEGroupedMLP`).
     """
-    model, tp, etp = facts.cfg.model, facts.layout.tp, facts.layout.etp
-    hidden, heads = model.hidden_size, model.num_attention_heads // tp
-    yield "hidden_size", f"{hidden}", hidden, 1
-    if model.mtp_num_layers:
-        yield "hidden_size", f"{hidden} / {tp}", hidden // tp, tp
-    if model.attention == "mla":
-        nope, rope, value = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
-        latent = model.kv_lora_rank
-        if model.q_lora_rank:
-            yield "q_lora_rank", f"{model.q_lora_rank}", model.q_lora_rank, 1
-        yield "kv_lora_rank", f"{latent}", latent, 1
-        yield "qk_rope_head_dim", f"{latent} + {rope}", latent + rope, 1
-        yield "qk_nope_head_dim", f"{heads} x ({nope} + {rope})", heads * (nope + rope), 1
-        yield "v_head_dim", f"{heads} x {value}", heads * value, 1
-        yield "qk_nope_head_dim", f"{heads} x ({nope} + {value})", heads * (nope + value), 1
-    else:
-        size, groups = model.attention_head_dim, max(1, model.kv_heads // tp)
-        yield "head_dim", f"{heads} x {size}", heads * size, 1
-        yield "head_dim", f"({heads} + 2 x {groups}) x {size}", (heads + 2 * groups) * size, 1
-    if 0 in model.moe_layer_pattern:
-        yield "ffn_hidden_size", f"{model.ffn_hidden_size} / {tp}", model.ffn_hidden_size // tp, tp
-    if model.is_moe:
-        inner = model.moe_ffn_hidden_size
-        yield "moe_ffn_hidden_size", f"{inner} / {etp}", inner // etp, etp
-        if model.num_shared_experts:
-            shared = model.shared_expert_width
-            field = "shared_expert_ffn_hidden_size" if model.shared_expert_ffn_hidden_size else "moe_ffn_hidden_size"
-            yield field, f"{shared} / {tp}", shared // tp, tp
+    model = facts.cfg.model
+    linears = [describe_mtp(model)[0]] if model.mtp_num_layers else []
+    for moe in sorted(set(model.moe_layer_pattern)):
+        linears += describe_layer(model, bool(moe)).linears
+    linears = [linear for linear in linears if linear.quantised]
+    inputs = [(linear.inputs, linear, linear.shard is Shard.ROW) for linear in linears]
+    outputs = [(linear.outputs, linear, linear.shard is Shard.COLUMN) for linear in linears]
+    # Widths that ranks do not split come first: others are made of them.
+    for width, linear, split in sorted([*inputs, *outputs], key=lambda side: side[2]):
+        ranks: int = getattr(facts.layout, linear.degree) if split else 1
+        # One of the parts side by side, such as gate and up: what divides it divides all of them together.
+        on_rank = int(replace(width, copies=1).on_rank(ranks))
+        yield width.field, width.arithmetic(ranks if split else None), on_rank, 1 if width.heads else ranks
 
 
 def kept_scales(facts: Facts) -> None:

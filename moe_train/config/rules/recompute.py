@@ -8,6 +8,7 @@ from moe_train.config.recompute import WHOLE, of_chunk, settings
 from moe_train.config.resolve import Facts, Rule
 from moe_train.config.walk import all_fields
 from parallel import pipeline
+from parallel.architecture.attention import attention_kind, modules_of_other_attentions
 from parallel.fp8_recipes import RECIPES
 from parallel.suggest import Fix, Impossible, divisors, fixes_of, nearest
 
@@ -79,8 +80,8 @@ def modules(facts: Facts) -> None:
 
 def _missing(facts: Facts, module: str) -> tuple[str, list[Fix]] | None:
     """Why this model has no such module to recompute, and what would give it one."""
-    cfg = facts.cfg
-    if module == "mla_up_proj" and cfg.model.attention != "mla":
+    cfg, kind = facts.cfg, attention_kind(facts.cfg.model)
+    if module in modules_of_other_attentions(cfg.model):
         return f"model.attention={cfg.model.attention} has no up-projection of a latent", []
     if module in ("moe", "moe_act") and not cfg.model.is_moe:
         return "model.num_experts=0 is a dense model", []
@@ -88,7 +89,7 @@ def _missing(facts: Facts, module: str) -> tuple[str, list[Fix]] | None:
         return "model.num_shared_experts=0: there are none", []
     if module == "mlp" and 0 not in cfg.model.moe_layer_pattern:
         return "model.num_dense_layers=0: no layer has a dense feed-forward", []
-    if module == "layernorm" and facts.backend == "te" and cfg.model.attention == "gqa" and not cfg.model.is_moe:
+    if module == "layernorm" and facts.backend == "te" and kind.norm_in_linear and not cfg.model.is_moe:
         return "on backend.name=te the norms of this model are part of the linear layers behind them", []
     if module == "moe_act" and not grouped_experts(facts):
         fix: dict[str, Any] = {"backend.grouped_gemm": True}
@@ -193,7 +194,7 @@ def _check_modules(facts: Facts, named: list[str], off: Fix) -> None:
             "recompute.offload_modules has attn_proj without core_attn, whose backward pass needs the same tensor",
             [{"recompute.offload_modules": ["core_attn", *named]}, off],
         )
-    of_linear = {"attn_norm": cfg.model.attention == "gqa", "mlp_norm": not cfg.model.is_moe}
+    of_linear = {"attn_norm": attention_kind(cfg.model).norm_in_linear, "mlp_norm": not cfg.model.is_moe}
     if fused := [name for name in named if of_linear.get(name)]:
         rest = [name for name in named if name not in fused]
         raise Impossible(

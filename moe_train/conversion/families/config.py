@@ -17,6 +17,7 @@ from moe_train.conversion.families import rope
 from moe_train.conversion.families.rope import UNSUPPORTED, YARN_FIELDS
 from moe_train.conversion.families.schemas import NEUTRAL, OMITTED, SCHEMAS, Json, Schema, Setting
 from moe_train.files import untrusted
+from parallel.architecture.attention import attention_kind
 from parallel.errors import CheckpointError, ConfigError
 from parallel.suggest import Impossible, override_value
 
@@ -111,7 +112,7 @@ def _refuse_other_computations(config: Json, family: str, where: Path | str) -> 
         config.get("num_key_value_heads"),
         config.get("num_attention_heads", schema.defaults["num_attention_heads"]),
     )
-    if schema.attention == "mla" and None not in heads and heads[0] != heads[1]:
+    if schema.attention.latent and None not in heads and heads[0] != heads[1]:
         raise CheckpointError(
             f"{where} has num_key_value_heads={heads[0]} and num_attention_heads={heads[1]}, which are the same in "
             f"{family} models",
@@ -154,7 +155,7 @@ def _of_family(config: Json, family: str, values: Json, where: Path | str) -> Js
         found |= _groups_of_v2(config, values, where)
     if family.startswith("qwen"):
         found["num_dense_layers"] = _leading_layers(config.get("mlp_only_layers") or [], where)
-    if values["attention"] == "mla" and values["norm_epsilon"] != _LATENT_EPSILON:
+    if SCHEMAS[family].attention.latent and values["norm_epsilon"] != _LATENT_EPSILON:
         found["latent_norm_epsilon"] = _LATENT_EPSILON
     if family in ("mixtral", "olmoe"):
         found["ffn_hidden_size"] = values["moe_ffn_hidden_size"]
@@ -251,7 +252,7 @@ def to_hf(model: ModelConfig, dtype: str, original: Json | None = None) -> Json:
         written = setting.write(model) if setting.write else getattr(model, setting.field)
         if written is not OMITTED:
             config[setting.hf] = written
-    config["num_key_value_heads"] = model.kv_heads if model.attention == "gqa" else model.num_attention_heads
+    config["num_key_value_heads"] = attention_kind(model).describe(model).core.kv_heads
     if schema.unnormalised_topk:
         config["norm_topk_prob"] = not model.router_pre_softmax
     if model.family == "deepseek_v2":
@@ -290,10 +291,7 @@ def _deciding(model: ModelConfig) -> list[str]:
     """Fields that say what weights of `model` compute."""
     fields = ["family", "num_layers", "hidden_size", "vocab_size", "tie_embeddings", "norm_epsilon", "attention"]
     fields += ["num_attention_heads", "qk_norm", "qkv_bias", "latent_norm_epsilon"]
-    if model.attention == "gqa":
-        fields += ["num_query_groups", "head_dim"]
-    else:
-        fields += ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
+    fields += attention_kind(model).fields
     fields += ["rope_type", "rope_base", "rotary_percent"]
     fields += {"yarn": list(YARN_FIELDS.values()), "llama3": ["llama3_factor"]}.get(model.rope_type, [])
     fields += ["num_experts", "num_dense_layers"] if model.is_moe else ["num_experts"]
@@ -309,7 +307,7 @@ def _deciding(model: ModelConfig) -> list[str]:
 
 def _shown(model: ModelConfig, field: str, theirs: ModelConfig) -> Any:
     """The field's value; where that is a default, the value that it means."""
-    if field == "latent_norm_epsilon" and theirs.attention == "mla":
+    if field == "latent_norm_epsilon" and attention_kind(theirs).latent:
         return model.latent_norm_epsilon or model.norm_epsilon
     if field == "num_query_groups":
         return model.kv_heads

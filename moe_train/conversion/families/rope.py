@@ -98,7 +98,7 @@ def _refuse_odd(kind: str, scaling: Json, where: Path | str) -> None:
 def _yarn(scaling: Json, schema: Schema, where: Path | str) -> Json:
     values = {name: scaling.get(name) for name in ("factor", "original_max_position_embeddings")}
     values |= {"beta_fast": scaling.get("beta_fast") or 32.0, "beta_slow": scaling.get("beta_slow") or 1.0}
-    mscale, all_dim = _temperatures(scaling, float(scaling["factor"]), schema.attention == "mla", where)
+    mscale, all_dim = _temperatures(scaling, float(scaling["factor"]), schema.attention.latent, where)
     values |= {"mscale": mscale, "mscale_all_dim": all_dim}
     context = values["original_max_position_embeddings"]
     if context is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_train.config.model import ModelConfig
+from parallel.architecture.attention import ATTENTIONS, AttentionKind
 
 Json = dict[str, Any]
 OMITTED = object()
@@ -62,9 +63,9 @@ class Schema:
     """Keys of NEUTRAL that this family does not read or that say what it computes anyway: these values (None: any)."""
 
     @property
-    def attention(self) -> str:
-        """mla or gqa."""
-        return str(self.fixed["attention"])
+    def attention(self) -> AttentionKind:
+        """The attention of its models."""
+        return ATTENTIONS[self.fixed["attention"]]
 
 
 def _none_as_zero(value: Any) -> Any:

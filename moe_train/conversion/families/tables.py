@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from moe_train.model.megatron_names import EMBEDDING, EXPERTS, HEAD
+from parallel.architecture.layers import EMBEDDING, EXPERTS, FINAL_NORM, HEAD
 
 
 class Kind(Enum):
@@ -61,7 +61,7 @@ def _gated(*names: str) -> Rule:
 _MODEL: Table = {
     EMBEDDING: Rule(Kind.VOCABULARY, ("model.embed_tokens.weight",)),
     HEAD: Rule(Kind.VOCABULARY, ("lm_head.weight",)),
-    "decoder.final_layernorm.weight": _whole("model.norm.weight"),
+    FINAL_NORM: _whole("model.norm.weight"),
 }
 
 _MLA: Table = {
