@@ -49,7 +49,7 @@ class Timeline:
         seconds: from the first pass to the end of the last.
         busy: seconds that each rank computed.
         by_kind: of each rank, seconds in each kind of pass.
-        in_flight: of each rank, the most stage-activations alive at once.
+        in_flight: of each rank, the most stage-activations alive at once; empty in an estimate.
         events: every pass, for pictures; empty where a simulation was extended.
     """
 
@@ -231,5 +231,4 @@ def estimated(
         "dualpipev": (pp - 1) * (both + backward - 3 * weights),
     }.get(schedule, (pp - 1) * (forward + backward))
     seconds = max(loads) + max(0.0, bubble) + 2 * (pp - 1) * send
-    in_flight = tuple(min(micro_batches * vpp, 2 * (pp - rank - 1) + (vpp - 1) * pp + 1) for rank in range(pp))
-    return Timeline(seconds, tuple(loads), tuple({} for _ in range(pp)), in_flight, ())
+    return Timeline(seconds, tuple(loads), tuple({} for _ in range(pp)), (), ())

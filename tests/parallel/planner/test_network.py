@@ -121,6 +121,9 @@ def test_a_ring_has_one_latency_for_each_of_its_messages() -> None:
     assert network.ring(H800, Group(8, 2), 1e8, messages=3) == pytest.approx(expected)
     expected = 1e8 * 3 / 4 / H800.domain_bytes_per_s + 2 * H800.domain_latency_us * 1e-6
     assert network.ring(H800, Group(4, 2), 1e8, messages=2) == pytest.approx(expected)
+    expected = 1e8 / 2 / H800.domain_bytes_per_s + H800.domain_latency_us * 1e-6
+    assert network.ring(H800, Group(2), 1e8) == pytest.approx(expected)
+    assert network.ring(H800, Group(1), 1e8) == 0
 
 
 def test_neighbours_on_one_node_send_over_nvlink() -> None:

@@ -6,6 +6,8 @@ import time
 from dataclasses import replace
 from functools import cache
 from itertools import product
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from parallel.planner import search
 from parallel.planner.activations import shared_embedding_bytes
 from parallel.planner.memory import StageMemory, memory_of_ranks
 from parallel.planner.workload import Workload
+from tests.parallel.planner.small import GQA, SOFTWARE, workload
 from tools.planning.answer import Answer, answer, sizes
 from tools.planning.experiment import as_yaml
 
@@ -153,6 +156,35 @@ def test_reasons_are_given_for_what_does_not_fit() -> None:
     assert any("memory" in reason for reason in reasons)
     assert all(times > 0 for times in reasons.values())
     assert set(found()[0].found.examples) == set(reasons)
+
+
+def test_degrees_are_tried_in_powers_of_two() -> None:
+    space = search.Space()
+    for name in ("tp", "pp", "ep", "etp", "micro_batch_size"):
+        values = getattr(space, name)
+        assert list(values) == [2**number for number in range(len(values))], name
+
+
+@pytest.mark.parametrize(("first", "room", "tried"), [("none", 70, "none act"), ("none", 20, "none act full"),
+                                                      ("act", 70, "act"), ("full", 20, "full")])  # fmt: skip
+def test_recomputation_grows_step_by_step_until_a_plan_fits(first: str, room: int, tried: str) -> None:
+    """Stages need 100 bytes, 60 where the activation function is recomputed, 30 where everything is."""
+    modes = {"none": ("none", frozenset[str]()), "act": ("selective", frozenset({"moe_act"})),
+             "full": ("full", frozenset[str]())}  # fmt: skip
+    needed = {"none": 100, "selective": 60, "full": 30}
+    seen: list[str] = []
+
+    def simulate(candidate: search.Candidate) -> SimpleNamespace:
+        seen.append(next(name for name, (mode, _) in modes.items() if mode == candidate.workload.recompute))
+        return SimpleNamespace(memory_bytes=needed[candidate.workload.recompute])
+
+    mode, modules = modes[first]
+    one = workload(GQA, recompute=mode, recompute_modules=modules)
+    timer: Any = SimpleNamespace(simulate=simulate, hardware=SimpleNamespace(offered_bytes=room))
+    search._simulated(
+        search.Candidate(1.0, one, "1f1b", SOFTWARE), search.Space(recompute=tuple(modes.values())), timer
+    )
+    assert " ".join(seen) == tried
 
 
 def test_a_layout_that_needs_more_recomputation_than_was_estimated_is_kept() -> None:

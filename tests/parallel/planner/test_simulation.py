@@ -94,13 +94,15 @@ def _parts(item: Pass) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "vpp"), [("1f1b", 1), ("interleaved", 3), ("zb1p", 1), ("dualpipe", 1), ("dualpipev", 1)]
-)
-def test_a_long_step_is_extended_exactly(schedule: str, vpp: int) -> None:
-    """Uneven stages and messages too: what is multiplied equals what is simulated."""
+    ("schedule", "vpp", "micro_batches"),
+    [("1f1b", 1, 64), ("1f1b", 1, 65), ("1f1b", 1, 67), ("interleaved", 3, 64), ("zb1p", 1, 65), ("dualpipe", 1, 64),
+     ("dualpipe", 1, 66), ("dualpipev", 1, 70)],
+)  # fmt: skip
+def test_a_long_step_is_extended_exactly(schedule: str, vpp: int, micro_batches: int) -> None:
+    """Uneven stages and messages too: what is multiplied equals what is simulated, with any rest of micro-batches."""
     pp, stages = 4, stages_of(schedule, 4, vpp)
     times = [StageTime(1 + 0.1 * (s % 3), 2 + 0.3 * (s % 2), 0.8, 0.9) for s in range(stages)]
-    whole, extended = (f(schedule, pp, vpp, 64, times, 0.05) for f in (simulate, step_time))
+    whole, extended = (f(schedule, pp, vpp, micro_batches, times, 0.05) for f in (simulate, step_time))
     assert not extended.events
     assert extended.seconds == pytest.approx(whole.seconds)
     assert extended.busy == pytest.approx(whole.busy)
@@ -124,6 +126,12 @@ def test_an_estimate_is_the_published_form(schedule: str, vpp: int) -> None:
     work = {"interleaved": 32 * passes, "dualpipe": 16 * 0.9 * passes, "dualpipev": 32 * 0.9 * passes}
     expected = work.get(schedule, 16 * passes) + ESTIMATES[schedule, vpp] + 2 * 3 * 0.01
     assert found.seconds == pytest.approx(expected)
+
+
+def test_an_estimate_has_no_bubble_where_weight_gradients_fill_it() -> None:
+    """F + B - 2 W is -0.5 (B with its weight gradients): the 16 micro-batches of the slowest rank alone are left."""
+    found = estimated("zb1p", 4, 1, 16, [StageTime(1.0, 2.5, 2.0)] * 4)
+    assert found.seconds == pytest.approx(16 * 3.5)
 
 
 def test_one_rank_has_no_bubble() -> None:

@@ -12,9 +12,12 @@ from moe_train.model.memory import weights_of_stage, workload_of
 from parallel.planner import kernels, software
 from parallel.planner.calibration import FITTED, Calibration
 from parallel.planner.layer_time import Machine, Times, layer_times, loss_times, mtp_times, total
+from parallel.planner.memory import Weights
+from parallel.planner.simulation import step_time
 from parallel.planner.software import Software
-from parallel.planner.step_time import StepTime, plan_step, stage_time
+from parallel.planner.step_time import StepTime, data_parallel_seconds, optimizer_seconds, plan_step, stage_time
 from parallel.planner.workload import Workload
+from tests.parallel.planner import small
 from tools.published.clusters import hardware_of
 
 V3 = [
@@ -268,3 +271,71 @@ def test_every_pass_of_a_chunk_begins_a_little_later() -> None:
         before, after = (planned(soft=soft, constants=constants).stages[1] for constants in (FITTED, late))
         assert after.forward - before.forward == pytest.approx(more)
         assert after.backward - before.backward == pytest.approx(more)
+
+
+def test_the_optimizer_moves_what_one_can_count() -> None:
+    """dp=4, ep=2: a rank has 100 / 4 of the shared parameters and 40 / 2 of the experts'. Each is read and written in
+    4 + 4 x 4 + 8 + 2 bytes, twice; new weights of 140 are read and written in 2."""
+    one, machine = small.workload(small.GQA, {"dp": 4, "ep": 2}), small.machine()
+    assert optimizer_seconds(one, machine, Weights(100, 40)) == pytest.approx(2 * 30 * 45 + 2 * 2 * 140)
+    whole = replace(one, distributed_optimizer=False)
+    assert optimizer_seconds(whole, machine, Weights(100, 40)) == pytest.approx(2 * 30 * 140 + 2 * 2 * 140)
+    assert optimizer_seconds(replace(one, frozen=True), machine, Weights(100, 40)) == 0
+
+
+def test_gradients_and_parameters_travel_as_one_can_count() -> None:
+    """Gradients of 4 bytes: 3/4 of 400 and 1/2 of 160 bytes leave a rank, 380; weights of 2 bytes 190."""
+    one, held = small.workload(small.GQA, {"dp": 4, "ep": 2}), Weights(100, 40)
+    alone = small.machine(replace(small.SOFTWARE, overlap_dp=False))
+    assert data_parallel_seconds(one, alone, held, 100.0) == pytest.approx(380 + 190)
+    # All-reduces instead: scattered and gathered, and no parameters.
+    assert data_parallel_seconds(replace(one, distributed_optimizer=False), alone, held, 100.0) == pytest.approx(760)
+    # A backward pass of 100 s hides gradients, and a forward pass of half of that hides parameters.
+    assert data_parallel_seconds(one, small.machine(), held, 100.0) == pytest.approx(280 + 140)
+    assert data_parallel_seconds(one, small.machine(dp_exposed=0.1), held, 1e6) == pytest.approx(57)
+
+
+PIPELINE = {"pp": 2, "dp": 4, "ep": 2}
+HALVES = [["E", "t"], ["t", "L"]]
+DENSE = replace(small.GQA, num_experts=0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "domain_gpus", "seconds"),
+    [("1f1b", 8, 320.0), ("zb1p", 8, 80.0), ("1f1b", 4, 640.0), ("1f1b", 7, 640.0)],
+)
+def test_a_hop_between_stages_is_one_message(schedule: str, domain_gpus: int, seconds: float) -> None:
+    """16 x 10 x 2 bytes to a rank that is 4 away: within a domain of 8 GPUs at 1 byte/s, else at half of that. A
+    quarter is exposed where messages overlap, as they do in all schedules but 1F1B."""
+    hardware = replace(small.HARDWARE, domain_gpus=domain_gpus, network_gb_per_s=0.5e-9)
+    machine = Machine(hardware, small.SOFTWARE, replace(small.CONSTANTS, pp_exposed=0.25))
+    one = small.workload(DENSE, {"pp": 2, "dp": 4}, stages=HALVES, micro_batches=6)
+    found = plan_step(one, machine, schedule, [Weights(100, 0)] * 2)
+    assert found.pipeline.seconds == pytest.approx(step_time(schedule, 2, 1, 6, found.stages, seconds).seconds)
+
+
+def test_a_step_waits_for_the_rank_with_most_weights() -> None:
+    one = small.workload(small.GQA, PIPELINE, stages=HALVES, micro_batches=6)
+    machine = small.machine(replace(small.SOFTWARE, overlap_dp=False), step_s=7.0)
+    found = plan_step(one, machine, "1f1b", [Weights(10, 0), Weights(100, 40)])
+    assert (found.optimizer, found.data_parallel, found.step_end) == (pytest.approx(3260), pytest.approx(570), 7.0)
+    assert found.seconds == pytest.approx(found.pipeline.seconds + 3260 + 570 + 7)
+
+
+def test_the_second_half_of_dualpipev_comes_back_over_the_ranks() -> None:
+    """Chunks are given rank by rank; the third stage is on the last rank, and the fourth on the first."""
+    chunks = [["E", "t"], ["t"], ["L"], ["t", "t", "t"]]
+    five = replace(DENSE, num_layers=5)
+    one = small.workload(five, {"pp": 2, "vpp": 2}, stages=chunks, micro_batches=6)
+    found = plan_step(one, small.machine(), "dualpipev", [Weights(100, 0)] * 2)
+    assert found.stages[2].forward == pytest.approx(3 * found.stages[1].forward)
+    assert found.stages[3].forward == pytest.approx(total(loss_times(one, small.machine()).forward))
+
+
+@pytest.mark.parametrize(("graphs", "forward", "backward"), [("none", 18, 31), ("scoped", 15.75, 28), ("full", 10, 20)])
+def test_graphs_start_kernels_in_a_part_of_the_time(graphs: str, forward: float, backward: float) -> None:
+    """8 and 11 kernels of 1 s each, of which 3 and 4 within the scope of the graphs take a quarter."""
+    machine = small.machine(replace(small.SOFTWARE, graphs=graphs), host_us=1e6, graph_kernels=0.25)
+    times = Times({"gemm": 10.0}, {"gemm": 20.0}, {}, {}, 8.0, 11.0, 3.0, 4.0)
+    found = stage_time(small.workload(DENSE), machine, "1f1b", times)
+    assert (found.forward, found.backward) == (pytest.approx(forward), pytest.approx(backward))
