@@ -300,8 +300,11 @@ def test_a_finished_run_needs_no_rank_until_something_is_left_to_do() -> None:
     manifest.parent.mkdir(parents=True)
     manifest.touch()
     assert continuing.nothing_to_do(exporting) != ""
-    os.utime(checkpoint / run_directory.STATE)  # the last steps were done again, and what was exported is older
-    assert continuing.nothing_to_do(exporting) == ""
+    later = manifest.stat().st_mtime_ns + 1
+    os.utime(checkpoint / run_directory.STATE, ns=(later, later))  # the last steps were done again, and reported
+    os.utime("R/summary.json", ns=(later, later))
+    assert continuing.nothing_to_do(exporting) == ""  # what was exported is older
+    assert continuing.nothing_to_do(cfg) != ""
     assert continuing.nothing_to_do(again("train.steps=11", "schedule.decay_steps=10")) == ""
 
 

@@ -101,3 +101,25 @@ def test_held_out_texts_are_spread_over_the_data_and_split_in_prompt_and_rest() 
     assert first.text == list(range(8, 16))
     assert second.prompt == list(range(4, 12))
     assert len(first.model) == 8
+
+
+def _continue_with_likely_padding(degrees: dict[str, int], vocabulary: int, temperature: float) -> list[list[int]]:
+    """The embedding has 128 rows. Those from `vocabulary` on get scores of +-100 times the sum of the hidden state."""
+    run = small_run.prepare(small_run.config(Path("unused"), degrees, model__vocab_size=vocabulary))
+    with torch.no_grad():
+        for chunk in run.chunks:
+            for name, weight in chunk.named_parameters():
+                if name.endswith("output_layer.weight"):
+                    first = run.rank.rank % run.layout.tp * len(weight)
+                    padding = torch.arange(first, first + len(weight)) >= vocabulary
+                    weight[padding] = 100.0 * (1 - 2 * (torch.arange(int(padding.sum())) % 2)).unsqueeze(1).to(weight)
+    prompts = _prompts() % vocabulary
+    return uncached.continue_prompts(run, run.chunks, prompts, COUNT, temperature, seed=3).tolist()
+
+
+@pytest.mark.parametrize(("degrees", "ranks"), [({}, 1), ({"tp": 2}, 2)])
+def test_a_row_that_pads_the_vocabulary_is_never_chosen(degrees: dict[str, int], ranks: int) -> None:
+    for temperature in (0.0, 1.0):
+        (tokens, *others) = run_distributed(_continue_with_likely_padding, ranks, degrees, 100, temperature)
+        assert max(max(row) for row in tokens) < 100
+        assert others == [tokens] * (ranks - 1)

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from launch import lock
 from launch.slurm import commands, node_count, submit
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
+from moe_train.config.schema import Config
 from moe_train.conversion.families import config as hf_config
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
@@ -552,6 +554,16 @@ def test_the_job_reads_the_paths_that_were_submitted(
     assert cfg.resume == "never"
     assert job[-1] == f"run_dir={cfg.run_dir}", "the batch script reads it without Python"
     assert f"--output={cfg.run_dir.replace('%', '%%')}/slurm-%j.out" in arguments
+
+
+def test_a_directory_that_another_run_writes_is_refused(
+    cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with lock.held(Config(run_dir="run")):
+        assert submit.run([*TINY, "run_dir=run"]) == 2
+    assert f"run_dir={tmp_path / 'run'} is in use by process {os.getpid()} on " in capsys.readouterr().err
+    assert not cluster.exists()
+    assert submit.run([*TINY, "run_dir=run"]) == 0
 
 
 @pytest.mark.parametrize("name", ["a:b", "a\nb"])
