@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tomllib
 from functools import cache
@@ -20,7 +19,7 @@ import yaml
 
 from moe_train.data import prepare
 from moe_train.formats import run_directory
-from tests import test_architecture
+from tests import forked, test_architecture
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -85,7 +84,7 @@ def test_commands_of_a_block_run(name: str, commands: list[str], tmp_path: Path,
         program = shutil.which(words[0], path=str(Path(sys.executable).parent))
         assert program, f"{words[0]} is not installed"
         environment = dict(os.environ) | {"PYTHONWARNINGS": "ignore"}
-        done = subprocess.run(
+        done = forked.run(
             [program, *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.launch import programs
 
 FIXTURE = Path(__file__).with_name("format_2_run.tar.gz")
@@ -27,9 +28,7 @@ def former(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _run(directory: Path, module: str, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", module, *words]
-    return subprocess.run(
-        command, cwd=directory, env=programs.environment(), capture_output=True, text=True, timeout=120
-    )
+    return forked.run(command, cwd=directory, env=programs.environment(), capture_output=True, text=True, timeout=120)
 
 
 def test_its_run_goes_on_with_the_same_losses(former: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs `moe-train` with a fake job, as a user does: in a process of its own."""
+"""Runs `moe-train` with a fake job in a process of its own, as a user does."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 _LAUNCHERS = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "TORCHELASTIC_")
@@ -41,16 +43,17 @@ def arguments(function: str, run_dir: Path, ranks: int, *more: str) -> list[str]
 def run(function: str, run_dir: Path, ranks: int, *more: str) -> subprocess.CompletedProcess[str]:
     """Run the job to its end."""
     command = arguments(function, run_dir, ranks, *more)
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=90)
+    return forked.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=90)
 
 
 @contextmanager
 def started(
-    function: str, run_dir: Path, ranks: int, before: Sequence[str] = (), **more: str
-) -> Iterator[subprocess.Popen[str]]:
+    function: str, run_dir: Path, ranks: int, before: Sequence[str] = (),
+    start: Callable[..., subprocess.Popen[str]] = forked.Popen, **more: str,
+) -> Iterator[subprocess.Popen[str]]:  # fmt: skip
     """The job, in a process group of its own, with further variables. Nothing of it is left afterwards. `before` is
     what its command line begins with, such as nohup."""
-    process = subprocess.Popen(
+    process = start(
         [*before, *arguments(function, run_dir, ranks)], cwd=ROOT, env=environment(**more), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip

@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
 from launch.local import signals
+from tests import forked
 from tests.launch import programs
 
 LIMIT_S = 5
@@ -85,7 +87,7 @@ def test_ranks_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_while_modules_are_imported(tmp_path: Path) -> None:
-    with programs.started("hang", tmp_path, 2) as process:
+    with programs.started("hang", tmp_path, 2, start=subprocess.Popen) as process:
         programs.wait_for(lambda: len(programs.alive(process.pid)) >= 3, 90)  # the fork server and resource tracker
         os.killpg(process.pid, signal.SIGINT)
         _gone(tmp_path, process)
@@ -94,7 +96,7 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path) -> None:
 
 
 def test_sigusr1_before_ranks_are_started_ends_the_job_as_saved(tmp_path: Path) -> None:
-    with programs.started("hang", tmp_path, 2) as process:
+    with programs.started("hang", tmp_path, 2, start=subprocess.Popen) as process:
         programs.wait_for(lambda: len(programs.alive(process.pid)) >= 3, 90)
         os.killpg(process.pid, signal.SIGUSR1)
         _gone(tmp_path, process)
@@ -128,7 +130,8 @@ def test_a_signal_after_the_end_changes_no_exit_code(
 ) -> None:
     """The interpreter takes a while to end, and has no handlers by then."""
     file = tmp_path / "lingering"
-    with programs.started("report", tmp_path, 1, TEST_LINGER=str(file), **variables) as process:
+    start = partial(forked.Popen, whole_end=True)
+    with programs.started("report", tmp_path, 1, start=start, TEST_LINGER=str(file), **variables) as process:
         programs.wait_for(lambda: file.exists() or process.poll() is not None, 90)
         os.kill(process.pid, number)
         _, errors = process.communicate(timeout=30)

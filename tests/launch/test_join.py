@@ -17,6 +17,7 @@ import pytest
 
 from launch import join
 from parallel.errors import LaunchError
+from tests import forked
 from tests.launch import programs
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
@@ -24,7 +25,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 
 def _run(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
     env = programs.environment(OMP_NUM_THREADS="1", **more)
-    return subprocess.run(command, cwd=programs.ROOT, env=env, capture_output=True, text=True, timeout=90)
+    return forked.run(command, cwd=programs.ROOT, env=env, capture_output=True, text=True, timeout=90)
 
 
 def _srun(command: list[str], *, ports: tuple[str, str] = ("", ""), **more: str) -> list[tuple[int, str, str]]:
@@ -41,7 +42,7 @@ def _srun(command: list[str], *, ports: tuple[str, str] = ("", ""), **more: str)
             MASTER_PORT=str(port), SLURM_STEP_LAUNCHER_PORT=ports[i], **more,
         )  # fmt: skip
         pipe = subprocess.PIPE
-        tasks.append(subprocess.Popen(command, cwd=programs.ROOT, env=env, stdout=pipe, stderr=pipe, text=True))
+        tasks.append(forked.Popen(command, cwd=programs.ROOT, env=env, stdout=pipe, stderr=pipe, text=True))
     try:
         ends = [task.communicate(timeout=90) for task in tasks]
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from moe_train.config.schema import Config
 from moe_train.formats import run_directory
 from parallel.errors import LaunchError
 from parallel.layout import ParallelLayout
+from tests import forked
 from tests.launch import programs
 
 
@@ -164,7 +164,7 @@ def test_ranks_find_out_themselves_that_they_are_started_again(variables: dict[s
     words = [f"resume={tmp_path}/old/step_00000009", "launcher.preflight=check"]
     for expected in (f"{tmp_path}/old/step_00000009", "auto"):
         command = programs.arguments("report", tmp_path, 1, *words)
-        done = subprocess.run(command, cwd=programs.ROOT, env=env, capture_output=True, text=True, timeout=90)
+        done = forked.run(command, cwd=programs.ROOT, env=env, capture_output=True, text=True, timeout=90)
         assert done.returncode == 0, done.stderr
         assert compose.from_yaml(tmp_path / "config.yaml").resume == expected
         assert [line for line in done.stderr.splitlines() if line.startswith("warning: ")] == [

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
+
 ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "moe-train": "launch.main", "moe-submit": "launch.slurm.submit", "moe-preflight": "launch.preflight",
@@ -73,7 +75,7 @@ def _into_a_closed_pipe(module: str, *words: str) -> tuple[int, str]:
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        done = subprocess.run(
+        done = forked.run(
             [sys.executable, "-m", module, *words], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True,
             timeout=60,
         )  # fmt: skip
@@ -94,7 +96,7 @@ def test_the_config_of_a_run_whose_reader_is_gone_ends_quietly() -> None:
 
 def test_help_for_a_full_disk_is_one_line() -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
+        done = forked.run(
             [sys.executable, "-m", "tools.plan", "--help"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True,
             timeout=60,
         )  # fmt: skip

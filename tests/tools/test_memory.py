@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tools.memory import with_defaults
 
 COMMAND = Path(sys.executable).parent / "moe-memory"
@@ -15,7 +16,7 @@ V3 = ("model=deepseek_v3", "parallel=deepseek_v3_h800", "precision=fp8_block", "
 
 
 def memory(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([COMMAND, *overrides], cwd=directory, capture_output=True, text=True, timeout=60)
+    return forked.run([COMMAND, *overrides], cwd=directory, capture_output=True, text=True, timeout=60)
 
 
 def test_every_stage_of_deepseek_v3_fits_80_gb(tmp_path: Path) -> None:

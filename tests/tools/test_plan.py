@@ -19,6 +19,7 @@ from moe_train.config.composition.validate import validate
 from moe_train.model.memory import predict as memory
 from parallel.errors import ConfigError
 from parallel.planner import cost
+from tests import forked
 from tools import plan
 from tools.planning import experiment
 from tools.planning.answer import answer
@@ -37,7 +38,7 @@ NO_ROOM = (
 
 def run(directory: Path, *words: str, tool: str = "plan", columns: str = "160") -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": columns}
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", f"tools.{tool}", *words], cwd=directory, env=environment, capture_output=True, text=True,
         timeout=120,
     )  # fmt: skip
@@ -293,7 +294,7 @@ def test_a_wrong_question_is_one_line_and_exit_code_2(tmp_path: Path, words: lis
 
 def test_a_full_disk_behind_the_answer_is_one_line() -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
+        done = forked.run(
             [sys.executable, "-m", "tools.plan", "model=tiny", "gpus=1"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE,
             text=True, timeout=120,
         )  # fmt: skip

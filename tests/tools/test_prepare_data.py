@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import forked
 from tests.data.corpora import texts
 
 ROOT = Path(__file__).parents[2]
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 def moe_data(*overrides: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tools.prepare_data", *overrides]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_the_command_makes_a_dataset_checks_it_and_explains_damage(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,13 +19,14 @@ from moe_train.config.cluster import ClusterConfig
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.schema import Config
 from parallel.layout import ParallelLayout
+from tests import forked
 from tests.launch.programs import ROOT, environment, overrides
 
 
 def preflight(fault: str, run_dir: Path, *more: str) -> tuple[int, str]:
     """Exit code and output, at the ratio that is the default, although the ranks share cores with other processes."""
     command = [sys.executable, "-m", "tests.launch.preflight.faults", fault, *overrides(run_dir, 4), *more]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    done = forked.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout + done.stderr
 
 
