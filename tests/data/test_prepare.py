@@ -218,6 +218,24 @@ def test_the_tokenizer_of_an_interrupted_run_is_used_again(
     assert content(data) == content(made)
 
 
+def test_a_run_that_ended_before_its_manifest_goes_on(
+    made: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its merged files are there, and its parts say that they are not those of another program."""
+
+    def interrupt(_: Path) -> list[int]:
+        raise KeyboardInterrupt
+
+    data = replace(made, dir=str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "identity", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(data, 300, progress=False)
+    assert (tmp_path / "text_document.bin").is_file()
+    assert prepare(data, 300, progress=False)
+    assert content(data) == content(made)
+
+
 @pytest.mark.parametrize(("size", "dtype"), [(65_536, np.uint16), (65_537, np.int32)])
 def test_every_id_has_room_in_a_token(
     size: int, dtype: type, made: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

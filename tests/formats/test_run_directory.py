@@ -147,3 +147,27 @@ def test_links_among_leftovers_are_removed_and_not_followed(tmp_path: Path) -> N
     assert (root / "latest").read_text() == "step_00000001\n"
     assert not (root / ".step_00000002.removed").is_symlink()
     assert [path.read_text() for path in victim.iterdir()] == ["data"]
+
+
+def test_latest_and_state_are_read_up_to_a_size(tmp_path: Path) -> None:
+    """4,096 bytes and 16 MiB. Spaces count for nothing but the size."""
+    for step in (10, 20):
+        make(tmp_path, run_directory.name_of(step))
+    name = "step_00000010"
+    for size, first in ((4096, name), (4097, "step_00000020")):
+        (tmp_path / "latest").write_text(name.ljust(size))
+        assert run_directory.candidates(tmp_path)[0].name == first
+    state = tmp_path / name / run_directory.STATE
+    state.write_text('{"format": 2}'.ljust(2**24))
+    assert run_directory.read_state(tmp_path / name) == {"format": 2}
+    state.write_text('{"format": 2}'.ljust(2**24 + 1))
+    with pytest.raises(run_directory.DamagedCheckpoint, match="it has more than 16,777,216 bytes"):
+        run_directory.read_state(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["[]", "2", "{}", '{"format": "2"}', '{"format": true}', '{"format": 2.0}'])
+def test_a_state_has_a_whole_number_as_its_format(text: str, tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, "step_00000010")
+    (checkpoint / run_directory.STATE).write_text(text)
+    with pytest.raises(run_directory.DamagedCheckpoint, match="it has no format"):
+        run_directory.read_state(checkpoint)

@@ -12,8 +12,10 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from launch import join
 from parallel.errors import LaunchError
@@ -170,6 +172,13 @@ def test_ranks_that_see_one_gpu_each_must_see_different_ones() -> None:
     error = join.refusal(found("a", "b", "c", "c"))
     assert error is not None
     assert (error.exit_code, error.cause) == (2, "ranks 2 and 3 on n1 see one GPU, the same")
+
+
+@pytest.mark.parametrize(("gpus", "named"), [(0, ""), (1, "GPU-7"), (8, "")])
+def test_a_process_names_the_gpu_that_it_sees_alone(gpus: int, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-7"))
+    assert join._only_gpu() == named
 
 
 def test_srun_prints_the_config_once(tmp_path: Path) -> None:

@@ -582,3 +582,5 @@ def test_the_remedy_for_a_number_of_nodes_can_be_submitted(nodes: int, capsys: p
     with pytest.raises(ConfigError) as first:
         validate(cfg, 8 * nodes)
     assert str(node_count.refused(cfg, first.value)).endswith("; use launcher.nodes=256")
+    assert submit.run([*V3, f"launcher.nodes={nodes}", "--dry-run"]) == 2
+    assert capsys.readouterr().err.endswith("; use launcher.nodes=256\n")
