@@ -59,7 +59,7 @@ def synthesise(directory: Path, size_gb: float) -> int:
 
     import torch
 
-    from moe_train.conversion.families import config
+    from moe_train.conversion import hf_config as config
     from moe_train.conversion.hf_source import names_of
     from moe_train.conversion.mapping import pieces
     from moe_train.formats import safetensors

@@ -8,6 +8,8 @@ from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields, get
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+# Fields whose choices another page lists, so that a further one changes only that page.
+CHOICES_ELSEWHERE = {"model.family": "[models.md](models.md)"}
 MARK = "<!-- fields, written by python -m tools.config_reference -->\n"
 
 
@@ -16,7 +18,8 @@ def tables() -> str:
     groups: dict[str, list[str]] = {}
     for name, info in all_fields().items():
         group = name.rpartition(".")[0]
-        choices = f" One of {', '.join(f'`{c}`' for c in info.choices)}." if info.choices else ""
+        listed = CHOICES_ELSEWHERE.get(name) or ", ".join(f"`{choice}`" for choice in info.choices)
+        choices = f" One of {'those in ' if name in CHOICES_ELSEWHERE else ''}{listed}." if info.choices else ""
         value = get(Config(), name)
         default = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
         groups.setdefault(group, []).append(f"| `{name}` | `{default}` | {info.doc}{choices} |")

@@ -157,8 +157,8 @@ def make_plan(
     Raises:
         ConfigError, CheckpointError: the source cannot be read, or the target cannot hold it.
     """
+    from moe_train.conversion import hf_config as config
     from moe_train.conversion import plans, small_files
-    from moe_train.conversion.families import config
     from moe_train.formats import directory_writer
 
     directory_writer.refuse_existing(target)  # before anything large is read
@@ -217,8 +217,8 @@ def _plan_of_megatron(
 
 def _small_files(cfg: Config, path: Path, model: ModelConfig, words: Sequence[str]) -> SmallFiles:
     """Those that a conversion to Megatron kept, else those of the run, whose data can be elsewhere now: data.dir."""
+    from moe_train.conversion import hf_config as config
     from moe_train.conversion import small_files
-    from moe_train.conversion.families import config
     from moe_train.formats import run_config
 
     if (path / small_files.KEPT / config.FILE).is_file():

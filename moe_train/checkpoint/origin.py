@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe_train.config.model import ModelConfig
-from moe_train.conversion.families import config
+from moe_train.conversion import hf_config as config
 from moe_train.formats import run_config, run_directory
 from parallel.errors import CheckpointError
 from parallel.suggest import override_value

@@ -10,7 +10,7 @@ from torch import nn
 
 from moe_train.checkpoint import hf_exchange, origin, state, storage
 from moe_train.checkpoint.collective import on_main, together, warn
-from moe_train.conversion.families import config as hf_config
+from moe_train.conversion import hf_config
 from moe_train.formats import dcp, dcp_metadata, directory_writer, manifest, run_directory
 from moe_train.ranks import RankContext
 from parallel.errors import CheckpointError

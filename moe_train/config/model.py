@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_train.config.families import family_names
 from moe_train.config.fields import doc
 from parallel.architecture.attention import ATTENTIONS
 
@@ -15,8 +16,7 @@ class ModelConfig:
     name: str = doc("tiny", "Name of the model, for logs and reports.")
     family: str = doc(
         "deepseek_v3", "Checkpoint family: which Hugging Face naming the model follows.",
-        choices=("deepseek_v3", "deepseek_v2", "deepseek_moe", "mixtral", "qwen3_moe", "qwen2_moe", "olmoe",
-                 "glm4_moe", "llama"),
+        choices=family_names(),
     )  # fmt: skip
 
     # Backbone

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_train.config.model import ModelConfig
-from moe_train.conversion.families import config
+from moe_train.conversion import hf_config as config
 from moe_train.conversion.hf_source import HuggingFace
 from moe_train.conversion.inventory import is_hugging_face
 from moe_train.conversion.mapping import Part, Piece, pieces, refuse_larger

@@ -8,8 +8,8 @@ from math import prod
 from pathlib import Path
 
 from moe_train.config.model import ModelConfig
-from moe_train.conversion.families import config
-from moe_train.conversion.families.tables import FAMILIES
+from moe_train.conversion import hf_config as config
+from moe_train.conversion.families import FAMILIES
 from moe_train.conversion.mapping import Fused, Part, Piece, pieces, refuse_larger
 from moe_train.formats import block_fp8, nonfinite, safetensors
 from moe_train.formats.dtypes import DTYPES, Dtype

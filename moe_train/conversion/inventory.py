@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 
 from moe_train.config.model import ModelConfig
-from moe_train.conversion.families import config
+from moe_train.conversion import hf_config as config
 from moe_train.conversion.mapping import pieces, refuse_larger
 from moe_train.formats import block_fp8, dcp, directory_writer, run_config, run_directory, safetensors
 from moe_train.formats.dtypes import Dtype

@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 
 from moe_train.config.model import ModelConfig
-from moe_train.conversion.families.tables import FAMILIES, Kind, Rule, Table
+from moe_train.conversion.families import FAMILIES
+from moe_train.conversion.hf.names import Kind, Rule, Table
 from moe_train.model.arithmetic import count_parameters
 from moe_train.model.megatron_names import Shapes, layer_places, layer_shapes, model_shapes, mtp_shapes
 from parallel.architecture.layers import EMBEDDING, EXPERTS

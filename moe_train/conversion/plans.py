@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config, ConvertConfig
-from moe_train.conversion.families import config
+from moe_train.conversion import hf_config as config
 from moe_train.conversion.hf_source import HuggingFace, MappedSource, narrowed
 from moe_train.conversion.mapping import Part, Piece
 from moe_train.conversion.small_files import KEPT, SmallFiles, accompanying

@@ -15,7 +15,7 @@ from typing import Any
 
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import DataConfig
-from moe_train.conversion.families import config
+from moe_train.conversion import hf_config as config
 from moe_train.files import untrusted
 from moe_train.formats import safetensors
 from moe_train.formats.run_directory import BEGAN, MANIFEST, step_of

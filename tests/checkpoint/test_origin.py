@@ -11,7 +11,7 @@ import pytest
 from moe_train.checkpoint import origin
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
-from moe_train.conversion.families import config
+from moe_train.conversion import hf_config as config
 from moe_train.formats import run_config, run_directory
 from parallel.errors import CheckpointError
 

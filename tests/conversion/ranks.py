@@ -12,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.router import TopKRouter
 
 from moe_train.checkpoint import checkpoint
-from moe_train.conversion.families import config
+from moe_train.conversion import hf_config as config
 from moe_train.loop import forward
 from moe_train.run import Run
 from tests.checkpoint import small_run

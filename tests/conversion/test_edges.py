@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from moe_train.checkpoint import hf_exchange
+from moe_train.conversion import hf_config as config
 from moe_train.conversion import small_files
-from moe_train.conversion.families import config
 from moe_train.formats import communicator, dcp, directory_writer, safetensors
 from moe_train.formats.communicator import SingleProcess
 from parallel.errors import CheckpointError

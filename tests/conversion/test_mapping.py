@@ -13,8 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_train.config.composition.compose import compose
-from moe_train.conversion.families import config
-from moe_train.conversion.families.tables import FAMILIES
+from moe_train.config.walk import all_fields
+from moe_train.conversion import hf_config as config
+from moe_train.conversion.families import FAMILIES
 from moe_train.conversion.hf_source import names_of
 from moe_train.conversion.mapping import pieces
 from moe_train.model.arithmetic import count_parameters
@@ -198,5 +199,7 @@ def test_a_part_without_a_name_in_its_family_is_an_error() -> None:
         pieces(model)
 
 
-def test_each_family_has_a_table_of_settings() -> None:
-    assert set(config.SCHEMAS) == set(FAMILIES)
+def test_no_two_families_read_one_model_type() -> None:
+    types = [kind for family in FAMILIES.values() for kind in family.schema.model_types]
+    assert len(types) == len(set(types))
+    assert set(FAMILIES) == set(all_fields()["model.family"].choices)

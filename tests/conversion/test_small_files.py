@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moe_train.config.composition.compose import compose
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import DataConfig
+from moe_train.conversion import hf_config as config
 from moe_train.conversion import small_files
-from moe_train.conversion.families import config
 from moe_train.data.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_tokenizer
 from parallel.errors import CheckpointError
 from tests.conversion import models

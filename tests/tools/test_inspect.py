@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moe_train.config.composition.compose import compose
 from moe_train.config.model import ModelConfig
+from moe_train.conversion import hf_config as config
 from moe_train.conversion import plans
-from moe_train.conversion.families import config
 from moe_train.conversion.hf_source import names_of
 from moe_train.conversion.mapping import pieces
 from moe_train.formats import block_fp8, dcp, directory_writer, safetensors

@@ -12,7 +12,8 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moe_train.config.model import ModelConfig
-from moe_train.conversion.families import config, rope
+from moe_train.conversion import hf_config as config
+from moe_train.conversion.hf import rope
 from parallel.errors import CheckpointError
 from tests.conversion import reference
 

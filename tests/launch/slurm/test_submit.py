@@ -18,7 +18,7 @@ from launch.slurm import commands, node_count, submit
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.conversion.families import config as hf_config
+from moe_train.conversion import hf_config
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
 from parallel.planner.placement import node_spans

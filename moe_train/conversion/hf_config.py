@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face checkpoint <-> ModelConfig, by the tables in `schemas`. No torch import.
+"""config.json of a Hugging Face checkpoint <-> ModelConfig, by the schema of its family. No torch import.
 
 What the model code here cannot compute is refused by name: a checkpoint must never load as another model.
 """
@@ -13,9 +13,19 @@ from typing import Any
 from moe_train.config.model import ModelConfig
 from moe_train.config.rules import model as model_rules
 from moe_train.config.walk import all_fields, violation
-from moe_train.conversion.families import rope
-from moe_train.conversion.families.rope import UNSUPPORTED, YARN_FIELDS
-from moe_train.conversion.families.schemas import NEUTRAL, OMITTED, SCHEMAS, Json, Schema, Setting
+from moe_train.conversion.families import FAMILIES
+from moe_train.conversion.hf import rope
+from moe_train.conversion.hf.rope import YARN_FIELDS
+from moe_train.conversion.hf.settings import (
+    NEUTRAL,
+    OMITTED,
+    RESTORE,
+    UNSUPPORTED,
+    Json,
+    Schema,
+    Setting,
+    wrong,
+)
 from moe_train.files import untrusted
 from parallel.architecture.attention import attention_kind
 from parallel.errors import CheckpointError, ConfigError
@@ -23,7 +33,6 @@ from parallel.suggest import Impossible, override_value
 
 FILE = "config.json"
 _LARGEST_BYTES = 1 << 24
-_RESTORE = "restore the field from the released config.json"
 
 # DeepSeek's code and transformers use this for the norms of latents, whatever rms_norm_eps says.
 _LATENT_EPSILON = 1e-6
@@ -54,42 +63,42 @@ def to_model(config: Json, where: Path | str = FILE) -> ModelConfig:
         CheckpointError: its family is unknown, a field is missing, or it asks for what the model code does not have.
     """
     kind = config.get("model_type")
-    found = [name for name, schema in SCHEMAS.items() if kind in schema.model_types]
+    found = [name for name, family in FAMILIES.items() if kind in family.schema.model_types]
     if not found:
-        known = ", ".join(t for schema in SCHEMAS.values() for t in schema.model_types)
+        known = ", ".join(t for family in FAMILIES.values() for t in family.schema.model_types)
         raise CheckpointError(f"{where} has model_type={kind!r}, which is not supported", f"supported are {known}")
-    family, schema = found[0], SCHEMAS[found[0]]
+    family, schema = found[0], FAMILIES[found[0]].schema
     _refuse_other_computations(config, family, where)
     values: Json = {"name": str(kind), "family": family, **schema.fixed}
     for setting in schema.settings:
         values[setting.field] = _read(setting, config, schema, where)
-    values |= _of_family(config, family, values, where)
+    values |= _following(config, schema, values)
+    values |= schema.read_further(config, values, where)
     try:
         values |= rope.read(config, schema, where)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         scaling = {name: config[name] for name in ("rope_theta", "rope_scaling", "rope_parameters") if name in config}
-        raise _wrong(where, "rotary position", scaling, f"not complete ({type(error).__name__}: {error})") from error
+        raise wrong(where, "rotary position", scaling, f"not complete ({type(error).__name__}: {error})") from error
     for field, value in values.items():
         if why := violation(f"model.{field}", value):
-            raise _wrong(where, field, value, why)
+            raise wrong(where, field, value, why)
     model = ModelConfig(**{field: _typed(field, value) for field, value in values.items()})
-    if wrong := _unlike_transformers(model):
-        raise CheckpointError(f"{where} has {wrong}", UNSUPPORTED)
+    if unlike := _unlike_transformers(model):
+        raise CheckpointError(f"{where} has {unlike}", UNSUPPORTED)
     _check_rules(model, schema, where)
     return model
 
 
 def _refuse_other_computations(config: Json, family: str, where: Path | str) -> None:
     """Raise CheckpointError where a key asks for what the model code of the family does not compute."""
-    schema = SCHEMAS[family]
-    for name, allowed in schema.required.items():
+    schema = FAMILIES[family].schema
+    for name, allowed in {**schema.neutral, **schema.required}.items():
         if name in config and config[name] not in allowed:
             raise CheckpointError(
                 f"{where} has {name}={config[name]!r}, and the {family} models here have {allowed[0]!r}", UNSUPPORTED
             )
     read = {name for setting in schema.settings for name in setting.names} | schema.required.keys()
-    read |= {"topk_method"} if family == "deepseek_v2" else set()
-    read |= {"mlp_only_layers"} if family.startswith("qwen") else set()
+    read |= set(schema.further_keys)
     for name, neutral in NEUTRAL.items():
         if name not in config or name in read:
             continue
@@ -105,9 +114,7 @@ def _refuse_other_computations(config: Json, family: str, where: Path | str) -> 
         )
     count = config.get("num_hidden_layers", schema.defaults["num_hidden_layers"])
     if layers is not None and len(layers) != count:
-        raise CheckpointError(
-            f"{where} has layer_types of {len(layers)} layers and num_hidden_layers={count}", _RESTORE
-        )
+        raise CheckpointError(f"{where} has layer_types of {len(layers)} layers and num_hidden_layers={count}", RESTORE)
     heads = (
         config.get("num_key_value_heads"),
         config.get("num_attention_heads", schema.defaults["num_attention_heads"]),
@@ -128,55 +135,34 @@ def _read(setting: Setting, config: Json, schema: Schema, where: Path | str) -> 
         raise CheckpointError(f"{where} has {shown}, which are two names of one field", "keep the right one")
     value = next(iter(given.values()), schema.defaults.get(setting.hf, OMITTED))
     if value is OMITTED:
-        raise CheckpointError(f"{where} has no {setting.hf}", _RESTORE)
+        raise CheckpointError(f"{where} has no {setting.hf}", RESTORE)
     name = next(iter(given), setting.hf)
     if value is None and not setting.nullable:
-        raise CheckpointError(f"{where} has {name}=null, which means nothing there", _RESTORE)
+        raise CheckpointError(f"{where} has {name}=null, which means nothing there", RESTORE)
     below = setting.minimum is not None and type(value) is int and value < setting.minimum
     if below:
-        raise _wrong(where, name, value, f"below {setting.minimum}")
+        raise wrong(where, name, value, f"below {setting.minimum}")
     try:
         result = setting.read(value)
     except TypeError:
         result = value
     if why := violation(f"model.{setting.field}", result):
-        raise _wrong(where, name, value, why)
+        raise wrong(where, name, value, why)
     return result
 
 
-def _of_family(config: Json, family: str, values: Json, where: Path | str) -> Json:
-    """Fields that follow from several keys, or from one in one family only."""
+def _following(config: Json, schema: Schema, values: Json) -> Json:
+    """Fields that follow from the others, or from several keys."""
     found: Json = {}
-    if SCHEMAS[family].unnormalised_topk:
+    if schema.unnormalised_topk:
         found["router_pre_softmax"] = not config.get("norm_topk_prob", False)
     if values.get("router_num_groups") == 0:
         found["router_topk_groups"] = 0
-    if family == "deepseek_v2":
-        found |= _groups_of_v2(config, values, where)
-    if family.startswith("qwen"):
-        found["num_dense_layers"] = _leading_layers(config.get("mlp_only_layers") or [], where)
-    if SCHEMAS[family].attention.latent and values["norm_epsilon"] != _LATENT_EPSILON:
+    if schema.attention.latent and values["norm_epsilon"] != _LATENT_EPSILON:
         found["latent_norm_epsilon"] = _LATENT_EPSILON
-    if family in ("mixtral", "olmoe"):
+    if "ffn_hidden_size" not in values:  # every layer has experts
         found["ffn_hidden_size"] = values["moe_ffn_hidden_size"]
     return found
-
-
-def _groups_of_v2(config: Json, values: Json, where: Path | str) -> Json:
-    """Routing by groups is chosen by `topk_method`, and without it the groups mean nothing."""
-    method = config.get("topk_method", "greedy")
-    if method not in ("greedy", "group_limited_greedy"):
-        raise CheckpointError(
-            f"{where} has topk_method={method!r}, and deepseek_v2 models here have 'greedy' or 'group_limited_greedy'",
-            UNSUPPORTED,
-        )
-    if method == "group_limited_greedy":
-        for name in ("n_group", "topk_group"):
-            if config.get(name) is None:
-                raise CheckpointError(f"{where} has topk_method={method!r} and no {name}", _RESTORE)
-        if values["router_num_groups"]:
-            return {}
-    return {"router_num_groups": 0, "router_topk_groups": 0, "router_group_score": "sum"}
 
 
 def _typed(field: str, value: Any) -> Any:
@@ -192,12 +178,12 @@ def _check_rules(model: ModelConfig, schema: Schema, where: Path | str) -> None:
         model_rules.check(model)
     except Impossible as problem:
         cause = re.sub(r"model\.(\w+)", lambda match: names.get(match[1], match[0]), problem.cause)
-        raise CheckpointError(f"{where} cannot be: {cause}", _RESTORE) from None
+        raise CheckpointError(f"{where} cannot be: {cause}", RESTORE) from None
 
 
 def _unlike_transformers(model: ModelConfig) -> str | None:
     """What of a model's routing Megatron-Core computes otherwise than the family's own code, None where nothing is."""
-    if model.family not in ("deepseek_v3", "glm4_moe") or not model.is_moe:
+    if not FAMILIES[model.family].schema.sigmoid or not model.is_moe:
         return None
     if model.topk == 1:
         return "num_experts_per_tok=1, whose weight the family sets to 1 and Megatron-Core does not change"
@@ -210,21 +196,6 @@ def _unlike_transformers(model: ModelConfig) -> str | None:
     return None
 
 
-def _wrong(where: Path | str, name: str, value: Any, why: str) -> CheckpointError:
-    return CheckpointError(f"{where} has {name}={str(value)[:100]!r}, which is {why}", _RESTORE)
-
-
-def _leading_layers(layers: Any, where: Path | str) -> int:
-    if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
-        raise _wrong(where, "mlp_only_layers", layers, "not a list of layers")
-    if sorted(layers) != list(range(len(layers))):
-        raise CheckpointError(
-            f"{where} has mlp_only_layers={layers}, and dense layers here are the first ones",
-            "such a model cannot be trained or converted here",
-        )
-    return len(layers)
-
-
 def to_hf(model: ModelConfig, dtype: str, original: Json | None = None) -> Json:
     """config.json of `model`: `original` with everything that follows from `model` replaced.
 
@@ -235,10 +206,10 @@ def to_hf(model: ModelConfig, dtype: str, original: Json | None = None) -> Json:
     Raises:
         ConfigError: models of this family cannot be like that: another program would compute something else.
     """
-    schema = SCHEMAS[model.family]
-    if wrong := _unlike_transformers(model):
+    schema = FAMILIES[model.family].schema
+    if unlike := _unlike_transformers(model):
         raise ConfigError(
-            f"model.family={model.family} cannot have {wrong}", "train with a checkpoint format of Megatron only"
+            f"model.family={model.family} cannot have {unlike}", "train with a checkpoint format of Megatron only"
         )
     config: Json = {
         **({} if original is None else original),
@@ -255,15 +226,14 @@ def to_hf(model: ModelConfig, dtype: str, original: Json | None = None) -> Json:
     config["num_key_value_heads"] = attention_kind(model).describe(model).core.kv_heads
     if schema.unnormalised_topk:
         config["norm_topk_prob"] = not model.router_pre_softmax
-    if model.family == "deepseek_v2":
-        config["topk_method"] = "group_limited_greedy" if model.router_num_groups else "greedy"
-    if model.family.startswith("qwen"):
-        config["mlp_only_layers"] = list(range(model.num_dense_layers))
+    config |= schema.write_further(model)
     for name in ("rope_parameters", "original_max_position_embeddings", "quantization_config", "partial_rotary_factor"):
         config.pop(name, None)
     config |= rope.write(model)
-    if schema.rotary_share != 1:
+    if schema.partial_rotary:
         config["partial_rotary_factor"] = model.rotary_percent
+    if schema.rotary_dim_key:
+        config[schema.rotary_dim_key] = model.rotary_dim
     config |= {"torch_dtype": dtype, "dtype": dtype, "use_cache": True}
     if lost := differences(model, to_model(config)):
         has = " ".join(f"model.{field}={override_value(ours)}" for field, (ours, _) in lost.items())

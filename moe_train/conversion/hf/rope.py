@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.config.model import ModelConfig
-from moe_train.conversion.families.schemas import Json, Schema
+from moe_train.conversion.hf.settings import UNSUPPORTED, Json, Schema
 from parallel.errors import CheckpointError
 
-UNSUPPORTED = "such a model cannot be trained or converted here"
 YARN_FIELDS = {
     "factor": "yarn_factor",
     "original_max_position_embeddings": "yarn_original_max_position",
@@ -35,7 +34,7 @@ def read(config: Json, schema: Schema, where: Path | str) -> Json:
     """
     scaling = _scaling(config, where)
     share = _share(config, scaling, schema)
-    if share != 1 and schema.rotary_share == 1:
+    if share != 1 and not schema.partial_rotary:
         raise CheckpointError(
             f"{where} has partial_rotary_factor={share}, and models of its family here have 1", UNSUPPORTED
         )
@@ -79,6 +78,9 @@ def _share(config: Json, scaling: Json, schema: Schema) -> Any:
     if "partial_rotary_factor" in scaling:
         return scaling["partial_rotary_factor"]
     share = config.get("partial_rotary_factor", schema.rotary_share)
+    if share is not None and "partial_rotary_factor" not in config and config.get(schema.rotary_dim_key) is not None:
+        head = config.get("head_dim", schema.defaults["head_dim"])
+        return config[schema.rotary_dim_key] / head
     return 1.0 if share is None else share
 
 
