@@ -5,7 +5,7 @@
     moe-convert verify DIR                          compare with its checksums
     mpirun -n 4 moe-convert SOURCE TARGET           several processes
 
-It takes the overrides of `moe-train`; SOURCE and TARGET are short for convert.source= and convert.target=.
+It takes fields of `convert` and `model`; SOURCE and TARGET are short for convert.source= and convert.target=.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -24,8 +23,9 @@ from launch import quiet
 from moe_train.config.assumed import names_of
 from moe_train.config.composition.compose import hydra_entry
 from moe_train.config.model import ModelConfig
+from moe_train.config.roots import ConvertRoot
 from moe_train.config.rules import model as model_rules
-from moe_train.config.schema import Config, DataConfig
+from moe_train.config.schema import DataConfig
 from moe_train.config.walk import get
 from parallel.errors import CheckpointError, ConfigError, MoeTrainError
 from parallel.suggest import Impossible
@@ -57,15 +57,13 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if comm.rank:
             stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
-        # Hydra wants a directory of its own, which ranks that end at different times would take from each other.
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-convert-"))
         line = parse(words, [_VERIFY])
-        argv = [*line.argv("convert.source", "convert.target"), f"run_dir={scratch}/run"]
+        argv = line.argv("convert.source", "convert.target")
         work = partial(run, line=line, comm=comm)
-        sys.exit(hydra_entry(work, argv=argv, runs=False, rules=False, about=__doc__, common=_COMMON))
+        sys.exit(hydra_entry(work, argv=argv, root=ConvertRoot, runs=False, about=__doc__, common=_COMMON))
 
 
-def run(cfg: Config, line: CommandLine, comm: Communicator) -> None:
+def run(cfg: ConvertRoot, line: CommandLine, comm: Communicator) -> None:
     """Convert or verify.
 
     Raises:
@@ -119,7 +117,7 @@ def _verify(source: Path, threads: int, comm: Communicator, allow_nonfinite: boo
         print(f"{source}: {files} files, {size / 1e9:,.2f} GB, every byte as written")
 
 
-def _source(cfg: Config) -> Path:
+def _source(cfg: ConvertRoot) -> Path:
     if cfg.convert.source is None:
         raise ConfigError(
             "convert.source is missing: the checkpoint to read",
@@ -142,7 +140,7 @@ def _written(path: Path) -> Path:
 
 
 def make_plan(
-    cfg: Config,
+    cfg: ConvertRoot,
     source: Path,
     target: Path,
     words: Sequence[str] = (),
@@ -177,7 +175,7 @@ def make_plan(
         model = _chosen(cfg, words, lambda: config.to_model(tensors.config, source / config.FILE))
         mapped = plans.MappedSource(tensors, model)
         if cfg.convert.to in (None, "megatron"):
-            return plans.to_megatron(mapped, target, cfg, options)
+            return plans.to_megatron(mapped, target, options)
         reader: Any = plans.HuggingFaceReader(mapped)
         files = {extent.path for extent in tensors.extents.values()}
         return plans.to_hf(
@@ -199,7 +197,7 @@ def _open_megatron(source: Path) -> dcp.Checkpoint:
 
 
 def _plan_of_megatron(
-    cfg: Config, checkpoint: dcp.Checkpoint, target: Path, words: Sequence[str], options: plans.ConvertOptions
+    cfg: ConvertRoot, checkpoint: dcp.Checkpoint, target: Path, words: Sequence[str], options: plans.ConvertOptions
 ) -> WritePlan:
     from moe_train.conversion import mapping, plans
     from moe_train.formats import run_config, run_directory
@@ -211,12 +209,12 @@ def _plan_of_megatron(
     mapping.refuse_larger(model, checkpoint.numbers, path / run_directory.CONFIG)
     all_pieces = mapping.pieces(model)
     reader = plans.MegatronReader(checkpoint, all_pieces, fp32=options.dtype == "fp32")
-    small = _small_files(cfg, path, model, words)
+    small = _small_files(cfg, path, model)
     return plans.to_hf(reader, all_pieces, model, target, options, path, checkpoint.files, small)
 
 
-def _small_files(cfg: Config, path: Path, model: ModelConfig, words: Sequence[str]) -> SmallFiles:
-    """Those that a conversion to Megatron kept, else those of the run, whose data can be elsewhere now: data.dir."""
+def _small_files(cfg: ConvertRoot, path: Path, model: ModelConfig) -> SmallFiles:
+    """Those that a conversion to Megatron kept, else those of the run, whose data can be in convert.data_dir now."""
     from moe_train.conversion import hf_config as config
     from moe_train.conversion import small_files
     from moe_train.formats import run_config
@@ -227,8 +225,8 @@ def _small_files(cfg: Config, path: Path, model: ModelConfig, words: Sequence[st
     written = saved.get("data") if isinstance(saved.get("data"), dict) else {}
     known = {field.name for field in fields(DataConfig)}
     data = DataConfig(**{name: value for name, value in (written or {}).items() if name in known})
-    if "data.dir" in names_of(words):
-        data = replace(data, dir=cfg.data.dir)
+    if cfg.convert.data_dir is not None:
+        data = replace(data, dir=cfg.convert.data_dir)
     first = saved.get("init_from")
     places = [path, *(Path(place) for place in (saved.get("run_dir"), first) if isinstance(place, str) and place)]
     weights = next((place for place in places if small_files.origin_of(place)), None)
@@ -237,7 +235,7 @@ def _small_files(cfg: Config, path: Path, model: ModelConfig, words: Sequence[st
     return small_files.of_run(model, data, weights)
 
 
-def _chosen(cfg: Config, words: Sequence[str], described: Callable[[], ModelConfig]) -> ModelConfig:
+def _chosen(cfg: ConvertRoot, words: Sequence[str], described: Callable[[], ModelConfig]) -> ModelConfig:
     """The model that the checkpoint describes, with what the command line says of it.
 
     Raises:

@@ -5,7 +5,7 @@
     moe-inspect --diff A B inspect.norm_rtol=0.03
     moe-inspect --diff A B inspect.atol=1e-6 inspect.rtol=0.01
 
-It takes the overrides of `moe-train`; DIR and A are short for inspect.path=, B for inspect.other=. Exit codes: 0 whole,
+It takes fields of `inspect`; DIR and A are short for inspect.path=, B for inspect.other=. Exit codes: 0 whole,
 equal, or within the tolerances that are given; 1 different; 2 damaged or no checkpoint.
 """
 
@@ -22,8 +22,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from rich.table import Table
 
 from launch import quiet
+from moe_train.config.checkpoint_tools import InspectConfig
 from moe_train.config.composition.compose import hydra_entry
-from moe_train.config.schema import Config, InspectConfig
+from moe_train.config.roots import InspectRoot
 from parallel.errors import ConfigError
 from tools import terminal
 from tools.words import parse
@@ -47,12 +48,18 @@ def main() -> None:
     compared = _DIFF in line.flags
     argv = line.argv("inspect.path", "inspect.other")
     code = hydra_entry(
-        lambda cfg: equal.append(run(cfg, compared)), argv=argv, about=__doc__, common=_COMMON, flags=[_DIFF]
+        lambda cfg: equal.append(run(cfg, compared)),
+        argv=argv,
+        root=InspectRoot,
+        runs=False,
+        about=__doc__,
+        common=_COMMON,
+        flags=[_DIFF],
     )
     sys.exit(code or int(not all(equal)))
 
 
-def run(cfg: Config, compared: bool) -> bool:
+def run(cfg: InspectRoot, compared: bool) -> bool:
     """Describe a checkpoint, or compare two where `compared` or a second one is named. Returns whether they are equal.
 
     Raises:

@@ -6,9 +6,10 @@
     moe-plan validate [runs=FILE.csv] [models=DIR] [results=FILE.json]
 
 `validate` compares with published runs, by default with those of tools/published/published_runs.csv. The command takes
-the overrides of `moe-train`; gpus, top, output, write, search, runs, models and results are short for plan.*, tokens
-for train.tokens. Where the command line says nothing else, it looks at GPUs with Transformer Engine (runtime=cuda),
-BF16, and without an experiment at sequences of 4,096 tokens in DeepSeek-V3's batch (train.seq_length=4096 batch=large).
+the overrides of `moe-train` and plan.*; gpus, top, output, write, search, runs, models and results are short for
+plan.*, tokens for train.tokens. Where the command line says nothing else, it looks at GPUs with Transformer Engine
+(runtime=cuda), BF16, and without an experiment at sequences of 4,096 tokens in DeepSeek-V3's batch
+(train.seq_length=4096 batch=large).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from moe_train.config.composition.compose import hydra_entry
 from moe_train.config.composition.validate import validate
-from moe_train.config.schema import Config
+from moe_train.config.roots import PlanRoot
 from parallel.errors import ConfigError, MoeTrainError
 from tools import terminal
 from tools.memory import assume
@@ -50,7 +51,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     work = run_validation if line.command else run
-    sys.exit(hydra_entry(work, argv=overrides, trains=False, runs=False, about=__doc__, common=_COMMON))
+    sys.exit(hydra_entry(work, overrides, root=PlanRoot, trains=False, runs=False, about=__doc__, common=_COMMON))
 
 
 def translated(words: Sequence[str]) -> list[str]:
@@ -75,7 +76,7 @@ def translated(words: Sequence[str]) -> list[str]:
     return line.argv()
 
 
-def run(cfg: Config) -> None:
+def run(cfg: PlanRoot) -> None:
     """Answer, and write what was asked for.
 
     Raises:
@@ -119,7 +120,7 @@ def does_not_fit(result: Answer) -> ConfigError:
     )
 
 
-def run_validation(cfg: Config) -> None:
+def run_validation(cfg: PlanRoot) -> None:
     """Compare with published runs.
 
     Raises:

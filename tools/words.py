@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from moe_train.config.composition.command_line import WITH_VALUE, literal
-from moe_train.config.walk import all_fields, group_names
+from moe_train.config.roots import all_groups, field_info
 
 
 @dataclass
@@ -63,6 +63,6 @@ def _is_override(word: str) -> bool:
     key = word.partition("=")[0].lstrip("+~")
     if "=" not in word and not word.startswith(("+", "~")):
         return False
-    if key in all_fields() or key in group_names() or key.split("/")[0].split(".")[0] in ("hydra", "experiment"):
+    if field_info(key) or key in all_groups() or key.split("/")[0].split(".")[0] in ("hydra", "experiment"):
         return True
     return "/" not in key and not os.path.lexists(word)

@@ -9,7 +9,9 @@ from launch.slurm.checks import spans
 from launch.slurm.estimate import RunEstimate, check_memory, run_estimate
 from moe_train.config.composition.fallback import candidates
 from moe_train.config.composition.validate import fit, validate
+from moe_train.config.plan import EstimateConfig
 from moe_train.config.schema import Config
+from moe_train.model.estimate import USUAL
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
 
@@ -29,7 +31,7 @@ class Choice:
     found: RunEstimate
 
 
-def choices(cfg: Config, nodes: int) -> list[Choice]:
+def choices(cfg: Config, nodes: int, plan: EstimateConfig = USUAL) -> list[Choice]:
     """What the job takes on `launcher.min_nodes` to `nodes` nodes. A number between them may have no layout.
 
     Raises:
@@ -54,7 +56,7 @@ def choices(cfg: Config, nodes: int) -> list[Choice]:
             raise _never_taken(text, one, fewest, nodes)
     if not any(fewest in counts for counts in taken):
         _refuse_fewest(cfg, fewest, sorted(count for counts in taken for count in counts))
-    return [_choice(text, one, counts, nodes) for (text, one), counts in both if counts]
+    return [_choice(text, one, counts, nodes, plan) for (text, one), counts in both if counts]
 
 
 def shown(counts: Sequence[int]) -> str:
@@ -96,9 +98,9 @@ def _price(cfg: Config, nodes: int) -> str:
     return f", ${nodes * gpus * cfg.cluster.dollars_per_gpu_hour:,.0f} an hour"
 
 
-def _choice(text: str, cfg: Config, counts: list[int], nodes: int) -> Choice:
+def _choice(text: str, cfg: Config, counts: list[int], nodes: int, plan: EstimateConfig) -> Choice:
     layout = validate(cfg, counts[0] * cfg.launcher.ranks_per_node)
-    found = run_estimate(cfg, layout)
+    found = run_estimate(cfg, layout, plan)
     where = f"launcher.min_nodes={cfg.launcher.min_nodes} lets the job start with {counts[0]} nodes, where "
     where += f"{text!r} of launcher.fallbacks is used and " if text else ""
     check_memory(found, layout, where if counts[0] < nodes else "")

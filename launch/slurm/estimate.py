@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_train.config.composition.validate import total_steps
+from moe_train.config.plan import EstimateConfig
 from moe_train.config.resolve import batch_schedule
 from moe_train.config.schema import Config
 from moe_train.model.arithmetic import flops_per_token
-from moe_train.model.estimate import MEGATRON, estimate_run
+from moe_train.model.estimate import MEGATRON, USUAL, estimate_run
 from moe_train.model.memory import predict
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
@@ -37,6 +38,7 @@ class RunEstimate:
             on CPU nodes.
         tokens: of the whole run.
         pace: None on CPU nodes.
+        assumed: the software and what else `pace` assumes.
     """
 
     stage: int
@@ -44,9 +46,10 @@ class RunEstimate:
     usable_gib: float | None
     tokens: int
     pace: Pace | None
+    assumed: EstimateConfig = USUAL
 
 
-def run_estimate(cfg: Config, layout: ParallelLayout) -> RunEstimate:
+def run_estimate(cfg: Config, layout: ParallelLayout, plan: EstimateConfig = USUAL) -> RunEstimate:
     """From a validated config.
 
     Raises:
@@ -60,13 +63,14 @@ def run_estimate(cfg: Config, layout: ParallelLayout) -> RunEstimate:
         memory_gib=fullest.total / GIB,
         usable_gib=Hardware.of(cfg.cluster).usable_bytes / GIB if gpus else None,
         tokens=tokens,
-        pace=pace(cfg, layout, tokens) if gpus else None,
+        pace=pace(cfg, layout, tokens, plan) if gpus else None,
+        assumed=plan,
     )
 
 
-def pace(cfg: Config, layout: ParallelLayout, tokens: int) -> Pace:
+def pace(cfg: Config, layout: ParallelLayout, tokens: int, plan: EstimateConfig = USUAL) -> Pace:
     """The time that moe-plan gives for this layout, over so many tokens."""
-    estimate = estimate_run(cfg, layout)
+    estimate = estimate_run(cfg, layout, plan)
     rate = estimate.step.tokens_per_s_per_gpu
     flops = flops_per_token(cfg.model, cfg.train.seq_length)
     return Pace(
@@ -80,7 +84,7 @@ def pace(cfg: Config, layout: ParallelLayout, tokens: int) -> Pace:
 
 def assumptions(cfg: Config, estimate: RunEstimate) -> list[str]:
     """What the time of a run assumes that moe-train does not do."""
-    plan, lines = cfg.plan, []
+    plan, lines = estimate.assumed, []
     if cfg.precision.fp4:
         lines.append("time and cost are those of MXFP8: NVFP4, which is faster, is not timed")
     other = [f"plan.{name}=true" for name in ("fsdp", "frozen_weights") if getattr(plan, name)]

@@ -6,7 +6,8 @@
     moe-submit -m seed=1,2,3 ...     one array of jobs, one for each value
     moe-submit status RUN_DIR        also cancel, logs
 
-It takes the overrides of moe-train; where they do not say runtime=cpu, the nodes have GPUs.
+It takes the overrides of moe-train; where they do not say runtime=cpu, the nodes have GPUs. Time and cost are estimated
+under the assumptions of plan.* (plan.software_date, plan.imbalance, ...), which the job does not get.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ from launch.slurm import checks, commands, container, corpus, elastic, node_coun
 from launch.slurm.estimate import RunEstimate, check_memory, run_estimate
 from moe_train.checkpoint import continuing, origin
 from moe_train.config.assumed import on_gpus
-from moe_train.config.composition.command_line import PATHS, field_of, is_text, text_override
-from moe_train.config.composition.compose import hydra_entry, job_words
+from moe_train.config.composition.command_line import PATHS, field_of, is_text, sorted_words, text_override
+from moe_train.config.composition.compose import compose, hydra_entry, job_words
 from moe_train.config.composition.fallback import fitting
-from moe_train.config.composition.validate import validate
+from moe_train.config.composition.validate import check_values, validate
+from moe_train.config.plan import EstimateConfig
+from moe_train.config.roots import EstimateRoot
 from moe_train.config.rules.precision import recipe
 from moe_train.config.schema import Config
-from moe_train.config.walk import get
+from moe_train.config.walk import get, group_names
+from moe_train.model.estimate import USUAL
 from parallel.errors import ConfigError, LaunchError, MoeTrainError
 from parallel.layout import ParallelLayout
 from parallel.planner.hardware import Hardware
@@ -82,12 +86,16 @@ def run(words: Sequence[str]) -> int:
     if words and words[0] in _VERBS:
         return _show_run(words)
     dry = _DRY in words
-    rest = [word for word in words if word != _DRY]
+    try:
+        rest, plan = _without_plan([word for word in words if word != _DRY])
+    except MoeTrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     rest += _assumed([word for word in rest if not word.startswith("-")])
     sweep: list[Checked] = []
 
     def job(cfg: Config) -> None:
-        checked = check(cfg, dry)
+        checked = check(cfg, dry, plan)
         _report(checked)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             sweep.append(checked)
@@ -110,6 +118,24 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
+def _without_plan(words: Sequence[str]) -> tuple[list[str], EstimateConfig]:
+    """The words without those of `plan`, which is not part of a run, and what they say.
+
+    Raises:
+        ConfigError: they say something that an estimate cannot assume.
+    """
+    kept: list[str] = []
+    own: list[str] = []
+    for word, is_override in sorted_words(words):
+        group = word.partition("=")[0].lstrip("+~").partition(".")[0]
+        (own if is_override and group in group_names(EstimateRoot) else kept).append(word)
+    if not own:
+        return kept, USUAL
+    root = compose(own, EstimateRoot)
+    check_values(root)
+    return kept, root.plan
+
+
 def _assumed(overrides: Sequence[str]) -> list[str]:
     """What the words leave open: GPUs, and BF16. A run that is continued keeps its own precision."""
     words = on_gpus(overrides)
@@ -119,8 +145,11 @@ def _assumed(overrides: Sequence[str]) -> list[str]:
     return words
 
 
-def check(cfg: Config, dry: bool = False) -> Checked:
+def check(cfg: Config, dry: bool = False, plan: EstimateConfig = USUAL) -> Checked:
     """Everything that must hold before nodes are asked for; with `dry` the data need not be there.
+
+    Args:
+        plan: what the estimate of time and cost assumes.
 
     Raises:
         ConfigError: with a cause and values that would work.
@@ -148,9 +177,9 @@ def check(cfg: Config, dry: bool = False) -> Checked:
             notes += origin.check(cfg.model, Path(cfg.init_from))
     checks.job(cfg)
     nodes = launcher.nodes or checks.nodes_of(cfg, layout)
-    choices = elastic.choices(cfg, nodes)
+    choices = elastic.choices(cfg, nodes, plan)
     own = next(choice for choice in choices if nodes in choice.counts)
-    found = own.found if own.counts[0] == nodes else run_estimate(fitted, layout)
+    found = own.found if own.counts[0] == nodes else run_estimate(fitted, layout, plan)
     check_memory(found, layout)
     data = ""
     try:

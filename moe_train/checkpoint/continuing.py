@@ -28,7 +28,6 @@ SUMMARY, EXPORTS = "summary.json", "hf"
 """Names in run_dir."""
 _EARLIER = "earlier"
 _OF_THE_COMMAND = ("run_dir", "resume", "verbose", "rank", "launcher.dependency")
-_NO_GROUPS_OF_A_RUN = ("convert", "inspect", "plan")
 _OF_A_RUN = (
     "metrics.jsonl", "events.out.*", "config.yaml", SUMMARY, "loss.svg", EXPORTS, "injected", "heartbeats", "hung.txt",
     run_directory.BEGAN,
@@ -234,7 +233,7 @@ def _merged(base: Config, cfg: Config, named: set[str], optional: set[str]) -> C
     taken = named | optional
     if given := [name for name in _LENGTHS if name in taken and get(cfg, name) is not None]:
         taken |= set(_LENGTHS) if len(given) == 1 else set()
-    taken |= {name for name in all_fields() if name in _OF_THE_COMMAND or name.split(".")[0] in _NO_GROUPS_OF_A_RUN}
+    taken |= {name for name in all_fields() if name in _OF_THE_COMMAND}
     merged = with_values(base, {name: get(cfg, name) for name in taken})
     is_gone = merged.init_from and "init_from" not in named and not os.path.exists(merged.init_from)
     if is_gone and any(_candidates(merged)):

@@ -1,4 +1,4 @@
-"""Options of `moe-plan`. YAML files under `conf/plan/` fill it. No torch import."""
+"""Options of `moe-plan`, and those that moe-submit takes too. YAML files under `conf/plan/` fill them. No torch."""
 
 from __future__ import annotations
 
@@ -8,24 +8,13 @@ from moe_train.config.fields import doc
 
 
 @dataclass
-class PlanConfig:
-    """The question to the planner: how many GPUs, which choices, which stages of a recipe, where the answer goes."""
+class EstimateConfig:
+    """What an estimate of step time and memory assumes beyond the config of the run: software, and what it can do."""
 
-    gpus: int | None = doc(None, "GPUs to plan for; null takes those of parallel.*.", minimum=1, maximum=10_000_000)
-    search: bool = doc(True, "Search all layouts; false times the one of parallel.* alone.")
-    top: int = doc(10, "Number of plans to show.", minimum=1, maximum=1_000)
     schedules: list[str] = doc(
         ["1f1b", "interleaved"], "Pipeline schedules to try; Megatron-Core runs 1f1b and interleaved.",
         choices=("1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"),
     )  # fmt: skip
-    precisions: list[str] = doc(
-        [], "FP8 recipes to try in addition to precision.fp8 (none means BF16); empty means only that.",
-        choices=("none", "block", "tensor", "mxfp8"),
-    )  # fmt: skip
-    micro_batch_sizes: list[int] = doc([1, 2, 4], "Micro-batch sizes to try, sequences.", minimum=1)
-    cp: list[int] = doc(
-        [], "Context-parallel degrees to try; empty means 1, and up to 16 for long sequences.", minimum=1
-    )
     software: str = doc(
         "megatron", "Software to model: Megatron-Core as of `software_date`, or DeepSeek's own of 2024.",
         choices=("megatron", "deepseek"),
@@ -55,6 +44,23 @@ class PlanConfig:
         "megatron", "Cross entropy whose memory is counted: Megatron-Core's, or that of torch, eager or compiled.",
         choices=("megatron", "torch", "torch_compiled"),
     )  # fmt: skip
+
+
+@dataclass
+class PlanConfig(EstimateConfig):
+    """The question to the planner: how many GPUs, which choices, which stages of a recipe, where the answer goes."""
+
+    gpus: int | None = doc(None, "GPUs to plan for; null takes those of parallel.*.", minimum=1, maximum=10_000_000)
+    search: bool = doc(True, "Search all layouts; false times the one of parallel.* alone.")
+    top: int = doc(10, "Number of plans to show.", minimum=1, maximum=1_000)
+    precisions: list[str] = doc(
+        [], "FP8 recipes to try in addition to precision.fp8 (none means BF16); empty means only that.",
+        choices=("none", "block", "tensor", "mxfp8"),
+    )  # fmt: skip
+    micro_batch_sizes: list[int] = doc([1, 2, 4], "Micro-batch sizes to try, sequences.", minimum=1)
+    cp: list[int] = doc(
+        [], "Context-parallel degrees to try; empty means 1, and up to 16 for long sequences.", minimum=1
+    )
     recipe: list[str] = doc(
         [], "Stages of the whole training: 'NAME tokens=14.8T', 'NAME seq=32768 batch=1920 steps=1000 cp=8' or "
         "'NAME gpu_hours=5000'; empty means one stage of train.tokens.",

@@ -13,7 +13,6 @@ from moe_train.config.fields import doc
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.objective import OBJECTIVES
-from moe_train.config.plan import PlanConfig
 from moe_train.config.resilience import ResilienceConfig
 from parallel.dispatchers import DISPATCHERS
 from parallel.fp8_recipes import FP4, FP8
@@ -269,50 +268,6 @@ class CheckpointConfig:
 
 
 @dataclass
-class ConvertConfig:
-    """Options of moe-convert."""
-
-    source: str | None = doc(None, "Checkpoint to read: a Hugging Face directory, or one of a run (its newest).")
-    target: str | None = doc(None, "Directory to write; it must not exist.")
-    to: str | None = doc(None, "Format to write; null means the other format.", choices=("hf", "megatron"))
-    dtype: str | None = doc(
-        None, "Format of the weights; null keeps that of each tensor (bf16 for FP8).",
-        choices=("fp32", "bf16", "fp16", "fp8"),
-    )  # fmt: skip
-    file_gb: float | None = doc(
-        None, "Approximate file size, GB; null makes about thirty files of at most 4 GiB.", minimum=1e-6
-    )
-    optimizer: bool = doc(True, "Keep the optimizer state in a copy of the same format.")
-    power_of_two_scales: bool = doc(True, "FP8 scales are powers of two, so that a second conversion is lossless.")
-    allow_nonfinite: bool = doc(
-        False, "Convert NaN and infinite numbers unchanged, with a warning; otherwise they are an error."
-    )
-    threads: int | None = doc(
-        None, "Files that one process writes concurrently; null means two per core, plus two.", minimum=1, maximum=1_000
-    )
-
-
-@dataclass
-class InspectConfig:
-    """Options of moe-inspect."""
-
-    path: str | None = doc(None, "Checkpoint: a Hugging Face directory, one of a run, or a run (its newest).")
-    other: str | None = doc(None, "Second checkpoint, to compare the first with; null describes the first.")
-    rows: int = doc(20, "Number of differing tensors to show; all are counted.", minimum=0)
-    atol: float = doc(
-        0.0, "Absolute part of the tolerance for each number: |a - b| <= atol + rtol max(|a|, |b|).", minimum=0
-    )
-    rtol: float = doc(0.0, "Relative part of the tolerance for each number; 0 in both allows no difference.", minimum=0)
-    norm_rtol: float | None = doc(
-        None, "Largest norm-relative difference of a tensor, |A - B| / |A|; null means no limit.", minimum=0
-    )
-    weights_only: bool = doc(False, "Exclude optimizer state, random states and FP8 scales of training from --diff.")
-    threads: int | None = doc(
-        None, "Files or tensors to read concurrently; null means one per core.", minimum=1, maximum=1_000
-    )
-
-
-@dataclass
 class TelemetryConfig:
     """What is measured and where it goes."""
 
@@ -340,13 +295,10 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    convert: ConvertConfig = field(default_factory=ConvertConfig)
-    inspect: InspectConfig = field(default_factory=InspectConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    plan: PlanConfig = field(default_factory=PlanConfig)
     objective: str = doc("language_model", "Training objective.", choices=tuple(OBJECTIVES))
     runtime: str = doc(
         "auto", "Device backend; auto means cuda where a GPU is visible.",

@@ -8,17 +8,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moe_train.config.schema import Config
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+AnyConfig = TypeVar("AnyConfig", bound="DataclassInstance")
+"""A config dataclass: `Config`, or another root (`moe_train.config.roots`)."""
 
 
 @dataclass(frozen=True)
 class FieldInfo:
-    """One leaf of the config: its full name, type, one-line doc, allowed strings, smallest and largest value."""
+    """One leaf of the config: full name, type, default, one-line doc, allowed strings, smallest and largest value."""
 
     name: str
     type: Any
+    default: Any
     doc: str
     choices: tuple[str, ...]
     minimum: float | None
@@ -26,8 +33,8 @@ class FieldInfo:
 
 
 @cache
-def all_fields() -> Mapping[str, FieldInfo]:
-    """Every leaf of `Config` by its full name, in the order of the schema."""
+def all_fields(root: type = Config) -> Mapping[str, FieldInfo]:
+    """Every leaf of a config root by its full name, in the order of the schema."""
     found: dict[str, FieldInfo] = {}
 
     def visit(config_class: type, prefix: str) -> None:
@@ -39,17 +46,23 @@ def all_fields() -> Mapping[str, FieldInfo]:
             else:
                 meta = item.metadata
                 found[name] = FieldInfo(
-                    name, kind, meta.get("doc", ""), meta.get("choices", ()), meta.get("minimum"), meta.get("maximum")
-                )
+                    name, kind, _default(item), meta.get("doc", ""), meta.get("choices", ()), meta.get("minimum"),
+                    meta.get("maximum"),
+                )  # fmt: skip
 
-    visit(Config, "")
+    visit(root, "")
     return found
 
 
+def _default(item: dataclasses.Field[Any]) -> Any:
+    """The default of a dataclass field."""
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
 @cache
-def group_names() -> tuple[str, ...]:
-    """The config groups: `model`, `parallel`, ..."""
-    return tuple(f.name for f in dataclasses.fields(Config) if f.name not in all_fields())
+def group_names(root: type = Config) -> tuple[str, ...]:
+    """The groups of a config root: `model`, `parallel`, ..."""
+    return tuple(f.name for f in dataclasses.fields(root) if f.name not in all_fields(root))
 
 
 def violation(name: str, value: Any) -> str:
@@ -89,7 +102,7 @@ def _violation_of_list(kind: Any, value: Any) -> str:
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-def get(cfg: Config, name: str) -> Any:
+def get(cfg: object, name: str) -> Any:
     """Value of the field with this full name."""
     value: Any = cfg
     for part in name.split("."):
@@ -97,7 +110,7 @@ def get(cfg: Config, name: str) -> Any:
     return value
 
 
-def with_values(cfg: Config, values: Mapping[str, Any]) -> Config:
+def with_values(cfg: AnyConfig, values: Mapping[str, Any]) -> AnyConfig:
     """A copy of `cfg` with these fields (by full name) changed."""
     for name, value in values.items():
         group, _, leaf = name.rpartition(".")

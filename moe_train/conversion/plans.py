@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
 from moe_train.config.model import ModelConfig
-from moe_train.config.schema import Config, ConvertConfig
+from moe_train.config.schema import Config
 from moe_train.conversion import hf_config as config
 from moe_train.conversion.hf_source import HuggingFace, MappedSource, narrowed
 from moe_train.conversion.mapping import Part, Piece
@@ -153,11 +153,11 @@ class HuggingFaceReader:
         """Its files have no checksum but that of the whole."""
 
 
-def to_megatron(source: MappedSource, target: Path, cfg: Config, options: ConvertOptions) -> WritePlan:
+def to_megatron(source: MappedSource, target: Path, options: ConvertOptions) -> WritePlan:
     """Hugging Face -> Megatron: weights for `init_from`, which any layout of ranks reads.
 
-    Args:
-        cfg: of the run whose config the checkpoint carries; its model is replaced by that of `source`.
+    The checkpoint has a config of a run with that model, and the defaults elsewhere. It has nothing of where and how it
+    was converted, so that the same weights make the same bytes.
 
     Raises:
         ConfigError: the format cannot hold what is asked for.
@@ -173,8 +173,7 @@ def to_megatron(source: MappedSource, target: Path, cfg: Config, options: Conver
         FileJob(f"__{i}_0.distcp", sum(c.bytes for c in file), partial(_write_chunks, source, file, tallies))
         for i, file in enumerate(files)
     ]
-    # Nothing of where and how it was converted: the same weights make the same bytes.
-    converted_config = replace(cfg, model=source.model, convert=ConvertConfig(), run_dir=Config().run_dir)
+    converted_config = Config(model=source.model)
 
     def finish(facts: dict[str, Any]) -> dict[str, bytes]:
         state = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moe_train.config.plan import PlanConfig
+from moe_train.config.plan import EstimateConfig
 from moe_train.config.schema import Config
 from moe_train.model.memory import weights_of, workload_of
 from parallel.dispatchers import DISPATCHERS
@@ -25,18 +25,19 @@ from parallel.planner.workload import Workload
 
 MEGATRON = ("1f1b", "interleaved")
 """Pipeline schedules that moe-train runs."""
+USUAL = EstimateConfig()
 
 
-def estimate_run(cfg: Config, layout: ParallelLayout) -> Estimate:
+def estimate_run(cfg: Config, layout: ParallelLayout, plan: EstimateConfig = USUAL) -> Estimate:
     """The estimate of `cfg` (validated, with `layout`) under the fastest of `plan.schedules` that can run it.
 
     Raises:
         ConfigError: none of them can.
     """
-    return estimates(cfg, planned_workload(cfg, layout))[0]
+    return estimates(cfg, plan, planned_workload(cfg, plan, layout))[0]
 
 
-def estimates(cfg: Config, workload: Workload, constants: Calibration = FITTED) -> list[Estimate]:
+def estimates(cfg: Config, plan: EstimateConfig, workload: Workload, constants: Calibration = FITTED) -> list[Estimate]:
     """One for each of `plan.schedules` that can run the workload, fastest first.
 
     Raises:
@@ -46,7 +47,7 @@ def estimates(cfg: Config, workload: Workload, constants: Calibration = FITTED) 
     hardware = Hardware.of(cfg.cluster)
     timed: list[Estimate] = []
     reason = f"parallel.vpp={layout.vpp} needs interleaved" if layout.vpp > 1 else "interleaved needs parallel.vpp > 1"
-    for schedule in cfg.plan.schedules:
+    for schedule in plan.schedules:
         if (schedule == "interleaved") != (layout.vpp > 1):
             continue
         if reason := impossible(schedule, layout.pp, layout.vpp, workload.micro_batches):
@@ -55,20 +56,19 @@ def estimates(cfg: Config, workload: Workload, constants: Calibration = FITTED) 
         if schedule == "dualpipev":
             own = replace(workload, stages=stages_under(schedule, layout.pp, 1, model.num_layers, model.mtp_num_layers))
         weights = weights_of(model, own)
-        timed.append(estimate(own, hardware, software_of(cfg, own, constants), weights, schedule, constants))
+        assumed = software_of(cfg, plan, own, constants)
+        timed.append(estimate(own, hardware, assumed, weights, schedule, constants))
     if not timed:
-        raise ConfigError(
-            f"plan.schedules={cfg.plan.schedules} cannot run this layout: {reason}", "use plan.search=true"
-        )
+        raise ConfigError(f"plan.schedules={plan.schedules} cannot run this layout: {reason}", "use plan.search=true")
     return sorted(timed, key=lambda one: one.step.seconds)
 
 
-def planned_workload(cfg: Config, layout: ParallelLayout) -> Workload:
-    """The workload of `cfg` as `plan.*` describes it; with the defaults of `plan` it is that of moe-train.
+def planned_workload(cfg: Config, plan: EstimateConfig, layout: ParallelLayout) -> Workload:
+    """The workload of `cfg` as `plan` describes it; with its defaults it is that of moe-train.
 
     FP4 is counted as MXFP8, which needs more memory and time.
     """
-    plan, workload = cfg.plan, workload_of(cfg, layout)
+    workload = workload_of(cfg, layout)
     if cfg.precision.fp4 and workload.fp8:
         workload = replace(workload, fp8="mxfp8")
     if plan.software == "deepseek":  # weights in FP8 alone, moments in 16 bits (arXiv 2412.19437, section 3.3.3)
@@ -80,14 +80,14 @@ def planned_workload(cfg: Config, layout: ParallelLayout) -> Workload:
     )  # fmt: skip
 
 
-def software_of(cfg: Config, workload: Workload, constants: Calibration = FITTED) -> Software:
+def software_of(cfg: Config, plan: EstimateConfig, workload: Workload, constants: Calibration = FITTED) -> Software:
     """The software that a workload of `cfg` is timed with: what was usual at `plan.software_date` for its layout and
     precision, or DeepSeek's own, changed by what `plan` and `parallel.dispatcher` say.
 
     Raises:
         ConfigError: `plan.software_date` is not a month.
     """
-    plan, layout = cfg.plan, workload.layout
+    layout = workload.layout
     if not 1 <= plan.software_date % 100 <= 12:
         raise ConfigError(f"plan.software_date={plan.software_date} is not a month", "write year x 100 + month: 202604")
     if plan.software == "deepseek":
@@ -102,7 +102,7 @@ def software_of(cfg: Config, workload: Workload, constants: Calibration = FITTED
     return _as_stated(base, plan, constants)
 
 
-def _as_stated(base: Software, plan: PlanConfig, constants: Calibration) -> Software:
+def _as_stated(base: Software, plan: EstimateConfig, constants: Calibration) -> Software:
     """`base` with the fields that `plan` sets."""
     overlaps = plan.overlap_all_to_all
     if overlaps is None:

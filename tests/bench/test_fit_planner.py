@@ -13,6 +13,7 @@ import pytest
 from bench.fit_planner import BOUNDS, EXTENSION_HOURS, MARGIN, at, disorder, extension_hours, limits
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
+from moe_train.config.roots import PlanRoot
 from moe_train.model.memory import weights_of, workload_of
 from parallel.planner.calibration import FITTED
 from tests.parallel.planner.test_step_time import V3
@@ -66,9 +67,9 @@ def test_what_is_fused_once_stays_fused() -> None:
 
 def test_the_fit_counts_the_stages_of_the_published_context_extension() -> None:
     """As the planner itself does (test_plan.py), within what the published hours allow."""
-    cfg = compose([*V3, "batch=large", "plan=deepseek_v3"])
+    cfg = compose([*V3, "batch=large", "plan=deepseek_v3"], PlanRoot)
     workload = replace(workload_of(cfg, validate(cfg)), micro_batches=120)
-    row = SimpleNamespace(schedule="dualpipe", hardware=hardware_of("h800"), cfg=cfg)
+    row = SimpleNamespace(schedule="dualpipe", hardware=hardware_of("h800"), cfg=cfg, plan=cfg.plan)
     found: Any = SimpleNamespace(row=row, workload=workload, weights=weights_of(cfg.model, workload))
     assert extension_hours(found, FITTED) == pytest.approx(EXTENSION_HOURS, rel=0.05)
     slow = replace(FITTED, attention_speed=FITTED.attention_speed / 2)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_train.config.schema import Config
+from moe_train.config.roots import ConvertRoot, InspectRoot
 from moe_train.formats.communicator import SingleProcess
 from moe_train.formats.directory_writer import partial_of
 from parallel.errors import MoeTrainError
@@ -136,11 +136,11 @@ def mutate(path: Path, draw: Draw) -> str:
 
 
 def _commands(source: Path, target: Path) -> dict[str, Callable[[], Any]]:
-    cfg = Config()
+    cfg = ConvertRoot()
     cfg.convert.source, cfg.convert.target, cfg.convert.threads = str(source), str(target), 1
-    described = Config()
+    described = InspectRoot()
     described.inspect.path, described.inspect.threads = str(source), 1
-    verified = Config()
+    verified = ConvertRoot()
     verified.convert.source, verified.convert.threads = str(source), 1
     return {
         "convert": lambda: convert.run(cfg, parse([], ["verify"]), SingleProcess()),

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from moe_train.config.schema import Config
+from moe_train.config.checkpoint_tools import ConvertConfig, InspectConfig
+from moe_train.config.roots import ConvertRoot, InspectRoot
 from moe_train.formats import dcp_metadata, directory_writer
 from moe_train.formats.communicator import SingleProcess
 from parallel.errors import CheckpointError
@@ -164,7 +165,7 @@ def test_a_model_with_more_experts_than_can_be_listed(copied: Callable[[str], Pa
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10_000, "n_routed_experts": 100_000}))
     refused(source, tmp_path / "target", "describes a model of [0-9,]+ parameters")
-    cfg = Config()
+    cfg = InspectRoot()
     cfg.inspect.path = str(source)
     assert inspect.run(cfg, compared=False)  # it lists what is there
 
@@ -229,14 +230,11 @@ def test_numbers_that_are_not_finite_are_taken_where_allowed(
 
 def check(directory: Path, command: str, **options: Any) -> None:
     """`moe-convert verify` or `moe-inspect`."""
-    cfg = Config()
-    cfg.convert.source = cfg.inspect.path = str(directory)
-    for name, value in options.items():
-        setattr(cfg.convert, name, value)
     if command == "verify":
+        cfg = ConvertRoot(convert=ConvertConfig(source=str(directory), **options))
         tool.run(cfg, parse(["verify"], ["verify"]), SingleProcess())
     else:
-        inspect.run(cfg, compared=False)
+        inspect.run(InspectRoot(inspect=InspectConfig(path=str(directory))), compared=False)
 
 
 @pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])

@@ -132,12 +132,12 @@ def test_an_export_keeps_what_only_the_first_config_json_knows(run_checkpoint: P
 
 def test_a_file_of_another_version_with_other_contents_is_not_reused(run_checkpoint: Path, tmp_path: Path) -> None:
     """The same source and options, and another idea of what goes into which file."""
-    from moe_train.config.schema import Config
+    from moe_train.config.roots import ConvertRoot
     from tools.convert import make_plan
 
     identities = []
     for size in (0.00001, 0.00002):
-        cfg = Config()
+        cfg = ConvertRoot()
         cfg.convert.file_gb = size
         identities.append(make_plan(cfg, run_checkpoint, tmp_path / "out").identity["written"])
     assert identities[0] != identities[1]

@@ -423,11 +423,12 @@ def test_a_rank_that_fails_before_writing_ends_all_ranks() -> None:
 
 
 def convert_together(source: Path, target: Path) -> WriteResult:
-    from moe_train.config.composition.compose import compose
+    from moe_train.config.checkpoint_tools import ConvertConfig
+    from moe_train.config.roots import ConvertRoot
     from tools.convert import make_plan
 
     comm = TorchCommunicator()
-    cfg = compose(["convert.file_gb=0.0003"])
+    cfg = ConvertRoot(convert=ConvertConfig(file_gb=0.0003))
     plan = directory_writer.together(comm, lambda: make_plan(cfg, source, target, comm=comm))
     torch.set_num_threads(1)
     return directory_writer.run(plan, comm, threads=1)

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_train.config.composition.compose import compose
+from moe_train.config.checkpoint_tools import ConvertConfig
 from moe_train.config.model import ModelConfig
+from moe_train.config.roots import ConvertRoot
 from moe_train.conversion import hf_config as config
 from moe_train.conversion import plans
 from moe_train.conversion.hf_source import names_of
@@ -66,7 +67,7 @@ def write_hf(directory: Path, tensors: dict[str, Tensor], settings: config.Json 
 
 def write_megatron(directory: Path, source: Path) -> Path:
     """`source` converted, with a manifest."""
-    cfg = compose(["convert.to=megatron"])
+    cfg = ConvertRoot(convert=ConvertConfig(to="megatron"))
     directory_writer.run(make_plan(cfg, source, directory), SingleProcess(), 1)
     return directory
 
@@ -236,7 +237,9 @@ def test_a_flipped_bit_is_found_where_there_is_a_manifest(
     kind: str, made: SimpleNamespace, tmp_path: Path, command: Command
 ) -> None:
     directory = tmp_path / "copy"
-    directory_writer.run(make_plan(compose([f"convert.to={kind}"]), made.megatron, directory), SingleProcess(), 1)
+    directory_writer.run(
+        make_plan(ConvertRoot(convert=ConvertConfig(to=kind)), made.megatron, directory), SingleProcess(), 1
+    )
     victim = max(directory.rglob("*"), key=lambda file: file.stat().st_size)
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
@@ -428,7 +431,7 @@ def test_a_family_that_is_not_ours_cannot_be_compared_with_megatron(
 
 def test_tolerances_let_a_lossy_copy_pass(made: SimpleNamespace, tmp_path: Path, command: Command) -> None:
     """bf16 -> FP8 moves a number by 1/16 at most, those near 0 by more of themselves, and a tensor by about 1/40."""
-    cfg = compose(["convert.to=hf", "convert.dtype=fp8"])
+    cfg = ConvertRoot(convert=ConvertConfig(to="hf", dtype="fp8"))
     directory_writer.run(make_plan(cfg, made.hf, tmp_path / "fp8"), SingleProcess(), 1)
     compare = ("--diff", made.hf, tmp_path / "fp8")
     code, out, _ = command(*compare)

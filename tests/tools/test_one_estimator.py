@@ -13,8 +13,10 @@ from launch.slurm import submit
 from launch.slurm.estimate import run_estimate
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
-from moe_train.config.schema import Config, RecomputeConfig
-from moe_train.config.walk import all_fields, get
+from moe_train.config.plan import PlanConfig
+from moe_train.config.roots import PlanRoot
+from moe_train.config.schema import RecomputeConfig
+from moe_train.config.walk import all_fields, get, with_values
 from parallel.suggest import override_value
 from tools.planning.answer import Answer, answer
 from tools.published.predict import Prediction, predict
@@ -59,13 +61,14 @@ def as_fields(row: Row, prediction: Prediction) -> list[str]:
     if row.open_recompute:
         recompute = RecomputeConfig(mode=chosen.recompute, modules=sorted(chosen.recompute_modules))
     positions = max(row.model.max_position_embeddings, row.cfg.train.seq_length)
+    known = {name: get(row.cfg, name) for name in all_fields()}
     cfg = replace(
-        row.cfg,
+        with_values(PlanRoot(plan=PlanConfig(**vars(row.plan), search=False)), known),
         model=replace(row.model, max_position_embeddings=positions),
         recompute=recompute,
         parallel=replace(row.cfg.parallel, vpp=layout.vpp),
     )
-    names = [name for name in all_fields() if name.startswith(GROUPS)]
+    names = [name for name in all_fields(PlanRoot) if name.startswith(GROUPS)]
     words = [f"{name}={override_value(get(cfg, name))}" for name in (*names, "train.seq_length")]
     return ["runtime=cuda", "data=indexed", *words]
 
@@ -75,10 +78,10 @@ def test_a_published_run_takes_the_same_time_in_every_command(index: int) -> Non
     """Whatever a row of the table says is a field that a user can set."""
     row = rows()[index]
     prediction = predict(row)
-    cfg = compose(as_fields(row, prediction))
+    cfg = compose(as_fields(row, prediction), PlanRoot)
     layout = validate(cfg, row.layout.world_size, trains=False)
     planned = answer(cfg, layout)
-    submitted = run_estimate(cfg, layout).pace
+    submitted = run_estimate(cfg, layout, cfg.plan).pace
     assert submitted is not None
     assert planned.best.step.seconds == pytest.approx(prediction.step.seconds, rel=CLOSE)
     assert submitted.step_s == pytest.approx(prediction.step.seconds, rel=CLOSE)
@@ -102,15 +105,15 @@ CHANGES = {
 }  # fmt: skip
 
 
-def planned(*words: str) -> tuple[Config, Answer]:
-    cfg = compose([*V3, *words])
+def planned(*words: str) -> tuple[PlanRoot, Answer]:
+    cfg = compose([*V3, *words], PlanRoot)
     return cfg, answer(cfg, validate(cfg, trains=False))
 
 
 @pytest.mark.parametrize("words", CHANGES.values(), ids=list(CHANGES))
 def test_a_layout_takes_the_same_time_in_moe_plan_and_moe_submit(words: list[str]) -> None:
     cfg, result = planned(*words)
-    submitted = run_estimate(cfg, validate(cfg)).pace
+    submitted = run_estimate(cfg, validate(cfg), cfg.plan).pace
     assert submitted is not None
     assert submitted.step_s == pytest.approx(result.best.step.seconds, rel=CLOSE)
 
@@ -120,8 +123,8 @@ def test_what_plan_says_of_the_software_changes_the_time() -> None:
     base = ["cluster=gb200", "precision=mxfp8", "parallel.tp=2", "parallel.dp=64"]
 
     def seconds(*words: str) -> float:
-        cfg = compose([*V3, *base, *words])
-        found = run_estimate(cfg, validate(cfg)).pace
+        cfg = compose([*V3, *base, *words], PlanRoot)
+        found = run_estimate(cfg, validate(cfg), cfg.plan).pace
         assert found is not None
         return found.step_s
 
@@ -139,7 +142,7 @@ def test_stages_of_a_recipe_take_the_time_of_runs_of_their_own() -> None:
     recipe = ["first tokens=14.8T", "to 32K seq=32768 batch=1920 steps=1000 cp=8",
               "to 128K seq=131072 batch=480 steps=1000 cp=32"]  # fmt: skip
     cfg, result = planned("cluster=gb300", "precision=mxfp8", f"plan.recipe={override_value(recipe)}")
-    assert run_estimate(cfg, validate(cfg)).pace.step_s == pytest.approx(result.best.step.seconds, rel=CLOSE)  # type: ignore[union-attr]
+    assert run_estimate(cfg, validate(cfg), cfg.plan).pace.step_s == pytest.approx(result.best.step.seconds, rel=CLOSE)  # type: ignore[union-attr]
     stages = result.plans_of_stages
     assert list(stages) == ["first", "to 32K", "to 128K"]
     for stage in list(stages.values())[1:]:
@@ -150,8 +153,8 @@ def test_stages_of_a_recipe_take_the_time_of_runs_of_their_own() -> None:
             f"model.max_position_embeddings={workload.seq_length}",
             f"batch.global_batch_size={workload.micro_batches * workload.layout.dp}",
             f"recompute.mode={workload.recompute}", f"recompute.modules={sorted(workload.recompute_modules)}",
-        ])  # fmt: skip
-        pace = run_estimate(own, validate(own)).pace
+        ], PlanRoot)  # fmt: skip
+        pace = run_estimate(own, validate(own), own.plan).pace
         assert pace is not None
         assert pace.step_s == pytest.approx(stage.step.seconds, rel=CLOSE)
 

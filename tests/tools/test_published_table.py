@@ -9,6 +9,7 @@ import pytest
 
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
+from moe_train.config.roots import PlanRoot
 from parallel.errors import ConfigError
 from parallel.suggest import Impossible
 from tools.planning.answer import answer
@@ -106,7 +107,7 @@ def test_a_stage_whose_batch_does_not_divide_is_refused() -> None:
         "model=deepseek_v3", "runtime=cuda", "precision=bf16", "batch=large", "train.seq_length=4096", "cluster=gb300",
         "recompute=full", "plan.search=false", "parallel.pp=8", "parallel.ep=64", "parallel.dp=128",
         "plan.recipe=['long seq=32768 batch=1000 steps=10 cp=8']",
-    ])  # fmt: skip
+    ], PlanRoot)  # fmt: skip
     with pytest.raises(ConfigError, match=r"batch=1000 of 'long' is not a multiple of .* = 1 x 16 at cp=8") as error:
         answer(cfg, validate(cfg, trains=False))
     assert "use batch=1008" in str(error.value)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from moe_train.config.composition.compose import compose
+from moe_train.config.roots import ConvertRoot
 from tools.words import parse
 
 FIELDS = ("convert.source", "convert.target")
@@ -40,8 +41,22 @@ def test_flags_are_kept_from_hydra() -> None:
 
 
 def test_hydra_reads_back_any_path() -> None:
-    for path in ("it's here", "a,b", "a b", "[x]", "{y}", "50%", "a:b", "null", "1e3", "tail\\", "a\\'b", "${seed}"):
-        cfg = compose(parse([path]).argv(*FIELDS))
+    paths = (
+        "it's here",
+        "a,b",
+        "a b",
+        "[x]",
+        "{y}",
+        "50%",
+        "a:b",
+        "null",
+        "1e3",
+        "tail\\",
+        "a\\'b",
+        "${model.topk}",
+    )
+    for path in paths:
+        cfg = compose(parse([path]).argv(*FIELDS), ConvertRoot)
         assert cfg.convert.source == path
 
 

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from moe_train.config.roots import PlanRoot
 from moe_train.config.rules.precision import recipe
-from moe_train.config.schema import Config
 from moe_train.model.arithmetic import flops_per_token
 from moe_train.model.estimate import estimates, planned_workload, software_of
 from moe_train.model.memory import checkpoint_bytes, weights_of
@@ -45,7 +45,7 @@ class Answer:
         what_if: (change, useful part of the time, days, dollars) of the whole recipe.
     """
 
-    cfg: Config
+    cfg: PlanRoot
     hardware: Hardware
     gpus: int
     found: SearchResult
@@ -96,7 +96,7 @@ class Answer:
         )  # fmt: skip
 
 
-def answer(cfg: Config, layout: ParallelLayout) -> Answer:
+def answer(cfg: PlanRoot, layout: ParallelLayout) -> Answer:
     """Plan `cfg` (validated, with `layout`).
 
     Raises:
@@ -105,7 +105,7 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
     hardware = Hardware.of(cfg.cluster)
     _check(cfg, hardware)
     gpus, recipe = cfg.plan.gpus or layout.world_size, parse(cfg.plan.recipe, cfg.train.tokens)
-    base = planned_workload(cfg, layout)
+    base = planned_workload(cfg, cfg.plan, layout)
     plans = searched(cfg, base, gpus) if cfg.plan.search else given(cfg, base, gpus)
     best = plans.plans[0]
     weights = weights_of(cfg.model, best.workload)
@@ -131,7 +131,7 @@ def answer(cfg: Config, layout: ParallelLayout) -> Answer:
     return result
 
 
-def _check(cfg: Config, hardware: Hardware) -> None:
+def _check(cfg: PlanRoot, hardware: Hardware) -> None:
     recipes = [name for name in (recipe(cfg.precision), *cfg.plan.precisions) if name not in (None, "none")]
     if cfg.runtime != "cpu":  # on a CPU the `local` backend computes in FP8 too: it rounds
         for refusal in map(hardware.refusal, recipes):
@@ -144,7 +144,7 @@ def _check(cfg: Config, hardware: Hardware) -> None:
             raise ConfigError(f"plan.{name}=[] leaves nothing to try", f"leave plan.{name} out")
 
 
-def space_of(cfg: Config) -> Space:
+def space_of(cfg: PlanRoot) -> Space:
     """What is searched."""
     model, plan = cfg.model, cfg.plan
     gpus = cfg.cluster.multiprocessors > 1
@@ -169,11 +169,11 @@ def space_of(cfg: Config) -> Space:
     )  # fmt: skip
 
 
-def searched(cfg: Config, base: Workload, gpus: int) -> SearchResult:
+def searched(cfg: PlanRoot, base: Workload, gpus: int) -> SearchResult:
     """The best of all layouts. Where the GPUs do not divide, some are left as spares."""
     timer = Timer(
         Hardware.of(cfg.cluster),
-        software_of=lambda workload: software_of(cfg, workload),
+        software_of=lambda workload: software_of(cfg, cfg.plan, workload),
         weights_of=lambda workload: weights_of(cfg.model, workload),
     )
     best: SearchResult | None = None
@@ -212,7 +212,7 @@ def _rate(result: SearchResult) -> float:
     return step.tokens / step.seconds
 
 
-def given(cfg: Config, base: Workload, gpus: int) -> SearchResult:
+def given(cfg: PlanRoot, base: Workload, gpus: int) -> SearchResult:
     """The layout of `parallel.*`, over `gpus` GPUs, under the first schedule that fits it."""
     one = base.layout
     each = one.tp * one.pp * one.cp
@@ -232,7 +232,7 @@ def given(cfg: Config, base: Workload, gpus: int) -> SearchResult:
             f"use batch.global_batch_size={max(1, batch // (size * layout.dp)) * size * layout.dp}, or other plan.gpus",
         )
     workload = replace(base, layout=layout, micro_batches=max(1, batch // (size * layout.dp)))
-    return SearchResult(estimates(cfg, workload), tried=1)
+    return SearchResult(estimates(cfg, cfg.plan, workload), tried=1)
 
 
 def stage_bill(result: Answer, stage: Stage) -> cost.Bill:
@@ -298,7 +298,7 @@ def _adapted(result: Answer, stage: Stage, cp: int) -> Estimate:
     raise ConfigError(f"plan.recipe: '{stage.name}' does not fit memory on these ranks", "use a larger cp")
 
 
-def _more_recomputation(workload: Workload, cfg: Config) -> Iterator[Workload]:
+def _more_recomputation(workload: Workload, cfg: PlanRoot) -> Iterator[Workload]:
     """The workload itself, and with every set of modules that recomputes at least as many of them."""
     yield workload
     for mode, modules in space_of(cfg).recompute:

@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.explain import CONF_DIR, group_options
+from moe_train.config.roots import PlanRoot
 from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields, get
 from parallel.dispatchers import ALLTOALL, DISPATCHERS
@@ -23,7 +24,7 @@ from parallel.planner.estimate import Estimate
 
 FOLDER = CONF_DIR / "experiment"
 NAMED = ("model", "precision", "cluster")  # groups whose options are called as their field `name`
-NOT_OF_A_RUN = ("plan.", "convert.", "inspect.", "run_dir", "verbose", "rank")
+NOT_OF_A_RUN = ("run_dir", "verbose", "rank")
 RUN = ("1f1b", "interleaved")  # schedules of Megatron-Core
 MARK = "# Planned by moe-plan"
 
@@ -54,7 +55,7 @@ def how_to_run(path: Path) -> str:
     )
 
 
-def planned(cfg: Config, plan: Estimate) -> Config:
+def planned(cfg: PlanRoot, plan: Estimate) -> PlanRoot:
     """`cfg` with the layout, batch, precision and recomputation of a plan."""
     found, workload = copy.deepcopy(cfg), plan.workload
     for field in dataclasses.fields(workload.layout):
@@ -75,7 +76,7 @@ def planned(cfg: Config, plan: Estimate) -> Config:
     return found
 
 
-def as_yaml(cfg: Config, plan: Estimate) -> str:
+def as_yaml(cfg: PlanRoot, plan: Estimate) -> str:
     """The file: groups by name, and each field that is not as they and the defaults have it."""
     wanted = planned(cfg, plan)
     names = {group: get(wanted, group).name for group in NAMED if get(wanted, group).name in group_options(group)}

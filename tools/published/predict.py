@@ -90,7 +90,7 @@ def timed(
     if impossible(schedule, workload.layout.pp, workload.layout.vpp, workload.micro_batches):
         pp = workload.layout.pp
         workload = replace(workload, micro_batches=-(-workload.micro_batches // pp) * pp)
-    software = software_of(row.cfg, workload, constants)
+    software = software_of(row.cfg, row.plan, workload, constants)
     return estimate(workload, row.hardware, software, weights, schedule, constants, simulated).step
 
 
@@ -104,7 +104,7 @@ def candidates(row: Row) -> Iterator[Workload]:
         cfg: Config = replace(row.cfg, recompute=recompute)
         for vpp in chunks:
             try:
-                yield planned_workload(cfg, replace(layout, vpp=vpp))
+                yield planned_workload(cfg, row.plan, replace(layout, vpp=vpp))
             except Impossible:  # fewer layers than stages
                 continue
 

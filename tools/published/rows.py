@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from moe_train.config.model import ModelConfig
-from moe_train.config.plan import PlanConfig
+from moe_train.config.plan import EstimateConfig
 from moe_train.config.schema import (
     BatchConfig,
     Config,
@@ -47,6 +47,7 @@ class Row:
         index: number of the row, from 0.
         run: the row of the table.
         cfg: the run as a configuration; its recomputation and vpp are the published ones, where they are known.
+        plan: its software, as far as it is stated.
         layout: its degrees.
         micro_batches: of a rank in a step.
     """
@@ -54,6 +55,7 @@ class Row:
     index: int
     run: PublishedRun
     cfg: Config
+    plan: EstimateConfig
     layout: ParallelLayout
     micro_batches: int
 
@@ -70,7 +72,7 @@ class Row:
     @property
     def month(self) -> int:
         """Year x 100 + month of its software."""
-        return self.cfg.plan.software_date
+        return self.plan.software_date
 
     @property
     def schedule(self) -> str | None:
@@ -123,7 +125,8 @@ def understand(index: int, run: PublishedRun, directory: str | None = None) -> R
     if run.gbs is None:
         return "the batch is not stated"
     micro_batches = max(1, round(run.gbs / ((run.mbs or 1) * layout.dp)))
-    return Row(index, run, _config(run, _as_trained(found, run), layout, micro_batches), layout, micro_batches)
+    cfg = _config(run, _as_trained(found, run), layout, micro_batches)
+    return Row(index, run, cfg, _plan(run), layout, micro_batches)
 
 
 def _as_trained(model: ModelConfig, run: PublishedRun) -> ModelConfig:
@@ -151,7 +154,6 @@ def _config(run: PublishedRun, model: ModelConfig, layout: ParallelLayout, micro
         recompute=_recompute(run.recompute, model),
         batch=BatchConfig(global_batch_size=size * micro_batches * layout.dp, micro_batch_size=size),
         train=TrainConfig(seq_length=run.seq_len or 4096),
-        plan=_plan(run),
     )
 
 
@@ -189,9 +191,8 @@ def _recompute(text: str, model: ModelConfig) -> RecomputeConfig:
     return RecomputeConfig(mode="selective", modules=sorted(text.split("+")) if text != "selective" else [])
 
 
-def _plan(run: PublishedRun) -> PlanConfig:
-    plan = PlanConfig(
-        search=False,
+def _plan(run: PublishedRun) -> EstimateConfig:
+    plan = EstimateConfig(
         software=run.software,
         software_date=run.month or 0,
         cuda_graphs=run.cuda_graphs or None,

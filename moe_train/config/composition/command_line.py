@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from moe_train.config.numbers import SEQUENCE_FIELDS, as_integer
-from moe_train.config.walk import FieldInfo, all_fields
+from moe_train.config.roots import field_info
+from moe_train.config.walk import FieldInfo
 from parallel.errors import ConfigError
 
 # Hydra's options that take the next word (hydra/_internal/utils.py, get_args_parser).
@@ -53,7 +54,7 @@ def sorted_words(words: Sequence[str]) -> Iterator[tuple[str, bool]]:
 
 def field_of(word: str) -> FieldInfo | None:
     """The field that an override sets; None for a group, a deletion, an unknown name."""
-    return all_fields().get(word.partition("=")[0].lstrip("+")) if "=" in word else None
+    return field_info(word.partition("=")[0].lstrip("+")) if "=" in word else None
 
 
 def plain(kind: Any) -> Any:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import hydra
 import yaml
@@ -40,8 +40,9 @@ from moe_train.config.composition.explain import (
     unknown_option,
 )
 from moe_train.config.composition.validate import check_values, validate
+from moe_train.config.roots import ROOTS
 from moe_train.config.schema import Config
-from moe_train.config.walk import all_fields, group_names
+from moe_train.config.walk import AnyConfig, all_fields, group_names
 from moe_train.files import untrusted
 from parallel.errors import ConfigError, MoeTrainError
 from parallel.exit_codes import ExitCode
@@ -53,43 +54,60 @@ Revise = Callable[[Config, Sequence[str], Callable[[Sequence[str]], Config]], Co
 """Makes another config of one, the overrides that led to it, and a function that composes others."""
 # For the callback, which Hydra makes without arguments of ours.
 _TRAINS = ContextVar("trains", default=True)
-_RULES = ContextVar("rules", default=True)
 _REVISE: ContextVar[Revise | None] = ContextVar("revise", default=None)
+_ROOT: ContextVar[type] = ContextVar("root", default=Config)
 
 store.register()
 
 
-def compose(overrides: Sequence[str] = (), config_name: str = "train") -> Config:
+@overload
+def compose(overrides: Sequence[str] = ()) -> Config: ...
+
+
+@overload
+def compose(overrides: Sequence[str], root: type[AnyConfig]) -> AnyConfig: ...
+
+
+def compose(overrides: Sequence[str] = (), root: type = Config) -> Any:
     """The config that these overrides make, for tools and tests. Cross-field rules are left to `validate`.
+
+    Args:
+        root: what is composed, one of `moe_train.config.roots.ROOTS`.
 
     Raises:
         ConfigError: for an unknown field or option, a wrong type or bad syntax.
     """
     try:
-        refuse_lost_groups(overrides)
-        with hydra.initialize_config_dir(str(CONF_DIR), job_name="moe-train", version_base="1.3"):
-            return to_config(hydra.compose(config_name, overrides=for_hydra(overrides)))
+        return _composed(overrides, root, ROOTS[root].config_name)
     except Exception as error:
-        raise explain(error, overrides) or error from error
+        raise explain(error, overrides, root) or error from error
 
 
-def to_config(composed: DictConfig) -> Config:
-    """A real `Config` from Hydra's dictionary. Raises ConfigError for a field added with `+`, else OmegaConf's own."""
-    _refuse_extra(composed, "")
+def _composed(overrides: Sequence[str], root: type, config_name: str) -> Any:
+    refuse_lost_groups(overrides, root)
+    with hydra.initialize_config_dir(str(CONF_DIR), job_name="moe-train", version_base="1.3"):
+        return to_config(hydra.compose(config_name, overrides=for_hydra(overrides)), root)
+
+
+def to_config(composed: DictConfig, root: type[AnyConfig]) -> AnyConfig:
+    """A real config from Hydra's dictionary. Raises ConfigError for a field added with `+`, else OmegaConf's own."""
+    _refuse_extra(composed, "", root)
     config = OmegaConf.to_object(composed)
-    if not isinstance(config, Config):
-        raise ConfigError("the config is not built on moe_train's schema", "begin its defaults list with `schema`")
+    if not isinstance(config, root):
+        begin = f"begin its defaults list with `{ROOTS[root].schema}`"
+        raise ConfigError("the config is not built on moe_train's schema", begin)
     return config
 
 
-def _refuse_extra(node: DictConfig, prefix: str) -> None:
+def _refuse_extra(node: DictConfig, prefix: str, root: type) -> None:
     """`+key=value` gets past OmegaConf's check of unknown keys; the schema has no use for them."""
     for key in map(str, node):
         name = f"{prefix}{key}"
-        if name in group_names():
-            _refuse_extra(node[key], f"{name}.")
-        elif name not in all_fields():
-            raise unknown_field(name, None if isinstance(node[key], (DictConfig, ListConfig)) else str(node[key]))
+        if name in group_names(root):
+            _refuse_extra(node[key], f"{name}.", root)
+        elif name not in all_fields(root):
+            value = None if isinstance(node[key], (DictConfig, ListConfig)) else str(node[key])
+            raise unknown_field(name, value, root)
 
 
 def to_yaml(cfg: Config) -> str:
@@ -112,7 +130,7 @@ def from_yaml(path: str | Path) -> Config:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}", "name the config.yaml of a run directory") from error
     try:
-        return to_config(cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), loaded)))
+        return to_config(cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), loaded)), Config)
     except Exception as error:
         cause = explain(error)
         raise ConfigError(
@@ -144,11 +162,11 @@ class ValidateBeforeOutput(Callback):
         """Stop where the config is wrong; nothing has been written yet."""
         try:
             # Read before the copy is made, so that both have the same second in the directory's name.
-            run_dir = str(config.run_dir)
+            run_dir = str(config.hydra.run.dir)
             task = copy.deepcopy(config)
             with read_write(task), open_dict(task):
                 del task["hydra"]
-            _check(_revised(to_config(task), config))
+            _check(_revised(to_config(task, _ROOT.get()), config))
             _make_run_dir(run_dir)
         except Exception as error:
             raise _Stop(error) from error
@@ -161,23 +179,23 @@ class ValidateBeforeOutput(Callback):
             raise _Stop(error) from error
 
 
-def _check(cfg: Config) -> None:
+def _check(cfg: Any) -> None:
     """Raise ConfigError where a value is impossible, or does not go with the others."""
-    if _RULES.get():
+    if isinstance(cfg, Config):
         validate(cfg, trains=_TRAINS.get())
     else:
         check_values(cfg)
 
 
-def _revised(cfg: Config, composed: DictConfig) -> Config:
+def _revised(cfg: Any, composed: DictConfig) -> Any:
     """`cfg` as the command wants it. `composed` is all of Hydra's config of the job."""
     revise = _REVISE.get()
-    if revise is None:
+    if revise is None or not isinstance(cfg, Config):
         return cfg
     name = str(composed.hydra.job.config_name)
 
     def again(words: Sequence[str]) -> Config:
-        return to_config(hydra.compose(name, overrides=list(words)))
+        return to_config(hydra.compose(name, overrides=list(words)), Config)
 
     return revise(cfg, job_words(composed.hydra), again)
 
@@ -204,13 +222,12 @@ def _make_run_dir(name: str) -> None:
 
 
 def hydra_entry(
-    fn: Callable[[Config], None],
-    config_name: str = "train",
+    fn: Callable[[Any], None],
     argv: Sequence[str] | None = None,
     *,
+    root: type = Config,
     trains: bool = True,
     runs: bool = True,
-    rules: bool = True,
     answers: bool = False,
     about: str | None = None,
     revise: Revise | None = None,
@@ -220,17 +237,18 @@ def hydra_entry(
 ) -> int:
     """Run `fn` on the config of the command line, once, or once for each job of a sweep (-m). Returns the exit code.
 
-    All of Hydra's own options work (--cfg job, -m, --help, ...). `cfg.run_dir` is Hydra's output directory of the job.
+    All of Hydra's own options work (--cfg job, -m, --help, ...). The run_dir of a run is Hydra's output directory of
+    the job.
     Errors of the user's end as one line `error: cause; remedy` on stderr and exit code 2, other typed errors with their
     own code. `-v`, verbose=true or HYDRA_FULL_ERROR=1 show the traceback too. An untyped error of `fn` is a bug: its
     traceback is always shown, and the code is 1.
 
     Args:
+        root: what the command composes, one of `moe_train.config.roots.ROOTS`; `fn` gets an instance of it. The rules
+            between fields are those of a run: other roots are checked field by field.
         trains: whether the command is to train, so that rules about training apply.
         runs: whether it has a use for the output directory. Else, where the command line has none of Hydra's options,
             the config is composed once and Hydra makes no job of it, which saves a fifth of a second.
-        rules: whether the rules between fields apply to the composed config. Else `fn` checks the ones that it needs,
-            such as after it has read the model from a checkpoint.
         answers: whether it only prints, although rules about training apply: it then ends quietly where its reader is
             gone (`| head`).
         about: what --help prints, in the place of Hydra's page.
@@ -239,13 +257,13 @@ def hydra_entry(
         flags: options of the command itself, which it has taken from `argv`, to suggest one that is misspelled.
         after_sweep: is given the jobs of a sweep once all have ended.
     """
-    before, before_revise, before_rules = _TRAINS.set(trains), _REVISE.set(revise), _RULES.set(rules)
+    before, before_revise, before_root = _TRAINS.set(trains), _REVISE.set(revise), _ROOT.set(root)
     if sys.stdout is None:  # closed by the process that started it: output is lost
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
-        entry = _Entry(fn, answers or not trains)
-        page = partial(help.page, about, common) if about else None
-        code = _run(entry, config_name, argv, runs, page, flags)
+        entry = _Entry(fn, answers or not trains, root)
+        page = partial(help.page, about, common, root) if about else None
+        code = _run(entry, argv, runs, page, flags)
         try:
             sys.stdout.flush()  # Hydra prints without that, and at exit it is too late for one line
         except OSError as error:
@@ -257,12 +275,11 @@ def hydra_entry(
     finally:
         _TRAINS.reset(before)
         _REVISE.reset(before_revise)
-        _RULES.reset(before_rules)
+        _ROOT.reset(before_root)
 
 
 def _run(
     entry: _Entry,
-    config_name: str,
     argv: Sequence[str] | None,
     runs: bool,
     page: Callable[[], str] | None,
@@ -279,13 +296,15 @@ def _run(
             return 0
         with _one_line_usage(options, flags):
             get_args_parser().parse_args(options)
-        refuse_lost_groups(entry.overrides)
+        refuse_lost_groups(entry.overrides, entry.root)
+        config_name = ROOTS[entry.root].config_name
         if not runs and options == entry.overrides:
-            entry.work(lambda: compose(options, config_name))
+            entry.work(lambda: _composed(options, entry.root, config_name))
             return entry.exit_code
         with contextlib.ExitStack() as stack:
-            if not runs and {"-m", "--multirun"} & set(options):  # a sweep has a directory, where nothing is to stay
-                options += [f"run_dir={stack.enter_context(tempfile.TemporaryDirectory(prefix='moe-'))}/run"]
+            if not runs:  # a job of Hydra has a directory, where nothing is to stay
+                scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-"))
+                options += [f"hydra.run.dir={scratch}/run", f"hydra.sweep.dir={scratch}/run"]
             stack.enter_context(_replaced_argv(for_hydra(options)))
             stack.enter_context(_environment(_FULL_ERROR, "1"))
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(entry.job)()
@@ -315,8 +334,8 @@ class SweepJob:
 class _Entry:
     """Runs jobs for Hydra and reports their errors; Hydra itself sees every job succeed, or it would print its own."""
 
-    def __init__(self, fn: Callable[[Config], None], answers: bool) -> None:
-        self.fn, self.exit_code, self.prefix = fn, 0, ""
+    def __init__(self, fn: Callable[[Any], None], answers: bool, root: type) -> None:
+        self.fn, self.root, self.exit_code, self.prefix = fn, root, 0, ""
         self.overrides: list[str] = []
         self.jobs: list[SweepJob] = []
         self.answers, self.only_prints = answers, False
@@ -334,9 +353,10 @@ class _Entry:
         output = Path(hydra_config.runtime.output_dir)
         self.prefix = "" if OmegaConf.is_missing(hydra_config.job, "num") else f"job {hydra_config.job.num}: "
 
-        def config() -> Config:
-            cfg = to_config(composed)
-            cfg.run_dir = str(output)
+        def config() -> Any:
+            cfg: Any = to_config(composed, self.root)
+            if isinstance(cfg, Config):
+                cfg.run_dir = str(output)
             return _revised(cfg, OmegaConf.create({"hydra": hydra_config}))
 
         started, before, self.exit_code = time.monotonic(), self.exit_code, 0
@@ -345,7 +365,7 @@ class _Entry:
         self.exit_code = before or self.exit_code
         _remove_empty(output)  # not every command writes there
 
-    def work(self, config: Callable[[], Config]) -> None:
+    def work(self, config: Callable[[], Any]) -> None:
         """What is to be done with a config, which may turn out to be wrong."""
         try:
             cfg = config()
@@ -365,7 +385,7 @@ class _Entry:
 
     def report(self, error: Exception) -> None:
         """One line for an error of composition, or a typed one."""
-        known = explain(error, self.overrides) or _unprinted(error)
+        known = explain(error, self.overrides, self.root) or _unprinted(error)
         if known is None:
             self.report_bug(error)
             return

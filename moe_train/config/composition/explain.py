@@ -22,8 +22,9 @@ from omegaconf.errors import (
 
 from moe_train.config.aliases import ABSENT, FIELDS, RENAMED
 from moe_train.config.composition.command_line import field_of, is_list, is_text, plain
+from moe_train.config.roots import ROOTS, all_groups, commands_with
 from moe_train.config.schema import Config
-from moe_train.config.walk import all_fields, get, group_names
+from moe_train.config.walk import all_fields, group_names
 from parallel import errors
 from parallel.errors import ConfigError, MoeTrainError
 from parallel.suggest import override_value
@@ -36,25 +37,29 @@ _HYDRA_OPTIONS = (
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
-def explain(error: Exception, overrides: Sequence[str] = ()) -> MoeTrainError | None:
-    """`error`, raised while composing a config from `overrides`, as a ConfigError; None where it is not the user's."""
+def explain(error: Exception, overrides: Sequence[str] = (), root: type = Config) -> MoeTrainError | None:
+    """`error`, raised while composing a config from `overrides`, as a ConfigError; None where it is not the user's.
+
+    Args:
+        root: the dataclass that is composed.
+    """
     if isinstance(error, MoeTrainError):
         return error
     if isinstance(error, MissingConfigException):
-        return _missing_option(error)
+        return _missing_option(error, root)
     if isinstance(error, OverrideParseException):
-        return _unreadable(error.override, overrides)
+        return _unreadable(error.override, overrides, root)
     inner = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(inner, GrammarParseError) or isinstance(error, GrammarParseError):
         return _broken_reference(str(error), overrides)
     if isinstance(inner, OmegaConfBaseException):
-        return _omegaconf(inner, str(error), overrides)
+        return _omegaconf(inner, str(error), overrides, root)
     if str(error).startswith("Ambiguous value for argument"):
-        return _ambiguous(str(error))
+        return _ambiguous(str(error), root)
     if str(error).startswith("Config group override must be"):
-        return _not_an_option(overrides)
+        return _not_an_option(overrides, root)
     if match := re.match(r"Could not (?:override|delete from config\.) '([^']*)'", str(error)):
-        return unknown_field(match.group(1))
+        return unknown_field(match.group(1), root=root)
     if isinstance(error, yaml.YAMLError):
         return ConfigError(f"a config file is not YAML: {one_line(error)}", "correct the file at the line named")
     if isinstance(error, (HydraException, ValueError)):
@@ -67,29 +72,41 @@ def one_line(error: object) -> str:
     return errors.one_line(" ".join(str(error).split()))
 
 
-def unknown_field(name: str, value: str | None = None) -> ConfigError:
-    """An error for a field that does not exist, with the fields that may have been meant."""
+def unknown_field(name: str, value: str | None = None, root: type = Config) -> ConfigError:
+    """An error for a field that `root` does not have, with the fields that may have been meant."""
     shown = "VALUE" if value is None else value
+    if name not in all_fields(root) and name not in group_names(root) and (commands := commands_with(name)):
+        return _of_another_command(name, shown, commands, root)
     if current := RENAMED.get(name):
         return ConfigError(f"{name} was renamed", f"use {current}={shown}")
     if remedy := ABSENT.get(_leaf(name)):
         return ConfigError(f"{name} is not a field of the configuration", remedy)
-    near = [near for near in similar_fields(name) if near in all_fields() or value in (None, *group_options(near))]
+    similar = similar_fields(name, root)
+    near = [near for near in similar if near in all_fields(root) or value in (None, *group_options(near))]
     remedy = " or ".join(f"{field}={shown}" for field in near)
     return ConfigError(
         f"{name} is not a field of the configuration",
-        f"use {remedy}" if remedy else "see moe-train --cfg job for all fields",
+        f"use {remedy}" if remedy else f"see {ROOTS[root].commands[0]} --cfg job for all fields",
     )
 
 
-def similar_fields(name: str) -> list[str]:
-    """Up to three existing names like `name`, best first: same last part, then similar spelling."""
-    known = [*all_fields(), *(group for group in group_names() if group_options(group))]
-    if alias := FIELDS.get(_leaf(name)):
+def _of_another_command(name: str, value: str, commands: Sequence[str], root: type) -> ConfigError:
+    """An error for a field, or a group, that the configs of other commands have."""
+    here = ROOTS[root].commands[0]
+    if current := ROOTS[root].moved.get(name):
+        return ConfigError(f"{name} is not a field of {here}", f"use {current}={value}")
+    owners = ", ".join(commands)
+    return ConfigError(f"{name} is not in the configuration of this command, but in that of {owners}", "leave it out")
+
+
+def similar_fields(name: str, root: type = Config) -> list[str]:
+    """Up to three names of `root` like `name`, best first: same last part, then similar spelling."""
+    known = [*all_fields(root), *(group for group in group_names(root) if group_options(group))]
+    if (alias := FIELDS.get(_leaf(name))) and alias in all_fields(root):
         return [alias]
     group, _, leaf = name.rpartition(".")
     same_leaf = [full for full in known if full.rpartition(".")[2] == leaf]
-    if group in group_names():  # what the group shares with each of its fields, its own name, says nothing
+    if group in group_names(root):  # what the group shares with each of its fields, its own name, says nothing
         ends = [full.rpartition(".")[2] for full in known if full.startswith(f"{group}.")]
         spelling = [f"{group}.{end}" for end in difflib.get_close_matches(leaf, ends, n=3, cutoff=0.7)]
     else:
@@ -134,7 +151,7 @@ def group_options(group: str) -> list[str]:
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 
 
-def _unreadable(override: str, overrides: Sequence[str]) -> ConfigError:
+def _unreadable(override: str, overrides: Sequence[str], root: type) -> ConfigError:
     """An override that Hydra's grammar does not accept."""
     key = override.partition("=")[0]
     name = key.lstrip("+~")
@@ -142,15 +159,15 @@ def _unreadable(override: str, overrides: Sequence[str]) -> ConfigError:
     value = given.partition("=")[2]
     if "=" not in override or not re.fullmatch(r"[\w./@-]+", name):
         return ConfigError(f"cannot read the override {given!r}", "use KEY=VALUE, such as train.steps=100")
-    if name in all_fields():
-        info = all_fields()[name]
+    if name in all_fields(root):
+        info = all_fields(root)[name]
         what = f"one of {', '.join(info.choices)}" if info.choices else _type_name(info.type)
-        return ConfigError(f"{given} is not {what}", f"use {_works(name)}")
-    if name in group_names() or name == "experiment":
-        return ConfigError(f"{given} is not the name of one option of {name}", f"use {_works(name)}")
+        return ConfigError(f"{given} is not {what}", f"use {_works(name, root)}")
+    if name in group_names(root) or name == "experiment":
+        return ConfigError(f"{given} is not the name of one option of {name}", f"use {_works(name, root)}")
     if name.startswith("hydra"):
         return ConfigError(f"cannot read the override {given!r}", f"quote its value: \"{key}='...'\"")
-    return unknown_field(name, value)
+    return unknown_field(name, value, root)
 
 
 def _broken_reference(message: str, overrides: Sequence[str]) -> ConfigError:
@@ -164,72 +181,78 @@ def _broken_reference(message: str, overrides: Sequence[str]) -> ConfigError:
     )
 
 
-def _missing_option(error: MissingConfigException) -> ConfigError:
+def _missing_option(error: MissingConfigException, root: type) -> ConfigError:
     missing = str(error.missing_cfg_file or "")
     group, _, option = missing.rpartition("/")
     top = missing.split("/")[0]
-    if top in group_names() or top == "experiment":
+    if top in all_groups() or top == "experiment":
         group, option = top, missing.removeprefix(top + "/")
     own = group_options(group) if group else sorted(path.stem for path in CONF_DIR.glob("*.yaml"))
     options = own or [str(option) for option in error.options or ()]  # Hydra's own groups are not under conf/
+    if not options and group in group_names(root):  # such as plan=NAME of moe-submit
+        return ConfigError(f"{group}={option} does not exist", f"use fields, such as {_works(group, root)}")
     near = difflib.get_close_matches(option, options, n=2, cutoff=0.5) or options[:2]
     remedy = " or ".join(f"{group}={name}" if group else f"--config-name {name}" for name in near)
     return ConfigError(f"{group or 'config'}={option} does not exist among {', '.join(options) or 'no options'}",
                        f"use {remedy}" if remedy else "see moe-train --help")  # fmt: skip
 
 
-def _omegaconf(inner: OmegaConfBaseException, outer: str, overrides: Sequence[str]) -> ConfigError:
+def _omegaconf(inner: OmegaConfBaseException, outer: str, overrides: Sequence[str], root: type) -> ConfigError:
     """Unknown keys, wrong types, deletions and interpolations."""
     name = str(inner.full_key or "")
     given = _given(name, overrides) if name else None
+    if given is None and name and name not in group_names(root):  # the first part alone is unknown
+        longer = next((word.lstrip("+~") for word in overrides if word.lstrip("+~").startswith(f"{name}.")), None)
+        if longer is not None:
+            name, _, given = longer.partition("=")
     if isinstance(inner, InterpolationKeyError) or "nterpolation" in type(inner).__name__:
         field = name or "an interpolation"
         return ConfigError(f"{field} refers to something that does not exist: {one_line(inner).split(' full_key')[0]}",
                            "use the full name of a field, such as ${model.name}")  # fmt: skip
     if isinstance(inner, ConfigTypeError) and "deletion" in str(inner):
-        return ConfigError(f"{name} cannot be deleted", f"use {_works(name)}")
+        return ConfigError(f"{name} cannot be deleted", f"use {_works(name, root)}")
     if isinstance(inner, (ConfigAttributeError, ConfigKeyError)):
         match = re.match(r"In '([^']+)'", outer)
-        error = unknown_field(name, given)
+        error = unknown_field(name, given, root)
         return ConfigError(f"{error.cause} (in conf/{match.group(1)}.yaml)", error.remedy) if match else error
-    if name in all_fields():
+    if name in all_fields(root):
         value = f"={given}" if given is not None else ""
-        return ConfigError(f"{name}{value} is not {_type_name(all_fields()[name].type)}", f"use {_works(name, given)}")
-    return ConfigError(one_line(inner).split(" full_key")[0], f"use {_works(name)}" if name in group_names() else "")
+        kind = _type_name(all_fields(root)[name].type)
+        return ConfigError(f"{name}{value} is not {kind}", f"use {_works(name, root, given)}")
+    remedy = f"use {_works(name, root)}" if name in group_names(root) else ""
+    return ConfigError(one_line(inner).split(" full_key")[0], remedy)
 
 
-def _ambiguous(message: str) -> ConfigError:
+def _ambiguous(message: str, root: type) -> ConfigError:
     """Commas outside of quotes mean a sweep."""
     match = re.search(r"argument '(.*)'", message)
     name, _, value = (match.group(1) if match else message).partition("=")
     name = name.lstrip("+~")
     first = value.split(",")[0]
-    if name in all_fields() and plain(all_fields()[name].type) is int and re.fullmatch(r"\d{1,3}(,\d{3})+", value):
+    info = all_fields(root).get(name)
+    if info and plain(info.type) is int and re.fullmatch(r"\d{1,3}(,\d{3})+", value):
         return ConfigError(f"{name}={value} has several values", f"use {name}={value.replace(',', '')}")
-    if name in all_fields() and is_list(all_fields()[name].type):
-        remedy = f"use {name}=[{value}]"
-    else:
-        remedy = f"use {name}={first}, or -m to run each"
-    return ConfigError(f"{name}={value} has several values", remedy)
+    one_value = f"[{value}]" if info and is_list(info.type) else f"{first}, or -m to run each"
+    return ConfigError(f"{name}={value} has several values", f"use {name}={one_value}")
 
 
-def refuse_lost_groups(overrides: Sequence[str]) -> None:
+def refuse_lost_groups(overrides: Sequence[str], root: type = Config) -> None:
     """`~model`, `model=null` and `model=[a,b]` are fine for Hydra, and would train defaults or a mixture unasked."""
     for override in overrides:
         key, _, value = override.partition("=")
         group = key.lstrip("+~")
-        if group in group_names() and key.startswith("~"):
-            raise ConfigError(f"{group} cannot be deleted", f"use {_works(group)}")
-        if group in group_names() and (value == "null" or value.startswith("[")):
-            raise ConfigError(f"{group}={value} is not the name of one option of {group}", f"use {_works(group)}")
+        if group in group_names(root) and key.startswith("~"):
+            raise ConfigError(f"{group} cannot be deleted", f"use {_works(group, root)}")
+        if group in group_names(root) and (value == "null" or value.startswith("[")):
+            raise ConfigError(f"{group}={value} is not the name of one option of {group}", f"use {_works(group, root)}")
 
 
-def _not_an_option(overrides: Sequence[str]) -> ConfigError:
+def _not_an_option(overrides: Sequence[str], root: type) -> ConfigError:
     """`parallel=5`: a group wants the name of a file."""
     for override in overrides:
         name, _, value = override.partition("=")
-        if (name in group_names() or name == "experiment") and value not in group_options(name):
-            return ConfigError(f"{name}={value} is not the name of an option of {name}", f"use {_works(name)}")
+        if (name in group_names(root) or name == "experiment") and value not in group_options(name):
+            return ConfigError(f"{name}={value} is not the name of an option of {name}", f"use {_works(name, root)}")
         if not name:
             return ConfigError(f"the override {override!r} has no key", "use KEY=VALUE, such as train.steps=100")
     return ConfigError("a config group was given something else than the name of an option", "see moe-train --help")
@@ -244,22 +267,23 @@ def _given(name: str, overrides: Sequence[str]) -> str | None:
     return None
 
 
-def _works(name: str, given: str | None = None) -> str:
+def _works(name: str, root: type, given: str | None = None) -> str:
     """The field with the nearest value of its type or its default, or the group with some of its options or fields."""
-    if name in group_names() or name == "experiment":
-        fields = [full for full in all_fields() if full.startswith(f"{name}.") and get(Config(), full) is not None]
+    known = all_fields(root)
+    if name in group_names(root) or name == "experiment":
+        fields = [full for full, info in known.items() if full.startswith(f"{name}.") and info.default is not None]
         options = [f"{name}={option}" for option in group_options(name)]
-        return " or ".join((options or [_works(full) for full in fields])[:3])
-    if name not in all_fields():
+        return " or ".join((options or [_works(full, root) for full in fields])[:3])
+    if name not in known:
         return f"{name}=VALUE"
-    info = all_fields()[name]
+    info = known[name]
     try:
         number = max(round(float(given or "")), round(info.minimum or 0))
     except (ValueError, OverflowError):
         number = None
     if number is not None and plain(info.type) is int:
         return f"{name}={number}"
-    return f"{name}={override_value(get(Config(), name))}"
+    return f"{name}={override_value(info.default)}"
 
 
 def _type_name(kind: Any) -> str:

@@ -7,8 +7,9 @@ import textwrap
 from collections.abc import Sequence
 
 from moe_train.config.composition.explain import group_options
+from moe_train.config.roots import all_groups
 from moe_train.config.schema import Config
-from moe_train.config.walk import all_fields, get, group_names
+from moe_train.config.walk import all_fields
 from parallel.suggest import override_value
 
 GROUPS = {
@@ -34,7 +35,7 @@ Options: -m runs each value of a sweep; --cfg job prints the resulting configura
 groups; -v shows tracebacks; --hydra-help lists the options of Hydra. docs/configuration.md describes every field."""
 
 
-def page(about: str, common: Sequence[str] = ()) -> str:
+def page(about: str, common: Sequence[str] = (), root: type = Config) -> str:
     """The page of a command: `about`, and a line for each of its `common` groups and fields."""
     width = max(60, min(shutil.get_terminal_size((80, 24)).columns, 100))
     blocks = [
@@ -45,19 +46,19 @@ def page(about: str, common: Sequence[str] = ()) -> str:
         shown = [(f"{name}=NAME", f"{GROUPS[name]}: {_options(name)}") for name in groups]
         blocks.append("Groups:\n" + "\n".join(_row(*row, width) for row in shown))
     if fields := [name for name in common if name not in GROUPS]:
-        blocks.append("Fields, with their defaults:\n" + "\n".join(_row(*_field(name), width) for name in fields))
+        blocks.append("Fields, with their defaults:\n" + "\n".join(_row(*_field(name, root), width) for name in fields))
     blocks += [textwrap.fill(text, width) for text in (_VALUES, _OPTIONS)]
     return "\n\n".join(blocks)
 
 
-def _field(name: str) -> tuple[str, str]:
-    info = all_fields()[name]
+def _field(name: str, root: type) -> tuple[str, str]:
+    info = all_fields(root)[name]
     choices = f" One of {', '.join(info.choices)}." if info.choices else ""
-    return f"{name}={override_value(get(Config(), name))}", info.doc + choices
+    return f"{name}={override_value(info.default)}", info.doc + choices
 
 
 def _options(group: str) -> str:
-    assert group == "experiment" or group in group_names()
+    assert group == "experiment" or group in all_groups()
     names = group_options(group)
     shown = ", ".join(names[:8])
     return f"{shown}, ... ({len(names)} in conf/{group})" if len(names) > 8 else shown

@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from moe_train.config.resolve import total_steps
-from moe_train.config.schema import Config
+from moe_train.config.roots import ROOTS
 from moe_train.config.walk import group_names
 
 
@@ -28,14 +28,16 @@ def default_warmup(usual: int, *, _root_: Any) -> int:
 
 
 def register() -> None:
-    """Store `Config` as `schema`, and each group's dataclass as `GROUP/schema`, which user YAML can extend.
+    """Store the dataclass of each root, `Config` as `schema`, and of each group as `GROUP/schema`, which user YAML can
+    extend.
 
-    A file of one's own for a group begins with `defaults: [schema, _self_]` to be checked on its own, or stands in a
-    group that `train.yaml` composes, where the root schema checks it anyway.
+    A file of one's own for a group begins with `defaults: [schema, _self_]` to be checked on its own, or is in a group
+    that `run.yaml` composes, where the root schema checks it anyway.
     """
     OmegaConf.register_new_resolver("default_warmup", default_warmup, replace=True)
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config, provider="moe_train")
-    types = typing.get_type_hints(Config)
-    for group in group_names():
-        store.store(group=group, name="schema", node=types[group], provider="moe_train")
+    for root, info in ROOTS.items():
+        store.store(name=info.schema, node=root, provider="moe_train")
+        types = typing.get_type_hints(root)
+        for group in group_names(root):
+            store.store(group=group, name="schema", node=types[group], provider="moe_train")

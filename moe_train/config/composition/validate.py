@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_train.config.resolve import Facts, gather_facts
 from moe_train.config.resolve import total_steps as total_steps
@@ -25,6 +25,9 @@ from moe_train.config.schema import Config
 from moe_train.config.walk import FieldInfo, all_fields, get, with_values
 from parallel.layout import ParallelLayout
 from parallel.suggest import Fix, Impossible, fixes_of
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _RULES = (
     *model_rules.RULES, *parallel_rules.RULES, *precision_rules.RULES, *recompute_rules.RULES, *run_rules.RULES,
@@ -77,9 +80,9 @@ def _check(cfg: Config, world_size: int | None, trains: bool) -> tuple[Impossibl
     return None, 0, layout
 
 
-def check_values(cfg: Config) -> None:
-    """What can be said of each field alone. Raises Impossible with values that work."""
-    for name, info in all_fields().items():
+def check_values(cfg: DataclassInstance) -> None:
+    """What can be said of each field of a config root alone. Raises Impossible with values that work."""
+    for name, info in all_fields(type(cfg)).items():
         check_value(info, get(cfg, name))
 
 
@@ -103,7 +106,7 @@ def check_value(info: FieldInfo, value: Any) -> None:
                 fitting = [[e if e in info.choices else next(unused, info.choices[0]) for e in value]]
             raise Impossible(f"{info.name}={entry} is not one of {names}", fixes_of(info.name, fitting))
         if isinstance(entry, float) and not math.isfinite(entry):
-            usual = fixes_of(info.name, [get(Config(), info.name)])
+            usual = fixes_of(info.name, [info.default])
             raise Impossible(f"{info.name}={entry} is not a finite number", usual)
         if info.minimum is not None and entry is not None and entry < info.minimum:
             smallest = info.minimum
@@ -113,7 +116,7 @@ def check_value(info: FieldInfo, value: Any) -> None:
         if info.maximum is not None and entry is not None and entry > info.maximum:
             raise Impossible(
                 f"{info.name}={entry} is above the largest value {info.maximum}",
-                fixes_of(info.name, [info.maximum, get(Config(), info.name)]),
+                fixes_of(info.name, [info.maximum, info.default]),
             )
 
 

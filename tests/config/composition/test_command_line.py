@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from moe_train.config.composition.command_line import for_hydra, literal, text_override
 from moe_train.config.composition.compose import compose, from_yaml, hydra_entry, to_yaml
 from moe_train.config.numbers import as_integer
+from moe_train.config.roots import PlanRoot
 from moe_train.config.walk import get
 from parallel.errors import ConfigError
 
@@ -74,7 +75,7 @@ def test_references_null_and_quotes_keep_their_meaning(monkeypatch: pytest.Monke
 
 
 def test_entries_of_a_list_are_taken_literally_too() -> None:
-    cfg = compose(["data.blend=[0.7 a=b/text, 0.3 ü/text,'1.0 c,d']", "plan.micro_batch_sizes=[1,2k]"])
+    cfg = compose(["data.blend=[0.7 a=b/text, 0.3 ü/text,'1.0 c,d']", "plan.micro_batch_sizes=[1,2k]"], PlanRoot)
     assert cfg.data.blend == ["0.7 a=b/text", "0.3 ü/text", "1.0 c,d"]
     assert cfg.plan.micro_batch_sizes == [1, 2000]
 
@@ -105,7 +106,7 @@ NUMBERS = {"2T": 2 * 10**12, "14.8T": 14_800 * 10**9, "100B": 10**11, "2e12": 2 
 
 @pytest.mark.parametrize("text", NUMBERS)
 def test_integers_may_have_units(text: str) -> None:
-    cfg = compose([f"train.tokens={text}", f"train.eval_interval_steps={text}", f"plan.gpus={text}"])
+    cfg = compose([f"train.tokens={text}", f"train.eval_interval_steps={text}", f"plan.gpus={text}"], PlanRoot)
     assert (cfg.train.tokens, cfg.train.eval_interval_steps, cfg.plan.gpus) == (NUMBERS[text],) * 3
 
 

@@ -312,7 +312,6 @@ TABLE = [
           "not of precision.fp8=tensor; use precision.fp8=block", "precision=fp8_tensor"),
     Wrong("precision.fp8_dispatch=true", "precision.fp8_dispatch", "use precision.power_of_two_scales=true",
           "precision=fp8_block runtime=cpu precision.power_of_two_scales=false"),
-    Wrong("plan.micro_batch_sizes=[0]", "plan.micro_batch_sizes", "below the smallest value 1"),
     Wrong("cluster.bf16_fraction=0", "cluster.bf16_fraction", "below the smallest value 1e-06"),
     Wrong("precision.fp8_dispatch=true", "precision.fp8_dispatch", "needs backend.name=local, not te",
           "precision=fp8_block runtime=cuda"),
@@ -423,6 +422,11 @@ TABLE = [
     Wrong("precision=bf16=3", "precision=bf16=3", "the name of one option", replaces=True, applies=False),
     Wrong("parallel.tp=a[", "parallel.tp=a[", "is not an integer; use parallel.tp=1", replaces=True),
     Wrong("foo.bar=a=b", "foo.bar", "is not a field", applies=False),
+    # Fields of other commands
+    Wrong("plan.imbalance=1.5", "plan.imbalance", "but in that of moe-plan, moe-submit; leave it out", applies=False),
+    Wrong("plan=deepseek_v3", "plan", "but in that of moe-plan, moe-submit; leave it out", applies=False),
+    Wrong("convert.dtype=bf16", "convert.dtype", "but in that of moe-convert; leave it out", applies=False),
+    Wrong("++inspect.rows=3", "inspect.rows", "but in that of moe-inspect; leave it out", applies=False),
     # Names and options from other trainers and from Slurm
     Wrong("optimizer.learning_rate=1e-3", "optimizer.learning_rate", "use optimizer.lr=1e-3", replaces=True),
     Wrong("checkpoint.tries=5", "checkpoint.tries was renamed", "use checkpoint.max_consecutive_failures=5",

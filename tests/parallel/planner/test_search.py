@@ -13,6 +13,7 @@ import pytest
 
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
+from moe_train.config.roots import PlanRoot
 from moe_train.model.estimate import software_of
 from moe_train.model.memory import weights_of, workload_of
 from parallel.layout import ParallelLayout
@@ -31,14 +32,14 @@ V3 = (
 
 
 def plan(*overrides: str) -> Answer:
-    cfg = compose([*V3, *overrides])
+    cfg = compose([*V3, *overrides], PlanRoot)
     return answer(cfg, validate(cfg))
 
 
 @cache
 def base_of(*overrides: str) -> Workload:
     """The job of DeepSeek-V3, or of what `overrides` make of it, for a test to change."""
-    cfg = compose([*V3, "parallel=deepseek_v3_h800", *overrides])
+    cfg = compose([*V3, "parallel=deepseek_v3_h800", *overrides], PlanRoot)
     return workload_of(cfg, validate(cfg))
 
 
@@ -215,12 +216,12 @@ def test_drafts_that_do_not_fit_after_all_do_not_end_the_search() -> None:
      (["model=qwen3_30b_a3b", "cluster=h200", "plan.gpus=64", "train.seq_length=32768"], "")],
 )  # fmt: skip
 def test_the_quick_estimate_of_memory_is_close(words: list[str], schedule: str) -> None:
-    cfg = compose([*V3, *words])
+    cfg = compose([*V3, *words], PlanRoot)
     found = answer(cfg, validate(cfg))
 
     timer = search.Timer(
         found.hardware,
-        software_of=lambda workload: software_of(cfg, workload),
+        software_of=lambda workload: software_of(cfg, cfg.plan, workload),
         weights_of=lambda workload: weights_of(cfg.model, workload),
     )
     for one in found.found.plans:

@@ -1,0 +1,96 @@
+"""What each command composes: the config of a run, or a root of its own. No torch import.
+
+A run's config.yaml holds what trains it. Options of the tools are not part of it: moe-plan adds `plan` to the config of
+a run, and moe-convert and moe-inspect compose neither layout nor data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from moe_train.config.checkpoint_tools import ConvertConfig, InspectConfig
+from moe_train.config.fields import doc
+from moe_train.config.model import ModelConfig
+from moe_train.config.plan import EstimateConfig, PlanConfig
+from moe_train.config.schema import Config
+from moe_train.config.walk import FieldInfo, all_fields, group_names
+
+_TRACEBACKS = "Show tracebacks of errors."
+
+
+@dataclass
+class PlanRoot(Config):
+    """A run that moe-plan plans, and the question to the planner."""
+
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+
+@dataclass
+class EstimateRoot:
+    """What moe-submit assumes of the software when it estimates time and cost of a run."""
+
+    plan: EstimateConfig = field(default_factory=EstimateConfig)
+    verbose: bool = doc(False, _TRACEBACKS)
+
+
+@dataclass
+class ConvertRoot:
+    """A conversion by moe-convert. `model` is that of the checkpoint, unless the command line names one."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+    verbose: bool = doc(False, _TRACEBACKS)
+
+
+@dataclass
+class InspectRoot:
+    """A look by moe-inspect."""
+
+    inspect: InspectConfig = field(default_factory=InspectConfig)
+    verbose: bool = doc(False, _TRACEBACKS)
+
+
+@dataclass(frozen=True)
+class RootInfo:
+    """Where a root is found.
+
+    Args:
+        config_name: its YAML file in `conf/`, without suffix.
+        commands: the commands that compose it.
+        moved: fields of a run that have another name here.
+    """
+
+    config_name: str
+    commands: tuple[str, ...]
+    moved: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def schema(self) -> str:
+        """Name of its dataclass in defaults lists."""
+        return "schema" if self.config_name == "train" else f"schema_{self.config_name}"
+
+
+ROOTS: Mapping[type, RootInfo] = {
+    Config: RootInfo("train", ("moe-train", "moe-submit", "moe-memory", "moe-data", "moe-dryrun", "moe-preflight")),
+    PlanRoot: RootInfo("plan", ("moe-plan",)),
+    EstimateRoot: RootInfo("estimate", ("moe-submit",)),
+    ConvertRoot: RootInfo("convert", ("moe-convert",), {"data.dir": "convert.data_dir"}),
+    InspectRoot: RootInfo("inspect", ("moe-inspect",)),
+}
+
+
+def field_info(name: str) -> FieldInfo | None:
+    """The field of this full name in any root: the same name means the same in all."""
+    return next((found for root in ROOTS if (found := all_fields(root).get(name))), None)
+
+
+def all_groups() -> tuple[str, ...]:
+    """The groups of all roots, each once."""
+    return tuple(dict.fromkeys(group for root in ROOTS for group in group_names(root)))
+
+
+def commands_with(name: str) -> list[str]:
+    """The commands that have a field, or a group, of this name."""
+    owners = [info for root, info in ROOTS.items() if name in all_fields(root) or name in group_names(root)]
+    return list(dict.fromkeys(command for info in owners for command in info.commands))
