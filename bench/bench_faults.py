@@ -18,6 +18,8 @@ from typing import Any
 from bench import fault_commands, results
 from bench.fault_cases import GUARDED, INTERVAL, LAYOUT, STEPS, Case, cases
 from bench.fault_runs import Seen, data_overrides, events, injected_at, losses, train
+from moe_train.config.resilience import Fault
+from parallel.suggest import override_value
 
 
 def run_case(case: Case, directory: Path, data: tuple[str, ...], reference: dict[int, float | None]) -> dict[str, Any]:
@@ -25,12 +27,13 @@ def run_case(case: Case, directory: Path, data: tuple[str, ...], reference: dict
     run_dir = directory / case.name.replace(" ", "_").replace("*", "")
     overrides = [*data, *LAYOUT, *GUARDED, *(setting.format(run_dir=run_dir) for setting in case.settings)]
     if case.inject:
-        overrides.append(f"resilience.inject={list(case.inject)}".replace('"', "'"))
+        overrides.append(f"resilience.inject={override_value(case.inject)}")
     done = 0
     with case.around(run_dir):
         if case.between:
             # The run is as long as the others, or its data would be in another order, and stops by itself on the way.
-            train(run_dir, [*overrides, f"resilience.inject=['term:rank=0:step={2 * INTERVAL}:factor=1']"])
+            stopped = override_value([Fault("term", rank=0, step=2 * INTERVAL, factor=1)])
+            train(run_dir, [*overrides, f"resilience.inject={stopped}"])
             case.between(run_dir)
             done = max(losses(run_dir))
         starter = case.starter(run_dir) if case.starter else None
@@ -68,9 +71,9 @@ def run_case(case: Case, directory: Path, data: tuple[str, ...], reference: dict
 
 def _lost(case: Case, done: int, resumed: int) -> int:
     """Steps that were done and had to be done again, where a run goes on from step `resumed`."""
-    at = [int(part.removeprefix("step=")) for text in case.inject for part in text.split(":") if part[:5] == "step="]
+    at = [fault.step for fault in case.inject if fault.step > 0]
     if not done and at:  # the same command went on, so its metrics no longer tell
-        done = at[0] - ("at=end" not in case.inject[0])
+        done = at[0] - (case.inject[0].at != "end")
     return max(0, done - resumed)
 
 
@@ -99,8 +102,8 @@ def random_kills(directory: Path, data: tuple[str, ...], steps: int, kills: int,
     long = [*data, *LAYOUT, f"train.steps={steps}", "checkpoint.interval_steps=10"]
     undisturbed = train(directory / "undisturbed", long)
     at = sorted(draw.sample(range(5, steps - 5), kills))
-    faults = [f"kill:rank={draw.randrange(4)}:step={step}" for step in at]
-    inject = f"resilience.inject={faults}".replace('"', "'")
+    faults = [Fault("kill", rank=draw.randrange(4), step=step) for step in at]
+    inject = f"resilience.inject={override_value(faults)}"
     seen = train(directory / "killed", [*long, inject, f"launcher.restarts={kills}"], timeout_s=3600)
     ours, theirs = losses(directory / "killed"), losses(directory / "undisturbed")
     return {

@@ -62,7 +62,7 @@ LAYOUTS: dict[str, list[str]] = {
 }
 # In addition to the sets of recomputation, which bench.recompute takes too.
 MORE: dict[str, list[str]] = {
-    "full on the first stage": ["recompute.stages=[full,none]"],
+    "full on the first stage": ["recompute.stages=[{mode:full},{mode:none}]"],
     "fp8_block": ["precision=fp8_block"],
     "fp8_block; layernorm,moe_act": [
         "precision=fp8_block", "recompute=selective", "recompute.modules=[layernorm,moe_act]",

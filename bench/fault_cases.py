@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.fault_runs import ROOT, Seen, losses
+from moe_train.config.resilience import Fault
 
 STEPS, INTERVAL = 16, 4
 LAYOUT = ("parallel.tp=2", "parallel.pp=2", "parallel.ep=2", "launcher.threads_per_rank=1")
@@ -53,7 +54,7 @@ class Case:
     """
 
     name: str
-    inject: tuple[str, ...] = ()
+    inject: tuple[Fault, ...] = ()
     settings: tuple[str, ...] = ()
     meanwhile: Meanwhile | None = None
     between: Callable[[Path], None] | None = None
@@ -79,40 +80,40 @@ def cases(draw: random.Random, directory: Path) -> list[Case]:
     for place, code in ((jumping, _JUMPING_CLOCK), (threadless, _NO_THREAD)):
         place.mkdir(exist_ok=True)
         (place / "sitecustomize.py").write_text(code)
-    rows = [Case(f"kill -9 of rank {rank}", (f"kill:rank={rank}:step={step()}",)) for rank in range(4)]
+    rows = [Case(f"kill -9 of rank {rank}", (Fault("kill", rank=rank, step=step()),)) for rank in range(4)]
     rows += [
         Case(
             f"kill -9 of rank {rank} while saving",
-            (f"kill:rank={rank}:step={2 * INTERVAL}:at=end:after={draw.uniform(0.005, 0.05):.3f}",),
+            (Fault("kill", rank=rank, step=2 * INTERVAL, at="end", after=round(draw.uniform(0.005, 0.05), 3)),),
         )
         for rank in range(4)
     ]
-    rows += [Case(f"hang of rank {rank}", (f"hang:rank={rank}:step={step()}",), _HANG) for rank in (0, 3)]
-    rows += [Case(f"rank {rank} stopped", (f"stop:rank={rank}:step={step()}",), _HANG) for rank in (0, 2)]
+    rows += [Case(f"hang of rank {rank}", (Fault("hang", rank=rank, step=step()),), _HANG) for rank in (0, 3)]
+    rows += [Case(f"rank {rank} stopped", (Fault("stop", rank=rank, step=step()),), _HANG) for rank in (0, 2)]
     rows += [
-        Case("error in the code of a rank", (f"raise:rank=2:step={step()}",)),
+        Case("error in the code of a rank", (Fault("raise", rank=2, step=step()),)),
         Case("other code on one rank", starter=_other_code_on_rank_3, code=1),
-        Case("NaN batch", (f"nan:step={step()}",), changes_losses=True),
-        Case("NaN in the data of three steps", ("nan:sample=48:samples=24",), changes_losses=True,
+        Case("NaN batch", (Fault("nan", step=step()),), changes_losses=True),
+        Case("NaN in the data of three steps", (Fault("nan", sample=48, samples=24),), changes_losses=True,
              most_lost=2 * INTERVAL),
         Case(
-            "loss spike", (f"spike:step={INTERVAL + 6}:factor=50",),
+            "loss spike", (Fault("spike", step=INTERVAL + 6, factor=50),),
             ("resilience.spike_factor=3", "resilience.spike_window=4"), changes_losses=True,
         ),
         Case(
-            "slow rank", ("slow:rank=1:step=3:steps=100:seconds=0.3",),
+            "slow rank", (Fault("slow", rank=1, step=3, steps=100, seconds=0.3),),
             ("resilience.straggler_interval_steps=2", "resilience.straggler_intervals=2"),
         ),
         Case("storm of SIGTERM", meanwhile=_at_step(INTERVAL, _storm(signal.SIGTERM)), code=143),
         Case("Ctrl-C", meanwhile=_at_step(INTERVAL, _storm(signal.SIGINT, 1)), code=130),
-        Case("storm of SIGUSR1", (f"term:rank=1:step={step()}:factor=50",), code=75),
+        Case("storm of SIGUSR1", (Fault("term", rank=1, step=step(), factor=50),), code=75),
         Case("SIGUSR1 after the last step until the end", meanwhile=_at_step(STEPS, _until_the_end), harmless=True),
         Case("clock that jumps by days", environment={"PYTHONPATH": f"{jumping}:{ROOT}"}, harmless=True),
         Case("disk full while saving", meanwhile=_fill_disk, around=_small_disk, repair=_free_disk, code=2,
              most_lost=STEPS - INTERVAL),
         Case(
-            "data file lost before a restart", (f"kill:rank=1:step={INTERVAL + 3}",), ("data.dir={run_dir}/data",),
-            meanwhile=_at_step(INTERVAL, _remove_data), found=r"\.bin is missing", code=2,
+            "data file lost before a restart", (Fault("kill", rank=1, step=INTERVAL + 3),),
+            ("data.dir={run_dir}/data",), meanwhile=_at_step(INTERVAL, _remove_data), found=r"\.bin is missing", code=2,
             repair=lambda run_dir: shutil.rmtree(run_dir / "data"),  # as the error says
         ),
         Case("kill -9 of a rank in the export", settings=("export_hf=true",), meanwhile=_at_step(STEPS, _kill_rank),
@@ -122,14 +123,14 @@ def cases(draw: random.Random, directory: Path) -> list[Case]:
         Case("run_dir full while metrics are written", settings=("checkpoint.dir={run_dir}_checkpoints",
              "telemetry.tensorboard=true"), around=_small_run_dir, meanwhile=_fill_run_dir,
              found="cannot be written: No space left", check=_has_every_step, most_lost=0),
-        Case("second run in the directory", (f"slow:rank=1:step={INTERVAL + 1}:steps=8:seconds=0.3",),
+        Case("second run in the directory", (Fault("slow", rank=1, step=INTERVAL + 1, steps=8, seconds=0.3),),
              meanwhile=_at_step(INTERVAL, _start_another), harmless=True, check=_refused_another, most_lost=0),
         Case("kill -9 of the launcher, which leaves its lock", meanwhile=_at_step(INTERVAL, _kill_launcher),
              harmless=True, code=-signal.SIGKILL),
         Case("a thread that cannot start while saving", environment={"PYTHONPATH": f"{threadless}:{ROOT}"},
              most_lost=0),
         Case(
-            "data file damaged at equal size before a restart", (f"kill:rank=1:step={INTERVAL + 3}",),
+            "data file damaged at equal size before a restart", (Fault("kill", rank=1, step=INTERVAL + 3),),
             ("data.dir={run_dir}/data",), meanwhile=_at_step(INTERVAL, _damage_data),
             found=r"text_document\.bin is damaged", code=2, repair=lambda run_dir: shutil.rmtree(run_dir / "data"),
         ),

@@ -46,9 +46,13 @@ SETS: dict[str, list[str]] = {
     "moe,moe_act,shared_experts,layernorm": [
         "recompute=selective", "recompute.modules=[moe,moe_act,shared_experts,layernorm]",
     ],
-    "full on the first stage": ["recompute.stages=[full,none]"],
-    "other modules on each stage": ["recompute.stages=[layernorm+mla_up_proj+moe_act,mlp+core_attn]"],
-    "other modules on each chunk": ["recompute.stages=[full,moe,none,layernorm+core_attn]"],
+    "full on the first stage": ["recompute.stages=[{mode:full},{mode:none}]"],
+    "other modules on each stage": [
+        "recompute.stages=[{modules:[layernorm,mla_up_proj,moe_act]},{modules:[mlp,core_attn]}]"
+    ],
+    "other modules on each chunk": [
+        "recompute.stages=[{mode:full},{modules:[moe]},{mode:none},{modules:[layernorm,core_attn]}]"
+    ],
 }  # fmt: skip
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from parallel.errors import ConfigError
@@ -27,18 +30,44 @@ class Impossible(ConfigError):
 
 def describe(fix: Fix) -> str:
     """The fix as Hydra overrides, to be pasted on the command line."""
-    return " ".join(f"{name}={override_value(value)}" for name, value in fix.items())
+    return " ".join(override(name, value) for name, value in fix.items())
+
+
+def override(name: str, value: Any) -> str:
+    """The override that gives a field this value, in quotes of the shell where it has entries in braces."""
+    word = f"{name}={override_value(value)}"
+    return shlex.quote(word) if "{" in word else word
 
 
 def override_value(value: Any) -> str:
     """`value` as it is written on a Hydra command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if is_dataclass(value) or isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{_in_entry(item)}" for name, item in _items(value)) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(override_value(v) for v in value) + "]"
     if isinstance(value, str) and (not value or "," in value or " " in value):
         return f"'{value}'"
     return str(value)
+
+
+def _items(entry: Any) -> list[tuple[str, Any]]:
+    """Names and values of a mapping, or of an entry of a list, without those that are as usual."""
+    if isinstance(entry, dict):
+        return list(entry.items())
+    usual = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(entry)}
+    return [(name, value) for name, value in vars(entry).items() if value != usual[name]]
+
+
+def _in_entry(value: Any) -> str:
+    """A value between braces. Double quotes, since single ones are around the word."""
+    if not isinstance(value, str):
+        return override_value(value)
+    is_plain = value == value.strip() and value and value.lower() != "null" and not set(value) & set(",[]{}()'\"")
+    # Backslashes count only before a quote.
+    escaped = re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
+    return value if is_plain else f'"{escaped}"'
 
 
 def fixes_of(field: str, values: Iterable[Any]) -> list[Fix]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING
 from pathlib import Path
+from typing import Any
 
 from moe_train.config.roots import ROOTS, commands_with
-from moe_train.config.walk import all_fields
+from moe_train.config.walk import FieldInfo, all_fields
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 # Fields whose choices another page lists, so that a further one changes only that page.
@@ -19,16 +21,35 @@ def tables() -> str:
     fields = {name: info for root in ROOTS for name, info in all_fields(root).items()}
     for name, info in fields.items():
         group = name.rpartition(".")[0]
-        listed = CHOICES_ELSEWHERE.get(name) or ", ".join(f"`{choice}`" for choice in info.choices)
-        choices = f" One of {'those in ' if name in CHOICES_ELSEWHERE else ''}{listed}." if info.choices else ""
-        value = info.default
-        default = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-        groups.setdefault(group, []).append(f"| `{name}` | `{default}` | {info.doc}{choices} |")
+        choices = _choices(info)
+        default = _text(info.default)
+        example = f" Example: `{info.example}`." if info.example else ""
+        groups.setdefault(group, []).append(f"| `{name}` | `{default}` | {info.doc}{choices}{example} |")
+        groups[group] += [_row_of_entry(name, part) for part in all_fields(info.entry).values()] if info.entry else []
     header = "| field | default | meaning |\n|---|---|---|\n"
     return "\n".join(
         f"### {group or 'top level'}{_owners(group)}\n\n{header}" + "\n".join(rows) + "\n"
         for group, rows in groups.items()
     )
+
+
+def _row_of_entry(name: str, info: FieldInfo) -> str:
+    """The row of a field of the entries of a list."""
+    default = "required" if info.default is MISSING else f"`{_text(info.default)}`"
+    return f"| `{name}[].{info.name}` | {default} | {info.doc}{_choices(info)} |"
+
+
+def _choices(info: FieldInfo) -> str:
+    if not info.choices:
+        return ""
+    elsewhere = CHOICES_ELSEWHERE.get(info.name)
+    listed = f"those in {elsewhere}" if elsewhere else ", ".join(f"`{choice}`" for choice in info.choices)
+    return f" One of {listed}."
+
+
+def _text(value: Any) -> Any:
+    """A default as YAML has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else value
 
 
 def _owners(group: str) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from launch import env
 from launch.slurm import container
 from launch.slurm.estimate import RunEstimate, assumptions
-from moe_train.config import blend
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError
@@ -105,7 +104,7 @@ def _shared(cfg: Config) -> dict[str, str]:
     """Paths by field that every node reads or writes; `checkpoint.local_dir` is each node's own."""
     found = {"run_dir": cfg.run_dir, "checkpoint.dir": cfg.checkpoint.dir, "data.dir": cfg.data.dir}
     found |= {"data.path": cfg.data.path, "data.cache_dir": cfg.data.cache_dir}
-    found |= {f"data.blend[{i}]": blend.parse(entry)[1] for i, entry in enumerate(cfg.data.blend)}
+    found |= {f"data.blend[{i}].path": entry.path for i, entry in enumerate(cfg.data.blend)}
     return {name: path for name, path in found.items() if path is not None}
 
 

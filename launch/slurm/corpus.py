@@ -10,7 +10,6 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_train.config import blend
 from moe_train.config.schema import Config, DataConfig
 from moe_train.data.files import source_files
 from moe_train.files import untrusted
@@ -52,7 +51,7 @@ def of(cfg: Config) -> Corpus:
     source = cfg.data
     manifest = Path(source.dir, "manifest.json")
     if source.blend:
-        prefixes = [blend.parse(entry)[1] for entry in source.blend]
+        prefixes = [entry.path for entry in source.blend]
         tokens = sum(_tokens_at(prefix) for prefix in prefixes)
         sizes = [_vocabulary(Path(prefix).parent) for prefix in prefixes]
         known = [size for size in [*sizes, _vocabulary(Path(source.dir))] if size is not None]

@@ -20,8 +20,8 @@ from parallel.layout import ParallelLayout
 class Choice:
     """A layout, and the numbers of nodes on which the job takes it, fewest first.
 
-    `text` is the entry of `launcher.fallbacks`; "" for the config's own. `layout` and `found` are those on the fewest
-    nodes, where memory is fullest.
+    `text` shows the entry of `launcher.fallbacks`; "" for the config's own. `layout` and `found` are those on the
+    fewest nodes, where memory is fullest.
     """
 
     text: str
@@ -102,7 +102,7 @@ def _choice(text: str, cfg: Config, counts: list[int], nodes: int, plan: Estimat
     layout = validate(cfg, counts[0] * cfg.launcher.ranks_per_node)
     found = run_estimate(cfg, layout, plan)
     where = f"launcher.min_nodes={cfg.launcher.min_nodes} lets the job start with {counts[0]} nodes, where "
-    where += f"{text!r} of launcher.fallbacks is used and " if text else ""
+    where += f"{text} of launcher.fallbacks is used and " if text else ""
     check_memory(found, layout, where if counts[0] < nodes else "")
     return Choice(text, cfg, tuple(counts), layout, found)
 
@@ -116,14 +116,14 @@ def _refuse_fewest(cfg: Config, fewest: int, others: list[int]) -> None:
         raise ConfigError(
             f"launcher.min_nodes={fewest} lets the job start with {fewest} nodes, but {error.cause}",
             f"use launcher.min_nodes={others[0]} (layouts fit {shown(others)} nodes), or add one of {ranks} ranks to "
-            "launcher.fallbacks, such as 'parallel.dp=2 parallel.ep=2'",
+            "launcher.fallbacks, such as {parallel:{dp:2,ep:2}}",
         ) from error
 
 
 def _never_taken(text: str, cfg: Config, fewest: int, nodes: int) -> ConfigError:
     """Why the job takes no layout `text` on `fewest` to `nodes` nodes, as an error."""
     each = cfg.launcher.ranks_per_node
-    what = f"launcher.fallbacks has {text!r}, which"
+    what = f"launcher.fallbacks has {text}, which"
     fits = [count for count in range(1, nodes + 1) if fit(cfg, count * each)]
     if smaller := [count for count in fits if count < fewest]:
         least = f"launcher.min_nodes={fewest}" if cfg.launcher.min_nodes else f"{nodes} without launcher.min_nodes"

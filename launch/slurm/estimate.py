@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moe_train.config.composition.validate import total_steps
 from moe_train.config.plan import EstimateConfig
@@ -46,7 +46,7 @@ class RunEstimate:
     usable_gib: float | None
     tokens: int
     pace: Pace | None
-    assumed: EstimateConfig = USUAL
+    assumed: EstimateConfig = field(default_factory=EstimateConfig)
 
 
 def run_estimate(cfg: Config, layout: ParallelLayout, plan: EstimateConfig = USUAL) -> RunEstimate:

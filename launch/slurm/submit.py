@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -291,8 +291,8 @@ def _for_job(word: str, cfg: Config) -> str:
         return word
     value = get(cfg, info.name)
     if info.name == "data.blend":
-        entries = [entry.split(maxsplit=1) for entry in value]
-        return text_override(info.name, [f"{weight} {os.path.abspath(prefix)}" for weight, prefix in entries])
+        absolute = [replace(entry, path=os.path.abspath(entry.path)) for entry in value]
+        return text_override(info.name, absolute)
     if not is_text(info) or value is None:
         return word
     if info.name in PATHS and value and (info.name, value) not in (("resume", "auto"), ("resume", "never")):

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.config import former
-from moe_train.config.aliases import with_current_names
 from moe_train.config.resolve import total_steps
 from moe_train.config.schema import Config
-from moe_train.config.walk import all_fields, get, group_names, violation, with_values
+from moe_train.config.walk import all_fields, get, group_names, typed, violation, with_values
 from moe_train.files import untrusted
 from moe_train.formats import run_config, run_directory, state_file
 from parallel.errors import CheckpointError, ConfigError, one_line
-from parallel.suggest import override_value
+from parallel.suggest import override
 
 SUMMARY, EXPORTS = "summary.json", "hf"
 """Names in run_dir."""
@@ -206,7 +205,7 @@ def _tell_of_a_new_start(merged: Config, cfg: Config) -> None:
     taken = [name for name in all_fields() if get(merged, name) != get(cfg, name) and name not in resolved]
     if not taken:
         return
-    shown = " ".join(f"{name}={override_value(get(merged, name))}" for name in taken[:_SHOWN])
+    shown = " ".join(override(name, get(merged, name)) for name in taken[:_SHOWN])
     more = "" if len(taken) <= _SHOWN else f" and {len(taken) - _SHOWN} more"
     own = _shown(Path(cfg.run_dir, run_directory.CONFIG))
     _say_once(f"no checkpoint yet: the run begins with {own} ({shown}{more}); resume=never takes the defaults")
@@ -276,7 +275,7 @@ def config_of(values: Any, where: Path) -> Config:
         CheckpointError: a field has a value that it cannot have.
     """
     found = dict(former.DEFAULTS)
-    current = with_current_names(values) if isinstance(values, Mapping) else values
+    current = former.current(values) if isinstance(values, Mapping) else values
     for name in all_fields():
         value = current
         for part in name.split("."):
@@ -285,7 +284,7 @@ def config_of(values: Any, where: Path) -> Config:
             continue
         if why := violation(name, value):
             raise CheckpointError(f"{where} has {name}={value}, which is {why}", "restore the file from a copy")
-        found[name] = value
+        found[name] = typed(name, value)
     return with_values(Config(), found)
 
 

@@ -1,39 +1,34 @@
-"""Entries of `data.blend`. No torch import."""
+"""What is wrong with `data.blend`. No torch import."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+
+from moe_train.config.schema import BlendEntry
+from parallel.suggest import override_value
 
 
-def parse(entry: str) -> tuple[float | None, str]:
-    """(weight, prefix) of 'WEIGHT PREFIX', or (None, prefix) of 'PREFIX'. A prefix may have spaces."""
-    first, _, rest = entry.strip().partition(" ")
-    try:
-        weight = float(first)
-    except ValueError:
-        return None, entry.strip()
-    return weight, rest.strip()
-
-
-def problem(entries: list[str]) -> tuple[str, list[str]] | None:
+def problem(entries: list[BlendEntry]) -> tuple[str, list[BlendEntry]] | None:
     """What is wrong with the entries, and entries that would work; None where nothing is."""
-    parsed = [parse(entry) for entry in entries]
-    for number, (entry, (weight, prefix)) in enumerate(zip(entries, parsed, strict=True)):
-        if not prefix or (weight is not None and not 0 < weight < math.inf):
-            fixed = f"1.0 {prefix or 'PREFIX'}"
+    for number, entry in enumerate(entries):
+        weight = entry.weight
+        if not entry.path.strip() or (weight is not None and not 0 < weight < math.inf):
+            fixed = BlendEntry(entry.path.strip() or "PREFIX", None if weight is None else 1.0)
             return (
-                f"data.blend has {entry!r}, which is not 'WEIGHT PREFIX' with a weight above 0",
+                f"data.blend has {override_value(entry)}, which is not a path with a weight above 0",
                 [*entries[:number], fixed, *entries[number + 1 :]],
             )
-    if len({weight is None for weight, _ in parsed}) > 1:
+    if len({entry.weight is None for entry in entries}) > 1:
         return (
             "data.blend has weights for some of its datasets only",
-            [prefix for _, prefix in parsed],
+            [replace(entry, weight=None) for entry in entries],
         )
-    doubled = [prefix for number, (_, prefix) in enumerate(parsed) if prefix in [p for _, p in parsed[:number]]]
+    paths = [entry.path for entry in entries]
+    doubled = [path for number, path in enumerate(paths) if path in paths[:number]]
     if doubled:
         return (
             f"data.blend names {doubled[0]} more than once",
-            [entry for number, entry in enumerate(entries) if parsed[number][1] not in [p for _, p in parsed[:number]]],
+            [entry for number, entry in enumerate(entries) if entry.path not in paths[:number]],
         )
     return None

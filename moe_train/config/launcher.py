@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from moe_train.config.fields import doc
+
+
+@dataclass
+class FallbackLayout:
+    """What differs from the run's own layout on another number of ranks: an entry of `launcher.fallbacks`.
+
+    Each part has fields of a group of the config, by their names in it.
+    """
+
+    parallel: dict[str, Any] = doc({}, "Fields of parallel, such as {dp:64,ep:32}.")
+    recompute: dict[str, Any] = doc({}, "Fields of recompute.")
+    batch: dict[str, Any] = doc({}, "micro_batch_size; the global batch stays.")
 
 
 @dataclass
@@ -37,9 +50,10 @@ class LauncherConfig:
         [], "Environment variables of every rank, as NAME=VALUE; they override those of the shell."
     )
     scratch_dir: str | None = doc(None, "Directory on each node's own disk for caches and temporary files.")
-    fallbacks: list[str] = doc(
-        [], "Layouts for another number of ranks, in order, each as overrides: 'parallel.dp=64 parallel.ep=32'."
-    )
+    fallbacks: list[FallbackLayout] = doc(
+        [], "Layouts for another number of ranks, in the order of trying them.",
+        example="[{parallel:{dp:64,ep:32}}]",
+    )  # fmt: skip
 
     start: str = doc(
         "srun", "Launcher of a batch job's ranks; pmi2 and pmix are srun with a rendezvous through MPI.",

@@ -5,7 +5,12 @@ from __future__ import annotations
 import re
 from decimal import Decimal, InvalidOperation
 
-SEQUENCE_FIELDS = ("train.seq_length", "model.max_position_embeddings", "model.yarn_original_max_position")
+SEQUENCE_FIELDS = (
+    "train.seq_length",
+    "model.max_position_embeddings",
+    "model.yarn_original_max_position",
+    "seq_length",  # of an entry of plan.recipe
+)
 """Fields in which k is 1,024, as in "a context of 8k": lengths of sequences. Elsewhere it is 1,000."""
 
 _LARGEST = 2**63 - 1

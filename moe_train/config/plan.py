@@ -47,6 +47,31 @@ class EstimateConfig:
 
 
 @dataclass
+class TrainingStage:
+    """A stage of the whole training, an entry of `plan.recipe`: so many tokens, steps or GPU-hours.
+
+    It runs as the plan, except for the sequences and the batch that it names.
+    """
+
+    name: str = doc("training", "Name, for the tables.")
+    tokens: int | None = doc(None, "Its length, tokens.", minimum=1)
+    steps: int | None = doc(None, "Its length, optimizer steps.", minimum=1)
+    gpu_hours: int | None = doc(None, "Its length, GPU-hours that are known; no plan is made for it.", minimum=1)
+    seq_length: int | None = doc(None, "Tokens in one sequence; null means train.seq_length.", minimum=1)
+    global_batch_size: int | None = doc(None, "Sequences in one step; null means batch.global_batch_size.", minimum=1)
+    cp: int | None = doc(
+        None, "Context-parallel degree; null means the plan's, or with other sequences the smallest that can run.",
+        minimum=1,
+    )  # fmt: skip
+    failures: bool = doc(False, "Count failures, restarts and checkpoints in its time.")
+
+    @property
+    def as_planned(self) -> bool:
+        """Whether it runs exactly as the plan."""
+        return self.seq_length is None and self.global_batch_size is None and self.cp is None
+
+
+@dataclass
 class PlanConfig(EstimateConfig):
     """The question to the planner: how many GPUs, which choices, which stages of a recipe, where the answer goes."""
 
@@ -61,9 +86,9 @@ class PlanConfig(EstimateConfig):
     cp: list[int] = doc(
         [], "Context-parallel degrees to try; empty means 1, and up to 16 for long sequences.", minimum=1
     )
-    recipe: list[str] = doc(
-        [], "Stages of the whole training: 'NAME tokens=14.8T', 'NAME seq=32768 batch=1920 steps=1000 cp=8' or "
-        "'NAME gpu_hours=5000'; empty means one stage of train.tokens.",
+    recipe: list[TrainingStage] = doc(
+        [], "Stages of the whole training; empty means one stage of train.tokens.",
+        example="[{name:pre-training,tokens:14.8T},{name:to 32K,seq_length:32k,global_batch_size:1920,steps:1000}]",
     )  # fmt: skip
     checkpoint_interval_s: float | None = doc(
         None, "Time between checkpoints, seconds; null means the optimum for the expected failures.", minimum=1

@@ -6,18 +6,13 @@ from dataclasses import replace
 
 from moe_train.config.schema import RecomputeConfig
 
-WHOLE = ("none", "full")
-"""Entries of `recompute.stages` that are no list of modules."""
-
 
 def of_chunk(recompute: RecomputeConfig, chunk: int) -> RecomputeConfig:
     """The settings of chunk `chunk` of the pp x vpp, in the order that tokens pass them; all alike without `stages`."""
     if not recompute.stages:
         return recompute
     entry = recompute.stages[chunk % len(recompute.stages)]
-    if entry in WHOLE:
-        return replace(recompute, mode=entry, modules=[], stages=[])
-    return replace(recompute, mode="selective", modules=entry.split("+"), stages=[])
+    return replace(recompute, mode=entry.resolved_mode, modules=list(entry.modules), stages=[])
 
 
 def settings(recompute: RecomputeConfig) -> list[RecomputeConfig]:

@@ -4,7 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_train.config.fields import doc
+from moe_train.config.fields import REQUIRED, doc
+
+
+@dataclass
+class Fault:
+    """A fault that a drill injects: an entry of `resilience.inject`."""
+
+    kind: str = doc(
+        REQUIRED, "kill: SIGKILL. stop: SIGSTOP. hang: endless sleep. raise: an error of the code. nan, spike: the "
+        "loss times NaN or `factor`. slow: `seconds` of sleep in each forward pass. term: `factor` SIGTERMs and "
+        "SIGUSR1s.", choices=("kill", "stop", "hang", "raise", "nan", "spike", "slow", "term"),
+    )  # fmt: skip
+    rank: int = doc(-1, "Rank; -1 means all.", minimum=-1)
+    step: int = doc(-1, "Step, from 1.")
+    sample: int = doc(
+        -1,
+        "nan and spike: instead of step, the sample that has them, from 0, whichever step uses it and however often.",
+    )
+    samples: int = doc(1, "nan and spike: number of such samples.", minimum=1)
+    steps: int = doc(1, "nan, spike and slow: number of steps.", minimum=1)
+    at: str = doc(
+        "begin", "Begin or end of the step; a checkpoint of the step is written after its end.",
+        choices=("begin", "end"),
+    )  # fmt: skip
+    after: float = doc(0.0, "kill and stop: delay, seconds, during which the run continues.", minimum=0)
+    seconds: float = doc(1.0, "slow: length of the sleep, seconds.", minimum=0)
+    factor: float = doc(100.0, "spike: factor of the loss; term: number of signals.")
 
 
 @dataclass
@@ -47,6 +73,7 @@ class ResilienceConfig:
         choices=("warn", "stop"),
     )  # fmt: skip
     nvrx: bool = doc(False, "Send a heartbeat each step to the ft_launcher of nvidia-resiliency-ext (cuda only).")
-    inject: list[str] = doc(
-        [], "Faults to inject, such as 'kill:rank=1:step=7'; each once per run directory (docs/resilience.md)."
-    )
+    inject: list[Fault] = doc(
+        [], "Faults to inject, each once per run directory (docs/resilience.md).",
+        example="[{kind:kill,rank:1,step:7}]",
+    )  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_train.config.cluster import ClusterConfig
-from moe_train.config.fields import doc
+from moe_train.config.fields import REQUIRED, doc
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.objective import OBJECTIVES
@@ -96,6 +96,25 @@ class PrecisionConfig:
     initial_loss_scale: float = doc(65536.0, "Initial dynamic loss scale of fp16.", minimum=1)
 
 
+RECOMPUTABLE = ("core_attn", "mla_up_proj", "layernorm", "moe_act", "mlp", "moe", "shared_experts")
+"""Modules that selective recomputation can name."""
+
+
+@dataclass
+class RecomputeStage:
+    """What one pipeline stage, or chunk, recomputes: an entry of `recompute.stages`."""
+
+    mode: str | None = doc(
+        None, "As recompute.mode; null means selective with modules, else none.", choices=("none", "full", "selective")
+    )
+    modules: list[str] = doc([], "As recompute.modules.", choices=RECOMPUTABLE)
+
+    @property
+    def resolved_mode(self) -> str:
+        """`mode`, or what it is where nothing says it."""
+        return self.mode or ("selective" if self.modules else "none")
+
+
 @dataclass
 class RecomputeConfig:
     """Which activations are discarded in the forward pass and recomputed in the backward pass."""
@@ -111,11 +130,11 @@ class RecomputeConfig:
     num_layers: int = doc(1, "full: layers per group (uniform), or recomputed layers per chunk (block).", minimum=1)
     modules: list[str] = doc(
         [], "selective: modules to recompute.",
-        choices=("core_attn", "mla_up_proj", "layernorm", "moe_act", "mlp", "moe", "shared_experts"),
+        choices=RECOMPUTABLE,
     )  # fmt: skip
-    stages: list[str] = doc(
+    stages: list[RecomputeStage] = doc(
         [], "Recompute set of each of the pp stages (or pp x vpp chunks, in forward order), instead of mode and "
-        "modules: none, full, or modules joined by +; empty means the same for all."
+        "modules; empty means the same for all.", example="[{modules:[layernorm,moe_act]},{mode:none}]",
     )  # fmt: skip
     offload: str = doc(
         "none", "Offload saved activations until the backward pass: to memory (on cuda host memory), or, on the CPU "
@@ -168,6 +187,14 @@ class BatchConfig:
 
 
 @dataclass
+class BlendEntry:
+    """A dataset of a mixture: an entry of `data.blend`."""
+
+    path: str = doc(REQUIRED, "Prefix of its .bin/.idx pair.")
+    weight: float | None = doc(None, "Its weight, above 0; null, for all or none, weighs datasets by their tokens.")
+
+
+@dataclass
 class DataConfig:
     """Text, its tokenizer, and the tokenised dataset made from them."""
 
@@ -196,9 +223,9 @@ class DataConfig:
     tokenizer: str | None = doc(None, "Directory or tokenizer.json of an existing tokenizer; null trains one.")
     tokenizer_vocab_size: int = doc(4096, "Size of the tokenizer that is trained.", minimum=257, maximum=100_000_000)
     dir: str = doc("data/stdlib", "Directory of the tokenised dataset: tokenizer.json and .bin/.idx files.")
-    blend: list[str] = doc(
-        [], "Datasets to mix instead of the one in dir, as 'WEIGHT PREFIX' with the prefix of a .bin/.idx pair, or "
-        "all as 'PREFIX', which weighs them by their tokens."
+    blend: list[BlendEntry] = doc(
+        [], "Datasets to mix instead of the one in dir.",
+        example="[{path:A/text_document,weight:0.7},{path:B/text_document,weight:0.3}]",
     )  # fmt: skip
     split: str = doc("90,5,5", "Shares of train, validation and test documents, percent.")
     shuffle: str = doc(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,13 @@ class FieldInfo:
     choices: tuple[str, ...]
     minimum: float | None
     maximum: int | None
+    example: str = ""
+
+    @property
+    def entry(self) -> type | None:
+        """The dataclass of the entries of a list; None for every other field. `all_fields` lists its fields."""
+        arguments = typing.get_args(self.type) if typing.get_origin(self.type) is list else ()
+        return arguments[0] if arguments and dataclasses.is_dataclass(arguments[0]) else None
 
 
 @cache
@@ -47,7 +55,7 @@ def all_fields(root: type = Config) -> Mapping[str, FieldInfo]:
                 meta = item.metadata
                 found[name] = FieldInfo(
                     name, kind, _default(item), meta.get("doc", ""), meta.get("choices", ()), meta.get("minimum"),
-                    meta.get("maximum"),
+                    meta.get("maximum"), meta.get("example", ""),
                 )  # fmt: skip
 
     visit(root, "")
@@ -55,7 +63,7 @@ def all_fields(root: type = Config) -> Mapping[str, FieldInfo]:
 
 
 def _default(item: dataclasses.Field[Any]) -> Any:
-    """The default of a dataclass field."""
+    """The default of a dataclass field; MISSING for one that an entry of a list must have."""
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
@@ -67,9 +75,16 @@ def group_names(root: type = Config) -> tuple[str, ...]:
 
 def violation(name: str, value: Any) -> str:
     """Why the field `name` cannot have this value, which did not come through Hydra; "" where it can."""
-    info = all_fields()[name]
+    return _violation(all_fields()[name], value)
+
+
+def _violation(info: FieldInfo, value: Any) -> str:
+    if info.entry:
+        return _violation_of_entries(info.entry, value)
     if typing.get_origin(info.type) is list:
         return _violation_of_list(typing.get_args(info.type)[0], value)
+    if typing.get_origin(info.type) is dict:
+        return "" if isinstance(value, dict) else "not a mapping"
     kinds = typing.get_args(info.type) or (info.type,)
     if value is None and type(None) in kinds:
         return ""
@@ -99,7 +114,43 @@ def _violation_of_list(kind: Any, value: Any) -> str:
     return f"a list with {wrong[0]!r:.100}, which is not {_KINDS[kind]}" if wrong else ""
 
 
+def _violation_of_entries(entry: type, value: Any) -> str:
+    """Why a list of entries cannot have this value, in which each is a mapping; "" where it can."""
+    if not isinstance(value, list):
+        return "not a list"
+    fields = all_fields(entry)
+    for item in value:
+        if not isinstance(item, dict):
+            return f"a list with {item!r:.100}, which is not a mapping"
+        for name in item:
+            if name not in fields:
+                return f"a list with an entry that has {name!r:.100}, which is not one of {', '.join(fields)}"
+            if why := _violation(fields[name], item[name]):
+                return f"a list with an entry that has {name}={item[name]!r:.100}, which is {why}"
+        for name, info in fields.items():
+            if info.default is dataclasses.MISSING and name not in item:
+                return f"a list with an entry without {name}"
+    return ""
+
+
+def typed(name: str, value: Any) -> Any:
+    """The value of a field as the config has it, from what YAML has: entries of lists become dataclasses.
+
+    Args:
+        value: one without `violation`.
+    """
+    entry = all_fields()[name].entry
+    return value if entry is None else [item if isinstance(item, entry) else entry(**item) for item in value]
+
+
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def plain(kind: Any) -> Any:
+    """`int` of `int | None`."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return next(arg for arg in typing.get_args(kind) if arg is not type(None))
+    return kind
 
 
 def get(cfg: object, name: str) -> Any:

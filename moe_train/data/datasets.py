@@ -13,7 +13,6 @@ import numpy as np
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
-from moe_train.config import blend
 from moe_train.config.schema import Config, DataConfig
 from moe_train.data import manifest
 from moe_train.data.index_file import read_index
@@ -115,7 +114,7 @@ def _weights(data: DataConfig, tokens: Sequence[int]) -> list[float] | None:
     """Weights of the datasets of `data.blend`, by their `tokens` where it has none; None without a blend."""
     if not data.blend:
         return None
-    weights = [blend.parse(entry)[0] for entry in data.blend]
+    weights = [entry.weight for entry in data.blend]
     return [float(size) if weight is None else weight for weight, size in zip(weights, tokens, strict=True)]
 
 

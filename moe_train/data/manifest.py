@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_train.config import blend
 from moe_train.config.schema import DataConfig
 from moe_train.data.index_file import read_index
 from moe_train.files import untrusted
@@ -83,7 +82,7 @@ def prefixes(data: DataConfig) -> list[str]:
         DataError: `data.dir` has no complete dataset.
     """
     if data.blend:
-        return [blend.parse(entry)[1] for entry in data.blend]
+        return [entry.path for entry in data.blend]
     read_manifest(data)
     return [str(Path(data.dir) / PREFIX)]
 

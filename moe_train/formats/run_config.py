@@ -9,16 +9,16 @@ from typing import Any
 
 import yaml
 
-from moe_train.config.aliases import with_current_names
+from moe_train.config import former
 from moe_train.config.learning_rate import learning_rate
 from moe_train.config.model import ModelConfig
 from moe_train.config.resolve import total_steps
 from moe_train.config.schema import Config
-from moe_train.config.walk import get, violation, with_values
+from moe_train.config.walk import get, typed, violation, with_values
 from moe_train.files import untrusted
 from moe_train.formats.run_directory import CONFIG, damaged
 from parallel.errors import CheckpointError
-from parallel.suggest import override_value
+from parallel.suggest import override, override_value
 
 # Model fields that say nothing about weights that exist.
 _LABELS = {"name", "family", "init_std"}
@@ -75,7 +75,7 @@ def read(directory: Path) -> dict[str, Any]:
         raise damaged(directory, f"{CONFIG} cannot be read: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise damaged(directory, f"{CONFIG} is not the config of a run")
-    return with_current_names(config)
+    return former.current(config)
 
 
 def model_of(directory: Path, any_version: bool = False) -> ModelConfig:
@@ -137,7 +137,7 @@ def check_data(saved: dict[str, Any], cfg: Config, directory: Path) -> None:
         return
     if found := _data_differences(saved, cfg):
         what = ", ".join(f"{field} was {_text(old)} and is {_text(new)}" for _, field, old, new in found)
-        before = " ".join(f"{field}={override_value(old)}" for _, field, old, _ in found)
+        before = " ".join(override(field, typed(field, old)) for _, field, old, _ in found)
         raise CheckpointError(
             f"the run would continue with other data than {directory}: {what} now",
             f"use {before}, or add data.on_resume=change",
@@ -209,6 +209,8 @@ def _differences(old: Any, new: Any, path: str, names: tuple[str, ...] | None) -
 
 def _text(value: Any) -> str:
     """A value as the command line takes it."""
+    if isinstance(value, dict):
+        return override_value({name: item for name, item in value.items() if item is not None})
     if isinstance(value, list):
         return "[" + ",".join(_text(item) for item in value) + "]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

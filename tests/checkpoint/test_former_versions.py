@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests import forked
 from tests.launch import programs
@@ -32,7 +33,16 @@ def _run(directory: Path, module: str, *words: str) -> subprocess.CompletedProce
 
 
 def test_its_run_goes_on_with_the_same_losses(former: Path) -> None:
-    """`run_dir` alone, with the defaults of that version: its dataset drops texts that differ in case alone."""
+    """`run_dir` alone, with the defaults of that version: its dataset drops texts that differ in case alone.
+
+    Its options of tools are dropped, and its lists of text are read.
+    """
+    file = former / "run/config.yaml"
+    written = yaml.safe_load(file.read_text())
+    assert {"plan", "convert"} <= written.keys()
+    written["launcher"]["fallbacks"] = ["parallel.dp=2"]
+    written["resilience"]["inject"] = ["slow:step=5:seconds=0"]
+    file.write_text(yaml.safe_dump(written))
     done = _run(former, "launch.main", "run_dir=run")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (former / "run/metrics.jsonl").read_text().splitlines()]
@@ -46,6 +56,10 @@ def test_its_run_goes_on_with_the_same_losses(former: Path) -> None:
     config = (former / "run/config.yaml").read_text()
     assert "deduplicate: normalized" in config
     assert "follow_links: false" in config
+    goes_on = yaml.safe_load(config)
+    assert not {"plan", "convert", "inspect"} & goes_on.keys()
+    assert goes_on["launcher"]["fallbacks"] == [{"parallel": {"dp": 2}, "recompute": {}, "batch": {}}]
+    assert goes_on["resilience"]["inject"][0]["kind"] == "slow"
 
 
 def test_its_checkpoint_is_converted(former: Path) -> None:

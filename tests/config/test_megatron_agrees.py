@@ -11,7 +11,7 @@ import pytest
 
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
-from moe_train.config.schema import Config
+from moe_train.config.schema import Config, RecomputeStage
 from moe_train.config.walk import with_values
 from parallel.layout import ParallelLayout
 from parallel.suggest import Impossible
@@ -55,7 +55,16 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "recompute.method": ("uniform", "block"),
     "recompute.num_layers": (1, 1, 2),
     "recompute.modules": ([], [], [], [], [], ["layernorm"], ["mla_up_proj", "mlp"], ["moe", "core_attn"], ["moe_act"]),
-    "recompute.stages": (*[[]] * 12, ["full", "layernorm+mla_up_proj"], ["none", "moe", "full", "mlp+core_attn"]),
+    "recompute.stages": (
+        *[[]] * 12,
+        [RecomputeStage("full"), RecomputeStage(modules=["layernorm", "mla_up_proj"])],
+        [
+            RecomputeStage("none"),
+            RecomputeStage(modules=["moe"]),
+            RecomputeStage("full"),
+            RecomputeStage(modules=["mlp", "core_attn"]),
+        ],
+    ),
     "batch.global_batch_size": (8, 16, 24),
     "precision.dtype": (*["bf16"] * 9, "fp32"),
     "precision.fp8": (*[None] * 4, "block", "tensor", "delayed", "mxfp8"),
@@ -91,7 +100,7 @@ def _mended(cfg: Config) -> tuple[Config, ParallelLayout] | None:
 
 def _with_effect(values: dict[str, Any]) -> dict[str, Any]:
     """Without what would change nothing, which nearly all configs would be refused for."""
-    full = values["recompute.mode"] == "full" or "full" in values["recompute.stages"]
+    full = values["recompute.mode"] == "full" or any(stage.mode == "full" for stage in values["recompute.stages"])
     unused = [] if full else ["recompute.method", "recompute.num_layers"]
     if not values["precision.first_last_layers_bf16"]:
         unused += ["precision.num_layers_at_start_in_bf16", "precision.num_layers_at_end_in_bf16"]

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from moe_train.config.composition.compose import compose
 from moe_train.config.model import ModelConfig
-from moe_train.config.schema import DataConfig
+from moe_train.config.schema import BlendEntry, DataConfig
 from moe_train.data.prepare import _bar, check_prepared, compare, examine, known_vocabulary
 from parallel.errors import DataError
 
@@ -27,7 +27,7 @@ def test_what_is_missing_is_named(small_data: tuple[str, ...], tmp_path: Path) -
     check_prepared(data, 512)
     with pytest.raises(DataError, match=r"512 tokens.*model\.vocab_size"):
         check_prepared(data, 256)
-    data.blend = [f"1.0 {copied}/text_document", f"1.0 {copied}/absent"]
+    data.blend = [BlendEntry(f"{copied}/{name}", 1.0) for name in ("text_document", "absent")]
     with pytest.raises(DataError, match=r"absent\.bin"):
         check_prepared(data, 512)
     with pytest.raises(DataError, match=r"data\.dir"):
@@ -40,7 +40,7 @@ def _two(small_data: tuple[str, ...], tmp_path: Path) -> DataConfig:
     for name in ("first", "second"):
         shutil.copytree(made, tmp_path / name)
     data = compose(["data=indexed", f"data.dir={tmp_path}/first"]).data
-    data.blend = [f"{tmp_path}/{name}/text_document" for name in ("first", "second")]
+    data.blend = [BlendEntry(f"{tmp_path}/{name}/text_document") for name in ("first", "second")]
     return data
 
 

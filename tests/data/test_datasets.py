@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from moe_train.config.schema import Config
+from moe_train.config.schema import BlendEntry, Config
 from moe_train.data.datasets import build_datasets
 from moe_train.data.iterator import BatchIterator
 from moe_train.data.prepare import PREFIX, prepare
@@ -120,7 +120,7 @@ def test_the_first_epoch_is_ordered_as_upstream_orders_a_single_one(directory: P
 def test_each_epoch_has_each_document_once_in_another_order(directory: Path, tmp_path: Path) -> None:
     """Document i is 7 times the token i + 1, so that tokens say which documents were read."""
     known = write(tmp_path / "known", [[i + 1] * 7 for i in range(100)])
-    cfg = settings(directory, blend=[f"1 {known}"], split="100,0,0")
+    cfg = settings(directory, blend=[BlendEntry(str(known), 1)], split="100,0,0")
     epoch = (7 * 100 - 1) // LENGTH
     read = np.array(run_distributed(order, 1, cfg, 2 * epoch)[0]).reshape(2, -1)
     for tokens in read:
@@ -135,7 +135,7 @@ def test_each_epoch_has_each_document_once_in_another_order(directory: Path, tmp
 def test_a_longer_run_of_a_blend_continues_the_same_order(directory: Path, tmp_path: Path) -> None:
     low = write(tmp_path / "low", [[i % 100] * 50 for i in range(30)])
     high = write(tmp_path / "high", [[100 + i % 100] * 50 for i in range(30)])
-    cfg = settings(directory, blend=[f"3 {low}", f"1 {high}"])
+    cfg = settings(directory, blend=[BlendEntry(low, 3), BlendEntry(high, 1)])
     (short,), (long,) = (run_distributed(order, 1, cfg, samples) for samples in (150, 400))
     assert long[:150] == short
 
@@ -181,7 +181,7 @@ def both_kinds(cfg: Config) -> tuple[list[int], list[list[int]]]:
 def test_a_blend_keeps_its_proportions_and_is_the_same_on_all_ranks(directory: Path, tmp_path: Path) -> None:
     low = write(tmp_path / "low", [[i % 100] * 50 for i in range(100)])
     high = write(tmp_path / "high", [[100 + i % 100] * 50 for i in range(300)])
-    cfg = settings(directory, blend=[f"3 {low}", f"1 {high}"])
+    cfg = settings(directory, blend=[BlendEntry(low, 3), BlendEntry(high, 1)])
     (counts, samples), (others, same) = run_distributed(both_kinds, 2, cfg)
     assert counts == others == [150, 50]
     assert samples == same
@@ -225,7 +225,7 @@ def test_ranks_together_read_what_one_rank_reads_alone_with_indices_that_rank_0_
 
 def test_datasets_that_cannot_be_read_are_named(directory: Path, tmp_path: Path) -> None:
     prefix = write(tmp_path / "a", [[5] * 50] * 40)
-    cfg = settings(directory, blend=[f"1 {prefix}"])
+    cfg = settings(directory, blend=[BlendEntry(prefix, 1)])
 
     def cause() -> str:
         with pytest.raises(DataError) as caught:
@@ -257,7 +257,7 @@ def test_a_model_with_fewer_tokens_than_the_tokenizer_is_refused(directory: Path
 def test_a_dataset_made_again_at_one_place_is_not_read_through_old_indices(tmp_path: Path, directory: Path) -> None:
     """Upstream names its caches after the path of a dataset."""
     (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
-    cfg = settings(tmp_path, blend=[f"1 {tmp_path / PREFIX}"])
+    cfg = settings(tmp_path, blend=[BlendEntry(str(tmp_path / PREFIX), 1)])
     assert run_distributed(tokens_seen, 1, cfg, write(tmp_path / PREFIX, [[5] * 100] * 40)) == [[5]]
     assert run_distributed(tokens_seen, 1, cfg, write(tmp_path / PREFIX, [[6] * 40] * 80)) == [[6]]
 
@@ -285,7 +285,7 @@ def sizes_of(cfg: Config, samples: int) -> tuple[int, int]:
 def test_a_blend_of_many_small_datasets_with_unequal_weights_runs_out_of_none(directory: Path, tmp_path: Path) -> None:
     """Each has ten sequences. Upstream rounds the samples of each up, and then asks the first one for 26 of ten."""
     prefixes = [write(tmp_path / f"{i}", [[i] * 50] * 7) for i in range(21)]
-    blend = [f"90 {prefixes[0]}", *(f"0.5 {prefix}" for prefix in prefixes[1:])]
+    blend = [BlendEntry(prefixes[0], 90), *(BlendEntry(prefix, 0.5) for prefix in prefixes[1:])]
     ((length, whole),) = run_distributed(sizes_of, 1, settings(directory, blend=blend, split="100,0,0"), 10)
     assert length >= 10
     assert whole == length
@@ -294,7 +294,7 @@ def test_a_blend_of_many_small_datasets_with_unequal_weights_runs_out_of_none(di
 def test_a_blend_without_weights_takes_each_dataset_by_its_tokens(directory: Path, tmp_path: Path) -> None:
     low = write(tmp_path / "low", [[i % 100] * 50 for i in range(300)])
     high = write(tmp_path / "high", [[100 + i % 100] * 50 for i in range(100)])
-    ((counts, _),) = run_distributed(both_kinds, 1, settings(directory, blend=[low, high]))
+    ((counts, _),) = run_distributed(both_kinds, 1, settings(directory, blend=[BlendEntry(low), BlendEntry(high)]))
     assert counts == [150, 50]
 
 
@@ -317,4 +317,4 @@ def test_a_dataset_of_other_than_integers_is_refused(directory: Path, tmp_path: 
     index[17] = 7  # float32
     Path(f"{prefix}.idx").write_bytes(index)
     with pytest.raises(DataError, match=r"a\.idx says that tokens are of type 7, not an integer"):
-        build_datasets(settings(directory, blend=[f"1 {prefix}"]), 4, 0, 0)
+        build_datasets(settings(directory, blend=[BlendEntry(prefix, 1)]), 4, 0, 0)

@@ -12,7 +12,7 @@ import pytest
 
 from launch import job
 from moe_train.config.composition.compose import compose
-from moe_train.config.schema import DataConfig
+from moe_train.config.schema import BlendEntry, DataConfig
 from moe_train.data import manifest, prepare
 from moe_train.data.index_file import read_index
 from moe_train.data.tokenizer import train_tokenizer
@@ -105,7 +105,7 @@ def test_the_datasets_of_a_blend_are_compared_too_and_those_without_a_manifest_a
     other, foreign = copy(made, tmp_path / "other"), copy(made, tmp_path / "foreign")
     Path(foreign.dir, "manifest.json").unlink()
     flip(Path(foreign.dir, FILES[0]))
-    blend = [f"1 {one.dir}/text_document" for one in (made, other, foreign)]
+    blend = [BlendEntry(f"{one.dir}/text_document", 1) for one in (made, other, foreign)]
     data = replace(made, source="none", path=None, blend=blend)
     assert manifest.verify(data) == []
     assert manifest.known_tokens(data) == 3 * read_index(f"{made.dir}/text_document").tokens
@@ -117,7 +117,7 @@ def test_the_datasets_of_a_blend_are_compared_too_and_those_without_a_manifest_a
 def test_a_dataset_of_a_blend_that_another_tokenizer_made_is_refused(made: DataConfig, tmp_path: Path) -> None:
     other = config(write_txt(tmp_path / "text", texts(40, seed=5)), tmp_path / "other")
     prepare.prepare(other, 300, progress=False)
-    blend = [f"{one.dir}/text_document" for one in (made, other)]
+    blend = [BlendEntry(f"{one.dir}/text_document") for one in (made, other)]
     data = replace(made, source="none", path=None, blend=blend)
     with pytest.raises(DataError, match=r"other/text_document of data\.blend was made with .*other/tokenizer\.json"):
         prepare.check_prepared(data, 300)

@@ -16,7 +16,9 @@ from launch.failures import RankError
 from launch.local import launcher
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
+from moe_train.config.schema import BlendEntry
 from parallel.errors import DataError
+from parallel.suggest import override_value
 from tests.distributed.test_parity import SMALL
 
 MIDDLE = 2
@@ -32,7 +34,7 @@ def blend(small_data: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory)
     for i in range(0, len(documents), 4):
         builder.add_document(documents[i].astype(np.int32), [len(documents[i])])
     builder.finalize(f"{other}.idx")
-    entries = f'["0.7 {made / "text_document"}","0.3 {other}"]'
+    entries = override_value([BlendEntry(f"{made}/text_document", 0.7), BlendEntry(str(other), 0.3)])
     return ("data=indexed", f"data.dir={made}", f"data.blend={entries}", "data.split='50,50,0'")
 
 
@@ -98,7 +100,7 @@ def test_a_token_that_the_model_has_not_is_named_and_never_trained_on(
     for _ in range(40):
         builder.add_document(np.array([5, 6, 7, 600, *range(100)]), [104])
     builder.finalize(f"{prefix}.idx")
-    overrides = ["data=indexed", blend[1], f"data.blend=['1 {prefix}']", "data.split='100,0,0'", *options]
+    overrides = ["data=indexed", blend[1], f"data.blend=[{{path:{prefix},weight:1}}]", "data.split='100,0,0'", *options]
     with pytest.raises(RankError) as caught:
         train(tmp_path / "run", *overrides, "model.vocab_size=513")
     assert caught.value.exit_code == DataError.exit_code

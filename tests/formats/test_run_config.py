@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moe_train.config.schema import Config
+from moe_train.config.schema import BlendEntry, Config
 from moe_train.formats import run_config
 from parallel.errors import CheckpointError
 
@@ -19,7 +19,7 @@ def saved(cfg: Config) -> dict:
 def test_the_same_config_has_no_differences() -> None:
     cfg = Config()
     cfg.model.norm_epsilon, cfg.optimizer.eps = 1e-6, 1e-15  # YAML is particular about exponents
-    cfg.data.blend = ["0.5 a", "0.5 b"]
+    cfg.data.blend = [BlendEntry("a", 0.5), BlendEntry("b", 0.5)]
     assert run_config.check(saved(cfg), cfg, HERE) == []
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from moe_train.checkpoint import checkpoint
+from moe_train.config.resilience import Fault
 from moe_train.loop import step
 from moe_train.loop.callbacks.checkpoint import CheckpointCallback
 from moe_train.loop.callbacks.inject import InjectFaults
@@ -36,7 +37,7 @@ def go_on(run: Run, steps: int) -> list[dict[str, Any]]:
     return lines
 
 
-def begin(run_dir: Path, degrees: dict[str, int], inject: list[str], **settings: Any) -> Run:
+def begin(run_dir: Path, degrees: dict[str, int], inject: list[Fault], **settings: Any) -> Run:
     changes = {f"resilience__{name}": value for name, value in settings.items()}
     run = small_run.prepare(small_run.config(run_dir, degrees, resilience__inject=inject, **changes))
     run.cfg.checkpoint.interval_steps, run.total_steps = 2, 100
@@ -69,10 +70,10 @@ def skip_one(run_dir: Path, degrees: dict[str, int], fault: str, changes: dict[s
 @pytest.mark.parametrize(
     ("degrees", "fault", "reason", "changes"),
     [
-        ({"tp": 2, "ep": 2}, "nan:step=3", "lm_loss is nan", {}),
-        ({"pp": 2}, "nan:step=3", "lm_loss is nan", {}),
-        ({"ep": 2}, "spike:step=3:factor=50", "lm_loss is", {"spike_factor": 3.0, "spike_window": 2}),
-        ({"ep": 2}, "spike:step=3:factor=1e25", "grad_norm is", {}),
+        ({"tp": 2, "ep": 2}, Fault("nan", step=3), "lm_loss is nan", {}),
+        ({"pp": 2}, Fault("nan", step=3), "lm_loss is nan", {}),
+        ({"ep": 2}, Fault("spike", step=3, factor=50), "lm_loss is", {"spike_factor": 3.0, "spike_window": 2}),
+        ({"ep": 2}, Fault("spike", step=3, factor=1e25), "grad_norm is", {}),
     ],
 )
 def test_a_bad_step_leaves_no_trace(
@@ -101,7 +102,7 @@ def go_back(run_dir: Path) -> dict[str, Any]:
     other = small_run.prepare(small_run.config(run_dir, {"ep": 2}, seed=7))
     small_run.train(other, 5)
     checkpoint.save(other)
-    run = begin(run_dir, {"ep": 2}, [f"nan:sample={5 * BATCH}:samples={3 * BATCH}"])
+    run = begin(run_dir, {"ep": 2}, [Fault("nan", sample=5 * BATCH, samples=3 * BATCH)])
     go_on(run, 4)
     saved = small_run.bits(run)
     go_on(run, 4)
@@ -143,7 +144,7 @@ def test_too_many_bad_steps_lead_back_and_past_their_data(tmp_path: Path) -> Non
 
 
 def end_of(run_dir: Path, settings: dict[str, Any], interval: int) -> list[Any]:
-    run = begin(run_dir, {}, [f"nan:sample={2 * BATCH}:samples=1000"], **settings)
+    run = begin(run_dir, {}, [Fault("nan", sample=2 * BATCH, samples=1000)], **settings)
     run.cfg.checkpoint.interval_steps = interval
     try:
         go_on(run, 20)

@@ -17,8 +17,10 @@ from launch.failures import RankError
 from launch.local import launcher
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
+from moe_train.config.resilience import Fault
 from moe_train.telemetry.sinks.jsonl import read
 from parallel.exit_codes import ExitCode
+from parallel.suggest import override_value
 from tests.launch import programs
 
 pytestmark = pytest.mark.slow
@@ -26,9 +28,11 @@ STEPS = 12
 LAYOUT = ["parallel.tp=2", "parallel.ep=2", "parallel.dp=1"]
 
 
-def train(run_dir: Path, data: tuple[str, ...], *overrides: str, inject: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def train(
+    run_dir: Path, data: tuple[str, ...], *overrides: str, inject: tuple[Fault, ...] = ()
+) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl."""
-    faults = [f"resilience.inject={list(inject)}"] if inject else []
+    faults = [f"resilience.inject={override_value(inject)}"] if inject else []
     cfg = compose([
         *SMALL, *data, *LAYOUT, f"train.steps={STEPS}", "checkpoint.interval_steps=4", "launcher.restarts=2",
         *overrides, *faults, f"run_dir={run_dir}",
@@ -51,16 +55,16 @@ def undisturbed(
 @pytest.mark.parametrize(
     ("inject", "settings", "told"),
     [
-        (("kill:rank=0:step=7", "kill:rank=1:step=10"), (), "rank 0 was killed by SIGKILL"),
-        (("kill:rank=1:step=8:at=end:after=0.01",), (), "rank 1 was killed by SIGKILL"),
-        (("hang:rank=1:step=7",), ("resilience.hang_timeout_s=4",), "hangs in step 7, callbacks, in _do ("),
-        (("stop:rank=1:step=7",), ("resilience.hang_timeout_s=4",), "rank 1 ("),
-        (("raise:rank=1:step=2",), (), "rank 1: RuntimeError: injected error"),
+        ((Fault("kill", rank=0, step=7), Fault("kill", rank=1, step=10)), (), "rank 0 was killed by SIGKILL"),
+        ((Fault("kill", rank=1, step=8, at="end", after=0.01),), (), "rank 1 was killed by SIGKILL"),
+        ((Fault("hang", rank=1, step=7),), ("resilience.hang_timeout_s=4",), "hangs in step 7, callbacks, in _do ("),
+        ((Fault("stop", rank=1, step=7),), ("resilience.hang_timeout_s=4",), "rank 1 ("),
+        ((Fault("raise", rank=1, step=2),), (), "rank 1: RuntimeError: injected error"),
     ],
     ids=["killed", "killed while saving", "hung", "stopped", "error"],
 )
 def test_a_run_recovers_with_the_same_losses(
-    inject: tuple[str, ...], settings: tuple[str, ...], told: str, undisturbed: list[Any],
+    inject: tuple[Fault, ...], settings: tuple[str, ...], told: str, undisturbed: list[Any],
     small_data: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     assert losses(train(tmp_path, small_data, *settings, inject=inject)) == undisturbed
@@ -71,7 +75,7 @@ def test_a_run_recovers_with_the_same_losses(
 
 def test_data_that_is_bad_is_passed_over(undisturbed: list[Any], small_data: tuple[str, ...], tmp_path: Path) -> None:
     """Steps 6 to 8 meet it; the run goes back to step 4, and is not done before it has taken all its steps."""
-    lines = train(tmp_path, small_data, inject=("nan:sample=40:samples=24",))
+    lines = train(tmp_path, small_data, inject=(Fault("nan", sample=40, samples=24),))
     found = losses(lines)
     assert [step for step, _, _ in found] == list(range(1, STEPS + 1))
     assert found[:4] == undisturbed[:4]
@@ -83,14 +87,14 @@ def test_data_that_is_bad_is_passed_over(undisturbed: list[Any], small_data: tup
 
 def test_a_run_that_diverges_is_not_started_again(small_data: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(RankError, match=r"are bad \(lm_loss is nan\) after 2 times back to a checkpoint") as ended:
-        train(tmp_path, small_data, inject=("nan:sample=40:samples=100000",))
+        train(tmp_path, small_data, inject=(Fault("nan", sample=40, samples=100000),))
     assert ended.value.exit_code == 5
 
 
 @pytest.mark.parametrize("action", ["warn", "stop"])
 def test_a_slow_rank_is_named(action: str, small_data: tuple[str, ...], tmp_path: Path) -> None:
     settings = ("resilience.straggler_interval_steps=2", "resilience.straggler_intervals=2")
-    slow = ("slow:rank=1:step=1:steps=100:seconds=0.3",)
+    slow = (Fault("slow", rank=1, step=1, steps=100, seconds=0.3),)
     wanted = (*settings, f"resilience.straggler_action={action}", "parallel.tp=1", "parallel.dp=2")
     if action == "stop":
         with pytest.raises(SystemExit) as ended:
@@ -110,7 +114,7 @@ def test_a_storm_of_signals_saves_once_and_the_run_continues(
     """As ranks of torchrun: SIGTERM and SIGUSR1, fifty of each, in step 6."""
     words = [*SMALL, *small_data, *LAYOUT, f"train.steps={STEPS}", f"run_dir={tmp_path}"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", sys.executable, "-m",
-               "launch.main", *words, "resilience.inject=['term:rank=1:step=6:factor=50']"]  # fmt: skip
+               "launch.main", *words, "resilience.inject=[{kind:term,rank:1,step:6,factor:50.0}]"]  # fmt: skip
     code = tmp_path / "code"
     environment = programs.environment(**{failures.LEFT: str(code)})
     done = subprocess.run(command, cwd=programs.ROOT, env=environment, capture_output=True, text=True, timeout=600)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moe_train.config.schema import RecomputeStage
 from moe_train.model.memory import workload_of
 from moe_train.telemetry.saved_tensors import SavedTensors
 from parallel.planner.memory import saved_per_micro_batch
@@ -112,7 +113,10 @@ def step_of_seed(directory: Path, seed: int) -> str:
     return digest.hexdigest()
 
 
-STAGES = ["full", "layernorm+moe_act", "none", "moe"]  # chunks 0 and 2 on rank 0, 1 and 3 on rank 1
+STAGES = [
+    RecomputeStage("full"), RecomputeStage(modules=["layernorm", "moe_act"]), RecomputeStage("none"),
+    RecomputeStage(modules=["moe"]),
+]  # fmt: skip  # chunks 0 and 2 on rank 0, 1 and 3 on rank 1
 
 
 def kept_by_stages(directory: Path) -> dict[str, Any]:

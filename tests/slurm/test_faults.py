@@ -161,7 +161,7 @@ def test_a_killed_rank_is_started_again_in_the_job(
 def test_fewer_nodes_continue_in_a_fallback_layout(jobs: Jobs, tmp_path: Path, undisturbed: list[float]) -> None:
     """Half of the run on 2 nodes in two stages, the rest on 1 node in one stage: the same batches, the same losses."""
     run_dir = tmp_path / "run"
-    more = ("parallel.dp=2", "launcher.fallbacks=['parallel.pp=1 parallel.dp=2']", "schedule.decay_steps=4")
+    more = ("parallel.dp=2", "launcher.fallbacks=[{parallel:{pp:1,dp:2}}]", "schedule.decay_steps=4")
     jobs.finish(jobs.submit(run_dir, *more, steps=2))
     job = jobs.submit(run_dir, *more, flags=("--nodes=1",), steps=4)
     jobs.finish(job)

@@ -21,7 +21,7 @@ def test_every_metric_has_a_row_and_every_row_a_metric(small_data: tuple[str, ..
         *SMALL, *small_data, "parallel.ep=2", "parallel.dp=2", "model.mtp_num_layers=1", "model.z_loss_coeff=1e-3",
         "model.balance_losses=[aux_loss,seq_aux_loss,global_aux_loss]", "model.balance_loss_coeffs=[1e-3,1e-3,1e-3]",
         "train.eval_batches=1", "train.steps=3", "checkpoint.save_at_end=false", "telemetry.tensorboard=true",
-        "telemetry.profile_memory_steps=1", "resilience.inject=['nan:step=2']", f"run_dir={tmp_path}",
+        "telemetry.profile_memory_steps=1", "resilience.inject=[{kind:nan,step:2}]", f"run_dir={tmp_path}",
     ])  # fmt: skip
     launcher.start(cfg, validate(cfg))
     lines = list(read(tmp_path / "metrics.jsonl"))

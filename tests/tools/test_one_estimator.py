@@ -13,7 +13,7 @@ from launch.slurm import submit
 from launch.slurm.estimate import run_estimate
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
-from moe_train.config.plan import PlanConfig
+from moe_train.config.plan import PlanConfig, TrainingStage
 from moe_train.config.roots import PlanRoot
 from moe_train.config.schema import RecomputeConfig
 from moe_train.config.walk import all_fields, get, with_values
@@ -139,8 +139,11 @@ def test_what_plan_says_of_the_software_changes_the_time() -> None:
 
 def test_stages_of_a_recipe_take_the_time_of_runs_of_their_own() -> None:
     """Pre-training and two context extensions, each also asked for alone."""
-    recipe = ["first tokens=14.8T", "to 32K seq=32768 batch=1920 steps=1000 cp=8",
-              "to 128K seq=131072 batch=480 steps=1000 cp=32"]  # fmt: skip
+    recipe = [
+        TrainingStage("first", tokens=14_800_000_000_000),
+        TrainingStage("to 32K", steps=1000, seq_length=32768, global_batch_size=1920, cp=8),
+        TrainingStage("to 128K", steps=1000, seq_length=131072, global_batch_size=480, cp=32),
+    ]
     cfg, result = planned("cluster=gb300", "precision=mxfp8", f"plan.recipe={override_value(recipe)}")
     assert run_estimate(cfg, validate(cfg), cfg.plan).pace.step_s == pytest.approx(result.best.step.seconds, rel=CLOSE)  # type: ignore[union-attr]
     stages = result.plans_of_stages

@@ -27,10 +27,14 @@ from tools import plan
 from tools.planning import experiment
 from tools.planning.answer import answer
 from tools.planning.pictures import COLOURS
-from tools.planning.recipe import count, parse
+from tools.planning.recipe import count, stages
 from tools.published import models
 from tools.published.free_text import date_of
 
+OLD_RECIPE = (
+    "'plan.recipe=[{name:pre-training,tokens:14800000000000},{name:to 32K,steps:1000,seq_length:32768,"
+    "global_batch_size:1920}]'"
+)
 ROOT = Path(__file__).parents[2]
 V3 = ("model=deepseek_v3", "cluster=h800", "gpus=2048", "tokens=14.8T")
 NO_ROOM = (
@@ -186,9 +190,9 @@ def test_an_interval_that_is_asked_for_is_shown_with_the_best_one() -> None:
     given = ["model=tiny", "cluster=h100", "runtime=cuda", "precision=bf16", "plan.gpus=64", "plan.search=false",
              "batch=large", "train.seq_length=4096"]  # fmt: skip
     rows = {}
-    for failures in (0, 1):
+    for failures in (False, True):
         cfg = compose(
-            [*given, "plan.checkpoint_interval_s=36000", f"plan.recipe=['main tokens=9T failures={failures}']"],
+            [*given, "plan.checkpoint_interval_s=36000", f"plan.recipe=[{{name:main,tokens:9T,failures:{failures}}}]"],
             PlanRoot,
         )
         result = answer(cfg, validate(cfg, trains=False))
@@ -267,12 +271,12 @@ def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:
         ),
         (["model=tiny", "gpus=1", "--package"], "error: command line: argument --package/-p: expected one argument"),
         (
-            ["model=tiny", "gpus=1", "tokens=1T", "plan.recipe=['a tokens=2T']"],
+            ["model=tiny", "gpus=1", "tokens=1T", "plan.recipe=[{name:a,tokens:2000000000000}]"],
             "error: train.tokens=1000000000000 is of no stage of plan.recipe",
         ),
         (
-            ["model=tiny", "gpus=1", "plan.recipe=['a tokens=2T steps=3']"],
-            "error: plan.recipe: 'a tokens=2T steps=3' has tokens and steps",
+            ["model=tiny", "gpus=1", "plan.recipe=[{name:a,tokens:2000000000000,steps:3}]"],
+            "error: plan.recipe: {name:a,tokens:2000000000000,steps:3} has tokens and steps",
         ),
         (["plan.software_date=202613", "model=tiny", "gpus=1"], "error: plan.software_date=202613 is not a month"),
         (
@@ -284,7 +288,15 @@ def test_it_imports_no_torch_and_starts_quickly(tmp_path: Path) -> None:
             "error: batch.global_batch_size=1000 is not a multiple of",
         ),
         (["validate", "runs=none.csv"], "error: runs=none.csv cannot be read: "),
-        (["plan.recipe=[pretraining]", "model=tiny", "gpus=1"], "error: plan.recipe: 'pretraining' has no tokens"),
+        (
+            ["plan.recipe=[{name:pretraining}]", "model=tiny", "gpus=1"],
+            "error: plan.recipe: {name:pretraining} has no tokens",
+        ),
+        (
+            ["plan.recipe=['pre-training tokens=14.8T','to 32K seq=32k batch=1920 steps=1k']", "model=tiny", "gpus=1"],
+            "error: plan.recipe is a list of entries in braces, not of text such as 'pre-training tokens=14.8T'; use "
+            + OLD_RECIPE,
+        ),
     ],
 )
 def test_a_wrong_question_is_one_line_and_exit_code_2(tmp_path: Path, words: list[str], message: str) -> None:
@@ -338,7 +350,8 @@ def test_a_stage_of_longer_sequences_gets_the_smallest_ring_that_can_run_it(
     cfg = compose(["model=deepseek_v3", "runtime=cuda", "precision=bf16", "batch=large", "train.seq_length=4096",
                    "recompute=full", "plan.gpus=2048", "plan.search=false", "parallel.tp=2", "parallel.pp=8",
                    "parallel.vpp=2", "parallel.ep=64",
-                   f"plan.recipe=['long seq=32768 batch={batch} steps=1000']"], PlanRoot)  # fmt: skip
+                   f"plan.recipe=[{{name:long,seq_length:32k,global_batch_size:{batch},steps:1000}}]"],
+                  PlanRoot)  # fmt: skip
     found = answer(cfg, validate(cfg, trains=False))
     workload = found.plans_of_stages["long"].workload
     assert (workload.layout.cp, workload.micro_batches) == (cp, micro_batches)
@@ -444,7 +457,7 @@ def test_a_sweep_over_gpus_answers_each_and_leaves_nothing(tmp_path: Path) -> No
 
 
 def test_hours_that_are_given_stay_as_they_are_in_what_if() -> None:
-    recipe = "plan.recipe=['first tokens=1B failures=1','second gpu_hours=5000']"
+    recipe = "plan.recipe=[{name:first,tokens:1000000000,failures:true},{name:second,gpu_hours:5000}]"
     cfg = compose(["model=mixtral_8x7b", "runtime=cuda", "precision=bf16", "batch=large", "train.seq_length=4096",
                    "plan.gpus=64", "train.steps=null", "train.tokens=1000000000", recipe], PlanRoot)  # fmt: skip
     found = answer(cfg, validate(cfg, trains=False))
@@ -465,12 +478,13 @@ def test_options_of_hydra_go_before_what_is_assumed(tmp_path: Path, options: lis
 
 
 def test_numbers_and_recipes_are_read() -> None:
+    recipe = "[{name:main part,tokens:1T},{name:longer,seq_length:32k,global_batch_size:480,steps:10,cp:8}]"
     assert [count(text) for text in ("14.8T", "4e9", "1_000", "2k")] == [14_800_000_000_000, 4 * 10**9, 1000, 2000]
-    one, two = parse(["main part tokens=1T", "longer seq=32768 batch=480 steps=10 cp=8"], None)
+    one, two = stages(compose([f"plan.recipe={recipe}"], PlanRoot).plan.recipe, None)
     assert (one.name, one.tokens, one.as_planned) == ("main part", 1e12, True)
-    assert (two.seq, two.batch, two.steps, two.cp, two.as_planned) == (32768, 480, 10, 8, False)
-    assert parse([], 5)[0].tokens == 5
-    assert parse([], None) == []
+    assert (two.seq_length, two.global_batch_size, two.steps, two.cp, two.as_planned) == (32768, 480, 10, 8, False)
+    assert stages([], 5)[0].tokens == 5
+    assert stages([], None) == []
 
 
 ROW = {

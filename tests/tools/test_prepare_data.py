@@ -42,7 +42,8 @@ def test_the_command_makes_a_dataset_checks_it_and_explains_damage(tmp_path: Pat
     assert wrong.stderr.startswith(f"error: {tmp_path}/a.jsonl line 2 is not JSON")
     assert wrong.stderr.count("\n") == 1
 
-    checked = moe_data("data=indexed", f"data.dir={tmp_path}/out", f"data.blend=['{tmp_path}/out/text_document']")
+    blend = f"data.blend=[{{path:{tmp_path}/out/text_document}}]"
+    checked = moe_data("data=indexed", f"data.dir={tmp_path}/out", blend)
     assert checked.returncode == 2, "what is tokenised already is compared with its checksums too"
     assert checked.stderr.startswith(f"error: {tokens} is damaged")
 

@@ -106,8 +106,9 @@ def test_a_stage_whose_batch_does_not_divide_is_refused() -> None:
     cfg = compose([
         "model=deepseek_v3", "runtime=cuda", "precision=bf16", "batch=large", "train.seq_length=4096", "cluster=gb300",
         "recompute=full", "plan.search=false", "parallel.pp=8", "parallel.ep=64", "parallel.dp=128",
-        "plan.recipe=['long seq=32768 batch=1000 steps=10 cp=8']",
+        "plan.recipe=[{name:long,steps:10,seq_length:32768,global_batch_size:1000,cp:8}]",
     ], PlanRoot)  # fmt: skip
-    with pytest.raises(ConfigError, match=r"batch=1000 of 'long' is not a multiple of .* = 1 x 16 at cp=8") as error:
+    told = r"global_batch_size=1000 of 'long' is not a multiple of .* = 1 x 16 at cp=8"
+    with pytest.raises(ConfigError, match=told) as error:
         answer(cfg, validate(cfg, trains=False))
-    assert "use batch=1008" in str(error.value)
+    assert "use global_batch_size=1008" in str(error.value)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from moe_train.config.plan import TrainingStage
 from moe_train.config.roots import PlanRoot
 from moe_train.config.rules.precision import recipe
 from moe_train.model.arithmetic import flops_per_token
@@ -23,7 +24,7 @@ from parallel.planner.schedules import impossible
 from parallel.planner.search import STATIC, SearchResult, Space, Timer, search
 from parallel.planner.workload import Recompute, Workload
 from parallel.suggest import Impossible
-from tools.planning.recipe import Stage, parse
+from tools.planning.recipe import stages
 
 MODULES = (
     (), ("moe_act",), ("mla_up_proj",), ("layernorm",), ("layernorm", "moe_act"), ("layernorm", "mla_up_proj"),
@@ -54,7 +55,7 @@ class Answer:
     flops_whole: float
     goodput: cost.Goodput
     placements: list[Placement]
-    recipe: list[Stage]
+    recipe: list[TrainingStage]
     asked: Estimate | None = None
     bills: list[cost.Bill] = field(default_factory=list)
     plans_of_stages: dict[str, Estimate] = field(default_factory=dict)
@@ -104,7 +105,7 @@ def answer(cfg: PlanRoot, layout: ParallelLayout) -> Answer:
     """
     hardware = Hardware.of(cfg.cluster)
     _check(cfg, hardware)
-    gpus, recipe = cfg.plan.gpus or layout.world_size, parse(cfg.plan.recipe, cfg.train.tokens)
+    gpus, recipe = cfg.plan.gpus or layout.world_size, stages(cfg.plan.recipe, cfg.train.tokens)
     base = planned_workload(cfg, cfg.plan, layout)
     plans = searched(cfg, base, gpus) if cfg.plan.search else given(cfg, base, gpus)
     best = plans.plans[0]
@@ -235,21 +236,21 @@ def given(cfg: PlanRoot, base: Workload, gpus: int) -> SearchResult:
     return SearchResult(estimates(cfg, cfg.plan, workload), tried=1)
 
 
-def stage_bill(result: Answer, stage: Stage) -> cost.Bill:
+def stage_bill(result: Answer, stage: TrainingStage) -> cost.Bill:
     """What one stage of the recipe takes under the best plan, adapted to its sequences and batch."""
     hardware = result.hardware
     if stage.gpu_hours is not None:
         return cost.bill(hardware, stage.name, stage.gpu_hours, None)
     plan = result.best if stage.as_planned else adapted(result, stage)
     result.plans_of_stages[stage.name] = plan
-    tokens = stage.tokens if stage.tokens is not None else float(plan.step.tokens * (stage.steps or 1))
-    useful = result.goodput.fraction if stage.with_failures else 1.0
+    tokens = float(plan.step.tokens * (stage.steps or 1) if stage.tokens is None else stage.tokens)
+    useful = result.goodput.fraction if stage.failures else 1.0
     hours = cost.gpu_hours(tokens, plan.step.tokens_per_s_per_gpu * useful) * result.gpus / result.used
     # Spares are paid for too, and draw next to nothing.
     return cost.bill(hardware, stage.name, hours, result.gpus, tokens, busy=result.used / result.gpus)
 
 
-def adapted(result: Answer, stage: Stage) -> Estimate:
+def adapted(result: Answer, stage: TrainingStage) -> Estimate:
     """The best plan with other sequences: same stages and experts, the smallest cp that can run, where the stage has
     none of its own, and the least recomputation that fits.
 
@@ -266,20 +267,20 @@ def adapted(result: Answer, stage: Stage) -> Estimate:
     raise reason
 
 
-def _adapted(result: Answer, stage: Stage, cp: int) -> Estimate:
+def _adapted(result: Answer, stage: TrainingStage, cp: int) -> Estimate:
     best = result.best
     workload, layout = best.workload, best.workload.layout
     ranks = layout.tp * layout.cp * layout.dp
     if ranks % (layout.tp * cp):
         raise ConfigError(f"plan.recipe: cp={cp} of '{stage.name}' does not divide {ranks} ranks", "use another cp")
     layout = replace(layout, cp=cp, dp=ranks // (layout.tp * cp))
-    size = workload.micro_batch_size if stage.seq is None else 1
-    batch = stage.batch or result.cfg.batch.global_batch_size
+    size = workload.micro_batch_size if stage.seq_length is None else 1
+    batch = stage.global_batch_size or result.cfg.batch.global_batch_size
     if batch % (size * layout.dp):
         raise ConfigError(
-            f"plan.recipe: batch={batch} of '{stage.name}' is not a multiple of micro-batch x dp = {size} x {layout.dp}"
-            f" at cp={cp}",
-            f"use batch={-(-batch // (size * layout.dp)) * size * layout.dp}, or a larger cp",
+            f"plan.recipe: global_batch_size={batch} of '{stage.name}' is not a multiple of micro-batch x dp = "
+            f"{size} x {layout.dp} at cp={cp}",
+            f"use global_batch_size={-(-batch // (size * layout.dp)) * size * layout.dp}, or a larger cp",
         )
     micro_batches = batch // (size * layout.dp)
     if reason := impossible(best.schedule, layout.pp, layout.vpp, micro_batches):
@@ -287,7 +288,7 @@ def _adapted(result: Answer, stage: Stage, cp: int) -> Estimate:
             f"plan.recipe: '{stage.name}' cannot run under the plan's schedule: {reason}", "use a larger cp"
         )
     other = replace(
-        workload, layout=layout, seq_length=stage.seq or workload.seq_length, micro_batch_size=size,
+        workload, layout=layout, seq_length=stage.seq_length or workload.seq_length, micro_batch_size=size,
         micro_batches=micro_batches,
     )  # fmt: skip
     weights = weights_of(result.cfg.model, other)
@@ -312,7 +313,7 @@ def what_if(result: Answer) -> list[tuple[str, float, float, float]]:
     gpus, now = result.used, result.goodput
     both = list(zip(result.recipe, result.bills, strict=True))
     whole = sum(  # without failures
-        bill.gpu_hours * (now.fraction if stage.with_failures else 1.0) for stage, bill in both if not stage.gpu_hours
+        bill.gpu_hours * (now.fraction if stage.failures else 1.0) for stage, bill in both if not stage.gpu_hours
     )
     known = sum(stage.gpu_hours or 0.0 for stage in result.recipe)  # these stay as they are
     rows = []

@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.explain import CONF_DIR, group_options
 from moe_train.config.roots import PlanRoot
-from moe_train.config.schema import Config
+from moe_train.config.schema import Config, RecomputeStage
 from moe_train.config.walk import all_fields, get
 from parallel.dispatchers import ALLTOALL, DISPATCHERS
 from parallel.errors import ConfigError
@@ -70,7 +70,7 @@ def planned(cfg: PlanRoot, plan: Estimate) -> PlanRoot:
         found.parallel.pipeline_layout = None
     found.batch.micro_batch_size = workload.micro_batch_size
     found.recompute.mode, found.recompute.modules = workload.recompute, sorted(workload.recompute_modules)
-    found.recompute.stages = [] if not workload.recompute_of_chunks else workload.recomputes.split("|")
+    found.recompute.stages = [RecomputeStage(mode, sorted(modules)) for mode, modules in workload.recompute_of_chunks]
     if workload.fp8 != cfg.precision.fp8 and workload.dtype == "bf16":
         found.precision = _composed([f"precision={RECIPES[workload.fp8].option if workload.fp8 else 'bf16'}"]).precision
     return found
@@ -79,6 +79,7 @@ def planned(cfg: PlanRoot, plan: Estimate) -> PlanRoot:
 def as_yaml(cfg: PlanRoot, plan: Estimate) -> str:
     """The file: groups by name, and each field that is not as they and the defaults have it."""
     wanted = planned(cfg, plan)
+    plain = dataclasses.asdict(wanted)
     names = {group: get(wanted, group).name for group in NAMED if get(wanted, group).name in group_options(group)}
     base = _composed([f"{group}={name}" for group, name in names.items()])
     values: dict[str, Any] = {}
@@ -86,7 +87,7 @@ def as_yaml(cfg: PlanRoot, plan: Estimate) -> str:
         if name.startswith(NOT_OF_A_RUN) or get(wanted, name) == get(base, name):
             continue
         group, _, leaf = name.rpartition(".")
-        (values.setdefault(group, {}) if group else values)[leaf] = get(wanted, name)
+        (values.setdefault(group, {}) if group else values)[leaf] = plain[group][leaf] if group else plain[leaf]
     parallel = values.setdefault("parallel", {})  # all degrees, changed or not
     values["parallel"] = {name: getattr(wanted.parallel, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
     values["parallel"] |= parallel

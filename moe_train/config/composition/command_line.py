@@ -6,20 +6,23 @@ Hydra's grammar does not know the types of fields: it reads `data.dir=2024_01_02
 - The value of a text field is taken literally. Exceptions: a value in quotes is a string of Hydra's grammar, `null`
   means no value, `${...}` is a reference (`\\${` is the text `${`), and with -m commas separate the values of a sweep.
 - An integer may be written as 2T, 14.8T, 100B, 8k, 2e12 or 1_000.
+- The same holds between braces, in entries of lists: `data.blend=[{path:A/text_document,weight:0.7}]`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
-import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from moe_train.config import former
 from moe_train.config.numbers import SEQUENCE_FIELDS, as_integer
 from moe_train.config.roots import field_info
-from moe_train.config.walk import FieldInfo
+from moe_train.config.walk import FieldInfo, all_fields, plain
 from parallel.errors import ConfigError
+from parallel.suggest import override, override_value
 
 # Hydra's options that take the next word (hydra/_internal/utils.py, get_args_parser).
 WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
@@ -57,13 +60,6 @@ def field_of(word: str) -> FieldInfo | None:
     return field_info(word.partition("=")[0].lstrip("+")) if "=" in word else None
 
 
-def plain(kind: Any) -> Any:
-    """`int` of `int | None`."""
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        return next(arg for arg in typing.get_args(kind) if arg is not type(None))
-    return kind
-
-
 def is_list(kind: Any) -> bool:
     """Whether a field of this type holds a list."""
     return typing.get_origin(plain(kind)) is list
@@ -87,12 +83,24 @@ def literal(text: str) -> str:
     return quoted(escaped(text))
 
 
-def text_override(name: str, value: str | Sequence[str]) -> str:
-    """The override that gives a text field, or a list of texts, this value, with quotes only where they are needed."""
+def text_override(name: str, value: str | Sequence[Any]) -> str:
+    """The override that gives a text field, or a list of texts or entries, this value.
+
+    One text has quotes only where they are needed. Nothing in it is a reference.
+    """
     if not isinstance(value, str):
-        return f"{name}=[{','.join(literal(entry) for entry in value)}]"
+        return f"{name}={_in_grammar(value)}"
     means_itself = value and value[0] not in "'\"" and "${" not in value and value.lower() != "null"
     return f"{name}={value if means_itself else literal(value)}"
+
+
+def _in_grammar(value: Any) -> str:
+    """A value as Hydra's grammar has it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return "{" + ",".join(f"{name}:{_in_grammar(item)}" for name, item in vars(value).items()) + "}"
+    if isinstance(value, str):
+        return literal(value)
+    return f"[{','.join(map(_in_grammar, value))}]" if isinstance(value, (list, tuple)) else override_value(value)
 
 
 def escaped(text: str) -> str:
@@ -127,6 +135,8 @@ def _reader(info: FieldInfo) -> Callable[[str], str] | None:
         return lambda value: _integer(value, info.name)
     if is_list(info.type):
         (entry,) = typing.get_args(plain(info.type))
+        if info.entry:
+            return lambda value: _entries(value, info)
         if entry is str and not info.choices:
             return lambda value: _list(value, _text)
         if entry is int:
@@ -152,6 +162,61 @@ def _list(value: str, one: Callable[[str], str]) -> str:
     if not inner or not inner[1].strip():
         return value
     return f"[{','.join(one(part.strip()) for part in split(inner[1]))}]"
+
+
+def _entries(value: str, info: FieldInfo) -> str:
+    """A list of `{name:value,...}`.
+
+    Raises:
+        ConfigError: an entry is written as in earlier versions.
+    """
+    inner = re.fullmatch(r"\s*\[(.*)\]\s*", value, re.DOTALL)
+    if not inner or not inner[1].strip():
+        return value
+    parts = [part.strip() for part in split(inner[1])]
+    if not all(part.startswith("{") and part.endswith("}") for part in parts):
+        raise old_spelling(info, [_content(part) for part in parts])
+    assert info.entry is not None
+    fields = all_fields(info.entry)
+    return f"[{','.join(_mapping(part, fields) for part in parts)}]"
+
+
+def _mapping(value: str, fields: Mapping[str, FieldInfo]) -> str:
+    """`{name:value,...}` with each value written so that Hydra reads what its field means."""
+    pairs = []
+    for pair in split(value[1:-1]):
+        name, colon, text = pair.partition(":")
+        info = fields.get(name.strip())
+        if info is not None and typing.get_origin(info.type) is dict and text.strip().startswith("{"):
+            group = f"{info.name}."  # fields of a group of the config
+            own = {full.removeprefix(group): found for full, found in all_fields().items() if full.startswith(group)}
+            text = _mapping(text.strip(), own)
+        elif info is not None and (one := _reader(info)):
+            text = one(text.strip())
+        pairs.append(f"{name}{colon}{text}")
+    return "{" + ",".join(pairs) + "}"
+
+
+def old_spelling(info: FieldInfo, texts: Sequence[str]) -> ConfigError:
+    """An error for a list of entries that is written as text, with the same list as it is written now."""
+    found = [former.entry(info.name, text) for text in texts]
+    if texts and None not in found:
+        return ConfigError(
+            f"{info.name} is a list of entries in braces, not of text such as {texts[0]!r}",
+            f"use {override(info.name, found)}",
+        )
+    wrong = texts[found.index(None)] if texts else ""
+    return ConfigError(
+        f"{info.name} has {wrong!r}, which is not an entry in braces", f"use '{info.name}={info.example}'"
+    )
+
+
+def _content(part: str) -> str:
+    """The text that a string of Hydra's grammar has."""
+    if not _QUOTED.fullmatch(part):
+        return part
+    quote = part[0]
+    return re.sub(rf"(\\*)\\{quote}", lambda found: found[1][: len(found[1]) // 2] + quote, part[1:-1])
 
 
 def split(value: str) -> list[str]:

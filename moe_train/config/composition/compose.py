@@ -28,7 +28,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 
-from moe_train.config.aliases import with_current_names
+from moe_train.config import former
 from moe_train.config.composition import help, store
 from moe_train.config.composition.command_line import escaped, for_hydra, sorted_words
 from moe_train.config.composition.explain import (
@@ -124,7 +124,7 @@ def from_yaml(path: str | Path) -> Config:
     try:
         loaded = _literal(untrusted.read_yaml(Path(path)))
         if isinstance(loaded, dict):
-            loaded = with_current_names(loaded)
+            loaded = former.current(loaded)
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist", "name the config.yaml of a run directory") from error
     except (OSError, ValueError) as error:

@@ -17,14 +17,16 @@ from omegaconf.errors import (
     ConfigTypeError,
     GrammarParseError,
     InterpolationKeyError,
+    MissingMandatoryValue,
     OmegaConfBaseException,
 )
 
+from moe_train.config import former
 from moe_train.config.aliases import ABSENT, FIELDS, RENAMED
-from moe_train.config.composition.command_line import field_of, is_list, is_text, plain
+from moe_train.config.composition.command_line import field_of, is_list, is_text, old_spelling
 from moe_train.config.roots import ROOTS, all_groups, commands_with
 from moe_train.config.schema import Config
-from moe_train.config.walk import all_fields, group_names
+from moe_train.config.walk import FieldInfo, all_fields, group_names, plain
 from parallel import errors
 from parallel.errors import ConfigError, MoeTrainError
 from parallel.suggest import override_value
@@ -75,7 +77,11 @@ def one_line(error: object) -> str:
 def unknown_field(name: str, value: str | None = None, root: type = Config) -> ConfigError:
     """An error for a field that `root` does not have, with the fields that may have been meant."""
     shown = "VALUE" if value is None else value
-    if name not in all_fields(root) and name not in group_names(root) and (commands := commands_with(name)):
+    if name in group_names(root):  # such as plan=NAME of moe-submit
+        field = next(full for full in all_fields(root) if full.startswith(f"{name}."))
+        return ConfigError(f"{name}={shown}: this command has no options of {name} by name", f"use {name}.FIELD=VALUE, "
+                           f"such as {_works(field, root)}")  # fmt: skip
+    if name not in all_fields(root) and (commands := commands_with(name)):
         return _of_another_command(name, shown, commands, root)
     if current := RENAMED.get(name):
         return ConfigError(f"{name} was renamed", f"use {current}={shown}")
@@ -189,8 +195,6 @@ def _missing_option(error: MissingConfigException, root: type) -> ConfigError:
         group, option = top, missing.removeprefix(top + "/")
     own = group_options(group) if group else sorted(path.stem for path in CONF_DIR.glob("*.yaml"))
     options = own or [str(option) for option in error.options or ()]  # Hydra's own groups are not under conf/
-    if not options and group in group_names(root):  # such as plan=NAME of moe-submit
-        return ConfigError(f"{group}={option} does not exist", f"use fields, such as {_works(group, root)}")
     near = difflib.get_close_matches(option, options, n=2, cutoff=0.5) or options[:2]
     remedy = " or ".join(f"{group}={name}" if group else f"--config-name {name}" for name in near)
     return ConfigError(f"{group or 'config'}={option} does not exist among {', '.join(options) or 'no options'}",
@@ -205,6 +209,8 @@ def _omegaconf(inner: OmegaConfBaseException, outer: str, overrides: Sequence[st
         longer = next((word.lstrip("+~") for word in overrides if word.lstrip("+~").startswith(f"{name}.")), None)
         if longer is not None:
             name, _, given = longer.partition("=")
+    if (about_entry := _entry(inner, name, root)) is not None:
+        return about_entry
     if isinstance(inner, InterpolationKeyError) or "nterpolation" in type(inner).__name__:
         field = name or "an interpolation"
         return ConfigError(f"{field} refers to something that does not exist: {one_line(inner).split(' full_key')[0]}",
@@ -217,10 +223,40 @@ def _omegaconf(inner: OmegaConfBaseException, outer: str, overrides: Sequence[st
         return ConfigError(f"{error.cause} (in conf/{match.group(1)}.yaml)", error.remedy) if match else error
     if name in all_fields(root):
         value = f"={given}" if given is not None else ""
-        kind = _type_name(all_fields(root)[name].type)
+        info = all_fields(root)[name]
+        kind = f"a list such as {info.example}" if info.entry else _type_name(info.type)
         return ConfigError(f"{name}{value} is not {kind}", f"use {_works(name, root, given)}")
     remedy = f"use {_works(name, root)}" if name in group_names(root) else ""
     return ConfigError(one_line(inner).split(" full_key")[0], remedy)
+
+
+def _entry(inner: OmegaConfBaseException, name: str, root: type) -> ConfigError | None:
+    """What is wrong with an entry of a list; None where the error is about something else."""
+    lists = {info.entry: info for info in all_fields(root).values() if info.entry}
+    place = re.fullmatch(r"(.+)\[\d+\](?:\.(\w+))?", name)
+    info = lists.get(inner.object_type) or (all_fields(root).get(place[1]) if place else None)
+    if info is None or info.entry is None:
+        return None
+    fields, remedy = all_fields(info.entry), f"use '{info.name}={info.example}'"
+    leaf = place[2] if place else name
+    if isinstance(inner, MissingMandatoryValue):
+        return ConfigError(f"{info.name} has an entry without {leaf}", remedy)
+    if leaf in fields:
+        return ConfigError(f"{info.name} has an entry whose {leaf} is not {_type_name(fields[leaf].type)}", remedy)
+    if leaf is not None:
+        return ConfigError(f"{info.name} has an entry with {leaf}, which is not one of {', '.join(fields)}", remedy)
+    return _entry_as_text(inner, info)
+
+
+def _entry_as_text(inner: OmegaConfBaseException, info: FieldInfo) -> ConfigError:
+    """An entry of a YAML file that is not a mapping."""
+    text = one_line(inner).partition(" value: ")[2].partition(" full_key")[0]
+    found = former.entry(info.name, text)
+    if found is None:
+        return old_spelling(info, [text])
+    return ConfigError(
+        f"{info.name} is a list of mappings, not of text such as {text!r}", f"write {override_value(found)}"
+    )
 
 
 def _ambiguous(message: str, root: type) -> ConfigError:
@@ -277,6 +313,8 @@ def _works(name: str, root: type, given: str | None = None) -> str:
     if name not in known:
         return f"{name}=VALUE"
     info = known[name]
+    if info.entry:
+        return f"'{name}={info.example}'"
     try:
         number = max(round(float(given or "")), round(info.minimum or 0))
     except (ValueError, OverflowError):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from moe_train.config.composition.validate import validate
+from moe_train.config.launcher import FallbackLayout
 from moe_train.config.schema import Config
-from moe_train.config.walk import all_fields, violation, with_values
-from moe_train.files import untrusted
+from moe_train.config.walk import all_fields, typed, violation, with_values
 from parallel.errors import ConfigError
+from parallel.suggest import override_value
 
 # What may differ between layouts of one run. The global batch and the order of data stay, so the run stays the same.
 _FREE = ("parallel.", "recompute.", "batch.micro_batch_size")
@@ -37,36 +39,33 @@ def fitting(cfg: Config, world_size: int) -> Config:
 
 
 def candidates(cfg: Config) -> list[tuple[str, Config]]:
-    """("", `cfg`) and each entry of `launcher.fallbacks` with `cfg` changed by it, in the order of trying them.
+    """("", `cfg`) and each entry of `launcher.fallbacks`, as text, with `cfg` changed by it, in the order of trying
+    them.
 
     Raises:
-        ConfigError: an entry is no list of overrides, or changes more than the layout.
+        ConfigError: an entry changes more than the layout, or has a value that its field cannot have.
     """
-    return [("", cfg), *((text, with_values(cfg, values_of(text))) for text in cfg.launcher.fallbacks)]
+    entries = cfg.launcher.fallbacks
+    return [("", cfg), *((override_value(entry), with_values(cfg, values_of(entry))) for entry in entries)]
 
 
-def values_of(text: str) -> dict[str, Any]:
-    """Fields by full name of one entry of `launcher.fallbacks`, such as 'parallel.dp=2 parallel.ep=2'.
+def values_of(entry: FallbackLayout) -> dict[str, Any]:
+    """Fields by full name of one entry of `launcher.fallbacks`.
 
     Raises:
-        ConfigError: it is no list of overrides, or changes more than the layout.
+        ConfigError: it changes more than the layout, or has a value that its field cannot have.
     """
     values: dict[str, Any] = {}
-    for word in text.split():
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise ConfigError(f"launcher.fallbacks has {word!r}, which is not KEY=VALUE", "write 'parallel.dp=2'")
-        if not name.startswith(_FREE) or name not in all_fields():
-            raise ConfigError(
-                f"launcher.fallbacks changes {name}, which is not a field of the layout",
-                "change fields of parallel and recompute, and batch.micro_batch_size",
-            )
-        try:
-            values[name] = untrusted.parse_yaml(value)
-        except ValueError:
-            raise ConfigError(
-                f"launcher.fallbacks has {word!r}, whose value cannot be read", f"correct {name}"
-            ) from None
-        if reason := violation(name, values[name]):
-            raise ConfigError(f"launcher.fallbacks has {word}, which is {reason}", f"correct {name}")
+    for group in fields(entry):
+        for leaf, value in getattr(entry, group.name).items():
+            name = f"{group.name}.{leaf}"
+            if not name.startswith(_FREE) or name not in all_fields():
+                raise ConfigError(
+                    f"launcher.fallbacks changes {name}, which is not a field of the layout",
+                    "change fields of parallel and recompute, and batch.micro_batch_size",
+                )
+            if reason := violation(name, value):
+                shown = f"{name}={override_value(value)}"
+                raise ConfigError(f"launcher.fallbacks has {shown}, which is {reason}", f"correct {name}")
+            values[name] = typed(name, value)
     return values

@@ -6,6 +6,7 @@ configuration passes.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import typing
 from dataclasses import dataclass
@@ -83,7 +84,26 @@ def _check(cfg: Config, world_size: int | None, trains: bool) -> tuple[Impossibl
 def check_values(cfg: DataclassInstance) -> None:
     """What can be said of each field of a config root alone. Raises Impossible with values that work."""
     for name, info in all_fields(type(cfg)).items():
-        check_value(info, get(cfg, name))
+        value = get(cfg, name)
+        if info.entry:
+            _check_entries(info, value)
+        else:
+            check_value(info, value)
+
+
+def _check_entries(info: FieldInfo, entries: list[DataclassInstance]) -> None:
+    """The same of each field of each entry of a list."""
+    for number, entry in enumerate(entries):
+        for leaf, part in all_fields(type(entry)).items():
+            named = dataclasses.replace(part, name=f"{info.name}[{number}].{leaf}")
+            try:
+                check_value(named, getattr(entry, leaf))
+            except Impossible as problem:
+                fixes = [
+                    [*entries[:number], dataclasses.replace(entry, **{leaf: fix[named.name]}), *entries[number + 1 :]]
+                    for fix in problem.fixes
+                ]
+                raise Impossible(problem.cause, fixes_of(info.name, fixes), problem.remedy) from None
 
 
 def check_value(info: FieldInfo, value: Any) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_train.config.recompute import WHOLE, of_chunk, settings
+from moe_train.config.recompute import of_chunk, settings
 from moe_train.config.resolve import Facts, Rule
-from moe_train.config.walk import all_fields
+from moe_train.config.schema import RecomputeStage
 from parallel import pipeline
 from parallel.architecture.attention import attention_kind, modules_of_other_attentions
 from parallel.fp8_recipes import RECIPES
-from parallel.suggest import Fix, Impossible, divisors, fixes_of, nearest
+from parallel.suggest import Fix, Impossible, divisors, fixes_of, nearest, override_value
 
 _OFF: Fix = {"recompute.mode": "none", "recompute.modules": []}
 
@@ -34,22 +34,23 @@ def stages(facts: Facts) -> None:
             f"recompute.stages has {len(named)} entries, but not one for each of {either} of parallel.pp={layout.pp}",
             [{"recompute.stages": wanted}, {"recompute.stages": []}],
         )
-    choices = (*WHOLE, *all_fields()["recompute.modules"].choices)
     for place, entry in enumerate(named):
-        fix: Fix = {"recompute.stages": [*named[:place], "none", *named[place + 1 :]]}
-        parts = entry.split("+")
-        for part in parts:
-            if part not in choices or (part in WHOLE and len(parts) > 1):
-                raise Impossible(
-                    f"recompute.stages[{place}]={entry}: {part} is not one of none, full, or modules joined by + "
-                    f"({', '.join(choices[len(WHOLE) :])})",
-                    [fix],
-                )
-        if len(set(parts)) != len(parts):
-            raise Impossible(f"recompute.stages[{place}]={entry} names a module twice", [fix])
-        for part in parts:
-            if part not in WHOLE and (reason := _missing(facts, part)):
-                raise Impossible(f"recompute.stages[{place}] has {part}, but {reason[0]}", [*reason[1], fix])
+        shown = f"recompute.stages[{place}]={override_value(entry)}"
+
+        def instead(stage: RecomputeStage, place: int = place) -> Fix:
+            return {"recompute.stages": [*named[:place], stage, *named[place + 1 :]]}
+
+        off = instead(RecomputeStage(mode="none"))
+        if (entry.resolved_mode == "selective") != bool(entry.modules):
+            more = "no modules" if entry.mode == "selective" else f"modules, which mode={entry.mode} does not use"
+            fixes = [instead(RecomputeStage(modules=entry.modules)), off] if entry.modules else [off]
+            raise Impossible(f"{shown} has {more}", fixes)
+        if len(set(entry.modules)) != len(entry.modules):
+            once = RecomputeStage(modules=list(dict.fromkeys(entry.modules)))
+            raise Impossible(f"{shown} names a module twice", [instead(once), off])
+        for module in entry.modules:
+            if reason := _missing(facts, module):
+                raise Impossible(f"recompute.stages[{place}] has {module}, but {reason[0]}", [*reason[1], off])
 
 
 def modules(facts: Facts) -> None:
@@ -125,7 +126,7 @@ def full_layers(facts: Facts) -> None:
     counts = [items.count("t") for items in whole]
     if not max(counts):
         raise Impossible(
-            f"recompute.stages={','.join(recompute.stages)}: full recomputes layers, and its stages hold none",
+            f"recompute.stages={override_value(recompute.stages)}: full recomputes layers, and its stages hold none",
             [{"recompute.stages": []}],
         )
     if recompute.method == "block":

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+from moe_train.config.resilience import Fault
 from moe_train.config.resolve import Facts, Rule
-from moe_train.resilience.inject import parse
-from parallel.suggest import Impossible
+from parallel.suggest import Impossible, override_value
 
 
 def factors(facts: Facts) -> None:
@@ -57,23 +57,28 @@ def stragglers(facts: Facts) -> None:
 
 
 def faults(facts: Facts) -> None:
-    """What a drill injects can be read, and is on a rank that there is."""
+    """What a drill injects can happen, and is on a rank that there is."""
     entries, ranks = facts.cfg.resilience.inject, facts.layout.world_size
-    for text in entries:
-        kept = [entry for entry in entries if entry != text]
-        try:
-            fault = parse(text)
-        except ValueError as error:
-            raise Impossible(f"resilience.inject has {text!r}: {error}", [{"resilience.inject": kept}]) from None
-        if fault.rank >= ranks:
+    for fault in entries:
+        reason = _never_happens(fault)
+        if not reason and fault.rank >= ranks:
+            reason = f"and there are {ranks} ranks"
+        if not reason and facts.trains and fault.step > facts.total_steps:
+            reason = f"and the run ends after step {facts.total_steps}"
+        if reason:
+            others = [entry for entry in entries if entry != fault]
             raise Impossible(
-                f"resilience.inject has {text!r}, and there are {ranks} ranks", [{"resilience.inject": kept}]
+                f"resilience.inject has {override_value(fault)}, {reason}", [{"resilience.inject": others}]
             )
-        if facts.trains and fault.step > facts.total_steps:
-            raise Impossible(
-                f"resilience.inject has {text!r}, and the run ends after step {facts.total_steps}",
-                [{"resilience.inject": kept}],
-            )
+
+
+def _never_happens(fault: Fault) -> str:
+    """Why a fault has no place in a run; "" where it has one."""
+    if fault.sample >= 0 and fault.kind not in ("nan", "spike"):
+        return f"but sample is for nan and spike, not for {fault.kind}"
+    if (fault.step < 1) == (fault.sample < 0):
+        return "which needs step, from 1, or with nan and spike sample"
+    return ""
 
 
 RULES: tuple[Rule, ...] = (factors, way_back, nvrx, timeouts, stragglers, faults)

@@ -13,7 +13,8 @@ from typing import Any
 from megatron.core import parallel_state as ps
 from torch import Tensor
 
-from moe_train.resilience.inject import Fault, Once, parse
+from moe_train.config.resilience import Fault
+from moe_train.resilience.inject import Once, is_due, touches
 from moe_train.run import Callback, Metrics, Run
 
 log = logging.getLogger(__name__)
@@ -28,14 +29,14 @@ class InjectFaults(Callback):
         self._hooks: list[Any] = []
 
     def on_start(self, run: Run) -> None:
-        self._faults = [parse(text) for text in run.cfg.resilience.inject]
+        self._faults = run.cfg.resilience.inject
         self._once = Once(run.run_dir, run.rank.rank)
 
     def on_step_begin(self, run: Run) -> None:
         self._act(run, run.state.step + 1, "begin")
         first = run.state.consumed_samples
         for fault in self._faults:
-            if fault.touches(run.rank.rank, first, first + run.batch_size()):
+            if touches(fault, run.rank.rank, first, first + run.batch_size()):
                 self._change_loss(run, fault)
 
     def on_step_end(self, run: Run, metrics: Metrics) -> None:
@@ -46,7 +47,7 @@ class InjectFaults(Callback):
 
     def _act(self, run: Run, step: int, at: str) -> None:
         for number, fault in enumerate(self._faults):
-            if fault.due(run.rank.rank, step, at) and self._once and self._once.claim(number, fault.steps):
+            if is_due(fault, run.rank.rank, step, at) and self._once and self._once.claim(number, fault.steps):
                 log.warning("injected: %s", fault)
                 self._do(run, fault)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from moe_train.config.composition.command_line import for_hydra, literal, text_o
 from moe_train.config.composition.compose import compose, from_yaml, hydra_entry, to_yaml
 from moe_train.config.numbers import as_integer
 from moe_train.config.roots import PlanRoot
+from moe_train.config.schema import BlendEntry
 from moe_train.config.walk import get
 from parallel.errors import ConfigError
+from parallel.suggest import override
 
 NAMES = ("runs/epoch=9", "runs/lr=1e-3", "ü/漢字 [1]{2}", "2024_01_02", "1e5", "a b, c", "it's", 'say "so"', "x;y:z",
          "~tilde", "tail\\", "a\\'b", "100%", "true", " lead", "trail ", "new\nline",
@@ -42,8 +45,14 @@ def test_any_text_survives_quoting() -> None:
         text = "".join(rng.choice(pieces) for _ in range(rng.randint(1, 10)))
         assert _read(f"data.dir={literal(text)}") == text
         assert _read(text_override("data.dir", text)) == text
-        blend = PARSER.parse_overrides(for_hydra([text_override("data.blend", [text, "a"])]))[0].value()
-        assert list(OmegaConf.create({"value": blend}).value) == [text, "a"]
+        mounts = PARSER.parse_overrides(for_hydra([text_override("launcher.mounts", [text, "a"])]))[0].value()
+        assert list(OmegaConf.create({"value": mounts}).value) == [text, "a"]
+        entries = [BlendEntry(text, 0.5), BlendEntry("a")]
+        blend = PARSER.parse_overrides(for_hydra([text_override("data.blend", entries)]))[0].value()
+        assert [BlendEntry(**entry) for entry in OmegaConf.create({"value": blend}).value] == entries
+        if "${" not in text:  # which a remedy shows as it was given
+            shown = PARSER.parse_overrides(for_hydra(shlex.split(override("data.blend", entries))))[0].value()
+            assert [BlendEntry(**entry) for entry in OmegaConf.create({"value": shown}).value] == entries
         quoted_or_reference = text[0] in "'\"" or "${" in text or text.lower() == "null"
         if not quoted_or_reference:
             assert _read(f"data.dir={text}") == text
@@ -75,8 +84,9 @@ def test_references_null_and_quotes_keep_their_meaning(monkeypatch: pytest.Monke
 
 
 def test_entries_of_a_list_are_taken_literally_too() -> None:
-    cfg = compose(["data.blend=[0.7 a=b/text, 0.3 ü/text,'1.0 c,d']", "plan.micro_batch_sizes=[1,2k]"], PlanRoot)
-    assert cfg.data.blend == ["0.7 a=b/text", "0.3 ü/text", "1.0 c,d"]
+    blend = 'data.blend=[{path:a=b/text, weight: 0.7},{path: ü/x y:z},{path:"c,d",weight:1}]'
+    cfg = compose([blend, "plan.micro_batch_sizes=[1,2k]"], PlanRoot)
+    assert cfg.data.blend == [BlendEntry("a=b/text", 0.7), BlendEntry("ü/x y:z"), BlendEntry("c,d", 1.0)]
     assert cfg.plan.micro_batch_sizes == [1, 2000]
 
 

@@ -254,7 +254,8 @@ def test_user_yaml_can_extend_a_groups_schema(capsys: pytest.CaptureFixture[str]
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
-    cfg = compose(["experiment=deepseek_v3/pretrain", "optimizer.lr=1e-7", "data.blend=['1 a','2 b']"])
+    blend = "data.blend=[{path:a,weight:1.0},{path:b,weight:2.0}]"
+    cfg = compose(["experiment=deepseek_v3/pretrain", "optimizer.lr=1e-7", blend])
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(cfg))
     assert from_yaml(path) == cfg

@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from moe_train.config.composition.compose import compose, hydra_entry
 from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.config.walk import with_values
+from moe_train.config.walk import all_fields, typed, with_values
 
 MOE_TRAIN = Path(sys.executable).parent / "moe-train"
 
@@ -187,26 +187,30 @@ TABLE = [
     Wrong("recompute.modules=[mla_up_proj]", "recompute.modules", "model.attention=gqa", f"recompute=selective {GQA}"),
     Wrong("recompute.modules=[moe,layernorm]", "recompute.modules", "model.num_experts=0 is a dense model",
           "recompute=selective model=llama3_8b data.tokenizer_vocab_size=512"),
-    Wrong("recompute.stages=[full,none,none]", "recompute.stages",
-          "3 entries, but not one for each of the 2 stages of parallel.pp=2; use recompute.stages=[full,none]",
+    Wrong("'recompute.stages=[{mode:full},{mode:none},{mode:none}]'", "recompute.stages",
+          "3 entries, but not one for each of the 2 stages of parallel.pp=2; use "
+          "'recompute.stages=[{mode:full},{mode:none}]'", "parallel.pp=2"),
+    Wrong("'recompute.stages=[{mode:full}]'", "recompute.stages", "the 2 stages or 4 chunks of parallel.pp=2; use "
+          "'recompute.stages=[{mode:full},{mode:full}]'", "parallel.pp=2 parallel.vpp=2 model.mtp_num_layers=0"),
+    Wrong("'recompute.stages=[{mode:none},{modules:[norm,mlp]}]'", "recompute.stages[1].modules=norm",
+          "is not one of core_attn, mla_up_proj, ", "parallel.pp=2"),
+    Wrong("'recompute.stages=[{mode:full,modules:[mlp]},{mode:none}]'", "recompute.stages[0]={mode:full,modules:[mlp]}",
+          "has modules, which mode=full does not use; use 'recompute.stages=[{modules:[mlp]},{mode:none}]'",
           "parallel.pp=2"),
-    Wrong("recompute.stages=[full]", "recompute.stages", "the 2 stages or 4 chunks of parallel.pp=2; use "
-          "recompute.stages=[full,full]", "parallel.pp=2 parallel.vpp=2 model.mtp_num_layers=0"),
-    Wrong("recompute.stages=[none,norm+mlp]", "recompute.stages[1]=norm+mlp", "norm is not one of none, full, or "
-          "modules joined by + (core_attn, mla_up_proj, ", "parallel.pp=2"),
-    Wrong("recompute.stages=[full+mlp,none]", "recompute.stages[0]=full+mlp", "full is not one of", "parallel.pp=2"),
-    Wrong("recompute.stages=[mlp+mlp]", "recompute.stages[0]=mlp+mlp", "twice"),
-    Wrong("recompute.stages=[mla_up_proj+mlp,none]", "recompute.stages[0]", "model.attention=gqa",
+    Wrong("'recompute.stages=[{mode:selective}]'", "recompute.stages[0]={mode:selective}", "has no modules"),
+    Wrong("'recompute.stages=[{modules:[mlp,mlp]}]'", "recompute.stages[0]={modules:[mlp,mlp]}", "twice"),
+    Wrong("'recompute.stages=[{modules:[mla_up_proj,mlp]},{mode:none}]'", "recompute.stages[0]", "model.attention=gqa",
           f"parallel.pp=2 {GQA}"),
-    Wrong("recompute.stages=[none,none]", "recompute.stages", "replaces recompute.mode=full; use "
+    Wrong("'recompute.stages=[{mode:none},{mode:none}]'", "recompute.stages", "replaces recompute.mode=full; use "
           "recompute.mode=none", "parallel.pp=2 recompute=full"),
-    Wrong("recompute.stages=[none,full] recompute.method=block recompute.num_layers=3", "recompute.num_layers",
-          "2 layers of the longest pipeline chunk", "parallel.pp=2 model.mtp_num_layers=0"),
-    Wrong("recompute.stages=[full,none]", "recompute.stages", "hold none; use recompute.stages=[]",
+    Wrong("'recompute.stages=[{mode:none},{mode:full}]' recompute.method=block recompute.num_layers=3",
+          "recompute.num_layers", "2 layers of the longest pipeline chunk", "parallel.pp=2 model.mtp_num_layers=0"),
+    Wrong("'recompute.stages=[{mode:full},{mode:none}]'", "recompute.stages", "hold none; use recompute.stages=[]",
           "parallel.pp=2 parallel.pipeline_layout='E|ttttmL'"),
-    Wrong("recompute.stages=[none,full]", "recompute.offload", "full recomputation does not keep",
+    Wrong("'recompute.stages=[{mode:none},{mode:full}]'", "recompute.offload", "full recomputation does not keep",
           "parallel.pp=2 runtime=cuda precision=bf16 recompute.offload=memory recompute.offload_modules=[attn_norm]"),
-    Wrong("recompute.stages=[none,moe]", "recompute.offload_modules", "recomputing moe does not keep its input",
+    Wrong("'recompute.stages=[{mode:none},{modules:[moe]}]'", "recompute.offload_modules",
+          "recomputing moe does not keep its input",
           "parallel.pp=2 runtime=cuda precision=bf16 recompute.offload=memory recompute.offload_modules=[expert_fc1]"),
     Wrong("recompute.offload=disk", "recompute.offload", "none, memory, file"),
     Wrong("recompute.offload=memory", "recompute.offload", "needs recompute.offload_modules; use "
@@ -360,11 +364,35 @@ TABLE = [
     Wrong("data.split=\"'90,5'\"", "data.split", "three shares"),
     Wrong("data.split=\"'90,5,6'\"", "data.split", "90 + 5 + 6 = 101"),
     Wrong("data.split=\"'100,0,0'\"", "data.split", "train.eval_batches"),
-    Wrong("data.blend=[corpus/a]", "data.blend", "but data.source=stdlib makes one; use data.source=none"),
-    Wrong("data.blend=['-1 corpus/a']", "data.blend", "WEIGHT PREFIX", "data.source=none"),
-    Wrong("data.blend=['1 corpus/a','corpus/b']", "data.blend", "weights for some of its datasets only",
+    Wrong("'data.blend=[{path:corpus/a}]'", "data.blend", "but data.source=stdlib makes one; use data.source=none"),
+    Wrong("'data.blend=[{path:corpus/a,weight:-1}]'", "data.blend has {path:corpus/a,weight:-1.0}",
+          "which is not a path with a weight above 0; use 'data.blend=[{path:corpus/a,weight:1.0}]'",
           "data.source=none"),
-    Wrong("data.blend=['1 corpus/a','2 corpus/a']", "data.blend", "names corpus/a more than once", "data.source=none"),
+    Wrong("'data.blend=[{path:corpus/a,weight:1},{path:corpus/b}]'", "data.blend",
+          "weights for some of its datasets only", "data.source=none"),
+    Wrong("'data.blend=[{path:corpus/a,weight:1},{path:corpus/a,weight:2}]'", "data.blend",
+          "names corpus/a more than once", "data.source=none"),
+    Wrong("'data.blend=[{weight:1}]'", "data.blend has an entry without path", "use 'data.blend=[{path:",
+          "data.source=none", replaces=True),
+    Wrong("'data.blend=[{path:a,wait:1}]'", "data.blend has an entry with wait", "not one of path, weight; use ",
+          "data.source=none", replaces=True),
+    Wrong("'data.blend=[{path:a,weight:heavy}]'", "data.blend has an entry whose weight", "is not a number or null",
+          "data.source=none", replaces=True),
+    Wrong("data.blend=a", "data.blend=a", "is not a list such as [{path:", "data.source=none", replaces=True),
+    # Lists as earlier versions wrote them
+    Wrong("data.blend=['0.7 a/text','0.3 my b/text']", "data.blend is a list of entries in braces",
+          "use 'data.blend=[{path:a/text,weight:0.7},{path:my b/text,weight:0.3}]'", "data.source=none", replaces=True),
+    Wrong("data.blend=[a/text]", "data.blend is a list",
+          "not of text such as 'a/text'; use 'data.blend=[{path:a/text}]'", "data.source=none", replaces=True),
+    Wrong("recompute.stages=[layernorm+moe_act,none]", "recompute.stages is a list",
+          "use 'recompute.stages=[{modules:[layernorm,moe_act]},{mode:none}]'", "parallel.pp=2", replaces=True),
+    Wrong("\"launcher.fallbacks=['parallel.dp=2 parallel.ep=1']\"", "launcher.fallbacks is a list",
+          "use 'launcher.fallbacks=[{parallel:{dp:2,ep:1}}]'", replaces=True),
+    Wrong("\"resilience.inject=['kill:rank=0:step=7:at=end']\"", "resilience.inject is a list",
+          "use 'resilience.inject=[{kind:kill,rank:0,step:7,at:end}]'", replaces=True),
+    Wrong("resilience.inject=[kill:node=1:step=2]", "resilience.inject has 'kill:node=1:step=2'",
+          "which is not an entry in braces; use 'resilience.inject=[{kind:kill,rank:1,step:7}]'", replaces=True,
+          applies=False),
     Wrong("data.encoding=utf-16", "data.encoding", "does not encode line ends as ASCII does; use "
           "data.encoding=utf-8"),
     Wrong("data.append_eod=false", "data.reset_at_eod", "use data.append_eod=true", "data.reset_at_eod=true"),
@@ -471,9 +499,10 @@ def _suggested(line: str) -> list[list[str]]:
     remedy = re.split(r"; use ", line)[-1]
     remedy = re.sub(r" for one value with commas, or -m to run each$", "", remedy)
     options = [re.sub(r", such as ", "", option) for option in remedy.removeprefix("KEY=VALUE").split(" or ")]
-    # A suggestion is pasted into a shell, except for quotes, which Hydra wants to see.
+    # A suggestion is pasted into a shell, except for quotes, which Hydra wants to see. Those around a word are the
+    # shell's.
     words = [re.findall(r"(?:'[^']*'|\[[^]]*\]|[^\s'\[])+", option.strip('"')) for option in options]
-    return [option for option in words if option]
+    return [[word[1:-1] if word.startswith("'") else word for word in option] for option in words if option]
 
 
 def test_the_table_is_long_enough_and_has_no_doubles() -> None:
@@ -516,7 +545,10 @@ def _context(words: str) -> Config:
 def _with_overrides(cfg: Config, overrides: list[str]) -> Config:
     """Read as Hydra reads them, without composing everything again."""
     parsed = OverridesParser.create().parse_overrides(overrides)
-    return with_values(cfg, {override.key_or_group: override.value() for override in parsed})
+    values = {one.key_or_group: one.value() for one in parsed}
+    return with_values(
+        cfg, {name: typed(name, value) if name in all_fields() else value for name, value in values.items()}
+    )
 
 
 @pytest.mark.parametrize(

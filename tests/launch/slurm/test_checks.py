@@ -14,7 +14,7 @@ import pytest
 from launch.slurm import checks, container
 from launch.slurm.estimate import Pace, RunEstimate
 from moe_train.config.launcher import LauncherConfig
-from moe_train.config.schema import Config
+from moe_train.config.schema import BlendEntry, Config
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
 
@@ -131,8 +131,8 @@ def test_what_all_nodes_read_or_write_is_on_shared_storage(name: str, place: str
     if name == "run_dir":
         cfg.run_dir = given
     elif name == "data.blend":
-        cfg.data.blend = ["0.5 /shared/a", f"0.5 {given}"]
-        name = "data.blend[1]"
+        cfg.data.blend = [BlendEntry("/shared/a", 0.5), BlendEntry(given, 0.5)]
+        name = "data.blend[1].path"
     else:
         group, _, field = name.partition(".")
         setattr(getattr(cfg, group), field, given)
@@ -161,10 +161,11 @@ def test_the_container_is_asked_for_every_path_of_the_run(monkeypatch: pytest.Mo
     asked: list[tuple[Mapping[str, str], Mapping[str, str]]] = []
     monkeypatch.setattr(container, "sees", lambda launcher, read, written: asked.append((read, written)))
     cfg = config()
-    cfg.data.path, cfg.data.cache_dir, cfg.data.blend = "/shared/text", "/shared/cache", ["2 /shared/blended"]
+    cfg.data.path, cfg.data.cache_dir = "/shared/text", "/shared/cache"
+    cfg.data.blend = [BlendEntry("/shared/blended", 2)]
     usual = {
         "run_dir": "/shared/run", "data.dir": "/shared/data", "data.path": "/shared/text",
-        "data.cache_dir": "/shared/cache", "data.blend[0]": "/shared/blended",
+        "data.cache_dir": "/shared/cache", "data.blend[0].path": "/shared/blended",
     }  # fmt: skip
     for resume in ("auto", "never"):
         cfg.resume = resume

@@ -27,27 +27,27 @@ OTHERS = "with another number of nodes it takes the largest of these that fits; 
 
 
 def test_each_number_of_nodes_takes_the_first_layout_that_fits() -> None:
-    cfg = config("launcher.min_nodes=2", "launcher.fallbacks=['parallel.dp=4','parallel.pp=1 parallel.dp=null']")
+    cfg = config("launcher.min_nodes=2", "launcher.fallbacks=[{parallel:{dp:4}},{parallel:{pp:1,dp:null}}]")
     found = elastic.choices(cfg, 8)
     assert [(one.text, one.counts, one.layout.dp) for one in found] == [
-        ("", (8,), 8), ("parallel.dp=4", (4,), 4), ("parallel.pp=1 parallel.dp=null", (2,), 4),
+        ("", (8,), 8), ("{parallel:{dp:4}}", (4,), 4), ("{parallel:{pp:1,dp:null}}", (2,), 4),
     ]  # fmt: skip
     assert elastic.fewer(found, 8) == [
-        f"4 nodes: tp1 pp2 vpp1 cp1 ep2 etp1 dp4 edp2, {found[1].found.memory_gib:,.1f} GiB (parallel.dp=4)",
+        f"4 nodes: tp1 pp2 vpp1 cp1 ep2 etp1 dp4 edp2, {found[1].found.memory_gib:,.1f} GiB ({{parallel:{{dp:4}}}})",
         f"2 nodes: tp1 pp1 vpp1 cp1 ep2 etp1 dp4 edp2, {found[2].found.memory_gib:,.1f} GiB ({found[2].text})",
         f"{OTHERS} 3 of 7 nodes",
     ]
 
 
 def test_where_all_numbers_have_a_layout_none_stays_idle() -> None:
-    cfg = config("launcher.min_nodes=1", "parallel.dp=2", "launcher.fallbacks=['parallel.dp=1 parallel.ep=1']")
+    cfg = config("launcher.min_nodes=1", "parallel.dp=2", "launcher.fallbacks=[{parallel:{dp:1,ep:1}}]")
     found = elastic.choices(cfg, 2)
     assert len(elastic.fewer(found, 2)) == 1
     assert commands.environment(cfg, Path("code"), [1, 2])["MOE_NODE_COUNTS"] == "1 2"
 
 
 def test_a_tensor_group_of_a_fallback_that_spans_nodes_is_told() -> None:
-    wide = "launcher.fallbacks=['parallel.tp=4 parallel.pp=1 parallel.dp=2']"
+    wide = "launcher.fallbacks=[{parallel:{tp:4,pp:1,dp:2}}]"
     cfg = config("runtime=cuda", "launcher.min_nodes=4", wide)
     told = "parallel.tp=4 spans 2 nodes, and talks in every layer"
     assert told in elastic.fewer(elastic.choices(cfg, 8), 8)
@@ -59,7 +59,7 @@ def test_a_fallback_for_the_nodes_that_are_asked_for_is_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commands, "installed", lambda: False)
-    words = ["launcher.nodes=4", "launcher.min_nodes=2", "launcher.fallbacks=['parallel.dp=4','parallel.dp=2']"]
+    words = ["launcher.nodes=4", "launcher.min_nodes=2", "launcher.fallbacks=[{parallel:{dp:4}},{parallel:{dp:2}}]"]
     lengths = ["train.steps=10", "schedule.warmup_steps=2", f"run_dir={tmp_path}/run"]
     assert submit.run(["--dry-run", *EIGHT, *lengths, *words]) == 0
     text = capsys.readouterr().out

@@ -118,44 +118,44 @@ WRONG = {
     "heartbeats without their launcher": (["resilience.nvrx=true"], "not launcher.start=srun"),
     "slow ranks not looked for": (["resilience.straggler_action=stop", "resilience.straggler_interval_steps=0"],
                                   "does nothing with"),
-    "fault after the end": (["resilience.inject=['kill:rank=0:step=99000000']"], "the run ends after step"),
+    "fault after the end": (["resilience.inject=[{kind:kill,rank:0,step:99000000}]"], "the run ends after step"),
     "watchdog later than collectives": (["resilience.hang_timeout_s=900"], "exceeds launcher.timeout_s=600"),
     "damaged dataset": (["data=indexed", "data.dir=damaged"], "is damaged"),
     "no text": (["data=text", "data.path=nowhere"], "data.path=nowhere does not exist"),
-    "no blend": (["data=indexed", "data.blend=['1.0 missing']"], "missing.bin does not exist"),
+    "no blend": (["data=indexed", "data.blend=[{path:missing,weight:1.0}]"], "missing.bin does not exist"),
     "no weights to start from": (["init_from=nowhere"], "init_from=nowhere does not exist"),
     "no checkpoint to resume": (["resume=nowhere"], "resume=nowhere is neither auto"),
     "run directory of one node": (["run_dir=/dev/shm/moe-submit-test"], "which each node has for itself"),
     "more nodes than asked for": (["launcher.min_nodes=300"], "launcher.min_nodes=300 exceeds the 256 nodes"),
     "no layout for fewer nodes": (["launcher.min_nodes=255"], "lets the job start with 255 nodes"),
     "fewest nodes without layout, though others have one": (
-        ["launcher.min_nodes=100", "launcher.fallbacks=['parallel.dp=64']"],
+        ["launcher.min_nodes=100", "launcher.fallbacks=[{parallel:{dp:64}}]"],
         "use launcher.min_nodes=128 (layouts fit 128, 256 nodes)"),
     "fallback without fewest nodes": (
-        ["launcher.fallbacks=['parallel.dp=64']"],
+        ["launcher.fallbacks=[{parallel:{dp:64}}]"],
         "never has fewer than 256 without launcher.min_nodes; set launcher.min_nodes=128"),
     "fallback for fewer than the fewest nodes": (
-        ["launcher.min_nodes=200", "launcher.fallbacks=['parallel.dp=64']"],
-        "'parallel.dp=64', which fits 128 nodes, and the job never has fewer than launcher.min_nodes=200"),
+        ["launcher.min_nodes=200", "launcher.fallbacks=[{parallel:{dp:64}}]"],
+        "{parallel:{dp:64}}, which fits 128 nodes, and the job never has fewer than launcher.min_nodes=200"),
     "fallback for more nodes than the job has": (
-        ["launcher.min_nodes=128", "launcher.fallbacks=['parallel.dp=64','parallel.dp=256']"],
-        "'parallel.dp=256', which needs 512 nodes, and the job never has more than 256"),
+        ["launcher.min_nodes=128", "launcher.fallbacks=[{parallel:{dp:64}},{parallel:{dp:256}}]"],
+        "{parallel:{dp:256}}, which needs 512 nodes, and the job never has more than 256"),
     "fallback after one that always fits": (
-        ["launcher.min_nodes=128", "launcher.nodes=256", "parallel.dp=null", "launcher.fallbacks=['parallel.dp=64']"],
-        "'parallel.dp=64', which is never taken: on 128 nodes the layout before it fits"),
+        ["launcher.min_nodes=128", "launcher.nodes=256", "parallel.dp=null", "launcher.fallbacks=[{parallel:{dp:64}}]"],
+        "{parallel:{dp:64}}, which is never taken: on 128 nodes the layout before it fits"),
     "fallback of half a node": (
-        ["launcher.min_nodes=128", "launcher.fallbacks=['parallel.pp=1 parallel.ep=4 parallel.dp=4']"],
+        ["launcher.min_nodes=128", "launcher.fallbacks=[{parallel:{pp:1,ep:4,dp:4}}]"],
         "needs 4 ranks, and nodes have 8"),
     "fallback that breaks a rule": (
-        ["launcher.min_nodes=128", "launcher.fallbacks=['parallel.dp=64 recompute.modules=[]']"],
+        ["launcher.min_nodes=128", "launcher.fallbacks=[{parallel:{dp:64},recompute:{modules:[]}}]"],
         "cannot be used: recompute.mode=selective names nothing"),
     "fallback too large for its GPUs": (
-        ["launcher.min_nodes=64", "launcher.fallbacks=['parallel.pp=8 parallel.dp=64']"],
-        "where 'parallel.pp=8 parallel.dp=64' of launcher.fallbacks is used and stage 0 of 8 needs 93.1 GiB"),
+        ["launcher.min_nodes=64", "launcher.fallbacks=[{parallel:{pp:8,dp:64}}]"],
+        "where {parallel:{pp:8,dp:64}} of launcher.fallbacks is used and stage 0 of 8 needs 93.1 GiB"),
     "too large for the GPUs of fewer nodes": (
         ["launcher.min_nodes=128", "launcher.nodes=256", "parallel.dp=null", "cluster.memory_gib=72.9"],
         "launcher.min_nodes=128 lets the job start with 128 nodes, where stage"),
-    "fallback of another batch": (["launcher.fallbacks=['batch.global_batch_size=8']"], "not a field of the layout"),
+    "fallback of another batch": (["launcher.fallbacks=[{batch:{global_batch_size:8}}]"], "not a field of the layout"),
     "two jobs in one run": (["launcher.preflight=resubmit", "launcher.chain=2"], "would start a second job"),
     "image that mpirun would ignore": (["launcher.container=nvcr.io/x", "launcher.start=mpirun"],
                                        "outside launcher.container"),
@@ -205,7 +205,7 @@ def test_an_account_that_the_partition_does_not_take(cluster: Path, capsys: pyte
     ("more", "told"),
     [
         ([], "50 of the 300 nodes of partition worn are down, drained, in maintenance or silent: the job waits until"),
-        (["launcher.min_nodes=128", "launcher.fallbacks=['parallel.dp=64']"], ""),
+        (["launcher.min_nodes=128", "launcher.fallbacks=[{parallel:{dp:64}}]"], ""),
         (["launcher.partition=small", "runtime=cpu"], ""),
     ],
 )  # fmt: skip
@@ -237,7 +237,7 @@ def test_gpus_and_nodes_without_ranks_are_paid_for(
     (all_used, _), (half, text) = cost(), cost("launcher.gpus_per_node=4")
     assert half == pytest.approx(2 * all_used, rel=1e-3)
     assert "with the 4 of 8 GPUs that have no rank" in text
-    _, text = cost("parallel.dp=8", "launcher.min_nodes=2", "launcher.fallbacks=['parallel.dp=2']")
+    _, text = cost("parallel.dp=8", "launcher.min_nodes=2", "launcher.fallbacks=[{parallel:{dp:2}}]")
     assert "at most 5 of 7 nodes, $20 an hour" in text
 
 
@@ -299,7 +299,8 @@ def test_a_dry_run_says_what_the_data_are(cluster: Path, tmp_path: Path, capsys:
 
 @pytest.mark.parametrize(
     "data", [["data=indexed", "data.dir=later"], ["data=text", "data.path=later.txt", "data.dir=none"],
-             ["data=text", "data.path=later/*.txt", "data.dir=none"], ["data=indexed", "data.blend=['1.0 later']"]]
+             ["data=text", "data.path=later/*.txt", "data.dir=none"],
+             ["data=indexed", "data.blend=[{path:later,weight:1.0}]"]]
 )  # fmt: skip
 def test_a_dry_run_needs_no_data(
     data: list[str], cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -320,7 +321,8 @@ def test_a_blend_is_counted(cluster: Path, tmp_path: Path, capsys: pytest.Captur
     for name, code, size in (("a", 8, 400_000), ("b", 4, 800_000)):
         (tmp_path / f"{name}.bin").write_bytes(bytes(size))
         (tmp_path / f"{name}.idx").write_bytes(b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + bytes([code]) + bytes(16))
-    words = ["--dry-run", *TINY, "data=indexed", "data.blend=['0.5 a','0.5 b']", f"run_dir={tmp_path}/run"]
+    words = ["--dry-run", *TINY, "data=indexed", "data.blend=[{path:a,weight:0.5},{path:b,weight:0.5}]",
+             f"run_dir={tmp_path}/run"]  # fmt: skip
     assert submit.run(words) == 0
     assert "2 datasets: 360,000 tokens to train on, read 0.028 times" in capsys.readouterr().out
     (tmp_path / "a.idx").write_bytes(b"nothing")

@@ -333,9 +333,9 @@ def test_each_stage_and_each_chunk_counts_what_it_recomputes() -> None:
 
     none, full = stages(), stages("recompute=full")
     some = stages("recompute=selective", "recompute.modules=[layernorm,moe_act]")
-    assert stages("recompute.stages=[full,none]") == [full[0], none[1]]
-    assert stages("recompute.stages=[layernorm+moe_act,full]") == [some[0], full[1]]
-    first, last = stages("recompute.stages=[full,none,none,none]")
+    assert stages("recompute.stages=[{mode:full},{mode:none}]") == [full[0], none[1]]
+    assert stages("recompute.stages=[{modules:[layernorm,moe_act]},{mode:full}]") == [some[0], full[1]]
+    first, last = stages("recompute.stages=[{mode:full},{mode:none},{mode:none},{mode:none}]")
     assert last == none[1]
     assert full[0].activations < first.activations < none[0].activations
 
