@@ -49,6 +49,13 @@ def test_parts_that_just_fit_are_read(tmp_path: Path) -> None:
     assert dcp_metadata.read(write(tmp_path, table())) == table()
 
 
+def test_a_part_without_numbers_needs_no_byte(tmp_path: Path) -> None:
+    chunk_of_none = ChunkStorageMetadata(Size((0, 0)), Size((0, 3)))
+    entry = TensorStorageMetadata(TensorProperties(DTYPES["bfloat16"]), Size((0, 3)), [chunk_of_none])
+    contents = Metadata({NAME: entry}, {FIRST: StorageInfo("__0_0.distcp", 0, 0)})
+    assert dcp_metadata.read(write(tmp_path, contents, size=0)) == contents
+
+
 def test_torch_reads_what_is_written_and_the_other_way_round(tmp_path: Path) -> None:
     """With the fields that a table of contents need not have."""
     read = pickle.loads(dcp_metadata.dump(table()))
