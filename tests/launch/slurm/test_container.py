@@ -108,3 +108,13 @@ def test_ranks_start_in_the_image(runtime: str, tmp_path: Path) -> None:
         assert line.endswith(f"run/logs{start}")
     else:
         assert line.endswith(f"run/logs apptainer exec --nv --bind {tmp_path} --pwd {tmp_path} image{start}")
+
+
+def test_what_is_mounted_must_be_on_this_machine(tmp_path: Path) -> None:
+    for place, refused in ((tmp_path, False), (tmp_path / "gone", True)):
+        launcher = LauncherConfig(container="image", mounts=[f"{place}:/data"])
+        if refused:
+            with pytest.raises(ConfigError, match="gone:/data, which is not on this machine"):
+                container.check(launcher)
+        else:
+            container.check(launcher)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm import status, submission
+from launch.slurm import commands, status, submission
 from moe_train.config.composition.compose import compose, to_yaml
-from parallel.errors import ConfigError
+from parallel.errors import ConfigError, LaunchError
 
 
 @pytest.mark.parametrize(("loss", "shown"), [("4.25", "4.2500"), ("null", "not finite")])
@@ -72,3 +72,55 @@ def test_logs_of_any_size_and_content_are_shown_in_lines(tmp_path: Path, capsys:
     assert lines["b.log"] == ["x" * 1000 + "..."]
     assert lines["c.log"] == ["cannot be read: it is a named pipe and not a file"]
     assert lines["d.log"] == ["cannot be read: No such file or directory"]
+
+
+def _submitted(run_dir: Path, jobs: list[str], monkeypatch: pytest.MonkeyPatch, **states: str) -> list[tuple[str, ...]]:
+    """A submission of `jobs`, whose states Slurm knows where they are given. Returns what it is asked."""
+    place = run_dir / submission.FOLDER / "2026-01-01"
+    place.mkdir(parents=True)
+    submission.write(submission.Submission(["sbatch"], {}, jobs), place)
+    asked: list[tuple[str, ...]] = []
+
+    def run(*words: str) -> str:
+        asked.append(words)
+        if words[0] != "scontrol":
+            return ""
+        if f"job{words[-1]}" not in states:
+            raise LaunchError("scontrol: slurm_load_jobs error: Invalid job id specified")
+        return f"JobId={words[-1]} JobState={states[f'job{words[-1]}']} NodeList=n[1-2] RunTime=00:01:00 Restarts=0\n"
+
+    monkeypatch.setattr(commands, "run", run)
+    return asked
+
+
+def test_each_job_is_shown_with_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _submitted(tmp_path, ["7", "8"], monkeypatch, job8="NODE_FAIL")
+    status.status(str(tmp_path))
+    assert capsys.readouterr().out == "job 7: no longer known to slurm\njob 8: node fail, on n[1-2], for 00:01:00\n"
+
+
+@pytest.mark.parametrize(
+    ("states", "cancelled"),
+    [({"job8": "RUNNING"}, [("scancel", "8")]),
+     ({"job7": "RUNNING", "job8": "PENDING", "job9": "PENDING"}, [("scancel", "8", "9"), ("scancel", "7")])],
+)  # fmt: skip
+def test_later_jobs_of_a_chain_are_cancelled_first(
+    states: dict[str, str], cancelled: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would start when the first has ended."""
+    asked = _submitted(tmp_path, ["7", "8", "9"], monkeypatch, **states)
+    status.cancel(str(tmp_path))
+    assert [words for words in asked if words[0] == "scancel"] == cancelled
+
+
+def test_a_controller_that_does_not_answer_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _submitted(tmp_path, ["7"], monkeypatch)
+
+    def down(*_: str) -> str:
+        raise LaunchError("scontrol: Unable to contact slurm controller")
+
+    monkeypatch.setattr(commands, "run", down)
+    with pytest.raises(LaunchError, match="Unable to contact"):
+        status.cancel(str(tmp_path))
