@@ -187,3 +187,29 @@ def test_what_is_not_known_has_no_line() -> None:
         "  steps             3 (384 tokens), 0:01:01 since it was resumed at step 2",
         "  metrics           a[b]/metrics.jsonl",
     ]
+
+
+@pytest.mark.parametrize(
+    ("decay", "tokens", "length"),
+    [("constant", None, "train.steps=6"), ("cosine", None, "train.steps=6 schedule.on_resume=override"),
+     ("constant", 384, "train.tokens=768")],
+)  # fmt: skip
+def test_the_end_names_the_picture_and_what_to_do_next(
+    decay: str, tokens: int | None, length: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Three steps of 128 tokens; to go on means twice as far."""
+    monkeypatch.setattr(module, "_program", lambda name: name)
+    place = tmp_path / "a b"
+    (place / "checkpoints/step_00000003").mkdir(parents=True)
+    run = fake_run(place)
+    run.cfg.schedule.decay, run.cfg.train.tokens, run.cfg.telemetry.tensorboard = decay, tokens, True
+    _train(run, [4.0, 3.0, 1.0])
+    output = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=1) for line in output if line.split()[0] in ("watch", "continue", "convert")] == [
+        ["watch", f"tensorboard --logdir '{place}'"],
+        ["continue", f"moe-train run_dir='{place}' {length}"],
+        ["convert", f"moe-convert '{place}' '{place}-hf'"],
+    ]
+    assert f"  loss curve        {place}/loss.svg" in output
+    assert (place / "loss.svg").read_text().count("<path") > 2

@@ -396,6 +396,21 @@ def test_a_bare_name_becomes_an_experiment(tmp_path: Path, monkeypatch: pytest.M
     assert validate(again).world_size == 64
 
 
+def test_the_command_writes_the_experiment_that_a_bare_name_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(experiment, "FOLDER", tmp_path / "conf/experiment")
+    monkeypatch.chdir(tmp_path)
+    words = ["model=qwen3_30b_a3b", "parallel.pp=2", "parallel.ep=8", "parallel.dp=32", "plan.gpus=64", "runtime=cuda",
+             "cluster=h200", "precision=bf16", "recompute=full", "plan.search=false", "batch.global_batch_size=512",
+             "plan.write=mine"]  # fmt: skip
+    plan.run(compose(words, PlanRoot))
+    file = tmp_path / "conf/experiment/mine.yaml"
+    assert experiment.MARK in file.read_text()
+    assert "run it with experiment=mine" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["conf"]
+
+
 def test_tools_assume_the_same_precision(tmp_path: Path) -> None:
     """moe-memory and moe-plan count BF16 on GPUs where nothing is said, as moe-submit trains."""
     words = ("model=qwen3_30b_a3b", "parallel.pp=2", "parallel.ep=8", "parallel.dp=32", "cluster=h200")
