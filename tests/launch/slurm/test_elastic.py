@@ -9,6 +9,7 @@ import pytest
 from launch.slurm import commands, elastic, submit
 from moe_train.config.composition.compose import compose
 from moe_train.config.schema import Config
+from parallel.errors import ConfigError
 
 # Eight nodes of two ranks.
 EIGHT = ("model=tiny", "runtime=cpu", "parallel.pp=2", "parallel.dp=8", "parallel.ep=2", "launcher.ranks_per_node=2")
@@ -66,3 +67,25 @@ def test_a_fallback_for_the_nodes_that_are_asked_for_is_used(
     assert "layout  tp1 pp2 vpp1 cp1 ep2 etp1 dp4 edp2" in text
     assert "or      2 nodes: tp1 pp2 vpp1 cp1 ep2 etp1 dp2 edp1" in text
     assert "'MOE_NODE_COUNTS=2 4' sbatch --parsable --job-name=moe-tiny --nodes=2-4 " in text
+
+
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (["launcher.min_nodes=4", "launcher.fallbacks=[{parallel:{dp:4}},{parallel:{dp:2}}]"],
+         "{parallel:{dp:2}}, which fits 2 nodes, and the job never has fewer than launcher.min_nodes=4"),
+        (["launcher.fallbacks=[{parallel:{dp:1,ep:1}}]"],
+         "{parallel:{dp:1,ep:1}}, which fits 1 nodes, and the job never has fewer than 8 without launcher.min_nodes"),
+        (["launcher.fallbacks=[{parallel:{dp:8}}]"],
+         "{parallel:{dp:8}}, which is never taken: on 8 nodes the layout before it fits"),
+        (["launcher.fallbacks=[{parallel:{pp:1,dp:3,ep:1}}]"],
+         "{parallel:{pp:1,dp:3,ep:1}}, which needs 3 ranks, and nodes have 2"),
+        (["launcher.fallbacks=[{parallel:{cp:2,dp:8}}]"],
+         "{parallel:{cp:2,dp:8}}, which needs 16 nodes, and the job never has more than 8"),
+    ],
+)  # fmt: skip
+def test_a_fallback_that_is_never_taken_is_told_with_its_nodes(words: list[str], cause: str) -> None:
+    """pp=2 of two ranks a node: as many nodes as dp x cp."""
+    with pytest.raises(ConfigError) as error:
+        elastic.choices(config(*words), 8)
+    assert error.value.cause == f"launcher.fallbacks has {cause}"
