@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from moe_train.config.model import ModelConfig
 from parallel.architecture.attention import attention_kind
@@ -172,18 +173,19 @@ def single_stage(model: ModelConfig) -> list[list[str]]:
     return [["E", *["t"] * model.num_layers, *["m"] * model.mtp_num_layers, "L"]]
 
 
-def parameters_on_rank(
+def parameters_of_ranks(
     model: ModelConfig,
     stages: Sequence[Sequence[str]],
-    pp_rank: int = 0,
     *,
     pp: int = 1,
     tp: int = 1,
     ep: int = 1,
     etp: int = 1,
     bf16_layers: Collection[int] = (),
-) -> RankParameters:
-    """Parameters that Megatron-Core puts on one rank of pipeline stage `pp_rank`; ranks of one stage hold equally many.
+) -> list[RankParameters]:
+    """Parameters that Megatron-Core puts on a rank of the first pipeline rank, the second, and so on.
+
+    Ranks of the same pipeline rank hold equally many.
 
     Args:
         stages: letters of each stage in the order that tokens pass them, pp x vpp lists of "E" (embedding), "t"
@@ -193,32 +195,51 @@ def parameters_on_rank(
     Raises:
         ValueError: a weight does not divide over the ranks. Validation of the layout catches it first.
     """
-    shared = experts = expert_bias = linear = 0
+    parts, pattern = _Parts(model), model.moe_layer_pattern
+    shared, experts, expert_bias, linear = ([0] * pp for _ in range(4))
     passed = 0  # layers of earlier stages
     for index, items in enumerate(stages):
-        if index % pp == pp_rank:
-            tensors = _chunk_tensors(model, items, passed)
-            shared += sum(_local_numel(one, tp, ep, etp) for one in tensors if one.divided != "expert")
-            experts += sum(_local_numel(one, tp, ep, etp) for one in tensors if one.divided == "expert")
-            if model.router_bias:  # every rank keeps the bias of all experts
-                expert_bias += sum(one.shape[0] * one.copies for one in tensors if one.part == "router")
-            layers = range(passed, passed + list(items).count("t"))
-            fp8 = [_layer_tensors(model, bool(model.moe_layer_pattern[i])) for i in layers if i not in bf16_layers]
-            fp8 += [_mtp_tensors(model)] * list(items).count("m")
-            linear += sum(_local_numel(one, tp, ep, etp) for layer in fp8 for one in layer if one.quantised)
-        passed += list(items).count("t")
-    return RankParameters(shared, experts, expert_bias, linear)
+        rank, layers, depths = index % pp, list(items).count("t"), list(items).count("m")
+        for tensor in _chunk_tensors(parts, items, passed):
+            held = experts if tensor.divided == "expert" else shared
+            held[rank] += _local_numel(tensor, tp, ep, etp)
+            if model.router_bias and tensor.part == "router":  # every rank keeps the bias of all experts
+                expert_bias[rank] += tensor.shape[0] * tensor.copies
+        fp8 = [parts.layer(bool(pattern[i])) for i in range(passed, passed + layers) if i not in bf16_layers]
+        fp8 += [parts.mtp] * depths if depths else []
+        linear[rank] += sum(_local_numel(one, tp, ep, etp) for layer in fp8 for one in layer if one.quantised)
+        passed += layers
+    return [RankParameters(*held) for held in zip(shared, experts, expert_bias, linear, strict=True)]
 
 
-def _chunk_tensors(model: ModelConfig, items: Sequence[str], first_layer: int) -> list[Tensor]:
+class _Parts:
+    """Trained tensors of a model's layers, described once for many of them."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.model = model
+        self._layers: dict[bool, list[Tensor]] = {}
+
+    def layer(self, moe: bool) -> list[Tensor]:
+        """Those of one transformer layer."""
+        if moe not in self._layers:
+            self._layers[moe] = _layer_tensors(self.model, moe)
+        return self._layers[moe]
+
+    @cached_property
+    def mtp(self) -> list[Tensor]:
+        """Those of one multi-token-prediction depth."""
+        return _mtp_tensors(self.model)
+
+
+def _chunk_tensors(parts: _Parts, items: Sequence[str], first_layer: int) -> list[Tensor]:
     """Trained tensors of one pipeline chunk, with the copies that it needs (GPTModel.__init__ upstream)."""
-    depths = list(items).count("m")
+    model, depths = parts.model, list(items).count("m")
     # MTP embeds the next tokens: a copy of the embedding on its stage.
     tensors = [embedding(model)] if "E" in items or depths else []
     last_layer = first_layer + list(items).count("t")
     for moe in model.moe_layer_pattern[first_layer:last_layer]:
-        tensors += _layer_tensors(model, bool(moe))
-    tensors += _mtp_tensors(model) * depths
+        tensors += parts.layer(bool(moe))
+    tensors += parts.mtp * depths if depths else []
     # With MTP the final norm is behind the last layer, without it on the last stage.
     has_final_norm = first_layer < last_layer == model.num_layers if model.mtp_num_layers else "L" in items
     if has_final_norm:

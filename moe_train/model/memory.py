@@ -10,7 +10,7 @@ from moe_train.config.resolve import Facts, batch_schedule, gather_facts
 from moe_train.config.rules.precision import high_precision_layers, recipe
 from moe_train.config.rules.recompute import grouped_experts
 from moe_train.config.schema import Config
-from moe_train.model.arithmetic import count_parameters, parameters_on_rank
+from moe_train.model.arithmetic import count_parameters, parameters_of_ranks
 from parallel import pipeline
 from parallel.layout import ParallelLayout
 from parallel.planner.estimate import stage_memories
@@ -73,20 +73,14 @@ def checkpoint_bytes(cfg: Config, workload: Workload) -> float:
 
 def weights_of(model: ModelConfig, workload: Workload) -> list[Weights]:
     """Parameters on one rank of each pipeline rank, first to last."""
-    return [weights_of_stage(model, workload, stage) for stage in range(workload.layout.pp)]
-
-
-def weights_of_stage(model: ModelConfig, workload: Workload, stage: int) -> Weights:
-    """Parameters on one rank of pipeline stage `stage`."""
     layout = workload.layout
-    held = parameters_on_rank(
+    ranks = parameters_of_ranks(
         model,
         workload.stages,
-        stage,
         pp=layout.pp,
         tp=layout.tp,
         ep=layout.ep,
         etp=layout.etp,
         bf16_layers=workload.bf16_layers,
     )
-    return Weights(held.shared, held.experts, held.linear)
+    return [Weights(held.shared, held.experts, held.linear) for held in ranks]

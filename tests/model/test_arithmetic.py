@@ -16,7 +16,7 @@ from moe_train.model.arithmetic import (
     count_parameters,
     flops_per_token,
     forward_flops_per_token,
-    parameters_on_rank,
+    parameters_of_ranks,
     single_stage,
 )
 
@@ -232,7 +232,7 @@ def test_biases_gates_and_wide_shared_experts_by_hand() -> None:
     assert count_parameters(wide).shared_experts - plain.shared_experts == 2 * 3 * 64 * (80 - 2 * 32)
     everything = dataclasses.replace(wide, shared_expert_gate=True, qkv_bias=True)
     for one, by_two in ((biased, 3 * 12 * 16), (gated, 0), (everything, 3 * 12 * 16 + 2 * 3 * 64 * 16)):
-        held, before = (parameters_on_rank(m, single_stage(m), tp=2, ep=2).shared for m in (one, model))
+        held, before = (parameters_of_ranks(m, single_stage(m), tp=2, ep=2)[0].shared for m in (one, model))
         assert held - before == by_two // 2 + (2 * 64 if one.shared_expert_gate else 0)
 
 
@@ -295,7 +295,7 @@ def test_documented_table_is_current() -> None:
 def test_one_rank_holds_everything(name: str) -> None:
     """Without parallelism: embedding once, MTP included."""
     model = load(name)
-    count, rank = count_parameters(model), parameters_on_rank(model, single_stage(model))
+    count, (rank,) = count_parameters(model), parameters_of_ranks(model, single_stage(model))
     assert rank.total == count.total_with_mtp
     assert rank.expert_bias == count.expert_bias + count.mtp_expert_bias
 
@@ -308,14 +308,14 @@ def deepseek_v3_stages() -> list[list[str]]:
 def test_pipeline_and_expert_ranks_sum_to_deepseek_v3() -> None:
     """PP16 x EP64: weights outside experts once a stage, experts over all expert ranks, and MTP's embedding copy."""
     model = load("deepseek_v3")
-    ranks = [parameters_on_rank(model, deepseek_v3_stages(), p, pp=16, ep=64) for p in range(16)]
+    ranks = parameters_of_ranks(model, deepseek_v3_stages(), pp=16, ep=64)
     total = sum(rank.shared + 64 * rank.experts for rank in ranks)
     assert total == 671_026_404_352 + 11_610_067_968 + 129_280 * 7168
     assert sum(rank.expert_bias for rank in ranks) == 14_848 + 256
 
     plain = dataclasses.replace(model, mtp_num_layers=0)
     stages = [[item for item in stage if item != "m"] for stage in deepseek_v3_stages()]
-    ranks = [parameters_on_rank(plain, stages, p, pp=16, ep=64) for p in range(16)]
+    ranks = parameters_of_ranks(plain, stages, pp=16, ep=64)
     assert sum(rank.shared + 64 * rank.experts for rank in ranks) == 671_026_404_352
 
 
@@ -323,7 +323,7 @@ def test_interleaved_chunks_are_dealt_round_robin() -> None:
     """Chunk v of rank p is stage v * pp + p; the dense layers stand on the first ranks."""
     model = load("tiny", mtp_num_layers=0)
     stages = [["E", "t"], ["t", "t"], ["t"], ["L"]]
-    first, last = (parameters_on_rank(model, stages, p, pp=2) for p in range(2))
+    first, last = parameters_of_ranks(model, stages, pp=2)
     count = count_parameters(model)
     assert first.total + last.total == count.total
     expert = 3 * 160 * 256
@@ -335,7 +335,7 @@ def test_tensor_parallel_split_by_hand() -> None:
     """tp=2 ep=4 etp=2 of tiny: norms, routers and MLA's down-projections stay whole on every rank."""
     model = load("tiny", mtp_num_layers=0)
     count = count_parameters(model)
-    rank = parameters_on_rank(model, single_stage(model), tp=2, ep=4, etp=2)
+    (rank,) = parameters_of_ranks(model, single_stage(model), tp=2, ep=4, etp=2)
     whole = count.norms + count.router + 4 * (96 + 64 + 16) * 256
     assert rank.experts == count.routed_experts // 8
     assert rank.shared == whole + (count.total - count.routed_experts - whole) // 2
@@ -345,7 +345,7 @@ def test_tied_embedding_is_copied_to_the_last_stage() -> None:
     """Megatron-Core gives the last pipeline stage its own copy; on a single stage both uses share one matrix."""
     model = load("llama3_8b", tie_embeddings=True)
     stages = [["E", *["t"] * 16], [*["t"] * 16, "L"]]
-    total = sum(parameters_on_rank(model, stages, p, pp=2).total for p in range(2))
+    total = sum(rank.total for rank in parameters_of_ranks(model, stages, pp=2))
     assert total == count_parameters(model).total + 128_256 * 4096
 
 
@@ -353,7 +353,7 @@ def test_uneven_split_is_refused() -> None:
     """A weight that does not divide is named, not rounded."""
     model = load("tiny")
     with pytest.raises(ValueError, match=r"does not divide over 7 ranks"):
-        parameters_on_rank(model, single_stage(model), tp=7)
+        parameters_of_ranks(model, single_stage(model), tp=7)
 
 
 def test_imports_no_torch() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
-from moe_train.model.memory import weights_of_stage, workload_of
+from moe_train.model.memory import weights_of, workload_of
 from parallel.planner.activations import E4M3_BYTES, E5M6_BYTES, layer, norm, shared_embedding_bytes
 from parallel.planner.memory import memory_of_ranks, stage_memory
 from parallel.planner.workload import Workload
@@ -28,7 +28,7 @@ def workload(**changes: object) -> Workload:
 
 def fullest(one: Workload) -> float:
     cfg = compose(V3)
-    memory = [stage_memory(one, rank, weights_of_stage(cfg.model, one, rank)) for rank in range(one.layout.pp)]
+    memory = [stage_memory(one, rank, weights) for rank, weights in enumerate(weights_of(cfg.model, one))]
     return max(memory_of_ranks(one, "dualpipe", memory))
 
 

@@ -10,7 +10,7 @@ import pytest
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
-from moe_train.model.memory import predict, weights_of_stage, workload_of
+from moe_train.model.memory import predict, weights_of, workload_of
 from parallel.planner.activations import layer
 from parallel.planner.memory import (
     StageMemory,
@@ -244,7 +244,7 @@ def test_fp8_keeps_linear_inputs_in_a_byte_and_caches_two_copies_of_weights(reci
     # Both down-projections of latent attention read the norm's output, and each makes a copy of it.
     assert layer(fp8, True)["input norm output in fp8"] == pytest.approx(2 * 128 * 256 * element)
     cfg = compose(["runtime=cuda", "precision=bf16"])
-    weights = weights_of_stage(cfg.model, bf16, 0)
+    weights = weights_of(cfg.model, bf16)[0]
     embeddings, routers = 2 * 4096 * 256, 4 * 16 * 256
     norms = 5 * (2 * 256 + 96 + 64) + 3 * 256 + 256  # of 5 layers and their latents, of the prediction, the final one
     assert weights.shared + weights.experts - weights.in_fp8 == embeddings + routers + norms
@@ -264,13 +264,13 @@ def test_optimizer_state_is_divided_over_the_ranks_that_hold_the_same_weights() 
     """12 bytes a 16-bit weight; experts have ep times fewer replicas; bf16 moments take 4 bytes off."""
     cfg = compose(["precision=bf16", "parallel.ep=2", "parallel.dp=4"])
     some = workload_of(cfg, validate(cfg))
-    weights = weights_of_stage(cfg.model, some, 0)
+    weights = weights_of(cfg.model, some)[0]
     assert stage_memory(some, 0, weights).optimizer == pytest.approx(12 * (weights.shared / 4 + weights.experts / 2))
     both = compose(["precision=bf16", "parallel.cp=2", "parallel.dp=2"])  # cp replicates weights as dp does
     other = workload_of(both, validate(both))
-    weights_of = weights_of_stage(both.model, other, 0)
-    expected = 12 * (weights_of.shared + weights_of.experts) / 4
-    assert stage_memory(other, 0, weights_of).optimizer == pytest.approx(expected)
+    weights = weights_of(both.model, other)[0]
+    expected = 12 * (weights.shared + weights.experts) / 4
+    assert stage_memory(other, 0, weights).optimizer == pytest.approx(expected)
     whole = stage_memory(replace(some, distributed_optimizer=False, moment_bytes=2), 0, weights).optimizer
     assert whole == 8 * (weights.shared + weights.experts)
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
-from moe_train.model.memory import weights_of_stage, workload_of
+from moe_train.model.memory import weights_of, workload_of
 from parallel.planner.placement import members
 from parallel.planner.workload import Workload
 from tests.distributed.helper import run_distributed
@@ -83,7 +83,7 @@ def test_groups_parameters_and_layers_are_megatrons(gpus: int) -> None:
     for rank, (groups, shared, experts, chunks) in zip(ranks, found, strict=True):
         for kind, own in groups.items():
             assert own == sorted(members(layout, kind, rank)), (rank, kind)
-        planned = weights_of_stage(cfg.model, workload, layout.coordinates(rank).pp)
+        planned = weights_of(cfg.model, workload)[layout.coordinates(rank).pp]
         assert (planned.shared, planned.experts) == (shared, experts), rank
         assert planned_chunks(workload, layout.coordinates(rank).pp) == chunks, rank
 

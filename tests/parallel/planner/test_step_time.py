@@ -8,7 +8,7 @@ import pytest
 
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
-from moe_train.model.memory import weights_of_stage, workload_of
+from moe_train.model.memory import weights_of, workload_of
 from parallel.planner import kernels, software
 from parallel.planner.calibration import FITTED, Calibration
 from parallel.planner.layer_time import Machine, Times, layer_times, loss_times, mtp_times, total
@@ -37,9 +37,7 @@ def planned(
     cfg = compose([*V3, *overrides])
     workload = replace(workload_of(cfg, validate(cfg)), **changes)
     machine = Machine(hardware_of("h800"), soft or software.of_date(202604), constants)
-    return plan_step(
-        workload, machine, schedule, [weights_of_stage(cfg.model, workload, rank) for rank in range(workload.layout.pp)]
-    )
+    return plan_step(workload, machine, schedule, weights_of(cfg.model, workload))
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +94,7 @@ def test_full_recomputation_covers_the_layers_that_are_asked_for() -> None:
         cfg = compose([*model, *words])
         workload = workload_of(cfg, validate(cfg))
         machine = Machine(hardware_of("h800"), software.of_date(202604), FITTED)
-        return plan_step(
-            workload, machine, "1f1b", [weights_of_stage(cfg.model, workload, rank) for rank in range(2)]
-        ).parts["recompute"]
+        return plan_step(workload, machine, "1f1b", weights_of(cfg.model, workload)).parts["recompute"]
 
     every = recomputed("recompute=full")  # 16 equal layers on each of the 2 stages, and neither embedding nor loss
     assert recomputed("recompute=full", "recompute.num_layers=4") == pytest.approx(every)
@@ -117,9 +113,7 @@ def test_the_backward_passes_of_all_chunks_of_a_rank_hide_its_gradients() -> Non
         cfg = compose([*words, "parallel.pp=2", f"parallel.vpp={chunks}"])
         workload = workload_of(cfg, validate(cfg))
         machine = Machine(slow, replace(software.of_date(202604), overlap_dp=True), constants)
-        found = plan_step(
-            workload, machine, schedule, [weights_of_stage(cfg.model, workload, rank) for rank in range(2)]
-        )
+        found = plan_step(workload, machine, schedule, weights_of(cfg.model, workload))
         exposed.append(found.data_parallel)
     assert exposed[0] > 1.0
     assert exposed[1] == pytest.approx(exposed[0], rel=0.002)
@@ -148,7 +142,7 @@ def test_sharded_weights_cross_the_network_three_times() -> None:
     network of half the rate adds as much again. Weights in 16 bits; each of 4 ranks holds a quarter."""
     cfg = compose(["model=mixtral_8x7b", "runtime=cuda", "precision=bf16", "parallel.dp=4", "parallel.ep=1"])
     workload, soft = replace(workload_of(cfg, validate(cfg)), fsdp=True), software.of_date(202604)
-    weights = weights_of_stage(cfg.model, workload, 0)
+    weights = weights_of(cfg.model, workload)[0]
     found = []
     for rate in (1e-2, 2e-2):
         hardware = replace(hardware_of("h800"), domain_gb_per_s=rate, domain_fraction=1.0)
@@ -193,7 +187,7 @@ def test_an_estimate_is_close_to_the_simulation() -> None:
     cfg = compose(V3)
     workload: Workload = workload_of(cfg, validate(cfg))
     machine = Machine(hardware_of("h800"), software.of_date(202604), FITTED)
-    weights = [weights_of_stage(cfg.model, workload, rank) for rank in range(workload.layout.pp)]
+    weights = weights_of(cfg.model, workload)
     for schedule in ("1f1b", "zb1p", "dualpipe"):
         simulated, estimated = (
             plan_step(workload, machine, schedule, weights, simulated=s).seconds for s in (True, False)
