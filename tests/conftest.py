@@ -13,6 +13,7 @@ import pytest
 
 from launch.local import forkserver
 
+gc.disable()  # until all tests are imported: see below
 # Tests measure no kernels for the user's own runs: the machine is busy while they run.
 _cache = tempfile.TemporaryDirectory(prefix="cache-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
@@ -35,10 +36,12 @@ for _signal, _handler in _HANDLERS.items():
 
 
 def pytest_collection_finish() -> None:
-    """Objects of imported modules stay, so looking for garbage among them is in vain, and it takes a fifth of the time
-    of code that makes many objects."""
+    """Objects of imported modules stay. Looking for garbage among them is in vain, and takes a fifth of the time of
+    code that makes many objects, such as the composition of a config."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(5000, 10, 10)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
