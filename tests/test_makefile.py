@@ -48,3 +48,35 @@ def test_a_supported_python_makes_the_environment(version: str, tmp_path: Path) 
 def test_the_makefile_and_the_package_accept_the_same_pythons() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == ">=3.11,<3.14"
+
+
+VENV = """#!/bin/sh
+[ "$1" = -c ] && exit 0
+mkdir -p "$3/bin"
+for name in pip moe-train; do
+  printf '#!/bin/sh\\necho "%s $*" >>"%s"\\n' $name "{log}" >"$3/bin/$name" && chmod +x "$3/bin/$name"
+done
+"""
+INSTALL = "pip install --disable-pip-version-check --constraint constraints.txt"
+
+
+def commands_of(directory: Path, target: str, *more: str) -> list[str]:
+    """What a target runs from the environment that it makes. No program of it does anything."""
+    log, python = directory / "log", directory / "python"
+    python.write_text(VENV.format(log=log))
+    python.chmod(0o755)
+    words = ["make", "--no-print-directory", target, f"PYTHON={python}", f"VENV={directory}/venv", *more]
+    subprocess.run(words, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    return log.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("index", "option"),
+    [((), ""), (("TORCH_INDEX=https://index.example/cpu",), "--index-url https://index.example/cpu ")],
+)
+def test_training_installs_what_it_needs_only(index: tuple[str, ...], option: str, tmp_path: Path) -> None:
+    found = commands_of(tmp_path, "train", *index)
+    assert found[:2] == [f"{INSTALL} {option}torch", f"{INSTALL} --editable ."]
+    assert [line.split()[0] for line in found[2:]] == ["moe-train"]
+    again = commands_of(tmp_path, "setup", *index)
+    assert again[len(found) :] == [f"{INSTALL} --editable .[dev]"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from launch import sweep
+from launch import main, sweep
 from moe_train.config.composition.compose import SweepJob, hydra_entry
 from moe_train.config.schema import Config
 from parallel.errors import DataError
@@ -38,6 +39,19 @@ def test_a_sweep_ends_with_a_table(
     assert "8.5000 to 6.2000" in rows[1]
     assert "failed: exit code 2" in rows[2]
     assert f"{tmp_path}/s/3" in rows[3]
+
+
+@pytest.mark.parametrize(("entry", "tables"), [(None, 1), ("module:function", 0)])
+def test_moe_train_shows_the_table_where_it_trains(
+    entry: str | None, tables: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(main, "train_here", lambda cfg, entry: print("trained", cfg.seed))
+    monkeypatch.setattr(sys, "argv", ["moe-train", "-m", f"run_dir={tmp_path}/s", "seed=1,2", "model=tiny"])
+    assert main.run(entry) == 0
+    output = capsys.readouterr().out
+    assert "trained 1" in output
+    assert "trained 2" in output
+    assert output.count("Sweep") == tables
 
 
 @pytest.mark.parametrize(
