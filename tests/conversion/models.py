@@ -46,6 +46,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5, "attention_bias": True, "use_qk_norm": True,
         "partial_rotary_factor": 0.5, "num_nextn_predict_layers": 0,
     }),
+    "glm4_moe_lite": ("Glm4MoeLite", {**MLA, "mlp_layer_types": ["dense"] + ["sparse"] * 3}),
+    "minimax_m2": ("MiniMaxM2", {
+        "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 48, "head_dim": 20,
+        "rope_parameters": {"rope_theta": 5e6, "rope_type": "default", "partial_rotary_factor": 0.4},
+    }),
     "llama": ("Llama", {"intermediate_size": 96}),
     "llama3_tied": ("Llama", {
         "intermediate_size": 96, "tie_word_embeddings": True,

@@ -33,6 +33,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", 127, {}),
     "olmoe": ("olmoe", 2, {"pad_token_id": None}),
     "glm4_moe": ("glm4_moe", 129, {}),
+    "glm4_moe_lite": ("glm4_moe_lite", 385, {}),
+    "minimax_m2": ("minimax_m2", 127, {}),
     "llama": ("llama", 1003, {}),
     "llama3_tied": ("llama3_tied", 301, {}),
 }  # fmt: skip

@@ -40,6 +40,8 @@ TRANSFORMERS = {
     "glm4_moe_355b": 352_797_814_784,
     "glm4_5_air": 106_852_245_504,
     "olmoe_7b": 6_919_161_856,
+    "glm4_7_flash": 29_943_390_976,  # Glm4MoeLiteForCausalLM
+    "minimax_m2": 228_689_748_992,
     "llama3_8b": 8_030_261_248,
 }
 
@@ -133,6 +135,20 @@ def test_kimi_k2_is_near_its_report() -> None:
     count = count_parameters(load("kimi_k2"))
     assert count.total == pytest.approx(1.04e12, rel=0.015)
     assert count.active == pytest.approx(32.6e9, rel=0.01)
+
+
+def test_minimax_m2_is_near_its_card() -> None:
+    """Its card rounds to 230B, and to 10B without embedding and head."""
+    count = count_parameters(load("minimax_m2"))
+    assert count.total == pytest.approx(230e9, rel=0.01)
+    assert close_to(count.active - count.embedding - count.output_head, "10")
+
+
+def test_glm_4_7_flash_is_near_its_card() -> None:
+    """Its card says 30B-A3B: the latter without embedding and head, as Zhipu counts."""
+    count = count_parameters(load("glm4_7_flash"))
+    assert close_to(count.total, "30")
+    assert close_to(count.active - count.embedding - count.output_head, "3")
 
 
 def test_deepseek_v3_exact() -> None:

@@ -59,6 +59,17 @@ CASES: dict[str, tuple[str, Json]] = {
     "olmoe": ("Olmoe", {**EXPERTS, "head_dim": 24}),
     "glm4_moe": ("Glm4Moe", GLM),
     "glm4_moe groups": ("Glm4Moe", {**GLM, "n_group": 4}),
+    "glm4_moe_lite": ("Glm4MoeLite", {**MLA, "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 3}),
+    "minimax_m2": (
+        "MiniMaxM2",
+        {
+            "num_local_experts": 12,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 48,
+            "head_dim": 24,
+            "rope_parameters": {"rope_theta": 5e5, "rope_type": "default", "partial_rotary_factor": 0.25},
+        },
+    ),
     "llama": ("Llama", {"intermediate_size": 96, "head_dim": 24}),
     "llama yarn": ("Llama", {"intermediate_size": 96, "rope_parameters": YARN}),
     "llama3": ("Llama", {"intermediate_size": 96, "rope_parameters": LLAMA3}),
@@ -85,6 +96,11 @@ REFUSED = {
     ("deepseek_v3 yarn", "factor"): "no factor",
     ("llama yarn", "factor"): "no factor",
     ("llama3", "original_max_position_embeddings"): "original_max_position_embeddings=256",
+    ("glm4_moe_lite", "num_attention_heads"): "num_key_value_heads=64 and num_attention_heads=20",
+    ("glm4_moe_lite", "num_hidden_layers"): "not a list of 47 layers",  # transformers takes the list of 5
+    ("glm4_moe_lite", "mlp_layer_types"): "first_k_dense_replace=2 and no mlp_layer_types",
+    ("glm4_moe_lite", "num_experts_per_tok"): "rank a group by its 1 best",
+    ("glm4_moe_lite", "topk_group"): "rank a group by its 8 best",
     ("deepseek", "n_routed_experts"): "no n_routed_experts",  # a dense model, which is a Llama
     ("deepseek", "num_experts_per_tok"): "no num_experts_per_tok",
 }
@@ -93,7 +109,7 @@ NULL_IS_NONE = {"n_shared_experts", "num_nextn_predict_layers", "num_mtp_layers"
 # What says nothing of what the weights compute.
 NOT_READ = {
     "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "attention_dropout", "use_cache",
-    "chunk_size_feed_forward", "is_encoder_decoder", "max_window_layers",
+    "chunk_size_feed_forward", "is_encoder_decoder", "max_window_layers", "pretraining_tp",
 }  # fmt: skip
 
 
@@ -190,7 +206,9 @@ def test_null_means_what_it_means_to_transformers(case: str) -> None:
 
 def test_a_config_with_nothing_but_its_type_is_the_model_of_transformers_class() -> None:
     """Where the class itself describes a model: 96 heads of GLM's share its 4,096 dimensions unevenly."""
-    for kind in ("deepseek_v3", "mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "llama"):
+    for kind in (
+        "deepseek_v3", "mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe_lite", "minimax_m2", "llama",
+    ):  # fmt: skip
         theirs = _as_json(transformers.CONFIG_MAPPING[kind]())
         assert same(config.to_model({"model_type": kind}), config.to_model(theirs)), kind
 
@@ -259,6 +277,17 @@ def test_the_remedy_for_one_temperature_works() -> None:
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
         ("glm4_moe", {"use_qk_norm": "yes"}, "use_qk_norm='yes'"),
         ("glm4_moe", {"n_group": 0}, "n_group='0', which is below 1"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense", *["sparse"] * 3]}, "dense layers here are the first"),
+        ("glm4_moe_lite", {"mlp_layer_types": "dense"}, "mlp_layer_types='dense', which is not a list of 5 layers"),
+        ("glm4_moe_lite", {"first_k_dense_replace": 1}, "first_k_dense_replace=1 and 2 dense layers"),
+        ("glm4_moe_lite", {"rope_interleave": False}, "rope_interleave=False"),
+        ("minimax_m2", {"attn_type_list": [1, 1, 0, 1, 1]}, "attn_type_list=[1, 1, 0, 1, 1]"),
+        ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm=False"),
+        ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type='per_head'"),
+        ("minimax_m2", {"use_routing_bias": False}, "use_routing_bias=False"),
+        ("minimax_m2", {"shared_intermediate_size": 1536}, "shared_intermediate_size=1536"),
+        ("minimax_m2", {"sliding_window": 4096}, "sliding_window=4096"),
+        ("minimax_m2", {"num_experts_per_tok": 1}, "whose weight the family sets to 1"),
         ("deepseek_v3", {"n_group": 7}, "n_group=7 does not divide n_routed_experts=96"),
         ("deepseek_v3", {"routed_scaling_factor": float("nan")}, "routed_scaling_factor"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
@@ -295,3 +324,15 @@ def test_a_model_without_shared_experts_is_written_as_transformers_reads_it() ->
 def test_what_is_written_is_read_as_the_same_model(case: str) -> None:
     model = config.to_model(full(case))
     assert same(config.to_model(config.to_hf(model, "bfloat16")), model)
+
+
+def test_minimax_releases_count_rotary_dimensions() -> None:
+    """`rotary_dim` is what the release has; a share that is given too decides, as in transformers."""
+    written = full("minimax_m2") | {"rotary_dim": 12, "attn_type_list": [1] * 5}
+    written["rope_parameters"] = {"rope_theta": 5e5, "rope_type": "default"}
+    assert config.to_model(written).rotary_percent == 0.5
+    assert same(config.to_model(written), config.to_model(judged("minimax_m2", written)))
+    assert config.to_model(written | {"partial_rotary_factor": 0.25}).rotary_percent == 0.25
+    assert config.to_hf(config.to_model(written), "bfloat16", written)["rotary_dim"] == 12
+    changed = config.to_model(full("minimax_m2"))
+    assert config.to_hf(changed, "bfloat16", written)["rotary_dim"] == 6
