@@ -16,7 +16,9 @@ from parallel.layout import ParallelLayout
 def resolve_runtime(cfg: Config) -> None:
     """Replace `cfg.runtime` = auto by what this machine has."""
     if cfg.runtime == "auto":
-        cfg.runtime = "cuda" if visible_gpus() > 0 else "cpu"
+        from parallel import runtime
+
+        cfg.runtime = runtime.choose(cfg.runtime)
 
 
 def prepare_data(cfg: Config) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from moe_train.config.resolve import gather_facts
+from moe_train.config.resolve import resolve
 from moe_train.config.schema import Config
 from moe_train.model.memory import predict
 from parallel.errors import ConfigError
@@ -34,7 +34,7 @@ def check(cfg: Config, layout: ParallelLayout, local_ranks: Sequence[int] | None
     if not cfg.launcher.check_memory:
         return
     stages = predict(cfg, layout)
-    runtime = gather_facts(cfg, layout).runtime
+    runtime = resolve(cfg, layout).runtime
     if runtime == "cpu":
         ranks = range(layout.world_size) if local_ranks is None else local_ranks
         needed = sum(stages[layout.coordinates(rank).pp].total for rank in ranks)

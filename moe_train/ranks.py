@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from moe_train.config.composition.validate import validate
+from moe_train.config.resolve import ResolvedConfig, resolve
 from moe_train.config.schema import Config
 from moe_train.model import backend
 from moe_train.model.build import build, transformer_config
@@ -25,14 +26,29 @@ from parallel.rank_info import RankInfo
 class RankContext:
     """What one rank computes with, apart from a model."""
 
-    cfg: Config
-    layout: ParallelLayout
+    resolved: ResolvedConfig
     rank: RankInfo
     device: torch.device
-    runtime: str
-    """cuda, cpu or simulated."""
-    backend: str
-    """te or local."""
+
+    @property
+    def cfg(self) -> Config:
+        """The config as it was given; `resolved` has the values that it leaves to be derived."""
+        return self.resolved.cfg
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """Degrees of every dimension of parallelism."""
+        return self.resolved.layout
+
+    @property
+    def runtime(self) -> str:
+        """cuda, cpu or simulated."""
+        return self.resolved.runtime
+
+    @property
+    def backend(self) -> str:
+        """te or local."""
+        return self.resolved.backend
 
     @property
     def is_main(self) -> bool:
@@ -52,14 +68,14 @@ def setup_ranks(cfg: Config, rank: RankInfo) -> RankContext:
     """
     layout = validate(cfg, rank.world_size)
     name = runtime.choose(cfg.runtime)
-    implementation = backend.choose(cfg, name)
+    backend.choose(cfg, name)
     device = runtime.start(name, rank, cfg.launcher.timeout_s)
     groups.create(layout, cfg.seed)
     torch.manual_seed(cfg.seed)
     if name == "cpu":
         for dtype in {DTYPES[cfg.precision.dtype], torch.float32}:  # emulated FP8 multiplies in fp32
             cpu_kernels.choose(dtype)
-    return RankContext(cfg, layout, rank, device, name, implementation)
+    return RankContext(resolve(cfg, layout, runtime=name), rank, device)
 
 
 def build_model(ranks: RankContext) -> list[nn.Module]:
@@ -67,7 +83,6 @@ def build_model(ranks: RankContext) -> list[nn.Module]:
 
     The chunks have the training precision. `checkpoint.weights.load` puts the weights of a checkpoint into them.
     """
-    cfg, layout = ranks.cfg, ranks.layout
-    stage = layout.coordinates(ranks.rank.rank).pp
-    config = transformer_config(cfg, layout, ranks.backend, ranks.runtime, stage)
-    return build(cfg, config, ranks.backend, layout.vpp)
+    layout = ranks.layout
+    config = transformer_config(ranks.resolved, layout.coordinates(ranks.rank.rank).pp)
+    return build(ranks.cfg, config, ranks.backend, layout.vpp)

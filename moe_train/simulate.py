@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_train.config.composition.validate import validate
+from moe_train.config.resolve import resolve
 from moe_train.config.schema import Config
 from moe_train.model import arithmetic, backend
 from moe_train.model.build import build, pipeline_layout, transformer_config
@@ -55,12 +56,13 @@ class Held:
 
 def build_rank(cfg: Config, layout: ParallelLayout, rank: int) -> Held:
     """Build `rank` of `layout` with Megatron-Core, count what it holds, and forget it again."""
-    implementation = backend.choose(cfg, "simulated")
+    backend.choose(cfg, "simulated")
+    resolved = resolve(cfg, layout, runtime="simulated")
     info = RankInfo(rank, layout.world_size, 0, 1, "", 0, "simulated")
     runtime.start("simulated", info, cfg.launcher.timeout_s)
     groups.create(layout, cfg.seed)
-    config = transformer_config(cfg, layout, implementation, "simulated", layout.coordinates(rank).pp)
-    chunks = build(cfg, config, implementation, layout.vpp, weights=False)
+    config = transformer_config(resolved, layout.coordinates(rank).pp)
+    chunks = build(cfg, config, resolved.backend, layout.vpp, weights=False)
     named = [item for chunk in chunks for item in chunk.named_parameters()]
     bias = sum(b.numel() for c in chunks for name, b in c.named_buffers() if name.endswith("expert_bias"))
     groups.destroy()

@@ -11,7 +11,7 @@ from torch import nn
 
 from moe_train.checkpoint import checkpoint, continuing, hf_exchange
 from moe_train.checkpoint.collective import on_main, say_on_main
-from moe_train.config.composition.validate import total_steps
+from moe_train.config.resolve import total_steps
 from moe_train.config.schema import Config
 from moe_train.data.datasets import build_datasets
 from moe_train.data.iterator import BatchIterator
@@ -63,7 +63,7 @@ def prepare(cfg: Config, rank: RankInfo) -> Run:
 def build_trainer(ranks: RankContext, model: list[nn.Module]) -> Run:
     """The run that trains `model`, the chunks of `build_model`: gradient buffers, optimizer, schedule, callbacks."""
     cfg, layout, device = ranks.cfg, ranks.layout, ranks.device
-    run = Run(cfg, layout, ranks.rank, device, ranks.runtime, ranks.backend, total_steps(cfg), Path(cfg.run_dir))
+    run = Run(ranks.resolved, ranks.rank, device, ranks.resolved.total_steps, Path(cfg.run_dir))
     run.config = model[0].config
     run.objective = base.create(cfg)
     if cfg.model.is_moe:
@@ -73,8 +73,8 @@ def build_trainer(ranks: RankContext, model: list[nn.Module]) -> Run:
             run.traffic = DispatchTraffic(model, device)
     if cfg.model.mtp_num_layers:
         run.prediction_loss = PredictionLoss(model, cfg.model.mtp_num_layers, device)
-    run.chunks = data_parallel(model, run.config, cfg)
-    run.optimizer = build_optimizer(cfg, run.config, run.chunks)
+    run.chunks = data_parallel(model, run.config, run.resolved)
+    run.optimizer = build_optimizer(run.resolved, run.config, run.chunks)
     run.schedule = build_schedule(cfg, run.optimizer, run.total_steps)
     run.callbacks = callbacks.from_config(run)
     return run

@@ -14,6 +14,7 @@ from torch.distributed import TCPStore
 from launch import env, failures, job, restarts
 from launch.local import rank, signals
 from launch.local.processes import RankProcesses
+from moe_train.config import resolve
 from moe_train.config.schema import Config, LauncherConfig
 from moe_train.resilience import stop
 from parallel.exit_codes import NOT_RETRIED
@@ -41,7 +42,7 @@ def start(cfg: Config, layout: ParallelLayout, entry: str | None = None) -> None
     """
     env.make_scratch(cfg.launcher)
     stop.listen(signals.WARNING)  # from here on it is for the ranks, those of a later start too
-    budget = cfg.launcher.restarts or 0
+    budget = resolve.restarts(cfg.launcher, in_batch_job=False)
     first = restarts.found(cfg)
     for attempt in range(budget + 1):
         try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch import env
-from moe_train.config.composition.validate import total_steps
+from moe_train.config.resolve import total_steps
 from moe_train.config.schema import Config
 from moe_train.formats import run_directory
 from moe_train.model.memory import checkpoint_bytes, workload_of

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launch.slurm import container
 from moe_train.config.launcher import LauncherConfig
+from moe_train.config.resolve import restarts
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError, LaunchError
 
@@ -195,7 +196,7 @@ def environment(cfg: Config, place: Path, counts: Sequence[int]) -> dict[str, st
         "MOE_PYTHON": container.python(launcher),
         "MOE_START": launcher.start,
         "MOE_PREFLIGHT": launcher.preflight,
-        "MOE_RESTARTS": str(3 if launcher.restarts is None else launcher.restarts),
+        "MOE_RESTARTS": str(restarts(launcher, in_batch_job=True)),
         "MOE_REQUEUES": str(0 if launcher.chain > 1 else launcher.requeues),
         "MOE_GRACE_S": str(launcher.grace_s),
         "MOE_RENDEZVOUS_TIMEOUT_S": str(launcher.rendezvous_timeout_s),

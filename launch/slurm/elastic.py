@@ -10,6 +10,7 @@ from launch.slurm.estimate import RunEstimate, check_memory, run_estimate
 from moe_train.config.composition.fallback import candidates
 from moe_train.config.composition.validate import fit, validate
 from moe_train.config.plan import EstimateConfig
+from moe_train.config.resolve import job_gpus_per_node
 from moe_train.config.schema import Config
 from moe_train.model.estimate import USUAL
 from parallel.errors import ConfigError
@@ -94,7 +95,7 @@ def _price(cfg: Config, nodes: int) -> str:
     """Of these nodes, in words; "" for those without GPUs."""
     if cfg.runtime == "cpu":
         return ""
-    gpus = cfg.launcher.gpus_per_node or cfg.launcher.ranks_per_node
+    gpus = job_gpus_per_node(cfg)
     return f", ${nodes * gpus * cfg.cluster.dollars_per_gpu_hour:,.0f} an hour"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launch.slurm import commands, submission
 from moe_train.config.composition import compose
-from moe_train.config.composition.validate import total_steps
+from moe_train.config.resolve import total_steps
 from moe_train.files import untrusted
 from parallel.errors import ConfigError, LaunchError, one_line
 

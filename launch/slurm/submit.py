@@ -35,6 +35,7 @@ from moe_train.config.composition.compose import compose, hydra_entry, job_words
 from moe_train.config.composition.fallback import fitting
 from moe_train.config.composition.validate import check_values, validate
 from moe_train.config.plan import EstimateConfig
+from moe_train.config.resolve import job_gpus_per_node
 from moe_train.config.roots import EstimateRoot
 from moe_train.config.rules.precision import recipe
 from moe_train.config.schema import Config
@@ -191,9 +192,7 @@ def check(cfg: Config, dry: bool = False, plan: EstimateConfig = USUAL) -> Check
         notes.append(f"the data are not checked: {error.cause}")
     checks.directories(cfg)
     checks.in_container(cfg)
-    gpus = launcher.gpus_per_node
-    if gpus is None:
-        gpus = 0 if cfg.runtime == "cpu" else launcher.ranks_per_node
+    gpus = job_gpus_per_node(cfg)
     if cfg.runtime == "cuda" and gpus < launcher.ranks_per_node:
         raise ConfigError(
             f"launcher.ranks_per_node={launcher.ranks_per_node} exceeds launcher.gpus_per_node={gpus}",

@@ -1,4 +1,4 @@
-"""What the rules look at: the config and what follows from it."""
+"""The config of a run with its defaults filled in. Everything that needs a derived value reads it here. No torch."""
 
 from __future__ import annotations
 
@@ -7,23 +7,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_train.config.schema import Config
+from moe_train.config.launcher import LauncherConfig
+from moe_train.config.schema import Config, ScheduleConfig
 from moe_train.schedules import BatchSchedule
 from parallel.layout import ParallelLayout
 
 DEFAULT_STEPS = 200
 
 
+_HANG_SHARE = 0.8  # of launcher.timeout_s
+_JOB_RESTARTS = 3
+
+
 @dataclass(frozen=True)
-class Facts:
-    """A config with its defaults filled in.
+class ResolvedConfig:
+    """A config with its layout and every derived default: the one place where `null` and `auto` become values.
 
     Args:
         layout: degrees of every dimension, dp included.
         runtime: cuda, cpu or simulated. `auto` is taken for what this machine has.
         backend: te or local.
         sequence_parallel: whether tensor-parallel ranks split the sequence.
-        overlap_p2p: whether pipeline messages overlap with compute.
+        overlap_p2p: whether pipeline send/recv overlap with compute.
+        fused: whether the fused kernels are used that Megatron-Core's docs recommend.
+        grouped: whether the experts of a rank are one grouped GEMM.
         total_steps: optimizer steps of the run.
         trains: whether a run is to follow, or only a prediction or a model without a run.
     """
@@ -34,6 +41,8 @@ class Facts:
     backend: str
     sequence_parallel: bool
     overlap_p2p: bool
+    fused: bool
+    grouped: bool
     total_steps: int
     trains: bool = True
 
@@ -43,24 +52,62 @@ class Facts:
         return self.cfg.batch.micro_batch_size * self.layout.dp
 
 
-Rule = Callable[[Facts], None]
+Rule = Callable[[ResolvedConfig], None]
 
 
-def gather_facts(cfg: Config, layout: ParallelLayout, trains: bool = True) -> Facts:
-    """Fill in what the config leaves to be derived."""
-    runtime = ("cuda" if gpu_visible() else "cpu") if cfg.runtime == "auto" else cfg.runtime
-    backend = ("te" if runtime == "cuda" else "local") if cfg.backend.name == "auto" else cfg.backend.name
-    parallel = cfg.parallel
-    return Facts(
+def resolve(cfg: Config, layout: ParallelLayout, trains: bool = True, runtime: str | None = None) -> ResolvedConfig:
+    """Fill in what the config leaves to be derived.
+
+    Args:
+        runtime: what a rank has found its device to be; None takes what this machine seems to have.
+    """
+    if runtime is None:
+        runtime = ("cuda" if gpu_visible() else "cpu") if cfg.runtime == "auto" else cfg.runtime
+    parallel, backend = cfg.parallel, cfg.backend
+    return ResolvedConfig(
         cfg=cfg,
         layout=layout,
         runtime=runtime,
-        backend=backend,
+        backend=backend_of(cfg, runtime),
         sequence_parallel=layout.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel,
         overlap_p2p=layout.vpp > 1 if parallel.overlap_p2p is None else parallel.overlap_p2p,
+        fused=runtime == "cuda" if backend.fusions is None else backend.fusions,
+        grouped=True if backend.grouped_gemm is None else backend.grouped_gemm,
         total_steps=total_steps(cfg),
         trains=trains and runtime != "simulated",
     )
+
+
+def backend_of(cfg: Config, runtime: str) -> str:
+    """te or local: `backend.name`, where auto means te on cuda."""
+    if cfg.backend.name == "auto":
+        return "te" if runtime == "cuda" else "local"
+    return cfg.backend.name
+
+
+def hang_timeout_s(cfg: Config) -> float:
+    """Time without progress in a step after which a rank ends itself, seconds; 0 means no limit."""
+    own = cfg.resilience.hang_timeout_s
+    return _HANG_SHARE * cfg.launcher.timeout_s if own is None else own
+
+
+def restarts(launcher: LauncherConfig, in_batch_job: bool) -> int:
+    """How often ranks are started again after a failure, in one batch job or by moe-train itself."""
+    if launcher.restarts is not None:
+        return launcher.restarts
+    return _JOB_RESTARTS if in_batch_job else 0
+
+
+def job_gpus_per_node(cfg: Config) -> int:
+    """GPUs that a batch job requests per node."""
+    if cfg.launcher.gpus_per_node is not None:
+        return cfg.launcher.gpus_per_node
+    return 0 if cfg.runtime == "cpu" else cfg.launcher.ranks_per_node
+
+
+def decay_end(schedule: ScheduleConfig, steps: int) -> int:
+    """Step at which the learning rate stops falling, of a run of `steps`."""
+    return steps if schedule.decay_steps is None else schedule.decay_steps
 
 
 def batch_schedule(cfg: Config) -> BatchSchedule:

@@ -12,7 +12,7 @@ import yaml
 from moe_train.config import former
 from moe_train.config.learning_rate import learning_rate
 from moe_train.config.model import ModelConfig
-from moe_train.config.resolve import total_steps
+from moe_train.config.resolve import decay_end, total_steps
 from moe_train.config.schema import Config
 from moe_train.config.walk import get, typed, violation, with_values
 from moe_train.files import untrusted
@@ -159,8 +159,8 @@ def check_schedule(
     Raises:
         CheckpointError: the schedule changes, and nobody asked for that.
     """
-    end_before = before.schedule.decay_steps or total_steps(before, position.step, position.tokens)
-    end = cfg.schedule.decay_steps or total_steps(cfg, position.step, position.tokens)
+    end_before = decay_end(before.schedule, total_steps(before, position.step, position.tokens))
+    end = decay_end(cfg.schedule, total_steps(cfg, position.step, position.tokens))
     same_end = end == end_before or before.schedule.decay == cfg.schedule.decay == "constant"
     if cfg.schedule.on_resume == "checkpoint":
         names = ("decay", "warmup_steps", "min_lr_ratio", "decay_steps")

@@ -6,6 +6,7 @@ import importlib
 import os
 from importlib.metadata import PackageNotFoundError, distribution
 
+from moe_train.config.resolve import backend_of
 from moe_train.config.rules.precision import power_of_two_scales, properties
 from moe_train.config.schema import Config, PrecisionConfig
 from parallel.errors import ConfigError, HardwareError
@@ -27,9 +28,7 @@ def choose(cfg: Config, runtime: str) -> str:
             recipe of FP8 or FP4 that this GPU does not have.
         ConfigError: FP8 scales are asked for that the environment does not set.
     """
-    name = cfg.backend.name
-    if name == "auto":
-        name = "te" if runtime == "cuda" else "local"
+    name = backend_of(cfg, runtime)
     if name == "te":
         _require("transformer_engine.pytorch", "Transformer Engine (backend.name=te)", INSTALL_TE)
     if cfg.backend.apex:

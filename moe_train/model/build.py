@@ -15,6 +15,7 @@ from torch import nn
 
 from moe_train.config.model import ModelConfig
 from moe_train.config.recompute import of_chunk
+from moe_train.config.resolve import ResolvedConfig
 from moe_train.config.rules.precision import high_precision_layers
 from moe_train.config.schema import Config, RecomputeConfig
 from moe_train.model import surgery
@@ -27,21 +28,19 @@ from parallel.dispatchers import DISPATCHERS
 from parallel.layout import ParallelLayout
 
 
-def transformer_config(
-    cfg: Config, layout: ParallelLayout, backend: str, runtime: str, stage: int = 0
-) -> TransformerConfig:
-    """Everything Megatron-Core wants to know, for pipeline stage `stage`. `backend` is te or local; `runtime` is cuda,
-    cpu or simulated."""
+def transformer_config(resolved: ResolvedConfig, stage: int = 0) -> TransformerConfig:
+    """Everything Megatron-Core wants to know, for pipeline stage `stage`."""
+    cfg, backend = resolved.cfg, resolved.backend
     options = {
         **_backbone(cfg.model),
         **_attention(cfg.model),
-        **(_experts(cfg, layout, backend) if cfg.model.is_moe else {}),
-        **_parallel(cfg, layout, runtime),
+        **(_experts(resolved) if cfg.model.is_moe else {}),
+        **_parallel(resolved),
         **_numbers(cfg),
         **_recompute(of_chunk(cfg.recompute, stage)),
         **_offload(cfg.recompute, backend),
         **(low_precision_options(cfg.precision) if backend == "te" else {}),
-        **_fusions(cfg, backend, runtime),
+        **_fusions(resolved),
     }
     config_class = MLATransformerConfig if attention_kind(cfg.model).latent else TransformerConfig
     config = config_class(**options)
@@ -115,9 +114,8 @@ def _yarn_of_gqa(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _experts(cfg: Config, layout: ParallelLayout, backend: str) -> dict[str, Any]:
-    model, parallel = cfg.model, cfg.parallel
-    grouped = True if cfg.backend.grouped_gemm is None else cfg.backend.grouped_gemm
+def _experts(resolved: ResolvedConfig) -> dict[str, Any]:
+    model, parallel, layout = resolved.cfg.model, resolved.cfg.parallel, resolved.layout
     # Before 0.19 upstream counts these losses 1 / (tp x cp) too little when the loss is a sum over tokens: each rank
     # multiplies by its own tokens, not by those of its tensor- and context-parallel peers (transformer/moe/router.py).
     scale = layout.tp * layout.cp if Version(version("megatron-core")) < Version("0.19") else 1
@@ -143,27 +141,26 @@ def _experts(cfg: Config, layout: ParallelLayout, backend: str) -> dict[str, Any
         "moe_pad_expert_input_to_capacity": model.pad_to_capacity,
         "moe_token_drop_policy": model.token_drop_policy,
         "moe_token_dispatcher_type": DISPATCHERS[parallel.dispatcher].megatron,
-        "moe_grouped_gemm": grouped,
+        "moe_grouped_gemm": resolved.grouped,
         **(groups if model.router_num_groups else {}),
     }
 
 
-def _parallel(cfg: Config, layout: ParallelLayout, runtime: str) -> dict[str, Any]:
-    parallel = cfg.parallel
-    overlap_p2p = layout.vpp > 1 if parallel.overlap_p2p is None else parallel.overlap_p2p
+def _parallel(resolved: ResolvedConfig) -> dict[str, Any]:
+    layout = resolved.layout
     return {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
-        "pipeline_model_parallel_layout": pipeline_layout(cfg, layout),
+        "pipeline_model_parallel_layout": pipeline_layout(resolved.cfg, layout),
         "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
-        "sequence_parallel": layout.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel,
-        "overlap_p2p_comm": overlap_p2p,
-        "batch_p2p_comm": not overlap_p2p,
+        "sequence_parallel": resolved.sequence_parallel,
+        "overlap_p2p_comm": resolved.overlap_p2p,
+        "batch_p2p_comm": not resolved.overlap_p2p,
         # With overlapped messages gloo still reads the output that upstream would free: gradients come out wrong.
-        "deallocate_pipeline_outputs": runtime == "cuda",
+        "deallocate_pipeline_outputs": resolved.runtime == "cuda",
         "variable_seq_lengths": False,
     }
 
@@ -200,9 +197,9 @@ def _offload(recompute: RecomputeConfig, backend: str) -> dict[str, Any]:
     }
 
 
-def _fusions(cfg: Config, backend: str, runtime: str) -> dict[str, Any]:
-    """Fused paths that Megatron-Core's guide recommends (core/transformer/moe/README.md), on cuda by default."""
-    fused = runtime == "cuda" if cfg.backend.fusions is None else cfg.backend.fusions
+def _fusions(resolved: ResolvedConfig) -> dict[str, Any]:
+    """Fused paths that Megatron-Core's guide recommends (core/transformer/moe/README.md)."""
+    cfg, backend, runtime, fused = resolved.cfg, resolved.backend, resolved.runtime, resolved.fused
     te = fused and backend == "te"
     return {
         "bias_activation_fusion": fused,

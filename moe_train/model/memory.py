@@ -6,9 +6,8 @@ import math
 
 from moe_train.config.model import ModelConfig
 from moe_train.config.recompute import of_chunk
-from moe_train.config.resolve import Facts, batch_schedule, gather_facts
+from moe_train.config.resolve import batch_schedule, resolve
 from moe_train.config.rules.precision import high_precision_layers, recipe
-from moe_train.config.rules.recompute import grouped_experts
 from moe_train.config.schema import Config
 from moe_train.model.arithmetic import count_parameters, parameters_of_ranks
 from parallel import pipeline
@@ -26,30 +25,29 @@ def predict(cfg: Config, layout: ParallelLayout) -> list[StageMemory]:
 
 def workload_of(cfg: Config, layout: ParallelLayout) -> Workload:
     """The workload of a step as moe-train runs `cfg`."""
-    facts: Facts = gather_facts(cfg, layout)
+    resolved = resolve(cfg, layout)
     model, precision, recompute = cfg.model, cfg.precision, cfg.recompute
     stages = pipeline.stage_items(
         cfg.parallel.pipeline_layout, layout.pp, layout.vpp, model.num_layers, model.mtp_num_layers
     )
     offloads = recompute.offload != "none"
     each = [of_chunk(recompute, chunk) for chunk in range(len(recompute.stages))]
-    fused = facts.runtime == "cuda" if cfg.backend.fusions is None else cfg.backend.fusions
     return Workload(
         model=model,
         layout=layout,
         stages=stages,
         micro_batch_size=cfg.batch.micro_batch_size,
         seq_length=cfg.train.seq_length,
-        micro_batches=max(1, batch_schedule(cfg).last_size // facts.data_ranks_batch),
-        sequence_parallel=facts.sequence_parallel,
-        backend=facts.backend,
-        fused=fused,
-        grouped=grouped_experts(facts),
+        micro_batches=max(1, batch_schedule(cfg).last_size // resolved.data_ranks_batch),
+        sequence_parallel=resolved.sequence_parallel,
+        backend=resolved.backend,
+        fused=resolved.fused,
+        grouped=resolved.grouped,
         dtype=precision.dtype,
         # Emulation keeps 16 bits of everything.
-        fp8=recipe(precision) if facts.backend == "te" else None,
+        fp8=recipe(precision) if resolved.backend == "te" else None,
         bf16_layers=high_precision_layers(precision, model.num_layers),
-        fp8_weights_only=precision.fp8_param_gather and facts.backend == "te",
+        fp8_weights_only=precision.fp8_param_gather and resolved.backend == "te",
         grad_bytes=4 if precision.grad_reduce_fp32 or precision.dtype == "fp32" else 2,
         moment_bytes=4 if precision.moments_dtype == "fp32" else 2,
         distributed_optimizer=cfg.parallel.distributed_optimizer,
@@ -59,9 +57,9 @@ def workload_of(cfg: Config, layout: ParallelLayout) -> Workload:
         recompute_modules=frozenset(recompute.modules),
         recompute_of_chunks=tuple((one.mode, frozenset(one.modules)) for one in each),
         offload_modules=frozenset(recompute.offload_modules),
-        offload_min_bytes=recompute.offload_min_bytes if offloads and facts.backend == "local" else math.inf,
-        frees_outputs=facts.runtime == "cuda",
-        on_cpu=facts.runtime == "cpu",
+        offload_min_bytes=recompute.offload_min_bytes if offloads and resolved.backend == "local" else math.inf,
+        frees_outputs=resolved.runtime == "cuda",
+        on_cpu=resolved.runtime == "cpu",
     )
 
 

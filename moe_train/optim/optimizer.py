@@ -12,21 +12,23 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from moe_train.config.resolve import ResolvedConfig, decay_end
 from moe_train.config.schema import Config
 from moe_train.model.precision import DTYPES
 from moe_train.optim.moments import AdamWithBf16Moments
-from parallel import runtime
 from parallel.fp8_recipes import RECIPES
 
 
-def data_parallel(chunks: list[nn.Module], config: TransformerConfig, cfg: Config) -> list[DistributedDataParallel]:
+def data_parallel(
+    chunks: list[nn.Module], config: TransformerConfig, resolved: ResolvedConfig
+) -> list[DistributedDataParallel]:
     """Wrap each model chunk so that gradients collect in one buffer and are reduced over data-parallel ranks."""
-    parallel = cfg.parallel
+    cfg, parallel = resolved.cfg, resolved.cfg.parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=cfg.precision.grad_reduce_fp32,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=_distributed(cfg),
+        use_distributed_optimizer=_distributed(resolved),
         fp8_param_gather=cfg.precision.fp8_param_gather,
         reuse_grad_buf_for_mxfp8_param_ag=_mxfp8_parameters(cfg),
     )
@@ -47,22 +49,25 @@ def _mxfp8_parameters(cfg: Config) -> bool:
     return precision.fp8_param_gather and precision.fp8 is not None and RECIPES[precision.fp8].gathers_high_precision
 
 
-def _distributed(cfg: Config) -> bool:
+def _distributed(resolved: ResolvedConfig) -> bool:
     """Whether to shard optimizer state. Over one rank there is nothing to shard, only copies of all weights and
     gradients to save; checkpoints are the same."""
     shards = max(ps.get_data_parallel_world_size(with_context_parallel=True), ps.get_expert_data_parallel_world_size())
-    needed = cfg.parallel.overlap_param_gather or cfg.precision.fp8_param_gather or _moments_of_te(cfg)
+    cfg = resolved.cfg
+    needed = cfg.parallel.overlap_param_gather or cfg.precision.fp8_param_gather or _moments_of_te(resolved)
     return cfg.parallel.distributed_optimizer and (shards > 1 or needed)
 
 
-def _moments_of_te(cfg: Config) -> bool:
+def _moments_of_te(resolved: ResolvedConfig) -> bool:
     """Whether Transformer Engine's optimizer is to keep moments in bf16; on a CPU our own does."""
-    return cfg.precision.moments_dtype == "bf16" and runtime.choose(cfg.runtime) == "cuda"
+    return resolved.cfg.precision.moments_dtype == "bf16" and resolved.runtime == "cuda"
 
 
-def build_optimizer(cfg: Config, config: TransformerConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+def build_optimizer(
+    resolved: ResolvedConfig, config: TransformerConfig, chunks: list[DistributedDataParallel]
+) -> MegatronOptimizer:
     """AdamW with fp32 master weights where weights are 16-bit; its state is sharded with `distributed_optimizer`."""
-    optimizer = cfg.optimizer
+    cfg, optimizer = resolved.cfg, resolved.cfg.optimizer
     dtype = DTYPES[cfg.precision.dtype]
     options: dict[str, Any] = {
         "optimizer": "adam",
@@ -77,18 +82,18 @@ def build_optimizer(cfg: Config, config: TransformerConfig, chunks: list[Distrib
         "bf16": cfg.precision.dtype == "bf16",
         "fp16": cfg.precision.dtype == "fp16",
         "initial_loss_scale": cfg.precision.initial_loss_scale,
-        "use_distributed_optimizer": _distributed(cfg),
+        "use_distributed_optimizer": _distributed(resolved),
         "overlap_param_gather": cfg.parallel.overlap_param_gather,
     }
     if cfg.precision.fp8_param_gather:  # the optimizer then writes weights in FP8
         options["fp8_recipe"] = RECIPES[cfg.precision.fp8 or ""].megatron
         options["reuse_grad_buf_for_mxfp8_param_ag"] = _mxfp8_parameters(cfg)
-    if _moments_of_te(cfg):  # upstream's optimizer_config.py
+    if _moments_of_te(resolved):  # upstream's optimizer_config.py
         options["use_precision_aware_optimizer"] = True
         options["exp_avg_dtype"] = options["exp_avg_sq_dtype"] = DTYPES["bf16"]
     built = get_megatron_optimizer(OptimizerConfig(**options), chunks, use_gloo_process_groups=False)
     config.grad_scale_func = built.scale_loss
-    if cfg.precision.moments_dtype == "bf16" and not _moments_of_te(cfg):
+    if cfg.precision.moments_dtype == "bf16" and not _moments_of_te(resolved):
         _store_moments_in_bf16(built, cfg.seed if cfg.precision.stochastic_rounding else None)
     _fuse(built)
     return built
@@ -119,7 +124,7 @@ def build_schedule(cfg: Config, optimizer: MegatronOptimizer, steps: int) -> Opt
         max_lr=lr,
         min_lr=lr * schedule.min_lr_ratio,
         lr_warmup_steps=schedule.warmup_steps,
-        lr_decay_steps=max(schedule.decay_steps or steps, schedule.warmup_steps + 1),
+        lr_decay_steps=max(decay_end(schedule, steps), schedule.warmup_steps + 1),
         lr_decay_style=schedule.decay,
         start_wd=cfg.optimizer.weight_decay,
         end_wd=cfg.optimizer.weight_decay,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from moe_train.checkpoint import checkpoint, state
 from moe_train.config.model import ModelConfig
+from moe_train.config.resolve import resolve
 from moe_train.config.schema import Config
 from moe_train.loop import step
 from moe_train.ranks import RankContext, build_model
@@ -59,7 +60,7 @@ def join(cfg: Config) -> RankContext:
     groups.destroy()
     groups.create(layout, cfg.seed)
     torch.manual_seed(cfg.seed)
-    return RankContext(cfg, layout, rank, device, "cpu", "local")
+    return RankContext(resolve(cfg, layout, runtime="cpu"), rank, device)
 
 
 def prepare(cfg: Config) -> Run:

@@ -11,6 +11,7 @@ import pytest
 
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
+from moe_train.config.resolve import resolve
 from moe_train.config.schema import Config, RecomputeStage
 from moe_train.config.walk import with_values
 from parallel.layout import ParallelLayout
@@ -120,7 +121,7 @@ def test_megatron_core_accepts_what_passes_and_remedies_lead_there(backend: str)
     for cfg, layout in passed:
         with as_if_on_cuda() if backend == "te" else nullcontext():
             for stage in range(max(1, len(cfg.recompute.stages))):
-                transformer_config(cfg, layout, backend, cfg.runtime, stage)
+                transformer_config(resolve(cfg, layout), stage)
         # Upstream checks these only while it builds modules or runs the schedule.
         model, micro_batches = cfg.model, cfg.batch.global_batch_size // (cfg.batch.micro_batch_size * layout.dp)
         assert model.padded_vocab_size % layout.tp == 0

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moe_train.config.model import ModelConfig
+from moe_train.config.resolve import resolve
 from moe_train.config.schema import Config
 from moe_train.loop.callbacks.sinks import CloseSinks, Sinks
 from moe_train.run import Callback, Metrics, Run
@@ -28,7 +29,7 @@ def fake_run(run_dir: Path, *, step: int = 0, total_steps: int = 10, rank: int =
     cfg.telemetry.log_interval_steps = log_interval
     layout = ParallelLayout(tp=2, pp=1, vpp=1, cp=1, ep=1, etp=1, dp=1)
     info = RankInfo(rank, 2, rank, 2, "127.0.0.1", 0, "local")
-    run = Run(cfg, layout, info, torch.device("cpu"), "cpu", "local", total_steps, run_dir)
+    run = Run(resolve(cfg, layout, runtime="cpu"), info, torch.device("cpu"), total_steps, run_dir)
     set_step(run, step)
     return run
 

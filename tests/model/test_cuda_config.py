@@ -15,6 +15,7 @@ import torch
 
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
+from moe_train.config.resolve import resolve
 from moe_train.model import backend
 from parallel.errors import ConfigError, HardwareError
 from tests.distributed.helper import run_distributed
@@ -48,9 +49,9 @@ def cuda_options(*overrides: str, name: str = "te") -> dict[str, Any]:
     """Fields of Megatron-Core's config for a cuda run, as if Transformer Engine were installed."""
     from moe_train.model.build import transformer_config as make
 
-    cfg = compose(["runtime=cuda", "precision=bf16", *overrides])
+    cfg = compose(["runtime=cuda", "precision=bf16", f"backend.name={name}", *overrides])
     with as_if_on_cuda():
-        config = make(cfg, validate(cfg), name, "cuda")
+        config = make(resolve(cfg, validate(cfg), runtime="cuda"))
     keep = (bool, int, float, str, list, type(None))
     return {f.name: v for f in dataclasses.fields(config) if isinstance(v := getattr(config, f.name, None), keep)}
 
@@ -202,7 +203,7 @@ def te_layers(*overrides: str) -> tuple[int, int, str, bool, str, str]:
         mock.patch.object(gpt_layer_specs, "TENorm", mock.MagicMock(), create=True),
         mock.patch.object(gpt_layer_specs, "TESpecProvider", return_value=provider, create=True),
     ):
-        block, mtp = te_specs(transformer_config(cfg, layout, "te", "cuda"), cfg.model, None)
+        block, mtp = te_specs(transformer_config(resolve(cfg, layout, runtime="cuda")), cfg.model, None)
     norm = block.layer_specs[-1].submodules.self_attention.submodules.q_layernorm
     kinds = len({id(layer) for layer in block.layer_specs})
     last = block.layer_specs[-1] if mtp is None else _predicting_layer(mtp)

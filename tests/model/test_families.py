@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moe_train.config.model import ModelConfig
+from moe_train.config.resolve import resolve
 from moe_train.model.local.router import scores_groups_by_best
 from tests.distributed.helper import run_distributed
 from tests.model.tiny import build_tiny
@@ -166,7 +167,7 @@ def gates_elsewhere() -> list[tuple[str, bool]]:
     cfg = tiny_config(*GATED, "runtime=simulated", "parallel.tp=2")
     layout = validate(cfg)
     groups.create(layout, cfg.seed)
-    (chunk,) = build(cfg, transformer_config(cfg, layout, "local", "simulated"), "local", 1, weights=False)
+    (chunk,) = build(cfg, transformer_config(resolve(cfg, layout, runtime="simulated")), "local", 1, weights=False)
     gates: list[Any] = [p for name, p in chunk.named_parameters() if name.endswith("gate_weight")]
     return [(gate.device.type, gate.sequence_parallel) for gate in gates]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
+from moe_train.config.resolve import resolve
 from moe_train.config.schema import Config
 
 
@@ -30,4 +31,4 @@ def build_tiny(*overrides: str) -> list[Any]:
     cfg = tiny_config(*overrides)
     layout = validate(cfg)
     groups.create(layout, cfg.seed)
-    return build(cfg, transformer_config(cfg, layout, "local", "cpu"), "local", layout.vpp, weights=False)
+    return build(cfg, transformer_config(resolve(cfg, layout, runtime="cpu")), "local", layout.vpp, weights=False)

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
+from moe_train.config.resolve import resolve
 from moe_train.optim.moments import AdamWithBf16Moments, round_stochastically
 from tests.checkpoint import small_run
 from tests.distributed.helper import run_distributed
@@ -158,11 +159,10 @@ def asked_of_megatron(run_dir: Path) -> Any:
     with (
         mock.patch.dict(sys.modules, modules),
         mock.patch.object(optimizer_config, "is_te_min_version", return_value=True),
-        mock.patch.object(optimizer.runtime, "choose", return_value="cuda"),
         mock.patch.object(optimizer, "get_megatron_optimizer", side_effect=Asked) as built,
         pytest.raises(Asked),
     ):
-        optimizer.build_optimizer(cfg, run.config, run.chunks)
+        optimizer.build_optimizer(resolve(cfg, run.layout, runtime="cuda"), run.config, run.chunks)
     asked = built.call_args.args[0]
     return {
         name: getattr(asked, name)

@@ -8,7 +8,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from moe_train.config.resolve import total_steps
+from moe_train.config.resolve import decay_end, total_steps
 from moe_train.config.roots import ROOTS
 from moe_train.config.walk import group_names
 
@@ -22,8 +22,7 @@ def default_warmup(usual: int, *, _root_: Any) -> int:
     tokens_per_step = _root_.batch.global_batch_size * _root_.train.seq_length
     if _root_.train.tokens is not None and tokens_per_step <= 0:
         return usual
-    decay_ends = _root_.schedule.decay_steps
-    end = max(0, total_steps(_root_) if decay_ends is None else decay_ends)
+    end = decay_end(_root_.schedule, max(0, total_steps(_root_)))
     return usual if end >= usual else end // 10
 
 

@@ -12,8 +12,7 @@ import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moe_train.config.resolve import Facts, gather_facts
-from moe_train.config.resolve import total_steps as total_steps
+from moe_train.config.resolve import ResolvedConfig, resolve
 from moe_train.config.rules import checkpoint as checkpoint_rules
 from moe_train.config.rules import model as model_rules
 from moe_train.config.rules import parallel as parallel_rules
@@ -72,7 +71,7 @@ def _check(cfg: Config, world_size: int | None, trains: bool) -> tuple[Impossibl
         layout = ParallelLayout.resolve(**degrees, world_size=world_size)
     except Impossible as problem:
         return problem, 1, None
-    facts: Facts = gather_facts(cfg, layout, trains)
+    facts: ResolvedConfig = resolve(cfg, layout, trains)
     for stage, rule in enumerate(_RULES, 2):
         try:
             rule(facts)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-from moe_train.config.resolve import Facts, Rule
+from moe_train.config.resolve import ResolvedConfig, Rule
 from parallel.suggest import Impossible, fixes_of, multiples, override_value
 
 
-def retention(facts: Facts) -> None:
+def retention(facts: ResolvedConfig) -> None:
     """Checkpoints that are kept permanently are saved, and matter only where others are removed."""
     settings = facts.cfg.checkpoint
     every, interval = settings.keep_every, settings.interval_steps
@@ -25,7 +25,7 @@ def retention(facts: Facts) -> None:
         )
 
 
-def places(facts: Facts) -> None:
+def places(facts: ResolvedConfig) -> None:
     """The nodes' disks are another place than that of all checkpoints."""
     cfg = facts.cfg
     near, shared = cfg.checkpoint.local_dir, cfg.checkpoint_root

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from moe_train.config.model import ModelConfig
-from moe_train.config.resolve import Facts, Rule, gather_facts
+from moe_train.config.resolve import ResolvedConfig, Rule, resolve
 from moe_train.config.schema import Config
 from parallel.architecture.attention import attention_kind
 from parallel.layout import ParallelLayout
 from parallel.suggest import Fix, Impossible, divisors, fixes_of, multiples, nearest
 
 
-def positive_numbers(facts: Facts) -> None:
+def positive_numbers(facts: ResolvedConfig) -> None:
     """Numbers that must be above zero (or one), which no integer minimum can say."""
     model = facts.cfg.model
     above_zero = {"norm_epsilon": 1e-6, "init_std": 0.006, "rope_base": 10000.0, "yarn_beta_slow": 1.0}
@@ -39,7 +39,7 @@ def positive_numbers(facts: Facts) -> None:
                          [{"model.router_scaling_factor": 1.0}])  # fmt: skip
 
 
-def attention_heads(facts: Facts) -> None:
+def attention_heads(facts: ResolvedConfig) -> None:
     """Heads and their sizes must come out whole, and rotary dimensions in pairs."""
     model = facts.cfg.model
     heads = model.num_attention_heads
@@ -85,7 +85,7 @@ def attention_heads(facts: Facts) -> None:
     _rotary_part(facts)
 
 
-def _only_for_gqa(facts: Facts) -> None:
+def _only_for_gqa(facts: ResolvedConfig) -> None:
     """Options of grouped-query attention that upstream's multi-latent attention does not have."""
     model = facts.cfg.model
     if model.qkv_bias:
@@ -102,7 +102,7 @@ def _only_for_gqa(facts: Facts) -> None:
                          fixes_of("model.rope_type", ("rope", "yarn")))  # fmt: skip
 
 
-def _rotary_part(facts: Facts) -> None:
+def _rotary_part(facts: ResolvedConfig) -> None:
     """The rotary part of a head is some of it, in pairs."""
     model = facts.cfg.model
     share, dim = model.rotary_percent, model.attention_head_dim
@@ -118,7 +118,7 @@ def _rotary_part(facts: Facts) -> None:
         )
 
 
-def shared_experts(facts: Facts) -> None:
+def shared_experts(facts: ResolvedConfig) -> None:
     """What describes shared experts needs some."""
     model = facts.cfg.model
     if model.num_shared_experts and model.is_moe:
@@ -136,7 +136,7 @@ def shared_experts(facts: Facts) -> None:
                          [{"model.shared_expert_gate": False}, more])  # fmt: skip
 
 
-def experts_of_a_token(facts: Facts) -> None:
+def experts_of_a_token(facts: ResolvedConfig) -> None:
     """A token cannot visit more experts than there are."""
     model = facts.cfg.model
     if not model.is_moe:
@@ -164,7 +164,7 @@ def experts_of_a_token(facts: Facts) -> None:
         )
 
 
-def expert_groups(facts: Facts) -> None:
+def expert_groups(facts: ResolvedConfig) -> None:
     """Group-limited routing: equal groups, and a whole number of experts from each chosen group."""
     model = facts.cfg.model
     groups, chosen = model.router_num_groups, model.router_topk_groups
@@ -223,7 +223,7 @@ def expert_groups(facts: Facts) -> None:
         )
 
 
-def capacity(facts: Facts) -> None:
+def capacity(facts: ResolvedConfig) -> None:
     """Padding to a capacity needs one, and a capacity is above zero (upstream takes a negative one for none)."""
     model = facts.cfg.model
     if model.capacity_factor is not None and not model.capacity_factor > 0:
@@ -238,7 +238,7 @@ def capacity(facts: Facts) -> None:
         )
 
 
-def balance(facts: Facts) -> None:
+def balance(facts: ResolvedConfig) -> None:
     """One coefficient for each balance loss, and a selection bias only where upstream has one."""
     model = facts.cfg.model
     losses, coeffs = model.balance_losses, model.balance_loss_coeffs
@@ -277,6 +277,6 @@ def check(model: ModelConfig) -> None:
     Raises:
         Impossible: no model can be like that.
     """
-    facts = gather_facts(Config(model=model), ParallelLayout(tp=1, pp=1, vpp=1, cp=1, ep=1, etp=1, dp=1), trains=False)
+    facts = resolve(Config(model=model), ParallelLayout(tp=1, pp=1, vpp=1, cp=1, ep=1, etp=1, dp=1), trains=False)
     for rule in RULES:
         rule(facts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import lcm
 
-from moe_train.config.resolve import Facts, Rule
+from moe_train.config.resolve import ResolvedConfig, Rule
 from parallel import pipeline
 from parallel.architecture.layers import describe_layer
 from parallel.architecture.parts import Shard
@@ -13,7 +13,9 @@ from parallel.dispatchers import DISPATCHERS, Dispatcher
 from parallel.suggest import Fix, Impossible, divisors, fixes_of, multiples, nearest
 
 
-def _divides(facts: Facts, degree: str, field: str, value: int, meaning: str = "", fixed: bool = False) -> None:
+def _divides(
+    facts: ResolvedConfig, degree: str, field: str, value: int, meaning: str = "", fixed: bool = False
+) -> None:
     """`parallel.<degree>` must divide `value` of `field`; suggests degrees, then values unless they are `fixed`."""
     by: int = getattr(facts.layout, degree)
     if value % by == 0:
@@ -26,7 +28,7 @@ def _divides(facts: Facts, degree: str, field: str, value: int, meaning: str = "
     raise Impossible(f"{name}={by} does not divide {what} ({value} = {value // by} x {by} + {value % by})", fixes)
 
 
-def tensor_parallel_widths(facts: Facts) -> None:
+def tensor_parallel_widths(facts: ResolvedConfig) -> None:
     """Every matrix that tensor-parallel ranks split must split evenly."""
     model = facts.cfg.model
     _divides(facts, "tp", "model.num_attention_heads", model.num_attention_heads)
@@ -45,7 +47,7 @@ def tensor_parallel_widths(facts: Facts) -> None:
     _divides(facts, "tp", "model.vocab_size", model.padded_vocab_size, meaning, fixed=True)
 
 
-def _query_groups(facts: Facts) -> None:
+def _query_groups(facts: ResolvedConfig) -> None:
     """Key/value heads split over tp, or each serves a whole number of tensor-parallel ranks."""
     model, tp = facts.cfg.model, facts.layout.tp
     groups = model.kv_heads
@@ -62,7 +64,7 @@ def _query_groups(facts: Facts) -> None:
         )
 
 
-def sequence_parallel(facts: Facts) -> None:
+def sequence_parallel(facts: ResolvedConfig) -> None:
     """Sequence parallelism needs tensor parallelism, and upstream's MoE layer needs it with tensor parallelism."""
     asked, tp = facts.cfg.parallel.sequence_parallel, facts.layout.tp
     if asked and tp == 1:
@@ -78,7 +80,7 @@ def sequence_parallel(facts: Facts) -> None:
         )
 
 
-def sequence_length(facts: Facts) -> None:
+def sequence_length(facts: ResolvedConfig) -> None:
     """Sequences split over cp (in 2 x cp zig-zag slices) and then over tp, and fit the model."""
     train, model, layout = facts.cfg.train, facts.cfg.model, facts.layout
     length = train.seq_length
@@ -108,7 +110,7 @@ def sequence_length(facts: Facts) -> None:
         )
 
 
-def experts(facts: Facts) -> None:
+def experts(facts: ResolvedConfig) -> None:
     """Experts split evenly over ep ranks; dense models have none to split."""
     model, layout = facts.cfg.model, facts.layout
     if not model.is_moe:
@@ -127,7 +129,7 @@ def _instead(suits: Callable[[Dispatcher], bool]) -> list[Fix]:
     return fixes_of("parallel.dispatcher", [row.name for row in DISPATCHERS.values() if suits(row)])
 
 
-def dispatcher(facts: Facts) -> None:
+def dispatcher(facts: ResolvedConfig) -> None:
     """What each way of sending tokens to experts needs."""
     cfg, layout, parallel = facts.cfg, facts.layout, facts.cfg.parallel
     row = DISPATCHERS[parallel.dispatcher]
@@ -160,7 +162,7 @@ def dispatcher(facts: Facts) -> None:
             )
 
 
-def stages(facts: Facts) -> None:
+def stages(facts: ResolvedConfig) -> None:
     """Every virtual pipeline stage holds something, and chunks interleave only over several ranks."""
     cfg, layout = facts.cfg, facts.layout
     if layout.vpp > 1 and layout.pp == 1:
@@ -192,7 +194,7 @@ def stages(facts: Facts) -> None:
         pipeline.parse_layout(text, layout.pp, layout.vpp, model.num_layers, model.mtp_num_layers)
 
 
-def global_batch(facts: Facts) -> None:
+def global_batch(facts: ResolvedConfig) -> None:
     """The global batch is whole micro-batches on every data-parallel rank, in rounds of pp when interleaved."""
     cfg, layout = facts.cfg, facts.layout
     if facts.runtime == "simulated":
@@ -219,7 +221,7 @@ def global_batch(facts: Facts) -> None:
         )
 
 
-def overlap(facts: Facts) -> None:
+def overlap(facts: ResolvedConfig) -> None:
     """Gathering parameters late needs shards to gather, and gradients reduced the same way (upstream's rule)."""
     parallel = facts.cfg.parallel
     if not parallel.overlap_param_gather:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from moe_train.config.resolve import Facts, Rule
+from moe_train.config.resolve import ResolvedConfig, Rule
 from moe_train.config.schema import PrecisionConfig
 from parallel.architecture.layers import describe_layer, describe_mtp
 from parallel.architecture.parts import Shard
@@ -53,7 +53,7 @@ def _off(precision: PrecisionConfig) -> Fix:
     return fix | {f"precision.{name}": False for name in _OPTIONS if getattr(precision, name)}
 
 
-def low_precision(facts: Facts) -> None:
+def low_precision(facts: ResolvedConfig) -> None:
     """Only linear layers are in FP8 or FP4; all else needs bf16, and their options need a recipe."""
     precision = facts.cfg.precision
     if precision.fp8 and precision.fp4:
@@ -85,7 +85,7 @@ def low_precision(facts: Facts) -> None:
         )
 
 
-def scales(facts: Facts) -> None:
+def scales(facts: ResolvedConfig) -> None:
     """Which recipes let the user say whether scales are powers of two."""
     precision = facts.cfg.precision
     asked, known = precision.power_of_two_scales, properties(precision)
@@ -105,7 +105,7 @@ def scales(facts: Facts) -> None:
         )
 
 
-def layers_in_bf16(facts: Facts) -> None:
+def layers_in_bf16(facts: ResolvedConfig) -> None:
     """Upstream's limits (transformer/transformer_config.py), and at least one layer that is in FP8."""
     precision, layers, pp = facts.cfg.precision, facts.cfg.model.num_layers, facts.layout.pp
     if recipe(precision) is None or not precision.first_last_layers_bf16:
@@ -133,7 +133,7 @@ def layers_in_bf16(facts: Facts) -> None:
         )
 
 
-def param_gather(facts: Facts) -> None:
+def param_gather(facts: ResolvedConfig) -> None:
     """Weights in FP8 are Transformer Engine's, and the distributed optimizer writes them."""
     cfg = facts.cfg
     if not cfg.precision.fp8_param_gather:
@@ -151,7 +151,7 @@ def param_gather(facts: Facts) -> None:
                          [{"parallel.distributed_optimizer": True}, off])  # fmt: skip
 
 
-def dispatch(facts: Facts) -> None:
+def dispatch(facts: ResolvedConfig) -> None:
     """Tokens travel in FP8 between emulated experts only, through all-to-all messages, in tiles of 1 x 128."""
     cfg, model = facts.cfg, facts.cfg.model
     if not cfg.precision.fp8_dispatch:
@@ -190,7 +190,7 @@ def dispatch(facts: Facts) -> None:
         )
 
 
-def dimensions(facts: Facts) -> None:
+def dimensions(facts: ResolvedConfig) -> None:
     """Transformer Engine multiplies aligned matrices only: widths of linear layers on a rank, and its tokens."""
     cfg, layout = facts.cfg, facts.layout
     name = recipe(cfg.precision)
@@ -219,7 +219,7 @@ def dimensions(facts: Facts) -> None:
         )
 
 
-def _widths(facts: Facts) -> Iterator[tuple[str, str, int, int]]:
+def _widths(facts: ResolvedConfig) -> Iterator[tuple[str, str, int, int]]:
     """(field, arithmetic, width on a rank, what of the field is one of the width) of each side of a linear layer.
 
     Experts get as many rows as Megatron-Core pads them to (transformer/moe/experts.py `TEGroupedMLP`).
@@ -239,7 +239,7 @@ def _widths(facts: Facts) -> Iterator[tuple[str, str, int, int]]:
         yield width.field, width.arithmetic(ranks if split else None), on_rank, 1 if width.heads else ranks
 
 
-def kept_scales(facts: Facts) -> None:
+def kept_scales(facts: ResolvedConfig) -> None:
     """Transformer Engine's delayed scaling pickles its scales with its layers, and checkpoints keep nothing pickled."""
     checkpoint = facts.cfg.checkpoint
     known = properties(facts.cfg.precision)
@@ -256,7 +256,7 @@ def kept_scales(facts: Facts) -> None:
         )
 
 
-def moments(facts: Facts) -> None:
+def moments(facts: ResolvedConfig) -> None:
     """Adam moments in bf16: on te by Megatron-Core's precision-aware optimizer, on local by our own, on the CPU."""
     cfg = facts.cfg
     if cfg.precision.moments_dtype == "fp32" or not facts.trains:
@@ -273,7 +273,7 @@ def moments(facts: Facts) -> None:
         )
 
 
-def stochastic_rounding(facts: Facts) -> None:
+def stochastic_rounding(facts: ResolvedConfig) -> None:
     """Only what is stored in bf16 by our own optimizer is rounded at random."""
     precision, off = facts.cfg.precision, [{"precision.stochastic_rounding": False}]
     if not precision.stochastic_rounding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_train.config.recompute import of_chunk, settings
-from moe_train.config.resolve import Facts, Rule
+from moe_train.config.resolve import ResolvedConfig, Rule
 from moe_train.config.schema import RecomputeStage
 from parallel import pipeline
 from parallel.architecture.attention import attention_kind, modules_of_other_attentions
@@ -15,7 +15,7 @@ from parallel.suggest import Fix, Impossible, divisors, fixes_of, nearest, overr
 _OFF: Fix = {"recompute.mode": "none", "recompute.modules": []}
 
 
-def stages(facts: Facts) -> None:
+def stages(facts: ResolvedConfig) -> None:
     """An entry for each pipeline stage or chunk, each with names of modules that this model has."""
     recompute, layout = facts.cfg.recompute, facts.layout
     named = list(recompute.stages)
@@ -53,7 +53,7 @@ def stages(facts: Facts) -> None:
                 raise Impossible(f"recompute.stages[{place}] has {module}, but {reason[0]}", [*reason[1], off])
 
 
-def modules(facts: Facts) -> None:
+def modules(facts: ResolvedConfig) -> None:
     """Only `selective` has modules, each once, and each is a part of this model."""
     recompute = facts.cfg.recompute
     named = list(recompute.modules)
@@ -79,7 +79,7 @@ def modules(facts: Facts) -> None:
             raise Impossible(f"recompute.modules has {module}, but {reason[0]}", [*reason[1], *_without(named, module)])
 
 
-def _missing(facts: Facts, module: str) -> tuple[str, list[Fix]] | None:
+def _missing(facts: ResolvedConfig, module: str) -> tuple[str, list[Fix]] | None:
     """Why this model has no such module to recompute, and what would give it one."""
     cfg, kind = facts.cfg, attention_kind(facts.cfg.model)
     if module in modules_of_other_attentions(cfg.model):
@@ -92,7 +92,7 @@ def _missing(facts: Facts, module: str) -> tuple[str, list[Fix]] | None:
         return "model.num_dense_layers=0: no layer has a dense feed-forward", []
     if module == "layernorm" and facts.backend == "te" and kind.norm_in_linear and not cfg.model.is_moe:
         return "on backend.name=te the norms of this model are part of the linear layers behind them", []
-    if module == "moe_act" and not grouped_experts(facts):
+    if module == "moe_act" and not facts.grouped:
         fix: dict[str, Any] = {"backend.grouped_gemm": True}
         return "only grouped experts (backend.grouped_gemm=true) can recompute their activation", [fix]
     delayed = cfg.precision.fp8 is not None and RECIPES[cfg.precision.fp8].delayed
@@ -104,17 +104,12 @@ def _missing(facts: Facts, module: str) -> tuple[str, list[Fix]] | None:
     return None
 
 
-def grouped_experts(facts: Facts) -> bool:
-    """Whether the experts of a rank are one grouped GEMM: yes, if the config says nothing."""
-    return facts.cfg.backend.grouped_gemm is not False
-
-
 def _without(named: list[str], module: str) -> list[Fix]:
     rest = [name for name in named if name != module]
     return [{"recompute.modules": rest}] if rest else [_OFF]
 
 
-def full_layers(facts: Facts) -> None:
+def full_layers(facts: ResolvedConfig) -> None:
     """`full` recomputes whole groups of layers. Upstream runs past the end of a chunk that groups do not fill."""
     cfg, recompute = facts.cfg, facts.cfg.recompute
     size = recompute.num_layers
@@ -152,7 +147,7 @@ def full_layers(facts: Facts) -> None:
             )
 
 
-def offload(facts: Facts) -> None:
+def offload(facts: ResolvedConfig) -> None:
     """On te Megatron-Core moves inputs of named modules to the host; on local everything that is kept moves."""
     recompute = facts.cfg.recompute
     named, where = list(recompute.offload_modules), recompute.offload
@@ -182,7 +177,7 @@ def offload(facts: Facts) -> None:
     _check_modules(facts, named, off)
 
 
-def _check_modules(facts: Facts, named: list[str], off: Fix) -> None:
+def _check_modules(facts: ResolvedConfig, named: list[str], off: Fix) -> None:
     """Upstream's conditions (transformer/transformer_config.py), and that the model has such modules."""
     cfg = facts.cfg
     if not named:
@@ -208,7 +203,7 @@ def _check_modules(facts: Facts, named: list[str], off: Fix) -> None:
         return
     others = [name for name in named if name not in experts]
     without: Fix = {"recompute.offload_modules": others} if others else off
-    if not (cfg.model.is_moe and grouped_experts(facts)):
+    if not (cfg.model.is_moe and facts.grouped):
         why = "model.num_experts=0 is a dense model" if not cfg.model.is_moe else "only grouped experts can move theirs"
         raise Impossible(f"recompute.offload_modules has {experts[0]}, but {why}", [without])
     if any("moe" in one.modules for one in settings(cfg.recompute)):

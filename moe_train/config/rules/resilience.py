@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 from moe_train.config.resilience import Fault
-from moe_train.config.resolve import Facts, Rule
+from moe_train.config.resolve import ResolvedConfig, Rule
 from parallel.suggest import Impossible, override_value
 
 
-def factors(facts: Facts) -> None:
+def factors(facts: ResolvedConfig) -> None:
     """A spike and a straggler lie above the median."""
     resilience = facts.cfg.resilience
     for name, usual in {"spike_factor": 1.5, "grad_spike_factor": 20.0, "straggler_ratio": 2.0}.items():
@@ -18,7 +18,7 @@ def factors(facts: Facts) -> None:
             raise Impossible(f"resilience.{name}={value} is not above 1", [{f"resilience.{name}": usual}])
 
 
-def way_back(facts: Facts) -> None:
+def way_back(facts: ResolvedConfig) -> None:
     """Going back needs checkpoints between."""
     cfg = facts.cfg
     if facts.trains and cfg.resilience.on_bad_step == "rollback" and not cfg.checkpoint.interval_steps:
@@ -28,7 +28,7 @@ def way_back(facts: Facts) -> None:
         )
 
 
-def nvrx(facts: Facts) -> None:
+def nvrx(facts: ResolvedConfig) -> None:
     """NVIDIA's resiliency extension watches GPU ranks, which its launcher starts."""
     if facts.cfg.resilience.nvrx and facts.trains and facts.runtime != "cuda":
         raise Impossible(
@@ -36,7 +36,7 @@ def nvrx(facts: Facts) -> None:
         )
 
 
-def timeouts(facts: Facts) -> None:
+def timeouts(facts: ResolvedConfig) -> None:
     """A hang is seen before the collective that waits for it gives up, or no stacks are written."""
     longest, gives_up = facts.cfg.resilience.hang_timeout_s, facts.cfg.launcher.timeout_s
     if longest is not None and longest > gives_up and facts.layout.world_size > 1:
@@ -46,7 +46,7 @@ def timeouts(facts: Facts) -> None:
         )
 
 
-def stragglers(facts: Facts) -> None:
+def stragglers(facts: ResolvedConfig) -> None:
     """What acts on slow ranks looks for them."""
     resilience = facts.cfg.resilience
     if resilience.straggler_action == "stop" and not resilience.straggler_interval_steps:
@@ -56,7 +56,7 @@ def stragglers(facts: Facts) -> None:
         )
 
 
-def faults(facts: Facts) -> None:
+def faults(facts: ResolvedConfig) -> None:
     """What a drill injects can happen, and is on a rank that there is."""
     entries, ranks = facts.cfg.resilience.inject, facts.layout.world_size
     for fault in entries:

@@ -6,11 +6,11 @@ import os
 import re
 
 from moe_train.config import blend
-from moe_train.config.resolve import Facts, Rule
+from moe_train.config.resolve import ResolvedConfig, Rule, decay_end
 from parallel.suggest import Fix, Impossible, fixes_of, override_value
 
 
-def run_length(facts: Facts) -> None:
+def run_length(facts: ResolvedConfig) -> None:
     """Either steps or tokens, and a warm-up that ends before the decay does."""
     train, schedule = facts.cfg.train, facts.cfg.schedule
     if train.steps is not None and train.tokens is not None:
@@ -21,7 +21,7 @@ def run_length(facts: Facts) -> None:
             f"train.steps={train.steps} and train.tokens={train.tokens} both say how long the run is",
             [by_steps, {"train.steps": None}],
         )
-    end = facts.total_steps if schedule.decay_steps is None else schedule.decay_steps
+    end = decay_end(schedule, facts.total_steps)
     if facts.trains and schedule.warmup_steps > end:
         what = f"the run's {end} steps" if schedule.decay_steps is None else f"schedule.decay_steps={end}"
         raise Impossible(
@@ -35,7 +35,7 @@ def run_length(facts: Facts) -> None:
         )
 
 
-def optimizer_numbers(facts: Facts) -> None:
+def optimizer_numbers(facts: ResolvedConfig) -> None:
     """Ranges of AdamW's and the schedule's numbers."""
     optimizer, schedule = facts.cfg.optimizer, facts.cfg.schedule
     for name, usual in {"beta1": 0.9, "beta2": 0.95}.items():
@@ -55,7 +55,7 @@ def optimizer_numbers(facts: Facts) -> None:
         raise Impossible(f"telemetry.peak_tflops={peak} is not above 0", [{"telemetry.peak_tflops": None}])
 
 
-def data_source(facts: Facts) -> None:
+def data_source(facts: ResolvedConfig) -> None:
     """Where text comes from, and a tokenizer that fits the embedding."""
     data, model = facts.cfg.data, facts.cfg.model
     if data.source == "files" and data.path is None:
@@ -82,7 +82,7 @@ def _keeps_lines(encoding: str) -> bool:
         return False
 
 
-def data_split(facts: Facts) -> None:
+def data_split(facts: ResolvedConfig) -> None:
     """Three shares that make 100, with something to train on."""
     text = facts.cfg.data.split
     try:
@@ -111,7 +111,7 @@ def data_split(facts: Facts) -> None:
         )
 
 
-def data_blend(facts: Facts) -> None:
+def data_blend(facts: ResolvedConfig) -> None:
     """Each entry of a blend is a weight and a prefix, or all are prefixes, and nothing else is trained on."""
     data = facts.cfg.data
     if found := blend.problem(data.blend):
@@ -122,7 +122,7 @@ def data_blend(facts: Facts) -> None:
                          [{"data.source": "none", "data.path": None}, {"data.blend": []}])  # fmt: skip
 
 
-def document_masks(facts: Facts) -> None:
+def document_masks(facts: ResolvedConfig) -> None:
     """Documents kept apart need whole sequences, and tokens that end documents."""
     cfg = facts.cfg
     if cfg.data.reset_at_eod and not cfg.data.append_eod and cfg.data.source != "none":
@@ -142,7 +142,7 @@ def document_masks(facts: Facts) -> None:
         )
 
 
-def backend(facts: Facts) -> None:
+def backend(facts: ResolvedConfig) -> None:
     """Transformer Engine and apex are CUDA libraries."""
     cfg, runtime = facts.cfg, facts.runtime
     where = f"runtime={runtime}" + (" (no GPU is visible)" if cfg.runtime == "auto" else "")
@@ -154,7 +154,7 @@ def backend(facts: Facts) -> None:
         raise Impossible(f"backend.apex=true needs runtime=cuda, not {where}", [{"backend.apex": False}])
 
 
-def one_rank_of_many(facts: Facts) -> None:
+def one_rank_of_many(facts: ResolvedConfig) -> None:
     """`rank` picks one of the simulated ranks; real ranks know who they are."""
     cfg, ranks = facts.cfg, facts.layout.world_size
     if cfg.rank >= ranks:
@@ -165,7 +165,7 @@ def one_rank_of_many(facts: Facts) -> None:
                          [{"rank": 0}, {"runtime": "simulated"}])  # fmt: skip
 
 
-def where_to_start(facts: Facts) -> None:
+def where_to_start(facts: ResolvedConfig) -> None:
     """What a run starts from exists and is one thing."""
     cfg = facts.cfg
     if cfg.init_from is not None and not os.path.exists(cfg.init_from):
@@ -188,7 +188,7 @@ def where_to_start(facts: Facts) -> None:
                          [{"init_from": None}, {"resume": "auto"}])  # fmt: skip
 
 
-def export(facts: Facts) -> None:
+def export(facts: ResolvedConfig) -> None:
     """The export reads the last checkpoint."""
     if facts.cfg.export_hf and not facts.cfg.checkpoint.save_at_end:
         raise Impossible("export_hf=true reads the checkpoint of the last step, but checkpoint.save_at_end=false",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_train.config.recompute import settings
-from moe_train.config.resolve import Facts, Rule
+from moe_train.config.resolve import ResolvedConfig, Rule
 from moe_train.config.schema import Config
 from moe_train.config.walk import get
 from parallel.fp8_recipes import RECIPES
@@ -33,7 +33,7 @@ def _cases(cfg: Config) -> list[tuple[str, bool, str]]:
     ]  # fmt: skip
 
 
-def unused(facts: Facts) -> None:
+def unused(facts: ResolvedConfig) -> None:
     """Nothing is set that changes nothing."""
     for name, used, needed in _cases(facts.cfg):
         default, value = get(_DEFAULTS, name), get(facts.cfg, name)

@@ -7,14 +7,13 @@ import time
 import torch
 import torch.distributed as dist
 
+from moe_train.config.resolve import hang_timeout_s
 from moe_train.loop.callbacks.checkpoint import CheckpointCallback
 from moe_train.resilience import stragglers
 from moe_train.resilience.watch import Watch
 from moe_train.run import Callback, Metrics, Run
 from parallel.exit_codes import ExitCode
 
-_SHARE_OF_TIMEOUT = 0.8
-"""Default of resilience.hang_timeout_s, in launcher.timeout_s."""
 _PRODUCT = {"cpu": 256, "cuda": 4096}
 """Rows and columns of the matrices of the fixed product: milliseconds."""
 
@@ -28,9 +27,7 @@ class Watchdog(Callback):
 
     def on_start(self, run: Run) -> None:
         settings = run.cfg.resilience
-        within_step = settings.hang_timeout_s
-        if within_step is None:
-            within_step = _SHARE_OF_TIMEOUT * run.cfg.launcher.timeout_s
+        within_step = hang_timeout_s(run.cfg)
         self._first_step = run.state.step
 
         def limit_s() -> float:

@@ -16,7 +16,8 @@ from moe_train.config.aliases import RENAMED, with_current_names
 from moe_train.config.composition import compose as compose_module
 from moe_train.config.composition.compose import compose, from_yaml, hydra_entry, to_yaml
 from moe_train.config.composition.explain import CONF_DIR, group_options
-from moe_train.config.composition.validate import total_steps, validate
+from moe_train.config.composition.validate import validate
+from moe_train.config.resolve import total_steps
 from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields, get, group_names
 from parallel.errors import ConfigError, HardwareError

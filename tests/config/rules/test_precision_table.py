@@ -13,6 +13,7 @@ import pytest
 from bench.parity import LAYOUTS
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
+from moe_train.config.resolve import resolve
 from moe_train.config.schema import Config
 from moe_train.config.walk import with_values
 from parallel.suggest import Impossible
@@ -71,7 +72,7 @@ def test_each_combination_is_refused_for_its_reason_or_taken(runtime: str) -> No
     """Megatron-Core's own config classes check what passes, on cuda as if Transformer Engine were there."""
     from moe_train.model.build import transformer_config
 
-    backend, seen = {"cpu": "local", "cuda": "te"}[runtime], Counter[bool]()
+    seen = Counter[bool]()
     with as_if_on_cuda():
         for precision, layout, recompute, cfg in combinations(runtime):
             what = (precision, layout, recompute)
@@ -80,7 +81,7 @@ def test_each_combination_is_refused_for_its_reason_or_taken(runtime: str) -> No
             seen[problem is None] += 1
             if problem is None:
                 assert reason is None, what
-                transformer_config(cfg, validate(cfg), backend, runtime)
+                transformer_config(resolve(cfg, validate(cfg), runtime=runtime))
             else:
                 assert re.search(reason or "passes", str(problem)), (what, str(problem))
                 assert problem.fixes, what
