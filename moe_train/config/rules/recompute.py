@@ -36,21 +36,22 @@ def stages(facts: ResolvedConfig) -> None:
         )
     for place, entry in enumerate(named):
         shown = f"recompute.stages[{place}]={override_value(entry)}"
-
-        def instead(stage: RecomputeStage, place: int = place) -> Fix:
-            return {"recompute.stages": [*named[:place], stage, *named[place + 1 :]]}
-
-        off = instead(RecomputeStage(mode="none"))
+        off = _instead(named, place, RecomputeStage(mode="none"))
         if (entry.resolved_mode == "selective") != bool(entry.modules):
             more = "no modules" if entry.mode == "selective" else f"modules, which mode={entry.mode} does not use"
-            fixes = [instead(RecomputeStage(modules=entry.modules)), off] if entry.modules else [off]
+            fixes = [_instead(named, place, RecomputeStage(modules=entry.modules)), off] if entry.modules else [off]
             raise Impossible(f"{shown} has {more}", fixes)
         if len(set(entry.modules)) != len(entry.modules):
             once = RecomputeStage(modules=list(dict.fromkeys(entry.modules)))
-            raise Impossible(f"{shown} names a module twice", [instead(once), off])
+            raise Impossible(f"{shown} names a module twice", [_instead(named, place, once), off])
         for module in entry.modules:
             if reason := _missing(facts, module):
                 raise Impossible(f"recompute.stages[{place}] has {module}, but {reason[0]}", [*reason[1], off])
+
+
+def _instead(named: list[RecomputeStage], place: int, stage: RecomputeStage) -> Fix:
+    """`recompute.stages` with another entry at one place."""
+    return {"recompute.stages": [*named[:place], stage, *named[place + 1 :]]}
 
 
 def modules(facts: ResolvedConfig) -> None:
