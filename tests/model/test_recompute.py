@@ -32,8 +32,14 @@ SETS: dict[str, dict[str, Any]] = {
     **{
         name: {"stages": stages}
         for name, stages in (
-            ("full on the first stage", ["full", "none"]),
-            ("other modules on each stage", ["layernorm+mla_up_proj+moe_act", "mlp+core_attn"]),
+            ("full on the first stage", [RecomputeStage("full"), RecomputeStage("none")]),
+            (
+                "other modules on each stage",
+                [
+                    RecomputeStage(modules=["layernorm", "mla_up_proj", "moe_act"]),
+                    RecomputeStage(modules=["mlp", "core_attn"]),
+                ],
+            ),
         )
     },
     "nested": {"mode": "selective", "modules": ["moe", "moe_act", "shared_experts", "layernorm"]},
