@@ -532,6 +532,7 @@ def test_a_dataset_of_an_older_version_can_still_be_used(copy: DataConfig) -> No
         (100, 1_000, range(17)),  # until there is enough, from the first file on
         (101, 1_000, range(0, 101, 6)),  # of a corpus of 6,060 characters every sixth file
         (101, 10**6, range(101)),
+        (3, 120, range(2)),  # exactly enough
     ],
 )
 def test_a_tokenizer_is_trained_on_text_from_everywhere(

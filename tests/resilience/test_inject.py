@@ -84,6 +84,14 @@ def test_a_fault_of_a_step_is_in_no_sample_and_one_of_a_sample_in_no_step() -> N
     assert not any(is_due(Fault("nan", sample=3), 0, step, "begin") for step in range(-1, 5))
 
 
+def test_a_claim_is_on_disk_before_the_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault may end the machine."""
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+    assert Once(tmp_path, rank=1).claim(3)
+    assert synced == [str(tmp_path / "injected" / "3_rank_1")]
+
+
 def test_each_happens_once_in_a_run_directory(tmp_path: Path) -> None:
     open_files = len(os.listdir("/proc/self/fd"))
     first = Once(tmp_path / "not/made/yet", rank=1)
