@@ -32,6 +32,7 @@ _OF_A_RUN = (
     run_directory.BEGAN,
 )  # fmt: skip
 _LENGTHS = ("train.steps", "train.tokens")
+_LENGTH_OF_THE_RUN = (*_LENGTHS, "train.seq_length", "batch.global_batch_size")
 _PERMISSIONS = ("schedule.on_resume", "data.on_resume")
 _SHOWN = 4
 
@@ -67,6 +68,8 @@ def continued(cfg: Config, words: Sequence[str], compose: Callable[[Sequence[str
     if base is None:
         return cfg
     named, optional = _asked(cfg, words, compose)  # which may compose again, and that takes a while
+    if "schedule.warmup_steps" in optional:
+        cfg = _with_length_of(base, cfg, named | optional, words, compose)
     merged = _merged(base, cfg, named, optional)
     found = find(merged)
     if found is None:
@@ -261,6 +264,18 @@ def _asked(
         without = compose([word for word in words if not _is_experiment(word)])
         optional |= {field for field in all_fields() if get(without, field) != get(cfg, field)}
     return named, optional - named
+
+
+def _with_length_of(
+    base: Config, cfg: Config, asked: set[str], words: Sequence[str], compose: Callable[[Sequence[str]], Config]
+) -> Config:  # fmt: skip
+    """`cfg` composed with the length of the run: an option of the schedule derives the warm-up from it."""
+    missing = [name for name in _LENGTH_OF_THE_RUN if name not in asked and get(base, name) != get(cfg, name)]
+    if asked & set(_LENGTHS):
+        missing = [name for name in missing if name not in _LENGTHS]
+    if not missing:
+        return cfg
+    return compose([*words, *(override(name, get(base, name)) for name in missing)])
 
 
 def _is_experiment(word: str) -> bool:

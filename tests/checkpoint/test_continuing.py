@@ -197,6 +197,15 @@ def test_an_option_does_not_change_the_learning_rate_that_was_asked_for() -> Non
     assert again("optimizer=adamw", "optimizer.lr=3e-4").optimizer.lr == 3e-4
 
 
+@pytest.mark.parametrize("length", [("train.steps=12",), ("train.tokens=12288",)], ids=["steps", "tokens"])
+def test_an_option_of_the_schedule_warms_up_for_a_tenth_of_a_short_run(length: Sequence[str]) -> None:
+    """Of the run, whose length the command line does not repeat."""
+    begin(*length, "batch.global_batch_size=8", "train.seq_length=128", step=5, tokens=5120)
+    cfg = again("schedule=constant", "schedule.on_resume=override")
+    assert (cfg.schedule.decay, cfg.schedule.warmup_steps) == ("constant", 1)
+    assert again("schedule=constant", "schedule.on_resume=override", "train.steps=40").schedule.warmup_steps == 20
+
+
 def test_a_constant_rate_has_no_end_that_could_move() -> None:
     begin(*FIRST, "schedule=constant")
     assert again("train.steps=20").train.steps == 20
