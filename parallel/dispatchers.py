@@ -47,4 +47,4 @@ FLEX = Dispatcher(
 )  # fmt: skip
 DISPATCHERS = {row.name: row for row in (ALLTOALL, ALLGATHER, FLEX)}
 PLANNED = tuple(row.name for row in (FLEX, ALLTOALL))
-"""Dispatchers that the planner tells apart, fastest first."""
+"""Dispatchers that the planner distinguishes, fastest first."""

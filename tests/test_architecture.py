@@ -225,7 +225,7 @@ def _compared(tree: ast.Module) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
-def test_what_has_a_table_of_properties_is_not_told_apart_by_name(path: Path) -> None:
+def test_rows_of_tables_are_not_compared_by_name(path: Path) -> None:
     found = [name for name in _compared(_tree(path)) if TABLES[name] != _name(path)]
     assert not found, f"read a property of the row in {TABLES[found[0]]}"
 

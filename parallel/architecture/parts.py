@@ -1,4 +1,4 @@
-"""What a description of a transformer layer is put together from. No torch import.
+"""Parts of the description of a transformer layer. No torch import.
 
 Names are those of a Megatron checkpoint, relative to the layer. `moe_train.conversion` finds the Hugging Face names of
 a tensor by its Megatron name, in a table for each model family.

@@ -1,4 +1,4 @@
-"""The table of dispatchers against Megatron-Core and against what the planner tells apart."""
+"""The table of dispatchers against Megatron-Core and against what the planner distinguishes."""
 
 from __future__ import annotations
 

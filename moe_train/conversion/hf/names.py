@@ -1,7 +1,7 @@
 """Names of Hugging Face tensors, and how their rows make up Megatron tensors. No torch import.
 
 A table has the Megatron name of a tensor -> its kind and its Hugging Face names, relative to `model.layers.N.`. Tables
-here are what several families have in common; a family puts them together (`moe_train.conversion.families`). A table
+here are what several families have in common; a family combines them (`moe_train.conversion.families`). A table
 has an entry for everything that a model of the family can have; which of it a model does have follows from its config.
 """
 

@@ -1,6 +1,6 @@
 """How a family writes its config.json: a table of settings, and the values of keys that are left out.
 
-Settings here are what several families have in common; a family puts them together (`moe_train.conversion.families`).
+Settings here are what several families have in common; a family combines them (`moe_train.conversion.families`).
 Its defaults are those of the family's configuration class in transformers (models/*/configuration_*.py), or of the
 configuration file that comes with the weights where transformers has no class (`deepseek`, `kimi_k2`). No torch import.
 """
