@@ -106,8 +106,12 @@ def _refuse_extra(node: DictConfig, prefix: str, root: type) -> None:
         if name in group_names(root):
             _refuse_extra(node[key], f"{name}.", root)
         elif name not in all_fields(root):
-            value = None if isinstance(node[key], (DictConfig, ListConfig)) else str(node[key])
-            raise unknown_field(name, value, root)
+            value = node[key]
+            if isinstance(value, DictConfig) and value:  # an unknown group: name the whole field
+                inner = str(next(iter(value)))
+                name, value = f"{name}.{inner}", value[inner]
+            shown = None if isinstance(value, (DictConfig, ListConfig)) else str(value)
+            raise unknown_field(name, shown, root)
 
 
 def to_yaml(cfg: Config) -> str:
@@ -161,13 +165,15 @@ class ValidateBeforeOutput(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Stop where the config is wrong; nothing has been written yet."""
         try:
-            # Read before the copy is made, so that both have the same second in the directory's name.
-            run_dir = str(config.hydra.run.dir)
+            # Read before the copy is made, so that both have the same second in the directory's name. `run_dir` comes
+            # first, since an error names what is read. Hydra's directory is another one where the command has no runs.
+            run_dir = str(config.run_dir)
+            directory = str(config.hydra.run.dir) if run_dir else run_dir
             task = copy.deepcopy(config)
             with read_write(task), open_dict(task):
                 del task["hydra"]
             _check(_revised(to_config(task, _ROOT.get()), config))
-            _make_run_dir(run_dir)
+            _make_run_dir(directory)
         except Exception as error:
             raise _Stop(error) from error
 
