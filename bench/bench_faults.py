@@ -31,7 +31,7 @@ def run_case(case: Case, directory: Path, data: tuple[str, ...], reference: dict
     done = 0
     with case.around(run_dir):
         if case.between:
-            # The run is as long as the others, or its data would be in another order, and stops by itself on the way.
+            # The run is as long as the others, or its data would be in another order, and stops by itself before that.
             stopped = override_value([Fault("term", rank=0, step=2 * INTERVAL, factor=1)])
             train(run_dir, [*overrides, f"resilience.inject={stopped}"])
             case.between(run_dir)
@@ -70,9 +70,9 @@ def run_case(case: Case, directory: Path, data: tuple[str, ...], reference: dict
 
 
 def _lost(case: Case, done: int, resumed: int) -> int:
-    """Steps that were done and had to be done again, where a run goes on from step `resumed`."""
+    """Steps that were done and had to be done again, where a run continues from step `resumed`."""
     at = [fault.step for fault in case.inject if fault.step > 0]
-    if not done and at:  # the same command went on, so its metrics no longer tell
+    if not done and at:  # the same command continued, so its metrics do not show it
         done = at[0] - (case.inject[0].at != "end")
     return max(0, done - resumed)
 
@@ -162,7 +162,7 @@ def main() -> None:
 
 
 def replaced(rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`rows` with those of `measured` in the place of rows of the same name, and new ones at the end."""
+    """`rows` with those of `measured` instead of rows of the same name, and new ones at the end."""
     by_name = {row["injected"]: row for row in rows} | {row["injected"]: row for row in measured}
     return list(by_name.values())
 

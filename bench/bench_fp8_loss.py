@@ -59,7 +59,7 @@ COMMON = [
     "checkpoint.save_at_end=false",
     "telemetry.tensorboard=false",
     "telemetry.progress=false",
-    "launcher.threads_per_rank=1",  # sums in one order, whatever the machine
+    "launcher.threads_per_rank=1",  # sums in one order, on any machine
 ]
 
 
@@ -164,7 +164,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
-    """Command line of `make bench-fp8`. Exits with 1 if fp8_block is too far from bf16 or a loss is no number."""
+    """Command line of `make bench-fp8`. Exits with 1 if fp8_block is too far from bf16 or a loss is not a number."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help=f"more than the {WARM_UP_STEPS} of the warm-up")
     parser.add_argument("--seed", type=int, action="append", help=f"repeat for more (default: {SEEDS})")

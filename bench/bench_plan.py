@@ -1,6 +1,6 @@
 """Predicted against measured step time of a small model over layouts of 1 to 4 ranks on this machine's CPU.
 
-`make bench-plan` measures what a cluster file would say: the speed of a matrix product and of a copy on one core, and
+`make bench-plan` measures what a cluster file would say: the speed of a GEMM and of a copy on one core, and
 latency and bandwidth of gloo between ranks that compute between their messages, as those of a run do. How long the host
 takes for one kernel of a layer comes from one run of one rank. It times each layout in the same rounds, so that other
 processes of the machine slow both alike, and takes medians. It writes bench/results/plan.json.
@@ -130,7 +130,7 @@ def loaded(ranks: int) -> tuple[float, ...]:
 
 def hardware_of(measured: Measured, ranks: int) -> Hardware:
     """`conf/cluster/local_cpu.yaml` with what was measured."""
-    # More ranks than cores find a core awake in `load`; those of a run wait for each other, and it sleeps meanwhile.
+    # More ranks than cores find a core awake in `load`; those of a run block in collectives, and it sleeps meanwhile.
     latency, rate = measured.latency_s[2] / MICRO, measured.link_bytes_per_s[2] / 1e9
     tflops = measured.flops[ranks] / 1e12
     return replace(
@@ -190,7 +190,7 @@ def predicted(overrides: Sequence[str], measured: Measured, host_us: float) -> f
 
 
 def host_time(seconds: float, measured: Measured) -> float:
-    """The host time of a kernel, microseconds, with which the first layout takes as long as it was measured to take."""
+    """The host time of a kernel, microseconds, with which the first layout takes its measured time."""
     low, high = 0.0, 10_000.0
     for _ in range(50):
         middle = (low + high) / 2

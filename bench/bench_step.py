@@ -59,7 +59,7 @@ def measure(task: Task, rounds: int) -> Found:
                 for side, worker in workers.items():
                     steps[side] += worker.ask("steps", TURN_STEPS)
             faster = min(THEIRS, key=lambda side: statistics.median(time for _, time in steps[side][WARM_UP_STEPS:]))
-            # Not the slower one: the profiler's events fragment the heap, and 64 experts one by one then take 19 GB.
+            # Not the slower one: the profiler's events fragment the heap. 64 experts in separate GEMMs then take 19 GB.
             profiles = {side: workers[side].ask("profile", TURN_STEPS) for side in (OURS, faster)}
             grouped = workers[OURS].ask("grouped")
         finally:

@@ -41,7 +41,7 @@ class Case:
         inject: entries of resilience.inject.
         settings: further overrides. `{run_dir}` is filled in.
         meanwhile: acts on the running command.
-        between: changes the run directory after a first command that stopped on the way; a second one continues.
+        between: changes the run directory after a first command that stopped before the end; a second one continues.
         around: what holds while the commands of this case run.
         repair: undoes the fault before the command is run again.
         starter: what starts the command, instead of its own launcher.

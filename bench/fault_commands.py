@@ -1,4 +1,4 @@
-"""Faults that other commands than a training run meet: disks before a job, and links of a chain on Slurm."""
+"""Faults that other commands than a training run meet: disks before a job, and jobs of a chain on Slurm."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Check:
         around: what holds while the command runs, in the directory of the row.
         meanwhile: acts on the running command.
         code: its exit code.
-        found: text of the line that says what is wrong; "" where nothing is.
+        found: text of the line that reports the defect; "" where there is none.
     """
 
     name: str

@@ -43,7 +43,7 @@ BOUNDS = {
 }  # fmt: skip
 # Where a step of DeepSeek-V3 goes, seconds (arXiv 2505.09343, table 4); its row must be in the fitting part. What its
 # context extension took, GPU-hours, and its stages (arXiv 2412.19437, table 1 and section 4.3; cp is not published, and
-# keeps a rank's tokens as they are): the only long sequences whose time is known.
+# leaves a rank's tokens unchanged): the only long sequences whose time is known.
 COMPONENTS = {"1F": 1.13, "bubble": 2.06, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "optimizer": 0.29}
 EXTENSION_HOURS, EXTENSION_STEPS = 119_000, 1000
 EXTENSION = ((32768, 1920, 8), (131072, 480, 32))  # sequence, batch, cp

@@ -1,8 +1,8 @@
 """The cases of `make gpu-check`: what each process runs, what it needs, and within which limits its numbers must be.
 
 A case is one process, so that a crash, a CUDA error or memory that runs out in one leaves the others alone. A case with
-several parts reports them one by one; when its process fails, the part that ran has failed, and another process runs
-the parts that are left. What a process does is in bench/gpu_worker.py. Nothing here imports torch.
+several parts reports each when it is done. When its process fails, the part that ran has failed, and another process
+runs the remaining parts. What a process does is in bench/gpu_worker.py. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Case:
         overrides: of the config, after `COMMON`.
         limits: largest magnitude of each number that a part must report.
         needs: names of preparations, which run before, once for all cases.
-        parts: what it reports on, one by one; a case of one part has the name "".
+        parts: the names that it reports separately; a case of one part has the name "".
         measured_only: parts that are reported without limits.
         options: further arguments of `entry`.
         environment: variables of the process.

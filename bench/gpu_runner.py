@@ -30,7 +30,7 @@ class Row:
     Args:
         values: numbers that the part reported.
         limits: largest magnitudes that they may have.
-        why: what is wrong, or why it did not run.
+        why: why it failed, or why it did not run.
         seconds: that its process took, counted for the first part that it reported.
     """
 

@@ -1,4 +1,4 @@
-"""A process of `make gpu-check`: what it is told, how it starts and how it ends. Nothing here imports torch."""
+"""A process of `make gpu-check`: its task, how it starts and how it ends. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ reports exit code 255, or no end."""
 
 @dataclass(frozen=True)
 class Task:
-    """What a process is told.
+    """The input of a process.
 
     Args:
         name: of the case.

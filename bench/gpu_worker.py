@@ -128,7 +128,7 @@ def save(task: Task) -> None:
 
 
 def resume(task: Task) -> None:
-    """Continue a checkpoint and compare with how the run that wrote it went on."""
+    """Continue a checkpoint and compare with the later steps of the run that wrote it."""
     expected = torch.load(task.kept(task.options["saved"]), weights_only=True)
     run = start(task.config(f"resume={expected['checkpoint']}"))
     losses, _ = steps(run, STEPS)

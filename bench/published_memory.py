@@ -109,7 +109,7 @@ def _against(result: dict[str, Any], predicted_gb: float) -> dict[str, Any]:
 
 
 def fully_sharded(row: dict[str, str]) -> float:
-    """Bytes of the fullest rank of a run with FSDP2.
+    """Bytes of the rank with the highest memory in a run with FSDP2.
 
     Raises:
         ValueError: the row does not say how it was laid out.

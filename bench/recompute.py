@@ -134,7 +134,7 @@ def holds(row: dict[str, Any]) -> bool:
 
 
 def run(layouts: Sequence[str], common: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each layout and set. Without `common` overrides each layout is written as soon as it is done."""
+    """A row for each layout and set. Without `common` overrides each layout is written as soon as it has finished."""
     rows = []
     for name in layouts:
         start = time.monotonic()

@@ -52,7 +52,7 @@ def _ms(product: Product, counts: Sequence[int]) -> float:
 def _products(
     dtype: torch.dtype, tokens: int, experts: int, hidden: int, inner: int
 ) -> dict[str, tuple[Product, Product]]:
-    """Output, gradient of the input, gradient of the weight."""
+    """fprop, dgrad and wgrad."""
     x, grad = torch.randn(tokens, hidden, dtype=dtype), torch.randn(tokens, inner, dtype=dtype)
     weight = torch.randn(experts, inner, hidden, dtype=dtype)
 

@@ -106,7 +106,7 @@ def train_step(cfg: Config, model: nn.Module) -> Callable[[dict[str, Tensor]], f
 
 
 def from_megatron(state: Weights, model: ModelConfig) -> Weights:
-    """Weights of our model (parameters and buffers by name, experts one by one) under the names of transformers."""
+    """Weights of our model (parameters and buffers by name, per-expert weights) under the names of transformers."""
     found = {
         "model.embed_tokens.weight": state["embedding.word_embeddings.weight"],
         "model.norm.weight": state["decoder.final_layernorm.weight"],

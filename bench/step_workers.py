@@ -28,7 +28,7 @@ class Side:
 
 
 class Worker:
-    """A process that trains `side` (moe-train, or an experts implementation of transformers) when told to."""
+    """A process that trains `side` (moe-train, or an experts implementation of transformers) on request."""
 
     def __init__(self, side: str, task: Task, weights: Path) -> None:
         context = multiprocessing.get_context("spawn")

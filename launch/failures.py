@@ -125,7 +125,7 @@ def leave_code(code: int) -> None:
     """Leave the exit code of this rank for the batch script, where it says more than that a rank failed.
 
     The launcher may tell another: under NCCL healthy ranks wait for the failed one until they are killed, and srun then
-    ends with the code of a kill; torchrun ends with 1 whatever happened.
+    ends with the code of a kill; torchrun always ends with 1.
     """
     if LEFT in os.environ and code in NOT_RETRIED | COLLECTIVE:
         with contextlib.suppress(OSError), open(os.environ[LEFT], "x", encoding="utf-8") as file:  # the first one's

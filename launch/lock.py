@@ -123,7 +123,7 @@ def release_all() -> None:
 
 def _end_this_process(why: str) -> None:
     print(f"error: {why}; this run ends, so that not two write there", file=sys.stderr, flush=True)
-    # A run in the background of a script may have been told to ignore SIGTERM. Two writers are worse than a kill.
+    # A run in the background of a script may ignore SIGTERM. Two writers are worse than a kill.
     ignored = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     os.kill(os.getpid(), signal.SIGKILL if ignored else signal.SIGTERM)
 

@@ -31,7 +31,7 @@ _MPIRUN_MARKS = ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "HYDI_CONTROL_FD", "
 
 
 def detect(env: Mapping[str, str] = os.environ) -> RankInfo | None:
-    """Who this process is, if a launcher started it as one of several ranks; None if it stands alone.
+    """Rank of this process, if a launcher started it as one of several ranks; None if it is the only one.
 
     Raises:
         LaunchError: the launcher's variables are incomplete, or its ranks do not see each other.
@@ -46,7 +46,7 @@ def detect(env: Mapping[str, str] = os.environ) -> RankInfo | None:
         return _from_mpi(env)
     if in_step:
         return _from_srun(env)
-    if "PMI_RANK" in env and "PMI_SIZE" in env:  # another launcher that speaks PMI, such as aprun
+    if "PMI_RANK" in env and "PMI_SIZE" in env:  # another launcher with PMI, such as aprun
         return _from_mpi(env)
     return None
 

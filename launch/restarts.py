@@ -1,4 +1,4 @@
-"""Later starts of a job: what was asked of the first must not make them start from scratch. No torch import."""
+"""Later starts of a job: options of the first start must not make them start from scratch. No torch import."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class _Tolerant:
 
 
 def tolerate() -> None:
-    """Let this process go on where its output, most often a log in run_dir, cannot be written."""
+    """Let this process continue where its output, most often a log in run_dir, cannot be written."""
     if not isinstance(sys.stdout, _Tolerant):
         sys.stdout = _Tolerant(sys.stdout)
     if not isinstance(sys.stderr, _Tolerant):

@@ -75,7 +75,7 @@ class Run(RankContext):
     last_metrics: Metrics = field(default_factory=dict)  # newest training metrics
     evaluations: list[Metrics] = field(default_factory=list)
     valid_data: Any = None  # dataset of the evaluations; None without held-out text
-    clock: StepClock = field(default_factory=StepClock)  # pause it around what is no part of a step
+    clock: StepClock = field(default_factory=StepClock)  # pause it around work that is not part of a step
     peak_tflops: float | None = None  # of one rank; None where it is not known
     stopped_by: str = ""  # signal that asked the run to end before its last step
     completed: bool = False  # all steps and evaluations are done; stays False when one raised an error

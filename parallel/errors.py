@@ -17,7 +17,7 @@ class MoeTrainError(Exception):
     """Base of every error a command explains in one line.
 
     Args:
-        cause: what is wrong, naming the field, file or rank.
+        cause: the problem, with the field, file or rank.
         remedy: what to do about it, with values that would work.
     """
 

@@ -23,7 +23,7 @@ class ExitCode(IntEnum):
     DIVERGED = 5
     """Loss or gradients stay bad after every attempt; starting again changes nothing."""
     SAVED = 75
-    """The run was told to stop, and saved: EX_TEMPFAIL of sysexits.h. The same command continues it."""
+    """A stop was requested, and the run saved: EX_TEMPFAIL of sysexits.h. The same command continues it."""
     INTERRUPTED = 130
     """Ctrl-C: 128 + SIGINT."""
 

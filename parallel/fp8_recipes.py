@@ -26,7 +26,7 @@ class FP8Recipe:
         alignment: what rows and columns of an operand must be a multiple of: 16 bytes (TE's cublaslt_gemm.cu and
             pytorch/utils.py `assert_dim_for_fp8_exec`), or whole blocks of 32 where scales are laid out by them
             (cast/mxfp8, cast/nvfp4).
-        tile: values along the sum that share a scale; None for one scale a tensor.
+        tile: values along the reduction dimension that share a scale; None for one scale a tensor.
         power_of_two_scales: default of Transformer Engine's recipe.
         settable_scales: whether a user may choose between powers of two and other scales: both ways, or never. MXFP8's
             E8M0 scales are powers of two by definition; delayed scaling and NVFP4 have no such option.
@@ -42,7 +42,7 @@ class FP8Recipe:
         cast_kernels: kernels of a cast.
         reordered_scales: scales must lie in the order of the tensor cores.
         e8m0_scales: scales are exponents alone (E8M0), rounded up so that nothing saturates.
-        sent_bytes: an element on its way to other tensor-parallel ranks (transformer_engine/pytorch/module/linear.py).
+        sent_bytes: of an element sent to other tensor-parallel ranks (transformer_engine/pytorch/module/linear.py).
         sent_copies: how often the gradient of outputs is sent: recipes with blocks send what was cast along rows and
             what was cast along columns.
     """

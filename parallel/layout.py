@@ -14,7 +14,7 @@ from parallel.suggest import Impossible, divisors, fixes_of, multiples, nearest
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where one rank stands along each dimension, from 0. `ep`, `etp`, `edp` count the same rank for expert layers."""
+    """Index of one rank along each dimension, from 0. `ep`, `etp`, `edp` count the same rank for expert layers."""
 
     tp: int
     cp: int
@@ -89,7 +89,7 @@ class ParallelLayout:
         return layout
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where `rank` stands. Raises ValueError outside 0 .. world_size - 1."""
+        """Coordinates of `rank`. Raises ValueError outside 0 .. world_size - 1."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is not one of the {self.world_size} ranks 0 .. {self.world_size - 1}")
         rest, tp = divmod(rank, self.tp)

@@ -1,4 +1,4 @@
-"""Which layers stand on which pipeline stage, in Megatron-Core's notation. No torch import.
+"""Which pipeline stage has which layers, in Megatron-Core's notation. No torch import.
 
 The notation (megatron/core/transformer/pipeline_parallel_layer_layout.py): `E` embedding, `t` transformer layer, `m`
 multi-token-prediction layer, `L` output head and loss, `|` between stages, `x*n` and `(...)*n` for repeats; commas mean
@@ -28,7 +28,7 @@ def balanced_layout(
 
     Costs are relative times of one item on one rank. Multi-token prediction and the loss share the last stage. Among
     equals, earlier stages get more layers, and stages are as even as they can be. No commas, so that a shell and Hydra
-    take the string as it is (between quotes for the shell's sake).
+    take the string unchanged (between quotes for the shell's sake).
 
     Raises:
         Impossible: (a ConfigError) where there are too few layers for a stage each.
@@ -100,7 +100,7 @@ def _unroll(text: str) -> str:
 
 
 def _problem(stages: list[list[str]], pp: int, vpp: int, num_layers: int, mtp_num_layers: int) -> str:
-    """What is wrong with a parsed layout, as the end of a sentence; empty when nothing is."""
+    """Why a parsed layout is invalid, as the end of a sentence; empty when it is valid."""
     items = [item for stage in stages for item in stage]
     if unknown := sorted(set(items) - set(_ITEMS)):
         return f"has {unknown[0]!r}, but a layout is made of " + ", ".join(f"{k} ({v})" for k, v in _ITEMS.items())

@@ -1,4 +1,4 @@
-"""Who a rank is and where ranks meet. No torch import: every layer may use it."""
+"""Identity of a rank, and the address of the rendezvous. No torch import: every layer may use it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One process of a job. Ranks count from 0; `master_addr:master_port` is the store through which ranks meet."""
+    """One process of a job. Ranks count from 0; `master_addr:master_port` is the store of the rendezvous."""
 
     rank: int
     world_size: int

@@ -17,7 +17,7 @@ class Impossible(ConfigError):
     """A combination of values that cannot work, with candidate fixes, best first.
 
     Args:
-        cause: what is wrong, starting with the field's full name and showing the arithmetic.
+        cause: the problem, beginning with the field's full name, with the arithmetic.
         fixes: candidates, best first; doubles are dropped, and the message shows the first two.
         otherwise: the remedy to show where no value can be named, such as a path only the user knows.
     """
@@ -40,7 +40,7 @@ def override(name: str, value: Any) -> str:
 
 
 def override_value(value: Any) -> str:
-    """`value` as it is written on a Hydra command line."""
+    """`value` in the syntax of a Hydra command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if is_dataclass(value) or isinstance(value, dict):

@@ -26,7 +26,7 @@ class CommandLine:
     def argv(self, *fields: str) -> list[str]:
         """What Hydra gets: each path as the override of a field. Paths without a field stay, and Hydra refuses them.
 
-        Options come first, since argparse takes no more positional words after an option that stands behind some.
+        Options come first, since argparse takes no more positional words after an option that follows some.
         """
         given = [f"{name}={literal(path)}" for name, path in zip(fields, self.paths, strict=False)]
         options, last = self.options, []

@@ -137,7 +137,7 @@ def _redirect_output(log: IO[str]) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone, even by SIGKILL and whatever this process is doing."""
+    """End this process when the one that started it is gone, even by SIGKILL and even if this process is busy."""
     if sys.platform == "linux":
         # The parent of a forked rank is the fork server, which ends when the launcher and its ranks are gone.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -23,7 +23,7 @@ WARNING = signal.SIGUSR1
 
 
 class Interrupted(BaseException):
-    """The job was told to end. No Exception, so that nothing on the way to `launch.main` takes it for a failed step."""
+    """A signal requested the job's end. Not an Exception: nothing below `launch.main` may take it for a failed step."""
 
     def __init__(self, signum: int) -> None:
         self.signal = signal.Signals(signum)

@@ -32,7 +32,7 @@ class Place:
         field: of the config, which names it.
         path: where it is.
         shared: whether all nodes have the same one.
-        least_bytes: without which the run cannot go on for long: its own files and the next checkpoints.
+        least_bytes: without which the run cannot continue for long: its own files and the next checkpoints.
         all_bytes: that it will write until its end, less what it removes.
     """
 

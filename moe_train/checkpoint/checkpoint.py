@@ -35,21 +35,21 @@ def save(run: Run) -> Path:
     """Write the state after the current step and return the checkpoint's directory.
 
     It appears under its name only when complete: a run that dies while writing leaves the earlier checkpoints and
-    `latest` as they were.
+    `latest` unchanged.
 
     Raises:
-        CheckpointError: it cannot be written (disk full, no permission). The earlier ones are as they were.
+        CheckpointError: it cannot be written (disk full, no permission). The earlier ones are unchanged.
     """
     return begin(run, copy=False).wait()
 
 
 def begin(run: Run, *, copy: bool = True) -> Saving:
-    """Begin to write the state after the current step. With `copy` training may go on: a copy of it is written.
+    """Begin to write the state after the current step. With `copy` training may continue: a copy of it is written.
 
-    Only one can be on its way at a time.
+    Only one can be in flight at a time.
 
     Raises:
-        CheckpointError: there is not enough space, or no permission. The earlier checkpoints are as they were.
+        CheckpointError: there is not enough space, or no permission. The earlier checkpoints are unchanged.
     """
     root, path = root_of(run), path_of(run)
     hidden = on_main(run, lambda: run_directory.prepare(root, path.name), f"write to {root}")
@@ -115,7 +115,7 @@ def check_places(run: Run) -> None:
 
 
 def resume(run: Run) -> None:
-    """Continue from the checkpoint that `resume` names, or start with the weights of `init_from`, or start afresh.
+    """Continue from the checkpoint that `resume` names, or start with the weights of `init_from`, or from scratch.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or of another model. No checkpoint was changed.
@@ -201,7 +201,7 @@ def _load(run: Run, path: Path) -> None:
     model = state.model_state(run.chunks)
     optimizer = state.optimizer_state(run, model, loading=True)
     scales = _saved_scales(state.delayed_scales(run.chunks, model), contents, warnings)
-    # Read one by one: master weights may come from the same tensors as the model.
+    # Two reads, not one: master weights may come from the same tensors as the model.
     state.load_model(run.chunks, weights.read(run, model, contents, path))
     state.load_optimizer(run, weights.read(run, optimizer, contents, path), found.optimizer_updates)
     if scales:

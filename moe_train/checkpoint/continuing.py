@@ -1,4 +1,4 @@
-"""What a run goes on from: its checkpoint, and its own config with what a command line changes. No torch import.
+"""What a run continues from: its checkpoint, and its own config with the changes of a command line. No torch import.
 
 `moe-train run_dir=R` continues R unchanged. Everything that the command line does not name keeps its value from
 R/config.yaml; what a run must not change unnoticed is refused here, before a process starts.
@@ -174,7 +174,7 @@ def _move(path: Path, target: Path) -> None:
 
 
 def _base(cfg: Config) -> Config | None:
-    """The config of the run that `cfg` goes on with; None where there is none that can be read."""
+    """The config of the run that `cfg` continues; None where there is none that can be read."""
     own = Path(cfg.run_dir, run_directory.CONFIG)
     stored: Config | None = None
     if own.is_file():
@@ -307,7 +307,7 @@ _MISSING = object()
 
 
 def _candidates(cfg: Config) -> Iterator[Path]:
-    """Checkpoints that `cfg` may go on from, best first: of those on this node's disk the ones that are newer."""
+    """Checkpoints from which `cfg` may continue, best first: of those on this node's disk the ones that are newer."""
     if cfg.resume not in ("auto", "never"):
         try:
             yield from run_directory.resolve(Path(cfg.resume), "resume")

@@ -16,8 +16,8 @@ _ONLY_NAMES = {"name", "family"}
 def check(model: ModelConfig, path: Path) -> list[str]:
     """Warnings, one line each, about settings that change what the weights at `path` compute in this run.
 
-    A checkpoint of a run may go on with other positions, as for a longer context. Weights in Hugging Face format carry
-    no such history: there every difference is refused.
+    A checkpoint of a run may continue with other positions, as for a longer context. Weights in Hugging Face format
+    carry no such history: there every difference is refused.
 
     Raises:
         CheckpointError: nothing can be read there, or it holds another model.

@@ -1,4 +1,4 @@
-"""A checkpoint that is being written, while training goes on or while it waits.
+"""A checkpoint that is being written, while training continues (asynchronous save) or waits.
 
 Saving is a row of stages. Every rank does its part of a stage in a thread of its own; when all have, the ranks exchange
 what came of it, in the main thread and between two steps, and begin the next. No thread talks to another rank: two
@@ -162,7 +162,7 @@ class Saving:
         self._begin(next(self._stages))
 
     def advance(self) -> bool:
-        """Go on with the next stage if every rank is through with this one; returns whether everything is done.
+        """Start the next stage if every rank has finished this one; returns whether everything is done.
 
         Raises:
             CheckpointError: on every rank, where a rank could not write. Nothing of the checkpoint is left.

@@ -127,7 +127,7 @@ def unshared_memory(run: Run, state: StateDict) -> set[int]:
 
 
 def _places_without_padding(buffer: Any) -> dict[Tensor, slice]:
-    """Where each parameter stands in the buckets of a buffer, laid end to end without their padding."""
+    """Position of each parameter in the buckets of a buffer, laid end to end without their padding."""
     starts, total = [], 0
     for bucket in buffer.buckets:
         starts.append(total - bucket.offset)
@@ -276,7 +276,7 @@ def load_random(run: Run, loaded: StateDict) -> None:
 def delayed_scales(chunks: Sequence[Any], model: StateDict) -> StateDict:
     """Scales and histories of delayed scaling, under the numbers of the layer and, for experts, of the matrix in it.
 
-    `model` is this rank's `model_state`. Each stands where the layer's weight stands, but is not split.
+    `model` is this rank's `model_state`. Each has the layer and expert index of the layer's weight, but is not split.
     """
     shards, _ = extract_sharded_tensors_and_factories(model)
     of_parameter = {id(shard.data): shard for shard in nested_values(shards)}

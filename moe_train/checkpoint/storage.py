@@ -107,7 +107,7 @@ class Written:
 
 
 class _File(HashingFile):
-    """Where `torch.save` writes until it is told to stop."""
+    """The file that `torch.save` writes to, until a stop is requested."""
 
     def __init__(self, path: Path, stop: threading.Event) -> None:
         super().__init__(path)
@@ -223,12 +223,12 @@ class Request:
         return list(nested_values(self._state))
 
     def fill(self, read: Callable[[ShardedTensor], Tensor]) -> StateDict:
-        """Plain tensors in the place of the sharded ones, each what `read` returns for it."""
+        """Plain tensors instead of the sharded ones, each what `read` returns for it."""
         filled: StateDict = dict_list_map_outplace(read, self._state)
         return apply_factory_merges(filled, self._factories)
 
     def read(self, directory: Path) -> StateDict:
-        """Plain tensors in the place of the sharded ones, read into their own memory where they have any."""
+        """Plain tensors instead of the sharded ones, read into their own memory where they have any."""
         loaded: StateDict = {}
         with warnings.catch_warnings():  # Megatron-Core 0.19 calls torch in a way that torch warns about
             warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint")

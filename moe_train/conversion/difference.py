@@ -1,7 +1,7 @@
 """Two checkpoints of any two formats, compared tensor by tensor, a few million numbers at a time.
 
-Tensors are compared as they are stored where both checkpoints store the same ones; else as Hugging Face tensors, to
-which both are mapped: FP8 as the numbers that it stands for, experts one by one, a copy like its original.
+Stored tensors are compared where both checkpoints have the same ones. Otherwise both are mapped to Hugging Face names:
+FP8 is dequantised, experts are compared per expert, and a copy is compared like its original.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Difference:
     numbers: int = 0
     """How many of its numbers differ."""
     absolute: float = inf
-    """Largest |a - b|; inf also where one of them is no number."""
+    """Largest |a - b|; inf also where one of them is not a number."""
     relative: float = inf
     """Largest |a - b| / max(|a|, |b|)."""
     norm: float = inf
@@ -179,7 +179,7 @@ def _must_be_mapped(a: Path, b: Path, models: tuple[ModelConfig | None, ModelCon
 
 
 def _raw(path: Path) -> Tensors:
-    """Tensors as they are stored."""
+    """The stored tensors, without a mapping to other names."""
     if is_hugging_face(path):
         return {name: _of_extent(extent) for name, extent in safetensors.open_directory(path).items()}
     checkpoint = dcp.Checkpoint(path)

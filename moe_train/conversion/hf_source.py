@@ -76,7 +76,7 @@ class HuggingFace:
         return DTYPES["bfloat16"] if stored in _FP8 else stored
 
     def read(self, name: str, start: int, stop: int, out: memoryview | None = None) -> TensorSlice:
-        """Rows `start` to `stop`, in `out` where it is given and they are stored as they are read."""
+        """Rows `start` to `stop`, in `out` where it is given and the file has them in that form."""
         extent = self.extents[name]
         part = extent.row_range(start, stop)
         if extent.dtype not in _FP8:
@@ -154,7 +154,7 @@ class MappedSource:
         return part.name
 
     def dtype(self, piece: Piece) -> Dtype:
-        """Of the piece as it is stored; the widest where its parts differ."""
+        """Stored dtype of the piece; the widest where its parts differ."""
         found = {self.source.dtype(self._stored(part)) for part in piece.parts}
         return max(found, key=lambda dtype: dtype.itemsize)
 
@@ -186,7 +186,7 @@ class MappedSource:
         return whole
 
     def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> TensorSlice:
-        """Rows of the Hugging Face tensor `part`, in `out` where it is given and they are stored as they are read."""
+        """Rows of the Hugging Face tensor `part`, in `out` where it is given and the file has them in that form."""
         name = self._stored(part)
         if part.fused is not None and name not in (part.name, part.other):
             return self._fused_rows(name, part.fused, part.rows, start, stop, out)

@@ -114,7 +114,7 @@ def find(path: Path, name: str) -> Path:
     """The checkpoint that the user means by `path`, given as `name`: itself, or the newest of a run.
 
     Raises:
-        CheckpointError: nothing is there, or it is no checkpoint.
+        CheckpointError: nothing is there, or it is not a checkpoint.
     """
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{name}={path} is not a directory", "name the directory of a checkpoint")

@@ -28,7 +28,7 @@ Blocks = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Fused:
-    """Where a part stands in a Hugging Face tensor of all experts: rows `part` of `parts` of expert `expert`."""
+    """Position of a part in a Hugging Face tensor of all experts: rows `part` of `parts` of expert `expert`."""
 
     name: str
     expert: int

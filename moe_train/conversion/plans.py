@@ -41,10 +41,10 @@ class Reader(Protocol):
     """Where the numbers of Hugging Face tensors come from."""
 
     def dtype(self, piece: Piece) -> Dtype:
-        """Of the piece as it is stored."""
+        """Stored dtype of the piece."""
 
     def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> TensorSlice:
-        """Rows of the Hugging Face tensor `part`, in `out` where it is given and they are stored as they are read."""
+        """Rows of the Hugging Face tensor `part`, in `out` where it is given and the file has them in that form."""
 
     def has(self, name: str) -> bool:
         """Whether the copy `name` is wanted."""
@@ -446,7 +446,7 @@ def _outputs(reader: Reader, piece: Piece, part: Part, dtype: Dtype, options: Co
 def _rows(
     reader: Reader, piece: Piece, part: Part, dtype: Dtype | None
 ) -> Callable[[HashingFile, Tally], Iterator[TensorSlice]]:
-    """The rows of a part, a few at a time; as they are stored and in whole FP8 blocks where no `dtype` is given."""
+    """The rows of a part, a few at a time; without `dtype` in their stored format, and in whole FP8 blocks."""
     row_bytes = prod(piece.shape[1:]) * reader.dtype(piece).itemsize
     whole = block_fp8.BLOCK if dtype is None else 1
     step = max(1, BLOCK_BYTES // row_bytes // whole) * whole
@@ -500,7 +500,7 @@ def _pack(things: Sequence[Any], size_of: Callable[[Any], int], wanted: int | No
 def _identity(
     directory: Path, files: Iterable[Path], options: ConvertOptions, model: ModelConfig | None, jobs: Iterable[FileJob]
 ) -> dict[str, Any]:
-    """What decides the bytes of the result: the source's files as they are, every option, what goes into which file."""
+    """What decides the bytes of the result: the source's files, every option, and which tensors each file gets."""
     stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(set(files))}
     return {
         "source": str(directory.resolve()),

@@ -36,7 +36,7 @@ class Reason(Enum):
 
 @dataclass
 class Report:
-    """Counts of one pass over a corpus.
+    """Counts of reading a corpus once.
 
     Attributes:
         files: files that were read.

@@ -86,7 +86,7 @@ class LockHeartbeat:
                 is_ours = self._is_ours()
             except FileNotFoundError:
                 is_ours = False
-            except OSError:  # a storage that does not answer, or is read-only: the work goes on
+            except OSError:  # a storage that does not answer, or is read-only: continue without it
                 continue
             missed = 0 if is_ours else missed + 1
             if missed == _LOST_AFTER and not self._end.is_set():

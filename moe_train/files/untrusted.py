@@ -1,7 +1,7 @@
 """Reads files that anyone may have written or damaged: bounds come before work. No torch import.
 
 Checkpoints, datasets and run directories are downloaded, copied and mounted. Their files are opened only where they are
-regular files (a named pipe would block without end, a device never ends); symbolic links are followed, because the
+regular files (a named pipe would block forever, a device never ends); symbolic links are followed, because the
 snapshots of the Hugging Face cache consist of them. Text has a largest size, numbers a largest value and structures a
 largest depth, so that no file costs more time or memory than its size justifies.
 """

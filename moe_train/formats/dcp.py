@@ -1,7 +1,7 @@
 """Tensors in a Megatron checkpoint (`torch_dist` format), read and written by rows, without process groups.
 
-A `.distcp` file is a row of items, each one chunk of one tensor as torch.save writes it; `.metadata` says which chunk
-stands where (torch/distributed/checkpoint/{filesystem,metadata}.py). torch.save would need the whole item in memory,
+A `.distcp` file is a row of items, each one chunk of one tensor as torch.save writes it; `.metadata` says which file
+has which chunk (torch/distributed/checkpoint/{filesystem,metadata}.py). torch.save would need the whole item in memory,
 so items are written here, with `zipfile`, a few rows at a time.
 """
 
@@ -143,8 +143,8 @@ class _Window(io.RawIOBase):
 
 
 class Checks:
-    """Compares chunks with their checksums while they are read, in whatever order that is. Each thread calls `settle`
-    when it has read what it wanted.
+    """Compares chunks with their checksums while they are read, in any order. Each thread calls `settle` when it has
+    finished reading.
     """
 
     def __init__(self) -> None:

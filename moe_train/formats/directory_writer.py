@@ -57,7 +57,7 @@ class WritePlan:
 
     target: Path
     identity: Json
-    """Everything that decides the bytes: an unfinished directory with another identity is thrown away."""
+    """Everything that decides the bytes: an unfinished directory with another identity is deleted."""
     jobs: list[FileJob]
     finish: Callable[[dict[str, Any]], dict[str, bytes]]
     """Small files (name -> content) from what the jobs returned, by name."""
@@ -111,7 +111,7 @@ def run(
 def together(comm: Communicator, action: Callable[[], T]) -> T:
     """Result of `action`, which every rank does. If it fails on any rank, every rank raises the first one's error.
 
-    A rank that left alone would keep the others waiting for it without end.
+    A rank that left alone would block the others forever.
     """
     result = _attempt(action, comm)
     for error in comm.all_gather(result.error):

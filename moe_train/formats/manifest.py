@@ -76,7 +76,7 @@ def check(directory: Path, files: Files, rank: int, size: int) -> None:
 
 
 def difference(path: Path, entry: Entry) -> str:
-    """What is wrong with a file, or ""."""
+    """How a file differs from its entry, or "" if it does not."""
     try:
         found = path.stat().st_size
         if found != entry.bytes:

@@ -83,7 +83,7 @@ class Tally:
         return rows
 
     def checked(self, name: str, blocks: Iterable[TensorSlice]) -> Iterator[TensorSlice]:
-        """The `blocks` of a tensor, counted on their way."""
+        """The `blocks` of a tensor, whose non-finite values are counted as they are yielded."""
         return (self.add(name, rows) for rows in blocks)
 
     def merge(self, other: dict[str, Count]) -> None:

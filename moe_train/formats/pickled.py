@@ -1,7 +1,7 @@
 """Reads pickles of plain data without Python's unpickler. No torch import.
 
 `pickle.Unpickler` with a restricted `find_class` runs no foreign code, but a few bytes still make it allocate any
-amount of memory (an index into the memo) or compute without end (the hash of nested tuples), and `BUILD` changes
+amount of memory (an index into the memo) or compute forever (the hash of nested tuples), and `BUILD` changes
 objects that the program shares. This machine knows the opcodes that torch.save and torch.distributed.checkpoint write,
 and only the classes that the caller names. Its time and memory are proportional to the size of the pickle.
 

@@ -3,7 +3,7 @@
     checkpoints/
         latest            name of the checkpoint that was completed last
         step_00000010/
-            .metadata     which part of which tensor stands in which file
+            .metadata     which file has which part of which tensor
             *.distcp      tensors
             state.json    progress, schedule, loss scale, layout
             config.yaml   the resolved config of the run
@@ -153,7 +153,7 @@ def resolve(path: Path, field: str) -> list[Path]:
     """Checkpoints that `field=path` may mean, best first: itself, those in it, or those of that run directory.
 
     Raises:
-        CheckpointError: nothing is there, or it is no checkpoint.
+        CheckpointError: nothing is there, or it is not a checkpoint.
     """
     if not path.exists():
         raise CheckpointError(f"{field}={path} does not exist", _checkpoints_near(path))
@@ -231,7 +231,7 @@ def partial_of(root: Path, name: str) -> Path:
 
 
 def removed_name(root: Path, name: str) -> Path:
-    """Where the checkpoint `name` stands while it is being removed."""
+    """Path of the checkpoint `name` while it is being removed."""
     return root / f".{name}.removed"
 
 

@@ -44,7 +44,7 @@ def header(tensors: Sequence[tuple[str, Dtype, tuple[int, ...]]]) -> bytes:
 
 
 def contents(path: Path) -> dict[str, FileRegion]:
-    """Where each tensor of the file stands.
+    """The region of the file that holds each tensor.
 
     Raises:
         CheckpointError: the file is missing, no safetensors file, damaged or cut off.

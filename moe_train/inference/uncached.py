@@ -24,7 +24,7 @@ NEW_TOKENS = 24
 
 @dataclass(frozen=True)
 class Continuation:
-    """A held-out text, token ids: how it begins, how the model goes on, and how it really goes on."""
+    """A held-out text, token ids: prompt, the model's continuation, and the true continuation."""
 
     prompt: list[int]
     model: list[int]
@@ -64,7 +64,7 @@ def continue_prompts(
     """`count` tokens [n, count] that the model adds to `prompts` [n, p], all ranks being given the same.
 
     Every rank must call this: each computes its part of the model, and data-parallel ranks compute the same texts,
-    because the experts of one text can stand on all of them. The texts are padded on the right to the training sequence
+    because the experts of one text can be on any of them. The texts are padded on the right to the training sequence
     length, which causal attention makes harmless; only experts with a capacity limit see the padding.
 
     Args:
@@ -105,7 +105,7 @@ class _LogitReader:
 
     def __init__(self, ranks: RankContext, chunks: Sequence[nn.Module]) -> None:
         self._ranks, self._chunks = ranks, chunks
-        self._index = torch.empty(0, dtype=torch.long)  # where the position stands in this rank's part of the sequence
+        self._index = torch.empty(0, dtype=torch.long)  # of the position in this rank's part of the sequence
         self._rows: Tensor | None = None
         self._hooks: list[Any] = []
 

@@ -19,7 +19,7 @@ NO_TOKENS = "no token of the global batch counts towards the loss: its loss mask
 def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
     """One optimizer step. `batches` has an iterator for each model chunk. Returns global values, equal on all ranks.
 
-    A bad step (`bad_step` in the metrics says why) leaves weights, router biases and optimizer as they were; its data
+    A bad step (`bad_step` in the metrics says why) leaves weights, router biases and optimizer unchanged; its data
     counts as used, and the step as done. So does a step whose batch has no token that counts; it is not a bad one, and
     its loss and gradient norm are 0.
     """

@@ -100,7 +100,7 @@ def _attention(model: ModelConfig) -> dict[str, Any]:
 
 
 def _yarn_of_gqa(model: ModelConfig) -> dict[str, Any]:
-    """Upstream's GPTModel reads these from the config although they are no fields of it (models/gpt/gpt_model.py)."""
+    """Upstream's GPTModel reads these from the config, which has no such fields (models/gpt/gpt_model.py)."""
     if attention_kind(model).latent or model.rope_type != "yarn":
         return {}
     return {

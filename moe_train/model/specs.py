@@ -74,7 +74,7 @@ class LocalBackend(LocalSpecProvider):
         return with_linears(MultiLatentAttention, "down_projection", self.recipe)
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, *legacy: bool) -> Any:
-        """All local experts in one grouped GEMM, or one by one. Before 0.19 upstream wants submodules too."""
+        """All local experts in one grouped GEMM, or a GEMM per expert. Before 0.19 upstream wants submodules too."""
         if not moe_use_grouped_gemm:
             upstream = super().grouped_mlp_modules(moe_use_grouped_gemm, *legacy)
             if self.recipe is not None:
@@ -137,7 +137,7 @@ def checkpoint_names(model: ModelConfig, moe: bool) -> dict[str, str]:
 
 
 def _layer_ids(config: TransformerConfig, vp_stage: int | None) -> list[int]:
-    """Decoder layers (from 0) that stand on this rank's chunk `vp_stage`."""
+    """Decoder layers (from 0) of this rank's chunk `vp_stage`."""
     if config.pipeline_model_parallel_layout is None:
         offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
         return list(range(offset, offset + config.num_layers // config.pipeline_model_parallel_size))

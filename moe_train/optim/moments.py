@@ -17,7 +17,7 @@ class AdamWithBf16Moments(torch.optim.AdamW):
     Args:
         groups: parameter groups of a `torch.optim.AdamW`, with all of its options. They are kept, not copied.
         seed: of stochastic rounding; None rounds to the nearest. bf16 has 8 bits of precision, so to the nearest a
-            moment stands still once a step would change it by less than 1 part in 512: with beta2=0.999 the second
+            moment no longer changes once a step would change it by less than 1 part in 512: with beta2=0.999 the second
             moment does as soon as squared gradients are below three times their mean.
     """
 
@@ -59,10 +59,10 @@ class AdamWithBf16Moments(torch.optim.AdamW):
 
 
 def round_stochastically(values: Tensor, seed: int, draw: int) -> None:
-    """Round fp32 `values` in place to a neighbour in bf16: to the upper as often as they are near it.
+    """Round fp32 `values` in place to a neighbour in bf16, with a probability linear in the distance to the other one.
 
     The noise is a hash of the value, the seed and the number of the draw. So it needs no state that a checkpoint would
-    have to carry, and ranks that hold copies of a weight, in whatever layout, round them alike.
+    have to carry, and ranks that hold copies of a weight, in any layout, round them alike.
     """
     bits = values.view(torch.int32)
     # The key and the values go through the mixer "lowbias32" (https://nullprogram.com/blog/2018/07/31/).

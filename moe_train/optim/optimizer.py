@@ -107,8 +107,8 @@ def _store_moments_in_bf16(optimizer: MegatronOptimizer, seed: int | None) -> No
 
 
 def _fuse(optimizer: MegatronOptimizer) -> None:
-    """One pass over memory for each parameter's update, where the optimizer is torch's own (neither Transformer Engine
-    nor apex is installed). Upstream takes no such option (optimizer/__init__.py); torch reads it at every step."""
+    """Use fused AdamW where the optimizer is torch's own (neither Transformer Engine nor apex is installed): it reads
+    each parameter once per update. Upstream has no such option (optimizer/__init__.py); torch reads it each step."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part.optimizer, torch.optim.AdamW):
             for group in part.optimizer.param_groups:

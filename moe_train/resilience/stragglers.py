@@ -1,4 +1,4 @@
-"""Which ranks are slow, from what each of them measured of itself."""
+"""Straggler detection from the times that each rank measures of itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 _LEAST_SHARE = 0.1
-"""Own time beyond the median that matters, in the time of a step."""
+"""Smallest excess of busy time over the median that counts, as a fraction of the step time."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def tflops_of_rank(run: Run) -> float | None:
 
 
 def measure_cpu(dtype: torch.dtype) -> float:
-    """TFLOPS of a square matrix product in `dtype` on the slowest rank, all at once because they share the cores.
+    """TFLOPS of a square GEMM in `dtype` on the slowest rank, all at once because they share the cores.
 
     The best of a few short windows, each long enough for ranks that take turns on a core: another process may disturb
     some of them.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class SavedTensors:
     """Counts the storages that autograd keeps of the first forward pass of each module, each storage once.
 
-    Parameters and buffers are left out, and so is what `moe_train.model.local.offload` moves out. A storage that
+    Parameters and buffers are left out, and so is what `moe_train.model.local.offload` offloads. A storage that
     recomputation has emptied by the end of the forward pass counts as what is left of it. Forward passes without
     gradients are not counted.
     """
@@ -42,7 +42,7 @@ class SavedTensors:
         if number in self._bytes or not torch.is_grad_enabled():
             return
         self._kept = {}
-        for offload in self._offloads(number):  # whose hooks take the place of these
+        for offload in self._offloads(number):  # whose hooks replace these
             offload.observe = self._keep
         self._open = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
         self._open.__enter__()

@@ -21,7 +21,7 @@ class Calibration:
         power_exponent: how GEMMs follow the GPU's power limit, from the one under which they were measured.
         weights_speed: speed of a GEMM for weight gradients over that of one forward.
         block_speed: speed of FP8 products with scaled blocks over those with one scale.
-        quantize_passes: times that a tensor passes memory on its way to FP8, of those counted.
+        quantize_passes: times that a tensor passes memory when it is cast to FP8, of those counted.
         memory_passes: the same of norms, activations, residuals and permutations.
         scores_passes: how many times as often the scores of attention do, where they are written at all.
         expert_passes_2023, expert_passes_2025, expert_passes_2026: the same of routing, permutation, activation and
@@ -32,11 +32,11 @@ class Calibration:
         dp_exposed: the same of gradient reduction and parameter gathering where they overlap.
         fsdp_exposed: the same of FSDP's gathers beyond the compute they overlap with.
         all_to_all_exposed: the same of expert dispatch where it overlaps with another micro-batch.
-        pp_exposed: part of pipeline messages that is not hidden where they overlap.
-        pass_us: time between two passes of a micro-batch through a chunk, microseconds: messages between stages are
-            asked for, the next pass is chosen; not where one CUDA graph runs the whole step.
+        pp_exposed: part of point-to-point communication between stages that is not hidden where it overlaps.
+        pass_us: time between two passes of a micro-batch through a chunk, microseconds: send/recv between
+            stages is started, the next pass is chosen; not where one CUDA graph runs the whole step.
         host_us: host time to start one kernel, microseconds.
-        sync_us: host time that a layer loses where it must know how many tokens came before it goes on (alltoall
+        sync_us: host time that a layer loses where it must know how many tokens came before it continues (alltoall
             without fixed shapes), microseconds.
         flex_sync_us: the same of DeepEP and HybridEP.
         host_blend: how sharply a stage goes over from being bound by the accelerator to being bound by its host (1: the
@@ -44,7 +44,7 @@ class Calibration:
         sync_blend: the same where layers wait for token counts.
         capacity_us: device time in which a layer chooses the tokens that fit into the capacity of its experts (top-k
             and sort over all tokens, which nothing fuses), microseconds.
-        real_imbalance: tokens of the fullest expert rank over the mean where routing is learned, not forced to be even.
+        real_imbalance: tokens of the most loaded expert rank over the mean, unless routing is forced to be even.
         graph_kernels: host time of a kernel within the scope of CUDA graphs over that of one outside.
         grouped_kernel: host time of one expert's kernel in a grouped product over that of a kernel of its own.
         overlap_host: factor on the host's time where dispatch overlaps with another micro-batch, whose layers it then
@@ -87,8 +87,8 @@ class Calibration:
 
     def expert_passes(self, era: int) -> float:
         """That of software of an era (`Software.era`)."""
-        found: float = getattr(self, f"expert_passes_{era}")
-        return found
+        passes: float = getattr(self, f"expert_passes_{era}")
+        return passes
 
 
 FITTED = Calibration()

@@ -46,8 +46,8 @@ class StageMemory:
         activations_per_micro_batch: kept by one forward pass through every chunk of the rank, without logits.
         expert_share: part of `activations_per_micro_batch` that grows with the tokens of this rank's experts.
         activations: of all micro-batches in flight, at their peak.
-        recompute: what one recomputed layer, or group of layers, brings back while its backward pass runs.
-        communication: messages between stages that are held, dispatched tokens, gathered sequences.
+        recompute: activations that one layer, or group of layers, recomputes while its backward pass runs.
+        communication: buffers of send/recv between stages, dispatched tokens, gathered sequences.
         logits: fp32 scores that each loss keeps, and their 16-bit form while the loss is computed.
     """
 
@@ -268,7 +268,7 @@ def logits_bytes(workload: Workload, items: str) -> float:
 
 
 def _recomputed(workload: Workload, index: int) -> float:
-    """The most that chunk `index` brings back at once: its largest group of layers, less what was kept of it."""
+    """The most that chunk `index` recomputes at once: its largest group of layers, less what was saved of it."""
     workload = workload.of_chunk(index)
     if workload.recompute == "none" or not {"t", "m"} & set(workload.stages[index]):
         return 0
@@ -289,7 +289,7 @@ def _recomputed(workload: Workload, index: int) -> float:
 
 
 def communication_bytes(workload: Workload, stage: int, items: Sequence[str], in_flight: int) -> float:
-    """Messages between stages that are held, tokens on their way to experts and back, gathered sequences."""
+    """Buffers of send/recv between stages, of dispatched and combined tokens, and of gathered sequences."""
     layout, e = workload.layout, workload.element
     message = e * workload.split_tokens * workload.model.hidden_size
     held = 0.0

@@ -1,4 +1,4 @@
-"""Where groups of ranks stand on the network, and what they send over it. Pure functions; no torch import."""
+"""Position of groups of ranks on the network, and the bytes that they send over it. Pure functions; no torch import."""
 
 from __future__ import annotations
 

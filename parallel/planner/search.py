@@ -197,7 +197,7 @@ class Timer:
         return self.held[key]
 
     def layer_bytes(self, workload: Workload) -> tuple[dict[bool, float], float]:
-        """Activations of a dense layer and of one with experts, and the most that recomputing one brings back."""
+        """Activations of a dense layer and of one with experts, and the largest recomputed activations of one layer."""
         one = workload.layout
         key = (
             one.tp,
@@ -332,7 +332,7 @@ def _depths(base: Workload) -> int:
 
 @cache
 def stages_under(schedule: str, pp: int, vpp: int, layers: int, depths: int) -> list[list[str]]:
-    """Items of each chunk, where chunk i stands on rank i % pp. DualPipeV folds the second half of the model back."""
+    """Items of each chunk, where chunk i is on rank i % pp. DualPipeV folds the second half of the model back."""
     if schedule != "dualpipev":
         return pipeline.stage_items(None, pp, vpp, layers, depths)
     chunks = pipeline.stage_items(None, pp, 2, layers, depths)

@@ -97,7 +97,7 @@ def simulate(
     done: dict[tuple[str, int, int], tuple[float, int]] = {}  # (F or B, stage, micro-batch) -> when, on which rank
     events: list[list[Event]] = [[] for _ in range(pp)]
     clock, position = [0.0] * pp, [0] * pp
-    waiting = dict.fromkeys(range(pp))  # ranks that may go on, in the order they were woken
+    waiting = dict.fromkeys(range(pp))  # ranks that may proceed, in the order in which they were woken
     while waiting:
         rank = next(iter(waiting))
         del waiting[rank]

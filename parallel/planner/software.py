@@ -26,12 +26,12 @@ class Software:
         ordered_scales: casts to MXFP8 write scales in the order in which products take them.
         fused_experts: the experts' activation function and its casts to FP8 are part of the products around it.
         dispatcher: alltoall (NCCL, one message for each expert), or flex (DeepEP, HybridEP: one for each node).
-        fp8_dispatch: tokens travel to their experts in FP8; they come back in 16 bits.
+        fp8_dispatch: tokens are dispatched in FP8 and combined in 16 bits.
         overlap_all_to_all: dispatch runs during another micro-batch's compute.
         overlap_tp: tensor-parallel collectives run in pieces during their GEMM.
         overlap_dp: gradients are reduced during the backward pass, parameters gathered during the forward pass.
         latent_exchange: context parallelism passes the latents of multi-head latent attention, not keys and values.
-        imbalance: tokens of the fullest expert rank over the mean.
+        imbalance: tokens of the most loaded expert rank over the mean.
         communication_sms: part of the multiprocessors that dispatch takes from compute while both run.
     """
 

@@ -182,7 +182,7 @@ def stage_time(workload: Workload, machine: Machine, schedule: str, times: Times
         both = max(slowed, sent + returned)  # dispatch has multiprocessors of its own
         alone = forward + sent + backward + returned
         return StageTime(forward + sent, backward + returned, weights, both / alone if alone else 1.0)
-    # Dispatch hides only where passes of two micro-batches lie side by side (Megatron-Core asks for vpp > 1).
+    # Dispatch hides only where passes of two micro-batches run concurrently (Megatron-Core requires vpp > 1).
     if software.overlap_all_to_all and (schedule == "interleaved" or workload.layout.pp == 1):
         exposed, rest = constants.all_to_all_exposed, 1 - software.communication_sms
         return StageTime(forward / rest + exposed * sent, backward / rest + exposed * returned, weights / rest)

@@ -94,7 +94,7 @@ def chunks_in_order_stay(device: torch.device, replace: Replace) -> None:
     """Tokens that are sorted by expert already, as on a rank that has all experts, are not copied.
 
     Upstream: transformer/moe/moe_utils.py `sort_chunks_by_idxs`, used by token_dispatcher.py, splits and joins them
-    again whatever their order: a tenth of the step of a small model. Goes when it returns its input then.
+    again, even if they are sorted: a tenth of the step of a small model. Goes when it returns its input then.
     """
     from megatron.core.transformer.moe import token_dispatcher
 

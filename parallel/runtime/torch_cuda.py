@@ -1,7 +1,7 @@
 """Stand-ins for `torch.cuda` where there is no GPU, so that Megatron-Core runs unchanged on the CPU or the meta device.
 
 One function for each thing made possible. Each names the upstream code that needs it and when it can go. Apply them
-through `parallel.runtime.patching.apply`, never one by one.
+through `parallel.runtime.patching.apply`, never one at a time.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class _Event:
 
 
 def streams_that_do_nothing(device: torch.device, replace: Replace) -> None:
-    """Streams, events and synchronisation are no-ops: work on the CPU is done when the call returns.
+    """Streams, events and synchronisation do nothing: work on the CPU is done when the call returns.
 
     Upstream: distributed/param_and_grad_buffer.py, transformer/moe/token_dispatcher.py,
     pipeline_parallel/p2p_communication.py.

@@ -193,7 +193,7 @@ def _software(
 
 
 def _graphs(found: Mapping[str, str], words: str, model: ModelConfig | None) -> str:
-    """Which CUDA graphs a source means that names no scope: the whole step where that was usual, else scoped ones."""
+    """Which CUDA graphs a source means that gives no scope: the whole step where that was usual, else scoped ones."""
     cluster = hardware_of(found["hardware"]) if found["hardware"] else None
     if cluster is None or model is None or "dualpipe" in words:
         return "scoped"

@@ -82,7 +82,7 @@ def load(path: Path) -> ModelConfig:
 
 
 def _key(name: str) -> str:
-    """Letters and digits of a name, without what stands in brackets."""
+    """Letters and digits of a name, without what is in brackets."""
     key = re.sub(r"[^a-z0-9]", "", re.sub(r"\(.*?\)", "", name.lower()))
     for other, own in SAME.items():
         key = key.replace(other, own)

@@ -61,7 +61,7 @@ class Row:
 
     @property
     def model(self) -> ModelConfig:
-        """The architecture as it was trained."""
+        """The architecture that was trained."""
         return self.cfg.model
 
     @property

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def is_test(row: Row) -> bool:
-    """Whether a row belongs to the test part. All rows of a configuration belong together, whatever the release.
+    """Whether a row belongs to the test part. All rows of a configuration belong together, regardless of the release.
 
     The one step that is published by parts (DeepSeek-V3's, under DualPipe) is for fitting: its parts tell constants
     apart.

@@ -26,14 +26,14 @@ from tools.published.split import is_test
 _RESULTS = Path(__file__).parents[2] / "bench" / "results"
 RESULTS = (_RESULTS if _RESULTS.is_dir() else Path()) / "plan_validate.json"
 """Kept with the code in a clone. An installed package has no such folder and writes to the current directory."""
-# Of each row of the table as it is written there.
+# Columns of the table, in its own units.
 SHOWN = ("source", "model", "hardware", "n_gpus", "precision", "seq_len", "gbs", "mbs", "tp", "pp", "vpp", "cp", "ep",
          "etp", "recompute")  # fmt: skip
 WORST = 10
 
 
 def read(path: Path, models: str | None = None) -> list[tuple[dict[str, str], Row | str]]:
-    """The rows of a table: as they are written, and understood, or why there is no prediction.
+    """The rows of a table: the text of each, and the parsed row or why there is no prediction.
 
     Raises:
         ConfigError: it is not a table with at least a model and its hardware.

@@ -29,7 +29,7 @@ def from_config(run: Run) -> list[Callback]:
     if cfg.resilience.inject:
         callbacks.append(InjectFaults())
     callbacks.append(Recovery(checkpoints))  # before a checkpoint of this step would be written
-    callbacks.append(checkpoints)  # after the metrics: whatever step is saved, its line is in the file
+    callbacks.append(checkpoints)  # after the metrics: every step that is saved has its line in the file
     callbacks.append(Summary())
     callbacks.append(CloseSinks(sinks))  # late, to log what the others do at the end
     if cfg.resilience.nvrx:

@@ -18,9 +18,9 @@ class CheckpointCallback(Callback):
     """Saves every `checkpoint.interval_steps` steps, unless that step was bad, and, with `checkpoint.save_at_end`,
     after the last one; each once. With `export_hf` the last one is also written in Hugging Face format.
 
-    With `checkpoint.asynchronous` those between are written while training goes on. One that cannot be written (a full
-    disk) is a warning, and `checkpoint.max_consecutive_failures` of them in a row are a CheckpointError on every rank
-    in the same step.
+    With `checkpoint.asynchronous` (async save) those between are written while training continues. One that cannot be
+    written (a full disk) is a warning. `checkpoint.max_consecutive_failures` of them in a row are a CheckpointError on
+    every rank in the same step.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class CheckpointCallback(Callback):
             self.finish(run)
 
     def on_rollback(self, run: Run) -> None:
-        """Save where the run went on, with its new place in the data: a crash must not undo what was decided."""
+        """Save after a rollback, with the new position in the data: a crash must not undo the skip."""
         self._saved_step = -1
         self.own_steps = {step for step in self.own_steps if step <= run.state.step}
         self.save(run)
@@ -80,7 +80,7 @@ class CheckpointCallback(Callback):
         self._tolerate(run, lambda: self._wait(run))
 
     def on_end(self, run: Run) -> None:
-        """After an error a checkpoint may be on its way. It needs all ranks, and does not appear."""
+        """After an error a checkpoint may be in flight. It needs all ranks, and is discarded."""
         if self._saving is not None:
             self._saving.abandon()
             if run.is_main:

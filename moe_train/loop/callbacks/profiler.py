@@ -15,7 +15,7 @@ _MIB = 2**20
 
 
 class MemoryForecast(Callback):
-    """Says on rank 0, before the first step, how much memory the fullest rank will need."""
+    """Reports on rank 0, before the first step, the peak memory of the rank that will need most."""
 
     def on_start(self, run: Run) -> None:
         if not (run.is_main and run.cfg.telemetry.progress):

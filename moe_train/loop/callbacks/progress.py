@@ -22,7 +22,7 @@ _PLAIN_S = 5.0
 
 
 class Progress(Callback):
-    """Shows step, losses, speed and time left on rank 0. Where the output is no terminal it has no control codes."""
+    """Shows step, losses, speed and time left on rank 0. Where the output is not a terminal it has no control codes."""
 
     def __init__(self) -> None:
         self._live: Live | None = None

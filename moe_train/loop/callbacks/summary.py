@@ -131,7 +131,7 @@ def _picture(run: Run, curve: LossCurve, summary: dict[str, Any]) -> str:
 
 
 def _next(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Commands that look at the run, go on with it, and take its weights elsewhere."""
+    """Commands that look at the run, continue it, and export its weights."""
     cfg, run_dir = run.cfg, shlex.quote(str(run.run_dir))
     found = [("watch", f"{_program('tensorboard')} --logdir {run_dir}")] if cfg.telemetry.tensorboard else []
     if summary["checkpoint"] is None or cfg.checkpoint.dir is not None:

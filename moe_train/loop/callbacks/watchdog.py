@@ -50,11 +50,11 @@ class Watchdog(Callback):
 
 
 class Stragglers(Callback):
-    """Names ranks that keep the others waiting, and ends the run where `straggler_action` says so.
+    """Straggler detection: reports ranks that keep the others waiting, and ends the run if `straggler_action` is stop.
 
-    Two things are compared. A rank's own time: the share of looks of the watchdog at which it did not wait for others,
-    times the time of a step, against ranks of the same pipeline stage. And the time of a fixed matrix product, against
-    all ranks; on a GPU, where waiting happens out of Python's sight, this is what tells.
+    Two times are compared. Busy time: the share of the watchdog's samples in which the rank did not wait for others, times
+    the step time, compared within a pipeline stage. And the time of a fixed GEMM, compared over all ranks. On a GPU only
+    the second one detects a slow rank, because Python does not see the waiting there.
     """
 
     def __init__(self, watchdog: Watchdog, checkpoints: CheckpointCallback) -> None:
@@ -110,7 +110,7 @@ class Stragglers(Callback):
 
 
 def product_s(device: torch.device, repetitions: int = 5) -> float:
-    """Seconds of a fixed matrix product on `device`, the best of a few."""
+    """Seconds of a fixed GEMM on `device`, the best of a few."""
     size = _PRODUCT[device.type]
     matrix = torch.ones(size, size, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
     best = float("inf")

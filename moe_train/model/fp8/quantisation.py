@@ -110,7 +110,7 @@ def rounded(
     power_of_two: bool = True,
     mx: bool = False,
 ) -> Tensor:
-    """`quantise(...).dequantise(result)`, without the bytes in between, but with infinities as they are."""
+    """`quantise(...).dequantise(result)`, without the bytes in between, and with infinities unchanged."""
     if x.dim() > 2:  # one matrix at a time stays in the cache
         matrices = [rounded(m, tile, result, dtype=dtype, power_of_two=power_of_two, mx=mx) for m in x]
         return torch.stack(matrices)

@@ -185,7 +185,7 @@ def _calls(operation: str, dtype: torch.dtype) -> Iterator[Callable[[cpu_gemm.Ke
 
 
 def uneven_counts(rows: int, groups: int, rng: random.Random) -> list[int]:
-    """Numbers of rows of each group, which add up to `rows`, a quarter off an even share on average."""
+    """Numbers of rows of each group, which add up to `rows`, with a standard deviation of a quarter of the mean."""
     shares = [max(0.1, rng.gauss(1, 0.25)) for _ in range(groups)]
     counts = [int(rows * share / sum(shares)) for share in shares]
     counts[0] += rows - sum(counts)

@@ -71,7 +71,7 @@ class LinearKernel:
         return matmul(grad, weight, counts)
 
     def wgrad(self, grad: Tensor, x: Tensor, counts: Counts) -> Tensor:
-        """Gradient of the weight, summed over rows, from that of the output [t, out]."""
+        """wgrad: gradient with respect to the weight, summed over rows, from that of the output [t, out]."""
         return matmul_tn(grad, x, counts)
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:

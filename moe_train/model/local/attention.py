@@ -164,9 +164,9 @@ class ReplicatedLinear(nn.Module):
 
 
 class SpecifiedLatentAttention(MLASelfAttention):
-    """Upstream's, with the modules of its spec as they are. This is the one for Transformer Engine.
+    """Upstream's, with the modules of its spec unchanged. This is the one for Transformer Engine.
 
-    From 0.19 upstream looks again where norms stand: a query that is not compressed would get a second norm of the
+    From 0.19 upstream checks the position of norms again: a query that is not compressed would get a second norm of the
     hidden state, fused with its projection, which no released model has (transformer/mla_qk_norm_config.py).
     """
 

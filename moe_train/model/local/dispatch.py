@@ -1,8 +1,8 @@
 """Token dispatch of the `local` backend: upstream's all-to-all, which counts what it sends and can send it in FP8.
 
-In FP8 (DeepSeek-V3, arXiv 2412.19437, section 3.3.3) go the tokens on their way to the experts and, in the backward
-pass, the gradients of the experts' outputs: both enter FP8 GEMMs at the end. Each row is cut into tiles of 1 x 128,
-whose fp32 scales travel with it. Outputs of experts, and gradients of tokens, come back in 16 bits.
+FP8 (DeepSeek-V3, arXiv 2412.19437, section 3.3.3) is the format of tokens in dispatch and, in the backward pass, of the
+gradients of the experts' outputs: both are inputs of FP8 GEMMs. Each row is cut into tiles of 1 x 128,
+whose fp32 scales are sent with it. Outputs of experts, and gradients of tokens, come back in 16 bits.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
 
 
 class Exchange(torch.autograd.Function):
-    """All-to-all of rows [t, h] -> [t', h], in FP8 where a dispatcher is given for the direction, else as they are."""
+    """All-to-all of rows [t, h] -> [t', h], in FP8 where a dispatcher is given for the direction, else unchanged."""
 
     @staticmethod
     def forward(

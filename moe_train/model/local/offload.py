@@ -1,6 +1,6 @@
 """Activations that wait for their backward pass outside of the memory in which they were computed (`local`, CPU).
 
-Megatron-Core moves them between a GPU and its host; here a file takes the place of the host, or other memory.
+Megatron-Core moves them between a GPU and its host; here a file, or other memory, is used instead of the host.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _bytes(storage: torch.UntypedStorage) -> memoryview:
 
 
 class Offload:
-    """Around a forward pass: what autograd keeps of it is moved out, and comes back when the backward pass asks.
+    """Around a forward pass: activations that autograd saves are offloaded, and reloaded for the backward pass.
 
     Each storage is written once, unless it changes in between. Parameters, buffers and storages of less than
     `min_bytes` stay; `observe` is called with each tensor that stays, parameters too.
@@ -132,7 +132,7 @@ def _unpack(packed: Any) -> Tensor:
 
 
 def use_in(model: Any, where: str, scratch: Path, min_bytes: int) -> None:
-    """Have forward passes of `model` move out what is kept of them: to `memory`, or to a `file` in `scratch`."""
+    """Have forward passes of `model` offload saved activations: to `memory`, or to a `file` in `scratch`."""
     offload = Offload(model, OtherMemory if where == "memory" else lambda: Scratch(scratch), min_bytes)
     forward = model.forward
 
