@@ -28,16 +28,16 @@ def check(cfg: Config, layout: ParallelLayout, overrides: Sequence[str]) -> None
     if cfg.runtime != "cuda" or count_parameters(cfg.model).total < LARGE:
         return
     given = names_of(overrides)
-    kept = [
+    unscaled = [
         name
         for name in _FIELDS
         if get(cfg, name) == get(_DEFAULTS, name) and not given & {name, name.partition(".")[0]}
     ]
     if cfg.train.steps is None and cfg.train.tokens is None:
-        kept.append("train.tokens")
-    if not kept:
+        unscaled.append("train.tokens")
+    if not unscaled:
         return
-    shown = ", ".join(f"{name}={override_value(get(cfg, name))}" for name in kept)
+    shown = ", ".join(f"{name}={override_value(get(cfg, name))}" for name in unscaled)
     recipe = CONF_DIR / "experiment" / cfg.model.name / "pretrain.yaml"
     remedy = f"use experiment={cfg.model.name}/pretrain, or give each of them" if recipe.exists() else "give each"
     raise ConfigError(

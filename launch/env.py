@@ -69,26 +69,26 @@ def variables(cfg: LauncherConfig, info: RankInfo) -> dict[str, str]:
 
     Adapters: NCCL takes all of them and pairs each GPU with its nearest; NVSHMEM (DeepEP) and UCX take them by rank.
     """
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     if cfg.interface:
-        found |= {"NCCL_SOCKET_IFNAME": cfg.interface, "GLOO_SOCKET_IFNAME": cfg.interface}
+        result |= {"NCCL_SOCKET_IFNAME": cfg.interface, "GLOO_SOCKET_IFNAME": cfg.interface}
     if cfg.nics:
-        found["NCCL_IB_HCA"] = "=" + ",".join(cfg.nics)  # "=" asks for exact names: mlx5_1 is not mlx5_10
-        found["NVSHMEM_ENABLE_NIC_PE_MAPPING"] = "1"
-        found["NVSHMEM_HCA_LIST"] = ",".join(f"{nic}:1" for nic in cfg.nics)
-        found["UCX_NET_DEVICES"] = f"{cfg.nics[info.local_rank % len(cfg.nics)]}:1"
+        result["NCCL_IB_HCA"] = "=" + ",".join(cfg.nics)  # "=" asks for exact names: mlx5_1 is not mlx5_10
+        result["NVSHMEM_ENABLE_NIC_PE_MAPPING"] = "1"
+        result["NVSHMEM_HCA_LIST"] = ",".join(f"{nic}:1" for nic in cfg.nics)
+        result["UCX_NET_DEVICES"] = f"{cfg.nics[info.local_rank % len(cfg.nics)]}:1"
     if cfg.scratch_dir is not None:
         own = _own(cfg.scratch_dir)
-        found["TMPDIR"] = str(own)
+        result["TMPDIR"] = str(own)
         # One for each rank: they compile the same kernels at the same time.
         for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
-            found[name] = str(own / f"{name.lower()}_{info.local_rank}")
+            result[name] = str(own / f"{name.lower()}_{info.local_rank}")
     for entry in cfg.environment:
         name, equals, value = entry.partition("=")
         if not name or not equals:
             raise ConfigError(f"launcher.environment has {entry!r}, which is not NAME=VALUE", "write NCCL_DEBUG=INFO")
-        found[name] = value
-    return found
+        result[name] = value
+    return result
 
 
 def cores_of(info: RankInfo, root: Path = Path("/")) -> set[int]:
@@ -124,9 +124,9 @@ def _visible(gpus: list[str]) -> list[str]:
 
 def _cores(text: str) -> set[int]:
     """The kernel's "0-3,8" as numbers."""
-    found: set[int] = set()
+    cores: set[int] = set()
     for part in text.strip().split(","):
         first, _, last = part.partition("-")
         if first:
-            found |= set(range(int(first), int(last or first) + 1))
-    return found
+            cores |= set(range(int(first), int(last or first) + 1))
+    return cores

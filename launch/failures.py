@@ -182,7 +182,7 @@ def _without_record(rank: int, exit_status: int, log: str) -> Failure:
 def _hung(rank: int, log: Path) -> str:
     """Which rank made no progress, as the one that ended itself found out."""
     try:
-        found = "; ".join((log.parent.parent / watch.VERDICT).read_text(encoding="utf-8").splitlines())
+        verdict = "; ".join((log.parent.parent / watch.VERDICT).read_text(encoding="utf-8").splitlines())
     except OSError:
-        found = f"rank {rank} made no progress"
-    return f"{found} (stacks in {log.parent}/hang_rank_N.txt)"
+        verdict = f"rank {rank} made no progress"
+    return f"{verdict} (stacks in {log.parent}/hang_rank_N.txt)"

@@ -69,10 +69,10 @@ def _run_coordinator(info: RankInfo, store: TCPStore, entry: str | None) -> int:
 
     published = False
 
-    def work(asked: Config) -> None:
+    def work(requested: Config) -> None:
         nonlocal published
         _refuse_components(info, store)
-        cfg = asked
+        cfg = requested
         if cfg.runtime == "simulated":
             raise ConfigError(
                 f"runtime=simulated is one process, and {info.launcher} started {info.world_size}",
@@ -88,14 +88,16 @@ def _run_coordinator(info: RankInfo, store: TCPStore, entry: str | None) -> int:
                 room.check(cfg, validate(cfg, info.world_size), range(info.local_world_size))
                 commands.warn_unheard(cfg.launcher)
                 job.prepare_data(cfg)
-        if entry is None and stop.asked():  # while the data were made, which can take hours
-            print(f"stopped by {stop.asked()} before the first step; the same command continues", file=sys.stderr)
+        if entry is None and stop.requested_by():  # while the data were made, which can take hours
+            print(
+                f"stopped by {stop.requested_by()} before the first step; the same command continues", file=sys.stderr
+            )
             raise stop.Stopped
         with contextlib.nullcontext() if entry else lock.held(cfg, _exit_for_another_run):
             if entry is None:
                 continuing.set_aside(cfg)
                 # A later start begins with the layout that was asked for, not with the one that fits these ranks.
-                job.save_config(dataclasses.replace(asked, runtime=cfg.runtime))
+                job.save_config(dataclasses.replace(requested, runtime=cfg.runtime))
             restarts.remember(cfg)
             text = compose.to_yaml(cfg)
             store.set(_CONFIG, json.dumps({"config": text}))
@@ -221,16 +223,16 @@ def _only_gpu() -> str:
     return str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.device_count() == 1 else ""
 
 
-def refusal(found: Sequence[Mapping[str, Any]]) -> MoeTrainError | None:
+def refusal(records: Sequence[Mapping[str, Any]]) -> MoeTrainError | None:
     """Why ranks cannot train together, from the `node`, `versions` and `gpu` of each; None where they can."""
-    if problem := odd_ranks(found):
+    if problem := odd_ranks(records):
         return HardwareError(problem, "give every node the same code and environment")
     first: dict[tuple[str, str], int] = {}
-    for rank_, one in enumerate(found):
-        other = first.setdefault((one["node"], one["gpu"]), rank_)
-        if one["gpu"] and other != rank_:
+    for rank_, record in enumerate(records):
+        other = first.setdefault((record["node"], record["gpu"]), rank_)
+        if record["gpu"] and other != rank_:
             return ConfigError(
-                f"ranks {other} and {rank_} on {one['node']} see one GPU, the same",
+                f"ranks {other} and {rank_} on {record['node']} see one GPU, the same",
                 "start one rank for each GPU: srun --gpus-per-task=1, or --gpus-per-node=N with --ntasks-per-node=N",
             )
     return None
@@ -250,13 +252,13 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-def odd_ranks(found: Sequence[Mapping[str, Any]]) -> str:
-    """What differs on which ranks, each of `found` with its `node` and `versions`; "" where nothing does."""
+def odd_ranks(records: Sequence[Mapping[str, Any]]) -> str:
+    """What differs on which ranks, each of `records` with its `node` and `versions`; "" where nothing does."""
     problems = []
-    for name in found[0]["versions"]:
-        values = [one["versions"].get(name) for one in found]
+    for name in records[0]["versions"]:
+        values = [record["versions"].get(name) for record in records]
         usual = Counter(values).most_common(1)[0][0]
-        odd = [f"rank {i} ({found[i]['node']}) has {value}" for i, value in enumerate(values) if value != usual]
+        odd = [f"rank {i} ({records[i]['node']}) has {value}" for i, value in enumerate(values) if value != usual]
         if odd:
             more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
             problems.append(f"{name}: {', '.join(odd[:3])}{more}, the others {usual}")

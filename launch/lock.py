@@ -70,7 +70,7 @@ class Lock:
     def __init__(self, path: Path, owner: Owner, timeout_s: float, lost: Callable[[str], None]) -> None:
         self.path, self.owner, self._lost = path, owner, lost
         try:
-            self._heartbeat = locks.LockHeartbeat(path, timeout_s / _BEATS, _POLL_S, self._is_ours, self._tell)
+            self._heartbeat = locks.LockHeartbeat(path, timeout_s / _BEATS, _POLL_S, self._is_ours, self._report_lost)
         except RuntimeError as error:
             self._remove()
             raise LaunchError(f"the lock of run_dir needs a thread: {error}", "raise ulimit -u and ulimit -v") from None
@@ -88,14 +88,14 @@ class Lock:
     def _is_ours(self) -> bool:
         return _owner(self.path) == self.owner
 
-    def _tell(self) -> None:
+    def _report_lost(self) -> None:
         there = None
         with contextlib.suppress(OSError):
             there = _owner(self.path)
         self._lost(f"run_dir={self.path.parent} was taken over by {there or 'a user who removed its lock'}")
 
 
-_held: list[Lock] = []
+_locks: list[Lock] = []
 
 
 @contextlib.contextmanager
@@ -107,17 +107,17 @@ def held(cfg: Config, lost: Callable[[str], None] | None = None) -> Iterator[Non
         LaunchError: run_dir cannot be written.
     """
     lock = acquire(Path(cfg.run_dir), cfg.launcher.lock_timeout_s, lost or _end_this_process)
-    _held.append(lock)
+    _locks.append(lock)
     try:
         yield
     finally:
-        _held.remove(lock)
+        _locks.remove(lock)
         lock.release()
 
 
 def release_all() -> None:
     """Release what this process holds, before it ends without unwinding."""
-    for lock in _held:
+    for lock in _locks:
         lock.release()
 
 
@@ -140,14 +140,14 @@ def acquire(run_dir: Path, timeout_s: float, lost: Callable[[str], None]) -> Loc
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         while not _create(path, me):
-            found = _owner(path)
-            if found is None:
+            owner = _owner(path)
+            if owner is None:
                 if not path.exists():
                     continue
-                found = Owner("an unknown host", "", 0, "", "", 0, "")  # damaged: its heartbeat tells
-            if gone := watch.why_gone(found):
-                _remove_stale(path, found)
-                print(f"warning: run_dir={run_dir} was left locked by {found}: {gone}", file=sys.stderr, flush=True)
+                owner = Owner("an unknown host", "", 0, "", "", 0, "")  # damaged: its heartbeat tells
+            if why_gone := watch.why_gone(owner):
+                _remove_stale(path, owner)
+                print(f"warning: run_dir={run_dir} was left locked by {owner}: {why_gone}", file=sys.stderr, flush=True)
             else:
                 time.sleep(_POLL_S)
     except OSError as error:
@@ -163,12 +163,12 @@ def refuse_live(cfg: Config) -> None:
     """
     path = Path(cfg.run_dir, NAME)
     try:
-        found = _owner(path)
+        owner = _owner(path)
     except OSError as error:
         cause = f"{path} cannot be read: {error.strerror}"
         raise LaunchError(cause, "make it readable, or set run_dir=PATH") from error
-    if found is not None and _state(found, _me())[0] == "lives":
-        raise _in_use(path, found)
+    if owner is not None and _state(owner, _me())[0] == "lives":
+        raise _in_use(path, owner)
 
 
 class _Watched:
@@ -178,48 +178,48 @@ class _Watched:
         self._path, self._me, self._timeout_s = path, me, timeout_s
         self._watch = locks.LockWatch(path)
 
-    def why_gone(self, found: Owner) -> str:
-        """Why `found` no longer runs; "" while that is not known.
+    def why_gone(self, owner: Owner) -> str:
+        """Why `owner` no longer runs; "" while that is not known.
 
         Raises:
             InUseError: it runs.
         """
-        state, why = _state(found, self._me)
+        state, why = _state(owner, self._me)
         if state == "gone":
             return why
-        same_job = bool(found.job) and (found.job, found.cluster) == (self._me.job, self._me.cluster)
+        same_job = bool(owner.job) and (owner.job, owner.cluster) == (self._me.job, self._me.cluster)
         if state == "lives" and not same_job:
-            raise _in_use(self._path, found)
+            raise _in_use(self._path, owner)
         is_first = self._watch.is_new
         try:
             beats = self._watch.look()
         except OSError:
             return ""
         if is_first:
-            print(f"{self._path} is held by {found}: waiting for a heartbeat, {self._timeout_s:g} s at most",
+            print(f"{self._path} is held by {owner}: waiting for a heartbeat, {self._timeout_s:g} s at most",
                   file=sys.stderr, flush=True)  # fmt: skip
         if beats and not same_job:
-            raise _in_use(self._path, found)
+            raise _in_use(self._path, owner)
         waited_s = self._watch.watched_s
         if waited_s < self._timeout_s:
             return ""
         if state == "lives":  # an earlier start of this job that does not end
-            raise LaunchError(f"{found} still writes to run_dir={self._path.parent}", "see why it does not end")
+            raise LaunchError(f"{owner} still writes to run_dir={self._path.parent}", "see why it does not end")
         return f"no heartbeat for {waited_s:.0f} s (launcher.lock_timeout_s)"
 
 
-def _state(found: Owner, me: Owner) -> tuple[str, str]:
+def _state(owner: Owner, me: Owner) -> tuple[str, str]:
     """("lives" | "gone" | "unknown", why)."""
-    if found.kernel and found.kernel == me.kernel:
-        if found.pid and _started(found.pid) == found.started:
+    if owner.kernel and owner.kernel == me.kernel:
+        if owner.pid and _started(owner.pid) == owner.started:
             return "lives", ""
         return "gone", "its process has ended"
-    if found.job and (found.job, found.cluster) == (me.job, me.cluster) and found.attempt < me.attempt:
+    if owner.job and (owner.job, owner.cluster) == (me.job, me.cluster) and owner.attempt < me.attempt:
         return "gone", "it was an earlier start of this job"
     # Two clusters that share a storage number their jobs alike, and the squeue of one knows nothing of the other's.
-    same_cluster = found.cluster == me.cluster or not (found.cluster and me.cluster)
-    is_another_job = found.job.startswith(_SLURM_JOB) and found.job != me.job
-    number = found.job.removeprefix(_SLURM_JOB)
+    same_cluster = owner.cluster == me.cluster or not (owner.cluster and me.cluster)
+    is_another_job = owner.job.startswith(_SLURM_JOB) and owner.job != me.job
+    number = owner.job.removeprefix(_SLURM_JOB)
     if is_another_job and number.isascii() and number.isdigit() and same_cluster:
         return _job_state(number)
     return "unknown", ""
@@ -239,14 +239,14 @@ def _job_state(job: str) -> tuple[str, str]:
     return ("gone", "its job has ended") if states <= set(_OVER) else ("lives", "")
 
 
-def _in_use(path: Path, found: Owner) -> InUseError:
+def _in_use(path: Path, owner: Owner) -> InUseError:
     with contextlib.suppress(OSError):
         age_s = max(0.0, time.time() - path.stat().st_mtime)
         return InUseError(
-            f"run_dir={path.parent} is in use by {found}, last heartbeat {age_s:.0f} s ago",
+            f"run_dir={path.parent} is in use by {owner}, last heartbeat {age_s:.0f} s ago",
             f"use another run_dir, or end that run; if it has ended, remove {path}",
         )
-    return InUseError(f"run_dir={path.parent} is in use by {found}", "use another run_dir, or try again")
+    return InUseError(f"run_dir={path.parent} is in use by {owner}", "use another run_dir, or try again")
 
 
 def _create(path: Path, me: Owner) -> bool:
@@ -277,13 +277,13 @@ def _create_exclusively(path: Path, text: str) -> bool:
     return True
 
 
-def _remove_stale(path: Path, found: Owner) -> None:
-    """Remove the lock of `found`, and not one that another process has put in its place meanwhile."""
+def _remove_stale(path: Path, owner: Owner) -> None:
+    """Remove the lock of `owner`, and not one that another process has put in its place meanwhile."""
     aside = path.with_name(f".{NAME}.{secrets.token_hex(8)}.stale")
     with contextlib.suppress(FileNotFoundError):
         os.rename(path, aside)
         there = _owner(aside)
-        if there is not None and there.token != found.token:
+        if there is not None and there.token != owner.token:
             with contextlib.suppress(FileExistsError):
                 os.link(aside, path)
         aside.unlink()

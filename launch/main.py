@@ -85,10 +85,10 @@ def _run(entry: str | None) -> int:
             work = partial(train_here, entry=entry)
             return compose.hydra_entry(work, argv=words, revise=continuing.continued, after_sweep=after)
     except signals.Interrupted as interrupt:
-        told = f"\ninterrupted by {interrupt.signal.name}; every rank has ended"
+        message = f"\ninterrupted by {interrupt.signal.name}; every rank has ended"
         if interrupt.signal == signals.WARNING:
-            told = f"\nstopped by {interrupt.signal.name} before the first step; the same command continues"
-        print(told, file=sys.stderr)
+            message = f"\nstopped by {interrupt.signal.name} before the first step; the same command continues"
+        print(message, file=sys.stderr)
         return interrupt.exit_code
     finally:
         forkserver.kill()  # at once, even if it still imports

@@ -109,8 +109,8 @@ def _refuse_heterogeneous(env: Mapping[str, str]) -> None:
     # Slurm fills the nodes of one component from the first on, so that a later one never has more tasks.
     mixed = counts != sorted(counts, reverse=True)
     if spans or mixed:
-        what = f"SLURM_HET_SIZE={components}" if spans else f"{','.join(map(str, counts))} tasks on its nodes"
-        raise _heterogeneous(what)
+        layout = f"SLURM_HET_SIZE={components}" if spans else f"{','.join(map(str, counts))} tasks on its nodes"
+        raise _heterogeneous(layout)
 
 
 def component(env: Mapping[str, str] = os.environ) -> str:
@@ -124,14 +124,14 @@ def component(env: Mapping[str, str] = os.environ) -> str:
 
 def refuse_components(components: Sequence[str]) -> None:
     """Raise LaunchError where the `component` of each rank is not the same for all."""
-    other = next((rank for rank, one in enumerate(components) if one != components[0]), None)
+    other = next((rank for rank, component in enumerate(components) if component != components[0]), None)
     if other is not None:
         raise _heterogeneous(f"rank {other} is of another component than rank 0")
 
 
-def _heterogeneous(what: str) -> LaunchError:
+def _heterogeneous(layout: str) -> LaunchError:
     return LaunchError(
-        f"this is a heterogeneous step of Slurm ({what}), and ranks must be the tasks of one component",
+        f"this is a heterogeneous step of Slurm ({layout}), and ranks must be the tasks of one component",
         "start all of them by one srun --ntasks-per-node=N, in a heterogeneous job with --het-group=I",
     )
 
@@ -260,9 +260,9 @@ def connect(info: RankInfo) -> TCPStore:
             multi_tenant=True,
         )
     except (RuntimeError, ValueError) as error:
-        what = "open" if hosts else "reach"
+        verb = "open" if hosts else "reach"
         raise LaunchError(
-            f"rank {info.rank} cannot {what} the rendezvous address {info.master_addr}:{info.master_port}: "
+            f"rank {info.rank} cannot {verb} the rendezvous address {info.master_addr}:{info.master_port}: "
             f"{str(error).splitlines()[0]}",
             "set MASTER_PORT to a free port of rank 0's host, and MASTER_ADDR to an address the other hosts reach"
             + ("" if hosts else _raise_timeout(timeout_s)),

@@ -38,19 +38,19 @@ def check(cfg: Config, layout: ParallelLayout, local_ranks: Sequence[int] | None
     if runtime == "cpu":
         ranks = range(layout.world_size) if local_ranks is None else local_ranks
         needed = sum(stages[layout.coordinates(rank).pp].total for rank in ranks)
-        what = "1 rank needs" if len(ranks) == 1 else f"{len(ranks)} ranks need"
-        _refuse(cfg, needed, available_bytes(), f"{what} {needed / GIB:,.1f} GiB of memory", "this machine has")
+        need = "1 rank needs" if len(ranks) == 1 else f"{len(ranks)} ranks need"
+        _refuse(cfg, needed, available_bytes(), f"{need} {needed / GIB:,.1f} GiB of memory", "this machine has")
     elif runtime == "cuda" and (smallest := gpu_bytes()) is not None:
         needed = max(stage.parameters + stage.gradients + stage.optimizer for stage in stages)
-        what = f"weights, gradients and optimizer state of one rank need {needed / GIB:,.1f} GiB"
-        _refuse(cfg, needed, smallest, what, "its GPU has")
+        need = f"weights, gradients and optimizer state of one rank need {needed / GIB:,.1f} GiB"
+        _refuse(cfg, needed, smallest, need, "its GPU has")
 
 
-def _refuse(cfg: Config, needed: float, room: float, what: str, where: str) -> None:
+def _refuse(cfg: Config, needed: float, room: float, need: str, where: str) -> None:
     if needed <= room:
         return
     raise ConfigError(
-        f"model.name={cfg.model.name}: {what}, and {where} {room / GIB:,.1f} available",
+        f"model.name={cfg.model.name}: {need}, and {where} {room / GIB:,.1f} available",
         "use a smaller model or train.seq_length, more machines (moe-memory shows what a rank holds, moe-plan which "
         "layouts fit), or launcher.check_memory=false to start it anyway",
     )
@@ -58,10 +58,10 @@ def _refuse(cfg: Config, needed: float, room: float, what: str, where: str) -> N
 
 def available_bytes(proc: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
     """Memory that new processes can get on this machine: what the system has, within the limits of its cgroups."""
-    found = int(psutil.virtual_memory().available)
+    available = int(psutil.virtual_memory().available)
     for limit, used in _cgroups(proc, mount):
-        found = min(found, max(0, limit - used))
-    return found
+        available = min(available, max(0, limit - used))
+    return available
 
 
 def _cgroups(proc: Path, mount: Path) -> list[tuple[int, int]]:
@@ -70,7 +70,7 @@ def _cgroups(proc: Path, mount: Path) -> list[tuple[int, int]]:
         lines = proc.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    found = []
+    limits = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":  # cgroup v2
@@ -85,9 +85,9 @@ def _cgroups(proc: Path, mount: Path) -> list[tuple[int, int]]:
         for folder in (own, *own.parents):
             if not folder.is_relative_to(root):
                 break
-            if one := _limits(folder, limit, usage, cache):
-                found.append(one)
-    return found
+            if cgroup_limits := _limits(folder, limit, usage, cache):
+                limits.append(cgroup_limits)
+    return limits
 
 
 def _limits(folder: Path, limit: str, usage: str, cache: str) -> tuple[int, int] | None:

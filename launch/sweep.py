@@ -32,8 +32,8 @@ def table(jobs: Sequence[SweepJob]) -> Table:
 
 def _losses(summary: Path) -> tuple[str, str]:
     try:
-        found = untrusted.read_object(summary)
-        return _ends(found.get("train_loss") or {}), _ends(found.get("valid_loss") or {})
+        values = untrusted.read_object(summary)
+        return _ends(values.get("train_loss") or {}), _ends(values.get("valid_loss") or {})
     except (OSError, ValueError, KeyError, TypeError):
         return "", ""  # the summary could not be written, of which the run has warned
 

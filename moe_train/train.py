@@ -101,14 +101,14 @@ def train(run: Run) -> None:
     def evaluate() -> None:
         if eval_count and run.valid_data is not None:
             with run.clock.paused():
-                found = step.evaluate(run, held_out(run).for_chunks(run.layout.vpp), eval_count)
-            if found.loss is None:
+                evaluation = step.evaluate(run, held_out(run).for_chunks(run.layout.vpp), eval_count)
+            if evaluation.loss is None:
                 run.announce("evaluation_skipped", reason="no token of the validation batches counts towards the loss")
                 return
             state = run.state
-            own = {f"valid_{name}": value for name, value in found.metrics.items()}
+            own = {f"valid_{name}": value for name, value in evaluation.metrics.items()}
             progress = {"step": state.step, "tokens": state.consumed_tokens}
-            run.evaluations.append({**progress, "valid_loss": found.loss, **own})
+            run.evaluations.append({**progress, "valid_loss": evaluation.loss, **own})
             for callback in run.callbacks:
                 callback.on_evaluation_end(run, run.evaluations[-1])
 

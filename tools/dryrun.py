@@ -66,11 +66,11 @@ def add_up(cfg: Config, layout: ParallelLayout, ranks: list[int]) -> tuple[int, 
         raise MoeTrainError("only layouts with parallel.tp=1 and parallel.etp=1 are added up", "use pp and ep")
     parameters = bias = 0
     for rank in track(ranks, description="building ranks", transient=True):
-        held = simulate.build_rank(cfg, layout, rank)
-        parameters += held.experts
+        counts = simulate.build_rank(cfg, layout, rank)
+        parameters += counts.experts
         if layout.coordinates(rank).ep == 0:
-            parameters += held.shared - held.embedding_copy
-            bias += held.expert_bias
+            parameters += counts.shared - counts.embedding_copy
+            bias += counts.expert_bias
     return parameters, bias
 
 

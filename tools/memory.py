@@ -137,8 +137,8 @@ def _short(items: str) -> str:
 def gpus() -> dict[str, ClusterConfig]:
     """The GPU clusters of conf/cluster, by name."""
     files = sorted((CONF_DIR / "cluster").glob("*.yaml"))
-    found = {file.stem: ClusterConfig(**yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files}
-    return {name: cluster for name, cluster in found.items() if cluster.gpu != "CPU core"}
+    clusters = {file.stem: ClusterConfig(**yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files}
+    return {name: cluster for name, cluster in clusters.items() if cluster.gpu != "CPU core"}
 
 
 def verdict(stages: Sequence[StageMemory], chosen: ClusterConfig, *, fp8: bool) -> str:

@@ -75,7 +75,7 @@ class RankProcesses(PContext):
             try:
                 with signals.deferred():
                     self.start()
-                if stop.asked():  # before these ranks were there
+                if stop.requested_by():  # before these ranks were there
                     signals.warn(self.pids())
                 result = self.wait(timeout_s, _POLL_S)
             finally:
@@ -112,11 +112,11 @@ class RankProcesses(PContext):
             done = all(code == 0 for code in codes)
             return RunProcsResult(return_values=dict.fromkeys(range(self.nprocs))) if done else None
         self._failed_at = self._failed_at or time.monotonic()
-        found = [self._failure(self._setups[i], codes[i] or 0) for i in failed]
+        failures = [self._failure(self._setups[i], codes[i] or 0) for i in failed]
         settled = None not in codes or time.monotonic() > self._failed_at + _SETTLE_S
-        if not settled and not any(failure.is_cause for failure in found):
+        if not settled and not any(failure.is_cause for failure in failures):
             return None
-        self.failures = found  # now, because `close` will make every other rank look killed
+        self.failures = failures  # now, because `close` will make every other rank look killed
         return RunProcsResult(failures={i: self._as_elastic(i, codes[i] or 0) for i in failed})
 
     @staticmethod

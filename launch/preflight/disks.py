@@ -71,22 +71,22 @@ def places(cfg: Config, layout: ParallelLayout, local_world_size: int) -> list[P
     to_come = checkpoints_to_come(cfg, _newest(root), _count(root))
     least, whole = size * min(to_come, 2), size * to_come
     inside = cfg.checkpoint.dir is None
-    found = [
+    result = [
         Place("run_dir", Path(cfg.run_dir), True, _OWN_FILES + inside * least, _OWN_FILES + inside * whole),
     ]
     if not inside:
-        found.append(Place("checkpoint.dir", root, True, least, whole))
+        result.append(Place("checkpoint.dir", root, True, least, whole))
     near = run_directory.node_local_dir(cfg, root)
     if near is not None:
         here = size * local_world_size // layout.world_size
-        kept = min(to_come, cfg.checkpoint.local_keep + 1)
-        still = here * max(kept - _count(near), min(kept, 1))
-        found.append(Place("checkpoint.local_dir", near, False, still, still))
+        retained = min(to_come, cfg.checkpoint.local_keep + 1)
+        still = here * max(retained - _count(near), min(retained, 1))
+        result.append(Place("checkpoint.local_dir", near, False, still, still))
     scratch = env.own_scratch(cfg.launcher)
     if scratch is not None:
         needed = _OWN_FILES * local_world_size
-        found.append(Place("launcher.scratch_dir", scratch, False, needed, needed))
-    return found
+        result.append(Place("launcher.scratch_dir", scratch, False, needed, needed))
+    return result
 
 
 def checkpoints_to_come(cfg: Config, newest: int, present: int) -> int:

@@ -69,13 +69,13 @@ class RankFacts:
 
 def versions() -> dict[str, str]:
     """Versions of libraries and of this project's code."""
-    found = {"python": platform.python_version(), "code": code_digest()}
+    result = {"python": platform.python_version(), "code": code_digest()}
     for name in _LIBRARIES:
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+            result[name] = "absent"
+    return result
 
 
 @cache
@@ -146,13 +146,13 @@ def _values(index: int | str) -> dict[str, str | subprocess.CalledProcessError]:
     try:
         return dict(zip(_FIELDS, _query(index, *_FIELDS), strict=True))
     except (subprocess.CalledProcessError, ValueError):
-        found: dict[str, str | subprocess.CalledProcessError] = {}
+        result: dict[str, str | subprocess.CalledProcessError] = {}
     for name in _FIELDS:
         try:
-            found[name] = _query(index, name)[0]
+            result[name] = _query(index, name)[0]
         except subprocess.CalledProcessError as error:
-            found[name] = error
-    return found
+            result[name] = error
+    return result
 
 
 def _query(index: int | str, *fields: str) -> list[str]:

@@ -137,7 +137,7 @@ def bandwidth(
     layout: ParallelLayout, info: RankInfo, device: torch.device, megabytes: int, timeout_s: int
 ) -> dict[str, tuple[int, float, float]]:
     """All-reduce and all-to-all GB/s of this rank's group in each dimension, with the group's first rank."""
-    found = {}
+    result = {}
     for name, ranks in groups_of(layout, info.rank).items():
         group = dist.new_group(ranks, use_local_synchronization=True, timeout=_duration(timeout_s))
         size = megabytes * (1 << 20) // 4 // len(ranks) * len(ranks)
@@ -146,22 +146,22 @@ def bandwidth(
         agree = partial(dist.all_reduce, op=dist.ReduceOp.MAX, group=group)
         reduce_s = _best(partial(dist.all_reduce, sent, group=group), agree, device)
         exchange_s = _best(partial(dist.all_to_all_single, received, sent, group=group), agree, device)
-        found[name] = (ranks[0], sent.nbytes / reduce_s / 1e9, sent.nbytes / exchange_s / 1e9)
+        result[name] = (ranks[0], sent.nbytes / reduce_s / 1e9, sent.nbytes / exchange_s / 1e9)
         dist.destroy_process_group(group)
-    return found
+    return result
 
 
 def groups_of(layout: ParallelLayout, rank: int) -> dict[str, list[int]]:
     """Ranks of the groups, of more than one, that `rank` is in."""
     at = layout.coordinates(rank)
-    found = {
+    groups = {
         "tp": [layout.rank_of(tp=i, cp=at.cp, dp=at.dp, pp=at.pp) for i in range(layout.tp)],
         "cp": [layout.rank_of(tp=at.tp, cp=i, dp=at.dp, pp=at.pp) for i in range(layout.cp)],
         "dp": [layout.rank_of(tp=at.tp, cp=at.cp, dp=i, pp=at.pp) for i in range(layout.dp)],
         "pp": [layout.rank_of(tp=at.tp, cp=at.cp, dp=at.dp, pp=i) for i in range(layout.pp)],
         "ep": [layout.expert_rank_of(etp=at.etp, ep=i, edp=at.edp, pp=at.pp) for i in range(layout.ep)],
     }
-    return {name: ranks for name, ranks in found.items() if len(ranks) > 1}
+    return {name: ranks for name, ranks in groups.items() if len(ranks) > 1}
 
 
 def links(nodes: list[str], info: RankInfo, device: torch.device, megabytes: int) -> float | None:

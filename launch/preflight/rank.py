@@ -38,7 +38,7 @@ def run(cfg: Config, info: RankInfo) -> None:
     mine = look(cfg, layout, info, device)
     gathered: list[RankFacts] = [mine] * info.world_size
     dist.all_gather_object(gathered, mine)
-    findings = verdict.judge(gathered, cfg.launcher, cfg.cluster, info.local_world_size)
+    findings = verdict.diagnose(gathered, cfg.launcher, cfg.cluster, info.local_world_size)
     if info.rank == 0:
         _report(cfg, gathered, findings)
     dist.barrier()
@@ -49,28 +49,28 @@ def run(cfg: Config, info: RankInfo) -> None:
 def look(cfg: Config, layout: ParallelLayout, info: RankInfo, device: torch.device) -> RankFacts:
     """Everything that this rank can find out, alone and together with the others."""
     cuda = device.type == "cuda"
-    found = RankFacts(facts.node_name(), info.rank, facts.versions())
+    measured = RankFacts(facts.node_name(), info.rank, facts.versions())
     if cuda:
         free, total = torch.cuda.mem_get_info()
-        found.gpus, found.memory_free = torch.cuda.device_count(), free / total
-        found.gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        found.gpu_problems, found.gpu_unchecked = facts.gpu_problems(found.gpu)
-        found.versions |= {"driver": facts.gpu_driver(), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+        measured.gpus, measured.memory_free = torch.cuda.device_count(), free / total
+        measured.gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        measured.gpu_problems, measured.gpu_unchecked = facts.gpu_problems(measured.gpu)
+        measured.versions |= {"driver": facts.gpu_driver(), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
     else:
-        found.memory_free = facts.memory_free()
-    found.clock_s = measure.clock()
+        measured.memory_free = facts.memory_free()
+    measured.clock_s = measure.clock()
     size = 256 if cuda else 4
     places = disks.places(cfg, layout, info.local_world_size)
-    found.unseen, found.disks = measure.storage(places, info, 256 if cuda else 16)
+    measured.unseen, measured.disks = measure.storage(places, info, 256 if cuda else 16)
     dist.barrier()
     products = measure.gemm_times(device)
-    found.matmul_s, found.waited = products.mean_s, products.waited
-    found.matmul_median_s, found.matmul_worst_s = products.median_s, products.worst_s
+    measured.matmul_s, measured.waited = products.mean_s, products.waited
+    measured.matmul_median_s, measured.matmul_worst_s = products.median_s, products.worst_s
     nodes = [""] * info.world_size
-    dist.all_gather_object(nodes, found.node)
-    found.link_gb_s = measure.links(nodes, info, device, size)
-    found.groups = measure.bandwidth(layout, info, device, size, cfg.launcher.timeout_s)
-    return found
+    dist.all_gather_object(nodes, measured.node)
+    measured.link_gb_s = measure.links(nodes, info, device, size)
+    measured.groups = measure.bandwidth(layout, info, device, size, cfg.launcher.timeout_s)
+    return measured
 
 
 def _start(cfg: Config, info: RankInfo) -> torch.device:
@@ -130,8 +130,8 @@ def _again(cfg: Config, nodes: list[str]) -> str:
     if round_ >= _MOST_RESUBMISSIONS:
         return f"not submitted again: that was done {round_} times already"
     record = submission.read(place)
-    kept = [word for word in record.command if not word.startswith("--exclude=")]
-    record.command, record.environment = kept, record.environment | {_COUNT: str(round_ + 1)}
+    command = [word for word in record.command if not word.startswith("--exclude=")]
+    record.command, record.environment = command, record.environment | {_COUNT: str(round_ + 1)}
     try:
         job = record.submit(f"--exclude={exclude}")
     except LaunchError as error:

@@ -1,4 +1,4 @@
-"""From what all ranks found to what is wrong, on which node. Pure functions; no torch import."""
+"""From the measurements of all ranks to defects and the nodes that have them. Pure functions; no torch import."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Finding:
     suspects: tuple[str, ...] = ()
 
 
-def judge(
+def diagnose(
     facts: list[RankFacts], launcher: LauncherConfig, cluster: ClusterConfig, ranks_per_node: int
 ) -> list[Finding]:
     """Everything wrong, in the order of the checks."""
@@ -35,7 +35,7 @@ def judge(
         *_clocks(facts, launcher.clock_skew_s),
         *_devices(facts, ranks_per_node),
         *_storage(facts),
-        *_products(facts, launcher.slow_ratio),
+        *_matmuls(facts, launcher.slow_ratio),
         *_links(facts, relaxed(launcher.slow_ratio, facts)),
         *_groups(facts, launcher, cluster),
     ]
@@ -52,15 +52,15 @@ def suspected(findings: Iterable[Finding]) -> list[str]:
 
 
 def _versions(facts: list[RankFacts]) -> list[Finding]:
-    found = []
+    findings = []
     for name in facts[0].versions:
         known = [f for f in facts if f.versions[name] != UNKNOWN]
         usual = Counter(f.versions[name] for f in known or facts).most_common(1)[0][0]
         nodes = {f.node: f.versions[name] for f in known if f.versions[name] != usual}
-        found += [
+        findings += [
             Finding("versions", node, f"{name} is {other}, elsewhere {usual}") for node, other in sorted(nodes.items())
         ]
-    return found
+    return findings
 
 
 def _clocks(facts: list[RankFacts], most_s: float) -> list[Finding]:
@@ -77,29 +77,29 @@ def _clocks(facts: list[RankFacts], most_s: float) -> list[Finding]:
 
 
 def _devices(facts: list[RankFacts], ranks_per_node: int) -> list[Finding]:
-    found = []
+    findings = []
     for f in facts:
-        found += [Finding("GPU", f.node, f"rank {f.rank}: {problem}") for problem in f.gpu_problems]
+        findings += [Finding("GPU", f.node, f"rank {f.rank}: {problem}") for problem in f.gpu_problems]
         kind = "main memory" if f.gpus is None else "GPU"
         if f.gpus is not None and f.gpus < ranks_per_node and f.gpus != 1:  # 1: bound to the rank, and its own
-            found.append(Finding("GPU", f.node, f"rank {f.rank} sees {f.gpus} of {ranks_per_node} GPUs"))
+            findings.append(Finding("GPU", f.node, f"rank {f.rank} sees {f.gpus} of {ranks_per_node} GPUs"))
         if f.memory_free < _LEAST_FREE[kind]:
-            found.append(Finding("memory", f.node, f"{f.memory_free:.0%} of {kind} of rank {f.rank} is free"))
+            findings.append(Finding("memory", f.node, f"{f.memory_free:.0%} of {kind} of rank {f.rank} is free"))
     seldom = {item for item, ranks in _unchecked(facts).items() if len(ranks) < len(facts) / 2}
     for f in facts:
         if items := [item for item in f.gpu_unchecked if item in seldom]:
             text = f"{', '.join(items)} could not be checked, as on most others: {f.gpu_unchecked[items[0]]}"
-            found.append(Finding("GPU", f.node, f"rank {f.rank}: {text}"))
-    return found
+            findings.append(Finding("GPU", f.node, f"rank {f.rank}: {text}"))
+    return findings
 
 
 def _unchecked(facts: list[RankFacts]) -> dict[str, list[RankFacts]]:
     """Ranks whose GPU could not be asked, by what."""
-    found: dict[str, list[RankFacts]] = {}
+    by_check: dict[str, list[RankFacts]] = {}
     for f in facts:
         for item in f.gpu_unchecked:
-            found.setdefault(item, []).append(f)
-    return found
+            by_check.setdefault(item, []).append(f)
+    return by_check
 
 
 def notes(facts: list[RankFacts]) -> list[str]:
@@ -112,7 +112,7 @@ def notes(facts: list[RankFacts]) -> list[str]:
 
 
 def _storage(facts: list[RankFacts]) -> list[Finding]:
-    found = [
+    findings = [
         Finding("storage", f.node, f"{field} there is not the directory that rank 0 sees")
         for f in facts
         for field in f.unseen
@@ -121,10 +121,10 @@ def _storage(facts: list[RankFacts]) -> list[Finding]:
         on = [(f.node, disk) for f in facts for disk in f.disks if disk.field == field]
         wrong = {node: text for node, disk in on if (text := _disk_problem(disk))}
         if wrong and on[0][1].shared and len(wrong) == len(on):
-            found.append(Finding("storage", "", next(iter(wrong.values()))))
+            findings.append(Finding("storage", "", next(iter(wrong.values()))))
         else:
-            found += [Finding("storage", node, text) for node, text in sorted(wrong.items())]
-    return found
+            findings += [Finding("storage", node, text) for node, text in sorted(wrong.items())]
+    return findings
 
 
 def _disk_problem(disk: Disk) -> str:
@@ -158,18 +158,18 @@ def _size(count: float) -> str:
     return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
 
 
-def _products(facts: list[RankFacts], ratio: float) -> list[Finding]:
+def _matmuls(facts: list[RankFacts], ratio: float) -> list[Finding]:
     """Ranks whose multiplications take much longer than those of most."""
     usual = median_low(f.matmul_s for f in facts)  # of two ranks the faster one
-    found = []
+    findings = []
     for f in facts:
         if usual > 0 and f.matmul_s > ratio * usual:
             text = f"rank {f.rank} takes {f.matmul_s / usual:.1f} times the median {usual * 1e3:.3g} ms"
             if f.matmul_s > ratio * f.matmul_median_s:
                 single_ms = f.matmul_median_s * 1e3
                 text += f": single products take {single_ms:.3g} ms, and the process is stopped between them"
-            found.append(Finding("matmul", f.node, text))
-    return found
+            findings.append(Finding("matmul", f.node, text))
+    return findings
 
 
 def relaxed(ratio: float, facts: list[RankFacts]) -> float:
@@ -192,8 +192,8 @@ def _contended(facts: list[RankFacts]) -> list[str]:
 def remedy(findings: Iterable[Finding]) -> str:
     """What to do where no node is to be excluded."""
     checks = {finding.check for finding in findings if not finding.node}
-    told = {"storage": "make space, or set other directories", "bandwidth": "see the switches between them"}
-    return "; ".join(text for check, text in told.items() if check in checks)
+    remedies = {"storage": "make space, or set other directories", "bandwidth": "see the switches between them"}
+    return "; ".join(text for check, text in remedies.items() if check in checks)
 
 
 def _links(facts: list[RankFacts], ratio: float) -> list[Finding]:
@@ -210,40 +210,41 @@ def _links(facts: list[RankFacts], ratio: float) -> list[Finding]:
 
 def _groups(facts: list[RankFacts], launcher: LauncherConfig, cluster: ClusterConfig) -> list[Finding]:
     """Slow groups. A node is blamed only where the group lies within it; of others the suspects are named."""
-    found = []
+    findings = []
     for name in sorted({name for f in facts for name in f.groups}):
         members: dict[int, list[RankFacts]] = {}
         for f in facts:
             if name in f.groups:
                 members.setdefault(f.groups[name][0], []).append(f)
         nodes = {first: {f.node for f in ranks} for first, ranks in members.items()}
-        for place, what in enumerate(("all-reduce", "all-to-all"), 1):
+        for place, collective in enumerate(("all-reduce", "all-to-all"), 1):
             speeds = {first: ranks[-1].groups[name][place] for first, ranks in members.items()}
             usual = median(speeds.values())
             slow = {}
             for first, speed in sorted(speeds.items()):
-                expected = _least(what, members[first], len(facts), launcher, cluster)
+                expected = _least(collective, members[first], len(facts), launcher, cluster)
                 if speed * relaxed(launcher.slow_ratio, facts) < usual or speed < expected:
                     slow[first] = f", expected {expected:.3g}" + _source(launcher, cluster) if expected else ""
             healthy = {node for first in nodes if first not in slow for node in nodes[first]}
             for first, wanted in slow.items():
-                text = (
-                    f"{name} group of rank {first}: {what} {speeds[first]:.2f} GB/s, the median is {usual:.2f}{wanted}"
-                )
+                measured = f"{collective} {speeds[first]:.2f} GB/s, the median is {usual:.2f}"
+                text = f"{name} group of rank {first}: {measured}{wanted}"
                 alone = len(nodes[first]) == 1
                 suspects = () if alone else tuple(sorted(nodes[first] - healthy or nodes[first]))
-                found.append(Finding("bandwidth", next(iter(nodes[first])) if alone else "", text, suspects))
-    return found
+                findings.append(Finding("bandwidth", next(iter(nodes[first])) if alone else "", text, suspects))
+    return findings
 
 
-def _least(what: str, ranks: list[RankFacts], world: int, launcher: LauncherConfig, cluster: ClusterConfig) -> float:
+def _least(
+    collective: str, ranks: list[RankFacts], world: int, launcher: LauncherConfig, cluster: ClusterConfig
+) -> float:
     """GB/s that a group must reach; 0 where nothing is expected of it."""
     if launcher.expected_gbps is not None:
         return launcher.expected_gbps
     if not launcher.expected_fraction or any(f.gpus is None for f in ranks):
         return 0.0
     on_node = Counter(f.node for f in ranks)
-    return launcher.expected_fraction * reachable(what, len(ranks), min(on_node.values()), world, cluster)
+    return launcher.expected_fraction * reachable(collective, len(ranks), min(on_node.values()), world, cluster)
 
 
 def _source(launcher: LauncherConfig, cluster: ClusterConfig) -> str:
@@ -252,14 +253,14 @@ def _source(launcher: LauncherConfig, cluster: ClusterConfig) -> str:
     return f" ({launcher.expected_fraction:.0%} of what cluster={cluster.name} gives)"
 
 
-def reachable(what: str, size: int, on_node: int, world: int, cluster: ClusterConfig) -> float:
+def reachable(collective: str, size: int, on_node: int, world: int, cluster: ClusterConfig) -> float:
     """GB/s (bytes of a rank's tensor over time) of a collective of one group, while all groups run it.
 
     NVLink and the network are taken to work one after the other, as a lower bound; NVLink to end at the node, which
     asks less than there is where a domain is larger; each GPU to have an adapter of its own.
 
     Args:
-        what: all-reduce (scattered in the node, reduced between nodes, gathered) or all-to-all.
+        collective: all-reduce (scattered in the node, reduced between nodes, gathered) or all-to-all.
         size: ranks of the group, of which `on_node` are on one node, the fewest of any.
         world: ranks of the job; where they fill more than a pod, `spine_fraction` counts.
     """
@@ -268,14 +269,14 @@ def reachable(what: str, size: int, on_node: int, world: int, cluster: ClusterCo
     if world > cluster.pod_gpus:
         network *= cluster.spine_fraction
     near = min(on_node, cluster.domain_gpus)
-    if what == "all-to-all":
+    if collective == "all-to-all":
         return 1 / ((near - 1) / size / domain + (size - near) / size / network)
     across = size / near
     return 1 / (2 * (near - 1) / near / domain + 2 * (across - 1) / across / near / network)
 
 
 def table(facts: list[RankFacts], findings: list[Finding]) -> list[str]:
-    """A line for each check: what was measured, and what is wrong."""
+    """A line for each check: what was measured, and which nodes fail it."""
     nodes = {f.node for f in facts}
     usual = Counter(tuple(sorted(f.versions.items())) for f in facts).most_common(1)[0][0]
     clocks = [f.clock_s for f in facts]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from moe_train.checkpoint import node_local, state, storage, weights
-from moe_train.checkpoint.collective import free_bytes, on_main, say, together, warn
+from moe_train.checkpoint.collective import free_bytes, on_all_ranks, on_main, say, warn
 from moe_train.checkpoint.saving import SaveJob, Saving
 from moe_train.conversion import small_files
 from moe_train.formats import dcp_metadata, run_config, run_directory, state_file
@@ -81,7 +81,7 @@ def _share(run: Run) -> tuple[storage.Share, set[int]]:
     tensors = {**model, "optimizer": optimizer, "rng": state.random_state(run)}
     if scales := state.delayed_scales(run.chunks, model):
         tensors["fp8_scales"] = scales
-    return together(run, lambda: storage.share_of(tensors), "plan a checkpoint"), unshared
+    return on_all_ranks(run, lambda: storage.share_of(tensors), "plan a checkpoint"), unshared
 
 
 def _check_space(run: Run, path: Path, own_bytes: int) -> None:
@@ -111,7 +111,7 @@ def check_places(run: Run) -> None:
         return
     on_main(run, lambda: run_directory.try_writing(root, "checkpoint.dir"), f"write to {root}")
     if near := node_local.root_of(run, root):
-        together(run, lambda: run_directory.try_writing(near, "checkpoint.local_dir"), f"write to {near}")
+        on_all_ranks(run, lambda: run_directory.try_writing(near, "checkpoint.local_dir"), f"write to {near}")
 
 
 def resume(run: Run) -> None:
@@ -121,10 +121,10 @@ def resume(run: Run) -> None:
         CheckpointError: the checkpoint is missing, damaged, or of another model. No checkpoint was changed.
     """
     if run.cfg.resume not in ("auto", "never"):
-        found = on_main(run, lambda: run_directory.resolve(Path(run.cfg.resume), "resume")[0], "read checkpoints")
-        _load(run, found)
-        if found.parent.resolve() != root_of(run).resolve():
-            _keep_small_files(run, found)
+        directory = on_main(run, lambda: run_directory.resolve(Path(run.cfg.resume), "resume")[0], "read checkpoints")
+        _load(run, directory)
+        if directory.parent.resolve() != root_of(run).resolve():
+            _keep_small_files(run, directory)
         return
     if run.cfg.resume == "never":
         node_local.set_aside(run, root_of(run))
@@ -161,7 +161,7 @@ def _continue_newest(run: Run) -> bool:
         return [path.name for path in run_directory.candidates(root)]
 
     shared = on_main(run, names, "read checkpoints")
-    near = {found.name: found for found in node_local.find(run, root)}
+    near = {copy.name: copy for copy in node_local.find(run, root)}
     newer = [name for name in near if not shared or run_directory.step_of(name) > run_directory.step_of(shared[0])]
     first_error: CheckpointError | None = None
     for name in [*newer, *(name for name in shared if name not in newer)]:
@@ -185,48 +185,48 @@ def _continue_newest(run: Run) -> bool:
     return False
 
 
-def _restore(run: Run, found: node_local.LocalCheckpoint) -> None:
+def _restore(run: Run, local_copy: node_local.LocalCheckpoint) -> None:
     root = root_of(run)
     try:
-        node_local.restore(run, root, found)
+        node_local.restore(run, root, local_copy)
     except CheckpointError as error:
-        raise run_directory.DamagedCheckpoint(f"cannot copy {found.name} from the nodes: {error.cause}") from error
+        raise run_directory.DamagedCheckpoint(f"cannot copy {local_copy.name} from the nodes: {error.cause}") from error
     if run.is_main:
-        say(f"copied {found.name} from the nodes' disks to {root}")
+        say(f"copied {local_copy.name} from the nodes' disks to {root}")
 
 
 def _load(run: Run, path: Path) -> None:
     contents = weights.open_checkpoint(run, path)
-    found, warnings = on_main(run, lambda: _check(run, path), f"read {path}")
+    progress, warnings = on_main(run, lambda: _check(run, path), f"read {path}")
     model = state.model_state(run.chunks)
     optimizer = state.optimizer_state(run, model, loading=True)
     scales = _saved_scales(state.delayed_scales(run.chunks, model), contents, warnings)
     # Two reads, not one: master weights may come from the same tensors as the model.
     state.load_model(run.chunks, weights.read(run, model, contents, path))
-    state.load_optimizer(run, weights.read(run, optimizer, contents, path), found.optimizer_updates)
+    state.load_optimizer(run, weights.read(run, optimizer, contents, path), progress.optimizer_updates)
     if scales:
         state.load_delayed_scales(run.chunks, weights.read(run, scales, contents, path))
-    together(run, lambda: weights.refuse_nonfinite(run.chunks, path, "resume"), f"read {path}")
-    same_layout = found.layout == asdict(run.layout)
+    on_all_ranks(run, lambda: weights.refuse_nonfinite(run.chunks, path, "resume"), f"read {path}")
+    same_layout = progress.layout == asdict(run.layout)
     if (
-        same_layout and found.device == run.device.type
+        same_layout and progress.device == run.device.type
     ):  # another layout has other streams, which keep their seeds: no weight is drawn and no dropout used
         streams = weights.read(run, state.random_state(run), contents, path)
-        together(run, lambda: _load_random(run, streams, path), f"read {path}")
-    state.load_scalers(run, found.loss_scale)
+        on_all_ranks(run, lambda: _load_random(run, streams, path), f"read {path}")
+    state.load_scalers(run, progress.loss_scale)
     # A run that goes back has advanced its schedule before.
-    run.schedule.step(increment=found.schedule_steps - run.schedule.num_steps)
+    run.schedule.step(increment=progress.schedule_steps - run.schedule.num_steps)
     run.state = TrainState(
-        step=found.step,
-        consumed_samples=found.consumed_samples,
-        consumed_tokens=found.consumed_tokens,
-        trained_samples=found.trained_samples or 0,
-        optimizer_updates=found.optimizer_updates,
+        step=progress.step,
+        consumed_samples=progress.consumed_samples,
+        consumed_tokens=progress.consumed_tokens,
+        trained_samples=progress.trained_samples or 0,
+        optimizer_updates=progress.optimizer_updates,
     )
     if run.is_main:
         for warning in warnings:
             warn(warning)
-        how = "" if same_layout else f" ({_resharding(run, found.layout)})"
+        how = "" if same_layout else f" ({_resharding(run, progress.layout)})"
         say(f"resumed at step {run.state.step} from {path}{how}")
 
 
@@ -280,12 +280,12 @@ def _check(run: Run, path: Path) -> tuple[state_file.SavedProgress, list[str]]:
     if stored.get("weights_only"):
         raise CheckpointError(f"checkpoint {path} holds weights only", f"set init_from={path}")
     try:
-        found = state_file.parse(stored)
+        progress = state_file.parse(stored)
     except ValueError as error:
         raise run_directory.damaged(path, f"{run_directory.STATE} cannot be read: {error}") from error
-    if found.trained_samples is None:
-        found = replace(found, trained_samples=found.consumed_tokens // _sequence_length(saved, run))
-    return found, run_config.check(saved, run.cfg, path)
+    if progress.trained_samples is None:
+        progress = replace(progress, trained_samples=progress.consumed_tokens // _sequence_length(saved, run))
+    return progress, run_config.check(saved, run.cfg, path)
 
 
 def _sequence_length(saved: dict[str, Any], run: Run) -> int:

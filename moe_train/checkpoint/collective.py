@@ -32,16 +32,16 @@ class ActionResult:
     error: MoeTrainError | None = None
 
 
-def on_main(ranks: RankContext, action: Callable[[], T], what: str) -> T:
+def on_main(ranks: RankContext, action: Callable[[], T], description: str) -> T:
     """Result of `action` on the first rank, or its error, on every rank."""
-    shared = [attempt(action, what) if ranks.is_main else ActionResult()]
+    shared = [attempt(action, description) if ranks.is_main else ActionResult()]
     dist.broadcast_object_list(shared, src=0)
     return _value(shared[0])
 
 
-def together(ranks: RankContext, action: Callable[[], T], what: str) -> T:
+def on_all_ranks(ranks: RankContext, action: Callable[[], T], description: str) -> T:
     """Result of `action`, which every rank does. If it fails on any rank, every rank raises the first one's error."""
-    outcome = attempt(action, what)
+    outcome = attempt(action, description)
     errors: list[MoeTrainError | None] = [None] * ranks.layout.world_size
     dist.all_gather_object(errors, outcome.error)
     _raise_first(errors)
@@ -52,45 +52,45 @@ def gathered(ranks: RankContext, outcome: ActionResult) -> list[Any]:
     """The values of the outcomes of all ranks, on the first rank; elsewhere none. Every rank raises the first error."""
     outcomes: list[ActionResult] = [ActionResult()] * ranks.layout.world_size
     dist.gather_object(outcome, outcomes if ranks.is_main else None)
-    shared = [[found.error for found in outcomes if found.error is not None][:1]]
+    shared = [[result.error for result in outcomes if result.error is not None][:1]]
     dist.broadcast_object_list(shared, src=0)
     _raise_first(shared[0])
-    return [found.value for found in outcomes] if ranks.is_main else []
+    return [result.value for result in outcomes] if ranks.is_main else []
 
 
-def attempt(action: Callable[[], Any], what: str) -> ActionResult:
+def attempt(action: Callable[[], Any], description: str) -> ActionResult:
     """Do `action` and keep its error, if it is one of storage. Other errors are bugs and pass through."""
     try:
         return ActionResult(action())
     except CheckpointError as error:
         return ActionResult(error=error.copied())
     except OSError as error:
-        return ActionResult(error=CheckpointError(f"cannot {what}: {error.strerror or error}", REMEDY))
+        return ActionResult(error=CheckpointError(f"cannot {description}: {error.strerror or error}", REMEDY))
     except MemoryError:
-        return ActionResult(error=CheckpointError(f"cannot {what}: not enough memory", LIMITS))
+        return ActionResult(error=CheckpointError(f"cannot {description}: not enough memory", LIMITS))
     except CheckpointException as error:  # torch gathers the errors of all ranks in one, with their tracebacks
         rank, (cause, _) = next(iter(sorted(error.failures.items())))
         first_line = str(cause).strip().partition("\n")[0]
         return ActionResult(
-            error=CheckpointError(f"cannot {what}: rank {rank}: {type(cause).__name__}: {first_line}", REMEDY)
+            error=CheckpointError(f"cannot {description}: rank {rank}: {type(cause).__name__}: {first_line}", REMEDY)
         )
 
 
-def attempt_aside(action: Callable[[], Any], what: str) -> ActionResult:
+def attempt_aside(action: Callable[[], Any], description: str) -> ActionResult:
     """`attempt` in a background thread, where a bug would otherwise go unnoticed and leave ranks waiting."""
     try:
-        return attempt(action, what)
+        return attempt(action, description)
     except Exception as error:
         if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
-            return ActionResult(error=no_thread(error, what))
+            return ActionResult(error=no_thread(error, description))
         place = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"cannot {what}: {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+        text = f"cannot {description}: {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
         return ActionResult(error=MoeTrainError(text, "this is a bug"))
 
 
-def no_thread(error: RuntimeError, what: str) -> CheckpointError:
+def no_thread(error: RuntimeError, description: str) -> CheckpointError:
     """The error where a thread that the work needs cannot be started."""
-    return CheckpointError(f"cannot {what}: {error}", LIMITS)
+    return CheckpointError(f"cannot {description}: {error}", LIMITS)
 
 
 def full_disk(error: OSError) -> bool:

@@ -71,20 +71,20 @@ def continued(cfg: Config, words: Sequence[str], compose: Callable[[Sequence[str
     if "schedule.warmup_steps" in optional:
         cfg = _with_length_of(base, cfg, named | optional, words, compose)
     merged = _merged(base, cfg, named, optional)
-    found = find(merged)
-    if found is None:
+    resume_point = find(merged)
+    if resume_point is None:
         if not any(_candidates(merged)):  # else none can be read here, and ranks say why
             _tell_of_a_new_start(merged, cfg)
         return merged
     if cfg.resume != "auto":
-        _refuse_another_run(merged, found)
-    before = config_of(found.config, found.path / run_directory.CONFIG)
+        _refuse_another_run(merged, resume_point)
+    before = config_of(resume_point.config, resume_point.path / run_directory.CONFIG)
     consumed = {name: get(Config(), name) for name in _PERMISSIONS if get(before, name) == get(base, name)}
     merged = with_values(merged, {name: value for name, value in consumed.items() if name not in named})
-    run_config.check_model(found.config, merged, found.path)
-    run_config.check_data(found.config, merged, found.path)
-    asked = {name for name in all_fields() if name in named or get(merged, name) == get(base, name)}
-    return run_config.check_schedule(before, merged, found.position, asked)
+    run_config.check_model(resume_point.config, merged, resume_point.path)
+    run_config.check_data(resume_point.config, merged, resume_point.path)
+    set_by_user = {name for name in all_fields() if name in named or get(merged, name) == get(base, name)}
+    return run_config.check_schedule(before, merged, resume_point.position, set_by_user)
 
 
 def find(cfg: Config) -> ResumePoint | None:
@@ -107,16 +107,17 @@ def find(cfg: Config) -> ResumePoint | None:
 
 def nothing_to_do(cfg: Config) -> str:
     """Why no rank needs to start, in one line; "" where there is something to train, report or export."""
-    found = None if cfg.resume == "never" else find(cfg)
-    if found is None or not _is_within(found.path, cfg.checkpoint_root):
+    resume_point = None if cfg.resume == "never" else find(cfg)
+    if resume_point is None or not _is_within(resume_point.path, cfg.checkpoint_root):
         return ""
-    total = total_steps(cfg, found.position.step, found.position.tokens)
-    if found.position.step < total or not is_reported(cfg, found.path):
+    total = total_steps(cfg, resume_point.position.step, resume_point.position.tokens)
+    if resume_point.position.step < total or not is_reported(cfg, resume_point.path):
         return ""
-    if cfg.export_hf and not is_exported(cfg, found.path):
+    if cfg.export_hf and not is_exported(cfg, resume_point.path):
         return ""
+    progress = f"step {resume_point.position.step} of {total}"
     return (
-        f"nothing to do: run_dir={cfg.run_dir} is at step {found.position.step} of {total}; a larger train.steps or "
+        f"nothing to do: run_dir={cfg.run_dir} is at {progress}; a larger train.steps or "
         "train.tokens continues it, another run_dir starts another run"
     )
 
@@ -191,10 +192,10 @@ def _base(cfg: Config) -> Config | None:
             _say_once(f"warning: {own} cannot be read ({why}), and the newest checkpoint's config takes its place")
     if cfg.resume == "auto" and stored is not None:
         return stored
-    found = find(cfg)
-    if found is None:
+    resume_point = find(cfg)
+    if resume_point is None:
         return None
-    base = config_of(found.config, found.path / run_directory.CONFIG)
+    base = config_of(resume_point.config, resume_point.path / run_directory.CONFIG)
     if cfg.resume == "auto":
         return base
     # The run that wrote the checkpoint keeps its own places.
@@ -289,7 +290,7 @@ def config_of(values: Any, where: Path) -> Config:
     Raises:
         CheckpointError: a field has a value that it cannot have.
     """
-    found = dict(former.DEFAULTS)
+    values_by_name = dict(former.DEFAULTS)
     current = former.current(values) if isinstance(values, Mapping) else values
     for name in all_fields():
         value = current
@@ -299,8 +300,8 @@ def config_of(values: Any, where: Path) -> Config:
             continue
         if why := violation(name, value):
             raise CheckpointError(f"{where} has {name}={value}, which is {why}", "restore the file from a copy")
-        found[name] = typed(name, value)
-    return with_values(Config(), found)
+        values_by_name[name] = typed(name, value)
+    return with_values(Config(), values_by_name)
 
 
 _MISSING = object()
@@ -324,11 +325,11 @@ def _candidates(cfg: Config) -> Iterator[Path]:
     yield from shared
 
 
-def _refuse_another_run(cfg: Config, found: ResumePoint) -> None:
+def _refuse_another_run(cfg: Config, resume_point: ResumePoint) -> None:
     """Raise ConfigError where run_dir holds a run of its own that `resume=PATH` is not about."""
     root = cfg.checkpoint_root
     there = run_directory.candidates(root)
-    if there and not _is_within(found.path, root):
+    if there and not _is_within(resume_point.path, root):
         raise ConfigError(
             f"resume={cfg.resume} would begin another run in run_dir={cfg.run_dir}, whose own is at {there[0].name}",
             "set another run_dir, or leave resume out to continue the one that is there",

@@ -55,11 +55,11 @@ def prepare(run: Run, shared: Path, step: int, own_bytes: int) -> Path | None:
         return collective.free_bytes(path) - own_bytes * run.rank.local_world_size
 
     path = root / run_directory.name_of(step)
-    collective.together(run, clear, f"write to {root}")
-    spare = collective.together(run, make, f"write to {root}")
-    spares: list[Any] = [None] * run.layout.world_size
-    dist.all_gather_object(spares, spare)
-    if min(spares) >= 0:
+    collective.on_all_ranks(run, clear, f"write to {root}")
+    spare = collective.on_all_ranks(run, make, f"write to {root}")
+    free_bytes: list[Any] = [None] * run.layout.world_size
+    dist.all_gather_object(free_bytes, spare)
+    if min(free_bytes) >= 0:
         return path
     if run.rank.local_rank == 0:
         shutil.rmtree(path, ignore_errors=True)
@@ -85,7 +85,7 @@ def set_aside(run: Run, shared: Path) -> None:
             with suppress(FileNotFoundError):  # two nodes that share the disk
                 os.rename(root, root.with_name(f"{root.name}.earlier_{time.time_ns()}"))
 
-    collective.together(run, move, f"write to {root.parent}")
+    collective.on_all_ranks(run, move, f"write to {root.parent}")
 
 
 def copy(source: Path, target: Path, entry: manifest.Entry, stop: threading.Event | None = None) -> None:
@@ -103,11 +103,11 @@ def copy(source: Path, target: Path, entry: manifest.Entry, stop: threading.Even
             while block:
                 block = block[file.write(block) :]
 
-        found = manifest.entry_of(source, write)
+        copied = manifest.entry_of(source, write)
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):  # have the bytes that arrived read, and not what is still in memory
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if found != entry:
+    if copied != entry:
         raise CheckpointError(f"{source} is not what was written", "replace the disk, or set checkpoint.local_dir=null")
     if problem := manifest.difference(target, entry):
         raise CheckpointError(f"{target} {problem} after it was copied", "check the file system of checkpoint.dir")
@@ -150,8 +150,8 @@ def find(run: Run, shared: Path) -> list[LocalCheckpoint]:
     first = run.rank.local_rank == 0
     dist.all_gather_object(listings, {path.name: _listing(path, first) for path in _steps(root)})
     names = {name for listing in listings for name in listing}
-    found = [_joined(name, [listing.get(name, ({}, None)) for listing in listings]) for name in names]
-    complete = [entry for entry in found if entry is not None]
+    joined = [_joined(name, [listing.get(name, ({}, None)) for listing in listings]) for name in names]
+    complete = [entry for entry in joined if entry is not None]
     return sorted(complete, key=lambda entry: run_directory.step_of(entry.name), reverse=True)
 
 
@@ -180,26 +180,26 @@ def _joined(name: str, parts: list[tuple[dict[str, int], manifest.Files | None]]
     return LocalCheckpoint(name, files, sender)
 
 
-def restore(run: Run, shared: Path, found: LocalCheckpoint) -> Path:
+def restore(run: Run, shared: Path, local_copy: LocalCheckpoint) -> Path:
     """Copy a checkpoint from the nodes' disks to `shared` and return it. Every rank calls it.
 
     Raises:
         CheckpointError: it is damaged or cannot be written. `shared` is unchanged.
     """
-    root, final = root_of(run, shared), shared / found.name
-    hidden = collective.on_main(run, lambda: run_directory.prepare(shared, found.name), f"write to {shared}")
+    root, final = root_of(run, shared), shared / local_copy.name
+    hidden = collective.on_main(run, lambda: run_directory.prepare(shared, local_copy.name), f"write to {shared}")
 
     def send() -> None:
-        for name, rank in found.sender.items():
+        for name, rank in local_copy.sender.items():
             if rank == run.rank.rank and root is not None:
-                copy(root / found.name / name, hidden / name, found.files[name])
+                copy(root / local_copy.name / name, hidden / name, local_copy.files[name])
 
     def finish() -> Path:
-        manifest.write(hidden, found.files)
-        return run_directory.publish(shared, found.name)
+        manifest.write(hidden, local_copy.files)
+        return run_directory.publish(shared, local_copy.name)
 
     try:
-        collective.together(run, send, f"write {final}")
+        collective.on_all_ranks(run, send, f"write {final}")
         return collective.on_main(run, finish, f"write {final}")
     except CheckpointError:
         if run.is_main:

@@ -23,17 +23,17 @@ def check(model: ModelConfig, path: Path) -> list[str]:
         CheckpointError: nothing can be read there, or it holds another model.
     """
     theirs, is_run = _model_at(path)
-    found = config.differences(model, theirs)
+    differing = config.differences(model, theirs)
     if model.mtp_num_layers > theirs.mtp_num_layers:  # fewer are fine: the others are left out
-        found["mtp_num_layers"] = (model.mtp_num_layers, theirs.mtp_num_layers)
+        differing["mtp_num_layers"] = (model.mtp_num_layers, theirs.mtp_num_layers)
     allowed = run_config.TUNABLE | _ONLY_NAMES if is_run else set()
-    if wrong := {field: pair for field, pair in found.items() if field not in allowed}:
+    if wrong := {field: pair for field, pair in differing.items() if field not in allowed}:
         there = _overrides({field: pair[1] for field, pair in wrong.items()})
         here = _overrides({field: pair[0] for field, pair in wrong.items()})
         raise CheckpointError(f"init_from={path} is of another model: {there} there, {here} in the run", f"set {there}")
     return [
         f"model.{field} is {override_value(theirs)} in {path} and {override_value(ours)} now"
-        for field, (ours, theirs) in found.items()
+        for field, (ours, theirs) in differing.items()
         if field not in _ONLY_NAMES
     ]
 
@@ -42,9 +42,9 @@ def _model_at(path: Path) -> tuple[ModelConfig, bool]:
     """The model, and whether a run's checkpoint describes it."""
     if (path / config.FILE).is_file():
         return config.to_model(config.read(path), path / config.FILE), False
-    found = run_directory.resolve(path, "init_from")[0]
-    run_directory.check_files(found)
-    return run_config.model_of(found, any_version=True), True
+    directory = run_directory.resolve(path, "init_from")[0]
+    run_directory.check_files(directory)
+    return run_config.model_of(directory, any_version=True), True
 
 
 def _overrides(values: dict[str, object]) -> str:

@@ -198,18 +198,18 @@ class Saving:
         self._join()
 
     def _begin(self, stage: tuple[str, Callable[[], Any]]) -> None:
-        what, action = stage
+        description, action = stage
         self._outcome = ActionResult()
 
         def work() -> None:
-            self._outcome = collective.attempt_aside(action, what)
+            self._outcome = collective.attempt_aside(action, description)
 
         thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread: threading.Thread | None = thread
         try:
             thread.start()
         except RuntimeError as error:  # an exception here would leave the other ranks waiting in their next collective
-            self._thread, self._outcome = None, ActionResult(error=collective.no_thread(error, what))
+            self._thread, self._outcome = None, ActionResult(error=collective.no_thread(error, description))
 
     def _join(self) -> None:
         """Wait a moment for this rank's thread."""

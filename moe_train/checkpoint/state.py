@@ -78,8 +78,8 @@ def optimizer_state(run: Run, model: StateDict, *, loading: bool) -> StateDict:
 
 def optimizers(run: Run) -> list[Any]:
     """Megatron-Core's optimizers of this rank that have parameters."""
-    found = getattr(run.optimizer, "chained_optimizers", [run.optimizer])
-    return [optimizer for optimizer in found if not getattr(optimizer, "is_stub_optimizer", False)]
+    chained = getattr(run.optimizer, "chained_optimizers", [run.optimizer])
+    return [optimizer for optimizer in chained if not getattr(optimizer, "is_stub_optimizer", False)]
 
 
 def _allocate(optimizer: Any) -> None:
@@ -152,13 +152,13 @@ def _rename_masters(state: StateDict) -> StateDict:
 
 def without_masters(state: StateDict) -> StateDict:
     """`optimizer_state` without the fp32 weights: an fp32 model's own weights are these already."""
-    kept: StateDict = {}
+    remaining: StateDict = {}
     for key, value in state.items():
         if isinstance(value, dict):
-            kept[key] = without_masters(value)
+            remaining[key] = without_masters(value)
         elif not (isinstance(value, ShardedTensor | ShardedTensorFactory) and value.key.startswith(_MASTER)):
-            kept[key] = value
-    return kept
+            remaining[key] = value
+    return remaining
 
 
 def find_masters(request: Request, contents: dcp_metadata.Metadata, fp32: bool) -> None:
@@ -229,12 +229,12 @@ def _set_steps(optimizer: torch.optim.Optimizer, updates: int) -> None:
 
 def scalers(run: Run) -> dict[str, dict[str, float]]:
     """Dynamic loss scale of fp16 and its counters, of the `dense` and the `expert` optimizer."""
-    found: dict[str, dict[str, float]] = {}
+    states: dict[str, dict[str, float]] = {}
     for optimizer in optimizers(run):
         scaler = getattr(optimizer, "grad_scaler", None)
         if scaler is not None:
-            found[_kind(optimizer)] = {name: float(value) for name, value in scaler.state_dict().items()}
-    return found
+            states[_kind(optimizer)] = {name: float(value) for name, value in scaler.state_dict().items()}
+    return states
 
 
 def load_scalers(run: Run, saved: dict[str, dict[str, float]]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moe_train.checkpoint import hf_exchange, origin, state, storage
-from moe_train.checkpoint.collective import on_main, together, warn
+from moe_train.checkpoint.collective import on_all_ranks, on_main, warn
 from moe_train.conversion import hf_config
 from moe_train.formats import dcp, dcp_metadata, directory_writer, manifest, run_directory
 from moe_train.ranks import RankContext
@@ -26,20 +26,20 @@ def load(ranks: RankContext, chunks: Sequence[nn.Module], path: Path, field: str
     Raises:
         CheckpointError: the weights are missing, damaged, or of another model.
     """
-    for warning in together(ranks, lambda: origin.check(ranks.cfg.model, path), f"read {path}"):
+    for warning in on_all_ranks(ranks, lambda: origin.check(ranks.cfg.model, path), f"read {path}"):
         if ranks.is_main:
             warn(warning)
     if (path / hf_config.FILE).is_file():
         if (path / run_directory.MANIFEST).is_file() and ranks.cfg.checkpoint.verify:
             rank, size = ranks.rank.rank, ranks.layout.world_size
-            together(ranks, lambda: directory_writer.verify(path, threads=1, rank=rank, size=size), f"read {path}")
+            on_all_ranks(ranks, lambda: directory_writer.verify(path, threads=1, rank=rank, size=size), f"read {path}")
         model = ranks.cfg.model
-        loaded = together(ranks, lambda: hf_exchange.read_weights(chunks, model, path), f"read {path}")
+        loaded = on_all_ranks(ranks, lambda: hf_exchange.read_weights(chunks, model, path), f"read {path}")
     else:
         path = on_main(ranks, lambda: run_directory.resolve(path, field)[0], f"read {path}")
         loaded = read(ranks, state.model_state(chunks), open_checkpoint(ranks, path), path)
     state.load_model(chunks, loaded)
-    together(ranks, lambda: refuse_nonfinite(chunks, path, field), f"read {path}")
+    on_all_ranks(ranks, lambda: refuse_nonfinite(chunks, path, field), f"read {path}")
     return path
 
 
@@ -62,8 +62,8 @@ def open_checkpoint(ranks: RankContext, path: Path) -> dcp_metadata.Metadata:
     files = on_main(ranks, look, f"read {path}")
     if files is not None and ranks.cfg.checkpoint.verify:
         rank, size = ranks.rank.rank, ranks.layout.world_size
-        together(ranks, lambda: manifest.check(path, files, rank, size), f"read {path}")
-    return together(ranks, lambda: dcp_metadata.read(path), f"read {path}")
+        on_all_ranks(ranks, lambda: manifest.check(path, files, rank, size), f"read {path}")
+    return on_all_ranks(ranks, lambda: dcp_metadata.read(path), f"read {path}")
 
 
 def read(
@@ -76,11 +76,11 @@ def read(
     """
     request = storage.Request(wanted)
     state.find_masters(request, contents, fp32=ranks.cfg.precision.dtype == "fp32")
-    together(ranks, lambda: dcp_metadata.check_tensors(contents, request.tensors, path), f"read {path}")
+    on_all_ranks(ranks, lambda: dcp_metadata.check_tensors(contents, request.tensors, path), f"read {path}")
     # torch would unpack any item that a file has in its place.
-    together(ranks, lambda: dcp.Checkpoint(path, contents=contents).check_items(request.tensors), f"read {path}")
+    on_all_ranks(ranks, lambda: dcp.Checkpoint(path, contents=contents).check_items(request.tensors), f"read {path}")
     try:
-        return together(ranks, lambda: request.read(path), f"read {path}")
+        return on_all_ranks(ranks, lambda: request.read(path), f"read {path}")
     except CheckpointError as error:
         raise run_directory.damaged(path, error.cause) from error
 

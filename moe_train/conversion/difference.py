@@ -142,15 +142,15 @@ def compare(
     names = sorted({*ours, *theirs})
     if weights_only:
         names = [name for name in names if is_model_tensor(name)]
-    found: list[Difference] = []
+    differences: list[Difference] = []
     with ThreadPoolExecutor(threads) as pool:
         futures = pool.map(lambda name: _compare(name, ours.get(name), theirs.get(name), tolerances), names)
         for done, difference in enumerate(futures, 1):
-            found += [] if difference is None else [difference]
+            differences += [] if difference is None else [difference]
             progress(done, len(names))
-    found.sort(key=lambda d: (d.within, -d.absolute, -d.numbers, d.name))
+    differences.sort(key=lambda d: (d.within, -d.absolute, -d.numbers, d.name))
     settings = config.differences(models[0], models[1]) if models[0] and models[1] else {}
-    return Comparison(len(names), found, mapped, settings)
+    return Comparison(len(names), differences, mapped, settings)
 
 
 def _model(path: Path) -> ModelConfig | None:
@@ -216,19 +216,19 @@ def _mapped(path: Path, model: ModelConfig | None) -> Tensors:
         return {part.name: _of_piece(reader, piece, part) for piece in all_pieces for part in piece.parts}
     source = HuggingFace(path)
     refuse_larger(model, source.numbers, path / config.FILE)
-    found = {name: _of_source(source, name) for name in source.names}
+    tensors = {name: _of_source(source, name) for name in source.names}
     used: set[str] = set()
     for piece in pieces(model):
         for part in piece.parts:
-            if part.other in found and part.name not in found:
-                found[part.name] = found.pop(part.other)
+            if part.other in tensors and part.name not in tensors:
+                tensors[part.name] = tensors.pop(part.other)
             name = _fused_name(source, piece, part)
             if name is not None and part.fused is not None:
                 expert = source.extents[name].index(part.fused.expert)
                 first = part.fused.part * part.rows
-                found[part.name] = _of_extent(expert.row_range(first, first + part.rows))
+                tensors[part.name] = _of_extent(expert.row_range(first, first + part.rows))
                 used.add(name)
-    return {name: stored for name, stored in found.items() if name not in used}
+    return {name: stored for name, stored in tensors.items() if name not in used}
 
 
 def _of_piece(reader: MegatronReader, piece: Piece, part: Part) -> Stored:
@@ -258,9 +258,9 @@ def _add_copies(model: ModelConfig, a: Tensors, b: Tensors) -> None:
     for piece in pieces(model):
         for part in piece.parts:
             for copy in part.copies:
-                for one, other in ((a, b), (b, a)):
-                    if copy in one and copy not in other and part.name in other:
-                        other[copy] = other[part.name]
+                for first, second in ((a, b), (b, a)):
+                    if copy in first and copy not in second and part.name in second:
+                        second[copy] = second[part.name]
 
 
 def _compare(name: str, a: Stored | None, b: Stored | None, tolerances: Tolerances) -> Difference | None:

@@ -155,8 +155,8 @@ class MappedSource:
 
     def dtype(self, piece: Piece) -> Dtype:
         """Stored dtype of the piece; the widest where its parts differ."""
-        found = {self.source.dtype(self._stored(part)) for part in piece.parts}
-        return max(found, key=lambda dtype: dtype.itemsize)
+        dtypes = {self.source.dtype(self._stored(part)) for part in piece.parts}
+        return max(dtypes, key=lambda dtype: dtype.itemsize)
 
     def read(self, piece: Piece, start: int, stop: int, dtype: Dtype, out: memoryview | None = None) -> TensorSlice:
         """Rows `start` to `stop` of the piece in `dtype`; in `out` where given. Rows that only pad are zero.
@@ -238,8 +238,8 @@ def _fused_shape(piece: Piece, part: Part) -> tuple[int, ...]:
 
 
 def _layer(name: str) -> int:
-    found = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(found.group(1)) if found else -1
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match.group(1)) if match else -1
 
 
 def _same_bits(a: TensorSlice, b: TensorSlice) -> bool:
@@ -248,8 +248,8 @@ def _same_bits(a: TensorSlice, b: TensorSlice) -> bool:
 
 def names_of(all_pieces: Iterable[Piece]) -> dict[str, tuple[int, ...]]:
     """Hugging Face tensors of a model with their shapes, copies included, in the order of its layers."""
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for piece in all_pieces:
         for part in piece.parts:
-            found |= dict.fromkeys((part.name, *part.copies), piece.part_shape(part))
-    return found
+            shapes |= dict.fromkeys((part.name, *part.copies), piece.part_shape(part))
+    return shapes

@@ -134,23 +134,23 @@ def _hugging_face(path: Path) -> Inventory:
     written = config.read(path)
     extents = safetensors.open_directory(path)
     kind, architectures = written.get("model_type"), written.get("architectures")
-    found = Inventory(path, HUGGING_FACE, str(kind), None)
+    inventory = Inventory(path, HUGGING_FACE, str(kind), None)
     named = architectures if isinstance(architectures, list) else []
-    found.facts["architecture"] = ", ".join(map(str, named)) or "not said"
+    inventory.facts["architecture"] = ", ".join(map(str, named)) or "not said"
     parts: dict[str, str] = {}
     try:
-        found.model = config.to_model(written, path / config.FILE)
-        refuse_larger(found.model, sum(prod(extent.shape) for extent in extents.values()), path / config.FILE)
-        parts = _hugging_face_parts(found.model)
+        inventory.model = config.to_model(written, path / config.FILE)
+        refuse_larger(inventory.model, sum(prod(extent.shape) for extent in extents.values()), path / config.FILE)
+        parts = _hugging_face_parts(inventory.model)
     except MoeTrainError as error:
-        found.facts["parts"] = f"unknown: {error.cause}"
+        inventory.facts["parts"] = f"unknown: {error.cause}"
     for key, extent in extents.items():
         scaled = key.endswith(block_fp8.SUFFIX) and key.removesuffix(block_fp8.SUFFIX) in extents
-        found.add(SCALES if scaled else parts.get(key, OTHER), extent.shape, extent.dtype)
+        inventory.add(SCALES if scaled else parts.get(key, OTHER), extent.shape, extent.dtype)
     for field_name in ("quantization_config", "transformers_version"):
         if value := written.get(field_name):
-            found.facts[field_name] = str(value.get("quant_method", value) if isinstance(value, dict) else value)
-    return found
+            inventory.facts[field_name] = str(value.get("quant_method", value) if isinstance(value, dict) else value)
+    return inventory
 
 
 def _hugging_face_parts(model: ModelConfig) -> dict[str, str]:
@@ -171,13 +171,13 @@ def _megatron(path: Path) -> Inventory:
     run_directory.check_files(path)
     checkpoint = dcp.Checkpoint(path)
     model = run_config.model_of(path)
-    found = Inventory(path, MEGATRON, model.name, model, _facts(path))
+    inventory = Inventory(path, MEGATRON, model.name, model, _facts(path))
     for key, entry in checkpoint.tensors.items():
-        found.add(part_of(key), tuple(entry.size), entry.properties.dtype)
+        inventory.add(part_of(key), tuple(entry.size), entry.properties.dtype)
     others = checkpoint.contents.state_dict_metadata.keys() - checkpoint.tensors.keys()
     if others:
-        found.facts["pickled objects"] = f"{len(others)}, not read"
-    return found
+        inventory.facts["pickled objects"] = f"{len(others)}, not read"
+    return inventory
 
 
 def _facts(path: Path) -> dict[str, str]:
@@ -206,8 +206,8 @@ def _facts(path: Path) -> dict[str, str]:
 
 def sizes(path: Path) -> tuple[int, int]:
     """Files below the directory and their bytes."""
-    found = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
-    return len(found), sum(found)
+    file_sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+    return len(file_sizes), sum(file_sizes)
 
 
 def verify(
@@ -232,16 +232,16 @@ def verify(
 
 def _places(path: Path) -> dict[str, list[tuple[str, FileRegion]]]:
     """Where the tensors of each file of a checkpoint are: file -> (tensor, place). Nothing for other directories."""
-    found: dict[str, list[tuple[str, FileRegion]]] = {}
+    by_file: dict[str, list[tuple[str, FileRegion]]] = {}
     if is_hugging_face(path):
         for name, extent in safetensors.open_directory(path).items():
-            found.setdefault(extent.path.name, []).append((name, extent))
+            by_file.setdefault(extent.path.name, []).append((name, extent))
     elif (path / run_directory.METADATA).is_file():
         checkpoint = dcp.Checkpoint(path)
         for key in checkpoint.tensors:
             for chunk in checkpoint.chunks(key):
-                found.setdefault(chunk.file.name, []).append((key, chunk.extent))
-    return found
+                by_file.setdefault(chunk.file.name, []).append((key, chunk.extent))
+    return by_file
 
 
 def has_manifest(path: Path) -> bool:

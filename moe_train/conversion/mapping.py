@@ -112,17 +112,17 @@ def pieces(model: ModelConfig) -> list[Piece]:
             "restore the config that belongs to these weights",
         )
     family = FAMILIES[model.family]
-    found = [*_rename(model, model_shapes(model), family.model, "", "", None, 1)]
+    result = [*_rename(model, model_shapes(model), family.model, "", "", None, 1)]
     stacked = 1 if model.is_moe else model.num_layers
     for place in layer_places(model):
         names = f"model.layers.{place.number}."
         shapes = layer_shapes(model, place.moe)
         count = 1 if place.stacked_index is None else stacked
-        found += _rename(model, shapes, family.layer, place.prefix, names, place.stacked_index, count)
+        result += _rename(model, shapes, family.layer, place.prefix, names, place.stacked_index, count)
     for depth in range(model.mtp_num_layers):
         names = f"model.layers.{model.num_layers + depth}."
-        found += _rename(model, mtp_shapes(model), family.mtp, f"mtp.layers.{depth}.", names, None, 1)
-    return found
+        result += _rename(model, mtp_shapes(model), family.mtp, f"mtp.layers.{depth}.", names, None, 1)
+    return result
 
 
 def _rename(
@@ -156,10 +156,10 @@ def _parts(
 def _copies(model: ModelConfig, key: str) -> tuple[str, ...]:
     copies = FAMILIES[model.family].mtp_copies
     layers = range(model.num_layers, model.num_layers + model.mtp_num_layers)
-    found = [f"model.layers.{number}.{copies[key]}" for number in layers] if key in copies else []
+    copies_of_key = [f"model.layers.{number}.{copies[key]}" for number in layers] if key in copies else []
     if key == EMBEDDING and model.tie_embeddings:
-        found += ["lm_head.weight", *(f"model.layers.{n}.shared_head.head.weight" for n in layers if copies)]
-    return tuple(found)
+        copies_of_key += ["lm_head.weight", *(f"model.layers.{n}.shared_head.head.weight" for n in layers if copies)]
+    return tuple(copies_of_key)
 
 
 def _blocks(model: ModelConfig, kind: Kind, rows: int) -> list[Blocks]:

@@ -118,9 +118,10 @@ def check_megatron(checkpoint: dcp.Checkpoint, all_pieces: Sequence[Piece]) -> N
         if entry is None:
             raise CheckpointError(f"checkpoint {checkpoint.directory} has no tensor {key}", remedy)
         if tuple(entry.size) != shape:
-            found = list(entry.size)
+            stored_shape = list(entry.size)
             raise CheckpointError(
-                f"{key} has shape {found} in checkpoint {checkpoint.directory} and {list(shape)} in the model", remedy
+                f"{key} has shape {stored_shape} in checkpoint {checkpoint.directory} and {list(shape)} in the model",
+                remedy,
             )
     for key in checkpoint.tensors:
         if is_model_tensor(key) and key not in expected:
@@ -189,10 +190,10 @@ def to_megatron(source: MappedSource, target: Path, options: ConvertOptions) -> 
         }
 
     directory = source.source.directory
-    kept = {f"{KEPT}/{path.name}": path for path in accompanying(directory)}
+    small_files = {f"{KEPT}/{path.name}": path for path in accompanying(directory)}
     used = {extent.path for extent in source.source.extents.values()}
     identity = {"format": "megatron", **_identity(directory, used, options, source.model, jobs)}
-    return WritePlan(target, identity, jobs, finish, kept, tallies.notes)
+    return WritePlan(target, identity, jobs, finish, small_files, tallies.notes)
 
 
 class _Tallies:
@@ -330,9 +331,9 @@ def copy_megatron(checkpoint: dcp.Checkpoint, target: Path, options: ConvertOpti
         small = {METADATA: dcp.table(_items(facts)), STATE: json.dumps(state, indent=1).encode(), **upstream_files()}
         return small | {CONFIG: (directory / CONFIG).read_bytes()}
 
-    kept = {f"{KEPT}/{path.name}": path for path in accompanying(directory / KEPT)}
+    small_files = {f"{KEPT}/{path.name}": path for path in accompanying(directory / KEPT)}
     identity = {"format": "megatron", **_identity(directory, checkpoint.files, options, None, jobs)}
-    return WritePlan(target, identity, jobs, finish, kept, tallies.notes)
+    return WritePlan(target, identity, jobs, finish, small_files, tallies.notes)
 
 
 @dataclass(frozen=True)
@@ -391,10 +392,12 @@ def to_hf(
     tallies = _Tallies(options)
     outputs = {name: [o for group in file for o in group] for name, file in zip(names, packed, strict=True)}
     jobs = [
-        FileJob(name, sum(o.bytes for o in held), partial(_write_outputs, reader, held, tallies))
-        for name, held in outputs.items()
+        FileJob(name, sum(o.bytes for o in tensors), partial(_write_outputs, reader, tensors, tallies))
+        for name, tensors in outputs.items()
     ]
-    weights = {o.dtype for held in outputs.values() for o in held if len(o.shape) == 2 and o.dtype != block_fp8.DTYPE}
+    weights = {
+        o.dtype for tensors in outputs.values() for o in tensors if len(o.shape) == 2 and o.dtype != block_fp8.DTYPE
+    }
     common = BF16 if options.dtype == "fp8" else min(weights, key=lambda d: d.itemsize)
     written = config.to_hf(model, common.name, small.original) | small.tokens
     if options.dtype == "fp8":
@@ -404,7 +407,7 @@ def to_hf(
         }  # fmt: skip
 
     def finish(_: dict[str, Any]) -> dict[str, bytes]:
-        weight_map = {o.name: name for name, held in outputs.items() for o in held}
+        weight_map = {o.name: name for name, tensors in outputs.items() for o in tensors}
         index = {"metadata": {"total_size": sum(job.bytes for job in jobs)}, "weight_map": weight_map}
         return {
             safetensors.INDEX: json.dumps(index, indent=1).encode(),
@@ -486,14 +489,14 @@ def _pack(things: Sequence[Any], size_of: Callable[[Any], int], wanted: int | No
     total = sum(map(size_of, things))
     limit = wanted or min(max(total // _FILES, _SMALLEST_FILE_BYTES), _LARGEST_FILE_BYTES)
     files: list[list[Any]] = [[]]
-    held = 0
+    file_bytes = 0
     for thing in things:
         size = size_of(thing)
-        if files[-1] and held + size > limit:
+        if files[-1] and file_bytes + size > limit:
             files.append([])
-            held = 0
+            file_bytes = 0
         files[-1].append(thing)
-        held += size
+        file_bytes += size
     return files
 
 

@@ -79,17 +79,17 @@ def keep(weights: Path | None, run_dir: Path) -> None:
     Raises:
         OSError: they cannot be written.
     """
-    origin, kept = None if weights is None else origin_of(weights), run_dir / BEGAN
+    origin, target = None if weights is None else origin_of(weights), run_dir / BEGAN
     partial = run_dir / f".{BEGAN}.partial"
-    for old in (partial, kept):
+    for old in (partial, target):
         if origin != old and os.path.lexists(old):
             shutil.rmtree(old)  # it refuses a symbolic link
-    if origin is None or origin == kept:
+    if origin is None or origin == target:
         return
     partial.mkdir(parents=True)
     for path in accompanying(origin):
         shutil.copyfile(path, partial / path.name)
-    os.rename(partial, kept)
+    os.rename(partial, target)
 
 
 def of_run(model: ModelConfig, data: DataConfig, weights: Path | None) -> SmallFiles:
@@ -143,24 +143,24 @@ def _with_tokenizer(
     tokens = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": old.get("pad_token_id", pad)}
     texts = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eod_token}
     texts |= {"pad_token": special.pad or tokenizer.eod_token, "unk_token": special.unk}
-    made = _tokenizer_settings(copied, {key: text for key, text in texts.items() if text}, model, data)
+    new_files = _tokenizer_settings(copied, {key: text for key, text in texts.items() if text}, model, data)
     if data.prepend_bos and tokenizer.bos_token and not special.adds_bos:
-        made[_TOKENIZER] = tokenizer.beginning_with(tokenizer.bos_token).encode()
+        new_files[_TOKENIZER] = tokenizer.beginning_with(tokenizer.bos_token).encode()
     generation = _object(copied.get(GENERATION))
     if tokenizer.eod not in _listed(generation.get("eos_token_id")):
         usual = {"bos_token_id": bos, "pad_token_id": tokenizer.eod if pad is None else pad}
         settings = usual | generation | {"eos_token_id": _ending_with(tokenizer.eod, generation.get("eos_token_id"))}
-        made[GENERATION] = _json({key: value for key, value in settings.items() if value is not None})
-    return SmallFiles({n: p for n, p in copied.items() if n not in made}, made, tokens, original)
+        new_files[GENERATION] = _json({key: value for key, value in settings.items() if value is not None})
+    return SmallFiles({n: p for n, p in copied.items() if n not in new_files}, new_files, tokens, original)
 
 
 def _tokenizer_settings(
     copied: dict[str, Path], texts: dict[str, str], model: ModelConfig, data: DataConfig
 ) -> dict[str, bytes]:
     """tokenizer_config.json and special_tokens_map.json, where they do not name the tokens of the data already."""
-    found, mapped = _object(copied.get(_TOKENIZER_CONFIG)), _object(copied.get(_SPECIAL_TOKENS))
-    named = {**_texts(mapped), **_texts(found)}
-    if "tokenizer_class" in found and all(
+    tokenizer_config, mapped = _object(copied.get(_TOKENIZER_CONFIG)), _object(copied.get(_SPECIAL_TOKENS))
+    named = {**_texts(mapped), **_texts(tokenizer_config)}
+    if "tokenizer_class" in tokenizer_config and all(
         named.get(key) == texts[key] for key in ("bos_token", "eos_token") if key in texts
     ):
         return {}
@@ -171,7 +171,7 @@ def _tokenizer_settings(
         "clean_up_tokenization_spaces": False,
     }
     return {
-        _TOKENIZER_CONFIG: _json(usual | mapped | found | changed),
+        _TOKENIZER_CONFIG: _json(usual | mapped | tokenizer_config | changed),
         _SPECIAL_TOKENS: _json(texts | mapped | {key: changed[key] for key in texts if key in changed}),
     }
 

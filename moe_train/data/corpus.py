@@ -186,15 +186,15 @@ def _text_of(line: str, where: str, key: str) -> str | None:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise _BadRecordError(f"{where} is not JSON: {reason}", "correct or remove the line") from error
     if not isinstance(record, dict):
-        held = f"a {type(record).__name__}"
-        raise _BadRecordError(f"{where} has no text under {key!r} (it has {held})", "correct or remove the line")
+        actual_type = f"a {type(record).__name__}"
+        raise _BadRecordError(f"{where} has no text under {key!r} (it has {actual_type})", "correct or remove the line")
     if key not in record:
         fields = ", ".join(record) or "no field"
         raise _BadRecordError(f"{where} has no text under {key!r} (it has {fields})", "set data.text_key")
     text = record[key]
     if text is not None and not isinstance(text, str):
-        held = type(text).__name__
-        raise _BadRecordError(f"{where} has no text under {key!r} (it holds {held})", "set data.text_key")
+        actual_type = type(text).__name__
+        raise _BadRecordError(f"{where} has no text under {key!r} (it holds {actual_type})", "set data.text_key")
     return text
 
 
@@ -236,8 +236,8 @@ def _parquet(file: Path, data: DataConfig, report: Report) -> Iterator[_Document
                         wrong = f"{where} is not UTF-8 text (byte {value.start})"
                         _bad_record(_BadRecordError(wrong, "correct or remove the row"), data, report)
                     else:
-                        held = type(value).__name__
-                        raise _BadFileError(f"{file} column {key!r} holds {held}, not text", "set data.text_key")
+                        actual_type = type(value).__name__
+                        raise _BadFileError(f"{file} column {key!r} holds {actual_type}, not text", "set data.text_key")
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise _BadFileError(f"{file} is not a whole parquet file: {reason}", "replace or remove the file") from error

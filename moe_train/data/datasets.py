@@ -100,13 +100,13 @@ def _is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _warn_of_epochs(cfg: Config, tokens: int, held: int) -> None:
+def _warn_of_epochs(cfg: Config, tokens: int, available: int) -> None:
     """A line of rank 0 where the run would read its datasets very often."""
-    if tokens > _MOST_EPOCHS * held and _is_main():
+    if tokens > _MOST_EPOCHS * available and _is_main():
         log.warning(
             "the run of %s tokens reads the %s tokens of %s %s times: set data=... to a larger corpus",
-            *(f"{tokens:,}", f"{held:,}", "data.blend" if cfg.data.blend else f"data.dir={cfg.data.dir}"),
-            f"{tokens // held:,}",
+            *(f"{tokens:,}", f"{available:,}", "data.blend" if cfg.data.blend else f"data.dir={cfg.data.dir}"),
+            f"{tokens // available:,}",
         )
 
 
@@ -154,7 +154,7 @@ def _surplus(weights: Sequence[float], sizes: Sequence[int], usual: float) -> fl
     total = sum(weights)
     needed = usual
     for size in filter(None, sizes):
-        asked = [math.ceil(size * weight / total) for weight in weights]
-        for own, weight in zip(asked, weights, strict=True):
-            needed = max(needed, (sum(asked) * weight / total + 1) / own - 1)
+        requested = [math.ceil(size * weight / total) for weight in weights]
+        for own, weight in zip(requested, weights, strict=True):
+            needed = max(needed, (sum(requested) * weight / total + 1) / own - 1)
     return needed

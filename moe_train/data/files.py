@@ -52,11 +52,11 @@ def source_files(data: DataConfig, report: Report | None = None) -> list[Path]:
         for file in candidates:
             if not file.name.endswith(SUFFIXES):
                 raise DataError(f"{file} is of an unknown kind", f"name it as one of {', '.join(SUFFIXES)}")
-    found = list(_readable(sorted(candidates), Path(data.dir).resolve(), report))
-    if not found:
+    files = list(_readable(sorted(candidates), Path(data.dir).resolve(), report))
+    if not files:
         left_out = "".join(f"; {count} {reason.value[0]}" for reason, count in report.counts.items())
         raise DataError(f"data.path={data.path} has no {', '.join(SUFFIXES)} file{left_out}", "correct data.path")
-    return found
+    return files
 
 
 def _walk(root: Path, follow: bool, report: Report) -> Iterator[Path]:
@@ -87,8 +87,8 @@ def _walk(root: Path, follow: bool, report: Report) -> Iterator[Path]:
 
 
 def _place(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_dev, found.st_ino
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _readable(candidates: list[Path], own: Path, report: Report) -> Iterator[Path]:
@@ -96,18 +96,18 @@ def _readable(candidates: list[Path], own: Path, report: Report) -> Iterator[Pat
     seen: set[tuple[int, int]] = set()
     for file in candidates:
         try:
-            found = file.stat()
+            status = file.stat()
         except OSError:
             report.add(Reason.BROKEN_LINK, file)
             continue
-        place = (found.st_dev, found.st_ino)
-        if not stat.S_ISREG(found.st_mode):
+        place = (status.st_dev, status.st_ino)
+        if not stat.S_ISREG(status.st_mode):
             report.add(Reason.NOT_REGULAR, file)
         elif own in file.resolve().parents:  # a dataset inside the directory of its text is not text
             report.add(Reason.OWN, file)
         elif place in seen:
             report.add(Reason.SECOND_PATH, file)
-        elif found.st_size == 0:
+        elif status.st_size == 0:
             report.add(Reason.EMPTY_FILE, file)
         else:
             seen.add(place)
@@ -120,7 +120,7 @@ def _stdlib_root() -> Path:
 
 def _stdlib_files(report: Report) -> list[Path]:
     root = _stdlib_root()
-    found = []
+    files = []
     for file in sorted(f for f in root.rglob("*.py") if not _NOT_STDLIB & set(f.relative_to(root).parts)):
         size = file.stat().st_size
         if size > _LARGEST_STDLIB_FILE_BYTES:
@@ -128,8 +128,8 @@ def _stdlib_files(report: Report) -> list[Path]:
         elif size == 0:
             report.add(Reason.EMPTY_FILE, file)
         else:
-            found.append(file)
-    return found
+            files.append(file)
+    return files
 
 
 def fingerprint(data: DataConfig, files: list[Path]) -> str:

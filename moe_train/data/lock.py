@@ -41,11 +41,11 @@ class _Owner:
 
 
 @contextlib.contextmanager
-def only_one(directory: Path, tell: Callable[[str], None]) -> Iterator[None]:
+def only_one(directory: Path, notify: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock of `directory`; waits while another process holds it and is alive.
 
     Args:
-        tell: called once with a line that says which process is waited for.
+        notify: called once with a line about the process that holds the lock.
 
     Raises:
         DataError: the other process holds the lock, but has not run for `STALE_S` seconds; or the lock is not a file,
@@ -53,28 +53,28 @@ def only_one(directory: Path, tell: Callable[[str], None]) -> Iterator[None]:
         OSError: the lock cannot be written.
     """
     path = directory / NAME
-    held = _wait(path, directory, tell)
+    lock_file = _wait(path, directory, notify)
     try:
         beat = locks.LockHeartbeat(path, BEAT_S, _POLL_S)
     except RuntimeError as error:
-        _let_go(held)
+        _let_go(lock_file)
         raise DataError(f"the lock of data.dir needs a thread: {error}", "raise ulimit -u and ulimit -v") from None
     try:
         yield
     finally:
         beat.end()
         beat.thread.join()
-        _let_go(held)
+        _let_go(lock_file)
 
 
-def _let_go(held: IO[str]) -> None:
+def _let_go(lock_file: IO[str]) -> None:
     with contextlib.suppress(OSError):
-        held.truncate(0)  # no owner
-    held.close()
+        lock_file.truncate(0)  # no owner
+    lock_file.close()
 
 
-def _wait(path: Path, directory: Path, tell: Callable[[str], None]) -> IO[str]:
-    told = False
+def _wait(path: Path, directory: Path, notify: Callable[[str], None]) -> IO[str]:
+    notified = False
     watch = locks.LockWatch(path)
     while True:
         file = _try(path)
@@ -88,9 +88,9 @@ def _wait(path: Path, directory: Path, tell: Callable[[str], None]) -> IO[str]:
                 f"{owner} is making data.dir={directory}, but has not run for {STALE_S:.0f} s",
                 f"end it and run the command again, or delete {path} if that process is gone",
             )
-        if not told:
-            tell(f"waiting for {owner}, which is making data.dir={directory}")
-            told = True
+        if not notified:
+            notify(f"waiting for {owner}, which is making data.dir={directory}")
+            notified = True
         time.sleep(_POLL_S)
 
 

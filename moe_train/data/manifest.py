@@ -157,13 +157,13 @@ def _compare(
     directory: Path, files: dict[str, tuple[int, str]], progress: Callable[[int], None] = lambda _: None
 ) -> dict[str, list[Any]]:
     """Read `files` whole. Returns, by name, the checksum and the identity of the bytes that were read."""
-    found = {}
+    verified = {}
     for name, (_, sha256) in files.items():
         before = identity(directory / name)
         if sha256_of(directory / name, progress) != sha256:
             raise _damaged(directory / name)
-        found[name] = [sha256, *before]
-    return found
+        verified[name] = [sha256, *before]
+    return verified
 
 
 def _remember(directory: Path, manifest: dict[str, Any], right: dict[str, list[Any]]) -> None:
@@ -195,8 +195,8 @@ def _verified(directory: Path) -> dict[str, list[Any]]:
 
 def identity(file: Path) -> list[int]:
     """Size in bytes, time of the last change in ns, and inode: what changes when a file is written or copied."""
-    found = file.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ino]
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def sha256_of(file: Path, progress: Callable[[int], None] = lambda _: None) -> str:

@@ -115,10 +115,10 @@ _worker: dict[str, Any] = {}
 def _start_worker(alive: Connection, tokenizer: Path, parts: Path, dtype: np.dtype[Any], data: DataConfig) -> None:
     threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
-    made = Tokenizer(tokenizer, data.eod_token, data.bos_token, data.parse_special_tokens)
-    begin = [made.bos] if data.prepend_bos else []
-    end = [made.eod] if data.append_eod else []
-    _worker.update(tokenizer=made, parts=parts, dtype=dtype, begin=begin, end=end)
+    tokenizer_of_worker = Tokenizer(tokenizer, data.eod_token, data.bos_token, data.parse_special_tokens)
+    begin = [tokenizer_of_worker.bos] if data.prepend_bos else []
+    end = [tokenizer_of_worker.eod] if data.append_eod else []
+    _worker.update(tokenizer=tokenizer_of_worker, parts=parts, dtype=dtype, begin=begin, end=end)
 
 
 def _end_with_parent(alive: Connection) -> None:

@@ -84,7 +84,7 @@ def prepare(data: DataConfig, model_vocab_size: int, progress: bool, verify: boo
     try:
         if not (directory / MANIFEST).exists():
             directory.mkdir(parents=True, exist_ok=True)
-            with lock.only_one(directory, _tell):
+            with lock.only_one(directory, _print_notice):
                 if not (directory / MANIFEST).exists():  # another process may have made it in the meantime
                     _make(data, directory, files, settings, model_vocab_size, progress, report)
                     return True
@@ -97,8 +97,8 @@ def prepare(data: DataConfig, model_vocab_size: int, progress: bool, verify: boo
         names = ", ".join(f"data.{key}" if key in _SETTINGS else key for key in changed)
         remedy = f"set data.dir=NEW_DIRECTORY, or delete {directory}"
         if set(changed) <= set(_SETTINGS):
-            made = _DEFAULTS | manifest["settings"]
-            remedy += f", or set {' '.join(f'data.{key}={override_value(made[key])}' for key in changed)} again"
+            saved = _DEFAULTS | manifest["settings"]
+            remedy += f", or set {' '.join(f'data.{key}={override_value(saved[key])}' for key in changed)} again"
         raise DataError(f"data.dir={directory} was made with other settings ({names})", remedy)
     check_vocabulary(manifest["vocab_size"], model_vocab_size)
     return False
@@ -115,7 +115,7 @@ def left_out(data: DataConfig) -> list[str]:
     return summary(manifest) if manifest.get("corpus", {}).get("left_out_or_changed") else []
 
 
-def _tell(line: str) -> None:
+def _print_notice(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -130,9 +130,9 @@ def _settings(data: DataConfig, files: list[Path]) -> dict[str, Any]:
     return settings | {"corpus": fingerprint(data, files), "format": _FORMAT}
 
 
-def _changed(made: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+def _changed(saved: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """Settings that differ from those a dataset was made with. Older manifests lack fields that are newer than they."""
-    return sorted(key for key, value in settings.items() if made.get(key, _DEFAULTS.get(key)) != value)
+    return sorted(key for key, value in settings.items() if saved.get(key, _DEFAULTS.get(key)) != value)
 
 
 def check_vocabulary(tokens: int, model_vocab_size: int) -> None:
@@ -254,13 +254,13 @@ def _make(
     if not (pieces / "tokenizer.done").exists():
         _provide_tokenizer(data, files, tokenizer)
         (pieces / "tokenizer.done").touch()
-    made = Tokenizer(tokenizer, data.eod_token, data.bos_token)
-    if data.prepend_bos and made.bos is None:
+    loaded = Tokenizer(tokenizer, data.eod_token, data.bos_token)
+    if data.prepend_bos and loaded.bos is None:
         raise DataError(
             "data.prepend_bos=true, but the tokenizer's files define no beginning-of-sequence token",
             "set data.bos_token=TOKEN or data.prepend_bos=false",
         )
-    vocab_size = made.vocab_size
+    vocab_size = loaded.vocab_size
     check_vocabulary(vocab_size, model_vocab_size)
     dtype = np.dtype(np.uint16 if vocab_size <= 65_536 else np.int32)
     with _bar(progress) as bar:
@@ -274,15 +274,17 @@ def _make(
     report.kept = documents
     for suffix, path in built.items():
         os.replace(part[suffix], path)
-    found = [tokenizer, *companions(tokenizer), *built.values()]
+    output_files = [tokenizer, *companions(tokenizer), *built.values()]
     manifest = {
         "settings": settings,
         "corpus": report.to_dict(),
         "documents": documents,
         "tokens": tokens,
         "vocab_size": vocab_size,
-        "special_tokens": {"eod": made.eod_token, "bos": made.bos_token},
-        "files": {f.name: {"bytes": f.stat().st_size, "sha256": sha256_of(f), "identity": identity(f)} for f in found},
+        "special_tokens": {"eod": loaded.eod_token, "bos": loaded.bos_token},
+        "files": {
+            f.name: {"bytes": f.stat().st_size, "sha256": sha256_of(f), "identity": identity(f)} for f in output_files
+        },
     }
     _write(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
     shutil.rmtree(pieces)

@@ -60,12 +60,12 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
-        found = {
+        counts = {
             reason.name.lower(): {"what": reason.value[0], "count": count, "first": self.first[reason]}
             for reason in Reason
             if (count := self.counts.get(reason))
         }
-        return {"files": self.files, "documents": self.documents, "kept": self.kept, "left_out_or_changed": found}
+        return {"files": self.files, "documents": self.documents, "kept": self.kept, "left_out_or_changed": counts}
 
 
 def lines(corpus: dict[str, Any]) -> list[str]:
@@ -73,8 +73,8 @@ def lines(corpus: dict[str, Any]) -> list[str]:
     files = "1 file" if corpus["files"] == 1 else f"{corpus['files']:,} files"
     total = f"{files} with {corpus['documents']:,} documents read, {corpus['kept']:,} kept"
     rows = [total]
-    for name, found in corpus["left_out_or_changed"].items():
+    for name, counts in corpus["left_out_or_changed"].items():
         reason = Reason[name.upper()]
-        what = "changed" if reason.changed else "left out"
-        rows.append(f"{what} {found['count']:>9,} {reason.value[0]} (first: {found['first']}); {reason.value[1]}")
+        verb = "changed" if reason.changed else "left out"
+        rows.append(f"{verb} {counts['count']:>9,} {reason.value[0]} (first: {counts['first']}); {reason.value[1]}")
     return rows

@@ -143,19 +143,19 @@ def _special_tokens(path: Path, tokenizer: tokenizers.Tokenizer) -> SpecialToken
     config, tokens = (_read_object(path.with_name(name)) for name in (CONFIG, SPECIAL_TOKENS_MAP))
     # transformers reads the map only for configs of before 4.34, which have no added_tokens_decoder; it wins there.
     first, second = (config, tokens) if "added_tokens_decoder" in config else (tokens, config)
-    found = {role: _content(first, f"{role}_token") or _content(second, f"{role}_token")
+    by_role = {role: _content(first, f"{role}_token") or _content(second, f"{role}_token")
              for role in ("bos", "eos", "pad", "unk")}  # fmt: skip
-    if found["eos"] is not None and tokenizer.token_to_id(found["eos"]) is None:
-        source = CONFIG if found["eos"] == _content(config, "eos_token") else SPECIAL_TOKENS_MAP
+    if by_role["eos"] is not None and tokenizer.token_to_id(by_role["eos"]) is None:
+        source = CONFIG if by_role["eos"] == _content(config, "eos_token") else SPECIAL_TOKENS_MAP
         raise DataError(
-            f"{path.with_name(source)} has eos_token {found['eos']!r}, which {path.name} has not",
+            f"{path.with_name(source)} has eos_token {by_role['eos']!r}, which {path.name} has not",
             "correct eos_token",
         )
     begins = tokenizer.encode("a", add_special_tokens=True).tokens[:1]
     adds_bos = config.get("add_bos_token")
     return SpecialTokens(
-        **found,
-        adds_bos=adds_bos if isinstance(adds_bos, bool) else found["bos"] is not None and begins == [found["bos"]],
+        **by_role,
+        adds_bos=adds_bos if isinstance(adds_bos, bool) else by_role["bos"] is not None and begins == [by_role["bos"]],
     )
 
 

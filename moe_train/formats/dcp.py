@@ -60,16 +60,16 @@ class Chunk:
 
     def check(self) -> None:
         """Raise CheckpointError where its numbers are not those that were written, by the checksum next to them."""
-        found, flat = 0, FileRegion(self.file, self.extent.offset, DTYPES["uint8"], (self.bytes,))
+        checksum, flat = 0, FileRegion(self.file, self.extent.offset, DTYPES["uint8"], (self.bytes,))
         block = memoryview(bytearray(min(BLOCK_BYTES, self.bytes)))
         for start in range(0, self.bytes, BLOCK_BYTES):
             part = flat.row_range(start, min(start + BLOCK_BYTES, self.bytes))
-            found = zlib.crc32(part.read(block).data, found)
-        self.compare(found)
+            checksum = zlib.crc32(part.read(block).data, checksum)
+        self.compare(checksum)
 
-    def compare(self, found: int) -> None:
+    def compare(self, checksum: int) -> None:
         """Raise CheckpointError where the CRC-32 of all its numbers differs from that next to them."""
-        if found != self._located[1]:
+        if checksum != self._located[1]:
             raise damaged(self.file.parent, f"the bytes of an item of {self.file.name} are not those that were written")
 
     @cached_property
@@ -102,9 +102,9 @@ class Chunk:
         numbers = entries["data/0"]
         dtype: Dtype | None = self.dtype
         if pickled_tensor != _pickled(self.dtype, self.sizes):
-            found = torch_item.described(pickled_tensor)
-            fits = found.is_whole and found.shape == self.sizes and found.bytes == numbers.file_size
-            dtype = found.dtype if fits else None
+            description = torch_item.described(pickled_tensor)
+            fits = description.is_whole and description.shape == self.sizes and description.bytes == numbers.file_size
+            dtype = description.dtype if fits else None
         window.seek(numbers.header_offset + _LOCAL_HEADER - 4)
         name, extra = (int.from_bytes(window.read(2), "little") for _ in range(2))
         return dtype, numbers, numbers.header_offset + _LOCAL_HEADER + name + extra
@@ -165,16 +165,16 @@ class Checks:
         rows = part.read(out)
         if id(chunk) in self._checked:
             return rows
-        _, position, found = self._of_thread.pop(id(chunk), (chunk, 0, 0))
+        _, position, checksum = self._of_thread.pop(id(chunk), (chunk, 0, 0))
         if part.offset - chunk.extent.offset != position:  # its rows are taken in another order
             self._check(chunk)
             return rows
-        position, found = position + len(rows.data), zlib.crc32(rows.data, found)
+        position, checksum = position + len(rows.data), zlib.crc32(rows.data, checksum)
         if position == chunk.bytes:
-            chunk.compare(found)
+            chunk.compare(checksum)
             self._checked.add(id(chunk))
         else:
-            self._of_thread[id(chunk)] = chunk, position, found
+            self._of_thread[id(chunk)] = chunk, position, checksum
         return rows
 
     def settle(self) -> None:
@@ -226,10 +226,12 @@ class Checkpoint:
 
     def chunks(self, key: str) -> list[Chunk]:
         """Every chunk of a tensor."""
-        found = self._chunks.get(key)
-        if found is None:  # a chunk is known to be checked by its identity, so all threads must have the same
-            found = self._chunks.setdefault(key, [self._chunk(key, chunk) for chunk in self.tensors[key].chunks])
-        return found
+        chunks_of_key = self._chunks.get(key)
+        if chunks_of_key is None:  # a chunk is known to be checked by its identity, so all threads must have the same
+            chunks_of_key = self._chunks.setdefault(
+                key, [self._chunk(key, chunk) for chunk in self.tensors[key].chunks]
+            )
+        return chunks_of_key
 
     def _holding(self, key: str, index: int) -> list[Chunk]:
         """Chunks with a part of the `index`-th slice on the first axis."""
@@ -409,13 +411,13 @@ def table(items: Iterable[Item]) -> bytes:
     storage: dict[dcp_metadata.MetadataIndex, dcp_metadata.StorageInfo] = {}
     chunks = defaultdict[str, list[dcp_metadata.ChunkStorageMetadata]](list)
     for item in items:
-        offsets, held = dcp_metadata.Size(item.offsets), chunks[item.key]
-        if not held:
+        offsets, chunks_of_key = dcp_metadata.Size(item.offsets), chunks[item.key]
+        if not chunks_of_key:
             properties = dcp_metadata.TensorProperties(item.dtype)
             tensors[item.key] = dcp_metadata.TensorStorageMetadata(
-                properties, dcp_metadata.Size(item.global_shape), held
+                properties, dcp_metadata.Size(item.global_shape), chunks_of_key
             )
-        held.append(dcp_metadata.ChunkStorageMetadata(offsets, dcp_metadata.Size(item.sizes)))
+        chunks_of_key.append(dcp_metadata.ChunkStorageMetadata(offsets, dcp_metadata.Size(item.sizes)))
         storage[dcp_metadata.MetadataIndex(item.key, offsets)] = dcp_metadata.StorageInfo(
             item.file, item.start, item.length
         )

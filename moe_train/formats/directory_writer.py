@@ -91,18 +91,18 @@ def run(
         CheckpointError: the target exists, is being written by another process, or does not fit on the disk. Files
             that were complete before a disk filled up are kept for the next try. Every rank raises the same error.
     """
-    held: list[int] = []
+    locks: list[int] = []
     try:
-        opened = comm.broadcast(_attempt(lambda: _open(plan, held), comm) if comm.rank == 0 else None)
-        _raise_first(plan, comm, held, [opened])
+        opened = comm.broadcast(_attempt(lambda: _open(plan, locks), comm) if comm.rank == 0 else None)
+        _raise_first(plan, comm, locks, [opened])
         mine = _share(plan.jobs, comm)
         _raise_first(
-            plan, comm, held, comm.all_gather(_attempt(lambda: _write_all(plan, mine, threads, progress), comm))
+            plan, comm, locks, comm.all_gather(_attempt(lambda: _write_all(plan, mine, threads, progress), comm))
         )
         outcome = comm.broadcast(_attempt(lambda: _publish(plan, opened.value), comm) if comm.rank == 0 else None)
-        _raise_first(plan, comm, held, [outcome])
+        _raise_first(plan, comm, locks, [outcome])
     finally:
-        for descriptor in held:
+        for descriptor in locks:
             os.close(descriptor)
     result: WriteResult = outcome.value
     return result
@@ -142,36 +142,36 @@ def _attempt(action: Callable[[], Any], comm: Communicator) -> _Result:
         if comm.size == 1:
             raise
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"rank {comm.rank}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
-        return _Result(error=MoeTrainError(what, "this is a bug: run one process to see where"), resumable=True)
+        cause = f"rank {comm.rank}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+        return _Result(error=MoeTrainError(cause, "this is a bug: run one process to see where"), resumable=True)
 
 
-def _raise_first(plan: WritePlan, comm: Communicator, held: list[int], results: Iterable[_Result]) -> None:
+def _raise_first(plan: WritePlan, comm: Communicator, locks: list[int], results: Iterable[_Result]) -> None:
     """Raise the first error on every rank, after the first rank has cleared away what no other try can use."""
     failed = [result for result in results if result.error is not None]
     if failed:
-        raise comm.broadcast(_given_up(plan, held, failed) if comm.rank == 0 else None)
+        raise comm.broadcast(_given_up(plan, locks, failed) if comm.rank == 0 else None)
 
 
-def _given_up(plan: WritePlan, held: list[int], failed: list[_Result]) -> MoeTrainError:
+def _given_up(plan: WritePlan, locks: list[int], failed: list[_Result]) -> MoeTrainError:
     first = next((result for result in failed if not result.resumable), failed[0])
     error = first.error or CheckpointError(f"{plan.target} was not written")
-    if not held:  # the hidden directory is another process's
+    if not locks:  # the hidden directory is another process's
         return error
     partial = partial_of(plan.target)
-    kept = len(list(_complete(plan, partial))) if first.resumable else 0
-    if not kept:
+    complete = len(list(_complete(plan, partial))) if first.resumable else 0
+    if not complete:
         shutil.rmtree(partial, ignore_errors=True)  # it refuses a symbolic link
         return error
-    return error.copied(f"{error.remedy}: the {kept} complete files in {partial} are kept for it")
+    return error.copied(f"{error.remedy}: the {complete} complete files in {partial} are kept for it")
 
 
-def _open(plan: WritePlan, held: list[int]) -> int:
-    """Prepare the hidden directory; returns how many files of it are complete. `held` gets the lock on it."""
+def _open(plan: WritePlan, locks: list[int]) -> int:
+    """Prepare the hidden directory; returns how many files of it are complete. `locks` gets the lock on it."""
     refuse_existing(plan.target)
     partial = partial_of(plan.target)
     plan.target.parent.mkdir(parents=True, exist_ok=True)
-    held.append(_locked(partial))
+    locks.append(_locked(partial))
     refuse_existing(plan.target)  # another process has finished it while this one waited for nothing
     identity = json.dumps(plan.identity, sort_keys=True, indent=1)
     bookkeeping = partial / _BOOKKEEPING
@@ -391,10 +391,10 @@ def verify(
     files = dict(list(files.items())[rank::size])
     with ThreadPoolExecutor(threads) as pool:
         work = pool.map(lambda name: _check_file(directory / name, files[name], (places or {}).get(name, ())), files)
-        for checked, found in work:
+        for checked, counts in work:
             progress(checked)
             if tally is not None:
-                tally.merge(found.found)
+                tally.merge(counts.found)
     return len(files), sum(entry["bytes"] for entry in files.values())
 
 
@@ -424,9 +424,9 @@ def _check_file(path: Path, entry: Json, places: Places) -> tuple[int, Tally]:
         size = os.stat(path).st_size
         if size != entry["bytes"]:
             raise CheckpointError(f"{path} has {size:,} bytes, and the manifest says {entry['bytes']:,}", restore)
-        found, tally = entry_of(path, places)
+        actual, tally = entry_of(path, places)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", restore) from error
-    if found.sha256 != entry["sha256"]:
+    if actual.sha256 != entry["sha256"]:
         raise CheckpointError(f"{path} is damaged: its bytes are not those that were written", restore)
     return size, tally

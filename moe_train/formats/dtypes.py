@@ -28,8 +28,8 @@ class Dtype:
         """The same for torch."""
         import torch
 
-        found: torch.dtype = getattr(torch, self.name)
-        return found
+        dtype: torch.dtype = getattr(torch, self.name)
+        return dtype
 
 
 DTYPES = {

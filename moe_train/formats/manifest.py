@@ -78,9 +78,9 @@ def check(directory: Path, files: Files, rank: int, size: int) -> None:
 def difference(path: Path, entry: Entry) -> str:
     """How a file differs from its entry, or "" if it does not."""
     try:
-        found = path.stat().st_size
-        if found != entry.bytes:
-            return f"has {found:,} bytes of {entry.bytes:,}"
+        size = path.stat().st_size
+        if size != entry.bytes:
+            return f"has {size:,} bytes of {entry.bytes:,}"
         if entry_of(path) != entry:
             return "has other bytes than were written (SHA-256)"
     except FileNotFoundError:
@@ -103,5 +103,5 @@ def entry_of(path: Path, also: Callable[[memoryview], object] = lambda _: None) 
 
 def describe(directory: Path, known: Files) -> Files:
     """Every file that is in `directory`, and those that are `known` already."""
-    found = {entry.name for entry in os.scandir(directory) if entry.is_file()}
-    return known | {name: entry_of(directory / name) for name in found - known.keys() - {MANIFEST}}
+    names = {entry.name for entry in os.scandir(directory) if entry.is_file()}
+    return known | {name: entry_of(directory / name) for name in names - known.keys() - {MANIFEST}}

@@ -78,8 +78,8 @@ class Tally:
 
     def add(self, name: str, rows: TensorSlice) -> TensorSlice:
         """Count `rows` of the tensor `name` and return them."""
-        if held := count(rows.dtype, rows.data):
-            self.found[name] = self.found.get(name, _NONE) + held
+        if counted := count(rows.dtype, rows.data):
+            self.found[name] = self.found.get(name, _NONE) + counted
         return rows
 
     def checked(self, name: str, blocks: Iterable[TensorSlice]) -> Iterator[TensorSlice]:
@@ -88,11 +88,11 @@ class Tally:
 
     def merge(self, other: dict[str, Count]) -> None:
         """Add what was found elsewhere."""
-        for name, held in other.items():
-            self.found[name] = self.found.get(name, _NONE) + held
+        for name, counted in other.items():
+            self.found[name] = self.found.get(name, _NONE) + counted
 
     def __str__(self) -> str:
-        shown = [f"{name} has {held}" for name, held in list(self.found.items())[:_SHOWN]]
+        shown = [f"{name} has {counted}" for name, counted in list(self.found.items())[:_SHOWN]]
         more = len(self.found) - len(shown)
         return ", ".join(shown) + (f", and {more:,} more tensors have some" if more else "")
 
@@ -121,8 +121,8 @@ def entry_of(path: Path, places: Places) -> tuple[Entry, Tally]:
             for data in _read(descriptor, position, position + extent.bytes, block):
                 digest.update(data)
                 position += len(data)
-                if held := count(extent.dtype, data[: len(data) // extent.dtype.itemsize * extent.dtype.itemsize]):
-                    tally.found[name] = tally.found.get(name, _NONE) + held
+                if counted := count(extent.dtype, data[: len(data) // extent.dtype.itemsize * extent.dtype.itemsize]):
+                    tally.found[name] = tally.found.get(name, _NONE) + counted
     finally:
         os.close(descriptor)
     return Entry(position, digest.hexdigest()), tally

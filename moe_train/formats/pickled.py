@@ -167,10 +167,10 @@ class _Machine:
     def new(self) -> None:
         """An instance whose fields follow."""
         arguments, function = self.pop(), self.pop()
-        made = function.value if isinstance(function, _Global) else None
-        if not isinstance(made, type) or not issubclass(made, Plain) or arguments != ():
+        cls = function.value if isinstance(function, _Global) else None
+        if not isinstance(cls, type) or not issubclass(cls, Plain) or arguments != ():
             raise pickle.UnpicklingError("it makes an instance of a value that is not a class")
-        self.push(made.__new__(made))
+        self.push(cls.__new__(cls))
 
     def build(self) -> None:
         state, target = self.pop(), self.stack[-1]

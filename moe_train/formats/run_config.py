@@ -108,13 +108,13 @@ def check(saved: dict[str, Any], cfg: Config, directory: Path) -> list[str]:
         CheckpointError: the model differs.
     """
     check_model(saved, cfg, directory)
-    found = [d for d in _differences(saved["model"], asdict(cfg.model), "model", None) if d[0] in TUNABLE]
-    found += _data_differences(saved, cfg)
+    differing = [d for d in _differences(saved["model"], asdict(cfg.model), "model", None) if d[0] in TUNABLE]
+    differing += _data_differences(saved, cfg)
     for group, names in _TRAINING.items():
-        found += _differences(saved.get(group), asdict(cfg)[group], group, names)
+        differing += _differences(saved.get(group), asdict(cfg)[group], group, names)
     return [
         f"{field} was {_text(old)} when {directory.name} was saved and is {_text(new)} now"
-        for _, field, old, new in found
+        for _, field, old, new in differing
     ]
 
 
@@ -135,26 +135,26 @@ def check_data(saved: dict[str, Any], cfg: Config, directory: Path) -> None:
     """Raise CheckpointError where the run would read other data than it began with, and was not asked to."""
     if cfg.data.on_resume == "change":
         return
-    if found := _data_differences(saved, cfg):
-        what = ", ".join(f"{field} was {_text(old)} and is {_text(new)}" for _, field, old, new in found)
-        before = " ".join(override(field, typed(field, old)) for _, field, old, _ in found)
+    if differing := _data_differences(saved, cfg):
+        changes = ", ".join(f"{field} was {_text(old)} and is {_text(new)}" for _, field, old, new in differing)
+        before = " ".join(override(field, typed(field, old)) for _, field, old, _ in differing)
         raise CheckpointError(
-            f"the run would continue with other data than {directory}: {what} now",
+            f"the run would continue with other data than {directory}: {changes} now",
             f"use {before}, or add data.on_resume=change",
         )
 
 
 def check_schedule(
-    before: Config, cfg: Config, position: Position, asked: Collection[str]
+    before: Config, cfg: Config, position: Position, set_by_user: Collection[str]
 ) -> Config:  # fmt: skip
-    """`cfg` with the schedule that it goes on with.
+    """`cfg` with the schedule with which it continues.
 
     The learning rate must not change because something else did: the end of the decay follows the length of the run,
     and an option of a group has values of its own.
 
     Args:
         before: the config of the checkpoint.
-        asked: fields whose values were asked for by name.
+        set_by_user: fields that the command line sets by name.
 
     Raises:
         CheckpointError: the schedule changes, and nobody asked for that.
@@ -169,17 +169,17 @@ def check_schedule(
         return with_values(cfg, values)
     if cfg.schedule.on_resume == "override":
         return cfg
-    changed = [name for name in _RATE if get(cfg, name) != get(before, name) and name not in asked]
-    what = [f"{name} from {_text(get(before, name))} to {_text(get(cfg, name))}" for name in changed]
+    changed = [name for name in _RATE if get(cfg, name) != get(before, name) and name not in set_by_user]
+    changes = [f"{name} from {_text(get(before, name))} to {_text(get(cfg, name))}" for name in changed]
     if not same_end and cfg.schedule.decay_steps is None:
-        what.append(f"the end of its decay from step {end_before} to {end}")
-    if not what:
+        changes.append(f"the end of its decay from step {end_before} to {end}")
+    if not changes:
         return cfg
-    rates = [learning_rate(one.optimizer, one.schedule, last, position.schedule_steps)
-             for one, last in ((before, end_before), (cfg, end))]  # fmt: skip
+    rates = [learning_rate(config.optimizer, config.schedule, last, position.schedule_steps)
+             for config, last in ((before, end_before), (cfg, end))]  # fmt: skip
     raise CheckpointError(
         f"the run would continue with another learning rate, {rates[1]:.3g} instead of {rates[0]:.3g} at step "
-        f"{position.step}: this command changes {' and '.join(what)}",
+        f"{position.step}: this command changes {' and '.join(changes)}",
         "add schedule.on_resume=checkpoint to keep the schedule of the checkpoint, or schedule.on_resume=override to "
         "take the new one",
     )
@@ -191,10 +191,10 @@ Difference = tuple[str, str, Any, Any]
 
 def _data_differences(saved: dict[str, Any], cfg: Config) -> list[Difference]:
     """What differs in what the run reads, and in which order."""
-    now, found = asdict(cfg), []
+    now, differing = asdict(cfg), []
     for group, names in (("seed", None), ("data", None), ("train", ("seq_length",))):
-        found += _differences(saved.get(group), now[group], group, names)
-    return [difference for difference in found if difference[1] not in _FREE_OF_DATA]
+        differing += _differences(saved.get(group), now[group], group, names)
+    return [difference for difference in differing if difference[1] not in _FREE_OF_DATA]
 
 
 def _differences(old: Any, new: Any, path: str, names: tuple[str, ...] | None) -> list[Difference]:

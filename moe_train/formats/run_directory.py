@@ -135,10 +135,10 @@ def candidates(root: Path) -> list[Path]:
     """Checkpoints under `root`, the one to continue from first: what `latest` names, then others by falling step."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    found.sort(key=lambda path: step_of(path.name), reverse=True)
+    checkpoints = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    checkpoints.sort(key=lambda path: step_of(path.name), reverse=True)
     latest = _read_latest(root)
-    return sorted(found, key=lambda path: path.name != latest)  # stable: the rest keeps its order
+    return sorted(checkpoints, key=lambda path: path.name != latest)  # stable: the rest keeps its order
 
 
 def _read_latest(root: Path) -> str:
@@ -159,9 +159,9 @@ def resolve(path: Path, field: str) -> list[Path]:
         raise CheckpointError(f"{field}={path} does not exist", _checkpoints_near(path))
     if (path / STATE).is_file() or (path / METADATA).is_file() or _NAME.fullmatch(path.name):
         return [path]
-    found = candidates(path) or candidates(path / "checkpoints")
-    if found:
-        return found
+    checkpoints = candidates(path) or candidates(path / "checkpoints")
+    if checkpoints:
+        return checkpoints
     if (path / "config.json").is_file():
         raise CheckpointError(
             f"{field}={path} is a Hugging Face model, not a checkpoint of a run",
@@ -206,7 +206,7 @@ def read_state(directory: Path, oldest: int = FORMAT) -> dict[str, Any]:
     return state
 
 
-def damaged(directory: Path, what: str) -> DamagedCheckpoint:
+def damaged(directory: Path, defect: str) -> DamagedCheckpoint:
     """The error for a checkpoint that cannot be read, with the other checkpoints next to it as the remedy."""
     others = [p.name for p in candidates(directory.parent) if p.name != directory.name]
     remedy = (
@@ -214,14 +214,14 @@ def damaged(directory: Path, what: str) -> DamagedCheckpoint:
         if others
         else "restore the directory from a copy, or set resume=never"
     )
-    return DamagedCheckpoint(f"checkpoint {directory} is damaged: {what}", remedy)
+    return DamagedCheckpoint(f"checkpoint {directory} is damaged: {defect}", remedy)
 
 
 def _checkpoints_near(path: Path) -> str:
     """A remedy that names a checkpoint close to a path that has none."""
     for root in (path.parent, path.parent / "checkpoints"):
-        if found := candidates(root):
-            return f"did you mean {found[0]}"
+        if checkpoints := candidates(root):
+            return f"did you mean {checkpoints[0]}"
     return f"name a directory like runs/NAME/checkpoints/{name_of(100)}"
 
 

@@ -57,7 +57,7 @@ def contents(path: Path) -> dict[str, FileRegion]:
                 raise _damaged(path, "its header does not fit into the file")
             table = untrusted.parse_json(file.read(length))
         table.pop("__metadata__", None)
-        found = {name: _extent(path, 8 + length, entry) for name, entry in table.items()}
+        regions = {name: _extent(path, 8 + length, entry) for name, entry in table.items()}
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", "restore the file from a copy") from error
     except CheckpointError:
@@ -65,7 +65,9 @@ def contents(path: Path) -> dict[str, FileRegion]:
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     position = 8 + length
-    for extent in sorted(found.values(), key=lambda e: (e.offset, prod(e.shape))):  # an empty one ends where it begins
+    for extent in sorted(
+        regions.values(), key=lambda e: (e.offset, prod(e.shape))
+    ):  # an empty one ends where it begins
         if extent.offset != position:
             raise _damaged(path, "its tensors overlap or leave gaps")
         position += prod(extent.shape) * extent.dtype.itemsize
@@ -73,7 +75,7 @@ def contents(path: Path) -> dict[str, FileRegion]:
         raise truncated(path, position)
     if position < size:
         raise _damaged(path, f"it has {size - position:,} bytes that belong to no tensor")
-    return found
+    return regions
 
 
 def _extent(path: Path, base: int, entry: dict[str, Any]) -> FileRegion:
@@ -91,8 +93,8 @@ def _extent(path: Path, base: int, entry: dict[str, Any]) -> FileRegion:
     return FileRegion(path, base + start, dtype, shape)
 
 
-def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged: {what}", "restore the file from a copy")
+def _damaged(path: Path, defect: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {defect}", "restore the file from a copy")
 
 
 def open_directory(directory: Path) -> dict[str, FileRegion]:
@@ -116,26 +118,26 @@ def open_directory(directory: Path) -> dict[str, FileRegion]:
             raise ValueError("it names files outside the directory")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} cannot be read: {error}", "restore the file from a copy") from error
-    found = _merged([directory / file for file in names])
-    for name in sorted(wanted.keys() ^ found.keys()):
+    regions = _merged([directory / file for file in names])
+    for name in sorted(wanted.keys() ^ regions.keys()):
         where, other = (INDEX, wanted[name]) if name in wanted else ("its file", INDEX)
         raise CheckpointError(f"{directory}: {name} is in {where} and not in {other}", "restore the files from a copy")
-    for name, extent in found.items():
+    for name, extent in regions.items():
         if extent.path.name != wanted[name]:
             raise CheckpointError(
                 f"{directory}: {name} is in {extent.path.name}, and {INDEX} says {wanted[name]}",
                 "restore the files from a copy",
             )
-    return found
+    return regions
 
 
 def _merged(files: Sequence[Path]) -> dict[str, FileRegion]:
-    found: dict[str, FileRegion] = {}
+    regions: dict[str, FileRegion] = {}
     for file in files:
         for name, extent in contents(file).items():
-            if name in found:
+            if name in regions:
                 raise CheckpointError(
-                    f"{name} is in {found[name].path} and in {file.name}", "leave one of the files in the directory"
+                    f"{name} is in {regions[name].path} and in {file.name}", "leave one of the files in the directory"
                 )
-            found[name] = extent
-    return found
+            regions[name] = extent
+    return regions

@@ -54,10 +54,10 @@ def described(data: bytes) -> TensorDescription:
     Raises:
         ValueError, TypeError, pickle.UnpicklingError, ...: it is damaged, or describes anything but one tensor.
     """
-    found = pickled.load(data, _NAMES, _storage)
-    if not isinstance(found, TensorDescription):
+    description = pickled.load(data, _NAMES, _storage)
+    if not isinstance(description, TensorDescription):
         raise ValueError("it is not a tensor")
-    return found
+    return description
 
 
 def _storage(reference: Any) -> _StorageReference:

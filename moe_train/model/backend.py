@@ -46,12 +46,12 @@ def _require_hardware(recipe: str) -> None:
 
     known = RECIPES[recipe]
     needed = known.capability
-    found = torch.cuda.get_device_capability()
-    if found < needed:
+    capability = torch.cuda.get_device_capability()
+    if capability < needed:
         raise HardwareError(
             f"precision.{known.field}={recipe} needs {known.generation} (compute capability {needed[0]}.{needed[1]}), "
-            f"but this GPU has {found[0]}.{found[1]}",
-            "use " + " or ".join(f"precision={name}" for name, least in _USABLE.items() if found >= least),
+            f"but this GPU has {capability[0]}.{capability[1]}",
+            "use " + " or ".join(f"precision={name}" for name, least in _USABLE.items() if capability >= least),
         )
 
 
@@ -70,11 +70,11 @@ def _require_scales(precision: PrecisionConfig) -> None:
         )
 
 
-def _require(module: str, what: str, remedy: str) -> None:
+def _require(module: str, component: str, remedy: str) -> None:
     try:
         importlib.import_module(module)
     except Exception as error:  # a half-installed extension raises RuntimeError or OSError, not ImportError
-        raise HardwareError(f"{what} cannot be imported: {type(error).__name__}: {error}", remedy) from error
+        raise HardwareError(f"{component} cannot be imported: {type(error).__name__}: {error}", remedy) from error
 
 
 def _require_nvidia_apex() -> None:

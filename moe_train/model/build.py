@@ -237,8 +237,8 @@ def build_chunk(
         block, mtp = te_specs(config, model, vp_stage)
     else:
         provider = LocalBackend(cfg.backend.apex, emulated_recipe(cfg.precision))
-        kept = high_precision_layers(cfg.precision, model.num_layers)
-        block, mtp = local_specs(config, model, provider, vp_stage, kept)
+        bf16_layers = high_precision_layers(cfg.precision, model.num_layers)
+        block, mtp = local_specs(config, model, provider, vp_stage, bf16_layers)
     yarn_gqa = not attention_kind(model).latent and model.rope_type == "yarn"
     return GPTModel(
         config=config,

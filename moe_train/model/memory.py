@@ -81,4 +81,4 @@ def weights_of(model: ModelConfig, workload: Workload) -> list[Weights]:
         etp=layout.etp,
         bf16_layers=workload.bf16_layers,
     )
-    return [Weights(held.shared, held.experts, held.linear) for held in ranks]
+    return [Weights(counts.shared, counts.experts, counts.linear) for counts in ranks]

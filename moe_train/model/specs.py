@@ -178,16 +178,16 @@ def te_specs(config: TransformerConfig, model: ModelConfig, vp_stage: int | None
     """The same with Transformer Engine's modules, as upstream composes them."""
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     for layer in block.layer_specs:
-        _as_the_model_asks(layer, model)
+        _apply_model_options(layer, model)
     mtp = None
     if model.mtp_num_layers:
         last = get_gpt_decoder_layer_specs(config, use_transformer_engine=True)[-1]
-        _as_the_model_asks(last, model)
+        _apply_model_options(last, model)
         mtp = get_gpt_mtp_block_spec(config, last, use_transformer_engine=True, vp_stage=vp_stage)
     return block, mtp
 
 
-def _as_the_model_asks(layer: ModuleSpec, model: ModelConfig) -> None:
+def _apply_model_options(layer: ModuleSpec, model: ModelConfig) -> None:
     """Change what upstream has no option for in the spec of a layer with Transformer Engine's modules."""
     attention = layer.submodules.self_attention
     if attention_kind(model).latent:

@@ -86,20 +86,20 @@ def _move_shared_expert_gates(chunk: nn.Module, target: Target) -> None:
 
 
 def _use_own_dispatchers(chunk: nn.Module, target: Target) -> None:
-    dispatch.use_in(chunk)
+    dispatch.replace_dispatchers(chunk)
 
 
 def _exclude_padding_from_loss(chunk: Any, target: Target) -> None:
-    loss.use_in(chunk, target.cfg.model.vocab_size, own=target.local)
+    loss.replace_loss(chunk, target.cfg.model.vocab_size, own=target.local)
 
 
 def _use_own_gemm_in_head(chunk: Any, target: Target) -> None:
-    gemm.use_in(chunk.output_layer)
+    gemm.replace_forward(chunk.output_layer)
 
 
 def _offload_activations(chunk: Any, target: Target) -> None:
     recompute = target.cfg.recompute
-    offload.use_in(chunk, recompute.offload, Path(target.cfg.run_dir), recompute.offload_min_bytes)
+    offload.wrap_forward(chunk, recompute.offload, Path(target.cfg.run_dir), recompute.offload_min_bytes)
 
 
 def _cast(chunk: nn.Module, target: Target) -> nn.Module:

@@ -89,16 +89,16 @@ def reduce(objective: Objective, partials: list[Partial], device: torch.device, 
 
 
 def _metrics(objective: Objective, sums: Iterator[float], maxima: Iterator[float]) -> dict[str, float]:
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, reduction in objective.reductions.items():
         if reduction is Reduction.MAX:
             largest = next(maxima)
             if largest != -inf:
-                found[name] = largest
+                metrics[name] = largest
             continue
         total = next(sums)
         if reduction is Reduction.SUM:
-            found[name] = total
+            metrics[name] = total
         elif denominator := next(sums):
-            found[name] = total / denominator
-    return found
+            metrics[name] = total / denominator
+    return metrics

@@ -30,7 +30,7 @@ def request(number: int, frame: FrameType | None = None) -> None:
     _requests.append(signal.Signals(number).name)
 
 
-def asked() -> str:
+def requested_by() -> str:
     """Name of the first signal that requested a stop; "" if there was none."""
     return _requests[0] if _requests else ""
 

@@ -12,18 +12,18 @@ _LEAST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class Slow:
+class Straggler:
     """A rank that was slow in several intervals in a row."""
 
     rank: int
-    what: str
+    measure: str
     """`busy time of a step` or `GEMM`."""
     seconds: float
     median_s: float
     """Of the ranks it is compared with."""
 
 
-class Judge:
+class StragglerDetector:
     """Counts intervals in which a rank is slow.
 
     Args:
@@ -36,28 +36,32 @@ class Judge:
         self._stages, self._ratio, self._intervals = stages, ratio, intervals
         self._counts: Counter[tuple[int, str]] = Counter()
 
-    def slow(self, times: Sequence[Sequence[float]]) -> list[Slow]:
+    def add_interval(self, times: Sequence[Sequence[float]]) -> list[Straggler]:
         """Ranks to name after one more interval.
 
         Args:
             times: of each rank its busy time of a step, the time of the fixed GEMM, and that of a whole step, s.
         """
-        found = []
-        for rank, (own_s, product_s, step_s) in enumerate(times):
+        stragglers = []
+        for rank, (own_s, gemm_s, step_s) in enumerate(times):
             peers = [times[r][0] for r, stage in enumerate(self._stages) if stage == self._stages[rank] and r != rank]
             others = [row[1] for r, row in enumerate(times) if r != rank]
-            found += self._count(Slow(rank, "busy time of a step", own_s, _median(peers)), _LEAST_SHARE * step_s)
-            found += self._count(Slow(rank, "GEMM", product_s, _median(others)), 0.0)
-        return found
+            stragglers += self._count(
+                Straggler(rank, "busy time of a step", own_s, _median(peers)), _LEAST_SHARE * step_s
+            )
+            stragglers += self._count(Straggler(rank, "GEMM", gemm_s, _median(others)), 0.0)
+        return stragglers
 
-    def _count(self, one: Slow, least_s: float) -> list[Slow]:
-        key = (one.rank, one.what)
-        is_slow = one.seconds > self._ratio * one.median_s and one.seconds - one.median_s > least_s
+    def _count(self, candidate: Straggler, least_s: float) -> list[Straggler]:
+        key = (candidate.rank, candidate.measure)
+        is_slow = (
+            candidate.seconds > self._ratio * candidate.median_s and candidate.seconds - candidate.median_s > least_s
+        )
         self._counts[key] = self._counts[key] + 1 if is_slow else 0
         if self._counts[key] < self._intervals:
             return []
         self._counts[key] = 0
-        return [one]
+        return [candidate]
 
 
 def _median(values: Sequence[float]) -> float:

@@ -153,12 +153,12 @@ class Watch(threading.Thread):
         faulthandler.dump_traceback(stacks, all_threads=True)
         self._write(mine)
         time.sleep(grace_s)  # the others notice too
-        found = verdict([heartbeat for heartbeat in read(self.run_dir) if heartbeat.rank < self._world_size])
-        text = f"{head}; {'; '.join(found)}; stacks in {self._stacks}"
+        culprits = verdict([heartbeat for heartbeat in read(self.run_dir) if heartbeat.rank < self._world_size])
+        text = f"{head}; {'; '.join(culprits)}; stacks in {self._stacks}"
         print(f"error: {text}", file=sys.stderr, flush=True)
         log.error("%s", text)
         part = self.run_dir / f"{VERDICT}.{self.rank}.part"
-        part.write_text("\n".join(found) + "\n", encoding="utf-8")
+        part.write_text("\n".join(culprits) + "\n", encoding="utf-8")
         os.replace(part, self.run_dir / VERDICT)
         sys.stdout.flush()
 
@@ -222,13 +222,13 @@ def _short(frame: FrameType) -> str:
 
 def read(run_dir: Path) -> list[Heartbeat]:
     """Heartbeats of a run, by rank. Files that cannot be read are left out."""
-    found = []
+    heartbeats = []
     for path in (run_dir / "heartbeats").glob("rank_*.json"):
         try:
-            found.append(untrusted.read_record(path, Heartbeat))
+            heartbeats.append(untrusted.read_record(path, Heartbeat))
         except (OSError, ValueError):
             continue
-    return sorted(found, key=lambda heartbeat: heartbeat.rank)
+    return sorted(heartbeats, key=lambda heartbeat: heartbeat.rank)
 
 
 def verdict(ranks: list[Heartbeat]) -> list[str]:
@@ -237,5 +237,5 @@ def verdict(ranks: list[Heartbeat]) -> list[str]:
     if silent := [r for r in ranks if not r.stuck]:
         return [f"rank {r.rank} ({r.host}) sends no heartbeat, last seen after step {r.step}" for r in silent]
     least = min(((r.step, r.count) for r in ranks), default=(0, 0))
-    found = [r for r in ranks if not r.waits] or [r for r in ranks if (r.step, r.count) == least]
-    return [f"rank {r.rank} ({r.host}) hangs in step {r.step + 1}, {r.place}, in {r.at}" for r in found]
+    culprits = [r for r in ranks if not r.waits] or [r for r in ranks if (r.step, r.count) == least]
+    return [f"rank {r.rank} ({r.host}) hangs in step {r.step + 1}, {r.place}, in {r.at}" for r in culprits]

@@ -20,12 +20,12 @@ class PatientFile:
 
     Args:
         path: the file, which is made where it does not exist.
-        what: what a record is, for the warnings: "lines", "events".
+        content: name of the records in warnings: "lines", "events".
         most_bytes: that wait in memory; further records are lost, and counted.
     """
 
-    def __init__(self, path: Path, what: str = "lines", most_bytes: int = MOST_BYTES) -> None:
-        self.path, self.what, self.most_bytes = path, what, most_bytes
+    def __init__(self, path: Path, content: str = "lines", most_bytes: int = MOST_BYTES) -> None:
+        self.path, self.content, self.most_bytes = path, content, most_bytes
         self.lost = 0
         """Records that had no room in memory."""
         self._waiting: deque[bytes] = deque()
@@ -59,18 +59,18 @@ class PatientFile:
             self._close()  # a handle of a storage that was away can stay unusable
             if not self._failed:
                 self._failed = error.strerror or str(error)
-                warn(f"{self.path} cannot be written: {self._failed}; the run continues and buffers its {self.what}")
+                warn(f"{self.path} cannot be written: {self._failed}; the run continues and buffers its {self.content}")
             return
         self._late += late
         if self._failed and not self._waiting:
-            warn(f"{self.path} can be written again: {self._late} {self.what} came late, {self.lost} were lost")
+            warn(f"{self.path} can be written again: {self._late} {self.content} came late, {self.lost} were lost")
             self._failed, self._late, self.lost = "", 0, 0
 
     def close(self) -> None:
         """Try once more, and say how many records are lost."""
         self.flush()
         if self._failed:
-            warn(f"{self.lost + len(self._waiting)} {self.what} of {self.path} are lost: {self._failed}")
+            warn(f"{self.lost + len(self._waiting)} {self.content} of {self.path} are lost: {self._failed}")
         self._waiting.clear()
         self._waiting_bytes = 0
         self._close()

@@ -218,7 +218,7 @@ EVENTS: tuple[Event, ...] = (
     ),
     Event("evaluation_skipped", ("reason",), "no token of the validation batches counts; there is no evaluation line"),
     Event(
-        "rolled_back", ("reason", "from_step", "samples_passed_over"),
+        "rolled_back", ("reason", "from_step", "samples_skipped"),
         "the run went back from `from_step` to the checkpoint of `step`; the samples in between are not used again",
     ),
     Event("damaged", ("checkpoint", "reason"), "a checkpoint could not be read while the run went back"),

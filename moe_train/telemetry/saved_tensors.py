@@ -22,7 +22,7 @@ class SavedTensors:
         self._bytes: dict[int, int] = {}
         self._handles: list[Any] = []
         self._open: Any = None
-        self._kept: dict[int, torch.UntypedStorage] = {}
+        self._saved: dict[int, torch.UntypedStorage] = {}
 
     def start(self) -> None:
         """Measure the next forward pass of each module."""
@@ -41,20 +41,20 @@ class SavedTensors:
     def _enter(self, number: int) -> None:
         if number in self._bytes or not torch.is_grad_enabled():
             return
-        self._kept = {}
+        self._saved = {}
         for offload in self._offloads(number):  # whose hooks replace these
-            offload.observe = self._keep
-        self._open = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+            offload.observe = self._record
+        self._open = torch.autograd.graph.saved_tensors_hooks(self._record, lambda tensor: tensor)
         self._open.__enter__()
 
     def _offloads(self, number: int) -> list[Any]:
-        found = (getattr(module, "activation_offload", None) for module in self.modules[number].modules())
-        return [offload for offload in found if offload is not None]
+        candidates = (getattr(module, "activation_offload", None) for module in self.modules[number].modules())
+        return [offload for offload in candidates if offload is not None]
 
-    def _keep(self, tensor: Tensor) -> Tensor:
+    def _record(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()  # an output that its own node keeps would keep the node, too
         storage = tensor.untyped_storage()
-        self._kept[storage._cdata] = storage
+        self._saved[storage._cdata] = storage
         return tensor
 
     def _leave(self, number: int) -> None:
@@ -66,8 +66,8 @@ class SavedTensors:
             offload.observe = lambda tensor: None
         module = self.modules[number]
         own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
-        self._bytes[number] = sum(storage.nbytes() for key, storage in self._kept.items() if key not in own)
-        self._kept = {}
+        self._bytes[number] = sum(storage.nbytes() for key, storage in self._saved.items() if key not in own)
+        self._saved = {}
 
 
 def static_bytes(modules: Iterable[nn.Module], optimizer: Any) -> tuple[int, int, int]:

@@ -104,19 +104,22 @@ def memory_of_ranks(workload: Workload, schedule: str, memory: Sequence[StageMem
     pp = workload.layout.pp
     if schedule == "dualpipev":
         alive = min(pp + 0.5, workload.micro_batches)
-        return [one.total - one.activations + alive * one.activations_per_micro_batch for one in memory]
+        return [
+            stage_memory.total - stage_memory.activations + alive * stage_memory.activations_per_micro_batch
+            for stage_memory in memory
+        ]
     if schedule != "dualpipe":
-        return [float(one.total) for one in memory]
+        return [float(stage_memory.total) for stage_memory in memory]
     sizes: list[float] = []
-    for rank, one in enumerate(memory):
+    for rank, stage_memory in enumerate(memory):
         other = memory[pp - 1 - rank]
-        static = float(one.parameters + one.gradients + other.parameters + other.gradients)
-        static += (one.optimizer + other.optimizer) / 2
+        static = float(stage_memory.parameters + stage_memory.gradients + other.parameters + other.gradients)
+        static += (stage_memory.optimizer + other.optimizer) / 2
         if rank in (0, pp - 1):
             static -= shared_embedding_bytes(workload)
-        alive = (pp - rank) * one.activations_per_micro_batch + (rank + 1) * other.activations_per_micro_batch
-        transient = max(one.recompute, other.recompute) + max(one.communication, other.communication)
-        sizes.append(static + alive + transient + one.logits + other.logits)
+        alive = (pp - rank) * stage_memory.activations_per_micro_batch + (rank + 1) * other.activations_per_micro_batch
+        transient = max(stage_memory.recompute, other.recompute) + max(stage_memory.communication, other.communication)
+        sizes.append(static + alive + transient + stage_memory.logits + other.logits)
     return sizes
 
 
@@ -176,18 +179,18 @@ def chunk_activations(workload: Workload, index: int) -> Saved:
     first = sum(stage.count("t") for stage in workload.stages[:index])
     pattern = workload.model.moe_layer_pattern[first : first + items.count("t")]
     r, hidden, last = workload.split_tokens, workload.model.hidden_size, first + len(pattern)
-    kept = _embedding(workload, "embedding") if "E" in items else {}
-    kept |= _layers(workload, first, [bool(moe) for moe in pattern])
+    saved = _embedding(workload, "embedding") if "E" in items else {}
+    saved |= _layers(workload, first, [bool(moe) for moe in pattern])
     depths = items.count("m")
     has_mtp = any("m" in stage for stage in workload.stages)
     if (first < last == len(workload.model.moe_layer_pattern)) if has_mtp else "L" in items:
-        kept |= norm(workload, "final norm", r, hidden, "final norm input")
+        saved |= norm(workload, "final norm", r, hidden, "final norm input")
     for depth in range(depths):
-        kept |= {f"mtp {depth} {name}": size for name, size in _mtp(workload).items()}
+        saved |= {f"mtp {depth} {name}": size for name, size in _mtp(workload).items()}
     if "L" in items:
         outputs = 1 + depths  # one tensor for all of them
-        kept["output head input"] = workload.element * r * hidden * outputs
-    return resident(workload, kept)
+        saved["output head input"] = workload.element * r * hidden * outputs
+    return resident(workload, saved)
 
 
 def _embedding(workload: Workload, name: str) -> Saved:
@@ -198,46 +201,46 @@ def _embedding(workload: Workload, name: str) -> Saved:
 def _layers(workload: Workload, first: int, moe: Sequence[bool]) -> Saved:
     """All layers of a chunk from number `first` on, with whole ones or groups of them recomputed in `full` mode."""
     r, hidden, size = workload.split_tokens, workload.model.hidden_size, workload.recompute_num_layers
-    kept: Saved = {}
+    saved: Saved = {}
     if (
         moe and workload.recompute == "full" and attention_kind(workload.model).shared_rope
     ):  # one tensor that every checkpoint keeps
-        kept["rotary angles"] = FP32 * (workload.seq_length // workload.layout.cp) * workload.model.rotary_dim
+        saved["rotary angles"] = FP32 * (workload.seq_length // workload.layout.cp) * workload.model.rotary_dim
     for number, is_moe in enumerate(moe):
         if workload.recompute == "full" and (workload.recompute_method == "uniform" or number < size):
             if workload.recompute_method == "block" or number % size == 0:
-                kept[f"layer {number} input"] = workload.element * r * hidden
+                saved[f"layer {number} input"] = workload.element * r * hidden
             continue
-        kept |= {
+        saved |= {
             f"layer {number} {name}": value for name, value in layer(workload.of_layer(first + number), is_moe).items()
         }
-    return kept
+    return saved
 
 
 def _mtp(workload: Workload) -> Saved:
     """One multi-token-prediction depth (transformer/multi_token_prediction.py upstream)."""
     r, hidden, e = workload.split_tokens, workload.model.hidden_size, workload.element
-    kept = _embedding(workload, "embedding")
+    saved = _embedding(workload, "embedding")
     if workload.recompute == "full" and workload.recompute_method == "uniform":
-        return kept | {"hidden states": e * r * hidden, "next embedding": e * r * hidden}
-    kept |= norm(workload, "embedding norm", r, hidden, "next embedding")
-    kept |= norm(workload, "hidden norm", r, hidden, "hidden states")
-    kept |= linear_input(workload, "projection input", r, 2 * hidden)
+        return saved | {"hidden states": e * r * hidden, "next embedding": e * r * hidden}
+    saved |= norm(workload, "embedding norm", r, hidden, "next embedding")
+    saved |= norm(workload, "hidden norm", r, hidden, "hidden states")
+    saved |= linear_input(workload, "projection input", r, 2 * hidden)
     inside = layer(workload, bool(workload.model.moe_layer_pattern[-1]))
     if "input" in inside:  # a slice of the gathered projection, which it keeps alive
         inside["input"] = e * workload.tokens * hidden
-    kept |= inside
-    return kept | norm(workload, "final norm", r, hidden, "final norm input")
+    saved |= inside
+    return saved | norm(workload, "final norm", r, hidden, "final norm input")
 
 
 def saved_per_micro_batch(workload: Workload, stage: int) -> float:
     """Bytes that one forward pass through all chunks of a rank keeps for its backward pass, logits included."""
-    kept = 0.0
+    saved = 0.0
     for index in range(stage, len(workload.stages), workload.layout.pp):
-        kept += sum(chunk_activations(workload, index).values()) + saved_logits(
+        saved += sum(chunk_activations(workload, index).values()) + saved_logits(
             workload, "".join(workload.stages[index])
         )
-    return kept
+    return saved
 
 
 def saved_logits(workload: Workload, items: str) -> float:
@@ -246,12 +249,12 @@ def saved_logits(workload: Workload, items: str) -> float:
     if "L" not in items:
         return 0
     own, vocabulary, depths = workload.own_loss, workload.model.padded_vocab_size, items.count("m")
-    kept: Saved = {}
+    saved: Saved = {}
     for i in range(1 + depths):
-        kept[f"scores {i}"] = workload.element * vocabulary if own else FP32 * vocabulary / workload.layout.tp
-        kept |= {} if own else {f"labels {i}": INDEX, f"mask {i}": 1}
-        kept |= {f"sum {i}": FP32, f"weights {i}": FP32} if i else {}
-    return sum(resident(workload, {name: workload.tokens * size for name, size in kept.items()}).values())
+        saved[f"scores {i}"] = workload.element * vocabulary if own else FP32 * vocabulary / workload.layout.tp
+        saved |= {} if own else {f"labels {i}": INDEX, f"mask {i}": 1}
+        saved |= {f"sum {i}": FP32, f"weights {i}": FP32} if i else {}
+    return sum(resident(workload, {name: workload.tokens * size for name, size in saved.items()}).values())
 
 
 def logits_bytes(workload: Workload, items: str) -> float:
@@ -281,28 +284,31 @@ def _recomputed(workload: Workload, index: int) -> float:
             if first + i in workload.bf16_layers
         ),
     ]
-    kinds = [(one, bool(moe)) for one in workloads for moe in set(workload.model.moe_layer_pattern)]
+    kinds = [(kind_workload, bool(moe)) for kind_workload in workloads for moe in set(workload.model.moe_layer_pattern)]
     if workload.recompute == "full":
         layers = workload.recompute_num_layers if workload.recompute_method == "uniform" else 1
-        return layers * max(sum(layer(one, moe).values()) for one, moe in kinds)
-    return max(sum(layer(one, moe, recompute=False).values()) - sum(layer(one, moe).values()) for one, moe in kinds)
+        return layers * max(sum(layer(kind_workload, moe).values()) for kind_workload, moe in kinds)
+    return max(
+        sum(layer(kind_workload, moe, recompute=False).values()) - sum(layer(kind_workload, moe).values())
+        for kind_workload, moe in kinds
+    )
 
 
 def communication_bytes(workload: Workload, stage: int, items: Sequence[str], in_flight: int) -> float:
     """Buffers of send/recv between stages, of dispatched and combined tokens, and of gathered sequences."""
     layout, e = workload.layout, workload.element
     message = e * workload.split_tokens * workload.model.hidden_size
-    held = 0.0
+    buffers = 0.0
     if layout.pp > 1:
         whole = "".join(items)
         received = in_flight if "E" not in whole and workload.backend == "local" and workload.dtype != "fp32" else 0
         sent = in_flight if "L" not in whole and not workload.frees_outputs else 0
-        held = message * (received + sent + 2)  # and one being received in each direction
+        buffers = message * (received + sent + 2)  # and one being received in each direction
     dispatched = 0.0
     if workload.model.num_experts and layout.ep * layout.etp > 1:
         dispatched = 2 * e * workload.expert_tokens * workload.model.hidden_size
     gathered = e * workload.tokens * workload.model.hidden_size if workload.sequence_parallel and layout.tp > 1 else 0
-    return held + dispatched + gathered
+    return buffers + dispatched + gathered
 
 
 def peak_in_flight(workload: Workload, stage: int, sizes: Sequence[float]) -> list[int]:

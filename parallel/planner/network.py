@@ -104,20 +104,20 @@ def places_visited(places: int, routing: Routing) -> float:
         return reachable * (1 - (1 - 1 / reachable) ** routing.topk) if reachable > 1 else 1.0
     visited = 0.0
     for place in range(places):
-        held = groups * (place + 1) // places - groups * place // places
-        visited += 1 - _missed(held, routing)
+        groups_here = groups * (place + 1) // places - groups * place // places
+        visited += 1 - _missed(groups_here, routing)
     return visited
 
 
-def _missed(held: int, routing: Routing) -> float:
-    """Probability that a token chooses no expert of a place that holds `held` of the groups.
+def _missed(groups_here: int, routing: Routing) -> float:
+    """Probability that a token chooses no expert of a place that holds `groups_here` of the groups.
 
     How many of these are among the chosen ones is distributed hypergeometrically.
     """
     groups, chosen = routing.groups, routing.groups_chosen
     missed = 0.0
-    for both in range(min(held, chosen) + 1):
-        probability = comb(held, both) * comb(groups - held, chosen - both) / comb(groups, chosen)
+    for both in range(min(groups_here, chosen) + 1):
+        probability = comb(groups_here, both) * comb(groups - groups_here, chosen - both) / comb(groups, chosen)
         missed += probability * (1 - both / chosen) ** routing.topk
     return missed
 

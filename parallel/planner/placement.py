@@ -64,7 +64,7 @@ def placements(workload: Workload, hardware: Hardware, software: Software, weigh
     layers = max(stage.count("t") + stage.count("m") for stage in workload.stages) * layout.vpp
     width = model.hidden_size * e
     passes = workload.micro_batches * layers
-    found = []
+    result = []
     for kind, group in groups_of(layout).items():
         sent = 0.0
         if group.domains(hardware) > 1:
@@ -101,7 +101,7 @@ def placements(workload: Workload, hardware: Hardware, software: Software, weigh
                 )
                 there_width = (1 + 4 / 128) / e if software.fp8_dispatch else 1.0
                 sent = 2 * passes * there * (1 + there_width)
-        found.append(
+        result.append(
             Placement(
                 kind,
                 group.size,
@@ -111,7 +111,7 @@ def placements(workload: Workload, hardware: Hardware, software: Software, weigh
                 sent,
             )
         )
-    return found
+    return result
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def node_spans(layout: ParallelLayout, ranks_per_node: int) -> list[NodeSpan]:
         }
         for name, key in keys.items():
             members.setdefault(name, {}).setdefault(key, []).append(rank)
-    found = []
+    result = []
     for name, groups in members.items():
         size = len(next(iter(groups.values())))
         if size == 1:
@@ -162,5 +162,5 @@ def node_spans(layout: ParallelLayout, ranks_per_node: int) -> list[NodeSpan]:
         for span in spans:
             for node in span:
                 on_node[node] = on_node.get(node, 0) + 1
-        found.append(NodeSpan(name, size, len(groups), max(map(len, spans)), max(on_node.values())))
-    return found
+        result.append(NodeSpan(name, size, len(groups), max(map(len, spans)), max(on_node.values())))
+    return result

@@ -125,10 +125,10 @@ def _ready(
     """When everything that a pass needs has arrived, or None where that is not known yet."""
     latest = 0.0
     for key in _needs(item, stages):
-        found = done.get(key)
-        if found is None:
+        finished = done.get(key)
+        if finished is None:
             return None
-        latest = max(latest, found[0] + (send if found[1] != rank else 0.0))
+        latest = max(latest, finished[0] + (send if finished[1] != rank else 0.0))
     return latest
 
 

@@ -49,14 +49,14 @@ class StepTime:
     @property
     def components(self) -> dict[str, float]:
         """Seconds of a mean rank, as arXiv 2505.09343, table 4 divides a step: passes that run alone, pairs, bubble."""
-        found = dict.fromkeys(("1F", "bubble", "1B", "1W", "1F1B", "optimizer"), 0.0)
+        seconds = dict.fromkeys(("1F", "bubble", "1B", "1W", "1F1B", "optimizer"), 0.0)
         names = {"F": "1F", "B": "1B", "I": "1B", "W": "1W", "FB": "1F1B"}
         for kinds in self.pipeline.by_kind:
             for kind, value in kinds.items():
-                found[names[kind]] += value / len(self.pipeline.by_kind)
-        found["bubble"] = self.pipeline.bubble
-        found["optimizer"] = self.optimizer + self.data_parallel + self.step_end
-        return found
+                seconds[names[kind]] += value / len(self.pipeline.by_kind)
+        seconds["bubble"] = self.pipeline.bubble
+        seconds["optimizer"] = self.optimizer + self.data_parallel + self.step_end
+        return seconds
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
@@ -112,7 +112,7 @@ def stage_parts(
     workload: Workload, machine: Machine, weights: Sequence[Weights], kinds: dict[object, Times]
 ) -> list[Times]:
     """The parts of each of the pp x vpp stages for one micro-batch."""
-    found = []
+    parts = []
     passed = 0
     pattern = workload.model.moe_layer_pattern
     for index, items in enumerate(workload.stages):
@@ -140,8 +140,8 @@ def stage_parts(
                 times.plus(kinds[item, again], items.count(item))
         if workload.fsdp:
             _gather_weights(workload, machine, times, weights[index % workload.layout.pp])
-        found.append(times)
-    return found
+        parts.append(times)
+    return parts
 
 
 def _gather_weights(workload: Workload, machine: Machine, times: Times, weights: Weights) -> None:

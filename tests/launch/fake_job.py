@@ -140,11 +140,11 @@ def until_told(cfg: Config, rank: RankInfo) -> None:
     _meet(rank)
     stop.listen(signal.SIGUSR1)
     _say(cfg, rank, "hanging")
-    wish = torch.zeros(1)
-    while not wish.item():
+    requested = torch.zeros(1)
+    while not requested.item():
         time.sleep(0.05)
-        wish = torch.tensor(float(bool(stop.asked())))
-        dist.all_reduce(wish, op=dist.ReduceOp.MAX)
+        requested = torch.tensor(float(bool(stop.requested_by())))
+        dist.all_reduce(requested, op=dist.ReduceOp.MAX)
     raise stop.Stopped
 
 

@@ -136,7 +136,7 @@ def test_too_many_bad_steps_lead_back_and_past_their_data(tmp_path: Path) -> Non
     ]
     assert [line for line in lines if line.get("event") == "rolled_back"] == [
         {"step": 4, "event": "rolled_back", "reason": "lm_loss is nan", "from_step": 8,
-         "samples_passed_over": 4 * BATCH}
+         "samples_skipped": 4 * BATCH}
     ]  # fmt: skip
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == [
         f"step_{step:08d}" for step in (2, 4, 5, 6)

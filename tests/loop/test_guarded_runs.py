@@ -73,7 +73,7 @@ def test_a_run_recovers_with_the_same_losses(
     assert told in warnings[0]
 
 
-def test_data_that_is_bad_is_passed_over(undisturbed: list[Any], small_data: tuple[str, ...], tmp_path: Path) -> None:
+def test_data_that_is_bad_is_skipped(undisturbed: list[Any], small_data: tuple[str, ...], tmp_path: Path) -> None:
     """Steps 6 to 8 meet it; the run goes back to step 4, and is not done before it has taken all its steps."""
     lines = train(tmp_path, small_data, inject=(Fault("nan", sample=40, samples=24),))
     found = losses(lines)

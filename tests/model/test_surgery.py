@@ -44,7 +44,9 @@ CHANGES = {
     "moe_train/model/surgery.py: parameter.allreduce",
 }
 """Attributes that functions of the list set."""
-ENTRIES = ("use_in", "in_training_precision", "initialise")
+ENTRIES = (
+    "replace_dispatchers", "replace_forward", "replace_loss", "wrap_forward", "in_training_precision", "initialise",
+)  # fmt: skip
 """Functions in other files that the list calls."""
 OTHERS = {
     "moe_train/checkpoint/state.py: tensor.key": "an entry of a checkpoint's request",

@@ -26,12 +26,12 @@ def handlers() -> Iterator[None]:
 
 def test_the_first_of_several_signals_is_named() -> None:
     stop.listen(*SIGNALS)
-    assert stop.asked() == ""
+    assert stop.requested_by() == ""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         os.kill(os.getpid(), number)
-    assert stop.asked() == "SIGTERM"
+    assert stop.requested_by() == "SIGTERM"
     stop.reset()
-    assert stop.asked() == ""
+    assert stop.requested_by() == ""
 
 
 def test_a_run_that_stops_is_no_failure() -> None:

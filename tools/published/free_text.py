@@ -48,21 +48,21 @@ def normalised(values: Mapping[str, str], directory: str | None = None) -> dict[
             number(name, row[name], whole=name in SIZES)
     text = " ".join(row.get(name) or "" for name in WORDS)
     words = text.lower()
-    found = {name: row[name] for name in SIZES}
-    found |= {
+    columns = {name: row[name] for name in SIZES}
+    columns |= {
         "source": row.get("source", ""), "model": row["model"], "hardware": _hardware(row["hardware"]),
         "precision": _precision(row.get("precision", "")), "month": str(date_of(words)), "release": _release(text),
         "recompute": _recompute(row.get("recompute", ""), words),
         "note": "; ".join(row.get(name) or "" for name in WORDS[2:] if row.get(name)),
     }  # fmt: skip
-    found |= _model(row, words)
+    columns |= _model(row, words)
     model = models.find(row["model"], directory)
-    found |= _batch(row, words, model)
-    found |= _software(row, found, words, model)
-    found |= _figures(row, words)
-    found["left_out"] = _left_out(found["precision"], words)
-    found["not_modelled"] = "not a timed run" if "memory breakdown only" in words else ""
-    return found
+    columns |= _batch(row, words, model)
+    columns |= _software(row, columns, words, model)
+    columns |= _figures(row, words)
+    columns["left_out"] = _left_out(columns["precision"], words)
+    columns["not_modelled"] = "not a timed run" if "memory breakdown only" in words else ""
+    return columns
 
 
 def _hardware(text: str) -> str:
@@ -77,16 +77,16 @@ def date_of(words: str) -> int:
         (r"release (\d\d)\.(\d\d)", "20"), (r"nemo (\d\d)\.(\d\d)", "20"), (r"arxiv (\d\d)(\d\d)\.\d", "20"),
         (r"_h100_(20\d\d)-?(\d\d)", ""),
     ):  # fmt: skip
-        if found := re.search(pattern, words):
-            return int(f"{century}{found[1]}{found[2]}")
+        if match := re.search(pattern, words):
+            return int(f"{century}{match[1]}{match[2]}")
     if "r0.8" in words:  # Megatron-Core 0.8 came in July 2024
         return 202407
     return HYBRID_EP if "hybridep" in words else DEFAULT_DATE
 
 
 def _release(text: str) -> str:
-    found = re.search(r"release (\d\d\.\d\d(?:\.\d\d)?)", text)
-    return found[1] if found else ""
+    match = re.search(r"release (\d\d\.\d\d(?:\.\d\d)?)", text)
+    return match[1] if match else ""
 
 
 def _precision(text: str) -> str:
@@ -157,7 +157,7 @@ def _batch(row: Mapping[str, str], words: str, model: ModelConfig | None) -> dic
 
 
 def _software(
-    row: Mapping[str, str], found: Mapping[str, str], words: str, model: ModelConfig | None
+    row: Mapping[str, str], columns: Mapping[str, str], words: str, model: ModelConfig | None
 ) -> dict[str, str]:
     """Software as the row states it; blank where it says nothing."""
     torchtitan, deepseek = "torchtitan" in words, "dualpipe" in words
@@ -180,7 +180,7 @@ def _software(
     return {
         "software": "deepseek" if deepseek else "",
         "moments_dtype": "bf16" if "bf16 moments" in words else "",
-        "cuda_graphs": _graphs(found, words, model) if "cuda graphs" in words else "",
+        "cuda_graphs": _graphs(columns, words, model) if "cuda graphs" in words else "",
         "overlap_all_to_all": "" if fsdp else overlaps,
         "dispatcher": dispatcher,
         "overlap_tp": "false" if vanilla else "",
@@ -192,14 +192,14 @@ def _software(
     }
 
 
-def _graphs(found: Mapping[str, str], words: str, model: ModelConfig | None) -> str:
+def _graphs(columns: Mapping[str, str], words: str, model: ModelConfig | None) -> str:
     """Which CUDA graphs a source means that gives no scope: the whole step where that was usual, else scoped ones."""
-    cluster = hardware_of(found["hardware"]) if found["hardware"] else None
+    cluster = hardware_of(columns["hardware"]) if columns["hardware"] else None
     if cluster is None or model is None or "dualpipe" in words:
         return "scoped"
-    experts = int(float(found["ep"] or 1)) * int(float(found.get("etp") or 1))
+    experts = int(float(columns["ep"] or 1)) * int(float(columns.get("etp") or 1))
     base = software.usual(
-        int(found["month"]), cluster.domain_gpus, experts, int(float(found["vpp"] or 1)), found["precision"]
+        int(columns["month"]), cluster.domain_gpus, experts, int(float(columns["vpp"] or 1)), columns["precision"]
     )
     return "full" if base.graphs == "full" or _fixed_shapes(cluster, words) else "scoped"
 

@@ -52,11 +52,11 @@ def find(name: str, directory: str | None = None) -> ModelConfig | None:
 
 def _files(directory: str | None) -> dict[str, Path]:
     """The model files by the key of their names; of the same name in several folders, the one in `directory`."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for folder in (*((Path(directory),) if directory else ()), *OWN):
         for path in sorted(folder.glob("*.yaml")):
-            found.setdefault(_key(path.stem), path)
-    return found
+            files.setdefault(_key(path.stem), path)
+    return files
 
 
 @cache
@@ -91,11 +91,12 @@ def _key(name: str) -> str:
 
 def _shape(name: str) -> ModelConfig | None:
     """A GPT whose name tells its shape: "GPT 175B (96L h12288 a96 V51200)"."""
-    found = re.search(r"\((\d+)L h(\d+) (?:a(\d+)|(\d+) heads) V(\d+)\)", name)
-    if not found:
+    match = re.search(r"\((\d+)L h(\d+) (?:a(\d+)|(\d+) heads) V(\d+)\)", name)
+    if not match:
         return None
-    layers, hidden, one, other, vocabulary = found.groups()
+    layers, hidden, active_heads, heads, vocabulary = match.groups()
     return ModelConfig(
         name=name, family="llama", num_layers=int(layers), hidden_size=int(hidden), attention="gqa", num_experts=0,
-        ffn_hidden_size=round(int(hidden) * GATED), num_attention_heads=int(one or other), vocab_size=int(vocabulary),
+        ffn_hidden_size=round(int(hidden) * GATED), num_attention_heads=int(active_heads or heads),
+        vocab_size=int(vocabulary),
     )  # fmt: skip

@@ -65,11 +65,13 @@ def predict(row: Row, constants: Calibration = FITTED, simulated: bool = True) -
             continue
         if fits or smallest is None or size < smallest.memory_bytes:
             step = timed(row, workload, weights, constants, simulated and not is_open)
-            one = Prediction(step, workload, size, fits)
-            if fits and (best is None or one.step.seconds / one.step.tokens < best.step.seconds / best.step.tokens):
-                best = one
+            candidate = Prediction(step, workload, size, fits)
+            if fits and (
+                best is None or candidate.step.seconds / candidate.step.tokens < best.step.seconds / best.step.tokens
+            ):
+                best = candidate
             if smallest is None or size < smallest.memory_bytes:
-                smallest = one
+                smallest = candidate
         if best is not None and not is_open:
             break  # candidates come in the order of the work they recompute
     chosen = best or smallest
@@ -111,17 +113,17 @@ def candidates(row: Row) -> Iterator[Workload]:
 
 def possible(model: ModelConfig) -> list[RecomputeConfig]:
     """The sets of `RECOMPUTE` that change anything of this model, each once."""
-    found: list[RecomputeConfig] = []
+    settings: list[RecomputeConfig] = []
     for recompute in RECOMPUTE:
         modules = set(recompute.modules) - modules_of_other_attentions(model)
         if not model.is_moe:
             modules -= {"moe_act"}
         if 0 not in model.moe_layer_pattern:
             modules -= {"mlp"}
-        one = replace(recompute, modules=sorted(modules))
-        if (one.mode != "selective" or modules) and one not in found:
-            found.append(one)
-    return found
+        candidate = replace(recompute, modules=sorted(modules))
+        if (candidate.mode != "selective" or modules) and candidate not in settings:
+            settings.append(candidate)
+    return settings
 
 
 def published_tokens_per_s(row: Row) -> float | None:

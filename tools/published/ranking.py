@@ -35,11 +35,11 @@ class Group:
 
 def groups(rows: Sequence[dict[str, Any]]) -> list[Group]:
     """Every (model, hardware) of enough layouts. Of one that was published for several releases the newest counts."""
-    found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    by_model: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        found[row["architecture"], row["cluster"]][row["configuration"]].append(row)
+        by_model[row["architecture"], row["cluster"]][row["configuration"]].append(row)
     result = []
-    for (model, hardware), layouts in sorted(found.items()):
+    for (model, hardware), layouts in sorted(by_model.items()):
         if len(layouts) < FEWEST_LAYOUTS:
             continue
         counted = [newest(own, lambda row: int(row["month"])) for own in layouts.values()]
@@ -68,23 +68,25 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 def repeats(rows: Sequence[dict[str, Any]]) -> list[float]:
     """How far two patch releases of one month are apart with the same configuration: logarithms of their ratio."""
-    found: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
+    by_configuration: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
     for row in rows:
         if row["release"]:
-            found[row["configuration"], row["month"]][row["release"]] = row["published_tokens_per_s_per_gpu"]
-    return [abs(log(one / other)) for own in found.values() for one, other in combinations(own.values(), 2)]
+            by_configuration[row["configuration"], row["month"]][row["release"]] = row["published_tokens_per_s_per_gpu"]
+    return [
+        abs(log(first / second)) for own in by_configuration.values() for first, second in combinations(own.values(), 2)
+    ]
 
 
-def reached_by_noise(found: Sequence[Group], apart: Sequence[float]) -> tuple[list[float], float]:
+def reached_by_noise(groups: Sequence[Group], apart: Sequence[float]) -> tuple[list[float], float]:
     """What a model without any error would reach: (chance of each group to be in order, chance of all), if published
     figures scatter normally as `repeats` do. The middle of the repeats sets the scatter, so that outliers do not.
     """
     scatter = median(apart) / (sqrt(2) * NormalDist().inv_cdf(0.75))
     noise = random.Random(0)
-    good, all_good = [0] * len(found), 0
+    good, all_good = [0] * len(groups), 0
     for _ in range(DRAWS):
-        seen = [[value * exp(noise.gauss(0, scatter)) for value in group.published] for group in found]
-        held = [spearman(g.published, s) >= GOOD for g, s in zip(found, seen, strict=True)]
-        good = [count + one for count, one in zip(good, held, strict=True)]
-        all_good += all(held)
+        seen = [[value * exp(noise.gauss(0, scatter)) for value in group.published] for group in groups]
+        is_good = [spearman(g.published, s) >= GOOD for g, s in zip(groups, seen, strict=True)]
+        good = [count + good_once for count, good_once in zip(good, is_good, strict=True)]
+        all_good += all(is_good)
     return [count / DRAWS for count in good], all_good / DRAWS

@@ -104,8 +104,8 @@ class Row:
 
 def understand(index: int, run: PublishedRun, directory: str | None = None) -> Row | str:
     """The row, or why there is no prediction for it."""
-    found = models.find(run.model, directory)
-    if found is None:
+    model = models.find(run.model, directory)
+    if model is None:
         return "no model of that name: its shape is not stated, or outside the schema (Mamba, sparse attention)"
     if not run.hardware:
         return "the hardware is not stated"
@@ -125,7 +125,7 @@ def understand(index: int, run: PublishedRun, directory: str | None = None) -> R
     if run.gbs is None:
         return "the batch is not stated"
     micro_batches = max(1, round(run.gbs / ((run.mbs or 1) * layout.dp)))
-    cfg = _config(run, _as_trained(found, run), layout, micro_batches)
+    cfg = _config(run, _as_trained(model, run), layout, micro_batches)
     return Row(index, run, cfg, _plan(run), layout, micro_batches)
 
 

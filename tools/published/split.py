@@ -30,4 +30,4 @@ def newest(published: Sequence[T], month: Callable[[T], int]) -> list[T]:
     Between two layouts the software is then as nearly the same as the table has it.
     """
     last = max(map(month, published))
-    return [one for one in published if month(one) == last]
+    return [entry for entry in published if month(entry) == last]

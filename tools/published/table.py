@@ -136,22 +136,22 @@ def parse(values: Mapping[str, str]) -> PublishedRun:
     Raises:
         Impossible: a cell has a value that its column does not allow.
     """
-    found: dict[str, str | float | bool] = {}
+    fields: dict[str, str | float | bool] = {}
     for name, kind in KINDS.items():
         text = values.get(name, "")
         if text == "" or (kind in ("int", "float") and text.lower() in BLANK):
             continue
         if kind in ("int", "float"):
-            found[name] = number(name, text, whole=kind == "int")
+            fields[name] = number(name, text, whole=kind == "int")
         elif kind == "bool":
             if text.lower() not in ("true", "false"):
                 raise Impossible(f"{name}={text} is neither true nor false")
-            found[name] = text.lower() == "true"
+            fields[name] = text.lower() == "true"
         elif name in CHOICES and text not in CHOICES[name]:
             raise Impossible(f"{name}={text} is not one of {', '.join(CHOICES[name])}")
         else:
-            found[name] = text
-    return PublishedRun(**found)  # type: ignore[arg-type]
+            fields[name] = text
+    return PublishedRun(**fields)  # type: ignore[arg-type]
 
 
 def number(name: str, text: str, whole: bool) -> float:

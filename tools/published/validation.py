@@ -68,17 +68,17 @@ def run(path: Path, models: str | None, results: Path | None) -> None:
     if not given:
         raise ConfigError(f"runs={path} has no rows", "name a table of published runs")
     rows = [compare(index, values, row) for index, (values, row) in enumerate(given)]
-    found = {**summary(rows), "rules": " ".join(FILLED.split()), "rows": rows}
+    report = {**summary(rows), "rules": " ".join(FILLED.split()), "rows": rows}
     console = terminal.console()
     console.print(table(rows))
     for name in ("by_source", "by_hardware", "by_model"):
-        console.print(grouped(name, found[name]))
-    for line in [*unmodelled(rows), *lines(found)]:
+        console.print(grouped(name, report[name]))
+    for line in [*unmodelled(rows), *lines(report)]:
         console.print(line, soft_wrap=True)
     target = results or RESULTS
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(as_json(found), encoding="utf-8")
+        target.write_text(as_json(report), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror}", "set results=FILE.json") from error
     console.print(f"wrote {target}", soft_wrap=True)
@@ -104,23 +104,23 @@ def compare(index: int, values: Mapping[str, str], row: Row | str) -> dict[str, 
 
 
 def _predicted(row: Row) -> dict[str, Any]:
-    made, run = predict(row, FITTED), row.run
-    step, layout = made.step, made.workload.layout
+    prediction, run = predict(row, FITTED), row.run
+    step, layout = prediction.step, prediction.workload.layout
     figures = {
         "tokens_per_s_per_gpu": (published_tokens_per_s(row), step.tokens_per_s_per_gpu),
         "step_time_s": (run.step_time_s, step.seconds),
-        "peak_mem_gb": (run.peak_mem_gb, made.memory_bytes / 1e9),
+        "peak_mem_gb": (run.peak_mem_gb, prediction.memory_bytes / 1e9),
     }
     result: dict[str, Any] = {
         "architecture": row.model.name, "cluster": row.hardware.name, "configuration": row.configuration,
         "month": row.month, "release": run.release, "part": "test" if is_test(row) else "fit",
         "layout": " ".join(f"{field.name}{getattr(layout, field.name)}" for field in fields(layout)),
-        "recompute_taken": made.recompute, "schedule": row.schedule or megatron_schedule(made.workload),
+        "recompute_taken": prediction.recompute, "schedule": row.schedule or megatron_schedule(prediction.workload),
         "bubble_fraction": round(step.pipeline.bubble_fraction, 4),
     }  # fmt: skip
     if run.left_out:
         result["left_out"] = run.left_out
-    if not made.fits:
+    if not prediction.fits:
         result["does_not_fit"] = True
     for name, (known, predicted) in figures.items():
         result[f"published_{name}"], result[f"predicted_{name}"] = known, predicted
@@ -242,8 +242,8 @@ def grouped(name: str, groups: dict[str, dict[str, Any]]) -> Table:
     shown = Table(title=name.replace("_", " "))
     for column in (name.split("_")[1], "rows", "median absolute error", "median error"):
         shown.add_column(column, overflow="fold")
-    for key, one in groups.items():
-        shown.add_row(key, str(one["rows"]), f"{one['median_error']:.1%}", f"{one['bias']:+.1%}")
+    for key, group in groups.items():
+        shown.add_row(key, str(group["rows"]), f"{group['median_error']:.1%}", f"{group['bias']:+.1%}")
     return shown
 
 

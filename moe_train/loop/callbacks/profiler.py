@@ -77,12 +77,12 @@ def _by_stage(run: Run, values: list[int]) -> dict[str, list[int]]:
 
 def _show(run: Run, metrics: Metrics) -> None:
     workload = workload_of(run.cfg, run.layout)
-    for stage, kept in enumerate(metrics[PARTS[0]]):
+    for stage, saved in enumerate(metrics[PARTS[0]]):
         expected = saved_per_micro_batch(workload, stage)
         others = ", ".join(f"{name.removesuffix('_bytes')}s {metrics[name][stage] / _MIB:,.2f}" for name in PARTS[1:3])
         print(
-            f"memory of a rank on stage {stage}, measured: a micro-batch keeps {kept / _MIB:,.2f} MiB (predicted "
-            f"{expected / _MIB:,.2f}, {expected / kept - 1:+.1%}), {others}, optimizer "
+            f"memory of a rank on stage {stage}, measured: a micro-batch keeps {saved / _MIB:,.2f} MiB (predicted "
+            f"{expected / _MIB:,.2f}, {expected / saved - 1:+.1%}), {others}, optimizer "
             f"{metrics[PARTS[3]][stage] / _MIB:,.2f}",
             flush=True,
         )

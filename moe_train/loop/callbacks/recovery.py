@@ -46,35 +46,35 @@ class Recovery(Callback):
             self._checkpoints.finish(run)
             raise DivergedError(f"step {run.state.step} is bad: {reason}", "see its data, or set on_bad_step=skip")
         if settings.on_bad_step == "rollback" or self._in_a_row >= settings.max_bad_steps:
-            self._go_back(run, reason)
+            self._roll_back(run, reason)
 
-    def _go_back(self, run: Run, reason: str) -> None:
+    def _roll_back(self, run: Run, reason: str) -> None:
         self._checkpoints.finish(run)  # one that is still being written may be the one to go back to
-        what = f"steps {self._first_bad} to {run.state.step} are bad ({reason})"
+        cause = f"steps {self._first_bad} to {run.state.step} are bad ({reason})"
         if self._rollbacks >= run.cfg.resilience.max_rollbacks:
-            raise DivergedError(f"{what} after {self._rollbacks} times back to a checkpoint", _REMEDY)
+            raise DivergedError(f"{cause} after {self._rollbacks} times back to a checkpoint", _REMEDY)
         bad_step, position = run.state.step, run.state.consumed_samples
         with run.clock.paused():
             if not _load_before(run, self._first_bad, self._checkpoints.own_steps):
-                raise DivergedError(f"{what}, and there is no checkpoint before them", _REMEDY)
-            passed_over = position - run.state.consumed_samples
+                raise DivergedError(f"{cause}, and there is no checkpoint before them", _REMEDY)
+            skipped = position - run.state.consumed_samples
             run.state.consumed_samples = position
         self._rollbacks += 1
         self._in_a_row = 0
         for callback in run.callbacks:
             callback.on_rollback(run)
-        run.announce("rolled_back", reason=reason, from_step=bad_step, samples_passed_over=passed_over)
+        run.announce("rolled_back", reason=reason, from_step=bad_step, samples_skipped=skipped)
 
 
 def _load_before(run: Run, step: int, own_steps: set[int]) -> bool:
     """Load the newest checkpoint of this run from before `step` that can be read; whether there is one."""
-    found: list[list[Path]] = [[]]
+    paths: list[list[Path]] = [[]]
     if run.is_main:
         there = {run_directory.step_of(path.name): path for path in run_directory.candidates(checkpoint.root_of(run))}
-        found[0] = [there[own] for own in sorted(own_steps & there.keys(), reverse=True) if own < step]
-    dist.broadcast_object_list(found, src=0)
+        paths[0] = [there[own] for own in sorted(own_steps & there.keys(), reverse=True) if own < step]
+    dist.broadcast_object_list(paths, src=0)
     before = run.cfg.resume
-    for path in found[0]:
+    for path in paths[0]:
         try:
             run.cfg.resume = str(path)
             checkpoint.resume(run)

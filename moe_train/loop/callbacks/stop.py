@@ -28,12 +28,12 @@ class StopOnSignal(Callback):
 
     def on_step_end(self, run: Run, metrics: Metrics) -> None:
         # Every rank must know, and in the same step: a scheduler's signal reaches them at different times.
-        wish = torch.tensor(float(bool(stop.asked())), device=run.device)
-        dist.all_reduce(wish, op=dist.ReduceOp.MAX)
-        if not wish.item() or run.state.step >= run.total_steps:
+        requested = torch.tensor(float(bool(stop.requested_by())), device=run.device)
+        dist.all_reduce(requested, op=dist.ReduceOp.MAX)
+        if not requested.item() or run.state.step >= run.total_steps:
             return
         self._checkpoints.save(run)
-        run.stopped_by = stop.asked() or "a signal to another rank"
+        run.stopped_by = stop.requested_by() or "a signal to another rank"
         if run.is_main:
             print(f"stopped at step {run.state.step} by {run.stopped_by}; the same command continues", flush=True)
         raise stop.Stopped

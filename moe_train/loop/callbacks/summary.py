@@ -133,15 +133,15 @@ def _picture(run: Run, curve: LossCurve, summary: dict[str, Any]) -> str:
 def _next(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Commands that look at the run, continue it, and export its weights."""
     cfg, run_dir = run.cfg, shlex.quote(str(run.run_dir))
-    found = [("watch", f"{_program('tensorboard')} --logdir {run_dir}")] if cfg.telemetry.tensorboard else []
+    commands = [("watch", f"{_program('tensorboard')} --logdir {run_dir}")] if cfg.telemetry.tensorboard else []
     if summary["checkpoint"] is None or cfg.checkpoint.dir is not None:
-        return found
+        return commands
     length = f"train.steps={2 * summary['steps']}"
     if cfg.train.tokens is not None:
         length = f"train.tokens={2 * summary['tokens']}"
     rest = " schedule.on_resume=override" if cfg.schedule.decay != "constant" else ""
     return [
-        *found,
+        *commands,
         ("continue", f"{_program('moe-train')} run_dir={run_dir} {length}{rest}"),
         ("convert", f"{_program('moe-convert')} {run_dir} {shlex.quote(f'{run.run_dir}-hf')}"),
     ]
@@ -150,8 +150,8 @@ def _next(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
 def _program(name: str) -> str:
     """A command of this environment, with its directory where the shell would not find it."""
     own = Path(sys.executable).with_name(name)
-    found = shutil.which(name)
-    if not own.exists() or (found and Path(found).resolve() == own.resolve()):
+    on_path = shutil.which(name)
+    if not own.exists() or (on_path and Path(on_path).resolve() == own.resolve()):
         return name
     return shlex.quote(os.path.relpath(own) if own.is_relative_to(Path.cwd()) else str(own))
 
@@ -188,11 +188,14 @@ def _continuations(run: Run) -> list[dict[str, str]]:
         if run.is_main:
             log.warning("no text is held out, so none is continued; see data.split and train.eval_batches")
         return []
-    found = uncached.continue_held_out(run, count)
+    continuations = uncached.continue_held_out(run, count)
     if not run.is_main:
         return []
     tokenizer = load_tokenizer(run.cfg.data)
-    return [{name: tokenizer.decode(tokens) for name, tokens in asdict(one).items()} for one in found]
+    return [
+        {name: tokenizer.decode(tokens) for name, tokens in asdict(continuation).items()}
+        for continuation in continuations
+    ]
 
 
 def lines(summary: dict[str, Any]) -> list[str]:
@@ -270,6 +273,10 @@ def _texts(continuations: list[dict[str, str]]) -> list[str]:
     if not continuations:
         return []
     text = ["Continuations of held-out text"]
-    for i, one in enumerate(continuations, 1):
-        text += [f"  {i}. prompt  {one['prompt']!r}", f"     model   {one['model']!r}", f"     text    {one['text']!r}"]
+    for i, continuation in enumerate(continuations, 1):
+        text += [
+            f"  {i}. prompt  {continuation['prompt']!r}",
+            f"     model   {continuation['model']!r}",
+            f"     text    {continuation['text']!r}",
+        ]
     return text

@@ -14,8 +14,8 @@ from moe_train.resilience.watch import Watch
 from moe_train.run import Callback, Metrics, Run
 from parallel.exit_codes import ExitCode
 
-_PRODUCT = {"cpu": 256, "cuda": 4096}
-"""Rows and columns of the matrices of the fixed product: milliseconds."""
+_GEMM_SIZE = {"cpu": 256, "cuda": 4096}
+"""Rows and columns of the matrices of the fixed GEMM, which takes milliseconds."""
 
 
 class Watchdog(Callback):
@@ -52,20 +52,20 @@ class Watchdog(Callback):
 class Stragglers(Callback):
     """Straggler detection: reports ranks that keep the others waiting, and ends the run if `straggler_action` is stop.
 
-    Two times are compared. Busy time: the share of the watchdog's samples in which the rank did not wait for others, times
-    the step time, compared within a pipeline stage. And the time of a fixed GEMM, compared over all ranks. On a GPU only
-    the second one detects a slow rank, because Python does not see the waiting there.
+    Two times are compared. Busy time: the share of the watchdog's samples in which the rank did not wait for others,
+    times the step time, compared within a pipeline stage. And the time of a fixed GEMM, compared over all ranks. On a
+    GPU only the second one detects a slow rank, because Python does not see the waiting there.
     """
 
     def __init__(self, watchdog: Watchdog, checkpoints: CheckpointCallback) -> None:
         self._watchdog, self._checkpoints = watchdog, checkpoints
-        self._judge: stragglers.Judge | None = None
+        self._detector: stragglers.StragglerDetector | None = None
         self._steps, self._began, self._paused_s = 0, 0.0, 0.0
 
     def on_start(self, run: Run) -> None:
         settings = run.cfg.resilience
         stages = [run.layout.coordinates(rank).pp for rank in range(run.layout.world_size)]
-        self._judge = stragglers.Judge(stages, settings.straggler_ratio, settings.straggler_intervals)
+        self._detector = stragglers.StragglerDetector(stages, settings.straggler_ratio, settings.straggler_intervals)
 
     def on_step_end(self, run: Run, metrics: Metrics) -> None:
         if self._steps == 0:  # the first step after a start, which compiles, is in no interval
@@ -78,11 +78,11 @@ class Stragglers(Callback):
         elapsed_s = time.monotonic() - self._began - (run.clock.total_paused_s - self._paused_s)
         step_s = elapsed_s / (self._steps - 1)
         times = torch.zeros(run.layout.world_size, 3, dtype=torch.float64, device=run.device)
-        mine = [(1.0 if share is None else share) * step_s, product_s(run.device), step_s]
+        mine = [(1.0 if share is None else share) * step_s, gemm_s(run.device), step_s]
         times[run.rank.rank] = torch.tensor(mine, dtype=torch.float64)
         dist.all_reduce(times)  # the sum of tables that are zero in all other rows
-        if self._judge and (found := self._judge.slow(times.tolist())):
-            self._tell(run, found)
+        if self._detector and (slow_ranks := self._detector.add_interval(times.tolist())):
+            self._report(run, slow_ranks)
         self._begin(run)
 
     def _begin(self, run: Run) -> None:
@@ -90,28 +90,28 @@ class Stragglers(Callback):
             self._watchdog.watch.busy_fraction()
         self._steps, self._began, self._paused_s = 1, time.monotonic(), run.clock.total_paused_s
 
-    def _tell(self, run: Run, found: list[stragglers.Slow]) -> None:
+    def _report(self, run: Run, slow_ranks: list[stragglers.Straggler]) -> None:
         import socket
 
         hosts = [""] * run.layout.world_size
         dist.all_gather_object(hosts, socket.gethostname())
-        for slow in found:
+        for slow in slow_ranks:
             run.announce(
-                "straggler", rank=slow.rank, host=hosts[slow.rank], what=slow.what,
+                "straggler", rank=slow.rank, host=hosts[slow.rank], what=slow.measure,
                 seconds=round(slow.seconds, 6), median_s=round(slow.median_s, 6),
             )  # fmt: skip
         if run.cfg.resilience.straggler_action == "stop" and run.state.step < run.total_steps:
             self._checkpoints.save(run)
-            nodes = sorted({hosts[slow.rank].partition(".")[0] for slow in found})
+            nodes = sorted({hosts[slow.rank].partition(".")[0] for slow in slow_ranks})
             run.stopped_by = f"slow nodes {','.join(nodes)}"
             if run.is_main:
                 print(f"stopped at step {run.state.step}; exclude: {','.join(nodes)}", flush=True)
             raise SystemExit(ExitCode.BAD_NODE)
 
 
-def product_s(device: torch.device, repetitions: int = 5) -> float:
+def gemm_s(device: torch.device, repetitions: int = 5) -> float:
     """Seconds of a fixed GEMM on `device`, the best of a few."""
-    size = _PRODUCT[device.type]
+    size = _GEMM_SIZE[device.type]
     matrix = torch.ones(size, size, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
     best = float("inf")
     for _ in range(repetitions):

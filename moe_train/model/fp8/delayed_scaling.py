@@ -69,10 +69,10 @@ def layers_of(chunks: list[Any]) -> Iterator[tuple[nn.Module, list[DelayedScale]
 
 def update(chunks: list[Any]) -> None:
     """End a step for all layers of this rank, with statistics over all ranks. Every rank calls it."""
-    found: dict[bool, list[DelayedScale]] = {False: [], True: []}
+    by_kind: dict[bool, list[DelayedScale]] = {False: [], True: []}
     for module, scales in layers_of(chunks):
-        found[bool(getattr(module, "is_expert", False))] += scales
-    for is_expert, scales in found.items():
+        by_kind[bool(getattr(module, "is_expert", False))] += scales
+    for is_expert, scales in by_kind.items():
         if not scales:
             continue
         latest = torch.cat([scale.latest for scale in scales])

@@ -70,8 +70,8 @@ def processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    found = {key.strip(): value.strip() for key, value in fields.items()}
-    return ", ".join(f"{name} {found[name]}" for name in ("model name", "cpu family", "model") if name in found)
+    values = {key.strip(): value.strip() for key, value in fields.items()}
+    return ", ".join(f"{name} {values[name]}" for name in ("model name", "cpu family", "model") if name in values)
 
 
 def remembered(dtype: torch.dtype) -> Choice | None:

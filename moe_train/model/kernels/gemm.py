@@ -225,7 +225,7 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
         return _forward_impl(super()._forward_impl, input, weight, options, self.kernel)
 
 
-def use_in(layer: Any) -> None:
+def replace_forward(layer: Any) -> None:
     """Have a layer that upstream builds itself (the LM head, in models/gpt/gpt_model.py) use these kernels."""
     upstream = layer._forward_impl
 

@@ -112,7 +112,7 @@ def _sizes(splits: Any) -> Splits:
     return None if splits is None else [int(size) for size in splits]
 
 
-def use_in(model: nn.Module) -> None:
+def replace_dispatchers(model: nn.Module) -> None:
     """Let the MoE layers of `model` dispatch with `Dispatcher`, in FP8 where the recipe of their experts says so.
 
     Upstream's layers make their dispatcher themselves; its transformer layer knows no other class of MoE layer
@@ -120,8 +120,8 @@ def use_in(model: nn.Module) -> None:
     """
     layer: Any
     for layer in model.modules():
-        made: Any = getattr(layer, "token_dispatcher", None)
-        if type(made) is not MoEAlltoAllTokenDispatcher or made.shared_experts is not None:
+        upstream: Any = getattr(layer, "token_dispatcher", None)
+        if type(upstream) is not MoEAlltoAllTokenDispatcher or upstream.shared_experts is not None:
             continue
         experts = layer.num_local_experts, layer.local_expert_indices
         dispatcher = Dispatcher(*experts, config=layer.config, pg_collection=get_default_pg_collection())
@@ -133,5 +133,5 @@ def use_in(model: nn.Module) -> None:
 def dispatchers(chunks: Iterable[nn.Module]) -> list[Dispatcher]:
     """Those of every MoE layer of a rank."""
     modules = [module for chunk in chunks for module in chunk.modules()]
-    found = [getattr(module, "token_dispatcher", None) for module in modules]
-    return [dispatcher for dispatcher in found if isinstance(dispatcher, Dispatcher)]
+    candidates = [getattr(module, "token_dispatcher", None) for module in modules]
+    return [dispatcher for dispatcher in candidates if isinstance(dispatcher, Dispatcher)]

@@ -75,7 +75,7 @@ class LanguageModelLoss:
         return self._upstream(labels, logits)
 
 
-def use_in(model: Any, vocab_size: int, own: bool) -> None:
+def replace_loss(model: Any, vocab_size: int, own: bool) -> None:
     """Have a GPT model compute its loss with `LanguageModelLoss`, in multi-token prediction too."""
     model.compute_language_model_loss = LanguageModelLoss(model.compute_language_model_loss, vocab_size, own)
 

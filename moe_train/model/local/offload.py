@@ -71,9 +71,9 @@ class Scratch:
             raise self._failed(f"read {size} bytes", error) from error
         return storage
 
-    def _failed(self, what: str, error: OSError) -> HardwareError:
+    def _failed(self, operation: str, error: OSError) -> HardwareError:
         return HardwareError(
-            f"recompute.offload=file cannot {what} of activations in {self._directory}: {error.strerror}",
+            f"recompute.offload=file cannot {operation} of activations in {self._directory}: {error.strerror}",
             "free space there, set run_dir to another disk, or set recompute.offload=none",
         )
 
@@ -131,13 +131,13 @@ def _unpack(packed: Any) -> Tensor:
     return torch.empty(0, dtype=dtype).set_(read(), offset, size, stride)
 
 
-def use_in(model: Any, where: str, scratch: Path, min_bytes: int) -> None:
+def wrap_forward(model: Any, where: str, scratch: Path, min_bytes: int) -> None:
     """Have forward passes of `model` offload saved activations: to `memory`, or to a `file` in `scratch`."""
     offload = Offload(model, OtherMemory if where == "memory" else lambda: Scratch(scratch), min_bytes)
     forward = model.forward
 
-    def moved_out(*args: Any, **options: Any) -> Any:
+    def forward_with_offload(*args: Any, **options: Any) -> Any:
         with offload:
             return forward(*args, **options)
 
-    model.forward, model.activation_offload = moved_out, offload
+    model.forward, model.activation_offload = forward_with_offload, offload

@@ -142,7 +142,7 @@ class _Guard:
     def _fail(self, error: Exception) -> None:
         self._error = _text(error)
         self._tries += 1
-        if self._tell(f"{type(error).__name__} {getattr(error, 'errno', '')}", self._error):
+        if self._report_failure(f"{type(error).__name__} {getattr(error, 'errno', '')}", self._error):
             warn(f"{self.sink.name} failed: {self._error}; the run continues, and its records follow later")
         is_outage = isinstance(error, OSError) or self._waiting[0] is self._open  # nothing works without `open`
         if self._tries >= MOST_TRIES and not is_outage:
@@ -153,12 +153,12 @@ class _Guard:
     def _compare_own_failure(self) -> None:
         """A sink that retries itself has said on the terminal that it fails, or works again."""
         if failure := self.sink.failure:
-            self._tell(failure, failure)
+            self._report_failure(failure, failure)
         elif self._is_reported:
             self._is_reported = False
             self._reports.append({"event": "sink_recovered"})
 
-    def _tell(self, kind: str, reason: str) -> bool:
+    def _report_failure(self, kind: str, reason: str) -> bool:
         """Report to the other sinks, once for each kind. Returns whether it is the first time."""
         if kind in self._kinds:
             return False

@@ -83,12 +83,12 @@ def healthy(count: int = 8, per_node: int = 2) -> list[RankFacts]:
     ]  # fmt: skip
 
 
-def judged(ranks: list[RankFacts], **launcher: float | None) -> list[verdict.Finding]:
-    return verdict.judge(ranks, LauncherConfig(**launcher), ClusterConfig(), 2)  # type: ignore[arg-type]
+def diagnosed(ranks: list[RankFacts], **launcher: float | None) -> list[verdict.Finding]:
+    return verdict.diagnose(ranks, LauncherConfig(**launcher), ClusterConfig(), 2)  # type: ignore[arg-type]
 
 
 def test_nothing_is_wrong_with_healthy_ranks() -> None:
-    assert judged(healthy()) == judged(healthy(), expected_gbps=25) == []
+    assert diagnosed(healthy()) == diagnosed(healthy(), expected_gbps=25) == []
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_nothing_is_wrong_with_healthy_ranks() -> None:
 def test_what_is_wrong_with_one_rank_excludes_its_node(change: dict[str, object], check: str, told: str) -> None:
     ranks = healthy()
     ranks[4] = replace(ranks[4], **change)  # type: ignore[arg-type]
-    findings = judged(ranks)
+    findings = diagnosed(ranks)
     assert [(f.check, f.node) for f in findings] == [(check, "n2")]
     assert told in findings[0].text
     assert verdict.excluded(findings) == ["n2"]
@@ -127,7 +127,7 @@ def test_a_shared_directory_that_every_node_finds_full_blames_none() -> None:
     ranks = healthy()
     for f in ranks:
         f.disks = [replace(disk, free_bytes=10**9) for disk in f.disks]
-    findings = judged(ranks)
+    findings = diagnosed(ranks)
     assert [(f.check, f.node, f.text) for f in findings] == [
         ("storage", "", "run_dir (/shared/run) has 1.0 GB free, and the run soon needs 2.0 GB")
     ]
@@ -138,7 +138,7 @@ def test_a_shared_directory_that_every_node_finds_full_blames_none() -> None:
 def test_a_directory_that_will_be_full_before_the_end_is_a_note() -> None:
     ranks = healthy()
     ranks[2].disks = [replace(SHARED, free_bytes=4 * 10**9)]
-    assert judged(ranks) == []
+    assert diagnosed(ranks) == []
     lines = verdict.table(ranks, [])
     assert "  ok  storage   run_dir 4.0 GB free, writes 900 and reads 800 MB/s" in lines
     assert any("4.0 GB free, and the whole run writes 5.0 GB: set checkpoint.keep_last" in line for line in lines)
@@ -170,34 +170,34 @@ def test_the_table_shows_the_slowest_of_each_kind() -> None:
 def test_ranks_that_wait_for_cores_are_compared_less_strictly() -> None:
     ranks = healthy()
     ranks[4].link_gb_s = 20.0
-    assert [f.check for f in judged(ranks)] == ["links"]
+    assert [f.check for f in diagnosed(ranks)] == ["links"]
     ranks[3].waited = 0.5
-    assert judged(ranks) == []
+    assert diagnosed(ranks) == []
     assert any("a rank of n1 waited 50% of the time" in line for line in verdict.table(ranks, []))
     ranks[4].link_gb_s = 10.0
-    assert [f.check for f in judged(ranks)] == ["links"]
+    assert [f.check for f in diagnosed(ranks)] == ["links"]
 
 
 def test_of_two_ranks_the_slow_one_is_found() -> None:
     """Half of its own time would be in a mean of both."""
     ranks = [replace(f, groups={}) for f in healthy(2, 1)]
     ranks[1].matmul_s = ranks[1].matmul_median_s = 0.016
-    assert [(f.check, f.node) for f in judged(ranks)] == [("matmul", "n1")]
+    assert [(f.check, f.node) for f in diagnosed(ranks)] == [("matmul", "n1")]
 
 
 def test_a_gpu_bound_to_each_rank_is_no_node_that_lost_the_others() -> None:
     ranks = healthy()
     for f in ranks:
         f.gpus = 1
-    assert judged(ranks) == []
+    assert diagnosed(ranks) == []
 
 
 def test_a_slow_clock_is_that_of_the_node_not_of_a_rank_that_was_late() -> None:
     ranks = healthy()
     ranks[5].clock_s = 9.0
-    assert judged(ranks) == []
+    assert diagnosed(ranks) == []
     ranks[4].clock_s = 8.0
-    assert [(f.check, f.node, f.text) for f in judged(ranks)] == [("clock", "n2", "+8.0 s against the other nodes")]
+    assert [(f.check, f.node, f.text) for f in diagnosed(ranks)] == [("clock", "n2", "+8.0 s against the other nodes")]
 
 
 def test_a_slow_group_blames_a_node_only_where_it_lies_within_one() -> None:
@@ -206,7 +206,7 @@ def test_a_slow_group_blames_a_node_only_where_it_lies_within_one() -> None:
         ranks[number].groups["tp"] = (4, 80.0, 300.0)
     for number in (1, 3, 5, 7):
         ranks[number].groups["dp"] = (1, 10.0, 50.0)
-    found = judged(ranks, expected_fraction=None)
+    found = diagnosed(ranks, expected_fraction=None)
     assert [(f.node, f.suspects, f.text) for f in found] == [
         ("", ("n0", "n1", "n2", "n3"), "dp group of rank 1: all-reduce 10.00 GB/s, the median is 17.50"),
         ("n2", (), "tp group of rank 4: all-reduce 80.00 GB/s, the median is 150.00"),
@@ -223,7 +223,7 @@ def test_suspects_are_the_nodes_that_no_healthy_group_has() -> None:
         ranks[number].groups["ep"] = (1, 50.0, 10.0)
     for number in (4, 6, 7):
         ranks[number].groups["ep"] = (2, 50.0, 10.0)
-    found = judged(ranks, expected_gbps=20)
+    found = diagnosed(ranks, expected_gbps=20)
     assert [f.suspects for f in found if "all-to-all 10" in f.text] == [("n2",), ("n2", "n3")]
 
 
@@ -233,7 +233,7 @@ def test_each_group_is_compared_with_what_the_cluster_gives_it() -> None:
     for f in ranks:
         f.groups["dp"] = (f.rank % 2, 19.0, 39.0)  # 0.7 of 28.7 and 57.3 GB/s
         f.groups["tp"] = (f.rank // 2 * 2, 113.0, 220.0)  # 0.7 of 158 and 316 GB/s
-    texts = [f.text for f in judged(ranks)]
+    texts = [f.text for f in diagnosed(ranks)]
     assert texts[0] == (
         "dp group of rank 0: all-reduce 19.00 GB/s, the median is 19.00, expected 20.1 (70% of what cluster=h800 gives)"
     )
@@ -247,11 +247,11 @@ def test_each_group_is_compared_with_what_the_cluster_gives_it() -> None:
         {"expected_gbps": 0},
         {"expected_fraction": 0.6},
     ):
-        assert judged(ranks, **off) == []
+        assert diagnosed(ranks, **off) == []
     for f in ranks:
         f.gpus = None  # CPU nodes: only where a number is given
-    assert judged(ranks) == []
-    assert [f.check for f in judged(ranks, expected_gbps=20)] == ["bandwidth"] * 2
+    assert diagnosed(ranks) == []
+    assert [f.check for f in diagnosed(ranks, expected_gbps=20)] == ["bandwidth"] * 2
 
 
 def test_what_a_cluster_gives_a_group() -> None:
@@ -343,13 +343,13 @@ def test_what_could_not_be_checked_blames_a_node_only_where_most_could() -> None
         f.versions["driver"] = "570.1"
     for f in ranks[4:]:
         f.gpu_unchecked, f.versions["driver"] = {"NVLinks": "no answer"}, facts.UNKNOWN
-    assert judged(ranks) == []
+    assert diagnosed(ranks) == []
     lines = verdict.table(ranks, [])
     assert "  ok  GPU       2 on each node" in lines
     assert "      note: NVLinks could not be checked on 4 of 8 ranks: no answer" in lines
     for f in ranks[5:]:
         f.gpu_unchecked = {}
-    assert [(f.check, f.node, f.text) for f in judged(ranks)] == [
+    assert [(f.check, f.node, f.text) for f in diagnosed(ranks)] == [
         ("GPU", "n2", "rank 4: NVLinks could not be checked, as on most others: no answer")
     ]
     assert verdict.notes(ranks) == []

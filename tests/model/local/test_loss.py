@@ -48,7 +48,7 @@ def kernel(vocabulary: int, own: bool, fused: bool) -> dict[str, Tensor]:
     tp_group = ps.get_tensor_model_parallel_group()
     model = SimpleNamespace(config=config, pg_collection=SimpleNamespace(tp=tp_group), tp_group=tp_group)
     model.compute_language_model_loss = lambda *given: LanguageModule.compute_language_model_loss(model, *given)
-    loss.use_in(model, vocabulary, own)
+    loss.replace_loss(model, vocabulary, own)
     leaf = whole.chunk(world, dim=-1)[rank].clone().requires_grad_()
     losses = model.compute_language_model_loss(labels, leaf * 1)
     (losses * weights).sum().backward()

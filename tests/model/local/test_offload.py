@@ -80,7 +80,7 @@ class Counting(offload.OtherMemory):
 def offloaded(module: Any, min_bytes: int = 1) -> Any:
     Counting.written = []
     with mock.patch.object(offload, "OtherMemory", Counting):
-        offload.use_in(module, "memory", Path(), min_bytes)
+        offload.wrap_forward(module, "memory", Path(), min_bytes)
     return module
 
 
