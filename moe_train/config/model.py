@@ -104,8 +104,8 @@ class ModelConfig:
     # Router
     router_score: str = doc("softmax", "Score function of the router.", choices=("softmax", "sigmoid"))
     router_pre_softmax: bool = doc(False, "Softmax over all experts before top-k (weights then do not sum to 1).")
-    router_bias: bool = doc(False, "Per-expert selection bias, updated after each step to balance the load.")
-    router_bias_update_rate: float = doc(1e-3, "Update of the selection bias per step.")
+    router_bias: bool = doc(False, "Aux-loss-free balancing: an expert bias for top-k, updated after each step.")
+    router_bias_update_rate: float = doc(1e-3, "Update of the expert bias per step.")
     router_scaling_factor: float = doc(1.0, "Factor on the weights of the routed experts.")
     router_num_groups: int = doc(
         0, "Groups of experts for group-limited routing; 0 means no groups.", minimum=0, maximum=100_000
@@ -117,7 +117,7 @@ class ModelConfig:
     )  # fmt: skip
     router_dtype: str = doc("fp32", "Precision of the router's scores.", choices=("fp32", "fp64"))
     balance_losses: list[str] = doc(
-        [], "Load-balance losses, each over: micro-batch, sequence, global batch.",
+        [], "Load-balance (auxiliary) losses, each over: micro-batch, sequence, global batch.",
         choices=("aux_loss", "seq_aux_loss", "global_aux_loss"),
     )  # fmt: skip
     balance_loss_coeffs: list[float] = doc([], "Coefficient of each entry of balance_losses.")

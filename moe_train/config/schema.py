@@ -25,7 +25,10 @@ class ParallelConfig:
     tp: int = doc(1, "Tensor-parallel degree.", minimum=1, maximum=1_000_000)
     pp: int = doc(1, "Pipeline-parallel degree.", minimum=1, maximum=1_000_000)
     vpp: int = doc(
-        1, "Model chunks on each pipeline rank (interleaved schedule); 1 means none.", minimum=1, maximum=1_000_000
+        1,
+        "Virtual pipeline stages (model chunks) of each rank, for the interleaved schedule; 1 means none.",
+        minimum=1,
+        maximum=1_000_000,
     )
     cp: int = doc(1, "Context-parallel degree.", minimum=1, maximum=1_000_000)
     ep: int = doc(1, "Expert-parallel degree.", minimum=1, maximum=1_000_000)
@@ -117,7 +120,7 @@ class RecomputeStage:
 
 @dataclass
 class RecomputeConfig:
-    """Which activations are discarded in the forward pass and recomputed in the backward pass."""
+    """Activation checkpointing: which activations the forward pass discards and the backward pass recomputes."""
 
     mode: str = doc(
         "none", "Save every activation; recompute whole layers; or recompute only `modules`.",
@@ -258,7 +261,7 @@ class DataConfig:
     prepare_workers: int | None = doc(
         None, "Tokenisation processes; null means one per core.", minimum=1, maximum=10_000
     )
-    loader_workers: int = doc(0, "Data loader processes per rank.", minimum=0, maximum=10_000)
+    loader_workers: int = doc(0, "Worker processes of a rank's DataLoader (num_workers).", minimum=0, maximum=10_000)
 
 
 @dataclass
@@ -281,7 +284,7 @@ class CheckpointConfig:
     dir: str | None = doc(None, "Directory of checkpoints; null means run_dir/checkpoints.")
     interval_steps: int = doc(0, "Steps between periodic checkpoints; 0 means none.", minimum=0)
     save_at_end: bool = doc(True, "Write a checkpoint after the last step.")
-    asynchronous: bool = doc(False, "Write in the background; training waits only for the copy to host memory.")
+    asynchronous: bool = doc(False, "Async save: training waits only for the copy to host memory.")
     local_dir: str | None = doc(
         None, "Node-local directory that is written first and then copied to dir; null means none."
     )

@@ -1,4 +1,5 @@
-"""Micro-batches of one data-parallel rank, in an order that no layout changes and any step can resume."""
+"""Micro-batches of one data-parallel rank (Megatron-LM's `get_batch`), in an order that is the same for every layout
+and can be resumed at any step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Cooperative stop: a signal sets a flag, which the loop checks after each step. It then saves and exits."""
+"""Cooperative stop (Megatron-LM's exit signal handler): a signal sets a flag, which the loop checks after each step.
+It then saves and exits."""
 
 from __future__ import annotations
 
