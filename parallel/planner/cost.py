@@ -55,7 +55,7 @@ def goodput(hardware: Hardware, checkpoint_bytes: float, gpus: int, interval_s: 
 
 
 @dataclass(frozen=True)
-class Bill:
+class CostEstimate:
     """What one stage of a recipe takes. `days` is None where only its GPU-hours are known."""
 
     name: str
@@ -67,12 +67,12 @@ class Bill:
     kg_co2: float
 
 
-def bill(
+def estimate_cost(
     hardware: Hardware, name: str, gpu_hours: float, gpus: int | None, tokens: float = 0.0, busy: float = 1.0
-) -> Bill:  # fmt: skip
+) -> CostEstimate:  # fmt: skip
     """Money, energy and carbon of `gpu_hours`, of which a part is busy."""
     kwh = gpu_hours * busy * hardware.watts_per_gpu / 1000 * hardware.power_usage_effectiveness
-    return Bill(
+    return CostEstimate(
         name, tokens, gpu_hours, gpu_hours / gpus / 24 if gpus else None, gpu_hours * hardware.dollars_per_gpu_hour,
         kwh, kwh * hardware.kg_co2_per_kwh,
     )  # fmt: skip

@@ -94,7 +94,7 @@ def test_the_answer_says_what_was_asked(answered: tuple[Path, str]) -> None:
     assert max(first["memory_bytes_by_stage"]) == first["memory_bytes"] < 80 * 2**30
     assert sum(first["components_s"].values()) == pytest.approx(first["step_s"])
     assert found["total"]["dollars"] == pytest.approx(found["total"]["gpu_hours"] * 2)
-    assert found["bills"][0]["tokens"] == 14.8e12
+    assert found["costs"][0]["tokens"] == 14.8e12
     best = next(line for line in text.splitlines() if f" {first['tokens_per_s_per_gpu']:,.0f} " in line)
     hours = 14.8e12 / first["tokens_per_s_per_gpu"] / 3600
     assert [cell.strip() for cell in best.split("│")][-3:-1] == [f"{hours / 2048 / 24:,.1f}", f"{hours * 2:,.0f}"]
@@ -164,8 +164,8 @@ def test_a_given_layout_is_timed_as_it_is(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out/plan.json").read_text())
     assert found["plans"][0]["schedule"] == "dualpipe"
-    assert found["bills"][0]["gpu_hours"] == pytest.approx(2.664e6, rel=0.05)
-    extension = sum(bill["gpu_hours"] for bill in found["bills"] if "extension" in bill["name"])
+    assert found["costs"][0]["gpu_hours"] == pytest.approx(2.664e6, rel=0.05)
+    extension = sum(bill["gpu_hours"] for bill in found["costs"] if "extension" in bill["name"])
     assert extension == pytest.approx(0.119e6, rel=0.05)
     assert found["total"]["gpu_hours"] == pytest.approx(2.788e6, rel=0.05)
     assert found["total"]["dollars"] == pytest.approx(5.576e6, rel=0.05)
@@ -196,7 +196,7 @@ def test_an_interval_that_is_asked_for_is_shown_with_the_best_one() -> None:
             PlanRoot,
         )
         result = answer(cfg, validate(cfg, trains=False))
-        rows[failures] = {name: (fraction, days) for name, fraction, days, _ in result.what_if}
+        rows[failures] = {name: (fraction, days) for name, fraction, days, _ in result.sensitivity}
     now = rows[0]["as planned, with failures and checkpoints"][0]
     best = next(fraction for name, (fraction, _) in rows[0].items() if "the best interval" in name)
     assert now < best
@@ -333,11 +333,11 @@ def test_spares_are_paid_for() -> None:
     found = answer(cfg, validate(cfg, trains=False))
     assert (found.gpus, found.used) == (100, 96)
     useful = cost.gpu_hours(1e9, found.best.step.tokens_per_s_per_gpu)
-    assert found.bills[0].gpu_hours == pytest.approx(useful * 100 / 96)
-    assert found.bills[0].days == pytest.approx(useful / 96 / 24)
+    assert found.costs[0].gpu_hours == pytest.approx(useful * 100 / 96)
+    assert found.costs[0].days == pytest.approx(useful / 96 / 24)
     cluster = cfg.cluster
     busy = useful * cluster.watts_per_gpu / 1000 * cluster.power_usage_effectiveness
-    assert found.bills[0].kwh == pytest.approx(busy)
+    assert found.costs[0].kwh == pytest.approx(busy)
 
 
 @pytest.mark.parametrize(
@@ -471,12 +471,12 @@ def test_a_sweep_over_gpus_answers_each_and_leaves_nothing(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_hours_that_are_given_stay_as_they_are_in_what_if() -> None:
+def test_hours_that_are_given_do_not_change_in_the_sensitivity_analysis() -> None:
     recipe = "plan.recipe=[{name:first,tokens:1000000000,failures:true},{name:second,gpu_hours:5000}]"
     cfg = compose(["model=mixtral_8x7b", "runtime=cuda", "precision=bf16", "batch=large", "train.seq_length=4096",
                    "plan.gpus=64", "train.steps=null", "train.tokens=1000000000", recipe], PlanRoot)  # fmt: skip
     found = answer(cfg, validate(cfg, trains=False))
-    rows = {name: (days, dollars) for name, _, days, dollars in found.what_if}
+    rows = {name: (days, dollars) for name, _, days, dollars in found.sensitivity}
     total, (days, dollars) = found.total(), rows["as planned, with failures and checkpoints"]
     assert (days, dollars) == (pytest.approx(total.days), pytest.approx(total.dollars))
     given = 5000 * cfg.cluster.dollars_per_gpu_hour

@@ -1,4 +1,4 @@
-"""The answer of `moe-plan`: plans, the bill of the whole recipe, what if."""
+"""The answer of `moe-plan`: plans, the cost of the whole recipe, sensitivity analysis."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MODULES = (
     (), ("moe_act",), ("mla_up_proj",), ("layernorm",), ("layernorm", "moe_act"), ("layernorm", "mla_up_proj"),
     ("layernorm", "moe_act", "mla_up_proj"), ("layernorm", "moe_act", "mla_up_proj", "mlp"),
 )  # fmt: skip
-SPARES = (1, 8, 64, 256, 512, 1024, 2048, 4096, 8192, 16384)
+ROUND_TO = (1, 8, 64, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 @dataclass
@@ -38,12 +38,12 @@ class Answer:
     """Everything that is shown, written and drawn.
 
     Args:
-        gpus: GPUs that were asked for; the plans may leave some of them as spares.
+        gpus: requested GPUs; the plans may leave some of them unused.
         asked: the layout of `parallel.*`, where a search was given one to compare with.
-        bills: one for each stage of the recipe.
+        costs: one for each stage of the recipe.
         recipe: the stages of the whole training.
         plans_of_stages: the plan of each stage that was timed, by its name.
-        what_if: (change, useful part of the time, days, dollars) of the whole recipe.
+        sensitivity: (change, useful part of the time, days, dollars) of the whole recipe.
     """
 
     cfg: PlanRoot
@@ -57,9 +57,9 @@ class Answer:
     placements: list[Placement]
     recipe: list[TrainingStage]
     asked: Estimate | None = None
-    bills: list[cost.Bill] = field(default_factory=list)
+    costs: list[cost.CostEstimate] = field(default_factory=list)
     plans_of_stages: dict[str, Estimate] = field(default_factory=dict)
-    what_if: list[tuple[str, float, float, float]] = field(default_factory=list)
+    sensitivity: list[tuple[str, float, float, float]] = field(default_factory=list)
 
     @property
     def fits(self) -> bool:
@@ -79,7 +79,7 @@ class Answer:
     def price(self, plan: Estimate) -> tuple[float, float] | None:
         """Days and dollars in which a plan trains the tokens of the recipe that run as planned, without failures.
 
-        None where the question names no tokens. GPUs that the plan leaves idle are paid for.
+        None without a number of tokens. GPUs that the plan leaves idle are paid for.
         """
         tokens = sum(stage.tokens for stage in self.recipe if stage.as_planned and stage.tokens)
         if not tokens:
@@ -87,13 +87,13 @@ class Answer:
         hours = cost.gpu_hours(tokens, plan.step.tokens_per_s_per_gpu) * self.gpus / plan.workload.layout.world_size
         return hours / self.gpus / 24, hours * self.hardware.dollars_per_gpu_hour
 
-    def total(self) -> cost.Bill:
+    def total(self) -> cost.CostEstimate:
         """The sum of all stages."""
-        bills = self.bills
-        days = sum(one.days for one in bills if one.days is not None)
-        return cost.Bill(
-            "total", sum(b.tokens for b in bills), sum(b.gpu_hours for b in bills), days,
-            sum(b.dollars for b in bills), sum(b.kwh for b in bills), sum(b.kg_co2 for b in bills),
+        costs = self.costs
+        days = sum(one.days for one in costs if one.days is not None)
+        return cost.CostEstimate(
+            "total", sum(b.tokens for b in costs), sum(b.gpu_hours for b in costs), days,
+            sum(b.dollars for b in costs), sum(b.kwh for b in costs), sum(b.kg_co2 for b in costs),
         )  # fmt: skip
 
 
@@ -124,11 +124,11 @@ def answer(cfg: PlanRoot, layout: ParallelLayout) -> Answer:
     if cfg.plan.search and max(layout.tp, layout.pp, layout.cp, layout.ep) > 1:
         with contextlib.suppress(ConfigError):  # a layout for another number of GPUs is nothing to compare with
             result.asked = given(cfg, base, gpus).plans[0]
-    if not result.fits:  # what cannot run has no bill
+    if not result.fits:  # what cannot run has no cost
         return result
     for stage in recipe:
-        result.bills.append(stage_bill(result, stage))
-    result.what_if = what_if(result)
+        result.costs.append(stage_cost(result, stage))
+    result.sensitivity = sensitivity(result)
     return result
 
 
@@ -171,7 +171,7 @@ def space_of(cfg: PlanRoot) -> Space:
 
 
 def searched(cfg: PlanRoot, base: Workload, gpus: int) -> SearchResult:
-    """The best of all layouts. Where the GPUs do not divide, some are left as spares."""
+    """The best of all layouts. Where the GPUs do not divide, some are left unused."""
     timer = Timer(
         Hardware.of(cfg.cluster),
         software_of=lambda workload: software_of(cfg, cfg.plan, workload),
@@ -200,9 +200,9 @@ def searched(cfg: PlanRoot, base: Workload, gpus: int) -> SearchResult:
 
 
 def sizes(gpus: int, batch: int) -> set[int]:
-    """How many of the GPUs to try to use: all, whole groups of `SPARES`, and most of them where that is a divisor of
+    """How many of the GPUs to try to use: all, whole groups of `ROUND_TO`, and most of them where that is a divisor of
     the batch times a power of 2."""
-    found = {gpus - gpus % unit for unit in SPARES if unit <= gpus}
+    found = {gpus - gpus % unit for unit in ROUND_TO if unit <= gpus}
     odd = [one for one in range(1, min(batch, gpus) + 1, 2) if batch % one == 0]
     filled = {one << (gpus // one).bit_length() - 1 for one in odd}
     return found if gpus in filled else found | {one for one in filled if one > 0.75 * gpus}
@@ -236,18 +236,18 @@ def given(cfg: PlanRoot, base: Workload, gpus: int) -> SearchResult:
     return SearchResult(estimates(cfg, cfg.plan, workload), tried=1)
 
 
-def stage_bill(result: Answer, stage: TrainingStage) -> cost.Bill:
+def stage_cost(result: Answer, stage: TrainingStage) -> cost.CostEstimate:
     """What one stage of the recipe takes under the best plan, adapted to its sequences and batch."""
     hardware = result.hardware
     if stage.gpu_hours is not None:
-        return cost.bill(hardware, stage.name, stage.gpu_hours, None)
+        return cost.estimate_cost(hardware, stage.name, stage.gpu_hours, None)
     plan = result.best if stage.as_planned else adapted(result, stage)
     result.plans_of_stages[stage.name] = plan
     tokens = float(plan.step.tokens * (stage.steps or 1) if stage.tokens is None else stage.tokens)
     useful = result.goodput.fraction if stage.failures else 1.0
     hours = cost.gpu_hours(tokens, plan.step.tokens_per_s_per_gpu * useful) * result.gpus / result.used
-    # Spares are paid for too, and draw next to nothing.
-    return cost.bill(hardware, stage.name, hours, result.gpus, tokens, busy=result.used / result.gpus)
+    # Unused GPUs are paid for too, and draw next to no power.
+    return cost.estimate_cost(hardware, stage.name, hours, result.gpus, tokens, busy=result.used / result.gpus)
 
 
 def adapted(result: Answer, stage: TrainingStage) -> Estimate:
@@ -307,15 +307,15 @@ def _more_recomputation(workload: Workload, cfg: PlanRoot) -> Iterator[Workload]
             yield replace(workload, recompute=mode, recompute_modules=modules, recompute_of_chunks=())
 
 
-def what_if(result: Answer) -> list[tuple[str, float, float, float]]:
-    """The whole bill under other prices, speeds, failures and checkpoint intervals."""
+def sensitivity(result: Answer) -> list[tuple[str, float, float, float]]:
+    """Sensitivity analysis: the total cost under other prices, speeds, failures and checkpoint intervals."""
     hardware, size, asked = result.hardware, checkpoint_bytes(result.cfg, result.best.workload), result.cfg.plan
     gpus, now = result.used, result.goodput
-    both = list(zip(result.recipe, result.bills, strict=True))
+    both = list(zip(result.recipe, result.costs, strict=True))
     whole = sum(  # without failures
         bill.gpu_hours * (now.fraction if stage.failures else 1.0) for stage, bill in both if not stage.gpu_hours
     )
-    known = sum(stage.gpu_hours or 0.0 for stage in result.recipe)  # these stay as they are
+    known = sum(stage.gpu_hours or 0.0 for stage in result.recipe)  # these do not change
     rows = []
 
     def row(name: str, changed: Hardware, speed: float = 1.0, interval: float | None = None) -> None:

@@ -46,8 +46,8 @@ def html(result: Answer, picture: str) -> str:
     asked = [show.compared(result, result.asked)] if result.asked else []
     tables = [show.plans(result), *asked, show.where(result, result.best), show.memory(result, result.best.memory),
               show.groups(result)]  # fmt: skip
-    if result.bills:
-        tables += [show.bills(result), show.changes(result)]
+    if result.costs:
+        tables += [show.costs(result), show.changes(result)]
     template = Environment(autoescape=True).from_string(PAGE)
     return template.render(
         title=f"Plan: {result.cfg.model.name} on {result.used:,} x {result.hardware.gpu}",
@@ -79,9 +79,11 @@ def as_json(result: Answer) -> str:
         "plans": [_plan(result, plan) for plan in result.found.plans],
         "asked": _plan(result, result.asked) if result.asked else None,
         "goodput": dataclasses.asdict(result.goodput),
-        "bills": [dataclasses.asdict(bill) for bill in result.bills],
+        "costs": [dataclasses.asdict(bill) for bill in result.costs],
         "total": dataclasses.asdict(result.total()),
-        "what_if": [dict(zip(("change", "goodput", "days", "dollars"), row, strict=True)) for row in result.what_if],
+        "sensitivity": [
+            dict(zip(("change", "goodput", "days", "dollars"), row, strict=True)) for row in result.sensitivity
+        ],
         "groups": [dataclasses.asdict(one) for one in result.placements],
     }
     return json.dumps(found, indent=1) + "\n"

@@ -43,8 +43,8 @@ def show(result: Answer, console: Console) -> None:
     console.print(groups(result))
     if not result.fits:
         return
-    if result.bills:
-        console.print(bills(result))
+    if result.costs:
+        console.print(costs(result))
         console.print(changes(result))
     else:
         console.print(f"Goodput {result.goodput.fraction:.1%}: {failures(result)}", soft_wrap=True)
@@ -74,12 +74,12 @@ def memory(result: Answer, stages: Sequence[StageMemory]) -> Table:
 def headline(result: Answer) -> str:
     """The best plan in two lines."""
     best, (causal, whole) = result.best, result.mfu(result.best)
-    spares = f" ({result.gpus - result.used:,} spare)" if result.used < result.gpus else ""
+    unused = f" ({result.gpus - result.used:,} spare)" if result.used < result.gpus else ""
     rate = best.step.tokens_per_s_per_gpu
     used, room = best.memory_bytes / GIB, result.hardware.usable_bytes / GIB
     tflops = [rate * flops / 1e12 for flops in (result.flops_causal, result.flops_whole)]
     return (
-        f"{result.cfg.model.name} on {result.used:,} x {result.hardware.gpu}{spares}: {best.label}\n"
+        f"{result.cfg.model.name} on {result.used:,} x {result.hardware.gpu}{unused}: {best.label}\n"
         f"step {best.step.seconds:.3f} s, {rate:,.1f} tokens/s/GPU; {tflops[0]:.0f} TFLOPS with causal attention "
         f"counted as such, {tflops[1]:.0f} as if it were not: MFU {causal:.1%} or {whole:.1%} of BF16; bubble "
         f"{best.step.pipeline.bubble_fraction:.1%}; {used:.1f} of {room:.1f} GiB on the peak rank"
@@ -192,12 +192,12 @@ def groups(result: Answer) -> Table:
     return shown
 
 
-def bills(result: Answer) -> Table:
+def costs(result: Answer) -> Table:
     """What each stage of the recipe takes, without failures."""
     shown = Table(title="Cost, without failures")
     for column in ("stage", "tokens", "days", "GPU-hours", "dollars", "kWh", "t CO2"):
         shown.add_column(column, justify="left" if column == "stage" else "right")
-    for bill in [*result.bills, *([result.total()] if len(result.bills) > 1 else [])]:
+    for bill in [*result.costs, *([result.total()] if len(result.costs) > 1 else [])]:
         shown.add_row(
             bill.name, f"{bill.tokens / 1e9:,.1f}B" if bill.tokens else "",
             "" if bill.days is None else f"{bill.days:,.1f}",
@@ -207,11 +207,11 @@ def bills(result: Answer) -> Table:
 
 
 def changes(result: Answer) -> Table:
-    """What if."""
+    """The table of the sensitivity analysis."""
     shown = Table(title=f"Sensitivity ({failures(result)})")
     for column in ("change", "goodput", "days", "dollars"):
         shown.add_column(column, justify="left" if column == "change" else "right")
-    for name, fraction, days, dollars in result.what_if:
+    for name, fraction, days, dollars in result.sensitivity:
         shown.add_row(name, f"{fraction:.1%}", f"{days:,.1f}", f"{dollars:,.0f}")
     return shown
 

@@ -18,7 +18,7 @@ H800: Hardware = hardware_of("h800")
 
 def test_the_published_bill_of_pre_training() -> None:
     """2.664M H800-hours at $2 (arXiv 2412.19437, table 1) on 2,048 GPUs."""
-    bill = cost.bill(H800, "pre-training", 2.664e6, 2048, 14.8e12)
+    bill = cost.estimate_cost(H800, "pre-training", 2.664e6, 2048, 14.8e12)
     assert bill.dollars == pytest.approx(5.328e6)
     assert bill.days == pytest.approx(54.2, rel=0.01)
     assert bill.kwh == pytest.approx(2.664e6 * 1.275 * 1.2)
@@ -27,7 +27,7 @@ def test_the_published_bill_of_pre_training() -> None:
 
 
 def test_idle_gpus_are_paid_for_and_take_no_energy() -> None:
-    full, half = (cost.bill(H800, "pre-training", 1e6, 2048, busy=busy) for busy in (1.0, 0.5))
+    full, half = (cost.estimate_cost(H800, "pre-training", 1e6, 2048, busy=busy) for busy in (1.0, 0.5))
     assert half.kwh == full.kwh / 2
     assert half.kg_co2 == full.kg_co2 / 2
     assert (half.dollars, half.days) == (full.dollars, full.days)

@@ -243,7 +243,7 @@ def test_most_gpus_are_used_that_the_batch_divides_over(gpus: int, batch: int, m
 
 
 def test_failures_and_intervals_change_the_bill() -> None:
-    rows = {name: fraction for name, fraction, _, _ in found()[0].what_if}
+    rows = {name: fraction for name, fraction, _, _ in found()[0].sensitivity}
     assert len(rows) >= 10
     assert rows["as planned, with failures and checkpoints"] == max(
         fraction for name, fraction in rows.items() if "checkpoint every" in name or "as planned" in name
