@@ -32,7 +32,7 @@ class RankContext:
 
     @property
     def cfg(self) -> Config:
-        """The config as it was given; `resolved` has the values that it leaves to be derived."""
+        """The unresolved config; `resolved` has the values that it leaves to be derived."""
         return self.resolved.cfg
 
     @property

@@ -16,9 +16,9 @@ class Dispatcher:
         needs_gpu: whether its kernels exist for GPUs alone.
         needs_peers: whether it needs experts on several ranks.
         pads_to_capacity: whether it goes with `model.pad_to_capacity`.
-        overlaps_shared_experts: whether shared experts can run while tokens travel.
+        overlaps_shared_experts: whether shared experts can run while tokens are dispatched.
         own_on_local: whether the `local` backend sends tokens itself (`moe_train.model.local.dispatch`): then they can
-            travel in FP8, and the bytes are counted.
+            be dispatched in FP8, and the bytes are counted.
         deduplicates: a token goes once to each node that has an expert of it, not once for each expert.
         waits_on_host: the host waits for the number of tokens before it starts the experts.
         planned_as: row that the planner takes for it.

@@ -1,9 +1,11 @@
-"""README, docs, error messages and field descriptions use the field's terms: those of docs/glossary.md."""
+"""README, docs, error messages, field descriptions, comments and docstrings use the terms of docs/glossary.md."""
 
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,8 +16,10 @@ ROOT = Path(__file__).parents[1]
 GLOSSARY = ROOT / "docs" / "glossary.md"
 PAGES = sorted(page for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")] if page != GLOSSARY)
 SOURCES = sorted(
-    path for folder in ("moe_train", "parallel", "launch", "tools") for path in (ROOT / folder).rglob("*.py")
+    path for folder in ("moe_train", "parallel", "launch", "tools", "bench") for path in (ROOT / folder).rglob("*.py")
 )
+NOT_SHOWN = ("bench",)
+"""Folders whose messages are for developers only, and are not checked."""
 
 
 @cache
@@ -51,7 +55,8 @@ def _pattern(term: str, exceptions: list[str]) -> re.Pattern[str]:
 
 def forbidden_in(text: str) -> list[str]:
     text = " ".join(text.split())
-    return [term for term, pattern in terms() if pattern.search(text)]
+    lower_case = text.lower()  # searching for a substring first is several times as fast
+    return [term for term, pattern in terms() if term.lower() in lower_case and pattern.search(text)]
 
 
 def prose(markdown: str) -> str:
@@ -83,16 +88,42 @@ def strings(source: str) -> Iterator[tuple[int, str, str]]:
                 yield node.lineno, "message", node.value
 
 
+def comments(source: str) -> Iterator[tuple[int, str, str]]:
+    """(line, "comment", text) of comments, those on adjacent lines joined, and (line, "docstring", text)."""
+    block: list[tokenize.TokenInfo] = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT:
+            continue
+        if block and block[-1].start != (token.start[0] - 1, token.start[1]):
+            yield block[0].start[0], "comment", _joined(block)
+            block = []
+        block.append(token)
+    if block:
+        yield block[0].start[0], "comment", _joined(block)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, "docstring", prose(node.value.value)
+
+
+def _joined(block: list[tokenize.TokenInfo]) -> str:
+    return prose("\n".join(token.string.lstrip("#") for token in block))
+
+
 def in_page(page: Path) -> list[str]:
     text = prose(page.read_text(encoding="utf-8"))
     return [f"{page.name}: {term!r}" for term in forbidden_in(text)]
+
+
+@cache
+def texts(source: str) -> tuple[tuple[int, str, str], ...]:
+    return (*strings(source), *comments(source))
 
 
 def in_source(path: Path, kind: str, source: str | None = None) -> list[str]:
     text = path.read_text(encoding="utf-8") if source is None else source
     return [
         f"{path.relative_to(ROOT)}:{line}: {term!r}"
-        for line, kind_of_string, string in strings(text)
+        for line, kind_of_string, string in texts(text)
         if kind_of_string == kind
         for term in forbidden_in(string)
     ]
@@ -110,9 +141,10 @@ def test_pages_use_the_terms_of_the_field(page: Path) -> None:
     assert in_page(page) == [], "docs/glossary.md says what to write instead"
 
 
-@pytest.mark.parametrize("kind", ["message", "field"])
-def test_messages_and_fields_use_the_terms_of_the_field(kind: str) -> None:
-    problems = [problem for path in SOURCES for problem in in_source(path, kind)]
+@pytest.mark.parametrize("kind", ["message", "field", "comment", "docstring"])
+def test_code_uses_the_terms_of_the_field(kind: str) -> None:
+    sources = [path for path in SOURCES if kind != "message" or path.relative_to(ROOT).parts[0] not in NOT_SHOWN]
+    problems = [problem for path in sources for problem in in_source(path, kind)]
     assert problems == [], "docs/glossary.md says what to write instead"
 
 
@@ -122,13 +154,18 @@ def test_messages_and_fields_use_the_terms_of_the_field(kind: str) -> None:
         ("message", 'raise ConfigError(f"the two ranks {n} Meet at {place}")'),
         ("message", 'raise ConfigError("no rank", "use tp=1, " "whatever pp is")'),
         ("message", 'log.warning("this is no file of %s", name)'),
-        ("message", 'def reason():\n    """Anew."""\n    return "it is no file"'),
+        ("message", 'def reason():\n    """Why."""\n    return "it is no file"'),
         ("field", 'x: int = field(1, doc("Tokens\\n that are passed  over."))'),
+        ("comment", "x = 1  # where it stands"),
+        ("comment", "# the tokens are passed\n# over here\nx = 1"),
+        ("docstring", '"""A module\nthat goes on."""'),
+        ("docstring", 'class A:\n    x: int\n    """Whatever it is."""'),
     ],
 )
 def test_a_planted_term_is_noticed(kind: str, source: str) -> None:
     assert in_source(ROOT / "moe_train" / "planted.py", kind, source)
-    assert in_source(ROOT / "moe_train" / "planted.py", "field" if kind == "message" else "message", source) == []
+    others = {"message", "field", "comment", "docstring"} - {kind}
+    assert not any(in_source(ROOT / "moe_train" / "planted.py", other, source) for other in others)
 
 
 @pytest.mark.parametrize(

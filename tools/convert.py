@@ -44,7 +44,7 @@ _COMMON = ("model", "convert.to", "convert.dtype", "convert.file_gb", "convert.o
 
 
 def main() -> None:
-    """Console script. Of several MPI ranks only the first speaks, and all end with its exit code."""
+    """Console script. Of several MPI ranks only the first prints, and all end with its exit code."""
     from moe_train.formats import communicator
 
     words = sys.argv[1:]
@@ -72,7 +72,7 @@ def run(cfg: ConvertRoot, line: CommandLine, comm: Communicator) -> None:
     quiet.silence()
     from moe_train.formats import communicator, directory_writer
 
-    os.environ["OMP_NUM_THREADS"] = "1"  # for torch where numbers change: files are written side by side
+    os.environ["OMP_NUM_THREADS"] = "1"  # for torch where numbers change: files are written concurrently
     threads = cfg.convert.threads or 2 * communicator.cores(comm) + 2  # some wait for the disk while others compute
     source = directory_writer.together(comm, lambda: _source(cfg))
     if line.command == _VERIFY:
@@ -169,7 +169,7 @@ def make_plan(
     )
     share = (comm.rank, comm.size) if comm else (0, 1)
     if (source / config.FILE).is_file():
-        if (source / directory_writer.MANIFEST).is_file():  # a flipped byte must not travel on
+        if (source / directory_writer.MANIFEST).is_file():  # a flipped byte must not be copied
             directory_writer.verify(source, threads, rank=share[0], size=share[1])
         tensors = plans.HuggingFace(source)
         model = _chosen(cfg, words, lambda: config.to_model(tensors.config, source / config.FILE))

@@ -63,7 +63,7 @@ def run(cfg: InspectRoot, compared: bool) -> bool:
     """Describe a checkpoint, or compare two where `compared` or a second one is named. Returns whether they are equal.
 
     Raises:
-        ConfigError, CheckpointError: what is named is no checkpoint, or is damaged.
+        ConfigError, CheckpointError: a path is not a checkpoint, or the checkpoint is damaged.
     """
     path, other = cfg.inspect.path, cfg.inspect.other
     if path is None:
@@ -77,7 +77,7 @@ def run(cfg: InspectRoot, compared: bool) -> bool:
 
     from moe_train.conversion import inventory
 
-    torch.set_num_threads(1)  # files and tensors are read side by side
+    torch.set_num_threads(1)  # files and tensors are read concurrently
     threads = cfg.inspect.threads or len(os.sched_getaffinity(0))
     first = inventory.find(Path(path), "inspect.path")
     if other is None:

@@ -129,7 +129,7 @@ def notes(cfg: Config, layout: ParallelLayout, found: RunEstimate) -> list[str]:
 
 
 def cores(launcher: LauncherConfig) -> list[str]:
-    """What is said of the cores of shared nodes."""
+    """Notes on the cores of shared nodes."""
     if launcher.exclusive or launcher.cpus_per_rank:
         return []
     return ["of a shared node Slurm may give each rank one core, its default: set launcher.cpus_per_rank"]

@@ -63,7 +63,7 @@ def check(launcher: LauncherConfig) -> None:
 
 
 def sees(launcher: LauncherConfig, read: Mapping[str, str], written: Mapping[str, str]) -> None:
-    """Raise ConfigError where a path, given by what names it, is not in the container as it is here, or read-only."""
+    """Raise ConfigError where a path, by the field that has it, is elsewhere in the container, missing or read-only."""
     if launcher.container is None:
         return
     given = mounts(launcher)

@@ -1,4 +1,4 @@
-"""What is wrong with `data.blend`. No torch import."""
+"""Checks of `data.blend`. No torch import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from parallel.suggest import override_value
 
 
 def problem(entries: list[BlendEntry]) -> tuple[str, list[BlendEntry]] | None:
-    """What is wrong with the entries, and entries that would work; None where nothing is."""
+    """Why the entries are invalid, and entries that would work; None if they are valid."""
     for number, entry in enumerate(entries):
         weight = entry.weight
         if not entry.path.strip() or (weight is not None and not 0 < weight < math.inf):

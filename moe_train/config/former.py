@@ -21,8 +21,8 @@ from moe_train.config.schema import BlendEntry, RecomputeStage
 from moe_train.config.walk import all_fields, plain
 
 DEFAULTS: dict[str, Any] = {"data.deduplicate": "normalized", "data.follow_links": False, "data.shuffle": "run"}
-"""Full name -> value of a field in a file that lacks it, where that is not today's default. A run of that version goes
-on with it, and its datasets were made with it."""
+"""Full name -> value of a field in a file that lacks it, where that is not today's default. A run of that version
+continues with it, and its datasets were made with it."""
 
 _GROUPS_OF_TOOLS = ("convert", "inspect", "plan")
 """Groups that the config of a run had."""

@@ -34,7 +34,7 @@ from parallel.suggest import Impossible, override_value
 FILE = "config.json"
 _LARGEST_BYTES = 1 << 24
 
-# DeepSeek's code and transformers use this for the norms of latents, whatever rms_norm_eps says.
+# DeepSeek's code and transformers use this for the norms of latents, regardless of rms_norm_eps.
 _LATENT_EPSILON = 1e-6
 
 

@@ -83,7 +83,7 @@ class Tally:
         return rows
 
     def checked(self, name: str, blocks: Iterable[TensorSlice]) -> Iterator[TensorSlice]:
-        """The `blocks` of a tensor, whose non-finite values are counted as they are yielded."""
+        """The `blocks` of a tensor, whose non-finite values are counted while they are yielded."""
         return (self.add(name, rows) for rows in blocks)
 
     def merge(self, other: dict[str, Count]) -> None:

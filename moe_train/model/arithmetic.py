@@ -1,7 +1,7 @@
 """Parameters and FLOPs of a model, counted from its configuration alone. Pure functions; nothing here imports torch.
 
 Every figure is a sum over one list: the tensors of a layer with their shapes (`parallel.architecture.layers`). A matrix
-counts as it is stored, and the vocabulary with its padding to 128 rows, which no released model here needs.
+counts with its stored shape, and the vocabulary with its padding to 128 rows, which no released model here needs.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
 def forward_flops_per_token(
     model: ModelConfig, seq_length: int, causal: bool = True, include_mtp: bool = False
 ) -> float:
-    """FLOPs of one token's forward pass; what is counted is said in `flops_per_token`."""
+    """FLOPs of one token's forward pass; `flops_per_token` defines what is counted."""
     linear = [*_decoder_tensors(model), output_head(model)]
     layers = model.num_layers
     if include_mtp:

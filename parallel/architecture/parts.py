@@ -92,7 +92,7 @@ class Width:
         terms: parts of the width, or of one head.
         heads: query heads; 0 where the width is not made of heads.
         kv_heads: key/value heads that come in addition, each with a key and a value as wide as a query.
-        copies: equal widths side by side, such as gate and up of SwiGLU.
+        copies: concatenated equal widths, such as gate and up of SwiGLU.
         meaning: how the width follows from fields, where it is not one field.
     """
 

@@ -161,7 +161,7 @@ def resident(workload: Workload, kept: Saved) -> Saved:
 
 
 def _layer_norm(workload: Workload, name: str, source: str, modules: frozenset[str]) -> tuple[Saved, bool]:
-    """A norm of the whole hidden state that stands alone, and whether its output is kept for those who read it."""
+    """A norm of the hidden state that is not fused, and whether its output is saved for the layers that read it."""
     width = workload.model.hidden_size
     if "layernorm" in modules:
         return {source: workload.element * workload.split_tokens * width}, False

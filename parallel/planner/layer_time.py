@@ -1,6 +1,6 @@
 """Time of one transformer layer on one rank, forward and backward, part by part. No torch import.
 
-Every layer is a list of `Part`s: matrix products by shape, attention, bytes through memory, messages. Recomputation
+Every layer is a list of `Part`s: GEMMs by shape, attention, bytes through memory, messages. Recomputation
 adds the forward time of what it recomputes to the backward pass.
 """
 
@@ -171,7 +171,7 @@ class _Layer:
 
     def tp(self, gathered: float, scattered: float, *modules: str, gathers: int = 1, cast: bool = True) -> None:
         """Gather so many elements before a module, in so many messages, and scatter so many behind it; the backward
-        pass gathers the inputs once more, and the gradients of the outputs. With `cast` they travel in FP8."""
+        pass gathers the inputs once more, and the gradients of the outputs. With `cast` they are sent in FP8."""
         workload, group = self.workload, Group(self.workload.layout.tp)
         if group.size <= 1:
             return
@@ -230,7 +230,7 @@ class _Layer:
         """What the blocks of a context-parallel ring add to attention: so many elements of queries, outputs, keys and
         values of this rank.
 
-        Keys and values are put side by side to be sent. Each further block is of all queries and half of the keys, or
+        Keys and values are concatenated to be sent. Each further block is of all queries and half of the keys, or
         of half of the queries and all keys, as the causal mask leaves them; its outputs and gradients are added to what
         is there (transformer_engine/pytorch/attention, AttnFuncWithCPAndKVP2P, with the sequence as first dimension).
         """
@@ -290,7 +290,7 @@ def _attention(layer: _Layer, attention: Attention) -> None:
 
 
 def _latent_elementwise(layer: _Layer, attention: Attention) -> None:
-    """Norms of latents; rotary embedding, and keys that are put together."""
+    """Norms of latents; rotary embedding, and concatenation of the keys."""
     workload, core = layer.workload, attention.core
     latents = workload.element * workload.split_tokens * sum(norm.width for norm in attention.norms)
     layer.moved(2 * latents, 3 * latents, "layernorm", "mla_up_proj", count=2)

@@ -51,7 +51,7 @@ class Workload:
         dtype: fp32, bf16 or fp16, of weights and activations.
         fp8: block, tensor, delayed, mxfp8 or nvfp4, where linear layers compute and keep their inputs in FP8 or FP4;
             else None.
-        bf16_layers: decoder layers (from 0) that compute in 16 bits all the same.
+        bf16_layers: decoder layers (from 0) that compute in 16 bits, in spite of FP8 or FP4.
         fp8_weights_only: weights of linear layers exist in FP8 alone, next to the optimizer's fp32 main weights.
         compact: activations are kept as in DeepSeek-V3 (`parallel.planner.activations.compacted`).
         grad_bytes, moment_bytes: of one gradient, and of one of the two Adam moments.
@@ -60,7 +60,7 @@ class Workload:
         frozen: weights have no gradient and no optimizer state (LoRA, without its adapters).
         loss: cross entropy whose memory is counted, one of `LOSSES`.
         recompute: none, full or selective, with what it applies to.
-        recompute_of_chunks: mode and modules of each of the pp stages, or pp x vpp chunks, in the place of the former.
+        recompute_of_chunks: mode and modules of each of the pp stages, or pp x vpp chunks, instead of `recompute`.
         offload_modules: on te, modules whose inputs wait for the backward pass outside.
         offload_min_bytes: on local, tensors of so many bytes and more wait outside.
         frees_outputs: a pipeline stage frees what it has sent.

@@ -47,7 +47,7 @@ class Row:
         index: number of the row, from 0.
         run: the row of the table.
         cfg: the run as a configuration; its recomputation and vpp are the published ones, where they are known.
-        plan: its software, as far as it is stated.
+        plan: its software, as far as the source states it.
         layout: its degrees.
         micro_batches: of a rank in a step.
     """

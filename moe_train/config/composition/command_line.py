@@ -150,7 +150,7 @@ def _text(value: str) -> str:
 
 
 def _integer(value: str, name: str) -> str:
-    """Digits, where the value is an integer in our grammar; else as it was given, for Hydra to refuse."""
+    """Digits, where the value is an integer in our grammar; else the text unchanged, for Hydra to refuse."""
     try:
         return str(as_integer(value, 1024 if name in SEQUENCE_FIELDS else 1000))
     except ValueError:
@@ -198,7 +198,7 @@ def _mapping(value: str, fields: Mapping[str, FieldInfo]) -> str:
 
 
 def old_spelling(info: FieldInfo, texts: Sequence[str]) -> ConfigError:
-    """An error for a list of entries that is written as text, with the same list as it is written now."""
+    """An error for a list of entries that is written as text, with the same list in today's syntax."""
     found = [former.entry(info.name, text) for text in texts]
     if texts and None not in found:
         return ConfigError(

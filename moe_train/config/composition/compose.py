@@ -257,7 +257,7 @@ def hydra_entry(
             the config is composed once and Hydra makes no job of it, which saves a fifth of a second.
         answers: whether it only prints, although rules about training apply: it then ends quietly where its reader is
             gone (`| head`).
-        about: what --help prints, in the place of Hydra's page.
+        about: text that --help prints instead of Hydra's page.
         revise: makes the config that is validated and run of the composed one, for each job.
         common: the groups and fields that --help explains.
         flags: options of the command itself, which it has taken from `argv`, to suggest one that is misspelled.

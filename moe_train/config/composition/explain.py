@@ -231,7 +231,7 @@ def _omegaconf(inner: OmegaConfBaseException, outer: str, overrides: Sequence[st
 
 
 def _entry(inner: OmegaConfBaseException, name: str, root: type) -> ConfigError | None:
-    """What is wrong with an entry of a list; None where the error is about something else."""
+    """The error of an entry of a list; None where the error is about something else."""
     lists = {info.entry: info for info in all_fields(root).values() if info.entry}
     place = re.fullmatch(r"(.+)\[\d+\](?:\.(\w+))?", name)
     info = lists.get(inner.object_type) or (all_fields(root).get(place[1]) if place else None)

@@ -1,4 +1,4 @@
-"""Rules of the architecture alone, whatever the layout."""
+"""Rules of the architecture alone, for any layout."""
 
 from __future__ import annotations
 

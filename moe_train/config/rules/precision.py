@@ -152,7 +152,7 @@ def param_gather(facts: ResolvedConfig) -> None:
 
 
 def dispatch(facts: ResolvedConfig) -> None:
-    """Tokens travel in FP8 between emulated experts only, through all-to-all messages, in tiles of 1 x 128."""
+    """Tokens are dispatched in FP8 to emulated experts only, through all-to-all, in tiles of 1 x 128."""
     cfg, model = facts.cfg, facts.cfg.model
     if not cfg.precision.fp8_dispatch:
         return
@@ -234,7 +234,7 @@ def _widths(facts: ResolvedConfig) -> Iterator[tuple[str, str, int, int]]:
     # Widths that ranks do not split come first: others are made of them.
     for width, linear, split in sorted([*inputs, *outputs], key=lambda side: side[2]):
         ranks: int = getattr(facts.layout, linear.degree) if split else 1
-        # One of the parts side by side, such as gate and up: what divides it divides all of them together.
+        # One of the concatenated parts, such as gate and up: what divides it divides all of them together.
         on_rank = int(replace(width, copies=1).on_rank(ranks))
         yield width.field, width.arithmetic(ranks if split else None), on_rank, 1 if width.heads else ranks
 
