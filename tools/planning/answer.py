@@ -243,7 +243,7 @@ def stage_cost(result: Answer, stage: TrainingStage) -> cost.CostEstimate:
         return cost.estimate_cost(hardware, stage.name, stage.gpu_hours, None)
     plan = result.best if stage.as_planned else adapted(result, stage)
     result.plans_of_stages[stage.name] = plan
-    tokens = float(plan.step.tokens * (stage.steps or 1) if stage.tokens is None else stage.tokens)
+    tokens: float = stage.tokens if stage.tokens is not None else float(plan.step.tokens * (stage.steps or 1))
     useful = result.goodput.fraction if stage.failures else 1.0
     hours = cost.gpu_hours(tokens, plan.step.tokens_per_s_per_gpu * useful) * result.gpus / result.used
     # Unused GPUs are paid for too, and draw next to no power.
