@@ -22,7 +22,7 @@ def default_warmup(usual: int, *, _root_: Any) -> int:
     tokens_per_step = _root_.batch.global_batch_size * _root_.train.seq_length
     if _root_.train.tokens is not None and tokens_per_step <= 0:
         return usual
-    end = decay_end(_root_.schedule, max(0, total_steps(_root_)))
+    end = max(0, decay_end(_root_.schedule, total_steps(_root_)))
     return usual if end >= usual else end // 10
 
 
