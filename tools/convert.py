@@ -91,8 +91,8 @@ def run(cfg: ConvertRoot, line: CommandLine, comm: Communicator) -> None:
     if comm.rank == 0:
         for note in notes:
             print(f"warning: {note}", file=sys.stderr)
-        kept = f", {outcome.reused} of them from an earlier try" if outcome.reused else ""
-        print(f"{plan.target}: {outcome.files} files{kept}, {outcome.bytes / 1e9:,.2f} GB")
+        reused = f", {outcome.reused} of them from an earlier try" if outcome.reused else ""
+        print(f"{plan.target}: {outcome.files} files{reused}, {outcome.bytes / 1e9:,.2f} GB")
 
 
 def _verify(source: Path, threads: int, comm: Communicator, allow_nonfinite: bool) -> None:
@@ -105,14 +105,16 @@ def _verify(source: Path, threads: int, comm: Communicator, allow_nonfinite: boo
             return inventory.verify(source, threads, advance, comm.rank, comm.size)
 
     checked = comm.all_gather(directory_writer.together(comm, check))
-    found = nonfinite.Tally()
+    nonfinite_values = nonfinite.Tally()
     for _, _, tally in checked:
-        found.merge(tally.found)
+        nonfinite_values.merge(tally.found)
     if not allow_nonfinite:
-        found.refuse(f"{source}: the bytes are those that were written, and not all numbers are finite", plans.ALLOW)
+        nonfinite_values.refuse(
+            f"{source}: the bytes are those that were written, and not all numbers are finite", plans.ALLOW
+        )
     if comm.rank == 0:
-        if found.found:
-            print(f"warning: {found}", file=sys.stderr)
+        if nonfinite_values.found:
+            print(f"warning: {nonfinite_values}", file=sys.stderr)
         files, size = (sum(part[i] for part in checked) for i in (0, 1))
         print(f"{source}: {files} files, {size / 1e9:,.2f} GB, every byte as written")
 
@@ -135,8 +137,8 @@ def _written(path: Path) -> Path:
 
     if (path / run_directory.MANIFEST).is_file():
         return path
-    found = run_directory.candidates(path) or run_directory.candidates(path / "checkpoints")
-    return found[0] if found else path
+    checkpoints = run_directory.candidates(path) or run_directory.candidates(path / "checkpoints")
+    return checkpoints[0] if checkpoints else path
 
 
 def make_plan(
@@ -260,7 +262,7 @@ def _chosen(cfg: ConvertRoot, words: Sequence[str], described: Callable[[], Mode
 
 
 @contextlib.contextmanager
-def _bar(what: str, total: int, comm: Communicator) -> Iterator[Callable[[int], None]]:
+def _bar(description: str, total: int, comm: Communicator) -> Iterator[Callable[[int], None]]:
     """A progress bar of this rank's bytes, on the first rank's terminal."""
     if comm.rank > 0 or not sys.stderr.isatty():  # elsewhere it would leave an empty line
         yield lambda _: None
@@ -270,7 +272,7 @@ def _bar(what: str, total: int, comm: Communicator) -> Iterator[Callable[[int], 
 
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total)
+        task = progress.add_task(description, total=total)
         yield lambda size: progress.advance(task, size)
 
 

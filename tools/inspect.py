@@ -86,17 +86,17 @@ def run(cfg: InspectRoot, compared: bool) -> bool:
     return _compare(first, inventory.find(Path(other), "inspect.other"), threads, cfg.inspect)
 
 
-def _describe(found: Inventory, threads: int) -> None:
+def _describe(checkpoint: Inventory, threads: int) -> None:
     from moe_train.conversion.inventory import MASTERS, MOMENTS, sizes
     from moe_train.formats.nonfinite import Tally
 
-    files, size = sizes(found.path)
-    facts = {"checkpoint": str(found.path), "format": found.format, "model": found.name}
-    facts["family"] = found.model.family if found.model else "not one that can be converted"
-    facts |= found.facts
+    files, size = sizes(checkpoint.path)
+    facts = {"checkpoint": str(checkpoint.path), "format": checkpoint.format, "model": checkpoint.name}
+    facts["family"] = checkpoint.model.family if checkpoint.model else "not one that can be converted"
+    facts |= checkpoint.facts
     facts["files"] = f"{files:,}, {size:,} bytes"
-    if moments := found.elements[MOMENTS]:
-        masters = found.elements[MASTERS]
+    if moments := checkpoint.elements[MOMENTS]:
+        masters = checkpoint.elements[MASTERS]
         facts["optimizer"] = f"{moments:,} moments, " + (f"{masters:,} fp32 weights" if masters else "no fp32 weights")
     else:
         facts["optimizer"] = "none"
@@ -105,34 +105,36 @@ def _describe(found: Inventory, threads: int) -> None:
         table.add_row(name, terminal.literal(text))
     console = terminal.console(highlight=False, soft_wrap=True)
     console.print(table)
-    console.print(_parts(found))
-    console.print(_dtypes(found))
+    console.print(_parts(checkpoint))
+    console.print(_dtypes(checkpoint))
     tally = Tally()
-    console.print(f"integrity: {_integrity(found, threads, tally)}", markup=False)
+    console.print(f"integrity: {_integrity(checkpoint, threads, tally)}", markup=False)
     tally.refuse("not all numbers are finite", "convert them with convert.allow_nonfinite=true")
 
 
-def _parts(found: Inventory) -> Table:
+def _parts(checkpoint: Inventory) -> Table:
     """Parameters that are there in addition to those of the arithmetic."""
     from moe_train.conversion.inventory import BIAS, NOT_PARAMETERS
 
-    expected = found.expected()
+    expected = checkpoint.expected()
     wanted = expected.by_part(include_mtp=True) if expected else {}
     rows: list[tuple[str, int, int | None]] = [
         (part.replace("_", " "), count, wanted.get(part, 0) if expected else None)
-        for part, count in found.parameters.items()
+        for part, count in checkpoint.parameters.items()
         if count or wanted.get(part)
     ]
-    total, mtp = sum(found.parameters.values()), found.parameters["mtp"]
+    total, mtp = sum(checkpoint.parameters.values()), checkpoint.parameters["mtp"]
     rows.append(("total", total, expected.total_with_mtp if expected else None))
     if mtp or (expected and expected.mtp):
         rows.append(("total without mtp", total - mtp, expected.total if expected else None))
     if expected:
-        rows.append(("active, without mtp", found.active, expected.active))
+        rows.append(("active, without mtp", checkpoint.active, expected.active))
     for part in NOT_PARAMETERS:
         biases = expected.expert_bias + expected.mtp_expert_bias if expected else 0
-        if found.elements[part] or (part == BIAS and biases):
-            rows.append((part.replace("_", " "), found.elements[part], biases if expected and part == BIAS else None))
+        if checkpoint.elements[part] or (part == BIAS and biases):
+            rows.append(
+                (part.replace("_", " "), checkpoint.elements[part], biases if expected and part == BIAS else None)
+            )
     table = Table("part", "in the checkpoint", "by arithmetic", "note", title="parameters", title_justify="left")
     for column in table.columns[1:3]:
         column.justify = "right"
@@ -143,28 +145,28 @@ def _parts(found: Inventory) -> Table:
     return table
 
 
-def _dtypes(found: Inventory) -> Table:
+def _dtypes(checkpoint: Inventory) -> Table:
     table = Table("dtype", "tensors", "bytes")
     for column in table.columns[1:]:
         column.justify = "right"
-    for dtype, (tensors, size) in sorted(found.dtypes.items()):
+    for dtype, (tensors, size) in sorted(checkpoint.dtypes.items()):
         table.add_row(dtype, f"{tensors:,}", f"{size:,}")
     return table
 
 
-def _integrity(found: Inventory, threads: int, tally: Tally) -> str:
+def _integrity(checkpoint: Inventory, threads: int, tally: Tally) -> str:
     """Raises CheckpointError, which names the file, where one is damaged."""
     from moe_train.conversion import inventory
     from moe_train.formats import directory_writer
 
-    if not inventory.has_manifest(found.path):
+    if not inventory.has_manifest(checkpoint.path):
         return "every tensor of the table of contents is in a file that is long enough (no manifest: bytes unverified)"
-    total = sum(entry["bytes"] for entry in directory_writer.manifest_of(found.path).values())
+    total = sum(entry["bytes"] for entry in directory_writer.manifest_of(checkpoint.path).values())
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("verifying", total=total)
-        files, size, held = inventory.verify(found.path, threads, lambda done: progress.advance(task, done))
-    tally.merge(held.found)
+        files, size, counts = inventory.verify(checkpoint.path, threads, lambda done: progress.advance(task, done))
+    tally.merge(counts.found)
     return f"{files:,} files, {size:,} bytes, as their manifest says (SHA-256)"
 
 
@@ -175,23 +177,23 @@ def _compare(first: Path, second: Path, threads: int, options: InspectConfig) ->
     columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("comparing tensors", total=None)
-        found = difference.compare(
+        comparison = difference.compare(
             first, second, threads, lambda done, of: progress.update(task, completed=done, total=of), tolerances,
             options.weights_only,
         )  # fmt: skip
     console = terminal.console(highlight=False, soft_wrap=True)
     console.print(f"A {first}\nB {second}", markup=False)
-    if found.mapped:
+    if comparison.mapped:
         console.print("compared as Hugging Face tensors, one for each expert")
-    for name, (a, b) in found.settings.items():
+    for name, (a, b) in comparison.settings.items():
         console.print(terminal.literal(f"model.{name} is {a} in A and {b} in B"))
     rows = options.rows
-    if found.differences and rows:
-        console.print(_rows(found.differences[:rows], tolerances.given))
-    if len(found.differences) > rows:
-        console.print(f"and {len(found.differences) - rows:,} more")
-    console.print(_totals(found, tolerances.given), markup=False)
-    return found.passes
+    if comparison.differences and rows:
+        console.print(_rows(comparison.differences[:rows], tolerances.given))
+    if len(comparison.differences) > rows:
+        console.print(f"and {len(comparison.differences) - rows:,} more")
+    console.print(_totals(comparison, tolerances.given), markup=False)
+    return comparison.passes
 
 
 def _rows(differences: list[Difference], tolerances: bool) -> Table:
@@ -212,21 +214,21 @@ def _rows(differences: list[Difference], tolerances: bool) -> Table:
     return table
 
 
-def _totals(found: Comparison, tolerances: bool) -> str:
-    kinds = [d.what for d in found.differences]
+def _totals(comparison: Comparison, tolerances: bool) -> str:
+    kinds = [d.what for d in comparison.differences]
     counts = ", ".join(f"{kinds.count(kind):,} {kind}" for kind in dict.fromkeys(kinds))
-    equal = found.tensors - len(kinds)
+    equal = comparison.tensors - len(kinds)
     if not kinds:
-        return f"all {found.tensors:,} tensors are equal, bit by bit"
-    measured = [d for d in found.differences if isfinite(d.absolute)]
+        return f"all {comparison.tensors:,} tensors are equal, bit by bit"
+    measured = [d for d in comparison.differences if isfinite(d.absolute)]
     worst = max((d.absolute for d in measured), default=0.0), max((d.relative for d in measured), default=0.0)
     norm = max((d.norm for d in measured), default=0.0)
     largest = ""
     if measured:
         largest = f"; largest difference {worst[0]:.3g} absolute, {worst[1]:.3g} relative, {norm:.3g} of a norm"
-    beyond = sum(not d.within for d in found.differences)
+    beyond = sum(not d.within for d in comparison.differences)
     verdict = f"; beyond the tolerances: {beyond:,}" if tolerances else ""
-    return f"{equal:,} of {found.tensors:,} tensors are equal; differing: {counts}{largest}{verdict}"
+    return f"{equal:,} of {comparison.tensors:,} tensors are equal; differing: {counts}{largest}{verdict}"
 
 
 if __name__ == "__main__":

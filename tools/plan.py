@@ -61,17 +61,17 @@ def translated(words: Sequence[str]) -> list[str]:
         ConfigError: a number is none.
     """
     line = parse(words)
-    sweeps, found = bool({"-m", "--multirun"} & set(line.options)), []
+    sweeps, translated_words = bool({"-m", "--multirun"} & set(line.options)), []
     for word in line.overrides:
         name, equals, value = word.partition("=")
         name = SHORT.get(name, name)
         if equals and name in COUNTED and value.lower() != "null":
             value = ",".join(str(count(one, name)) for one in (value.split(",") if sweeps else [value]))
-        found.append(f"{name}{equals}{value}")
-    given = {word.partition("=")[0].lstrip("+") for word in found}
+        translated_words.append(f"{name}{equals}{value}")
+    given = {word.partition("=")[0].lstrip("+") for word in translated_words}
     if "train.tokens" in given and "train.steps" not in given:
-        found.append("train.steps=null")
-    line.overrides = found
+        translated_words.append("train.steps=null")
+    line.overrides = translated_words
     assume(line)
     return line.argv()
 

@@ -102,20 +102,20 @@ def in_container(cfg: Config) -> None:
 
 def _shared(cfg: Config) -> dict[str, str]:
     """Paths by field that every node reads or writes; `checkpoint.local_dir` is each node's own."""
-    found = {"run_dir": cfg.run_dir, "checkpoint.dir": cfg.checkpoint.dir, "data.dir": cfg.data.dir}
-    found |= {"data.path": cfg.data.path, "data.cache_dir": cfg.data.cache_dir}
-    found |= {f"data.blend[{i}].path": entry.path for i, entry in enumerate(cfg.data.blend)}
-    return {name: path for name, path in found.items() if path is not None}
+    paths = {"run_dir": cfg.run_dir, "checkpoint.dir": cfg.checkpoint.dir, "data.dir": cfg.data.dir}
+    paths |= {"data.path": cfg.data.path, "data.cache_dir": cfg.data.cache_dir}
+    paths |= {f"data.blend[{i}].path": entry.path for i, entry in enumerate(cfg.data.blend)}
+    return {name: path for name, path in paths.items() if path is not None}
 
 
 def _under(path: str, place: str) -> bool:
     return Path(path).resolve().is_relative_to(Path(place).resolve())
 
 
-def notes(cfg: Config, layout: ParallelLayout, found: RunEstimate) -> list[str]:
+def notes(cfg: Config, layout: ParallelLayout, estimate: RunEstimate) -> list[str]:
     """What is allowed and most often not meant."""
     launcher, lines = cfg.launcher, []
-    hours, whole = launcher.time_limit_min / 60, found.pace.hours if found.pace else 0.0
+    hours, whole = launcher.time_limit_min / 60, estimate.pace.hours if estimate.pace else 0.0
     jobs = -(-whole // hours)
     allowed, field = (launcher.requeues + 1, "requeues") if launcher.chain == 1 else (launcher.chain, "chain")
     if jobs > allowed:
@@ -124,7 +124,7 @@ def notes(cfg: Config, layout: ParallelLayout, found: RunEstimate) -> list[str]:
         lines.append("a crash loses everything since the last time limit: set checkpoint.interval_steps")
     lines += [f"{name}={path} is under /tmp, which most clusters have on each node for itself"
               for name, path in _shared(cfg).items() if _under(path, "/tmp")]  # fmt: skip
-    lines += assumptions(cfg, found)
+    lines += assumptions(cfg, estimate)
     return lines + spans(layout, launcher.ranks_per_node)
 
 
@@ -138,7 +138,7 @@ def cores(launcher: LauncherConfig) -> list[str]:
 def spans(layout: ParallelLayout, ranks_per_node: int) -> list[str]:
     """Groups on several nodes that talk in every layer."""
     return [
-        f"parallel.{one.name}={one.size} spans {one.nodes} nodes, and talks in every layer"
-        for one in node_spans(layout, ranks_per_node)
-        if one.name in ("tp", "etp") and one.nodes > 1
+        f"parallel.{span.name}={span.size} spans {span.nodes} nodes, and talks in every layer"
+        for span in node_spans(layout, ranks_per_node)
+        if span.name in ("tp", "etp") and span.nodes > 1
     ]

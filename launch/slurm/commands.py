@@ -62,31 +62,31 @@ def partitions() -> tuple[dict[str, Partition], str]:
     Raises:
         LaunchError: Slurm does not answer.
     """
-    found: dict[str, Partition] = {}
+    by_name: dict[str, Partition] = {}
     default = ""
     for line in run("sinfo", "--noheader", "--all", "--format=%P|%D|%l|%G|%t").splitlines():
         name, nodes, limit, gres, node_state = line.strip().split("|")
         default = name.rstrip("*") if name.endswith("*") else default
         name = name.rstrip("*")
         gpus = re.search(r"gpu(?::[^:(,]+)?:(\d+)", gres)
-        before = found.get(name)  # a line for each kind of node in each state
+        before = by_name.get(name)  # a line for each kind of node in each state
         each = max(int(gpus.group(1)) if gpus else 0, (before.gpus or 0) if before else 0)
         total = int(nodes) + (before.nodes if before else 0)
         away = int(nodes) if node_state.rstrip("*~#!%$@^-") in _AWAY or "*" in node_state else 0
         away += before.away if before else 0
-        found[name] = Partition(name, total, minutes_of(limit), each or None, away)
+        by_name[name] = Partition(name, total, minutes_of(limit), each or None, away)
     for line in run("scontrol", "show", "partition", "--oneliner").splitlines():
         facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
         name, accounts = facts["PartitionName"], facts.get("AllowAccounts", "ALL")
         most = facts.get("MaxNodes", "UNLIMITED")
-        if name in found:
-            found[name] = replace(
-                found[name],
+        if name in by_name:
+            by_name[name] = replace(
+                by_name[name],
                 accounts=() if accounts == "ALL" else tuple(accounts.split(",")),
                 state=facts.get("State", "UP"),
                 most_nodes=int(most) if most.isdigit() else None,
             )
-    return found, default
+    return by_name, default
 
 
 def minutes_of(limit: str) -> int | None:
@@ -104,9 +104,9 @@ def check(cfg: Config, nodes: int, gpus: int) -> list[str]:
     known, default = partitions()
     name = launcher.partition or default
     if name not in known:
-        what = f"launcher.partition={name}" if name else "launcher.partition=null, and there is no default partition"
+        named = f"launcher.partition={name}" if name else "launcher.partition=null, and there is no default partition"
         raise ConfigError(
-            f"{what} is not a partition of this cluster" if name else what,
+            f"{named} is not a partition of this cluster" if name else named,
             f"use launcher.partition={' or '.join(list(known)[:3])}",
         )
     has = known[name]
@@ -157,7 +157,7 @@ def flags(cfg: Config, nodes: int, gpus: int, run_dir: Path) -> list[str]:
     launcher = cfg.launcher
     fewest = launcher.min_nodes or nodes
     chained = launcher.chain > 1
-    found = [
+    options = [
         f"--job-name=moe-{cfg.model.name}",
         f"--nodes={nodes}" if fewest == nodes else f"--nodes={fewest}-{nodes}",
         f"--ntasks-per-node={launcher.ranks_per_node}",
@@ -170,13 +170,13 @@ def flags(cfg: Config, nodes: int, gpus: int, run_dir: Path) -> list[str]:
         f"--mem={launcher.memory_gib}G" if launcher.memory_gib else "--mem=0",  # all: the default may be a share
     ]
     if launcher.cpus_per_rank:
-        found.append(f"--cpus-per-task={launcher.cpus_per_rank}")
+        options.append(f"--cpus-per-task={launcher.cpus_per_rank}")
     for name in ("partition", "account", "qos", "reservation", "constraint"):
         if (value := getattr(launcher, name)) is not None:
-            found.append(f"--{name}={value}")
+            options.append(f"--{name}={value}")
     if launcher.exclude:
-        found.append(f"--exclude={','.join(launcher.exclude)}")
-    return found
+        options.append(f"--exclude={','.join(launcher.exclude)}")
+    return options
 
 
 def no_pattern(directory: Path) -> str:
@@ -190,7 +190,7 @@ def environment(cfg: Config, place: Path, counts: Sequence[int]) -> dict[str, st
     `counts` are the numbers of nodes that have a layout, fewest first.
     """
     launcher = cfg.launcher
-    found = {
+    result = {
         "MOE_SUBMITTED": place.name,
         "MOE_CODE": str(place / "code"),
         "MOE_PYTHON": container.python(launcher),
@@ -202,11 +202,11 @@ def environment(cfg: Config, place: Path, counts: Sequence[int]) -> dict[str, st
         "MOE_RENDEZVOUS_TIMEOUT_S": str(launcher.rendezvous_timeout_s),
     }
     if len(counts) > 1:
-        found["MOE_NODE_COUNTS"] = " ".join(map(str, counts))
+        result["MOE_NODE_COUNTS"] = " ".join(map(str, counts))
     if launcher.container is not None:
-        found |= {"MOE_CONTAINER": launcher.container, "MOE_CONTAINER_RUNTIME": launcher.container_runtime}
-        found["MOE_MOUNTS"] = ",".join(str(mount) for mount in container.mounts(launcher))
-    return found
+        result |= {"MOE_CONTAINER": launcher.container, "MOE_CONTAINER_RUNTIME": launcher.container_runtime}
+        result["MOE_MOUNTS"] = ",".join(str(mount) for mount in container.mounts(launcher))
+    return result
 
 
 def warn_unheard(launcher: LauncherConfig) -> None:
@@ -216,14 +216,14 @@ def warn_unheard(launcher: LauncherConfig) -> None:
     """
     if "MOE_SUBMITTED" in os.environ:
         return
-    found = {}
+    ignored = {}
     for name, variable in _UNHEARD.items():
         value = str(getattr(launcher, name))
         if value not in (str(getattr(_DEFAULTS, name)), os.environ.get(variable)):
-            found[f"launcher.{name}={value}"] = variable
-    if found:
-        print(f"warning: moe-submit alone acts on {', '.join(found)}; launch/train.sbatch takes "
-              f"{', '.join(found.values())}", file=sys.stderr, flush=True)  # fmt: skip
+            ignored[f"launcher.{name}={value}"] = variable
+    if ignored:
+        print(f"warning: moe-submit alone acts on {', '.join(ignored)}; launch/train.sbatch takes "
+              f"{', '.join(ignored.values())}", file=sys.stderr, flush=True)  # fmt: skip
 
 
 def run(*words: str, environment: dict[str, str] | None = None) -> str:

@@ -71,16 +71,16 @@ def sees(launcher: LauncherConfig, read: Mapping[str, str], written: Mapping[str
         given.append(Mount(Path.home(), Path.home()))
     for name, text in {**read, **written, "the working directory": str(Path.cwd())}.items():
         path = Path(text).absolute()
-        found = _mount_of(path, given)
-        if found is None:
+        mount = _mount_of(path, given)
+        if mount is None:
             raise ConfigError(
                 f"{name}={path} is not in launcher.container: nothing of launcher.mounts={launcher.mounts} is mounted "
                 "there from the same place",
                 f"add {path.parent if path.is_file() else path} or a directory above it to launcher.mounts",
             )
-        if name in written and "ro" in found.flags.split("+"):
-            raise ConfigError(f"{name}={path} is read-only in launcher.container: launcher.mounts has {found}",
-                              f"mount {found.source}:{found.target} without ro")  # fmt: skip
+        if name in written and "ro" in mount.flags.split("+"):
+            raise ConfigError(f"{name}={path} is read-only in launcher.container: launcher.mounts has {mount}",
+                              f"mount {mount.source}:{mount.target} without ro")  # fmt: skip
 
 
 def _mount_of(path: Path, given: list[Mount]) -> Mount | None:

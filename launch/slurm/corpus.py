@@ -57,8 +57,8 @@ def of(cfg: Config) -> Corpus:
         known = [size for size in [*sizes, _vocabulary(Path(source.dir))] if size is not None]
         return Corpus(f"{len(prefixes)} datasets", tokens, vocab_size=max(known, default=None))
     if source.source == "none":
-        what = f"data.dir={source.dir} holds no dataset: manifest.json"
-        _readable(manifest, what, "make it with moe-data, or correct data.dir")
+        missing = f"data.dir={source.dir} holds no dataset: manifest.json"
+        _readable(manifest, missing, "make it with moe-data, or correct data.dir")
         return _prepared(manifest)
     if source.source == "files":
         size = _text_bytes(source)
@@ -101,10 +101,10 @@ def check(cfg: Config, tokens: int) -> tuple[str, list[str]]:
     return line, notes
 
 
-def _refuse_many(what: str, tokens: int, read: int) -> None:
+def _refuse_many(amount: str, tokens: int, read: int) -> None:
     if tokens > MOST_EPOCHS * read:
         raise ConfigError(
-            f"{what}, and the run of {tokens:,} would read them {tokens // max(1, read):,} times",
+            f"{amount}, and the run of {tokens:,} would read them {tokens // max(1, read):,} times",
             "use data=indexed data.dir=DIRECTORY or data=text data.path=FILES, or a smaller train.tokens",
         )
 
@@ -123,11 +123,11 @@ def _prepared(manifest: Path) -> Corpus:
         read = untrusted.read_object(manifest)
         sizes = {str(name): int(file["bytes"]) for name, file in read["files"].items()}
         tokens, entries = int(read["tokens"]), read.get("vocab_size")
-        found = tokens > 0 and any(name.endswith(".bin") for name in sizes)
+        is_dataset = tokens > 0 and any(name.endswith(".bin") for name in sizes)
         vocabulary = _vocabulary(manifest.parent) if entries is None else int(entries)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{manifest} is damaged: {type(error).__name__} {error}", remedy) from error
-    if not found:
+    if not is_dataset:
         raise ConfigError(f"{manifest} is damaged: its token count is 0 or missing", remedy)
     for name, size in sizes.items():
         path = manifest.parent / name
@@ -195,8 +195,8 @@ def _text_bytes(data: DataConfig) -> int:
     return sum(file.stat().st_size * (20 if file.suffix in (".gz", ".zst", ".parquet") else 1) for file in files)
 
 
-def _readable(path: Path, what: str, remedy: str, missing: type[ConfigError] = NotThere) -> None:
+def _readable(path: Path, subject: str, remedy: str, missing: type[ConfigError] = NotThere) -> None:
     if not path.exists():
-        raise missing(f"{what} does not exist", remedy)
+        raise missing(f"{subject} does not exist", remedy)
     if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
-        raise ConfigError(f"{what} cannot be read by this user", remedy)
+        raise ConfigError(f"{subject} cannot be read by this user", remedy)

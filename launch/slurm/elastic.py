@@ -48,16 +48,16 @@ def choices(cfg: Config, nodes: int, plan: EstimateConfig = USUAL) -> list[Choic
     taken: list[list[int]] = [[] for _ in tried]
     for count in range(fewest, nodes + 1):
         ranks = count * launcher.ranks_per_node
-        first = next((place for place, (_, one) in enumerate(tried) if fit(one, ranks)), None)
+        first = next((place for place, (_, candidate) in enumerate(tried) if fit(candidate, ranks)), None)
         if first is not None:
             taken[first].append(count)
     both = list(zip(tried, taken, strict=True))
-    for (text, one), counts in both:
+    for (text, candidate), counts in both:
         if text and not counts:
-            raise _never_taken(text, one, fewest, nodes)
+            raise _never_taken(text, candidate, fewest, nodes)
     if not any(fewest in counts for counts in taken):
         _refuse_fewest(cfg, fewest, sorted(count for counts in taken for count in counts))
-    return [_choice(text, one, counts, nodes, plan) for (text, one), counts in both if counts]
+    return [_choice(text, candidate, counts, nodes, plan) for (text, candidate), counts in both if counts]
 
 
 def shown(counts: Sequence[int]) -> str:
@@ -70,10 +70,10 @@ def degrees(layout: ParallelLayout) -> str:
     return f"{layout.label} edp{layout.edp}"
 
 
-def fewer(found: Sequence[Choice], nodes: int) -> list[str]:
+def fewer(options: Sequence[Choice], nodes: int) -> list[str]:
     """Lines on what the job does with fewer than `nodes` nodes."""
-    lines, all_counts = [], {count for choice in found for count in choice.counts}
-    for choice in found:
+    lines, all_counts = [], {count for choice in options for count in choice.counts}
+    for choice in options:
         if counts := [count for count in choice.counts if count < nodes]:
             lines.append(
                 f"{shown(counts)} nodes: {degrees(choice.layout)}, {choice.found.memory_gib:,.1f} GiB"
@@ -86,7 +86,7 @@ def fewer(found: Sequence[Choice], nodes: int) -> list[str]:
     if idle:
         lines.append(
             "with another number of nodes it takes the largest of these that fits; others stay idle, and cost: at most "
-            f"{idle} of {worst} nodes{_price(found[0].cfg, idle)}"
+            f"{idle} of {worst} nodes{_price(options[0].cfg, idle)}"
         )
     return lines
 
@@ -101,11 +101,11 @@ def _price(cfg: Config, nodes: int) -> str:
 
 def _choice(text: str, cfg: Config, counts: list[int], nodes: int, plan: EstimateConfig) -> Choice:
     layout = validate(cfg, counts[0] * cfg.launcher.ranks_per_node)
-    found = run_estimate(cfg, layout, plan)
+    estimate = run_estimate(cfg, layout, plan)
     where = f"launcher.min_nodes={cfg.launcher.min_nodes} lets the job start with {counts[0]} nodes, where "
     where += f"{text} of launcher.fallbacks is used and " if text else ""
-    check_memory(found, layout, where if counts[0] < nodes else "")
-    return Choice(text, cfg, tuple(counts), layout, found)
+    check_memory(estimate, layout, where if counts[0] < nodes else "")
+    return Choice(text, cfg, tuple(counts), layout, estimate)
 
 
 def _refuse_fewest(cfg: Config, fewest: int, others: list[int]) -> None:
@@ -124,30 +124,30 @@ def _refuse_fewest(cfg: Config, fewest: int, others: list[int]) -> None:
 def _never_taken(text: str, cfg: Config, fewest: int, nodes: int) -> ConfigError:
     """Why the job takes no layout `text` on `fewest` to `nodes` nodes, as an error."""
     each = cfg.launcher.ranks_per_node
-    what = f"launcher.fallbacks has {text}, which"
+    subject = f"launcher.fallbacks has {text}, which"
     fits = [count for count in range(1, nodes + 1) if fit(cfg, count * each)]
     if smaller := [count for count in fits if count < fewest]:
         least = f"launcher.min_nodes={fewest}" if cfg.launcher.min_nodes else f"{nodes} without launcher.min_nodes"
         return ConfigError(
-            f"{what} fits {smaller[-1]} nodes, and the job never has fewer than {least}",
+            f"{subject} fits {smaller[-1]} nodes, and the job never has fewer than {least}",
             f"set launcher.min_nodes={smaller[-1]}, or leave it out",
         )
     if fits:
         return ConfigError(
-            f"{what} is never taken: on {fits[0]} nodes the layout before it fits",
+            f"{subject} is never taken: on {fits[0]} nodes the layout before it fits",
             "put it first, or give the one before it a parallel.dp",
         )
     p = cfg.parallel
     needed = p.tp * p.pp * p.cp * p.dp if p.dp else 0
     if needed and needed % each:
-        return ConfigError(f"{what} needs {needed} ranks, and nodes have {each}", f"use a multiple of {each} ranks")
+        return ConfigError(f"{subject} needs {needed} ranks, and nodes have {each}", f"use a multiple of {each} ranks")
     if needed > nodes * each:
         return ConfigError(
-            f"{what} needs {needed // each} nodes, and the job never has more than {nodes}",
+            f"{subject} needs {needed // each} nodes, and the job never has more than {nodes}",
             f"set launcher.nodes={needed // each}, or leave it out",
         )
     try:
         validate(cfg, needed or nodes * each)
     except ConfigError as error:
-        return ConfigError(f"{what} cannot be used: {error.cause}", error.remedy)
-    return ConfigError(f"{what} fits no number of nodes from 1 to {nodes}", "correct it, or leave it out")
+        return ConfigError(f"{subject} cannot be used: {error.cause}", error.remedy)
+    return ConfigError(f"{subject} fits no number of nodes from 1 to {nodes}", "correct it, or leave it out")

@@ -72,8 +72,8 @@ class ConfigSources:
 
     def words(self, directory: Path) -> list[str]:
         """The options of a job whose submission is kept in `directory`."""
-        found = [] if self.config_dir is None else [f"--config-dir={directory / 'conf'}"]
-        return found + ([] if self.config_name is None else [f"--config-name={self.config_name}"])
+        options = [] if self.config_dir is None else [f"--config-dir={directory / 'conf'}"]
+        return options + ([] if self.config_name is None else [f"--config-name={self.config_name}"])
 
 
 def options() -> ConfigSources:
@@ -104,8 +104,8 @@ def take(cfg: Config, directory: Path, given: ConfigSources | None = None) -> Pa
         (directory / "config.yaml").write_text(compose.to_yaml(cfg), encoding="utf-8")
         if _git("ls-files", "--error-unmatch", "moe_train/__init__.py") is not None:
             for name, words in {"commit.txt": ["rev-parse", "HEAD"], "changes.diff": ["diff", "HEAD"]}.items():
-                if (said := _git(*words)) is not None:
-                    (directory / name).write_bytes(said)
+                if (output := _git(*words)) is not None:
+                    (directory / name).write_bytes(output)
     except OSError as error:
         raise LaunchError(f"{directory} cannot be written: {error.strerror}", "set run_dir=PATH") from error
     return directory / "code"
@@ -134,10 +134,10 @@ def newest_place(run_dir: str | Path) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    found = sorted(Path(run_dir).glob(f"{FOLDER}/*/{FACTS}"))
-    if not found:
+    facts = sorted(Path(run_dir).glob(f"{FOLDER}/*/{FACTS}"))
+    if not facts:
         raise ConfigError(f"{run_dir} is not the directory of a run that moe-submit started", "name its run_dir")
-    return found[-1].parent
+    return facts[-1].parent
 
 
 def newest(run_dir: str | Path) -> Submission:
@@ -153,16 +153,17 @@ def read(directory: Path) -> Submission:
     """
     path = directory / FACTS
     try:
-        found = Submission(**untrusted.read_object(path))
-        if not (_are_texts(found.command) and _are_texts(found.jobs) and isinstance(found.environment, dict)
-                and _are_texts([*found.environment.values()])):  # fmt: skip
+        submission = Submission(**untrusted.read_object(path))
+        environment = submission.environment
+        if not (_are_texts(submission.command) and _are_texts(submission.jobs) and isinstance(environment, dict)
+                and _are_texts([*environment.values()])):  # fmt: skip
             raise ValueError("it does not describe a submission")
-        for job in found.jobs:  # which scontrol and scancel get, and might take for an option
+        for job in submission.jobs:  # which scontrol and scancel get, and might take for an option
             if not _JOB.fullmatch(job):
                 raise ValueError(f"{job[:100]!r} is not the number of a job")
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}", "submit the run again with moe-submit") from error
-    return found
+    return submission
 
 
 def _are_texts(values: object) -> bool:

@@ -125,16 +125,16 @@ def _without_plan(words: Sequence[str]) -> tuple[list[str], EstimateConfig]:
     Raises:
         ConfigError: they say something that an estimate cannot assume.
     """
-    kept: list[str] = []
+    words_of_run: list[str] = []
     own: list[str] = []
     for word, is_override in sorted_words(words):
         group = word.partition("=")[0].lstrip("+~").partition(".")[0]
-        (own if is_override and group in group_names(EstimateRoot) else kept).append(word)
+        (own if is_override and group in group_names(EstimateRoot) else words_of_run).append(word)
     if not own:
-        return kept, USUAL
+        return words_of_run, USUAL
     root = compose(own, EstimateRoot)
     check_values(root)
-    return kept, root.plan
+    return words_of_run, root.plan
 
 
 def _assumed(overrides: Sequence[str]) -> list[str]:
@@ -180,11 +180,11 @@ def check(cfg: Config, dry: bool = False, plan: EstimateConfig = USUAL) -> Check
     nodes = launcher.nodes or checks.nodes_of(cfg, layout)
     choices = elastic.choices(cfg, nodes, plan)
     own = next(choice for choice in choices if nodes in choice.counts)
-    found = own.found if own.counts[0] == nodes else run_estimate(fitted, layout, plan)
-    check_memory(found, layout)
+    estimate = own.found if own.counts[0] == nodes else run_estimate(fitted, layout, plan)
+    check_memory(estimate, layout)
     data = ""
     try:
-        data, more = corpus.check(cfg, found.tokens)
+        data, more = corpus.check(cfg, estimate.tokens)
         notes += more
     except corpus.NotThere as error:
         if not dry:
@@ -206,7 +206,7 @@ def check(cfg: Config, dry: bool = False, plan: EstimateConfig = USUAL) -> Check
     except LaunchError as error:
         unchecked = error.cause
     lock.refuse_live(cfg)
-    return Checked(cfg, words, layout, nodes, gpus, found, data, choices, unchecked, notes, submission.options())
+    return Checked(cfg, words, layout, nodes, gpus, estimate, data, choices, unchecked, notes, submission.options())
 
 
 def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
@@ -280,8 +280,8 @@ def _sbatch(record: submission.Submission, first_after: list[str], count: int, p
 
 def _overrides(run: Checked) -> list[str]:
     """The words of the command line for `train.sbatch`: paths absolute, references replaced by what they refer to."""
-    kept = [_for_job(word, run.cfg) for word in run.overrides if not word.startswith("run_dir=")]
-    return [*kept, text_override("run_dir", str(Path(run.cfg.run_dir).resolve()))]
+    overrides = [_for_job(word, run.cfg) for word in run.overrides if not word.startswith("run_dir=")]
+    return [*overrides, text_override("run_dir", str(Path(run.cfg.run_dir).resolve()))]
 
 
 def _for_job(word: str, cfg: Config) -> str:
@@ -308,13 +308,13 @@ def _parseable(run_dir: str) -> None:
 
 
 def _report(run: Checked) -> None:
-    cfg, layout, found = run.cfg, run.layout, run.found
+    cfg, layout, estimate = run.cfg, run.layout, run.found
     launcher = cfg.launcher
-    memory = f"{found.memory_gib:,.1f} GiB on the peak rank (stage {found.stage} of {layout.pp})"
-    if found.usable_gib is not None:
-        memory += f", of {found.usable_gib:,.1f} that a GPU has"
+    memory = f"{estimate.memory_gib:,.1f} GiB on the peak rank (stage {estimate.stage} of {layout.pp})"
+    if estimate.usable_gib is not None:
+        memory += f", of {estimate.usable_gib:,.1f} that a GPU has"
     rows = [
-        ("run", f"{cfg.model.name} in {cfg.precision.name}, {found.tokens:,} tokens, {cfg.run_dir}"),
+        ("run", f"{cfg.model.name} in {cfg.precision.name}, {estimate.tokens:,} tokens, {cfg.run_dir}"),
         *([("data", run.data)] if run.data else []),
         (
             "nodes",
@@ -325,8 +325,8 @@ def _report(run: Checked) -> None:
         ("memory", memory),
         *(("or" if not i else "", text) for i, text in enumerate(elastic.fewer(run.choices, run.nodes))),
     ]
-    if found.pace:
-        pace, cluster, limit_h = found.pace, cfg.cluster, launcher.time_limit_min / 60
+    if estimate.pace:
+        pace, cluster, limit_h = estimate.pace, cfg.cluster, launcher.time_limit_min / 60
         rate = pace.tokens_per_s_per_gpu
         rows += [
             ("time", f"{pace.hours:,.1f} hours: a step {pace.step_s:,.3f} s, {rate:,.0f} tokens/s a GPU"),
@@ -334,7 +334,7 @@ def _report(run: Checked) -> None:
             ("", f"{max(1, -(-pace.hours // limit_h)):,.0f} x the time limit of {limit_h:g} hours"),
             ("cost", _cost(run, pace.hours)),
         ]
-    notes = [] if cfg.runtime == "cpu" else checks.notes(cfg, layout, found)
+    notes = [] if cfg.runtime == "cpu" else checks.notes(cfg, layout, estimate)
     rows += [("note", note) for note in [*notes, *run.notes]]
     if run.unchecked:
         rows.append(("note", f"partition, account, limits and what else Slurm knows are not checked: {run.unchecked}"))
@@ -344,10 +344,10 @@ def _report(run: Checked) -> None:
 
 def _cost(run: Checked, hours: float) -> str:
     """Of all GPUs that the job holds, which may be more than its ranks."""
-    price, held = run.cfg.cluster.dollars_per_gpu_hour, run.nodes * run.gpus
-    more = held - run.layout.world_size
-    idle = f", with the {more:,} of {held:,} GPUs that have no rank" if more else ""
-    return f"${hours * held * price:,.0f} at ${price:g} for a GPU and hour{idle}"
+    price, gpus = run.cfg.cluster.dollars_per_gpu_hour, run.nodes * run.gpus
+    more = gpus - run.layout.world_size
+    idle = f", with the {more:,} of {gpus:,} GPUs that have no rank" if more else ""
+    return f"${hours * gpus * price:,.0f} at ${price:g} for a GPU and hour{idle}"
 
 
 def _node_spans(run: Checked) -> list[NodeSpan]:

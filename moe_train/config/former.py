@@ -42,8 +42,8 @@ def current(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _translated(name: str, item: Any) -> Any:
-    found = entry(name, item) if isinstance(item, str) else None
-    return asdict(found) if is_dataclass(found) and not isinstance(found, type) else item
+    parsed = entry(name, item) if isinstance(item, str) else None
+    return asdict(parsed) if is_dataclass(parsed) and not isinstance(parsed, type) else item
 
 
 def entry(name: str, text: str) -> Any | None:

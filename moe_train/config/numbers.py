@@ -24,11 +24,11 @@ def as_integer(text: str, thousand: int = 1000) -> int:
     Raises:
         ValueError: it is not a number, not a whole one, or has more than 63 bits.
     """
-    found = _NUMBER.fullmatch(text.strip())
-    if not found:
+    match = _NUMBER.fullmatch(text.strip())
+    if not match:
         raise ValueError(f"{text!r} is not a number")
     try:
-        value = Decimal(found[1].replace("_", "")) * thousand ** _UNITS.index(found[2].lower())
+        value = Decimal(match[1].replace("_", "")) * thousand ** _UNITS.index(match[2].lower())
     except InvalidOperation:
         raise ValueError(f"{text!r} is not a number") from None
     if value != int(value):

@@ -17,5 +17,5 @@ def of_chunk(recompute: RecomputeConfig, chunk: int) -> RecomputeConfig:
 
 def settings(recompute: RecomputeConfig) -> list[RecomputeConfig]:
     """Those of all chunks, each kind once."""
-    found = [of_chunk(recompute, chunk) for chunk in range(max(1, len(recompute.stages)))]
-    return [one for number, one in enumerate(found) if one not in found[:number]]
+    chunks = [of_chunk(recompute, chunk) for chunk in range(max(1, len(recompute.stages)))]
+    return [one for number, one in enumerate(chunks) if one not in chunks[:number]]

@@ -82,7 +82,7 @@ ROOTS: Mapping[type, RootInfo] = {
 
 def field_info(name: str) -> FieldInfo | None:
     """The field of this full name in any root: the same name means the same in all."""
-    return next((found for root in ROOTS if (found := all_fields(root).get(name))), None)
+    return next((info for root in ROOTS if (info := all_fields(root).get(name))), None)
 
 
 def all_groups() -> tuple[str, ...]:

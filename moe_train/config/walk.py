@@ -43,7 +43,7 @@ class FieldInfo:
 @cache
 def all_fields(root: type = Config) -> Mapping[str, FieldInfo]:
     """Every leaf of a config root by its full name, in the order of the schema."""
-    found: dict[str, FieldInfo] = {}
+    fields_by_name: dict[str, FieldInfo] = {}
 
     def visit(config_class: type, prefix: str) -> None:
         types = typing.get_type_hints(config_class)
@@ -53,13 +53,13 @@ def all_fields(root: type = Config) -> Mapping[str, FieldInfo]:
                 visit(kind, name + ".")
             else:
                 meta = item.metadata
-                found[name] = FieldInfo(
+                fields_by_name[name] = FieldInfo(
                     name, kind, _default(item), meta.get("doc", ""), meta.get("choices", ()), meta.get("minimum"),
                     meta.get("maximum"), meta.get("example", ""),
                 )  # fmt: skip
 
     visit(root, "")
-    return found
+    return fields_by_name
 
 
 def _default(item: dataclasses.Field[Any]) -> Any:

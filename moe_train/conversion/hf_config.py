@@ -63,11 +63,11 @@ def to_model(config: Json, where: Path | str = FILE) -> ModelConfig:
         CheckpointError: its family is unknown, a field is missing, or it asks for what the model code does not have.
     """
     kind = config.get("model_type")
-    found = [name for name, family in FAMILIES.items() if kind in family.schema.model_types]
-    if not found:
+    names = [name for name, family in FAMILIES.items() if kind in family.schema.model_types]
+    if not names:
         known = ", ".join(t for family in FAMILIES.values() for t in family.schema.model_types)
         raise CheckpointError(f"{where} has model_type={kind!r}, which is not supported", f"supported are {known}")
-    family, schema = found[0], FAMILIES[found[0]].schema
+    family, schema = names[0], FAMILIES[names[0]].schema
     _refuse_other_computations(config, family, where)
     values: Json = {"name": str(kind), "family": family, **schema.fixed}
     for setting in schema.settings:
@@ -153,16 +153,16 @@ def _read(setting: Setting, config: Json, schema: Schema, where: Path | str) -> 
 
 def _following(config: Json, schema: Schema, values: Json) -> Json:
     """Fields that follow from the others, or from several keys."""
-    found: Json = {}
+    derived: Json = {}
     if schema.unnormalised_topk:
-        found["router_pre_softmax"] = not config.get("norm_topk_prob", False)
+        derived["router_pre_softmax"] = not config.get("norm_topk_prob", False)
     if values.get("router_num_groups") == 0:
-        found["router_topk_groups"] = 0
+        derived["router_topk_groups"] = 0
     if schema.attention.latent and values["norm_epsilon"] != _LATENT_EPSILON:
-        found["latent_norm_epsilon"] = _LATENT_EPSILON
+        derived["latent_norm_epsilon"] = _LATENT_EPSILON
     if "ffn_hidden_size" not in values:  # every layer has experts
-        found["ffn_hidden_size"] = values["moe_ffn_hidden_size"]
-    return found
+        derived["ffn_hidden_size"] = values["moe_ffn_hidden_size"]
+    return derived
 
 
 def _typed(field: str, value: Any) -> Any:
@@ -247,13 +247,13 @@ def differences(ours: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[Any, 
 
     With the values of `theirs` in its place, `ours` is that model: nothing else of it counts or contradicts them.
     """
-    found: dict[str, tuple[Any, Any]] = {}
+    result: dict[str, tuple[Any, Any]] = {}
     while True:  # a value that follows from others, such as head_dim, may differ once they are set
         pairs = {field: (_shown(ours, field, theirs), _shown(theirs, field, theirs)) for field in _deciding(theirs)}
         differing = {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
         if not differing:
-            return found
-        found |= differing
+            return result
+        result |= differing
         ours = replace(ours, **{field: pair[1] for field, pair in differing.items()})
 
 

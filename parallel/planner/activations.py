@@ -387,7 +387,7 @@ def compacted(workload: Workload, kept: dict[str, float]) -> dict[str, float]:
     SwiGLU's inputs are kept in FP8 and its output is recomputed; the output of attention is kept once, in 12 bits, for
     attention and for its output projection.
     """
-    found = {}
+    unique = {}
     for name, size in kept.items():
         if name.endswith("down input in fp8") or name == "attention output in fp8":
             continue
@@ -395,8 +395,8 @@ def compacted(workload: Workload, kept: dict[str, float]) -> dict[str, float]:
             size *= E4M3_BYTES / workload.element
         elif name == "attention output":
             size *= E5M6_BYTES / workload.element
-        found[name] = size
-    return found
+        unique[name] = size
+    return unique
 
 
 def shared_embedding_bytes(workload: Workload) -> float:

@@ -225,14 +225,16 @@ class Timer:
         pattern, pp = workload.model.moe_layer_pattern, workload.layout.pp
         key = (tuple("".join(items) for items in workload.stages), pp)
         if key not in self.ranks:
-            found: list[tuple[tuple[str, ...], Counter[bool]]] = [(key[0][rank::pp], Counter()) for rank in range(pp)]
+            stages_of_ranks: list[tuple[tuple[str, ...], Counter[bool]]] = [
+                (key[0][rank::pp], Counter()) for rank in range(pp)
+            ]
             first = 0
             for index, items in enumerate(key[0]):
-                counts = found[index % pp][1]
+                counts = stages_of_ranks[index % pp][1]
                 counts.update(bool(moe) for moe in pattern[first : first + items.count("t")])
                 counts[bool(pattern[-1])] += items.count("m")
                 first += items.count("t")
-            self.ranks[key] = found
+            self.ranks[key] = stages_of_ranks
         return self.ranks[key]
 
     def step(self, workload: Workload, schedule: str, software: Software) -> StepTime:

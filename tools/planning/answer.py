@@ -90,7 +90,7 @@ class Answer:
     def total(self) -> cost.CostEstimate:
         """The sum of all stages."""
         costs = self.costs
-        days = sum(one.days for one in costs if one.days is not None)
+        days = sum(stage.days for stage in costs if stage.days is not None)
         return cost.CostEstimate(
             "total", sum(b.tokens for b in costs), sum(b.gpu_hours for b in costs), days,
             sum(b.dollars for b in costs), sum(b.kwh for b in costs), sum(b.kg_co2 for b in costs),
@@ -152,21 +152,21 @@ def space_of(cfg: PlanRoot) -> Space:
     foreign = modules_of_other_attentions(model)
     sets: list[Recompute] = []
     for modules in MODULES:
-        kept = frozenset(
+        usable = frozenset(
             m for m in modules
             if m not in foreign and not (m == "moe_act" and not model.is_moe)
             and not (m == "mlp" and 0 not in model.moe_layer_pattern)
         )  # fmt: skip
-        one: Recompute = ("selective" if kept else "none", kept)
-        if one not in sets:
-            sets.append(one)
+        candidate: Recompute = ("selective" if usable else "none", usable)
+        if candidate not in sets:
+            sets.append(candidate)
     fp8 = tuple(None if name == "none" else name for name in plan.precisions) or (cfg.precision.fp8,)
     cp = tuple(plan.cp) or ((1, 2, 4, 8, 16) if cfg.train.seq_length >= 16384 else (1,))
     return Space(
         cp=cp, ep=tuple(e for e in (2**n for n in range(11)) if e <= max(1, model.num_experts)),
         micro_batch_size=tuple(plan.micro_batch_sizes), recompute=(*sets, ("full", frozenset())),
         schedules=tuple(plan.schedules), fp8=fp8,
-        dispatchers=tuple(one for one in PLANNED if gpus or not DISPATCHERS[one].needs_gpu),
+        dispatchers=tuple(name for name in PLANNED if gpus or not DISPATCHERS[name].needs_gpu),
     )  # fmt: skip
 
 
@@ -202,10 +202,10 @@ def searched(cfg: PlanRoot, base: Workload, gpus: int) -> SearchResult:
 def sizes(gpus: int, batch: int) -> set[int]:
     """How many of the GPUs to try to use: all, whole groups of `ROUND_TO`, and most of them where that is a divisor of
     the batch times a power of 2."""
-    found = {gpus - gpus % unit for unit in ROUND_TO if unit <= gpus}
-    odd = [one for one in range(1, min(batch, gpus) + 1, 2) if batch % one == 0]
-    filled = {one << (gpus // one).bit_length() - 1 for one in odd}
-    return found if gpus in filled else found | {one for one in filled if one > 0.75 * gpus}
+    rounded = {gpus - gpus % unit for unit in ROUND_TO if unit <= gpus}
+    odd = [size for size in range(1, min(batch, gpus) + 1, 2) if batch % size == 0]
+    filled = {size << (gpus // size).bit_length() - 1 for size in odd}
+    return rounded if gpus in filled else rounded | {size for size in filled if size > 0.75 * gpus}
 
 
 def _rate(result: SearchResult) -> float:
@@ -215,15 +215,15 @@ def _rate(result: SearchResult) -> float:
 
 def given(cfg: PlanRoot, base: Workload, gpus: int) -> SearchResult:
     """The layout of `parallel.*`, over `gpus` GPUs, under the first schedule that fits it."""
-    one = base.layout
-    each = one.tp * one.pp * one.cp
+    start = base.layout
+    each = start.tp * start.pp * start.cp
     if gpus % each:
         raise Impossible(
             f"parallel.tp x pp x cp = {each} does not divide plan.gpus={gpus}",
             [{"plan.gpus": max(each, gpus - gpus % each)}],
         )
     layout = ParallelLayout.resolve(
-        tp=one.tp, pp=one.pp, vpp=one.vpp, cp=one.cp, ep=one.ep, etp=one.etp, world_size=gpus
+        tp=start.tp, pp=start.pp, vpp=start.vpp, cp=start.cp, ep=start.ep, etp=start.etp, world_size=gpus
     )
     batch, size = cfg.batch.global_batch_size, cfg.batch.micro_batch_size
     if batch % (size * layout.dp):
@@ -257,8 +257,10 @@ def adapted(result: Answer, stage: TrainingStage) -> Estimate:
     Raises:
         ConfigError: the stage cannot run on the same ranks.
     """
-    one = result.best.workload.layout
-    more = [one.cp << power for power in range((one.cp * one.dp).bit_length()) if one.dp % (1 << power) == 0]
+    layout = result.best.workload.layout
+    more = [
+        layout.cp << power for power in range((layout.cp * layout.dp).bit_length()) if layout.dp % (1 << power) == 0
+    ]
     for cp in [stage.cp] if stage.cp else more:
         try:
             return _adapted(result, stage, cp)
@@ -309,7 +311,7 @@ def _more_recomputation(workload: Workload, cfg: PlanRoot) -> Iterator[Workload]
 
 def sensitivity(result: Answer) -> list[tuple[str, float, float, float]]:
     """Sensitivity analysis: the total cost under other prices, speeds, failures and checkpoint intervals."""
-    hardware, size, asked = result.hardware, checkpoint_bytes(result.cfg, result.best.workload), result.cfg.plan
+    hardware, size, settings = result.hardware, checkpoint_bytes(result.cfg, result.best.workload), result.cfg.plan
     gpus, now = result.used, result.goodput
     both = list(zip(result.recipe, result.costs, strict=True))
     whole = sum(  # without failures
@@ -319,7 +321,7 @@ def sensitivity(result: Answer) -> list[tuple[str, float, float, float]]:
     rows = []
 
     def row(name: str, changed: Hardware, speed: float = 1.0, interval: float | None = None) -> None:
-        fraction = cost.goodput(changed, size, gpus, interval or asked.checkpoint_interval_s).fraction
+        fraction = cost.goodput(changed, size, gpus, interval or settings.checkpoint_interval_s).fraction
         hours = whole / speed / fraction
         rows.append((name, fraction, hours / result.gpus / 24, (hours + known) * changed.dollars_per_gpu_hour))
 
@@ -332,7 +334,7 @@ def sensitivity(result: Answer) -> list[tuple[str, float, float, float]]:
     for factor in (0.5, 2, 4):
         changed = replace(hardware, gpu_days_between_failures=hardware.gpu_days_between_failures / factor)
         row(f"{cost.failures_per_day(changed, gpus):.2f} failures a day", changed)
-    if asked.checkpoint_interval_s:
+    if settings.checkpoint_interval_s:
         best = cost.goodput(hardware, size, gpus).interval_s
         row(f"a checkpoint every {duration(best)}, the best interval", hardware, interval=best)
     for factor in (0.25, 4, 16):

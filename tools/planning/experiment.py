@@ -57,23 +57,25 @@ def how_to_run(path: Path) -> str:
 
 def planned(cfg: PlanRoot, plan: Estimate) -> PlanRoot:
     """`cfg` with the layout, batch, precision and recomputation of a plan."""
-    found, workload = copy.deepcopy(cfg), plan.workload
+    result, workload = copy.deepcopy(cfg), plan.workload
     for field in dataclasses.fields(workload.layout):
-        setattr(found.parallel, field.name, getattr(workload.layout, field.name))
-    found.parallel.dispatcher = (
+        setattr(result.parallel, field.name, getattr(workload.layout, field.name))
+    result.parallel.dispatcher = (
         plan.software.dispatcher if workload.model.num_experts and workload.layout.ep > 1 else ALLTOALL.name
     )
-    found.parallel.distributed_optimizer = True
-    found.parallel.overlap_grad_reduce = True
-    found.parallel.overlap_param_gather = True
+    result.parallel.distributed_optimizer = True
+    result.parallel.overlap_grad_reduce = True
+    result.parallel.overlap_param_gather = True
     if cfg.plan.search:
-        found.parallel.pipeline_layout = None
-    found.batch.micro_batch_size = workload.micro_batch_size
-    found.recompute.mode, found.recompute.modules = workload.recompute, sorted(workload.recompute_modules)
-    found.recompute.stages = [RecomputeStage(mode, sorted(modules)) for mode, modules in workload.recompute_of_chunks]
+        result.parallel.pipeline_layout = None
+    result.batch.micro_batch_size = workload.micro_batch_size
+    result.recompute.mode, result.recompute.modules = workload.recompute, sorted(workload.recompute_modules)
+    result.recompute.stages = [RecomputeStage(mode, sorted(modules)) for mode, modules in workload.recompute_of_chunks]
     if workload.fp8 != cfg.precision.fp8 and workload.dtype == "bf16":
-        found.precision = _composed([f"precision={RECIPES[workload.fp8].option if workload.fp8 else 'bf16'}"]).precision
-    return found
+        result.precision = _composed(
+            [f"precision={RECIPES[workload.fp8].option if workload.fp8 else 'bf16'}"]
+        ).precision
+    return result
 
 
 def as_yaml(cfg: PlanRoot, plan: Estimate) -> str:
@@ -98,12 +100,12 @@ def as_yaml(cfg: PlanRoot, plan: Estimate) -> str:
 
 def _composed(overrides: Sequence[str]) -> Config:
     """`compose`, also within a job of Hydra, which is global and allows one job at a time."""
-    one = GlobalHydra.instance()
-    running, one.hydra = one.hydra, None
+    hydra = GlobalHydra.instance()
+    running, hydra.hydra = hydra.hydra, None
     try:
         return compose(overrides)
     finally:
-        one.hydra = running
+        hydra.hydra = running
 
 
 def _comments(cfg: Config, plan: Estimate) -> list[str]:

@@ -64,9 +64,9 @@ def describe(event: Event) -> str:
     """One pass in words."""
     item = event.item
     other = f", backward of micro-batch {item.back_micro_batch} on stage {item.back_stage}" if item.kind == "FB" else ""
-    what = "forward" if item.kind == "FB" else NAMES[item.kind]
+    name = "forward" if item.kind == "FB" else NAMES[item.kind]
     milliseconds = 1e3 * (event.end - event.start)
-    return f"{what} of micro-batch {item.micro_batch} on stage {item.stage}{other}: {milliseconds:.1f} ms"
+    return f"{name} of micro-batch {item.micro_batch} on stage {item.stage}{other}: {milliseconds:.1f} ms"
 
 
 def trace(shown: Sequence[Event]) -> str:

@@ -40,8 +40,8 @@ def stages(recipe: Sequence[TrainingStage], tokens: int | None) -> list[Training
     for stage in recipe:
         lengths = [name for name in ("tokens", "steps", "gpu_hours") if getattr(stage, name) is not None]
         if len(lengths) != 1:
-            what = " and ".join(lengths) if lengths else "no tokens, steps or gpu_hours"
-            raise ConfigError(f"plan.recipe: {override_value(stage)} has {what}", "write {name:NAME,tokens:14.8T}")
+            given = " and ".join(lengths) if lengths else "no tokens, steps or gpu_hours"
+            raise ConfigError(f"plan.recipe: {override_value(stage)} has {given}", "write {name:NAME,tokens:14.8T}")
     if tokens and not any(stage.tokens and abs(stage.tokens / tokens - 1) < 1e-3 for stage in recipe):
         raise ConfigError(f"train.tokens={tokens} is of no stage of plan.recipe", "change the recipe, or leave it out")
     return list(recipe)

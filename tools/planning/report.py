@@ -43,8 +43,8 @@ def html(result: Answer, picture: str) -> str:
     """One page that needs no other file."""
     from jinja2 import Environment
 
-    asked = [show.compared(result, result.asked)] if result.asked else []
-    tables = [show.plans(result), *asked, show.where(result, result.best), show.memory(result, result.best.memory),
+    comparison = [show.compared(result, result.asked)] if result.asked else []
+    tables = [show.plans(result), *comparison, show.where(result, result.best), show.memory(result, result.best.memory),
               show.groups(result)]  # fmt: skip
     if result.costs:
         tables += [show.costs(result), show.changes(result)]
@@ -69,7 +69,7 @@ def _plain(table: Table) -> dict[str, Any]:
 
 def as_json(result: Answer) -> str:
     """Every figure."""
-    found = {
+    report = {
         "model": result.cfg.model.name,
         "cluster": result.hardware.name,
         "gpus": result.gpus,
@@ -84,9 +84,9 @@ def as_json(result: Answer) -> str:
         "sensitivity": [
             dict(zip(("change", "goodput", "days", "dollars"), row, strict=True)) for row in result.sensitivity
         ],
-        "groups": [dataclasses.asdict(one) for one in result.placements],
+        "groups": [dataclasses.asdict(placement) for placement in result.placements],
     }
-    return json.dumps(found, indent=1) + "\n"
+    return json.dumps(report, indent=1) + "\n"
 
 
 def _plan(result: Answer, plan: Estimate) -> dict[str, Any]:

@@ -51,8 +51,12 @@ def show(result: Answer, console: Console) -> None:
 
 
 def _shown(plan: Estimate) -> list[StageMemory]:
-    stages, held = list(plan.memory), plan.memory_of_ranks
-    return stages if len(stages) <= 4 else [stages[0], max(stages[1:-1], key=lambda one: held[one.stage]), stages[-1]]
+    stages, gib_of_rank = list(plan.memory), plan.memory_of_ranks
+    return (
+        stages
+        if len(stages) <= 4
+        else [stages[0], max(stages[1:-1], key=lambda stage: gib_of_rank[stage.stage]), stages[-1]]
+    )
 
 
 def memory(result: Answer, stages: Sequence[StageMemory]) -> Table:
@@ -60,8 +64,8 @@ def memory(result: Answer, stages: Sequence[StageMemory]) -> Table:
     best = result.best
     more = {}
     if best.schedule.startswith("dual"):
-        held = best.memory_of_ranks
-        more = {f"rank under {best.schedule}": [held[one.stage] for one in stages]}
+        gib_of_rank = best.memory_of_ranks
+        more = {f"rank under {best.schedule}": [gib_of_rank[stage.stage] for stage in stages]}
     workload = best.workload
     title, shown = memory_table(result.cfg, workload.layout, stages, more)
     shown.title = (
@@ -106,40 +110,40 @@ def plans(result: Answer) -> Table:
     return shown
 
 
-def why(result: Answer, asked: Estimate) -> str:
+def why(result: Answer, requested: Estimate) -> str:
     """What makes the layout that was asked for slower than the best, in a sentence."""
     best, room = result.best, result.hardware.usable_bytes / GIB
-    more = asked.step.seconds / asked.step.tokens * best.step.tokens / best.step.seconds - 1
-    fits = "" if asked.memory_bytes / GIB <= room else f" and does not fit {room:.1f} GiB"
+    more = requested.step.seconds / requested.step.tokens * best.step.tokens / best.step.seconds - 1
+    fits = "" if requested.memory_bytes / GIB <= room else f" and does not fit {room:.1f} GiB"
     if more <= 0:
         return f"The layout of parallel.* is {-more:.1%} faster than the best found{fits}."
-    saved = sorted(((mine - its, name) for name, mine, its in _parts(asked, best)), reverse=True)
+    saved = sorted(((mine - its, name) for name, mine, its in _parts(requested, best)), reverse=True)
     worse = ", ".join(f"{name} {seconds:+.2f} s" for seconds, name in saved[:3] if seconds > 0)
     better = ", ".join(f"{name} {seconds:+.2f} s" for seconds, name in reversed(saved[-3:]) if seconds < 0)
     return (
-        f"The layout of parallel.* ({asked.label}) takes {more:.1%} longer than the best{fits}: {worse}"
+        f"The layout of parallel.* ({requested.label}) takes {more:.1%} longer than the best{fits}: {worse}"
         + (f"; against {better}" if better else "") + "."
     )  # fmt: skip
 
 
-def compared(result: Answer, asked: Estimate) -> Table:
+def compared(result: Answer, requested: Estimate) -> Table:
     """The layout that was asked for, compared with the best."""
     shown = Table(title="The layout of parallel.* and the best, s of a step")
     for column in ("what", "asked for", "best", "difference"):
         shown.add_column(column, justify="left" if column == "what" else "right")
     best = result.best
-    for name, mine, its in [("step", asked.step.seconds, best.step.seconds), *_parts(asked, best)]:
+    for name, mine, its in [("step", requested.step.seconds, best.step.seconds), *_parts(requested, best)]:
         shown.add_row(name, f"{mine:.3f}", f"{its:.3f}", f"{mine - its:+.3f}")
-    held, its_held = asked.memory_bytes / GIB, best.memory_bytes / GIB
-    shown.add_row("GiB on the peak rank", f"{held:.1f}", f"{its_held:.1f}", f"{held - its_held:+.1f}")
+    gib, its_held = requested.memory_bytes / GIB, best.memory_bytes / GIB
+    shown.add_row("GiB on the peak rank", f"{gib:.1f}", f"{its_held:.1f}", f"{gib - its_held:+.1f}")
     shown.caption = "Parts but the bubble and the optimizer are counted as if nothing ran at the same time."
     return shown
 
 
-def _parts(asked: Estimate, best: Estimate) -> list[tuple[str, float, float]]:
+def _parts(requested: Estimate, best: Estimate) -> list[tuple[str, float, float]]:
     """(name, seconds of the one, seconds of the other) of what a step consists of."""
     both = [{**{key: plan.step.components[key] for key in ("bubble", "optimizer")}, **plan.step.parts}
-            for plan in (asked, best)]  # fmt: skip
+            for plan in (requested, best)]  # fmt: skip
     names = {**PASS_NAMES, **PART_NAMES}
     rows = [(names[key], both[0].get(key, 0.0), both[1].get(key, 0.0)) for key in {**both[0], **both[1]}]
     return sorted(rows, key=lambda row: row[2] - row[1])
@@ -147,10 +151,10 @@ def _parts(asked: Estimate, best: Estimate) -> list[tuple[str, float, float]]:
 
 def refusals(result: Answer) -> list[str]:
     """Why other layouts do not fit, commonest reason first."""
-    found = result.found
+    search = result.found
     return [
-        f"{times:,} layouts: {reason}, such as {found.examples[reason]}"
-        for reason, times in found.reasons.most_common()
+        f"{times:,} layouts: {reason}, such as {search.examples[reason]}"
+        for reason, times in search.reasons.most_common()
     ]
 
 
@@ -184,10 +188,10 @@ def groups(result: Answer) -> Table:
         "GB a rank sends to other domains in a step",
     ):
         shown.add_column(column, justify="left" if column == "group" else "right")
-    for one in result.placements:
+    for group in result.placements:
         shown.add_row(
-            one.kind, f"{one.size:,}", f"{one.groups:,}", f"{one.domains:,}", "yes" if one.crosses_pods else "no",
-            f"{one.network_bytes / 1e9:,.2f}",
+            group.kind, f"{group.size:,}", f"{group.groups:,}", f"{group.domains:,}",
+            "yes" if group.crosses_pods else "no", f"{group.network_bytes / 1e9:,.2f}",
         )  # fmt: skip
     return shown
 
@@ -218,8 +222,8 @@ def changes(result: Answer) -> Table:
 
 def failures(result: Answer) -> str:
     """Failures that are expected, and checkpoints against them."""
-    now, asked = result.goodput, result.cfg.plan.checkpoint_interval_s
+    now, interval = result.goodput, result.cfg.plan.checkpoint_interval_s
     return (
         f"{now.failures_per_day:.2f} failures a day; a checkpoint takes {duration(now.save_s)}, "
-        f"{'asked for' if asked else 'best'} every {duration(now.interval_s)}"
+        f"{'asked for' if interval else 'best'} every {duration(now.interval_s)}"
     )

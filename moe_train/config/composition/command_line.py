@@ -75,7 +75,7 @@ def quoted(text: str) -> str:
 
     References stay references.
     """
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
 
 
 def literal(text: str) -> str:
@@ -105,7 +105,7 @@ def _in_grammar(value: Any) -> str:
 
 def escaped(text: str) -> str:
     """`text` as OmegaConf has to be given it, so that nothing in it is a reference."""
-    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
+    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
 
 
 def _rewritten(word: str, sweeps: bool) -> str:
@@ -189,7 +189,11 @@ def _mapping(value: str, fields: Mapping[str, FieldInfo]) -> str:
         info = fields.get(name.strip())
         if info is not None and typing.get_origin(info.type) is dict and text.strip().startswith("{"):
             group = f"{info.name}."  # fields of a group of the config
-            own = {full.removeprefix(group): found for full, found in all_fields().items() if full.startswith(group)}
+            own = {
+                full.removeprefix(group): info_of_field
+                for full, info_of_field in all_fields().items()
+                if full.startswith(group)
+            }
             text = _mapping(text.strip(), own)
         elif info is not None and (one := _reader(info)):
             text = one(text.strip())
@@ -199,13 +203,13 @@ def _mapping(value: str, fields: Mapping[str, FieldInfo]) -> str:
 
 def old_spelling(info: FieldInfo, texts: Sequence[str]) -> ConfigError:
     """An error for a list of entries that is written as text, with the same list in today's syntax."""
-    found = [former.entry(info.name, text) for text in texts]
-    if texts and None not in found:
+    entries = [former.entry(info.name, text) for text in texts]
+    if texts and None not in entries:
         return ConfigError(
             f"{info.name} is a list of entries in braces, not of text such as {texts[0]!r}",
-            f"use {override(info.name, found)}",
+            f"use {override(info.name, entries)}",
         )
-    wrong = texts[found.index(None)] if texts else ""
+    wrong = texts[entries.index(None)] if texts else ""
     return ConfigError(
         f"{info.name} has {wrong!r}, which is not an entry in braces", f"use '{info.name}={info.example}'"
     )
@@ -216,7 +220,7 @@ def _content(part: str) -> str:
     if not _QUOTED.fullmatch(part):
         return part
     quote = part[0]
-    return re.sub(rf"(\\*)\\{quote}", lambda found: found[1][: len(found[1]) // 2] + quote, part[1:-1])
+    return re.sub(rf"(\\*)\\{quote}", lambda match: match[1][: len(match[1]) // 2] + quote, part[1:-1])
 
 
 def split(value: str) -> list[str]:

@@ -167,8 +167,8 @@ def _unreadable(override: str, overrides: Sequence[str], root: type) -> ConfigEr
         return ConfigError(f"cannot read the override {given!r}", "use KEY=VALUE, such as train.steps=100")
     if name in all_fields(root):
         info = all_fields(root)[name]
-        what = f"one of {', '.join(info.choices)}" if info.choices else _type_name(info.type)
-        return ConfigError(f"{given} is not {what}", f"use {_works(name, root)}")
+        expected = f"one of {', '.join(info.choices)}" if info.choices else _type_name(info.type)
+        return ConfigError(f"{given} is not {expected}", f"use {_works(name, root)}")
     if name in group_names(root) or name == "experiment":
         return ConfigError(f"{given} is not the name of one option of {name}", f"use {_works(name, root)}")
     if name.startswith("hydra"):
@@ -251,11 +251,11 @@ def _entry(inner: OmegaConfBaseException, name: str, root: type) -> ConfigError 
 def _entry_as_text(inner: OmegaConfBaseException, info: FieldInfo) -> ConfigError:
     """An entry of a YAML file that is not a mapping."""
     text = one_line(inner).partition(" value: ")[2].partition(" full_key")[0]
-    found = former.entry(info.name, text)
-    if found is None:
+    parsed = former.entry(info.name, text)
+    if parsed is None:
         return old_spelling(info, [text])
     return ConfigError(
-        f"{info.name} is a list of mappings, not of text such as {text!r}", f"write {override_value(found)}"
+        f"{info.name} is a list of mappings, not of text such as {text!r}", f"write {override_value(parsed)}"
     )
 
 

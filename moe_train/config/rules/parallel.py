@@ -66,13 +66,13 @@ def _query_groups(facts: ResolvedConfig) -> None:
 
 def sequence_parallel(facts: ResolvedConfig) -> None:
     """Sequence parallelism needs tensor parallelism, and upstream's MoE layer needs it with tensor parallelism."""
-    asked, tp = facts.cfg.parallel.sequence_parallel, facts.layout.tp
-    if asked and tp == 1:
+    requested, tp = facts.cfg.parallel.sequence_parallel, facts.layout.tp
+    if requested and tp == 1:
         raise Impossible(
             "parallel.sequence_parallel=true splits the sequence over tensor-parallel ranks, but parallel.tp=1",
             [{"parallel.sequence_parallel": None}, {"parallel.tp": 2}],
         )
-    if asked is False and tp > 1 and facts.cfg.model.is_moe:
+    if requested is False and tp > 1 and facts.cfg.model.is_moe:
         raise Impossible(
             f"parallel.sequence_parallel=false does not go with experts and parallel.tp={tp}: Megatron-Core refuses to "
             "train experts on sequences that every tensor-parallel rank holds whole",

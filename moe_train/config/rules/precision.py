@@ -30,10 +30,10 @@ def properties(precision: PrecisionConfig) -> FP8Recipe | None:
 
 def power_of_two_scales(precision: PrecisionConfig) -> bool:
     """Whether FP8 scales are powers of two: as asked, else the default of Transformer Engine's recipe."""
-    asked = precision.power_of_two_scales
-    if asked is None:
+    requested = precision.power_of_two_scales
+    if requested is None:
         return precision.fp8 is not None and RECIPES[precision.fp8].power_of_two_scales
-    return asked
+    return requested
 
 
 def high_precision_layers(precision: PrecisionConfig, num_layers: int) -> frozenset[int]:
@@ -88,16 +88,16 @@ def low_precision(facts: ResolvedConfig) -> None:
 def scales(facts: ResolvedConfig) -> None:
     """Which recipes let the user say whether scales are powers of two."""
     precision = facts.cfg.precision
-    asked, known = precision.power_of_two_scales, properties(precision)
-    if known is None or known.settable_scales or asked is None:
+    requested, known = precision.power_of_two_scales, properties(precision)
+    if known is None or known.settable_scales or requested is None:
         return
-    if known.power_of_two_scales and not asked:
+    if known.power_of_two_scales and not requested:
         raise Impossible(
             f"precision.power_of_two_scales=false does not go with {_named(precision)}: E8M0 scales are powers of two "
             "by definition",
             fixes_of("precision.power_of_two_scales", (None, True)),
         )
-    if asked and not known.power_of_two_scales:
+    if requested and not known.power_of_two_scales:
         raise Impossible(
             f"precision.power_of_two_scales=true does not go with {_named(precision)}: Transformer Engine has no "
             "such option",

@@ -114,8 +114,8 @@ def data_split(facts: ResolvedConfig) -> None:
 def data_blend(facts: ResolvedConfig) -> None:
     """Each entry of a blend is a weight and a prefix, or all are prefixes, and nothing else is trained on."""
     data = facts.cfg.data
-    if found := blend.problem(data.blend):
-        cause, fixed = found
+    if problem := blend.problem(data.blend):
+        cause, fixed = problem
         raise Impossible(cause, [{"data.blend": fixed}])
     if data.blend and data.source != "none":
         raise Impossible(f"data.blend names existing datasets, but data.source={data.source} makes one",
