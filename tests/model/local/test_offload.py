@@ -38,12 +38,12 @@ def steps_of(directory: Path, degrees: dict[str, int]) -> dict[str, dict[str, An
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_offload_changes_no_bit(layout: str, tmp_path: Path) -> None:
-    """And leaves no file."""
+    """And leaves no file; the log of the run has a warning of Megatron-Core about the recompute set."""
     world, degrees = LAYOUTS[layout]
     for found in run_distributed(steps_of, world, tmp_path, degrees):
         for name in WAYS:
             assert found[name] == found["none"], name
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"run.log"}
 
 
 class Twice(nn.Module):
