@@ -22,6 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).parents[1]
 OF_INTERPRETER = ("PYTHON", "LC_", "LANG", "MKL_", "OPENBLAS_", "LD_", "MALLOC_")
 """Variables that count when a process starts. A command for which they differ is a new process."""
@@ -159,3 +161,17 @@ class _Server:
 @cache
 def _server() -> _Server:
     return _Server()
+
+
+def below(pid: int) -> list[psutil.Process]:
+    """Processes below a pytest worker, without the server of commands and what belongs to it, and without the two of
+    multiprocessing itself: its fork server and its resource tracker."""
+    worker = psutil.Process(pid)
+    own: set[psutil.Process] = set()
+    for child in worker.children():
+        command = " ".join(child.cmdline())
+        if "tests.forked_server" in command:
+            own |= {child, *child.children(recursive=True)}
+        elif "multiprocessing" in command:
+            own.add(child)
+    return [process for process in worker.children(recursive=True) if process not in own]

@@ -68,6 +68,7 @@ def continued(cfg: Config, words: Sequence[str], compose: Callable[[Sequence[str
     if base is None:
         return cfg
     named, optional = _asked(cfg, words, compose)  # which may compose again, and that takes a while
+    optional -= {name for name in former.DEFAULTS if _keeps_former_default(name, base, cfg)}
     if "schedule.warmup_steps" in optional:
         cfg = _with_length_of(base, cfg, named | optional, words, compose)
     merged = _merged(base, cfg, named, optional)
@@ -277,6 +278,11 @@ def _with_length_of(
     if not missing:
         return cfg
     return compose([*words, *(override(name, get(base, name)) for name in missing)])
+
+
+def _keeps_former_default(name: str, base: Config, cfg: Config) -> bool:
+    """Whether a run of an earlier version keeps its value of a field that an option of the group does not set."""
+    return bool(get(base, name) == former.DEFAULTS[name] and get(cfg, name) == get(Config(), name))
 
 
 def _is_experiment(word: str) -> bool:

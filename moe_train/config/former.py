@@ -33,6 +33,10 @@ def current(config: Mapping[str, Any]) -> dict[str, Any]:
     result = with_current_names(config)
     for group in _GROUPS_OF_TOOLS:
         result.pop(group, None)
+    for name, value in DEFAULTS.items():
+        group, _, leaf = name.partition(".")
+        if isinstance(result.get(group), Mapping):
+            result[group] = {leaf: value, **result[group]}
     for name in ENTRIES:
         group, _, leaf = name.partition(".")
         fields = result.get(group)
@@ -50,7 +54,7 @@ def entry(name: str, text: str) -> Any | None:
     """The entry of the list field `name` that was written as `text`; None where it cannot be read."""
     try:
         return ENTRIES[name](text)
-    except (ValueError, KeyError, yaml.YAMLError):
+    except (ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
 
 
@@ -74,10 +78,12 @@ def _fallback(text: str) -> FallbackLayout:
     """'parallel.dp=2 parallel.ep=2'."""
     groups: dict[str, dict[str, Any]] = {"parallel": {}, "recompute": {}, "batch": {}}
     for word in text.split():
-        name, _, value = word.partition("=")
+        name, value = _pair(word)
         group, _, leaf = name.partition(".")
         read = yaml.safe_load(value)
         if name == "recompute.stages":
+            if not isinstance(read, list):
+                raise ValueError(f"{value} is not a list")
             read = [_translated(name, item) for item in read]
         groups[group][leaf] = read
     return FallbackLayout(**groups)

@@ -3,7 +3,7 @@ and can be resumed at any step."""
 
 from __future__ import annotations
 
-import itertools
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -76,7 +76,21 @@ class BatchIterator:
         Chunks of an interleaved pipeline take micro-batches at different times, and each takes all of a global batch.
         Micro-batches between the first chunk and the last one stay in memory.
         """
-        return list(itertools.tee(self, count))
+        if count == 1:
+            return [self]
+        queues: list[deque[Batch]] = [deque() for _ in range(count)]
+
+        def batches(own: deque[Batch]) -> Iterator[Batch]:
+            while True:
+                if not own:
+                    batch = next(self, None)
+                    if batch is None:
+                        return
+                    for queue in queues:
+                        queue.append(batch)
+                yield own.popleft()
+
+        return [batches(queue) for queue in queues]
 
     def close(self) -> None:
         """End the worker processes. The iterator continues with its unfinished global batch."""

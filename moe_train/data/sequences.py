@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +128,7 @@ class EpochSequences(Sequences):
 
 def _save(file: Path, array: np.ndarray) -> None:
     """Write a file of the cache. A kill leaves no half of it under its name."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     with partial.open("wb") as out:
         np.save(out, array)
     partial.replace(file)

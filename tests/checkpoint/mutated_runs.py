@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -151,7 +151,7 @@ def _launch(case: Case) -> None:
 
 def _go_on(run: Run, case: Case) -> None:
     """What a rank does until after the first step."""
-    run.cfg, run.run_dir = case.cfg, Path(case.cfg.run_dir)
+    run.resolved, run.run_dir = replace(run.resolved, cfg=case.cfg), Path(case.cfg.run_dir)
     run.state, run.total_steps = TrainState(), small_run.STEPS
     run.schedule = build_schedule(run.cfg, run.optimizer, small_run.STEPS)
     checkpoint.resume(run)

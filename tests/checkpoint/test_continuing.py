@@ -258,6 +258,22 @@ def test_a_config_of_another_version_or_none_at_all_is_made_up_for(capsys: pytes
     assert again() == first
 
 
+def test_a_run_of_an_earlier_version_keeps_the_order_of_its_data() -> None:
+    """Also where the command line names the group of data again, as the first one did; it changes by name only."""
+    begin(*FIRST)
+    files = (Path("R/config.yaml"), *Path("R").glob("checkpoints/step_*/config.yaml"))
+    for file in files:  # of a version without the field
+        values = yaml.safe_load(file.read_text())
+        del values["data"]["shuffle"]
+        file.write_text(yaml.safe_dump(values))
+    assert len(files) == 2
+    for words in ((), FIRST, ("data=text", "data.path=a.txt", "data.dir=d")):
+        assert again(*words).data.shuffle == "run"
+    with pytest.raises(MoeTrainError, match=r"data\.shuffle was run and is epoch now"):
+        again("data.shuffle=epoch")
+    assert again("data.shuffle=epoch", "data.on_resume=change").data.shuffle == "epoch"
+
+
 def test_a_run_directory_with_the_old_name_of_a_field_keeps_its_value() -> None:
     """In run_dir/config.yaml, and in a checkpoint's config where that is all there is."""
     cfg = begin(*FIRST, "checkpoint.max_consecutive_failures=7")

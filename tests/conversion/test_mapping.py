@@ -61,7 +61,7 @@ def test_names_and_shapes_are_those_of_transformers(name: str, tmp_path: Path) -
         shapes.pop("lm_head.weight")
     ours = names_of(pieces(model))
     ours = {key: shape for key, shape in ours.items() if not _predicts(key, model.num_layers)}
-    if name == "mixtral_8x7b" or name == "mixtral_8x22b":
+    if name in ("mixtral_8x7b", "mixtral_8x22b", "minimax_m2"):
         ours = {key.replace("block_sparse_moe", "mlp"): shape for key, shape in ours.items()}
     routed = {key: shape for key, shape in ours.items() if ".mlp.experts." in key}
     fused = {key: shape for key, shape in shapes.items() if ".mlp.experts." in key}

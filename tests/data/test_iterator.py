@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import psutil
 import pytest
 import torch
@@ -65,6 +67,16 @@ def test_chunks_of_a_rank_share_one_reader(monkeypatch: pytest.MonkeyPatch) -> N
     for chunk in (second, first):
         assert next(chunk)["tokens"].tolist() == ahead[2].tolist()
     assert read == [*range(8), 4, 5]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_micro_batches_that_every_chunk_has_taken_are_freed(count: int) -> None:
+    chunks = iterator(count=200).for_chunks(count)
+    taken: list[weakref.ref[torch.Tensor]] = []
+    for _ in range(100):
+        for chunk in chunks:
+            taken.append(weakref.ref(next(chunk)["tokens"]))
+    assert sum(tensor() is not None for tensor in taken) <= count
 
 
 def test_micro_batches_are_stacked_samples() -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.helper import run_distributed
+from tests.forked import below
 
 
 def _sum_of_ranks(offset: int) -> tuple[int, float, int]:
@@ -42,11 +43,7 @@ def _hang() -> None:
 
 
 def _ranks_alive() -> list[int]:
-    """Processes below this one, other than multiprocessing's own two: the fork server and its resource tracker."""
-    everything = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
-    children = [p for p in everything if p.ppid() == os.getpid()]
-    own = [p for p in children if "multiprocessing" in " ".join(p.cmdline())]
-    return [p.pid for p in everything if p not in own]
+    return [process.pid for process in below(os.getpid()) if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_values_come_back_in_rank_order() -> None:

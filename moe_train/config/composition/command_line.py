@@ -174,8 +174,11 @@ def _entries(value: str, info: FieldInfo) -> str:
     if not inner or not inner[1].strip():
         return value
     parts = [part.strip() for part in split(inner[1])]
-    if not all(part.startswith("{") and part.endswith("}") for part in parts):
-        raise old_spelling(info, [_content(part) for part in parts])
+    texts = [_content(part) for part in parts if not (part.startswith("{") and part.endswith("}"))]
+    if texts and len(texts) == len(parts) and "null" not in parts:
+        raise old_spelling(info, texts)
+    if texts:
+        raise _not_an_entry(info, texts[0])
     assert info.entry is not None
     fields = all_fields(info.entry)
     return f"[{','.join(_mapping(part, fields) for part in parts)}]"
@@ -209,9 +212,12 @@ def old_spelling(info: FieldInfo, texts: Sequence[str]) -> ConfigError:
             f"{info.name} is a list of entries in braces, not of text such as {texts[0]!r}",
             f"use {override(info.name, entries)}",
         )
-    wrong = texts[entries.index(None)] if texts else ""
+    return _not_an_entry(info, texts[entries.index(None)] if texts else "")
+
+
+def _not_an_entry(info: FieldInfo, text: str) -> ConfigError:
     return ConfigError(
-        f"{info.name} has {wrong!r}, which is not an entry in braces", f"use '{info.name}={info.example}'"
+        f"{info.name} has {text!r}, which is not an entry in braces", f"use '{info.name}={info.example}'"
     )
 
 

@@ -267,7 +267,7 @@ def hydra_entry(
     if sys.stdout is None:  # closed by the process that started it: output is lost
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
-        entry = _Entry(fn, answers or not trains, root)
+        entry = _Entry(fn, answers or not trains, root, runs)
         page = partial(help.page, about, common, root) if about else None
         code = _run(entry, argv, runs, page, flags)
         try:
@@ -340,8 +340,8 @@ class SweepJob:
 class _Entry:
     """Runs jobs for Hydra and reports their errors; Hydra itself sees every job succeed, or it would print its own."""
 
-    def __init__(self, fn: Callable[[Any], None], answers: bool, root: type) -> None:
-        self.fn, self.root, self.exit_code, self.prefix = fn, root, 0, ""
+    def __init__(self, fn: Callable[[Any], None], answers: bool, root: type, runs: bool) -> None:
+        self.fn, self.root, self.runs, self.exit_code, self.prefix = fn, root, runs, 0, ""
         self.overrides: list[str] = []
         self.jobs: list[SweepJob] = []
         self.answers, self.only_prints = answers, False
@@ -361,7 +361,7 @@ class _Entry:
 
         def config() -> Any:
             cfg: Any = to_config(composed, self.root)
-            if isinstance(cfg, Config):
+            if isinstance(cfg, Config) and self.runs:
                 cfg.run_dir = str(output)
             return _revised(cfg, OmegaConf.create({"hydra": hydra_config}))
 

@@ -393,6 +393,10 @@ TABLE = [
     Wrong("resilience.inject=[kill:node=1:step=2]", "resilience.inject has 'kill:node=1:step=2'",
           "which is not an entry in braces; use 'resilience.inject=[{kind:kill,rank:1,step:7}]'", replaces=True,
           applies=False),
+    Wrong("data.blend=[{path:a},b]", "data.blend", "has 'b', which is not an entry in braces", "data.source=none",
+          replaces=True),
+    Wrong("data.blend=[null]", "data.blend", "has 'null', which is not an entry in braces", "data.source=none",
+          replaces=True),
     Wrong("data.encoding=utf-16", "data.encoding", "does not encode line ends as ASCII does; use "
           "data.encoding=utf-8"),
     Wrong("data.append_eod=false", "data.reset_at_eod", "use data.append_eod=true", "data.reset_at_eod=true"),

@@ -18,6 +18,7 @@ from moe_train.config.composition import compose
 from moe_train.config.schema import Config
 from parallel.errors import ConfigError, LaunchError
 from parallel.layout import ParallelLayout
+from tests.forked import below
 
 
 def _layout(ranks: int) -> ParallelLayout:
@@ -40,9 +41,7 @@ def _failure(tmp_path: Path, function: str, ranks: int = 3) -> RankError:
 
 
 def _ranks_alive() -> list[psutil.Process]:
-    """Everything below this process but multiprocessing's own two, the fork server and its resource tracker."""
-    own = [p for p in psutil.Process().children() if "multiprocessing" in " ".join(p.cmdline())]
-    return [p for p in psutil.Process().children(recursive=True) if p not in own]
+    return below(os.getpid())
 
 
 def _facts(tmp_path: Path, rank: int) -> dict[str, Any]:
