@@ -24,7 +24,7 @@ from rich.table import Table
 
 from bench import step_data, step_profile, step_transformers
 from bench.results import write
-from bench.step_data import Task
+from bench.step_data import StepTask
 from bench.step_workers import OURS, Worker
 from moe_train.model.arithmetic import flops_per_token
 from parallel.errors import MoeTrainError
@@ -42,7 +42,7 @@ Profile = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 Found = tuple[list[dict[str, Any]], dict[str, Profile], list[dict[str, Any]]]
 
 
-def measure(task: Task, rounds: int) -> Found:
+def measure(task: StepTask, rounds: int) -> Found:
     """One row for each side; profiles of ours and of the faster of theirs (parts of the model, operations); our grouped
     GEMMs and torch's."""
     with tempfile.TemporaryDirectory(prefix="bench-step-") as directory:
@@ -71,7 +71,7 @@ def measure(task: Task, rounds: int) -> Found:
 
 
 def row(
-    side: str, task: Task, steps: Sequence[tuple[float, float]], reference: Sequence[float], peak_tflops: float
+    side: str, task: StepTask, steps: Sequence[tuple[float, float]], reference: Sequence[float], peak_tflops: float
 ) -> dict[str, Any]:
     """Speed of one side from (loss, seconds) of its steps, and how far its losses are from `reference`."""
     seconds = sorted(time for _, time in steps[WARM_UP_STEPS:])
@@ -141,7 +141,7 @@ def table(rows: Sequence[dict[str, Any]], threads: int) -> Table:
     return shown
 
 
-def profile_table(task: Task, profiles: dict[str, Profile]) -> Table:
+def profile_table(task: StepTask, profiles: dict[str, Profile]) -> Table:
     """Milliseconds of a step of each side, by part of the model; they add up to the step under the profiler."""
     shown = Table(title=f"Where the time goes, ms: {task.model}, {task.dtype} (the profiler slows all sides down)")
     shown.add_column("part")
@@ -154,7 +154,7 @@ def profile_table(task: Task, profiles: dict[str, Profile]) -> Table:
     return shown
 
 
-def operations_table(task: Task, profiles: dict[str, Profile], count: int = 10) -> Table:
+def operations_table(task: StepTask, profiles: dict[str, Profile], count: int = 10) -> Table:
     """The operations of our step that take most time in themselves."""
     shown = Table(title=f"Our operations, time in themselves: {task.model}, {task.dtype}")
     for column in ("operation", "calls", "ms"):
@@ -198,7 +198,7 @@ def main() -> None:
         sequences, seq_length = step_data.SHAPES[model]
         for dtype in options.precision or ["fp32", "bf16"]:
             shape = options.sequences or sequences, options.seq_length or seq_length
-            task = Task(dtype, *shape, options.threads, model, tuple(options.overrides))
+            task = StepTask(dtype, *shape, options.threads, model, tuple(options.overrides))
             found, profiles, gemms = measure(task, options.rounds)
             rows += found
             grouped += gemms

@@ -52,7 +52,7 @@ SPREAD = 0.08  # of the first steps, in natural logarithms
 
 
 @dataclass(frozen=True)
-class Case:
+class FitCase:
     """A published run with what does not depend on the constants."""
 
     row: Row
@@ -62,7 +62,7 @@ class Case:
     share: float
 
 
-def cases(path: Path, constants: Calibration, test: bool = False) -> list[Case]:
+def cases(path: Path, constants: Calibration, test: bool = False) -> list[FitCase]:
     """The rows of the fitting part (or of the test part) that count, with the workload chosen under `constants`."""
     found = []
     for _, row in read(path):
@@ -72,22 +72,22 @@ def cases(path: Path, constants: Calibration, test: bool = False) -> list[Case]:
         if published is None:
             continue
         workload = predict(row, constants, simulated=False).workload
-        found.append(Case(row, workload, weights_of(row.model, workload), published, 1.0))
+        found.append(FitCase(row, workload, weights_of(row.model, workload), published, 1.0))
     counts = Counter(case.row.configuration for case in found)
     return [replace(case, share=1 / counts[case.row.configuration]) for case in found]
 
 
-def step(case: Case, constants: Calibration, simulated: bool) -> StepTime:
+def step(case: FitCase, constants: Calibration, simulated: bool) -> StepTime:
     """The predicted step of a case."""
     return timed(case.row, case.workload, case.weights, constants, simulated)
 
 
-def error(case: Case, constants: Calibration) -> float:
+def error(case: FitCase, constants: Calibration) -> float:
     """Logarithm of predicted over published throughput."""
     return log(step(case, constants, simulated=False).tokens_per_s_per_gpu / case.published)
 
 
-def objective(found: list[Case], constants: Calibration) -> float:
+def objective(found: list[FitCase], constants: Calibration) -> float:
     """Weighted mean of the absolute errors, each counted up to 60 %, so that outliers do not decide; and layouts in the
     wrong order.
 
@@ -107,7 +107,7 @@ def objective(found: list[Case], constants: Calibration) -> float:
     return score
 
 
-def extension_hours(case: Case, constants: Calibration) -> float:
+def extension_hours(case: FitCase, constants: Calibration) -> float:
     """GPU-hours of DeepSeek-V3's context extension, with the step of its pre-training as `case`."""
     seconds, layout = 0.0, case.workload.layout
     for length, batch, cp in EXTENSION:
@@ -117,7 +117,7 @@ def extension_hours(case: Case, constants: Calibration) -> float:
     return seconds / 3600 * layout.world_size
 
 
-def disorder(found: list[Case], errors: list[float]) -> float:
+def disorder(found: list[FitCase], errors: list[float]) -> float:
     """How far pairs of layouts of a (model, hardware) are from the published order, a mean over groups.
 
     A pair counts by the logarithm that its predicted ratio lacks to the published order, with a small margin. Of a
@@ -152,7 +152,7 @@ def limits() -> NDArray[np.float64]:
     return np.asarray(np.log(list(BOUNDS.values())).T, dtype=np.float64)
 
 
-def fit(found: list[Case], rounds: int, seed: int = 1) -> Calibration:
+def fit(found: list[FitCase], rounds: int, seed: int = 1) -> Calibration:
     """The constants with the least objective that a separable CMA-ES finds from the present ones.
 
     R. Ros and N. Hansen, A simple modification in CMA-ES achieving linear time and space complexity, PPSN 2008.

@@ -87,7 +87,7 @@ CLUSTERS = {
 
 
 @dataclass(frozen=True)
-class Case:
+class GpuCase:
     """One process.
 
     Args:
@@ -132,8 +132,8 @@ class Refused:
 class Plan:
     """The cases in the order in which they run, and the preparations by name."""
 
-    cases: list[Case]
-    preparations: dict[str, Case]
+    cases: list[GpuCase]
+    preparations: dict[str, GpuCase]
     refused: list[Refused]
 
 
@@ -151,7 +151,7 @@ def plan(runtime: str, backends: Sequence[str], *, apex: bool = False, more: Seq
         words = ["runtime=cpu", "backend.name=local", f"precision={precision}"]
         preparations[f"reference {precision}"] = _process(f"reference {precision}", "reference", words, needs=["data"])
     preparations["saved by cpu"] = _saves("saved by cpu", ["runtime=cpu", "backend.name=local"])
-    cases: list[Case] = []
+    cases: list[GpuCase] = []
     refused: list[Refused] = []
     kinds = {backend: [f"runtime={runtime}", f"backend.name={backend}"] for backend in backends}
     variants = dict(kinds)
@@ -184,11 +184,11 @@ def plan(runtime: str, backends: Sequence[str], *, apex: bool = False, more: Seq
     )  # fmt: skip
 
 
-def _process(name: str, entry: str, overrides: Sequence[str], **options: Any) -> Case:
-    return Case(name, f"{WORKER}:{entry}", overrides, **options)
+def _process(name: str, entry: str, overrides: Sequence[str], **options: Any) -> GpuCase:
+    return GpuCase(name, f"{WORKER}:{entry}", overrides, **options)
 
 
-def _gradients(name: str, words: Sequence[str]) -> Iterator[Case]:
+def _gradients(name: str, words: Sequence[str]) -> Iterator[GpuCase]:
     for precision, limits in GRADIENT_LIMITS.items():
         reference = f"reference {precision}"
         yield _process(
@@ -198,7 +198,7 @@ def _gradients(name: str, words: Sequence[str]) -> Iterator[Case]:
         )  # fmt: skip
 
 
-def _large(backend: str, words: Sequence[str], runtime: str) -> Case:
+def _large(backend: str, words: Sequence[str], runtime: str) -> GpuCase:
     shape = LARGE if runtime == "cuda" else ["precision=bf16"]
     return _process(
         f"large model, {backend}", "large", [*words, *shape, f"train.steps={LARGE_STEPS}"], limits=MEMORY_LIMITS,
@@ -207,13 +207,13 @@ def _large(backend: str, words: Sequence[str], runtime: str) -> Case:
     )  # fmt: skip
 
 
-def _saves(name: str, words: Sequence[str]) -> Case:
+def _saves(name: str, words: Sequence[str]) -> GpuCase:
     return _process(
         name, "save", [*words, "precision=fp32", "train.steps=6"], needs=["data"], environment=NO_TF32
     )  # fmt: skip
 
 
-def _checkpoints(backend: str, words: Sequence[str], saved: str) -> Iterator[Case]:
+def _checkpoints(backend: str, words: Sequence[str], saved: str) -> Iterator[GpuCase]:
     ways = {
         f"checkpoint cpu to {backend}": ("saved by cpu", words),
         f"checkpoint {backend} to cpu": (saved, ["runtime=cpu", "backend.name=local"]),
@@ -227,7 +227,7 @@ def _checkpoints(backend: str, words: Sequence[str], saved: str) -> Iterator[Cas
 
 def _recompute(
     backend: str, words: Sequence[str], sets: Mapping[str, Sequence[str]], more: Sequence[str]
-) -> tuple[Case, list[Refused]]:
+) -> tuple[GpuCase, list[Refused]]:
     """The sets that this backend takes, as parts of one case, and those that it refuses."""
     name = f"recompute, {backend}"
     shared = [*words, "precision=fp32", "train.steps=1", "schedule.warmup_steps=1"]
@@ -247,7 +247,7 @@ def _recompute(
     return case, refused
 
 
-def _recipe(name: str, precision: str, words: Sequence[str], *, entry: str, needs: Sequence[str]) -> Case:
+def _recipe(name: str, precision: str, words: Sequence[str], *, entry: str, needs: Sequence[str]) -> GpuCase:
     length = [
         f"train.steps={RECIPE_STEPS}", f"schedule.warmup_steps={RECIPE_WARM_UP}", "batch.global_batch_size=32",
         "batch.micro_batch_size=32",

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import gpu_cases
-from bench.gpu_cases import Case, Plan
-from bench.gpu_runner import FAILED, MEASURED, NOT_RUN, NOT_SUPPORTED, PASSED, Row, Runner
+from bench.gpu_cases import GpuCase, Plan
+from bench.gpu_runner import FAILED, MEASURED, NOT_RUN, NOT_SUPPORTED, PASSED, CheckRow, Runner
 from bench.results import DIRECTORY, write
 from launch import job
 from launch.local import forkserver
@@ -121,7 +121,7 @@ def stand_in() -> Device:
 
 def probe(directory: Path) -> Device:
     """Ask a process of its own, because this one must not initialise CUDA. Ends the program where that fails."""
-    case = Case("probe", "bench.gpu_worker:probe", timeout_s=90)
+    case = GpuCase("probe", "bench.gpu_worker:probe", timeout_s=90)
     (row,) = Runner(Plan([case], {}, []), directory, 100, forked=False).run(lambda row: None)
     if row.status != PASSED:
         print(f"error: the GPU cannot be used: {row.why}", file=sys.stderr)
@@ -136,7 +136,7 @@ def check(
     jobs: int = 1,
     names: Sequence[str] | None = None,
     more: Sequence[str] = (),
-) -> list[Row]:
+) -> list[CheckRow]:
     """A row for each part of each case, those that only look at what is installed first.
 
     Args:
@@ -150,7 +150,7 @@ def check(
         plan = Plan(chosen, plan.preparations, [one for one in plan.refused if any(name in one.name for name in names)])
     console = Console(stderr=True)
 
-    def show(row: Row) -> None:
+    def show(row: CheckRow) -> None:
         console.print(
             f"{row.case}{': ' if row.part else ''}{row.part}: {row.status} {row.why}", soft_wrap=True, markup=False
         )
@@ -165,7 +165,7 @@ def check(
             forkserver.kill()
 
 
-def installed(device: Device) -> list[Row]:
+def installed(device: Device) -> list[CheckRow]:
     """A row for each library: one that is installed and cannot be imported has failed."""
     rows = []
     for name, entry in device.libraries.items():
@@ -176,11 +176,11 @@ def installed(device: Device) -> list[Row]:
             status, why = FAILED, f"version {entry['version']} cannot be imported: {entry['error']}"
         elif name == "DeepEP":
             why += "; not used, because it sends tokens between GPUs"
-        rows.append(Row("installed", name, status, why))
+        rows.append(CheckRow("installed", name, status, why))
     return rows
 
 
-def summarise(device: Device, rows: Sequence[Row], seconds: float) -> dict[str, Any]:
+def summarise(device: Device, rows: Sequence[CheckRow], seconds: float) -> dict[str, Any]:
     """How many rows there are of each status, and on what."""
     counts = {status.replace(" ", "_"): sum(row.status == status for row in rows) for status in COLOURS}
     return {
@@ -193,7 +193,7 @@ def summarise(device: Device, rows: Sequence[Row], seconds: float) -> dict[str, 
     }
 
 
-def exit_code(rows: Sequence[Row]) -> int:
+def exit_code(rows: Sequence[CheckRow]) -> int:
     """0, or the reason for a failure. A check in which nothing ran has failed."""
     statuses = {row.status for row in rows}
     if FAILED in statuses:
@@ -207,7 +207,7 @@ def verdict(summary: dict[str, Any]) -> str:
     return f"{summary['device']}: {counts}; {summary['seconds']:g} s"
 
 
-def table(device: Device, rows: Sequence[Row]) -> Table:
+def table(device: Device, rows: Sequence[CheckRow]) -> Table:
     """The rows for a person."""
     shown = Table(title=f"gpu-check on {device.name}")
     for column in ("case", "part", "result", "numbers", "why"):
@@ -218,7 +218,7 @@ def table(device: Device, rows: Sequence[Row]) -> Table:
     return shown
 
 
-def numbers(row: Row) -> str:
+def numbers(row: CheckRow) -> str:
     """The judged numbers with their limits, and what the large model showed."""
     values = row.values
     if row.part == gpu_cases.STEP_TIME and "step_time_s" in values:

@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_cases import Case, Plan, Refused
+from bench.gpu_cases import GpuCase, Plan, Refused
 from bench.gpu_task import Task, kill, run
 
 PASSED, FAILED, MEASURED, NOT_SUPPORTED, NOT_RUN = "passed", "failed", "measured", "not supported", "not run"
@@ -24,7 +24,7 @@ LEAST_S = 5.0
 
 
 @dataclass
-class Row:
+class CheckRow:
     """The result of a part of a case.
 
     Args:
@@ -73,19 +73,19 @@ class Runner:
         self._forked = forked
         self._jobs = jobs
         self._locks = {name: threading.Lock() for name in plan.preparations}
-        self._prepared: dict[str, Row] = {}
+        self._prepared: dict[str, CheckRow] = {}
         self._numbers = itertools.count(1)
         self._live: set[BaseProcess] = set()
         self._stopped = False
 
-    def run(self, show: Callable[[Row], None]) -> list[Row]:
+    def run(self, show: Callable[[CheckRow], None]) -> list[CheckRow]:
         """One row for each part of each case; `show` is called with a row when its case ends.
 
         Cases that need the machine for themselves come first.
         """
-        found: dict[str, list[Row]] = {}
+        found: dict[str, list[CheckRow]] = {}
 
-        def one(case: Case) -> None:
+        def one(case: GpuCase) -> None:
             found[case.name] = self._case(case)
             for row in found[case.name]:
                 show(row)
@@ -103,16 +103,16 @@ class Runner:
         rows = [row for case in self._plan.cases for row in found[case.name]]
         return rows + [_refused(one) for one in self._plan.refused]
 
-    def _case(self, case: Case) -> list[Row]:
+    def _case(self, case: GpuCase) -> list[CheckRow]:
         for name in case.needs:
             prepared = self._prepare(name)
             if prepared.status != PASSED:
                 status = NOT_RUN if prepared.status == NOT_RUN else FAILED
                 why = f"what it needs, {name!r}, {prepared.status}: {prepared.why}"
-                return [Row(case.name, part, status, why) for part in case.parts]
+                return [CheckRow(case.name, part, status, why) for part in case.parts]
         return self._parts(case)
 
-    def _prepare(self, name: str) -> Row:
+    def _prepare(self, name: str) -> CheckRow:
         """Run a preparation, and what it needs, the first time that it is asked for."""
         with self._locks[name]:
             if name in self._prepared:
@@ -120,19 +120,19 @@ class Runner:
             case = self._plan.preparations[name]
             failed = [row for row in map(self._prepare, case.needs) if row.status != PASSED]
             if failed:
-                self._prepared[name] = Row(name, "", failed[0].status, failed[0].why)
+                self._prepared[name] = CheckRow(name, "", failed[0].status, failed[0].why)
             elif self._out_of_time():
                 self._prepared[name] = self._not_run(name, "")
             else:
                 ended = self._process(case, case.parts)
                 status = FAILED if ended.failure else PASSED
                 status = NOT_RUN if ended.out_of_budget else status
-                self._prepared[name] = Row(name, "", status, ended.failure, ended.seconds)
+                self._prepared[name] = CheckRow(name, "", status, ended.failure, ended.seconds)
         return self._prepared[name]
 
-    def _parts(self, case: Case) -> list[Row]:
+    def _parts(self, case: GpuCase) -> list[CheckRow]:
         """Run a case; after a failure another process runs the parts that are left."""
-        rows: list[Row] = []
+        rows: list[CheckRow] = []
         left = list(case.parts)
         while left:
             if self._out_of_time():
@@ -147,7 +147,7 @@ class Runner:
             rows += done
             if failure and left:
                 status = NOT_RUN if ended.out_of_budget else FAILED
-                rows.append(Row(case.name, left.pop(0), status, failure, 0.0 if done else ended.seconds))
+                rows.append(CheckRow(case.name, left.pop(0), status, failure, 0.0 if done else ended.seconds))
             elif failure:
                 rows[-1].status, rows[-1].why = FAILED, failure
         return rows
@@ -155,10 +155,10 @@ class Runner:
     def _out_of_time(self) -> bool:
         return self._stopped or self._deadline - time.monotonic() < LEAST_S
 
-    def _not_run(self, case: str, part: str) -> Row:
-        return Row(case, part, NOT_RUN, f"the time budget of {self._budget_s:g} s was used up")
+    def _not_run(self, case: str, part: str) -> CheckRow:
+        return CheckRow(case, part, NOT_RUN, f"the time budget of {self._budget_s:g} s was used up")
 
-    def _process(self, case: Case, parts: Sequence[str]) -> Ended:
+    def _process(self, case: GpuCase, parts: Sequence[str]) -> Ended:
         """Run `parts` of a case in a new process, and end it when its time is up."""
         stem = self._directory / f"process-{next(self._numbers)}"
         task = Task(
@@ -177,11 +177,11 @@ class Runner:
         return Ended(task.reports(), "" if code == 0 else _cause(code, case.timeout_s, Path(task.log)), seconds)
 
 
-def judge(case: Case, part: str, values: Mapping[str, Any]) -> Row:
+def judge(case: GpuCase, part: str, values: Mapping[str, Any]) -> CheckRow:
     """Whether a part's numbers are within the limits. A number that is missing or NaN is not."""
     limits = case.limits_of(part)
     if reason := values.get("not_supported"):
-        return Row(case.name, part, NOT_SUPPORTED, reason)
+        return CheckRow(case.name, part, NOT_SUPPORTED, reason)
     wrong = []
     for name, limit in limits.items():
         value = values.get(name)
@@ -191,12 +191,12 @@ def judge(case: Case, part: str, values: Mapping[str, Any]) -> Row:
     status = FAILED if wrong else PASSED
     if part in case.measured_only:
         status = MEASURED
-    return Row(case.name, part, status, "; ".join(wrong), values=values, limits=limits)
+    return CheckRow(case.name, part, status, "; ".join(wrong), values=values, limits=limits)
 
 
-def _refused(refused: Refused) -> Row:
+def _refused(refused: Refused) -> CheckRow:
     case, _, part = refused.name.partition(": ")
-    return Row(case, part, NOT_SUPPORTED, refused.why)
+    return CheckRow(case, part, NOT_SUPPORTED, refused.why)
 
 
 def _cause(code: int | None, timeout_s: float, log: Path) -> str:

@@ -43,7 +43,7 @@ SHAPES = {"tiny": (8, 256), "60m": (4, 512)}
 
 
 @dataclass(frozen=True)
-class Task:
+class StepTask:
     """What every side trains on."""
 
     dtype: str
@@ -69,7 +69,7 @@ class Task:
         return compose([*LIKE_TRANSFORMERS, *MODELS[self.model], *batch, *length, *self.overrides])
 
 
-def batches(task: Task, vocabulary: int) -> Iterator[dict[str, Tensor]]:
+def batches(task: StepTask, vocabulary: int) -> Iterator[dict[str, Tensor]]:
     """Endless batches of text in which half of the tokens follow from the one before. The same on every side."""
     generator = torch.Generator().manual_seed(0)
     shape = (task.sequences, task.seq_length + 1)

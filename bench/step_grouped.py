@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench.step_data import Task
+from bench.step_data import StepTask
 from moe_train.model.kernels import gemm
 from moe_train.model.kernels.cpu_kernels import uneven_counts
 from moe_train.model.precision import DTYPES
@@ -24,7 +24,7 @@ CALLS, WARM_UP = 60, 10
 Product = Callable[[Sequence[int]], object]
 
 
-def measure(task: Task) -> list[dict[str, Any]]:
+def measure(task: StepTask) -> list[dict[str, Any]]:
     """Milliseconds of the three GEMMs of fc1: in the task's shape, and with few tokens an expert."""
     model, rows = task.config().model, []
     inner = 2 * model.moe_ffn_hidden_size

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import step_profile
-from bench.step_data import Task
+from bench.step_data import StepTask
 
 Step = Callable[[], float]
 OURS = "moe-train"
@@ -30,7 +30,7 @@ class Side:
 class Worker:
     """A process that trains `side` (moe-train, or an experts implementation of transformers) on request."""
 
-    def __init__(self, side: str, task: Task, weights: Path) -> None:
+    def __init__(self, side: str, task: StepTask, weights: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, side, task, weights), daemon=True)
@@ -56,7 +56,7 @@ class Worker:
         self._process.kill()
 
 
-def _serve(pipe: Any, side: str, task: Task, weights: Path) -> None:
+def _serve(pipe: Any, side: str, task: StepTask, weights: Path) -> None:
     import torch
 
     from bench import step_grouped
@@ -83,7 +83,7 @@ def _timed(step: Step) -> tuple[float, float]:
     return loss, time.perf_counter() - began
 
 
-def _ours(task: Task, weights: Path) -> Side:
+def _ours(task: StepTask, weights: Path) -> Side:
     """This project, after its initial weights were written to `weights`."""
     import torch
 
@@ -108,7 +108,7 @@ def _step(run: Any, data: list[Any]) -> float:
     return float(step.train_step(run, data)["lm_loss"])
 
 
-def _transformers(experts: str, task: Task, weights: Path) -> Side:
+def _transformers(experts: str, task: StepTask, weights: Path) -> Side:
     import torch
 
     from bench import step_data, step_transformers

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Dispatcher:
+class DispatcherKind:
     """Properties of one dispatcher.
 
     Args:
@@ -37,11 +37,11 @@ class Dispatcher:
     waits_on_host: bool = True
 
 
-ALLTOALL = Dispatcher(
+ALLTOALL = DispatcherKind(
     name="alltoall", megatron="alltoall", planned_as="alltoall", overlaps_shared_experts=True, own_on_local=True
 )
-ALLGATHER = Dispatcher(name="allgather", megatron="allgather", planned_as="alltoall")
-FLEX = Dispatcher(
+ALLGATHER = DispatcherKind(name="allgather", megatron="allgather", planned_as="alltoall")
+FLEX = DispatcherKind(
     name="flex", megatron="flex", planned_as="flex", library="DeepEP", needs_gpu=True, needs_peers=True,
     pads_to_capacity=False, deduplicates=True, waits_on_host=False,
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -233,6 +234,16 @@ def test_rows_of_tables_are_not_compared_by_name(path: Path) -> None:
 @pytest.mark.parametrize("code", ['a.b == "mla"', 'c in ("flex", "x")', 'if "alltoall" != d: pass'])
 def test_the_check_for_names_of_rows_sees_them(code: str) -> None:
     assert list(_compared(ast.parse(code)))
+
+
+def test_no_two_classes_share_a_name() -> None:
+    """Nested classes of functions are left out: they replace classes of others, whose names they have."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for path in FILES:
+        for node in _tree(path).body:
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(_name(path))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)

@@ -25,7 +25,7 @@ FOLDER = ".preflight"
 
 
 @dataclass(frozen=True)
-class Place:
+class StoragePlace:
     """A directory that the run writes.
 
     Args:
@@ -45,7 +45,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Disk:
-    """What a node finds in a `Place`.
+    """What a node finds in a `StoragePlace`.
 
     Args:
         problem: why nothing can be written there; "" where it can.
@@ -64,7 +64,7 @@ class Disk:
     read_mb_s: float | None = None
 
 
-def places(cfg: Config, layout: ParallelLayout, local_world_size: int) -> list[Place]:
+def places(cfg: Config, layout: ParallelLayout, local_world_size: int) -> list[StoragePlace]:
     """Directories of `cfg` that a node with `local_world_size` ranks writes."""
     size = int(checkpoint_bytes(cfg, workload_of(cfg, layout)))
     root = cfg.checkpoint_root
@@ -72,20 +72,20 @@ def places(cfg: Config, layout: ParallelLayout, local_world_size: int) -> list[P
     least, whole = size * min(to_come, 2), size * to_come
     inside = cfg.checkpoint.dir is None
     result = [
-        Place("run_dir", Path(cfg.run_dir), True, _OWN_FILES + inside * least, _OWN_FILES + inside * whole),
+        StoragePlace("run_dir", Path(cfg.run_dir), True, _OWN_FILES + inside * least, _OWN_FILES + inside * whole),
     ]
     if not inside:
-        result.append(Place("checkpoint.dir", root, True, least, whole))
+        result.append(StoragePlace("checkpoint.dir", root, True, least, whole))
     near = run_directory.node_local_dir(cfg, root)
     if near is not None:
         here = size * local_world_size // layout.world_size
         retained = min(to_come, cfg.checkpoint.local_keep + 1)
         still = here * max(retained - _count(near), min(retained, 1))
-        result.append(Place("checkpoint.local_dir", near, False, still, still))
+        result.append(StoragePlace("checkpoint.local_dir", near, False, still, still))
     scratch = env.own_scratch(cfg.launcher)
     if scratch is not None:
         needed = _OWN_FILES * local_world_size
-        result.append(Place("launcher.scratch_dir", scratch, False, needed, needed))
+        result.append(StoragePlace("launcher.scratch_dir", scratch, False, needed, needed))
     return result
 
 
@@ -122,7 +122,7 @@ def _steps(root: Path) -> list[Path]:
     return []
 
 
-def look(place: Place, name: str, megabytes: int) -> Disk:
+def look(place: StoragePlace, name: str, megabytes: int) -> Disk:
     """Write a file `name` of at most `megabytes` to the folder `FOLDER` of a place, and read it. It stays.
 
     It takes no more than an eighth of what is free, so that it harms no run that writes there.
@@ -145,7 +145,7 @@ def look(place: Place, name: str, megabytes: int) -> Disk:
     return Disk(**facts, **needed, free_bytes=free, write_mb_s=write_mb_s, read_mb_s=read_mb_s)  # type: ignore[arg-type]
 
 
-def remove(place: Place, name: str) -> None:
+def remove(place: StoragePlace, name: str) -> None:
     """Remove the file that `look` has written, and the folder where it was the last."""
     with contextlib.suppress(OSError):
         (place.path / FOLDER / name).unlink(missing_ok=True)

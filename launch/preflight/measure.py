@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.preflight import disks as disks_
-from launch.preflight.disks import Disk, Place
+from launch.preflight.disks import Disk, StoragePlace
 from parallel.layout import ParallelLayout
 from parallel.rank_info import RankInfo
 
@@ -40,7 +40,7 @@ def clock(rounds: int = 5) -> float:
     return best or 0.0
 
 
-def storage(places: list[Place], info: RankInfo, megabytes: int) -> tuple[list[str], list[Disk]]:
+def storage(places: list[StoragePlace], info: RankInfo, megabytes: int) -> tuple[list[str], list[Disk]]:
     """Fields of the shared ones of `places` in which rank 0 and this node do not see each other's files, and what the
     node finds in all of them. One rank of each node looks; the others find nothing.
     """

@@ -12,7 +12,7 @@ from parallel.architecture.parts import Linear, Model, Norm, Shard, Width, hidde
 
 
 @dataclass(frozen=True)
-class CoreAttention:
+class AttentionCore:
     """softmax(queries keys) values.
 
     Args:
@@ -52,7 +52,7 @@ class Attention:
     projections: tuple[Linear, ...]
     norms: tuple[Norm, ...]
     gathered: tuple[int, ...]
-    core: CoreAttention
+    core: AttentionCore
     output: Linear
 
     @property
@@ -134,7 +134,7 @@ def _latent_attention(model: Model) -> Attention:
         (*of_queries, *of_keys),
         norms,
         tuple(width for width in (rank, latent, rope) if width),
-        CoreAttention(heads, heads, nope + rope, value, latent + rope),
+        AttentionCore(heads, heads, nope + rope, value, latent + rope),
         Linear("attention", f"{name}proj.weight", hidden_width(model), Width("v_head_dim", (value,), heads), Shard.ROW,
                "attention output"),
     )  # fmt: skip
@@ -161,7 +161,7 @@ def _grouped_attention(model: Model) -> Attention:
         ),
         norms,
         (hidden,),
-        CoreAttention(heads, groups, size, size),
+        AttentionCore(heads, groups, size, size),
         Linear("attention", f"{name}linear_proj.weight", hidden_width(model), Width("head_dim", (size,), heads),
                Shard.ROW, "attention output"),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-from parallel.architecture.attention import Attention, CoreAttention
+from parallel.architecture.attention import Attention, AttentionCore
 from parallel.architecture.layers import GatedMLP, MixtureOfExperts, describe_mtp
 from parallel.architecture.parts import Linear, Shard
 from parallel.dispatchers import DISPATCHERS
@@ -191,7 +191,7 @@ class _Layer:
         exposed = self.constants.tp_exposed if self.software.overlap_tp else 1.0
         self.times.add("tp", exposed * forward, exposed * backward, 0.0, self.again(*modules))
 
-    def attention(self, core: CoreAttention) -> None:
+    def attention(self, core: AttentionCore) -> None:
         """Core attention of this rank's heads over the whole sequence, in blocks that context parallelism makes."""
         workload, hardware, software = self.workload, self.hardware, self.software
         heads, groups = core.heads_on_rank(workload.layout.tp), core.kv_heads_on_rank(workload.layout.tp)

@@ -32,7 +32,7 @@ class StageTime:
 
 
 @dataclass(frozen=True)
-class Event:
+class PassEvent:
     """One pass of one rank and when it ran, seconds from the start of the step."""
 
     rank: int
@@ -57,7 +57,7 @@ class Timeline:
     busy: tuple[float, ...]
     by_kind: tuple[dict[str, float], ...]
     in_flight: tuple[int, ...]
-    events: tuple[Event, ...]
+    events: tuple[PassEvent, ...]
 
     @property
     def bubble(self) -> float:
@@ -95,7 +95,7 @@ def simulate(
     orders = [order(schedule, pp, vpp, rank, micro_batches) for rank in range(pp)]
     places = [holders(schedule, pp, stage) for stage in range(stages)]
     done: dict[tuple[str, int, int], tuple[float, int]] = {}  # (F or B, stage, micro-batch) -> when, on which rank
-    events: list[list[Event]] = [[] for _ in range(pp)]
+    events: list[list[PassEvent]] = [[] for _ in range(pp)]
     clock, position = [0.0] * pp, [0] * pp
     waiting = dict.fromkeys(range(pp))  # ranks that may proceed, in the order in which they were woken
     while waiting:
@@ -108,7 +108,7 @@ def simulate(
                 break
             start = max(clock[rank], ready)
             clock[rank] = end = start + duration(item, times)
-            events[rank].append(Event(rank, item, start, end))
+            events[rank].append(PassEvent(rank, item, start, end))
             position[rank] += 1
             for key, neighbour in _made(item):
                 done[key] = (end, rank)
@@ -155,7 +155,7 @@ def _made(item: Pass) -> list[tuple[tuple[str, int, int], int]]:
     return [((kind, item.stage, item.micro_batch), item.stage + step)]
 
 
-def _timeline(events: Sequence[Sequence[Event]]) -> Timeline:
+def _timeline(events: Sequence[Sequence[PassEvent]]) -> Timeline:
     by_kind = []
     for own in events:
         kinds: dict[str, float] = {}
@@ -171,7 +171,7 @@ def _timeline(events: Sequence[Sequence[Event]]) -> Timeline:
     )
 
 
-def _in_flight(events: Sequence[Event]) -> int:
+def _in_flight(events: Sequence[PassEvent]) -> int:
     """The most forward passes of a rank whose activations were alive at once: until B, W, or the end of FB."""
     alive = most = 0
     for event in events:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import bench_step, step_grouped, step_profile, step_transformers
-from bench.step_data import Task
+from bench.step_data import StepTask
 from bench.step_workers import OURS, Worker
 from moe_train.model.kernels.cpu_kernels import uneven_counts
 from parallel.errors import HardwareError
@@ -28,7 +28,7 @@ def test_summary_takes_the_faster_variant_and_every_loss() -> None:
     steps = [(2.0, 9.0)] * bench_step.WARM_UP_STEPS + [(2.0, 1.0), (2.0, 3.0), (2.0, 2.0)]
     off = [(2.0 * 1.001, time / 4) for _, time in steps]
     reference = [loss for loss, _ in steps]
-    task = Task("fp32", 8, 256, 2)
+    task = StepTask("fp32", 8, 256, 2)
     rows = [bench_step.row(side, task, taken, reference, 0.5) for side, taken in
             ((OURS, steps), ("eager", steps), ("grouped_mm", off))]  # fmt: skip
     assert rows[0]["tokens_per_s"] == 2048 / 2.0
@@ -44,7 +44,7 @@ def test_summary_takes_the_faster_variant_and_every_loss() -> None:
 def test_losses_of_later_steps_may_differ_more(at: int, by: float, agree: bool) -> None:
     reference = [2.0] * 12
     steps = [(2.0 * (1 + by * (number == at)), 1.0) for number in range(12)]
-    row = bench_step.row(OURS, Task("fp32", 8, 256, 2), steps, reference, 0.5)
+    row = bench_step.row(OURS, StepTask("fp32", 8, 256, 2), steps, reference, 0.5)
     assert bench_step.summarise([row, {**row, "side": "eager"}])["losses_agree"] is agree
 
 
@@ -56,7 +56,7 @@ def test_both_sides_start_from_the_same_weights_and_stay_together(tmp_path: Path
     for number, (side, overrides) in enumerate(
         [(OURS, ()), ("grouped_mm", ()), (OURS, ("backend.grouped_gemm=false",)), ("eager", ())]
     ):
-        worker = Worker(side, Task("fp32", 2, 32, 1, overrides=overrides), tmp_path / f"{number // 2}.pt")
+        worker = Worker(side, StepTask("fp32", 2, 32, 1, overrides=overrides), tmp_path / f"{number // 2}.pt")
         losses.append([loss for loss, _ in worker.ask("steps", 2)])
         worker.stop()
     for other in losses[1:]:
@@ -65,7 +65,7 @@ def test_both_sides_start_from_the_same_weights_and_stay_together(tmp_path: Path
 
 
 def test_the_profile_finds_every_part_of_a_step_and_leaves_nothing_out(tmp_path: Path) -> None:
-    worker = Worker(OURS, Task("bf16", 2, 32, 1), tmp_path / "weights.pt")
+    worker = Worker(OURS, StepTask("bf16", 2, 32, 1), tmp_path / "weights.pt")
     parts, operations = worker.ask("profile", 1)
     after = worker.ask("steps", 1)
     worker.stop()

@@ -21,8 +21,8 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from bench import gpu_cases, gpu_check, gpu_runner, gpu_task, gpu_tensors, gpu_worker
-from bench.gpu_cases import Case, Plan
-from bench.gpu_runner import FAILED, MEASURED, NOT_RUN, NOT_SUPPORTED, PASSED, Row, Runner, judge
+from bench.gpu_cases import GpuCase, Plan
+from bench.gpu_runner import FAILED, MEASURED, NOT_RUN, NOT_SUPPORTED, PASSED, CheckRow, Runner, judge
 from launch.local import forkserver
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
@@ -40,14 +40,18 @@ def _server() -> None:
     forkserver.wait()
 
 
-def fault(name: str, **more: Any) -> Case:
+def fault(name: str, **more: Any) -> GpuCase:
     """The case whose process calls that function of gpu_faults."""
-    return Case(name, f"{FAULTS}:{name}", **{"limits": LIMITS, "timeout_s": 60.0, **more})
+    return GpuCase(name, f"{FAULTS}:{name}", **{"limits": LIMITS, "timeout_s": 60.0, **more})
 
 
 def rows_of(
-    cases: Sequence[Case], directory: Path, preparations: Sequence[Case] = (), budget_s: float = 300, jobs: int = 1
-) -> dict[tuple[str, str], Row]:
+    cases: Sequence[GpuCase],
+    directory: Path,
+    preparations: Sequence[GpuCase] = (),
+    budget_s: float = 300,
+    jobs: int = 1,
+) -> dict[tuple[str, str], CheckRow]:
     plan = Plan(list(cases), {case.name: case for case in preparations}, [])
     found = Runner(plan, directory, budget_s, forked=True, jobs=jobs).run(lambda row: None)
     return {(row.case, row.part): row for row in found}
@@ -134,9 +138,9 @@ def test_what_does_not_fit_the_budget_is_not_run(tmp_path: Path, monkeypatch: py
 
 
 def test_a_preparation_runs_once_and_its_failure_is_that_of_its_cases(tmp_path: Path) -> None:
-    preparations = [fault("counts"), fault("raises"), Case("late", f"{FAULTS}:right", needs=["raises"])]
+    preparations = [fault("counts"), fault("raises"), GpuCase("late", f"{FAULTS}:right", needs=["raises"])]
     cases = [
-        Case(name, f"{FAULTS}:right", limits=LIMITS, needs=needs)
+        GpuCase(name, f"{FAULTS}:right", limits=LIMITS, needs=needs)
         for name, needs in (("one", ["counts"]), ("two", ["counts"]), ("three", ["raises"]), ("four", ["late"]))
     ]
     rows = rows_of(cases, tmp_path, preparations, jobs=2)
@@ -146,7 +150,7 @@ def test_a_preparation_runs_once_and_its_failure_is_that_of_its_cases(tmp_path: 
 
 
 def test_numbers_are_judged_by_the_limits_of_their_part() -> None:
-    case = Case("case", "m:f", limits={"error": 0.1}, parts=["a", "b"], measured_only=["a"])
+    case = GpuCase("case", "m:f", limits={"error": 0.1}, parts=["a", "b"], measured_only=["a"])
     assert judge(case, "a", {"error": 5.0}).status == MEASURED
     assert judge(case, "b", {"error": 5.0}).status == FAILED
     assert judge(case, "b", {"error": -0.1}).status == PASSED
@@ -159,7 +163,7 @@ def stand_in(small_data: tuple[str, ...]) -> Plan:
     return gpu_cases.plan("cpu", ["local"], more=[*small_data, "model.vocab_size=512", "train.seq_length=32"])
 
 
-def short(case: Case) -> Case:
+def short(case: GpuCase) -> GpuCase:
     """A recipe's run of a few steps."""
     words = ["train.steps=4", "schedule.warmup_steps=1", "batch.global_batch_size=4", "batch.micro_batch_size=4"]
     return replace(case, overrides=[*case.overrides, *words], options={**case.options, "warm_up": 1})
@@ -292,7 +296,7 @@ def test_libraries_are_listed_and_a_broken_one_has_failed() -> None:
      ([NOT_SUPPORTED], 3), ([], 3)],
 )  # fmt: skip
 def test_exit_code_and_summary_say_what_did_not_pass(statuses: list[str], code: int) -> None:
-    rows = [Row("case", "", status) for status in statuses]
+    rows = [CheckRow("case", "", status) for status in statuses]
     assert gpu_check.exit_code(rows) == code
     summary = gpu_check.summarise(gpu_check.stand_in(), rows, 1.0)
     assert summary["all_hold"] == (code == 0)
@@ -315,7 +319,7 @@ def test_without_a_gpu_it_says_so_in_one_line(
 
 def test_results_begin_with_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--stand-in", "cpu", "--output", str(tmp_path)])
-    row = Row("case", "", FAILED, "why", values={"error": 2.0}, limits=LIMITS)
+    row = CheckRow("case", "", FAILED, "why", values={"error": 2.0}, limits=LIMITS)
     monkeypatch.setattr(gpu_check, "check", lambda *given: [row])
     with pytest.raises(SystemExit) as stopped:
         gpu_check.main()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tools.published.ranking import Group, groups, ranks, reached_by_noise, repeats, spearman
+from tools.published.ranking import RankedRuns, groups, ranks, reached_by_noise, repeats, spearman
 
 
 def row(configuration: str, published: float, month: int = 202604, release: str = "26.04") -> dict[str, Any]:
@@ -39,8 +39,8 @@ def test_repeats_are_patch_releases_of_one_month() -> None:
 
 
 def test_layouts_that_lie_closer_than_the_noise_come_into_any_order() -> None:
-    near = Group("tiny", "h100", [100.0, 100.1, 100.2, 100.3], [1.0, 2.0, 3.0, 4.0])
-    far = Group("tiny", "h200", [100.0, 200.0, 400.0, 800.0], [4.0, 3.0, 2.0, 1.0])
+    near = RankedRuns("tiny", "h100", [100.0, 100.1, 100.2, 100.3], [1.0, 2.0, 3.0, 4.0])
+    far = RankedRuns("tiny", "h200", [100.0, 200.0, 400.0, 800.0], [4.0, 3.0, 2.0, 1.0])
     assert reached_by_noise([near, far], [0.0]) == ([1, 1], 1)
     chances, of_all = reached_by_noise([near, far], [0.02, 0.02, 5.0])
     assert chances == [of_all, 1]

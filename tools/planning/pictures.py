@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from parallel.planner.estimate import Estimate
 from parallel.planner.schedules import smallest_micro_batches
-from parallel.planner.simulation import Event, simulate
+from parallel.planner.simulation import PassEvent, simulate
 
 COLOURS = {"F": "#4e79a7", "B": "#59a14f", "I": "#8cd17d", "W": "#f1ce63", "FB": "#b07aa1"}
 NAMES = {
@@ -23,7 +23,7 @@ NARROWEST = 0.01  # of the width: a box that a number fits in
 LONGEST = 3  # rounds of micro-batches that are drawn
 
 
-def events(plan: Estimate) -> tuple[Event, ...]:
+def events(plan: Estimate) -> tuple[PassEvent, ...]:
     """The passes of a step with as many micro-batches as a picture can show."""
     layout, step = plan.workload.layout, plan.step
     group = layout.pp * (2 if plan.schedule.startswith("dual") else 1)
@@ -32,7 +32,7 @@ def events(plan: Estimate) -> tuple[Event, ...]:
     return simulate(plan.schedule, layout.pp, layout.vpp, number, step.stages).events
 
 
-def svg(shown: Sequence[Event], ranks: int) -> str:
+def svg(shown: Sequence[PassEvent], ranks: int) -> str:
     """A Gantt chart: a row for each pipeline rank, a box for each pass, with its micro-batch where it fits."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -60,7 +60,7 @@ def svg(shown: Sequence[Event], ranks: int) -> str:
     return file.getvalue()
 
 
-def describe(event: Event) -> str:
+def describe(event: PassEvent) -> str:
     """One pass in words."""
     item = event.item
     other = f", backward of micro-batch {item.back_micro_batch} on stage {item.back_stage}" if item.kind == "FB" else ""
@@ -69,7 +69,7 @@ def describe(event: Event) -> str:
     return f"{name} of micro-batch {item.micro_batch} on stage {item.stage}{other}: {milliseconds:.1f} ms"
 
 
-def trace(shown: Sequence[Event]) -> str:
+def trace(shown: Sequence[PassEvent]) -> str:
     """The same for chrome://tracing and Perfetto: times in microseconds, a thread for each rank."""
     rows = [
         {

@@ -19,7 +19,7 @@ DRAWS = 2000
 
 
 @dataclass(frozen=True)
-class Group:
+class RankedRuns:
     """Layouts of one model on one hardware: tokens/s/GPU as published and as predicted."""
 
     model: str
@@ -33,7 +33,7 @@ class Group:
         return spearman(self.published, self.predicted)
 
 
-def groups(rows: Sequence[dict[str, Any]]) -> list[Group]:
+def groups(rows: Sequence[dict[str, Any]]) -> list[RankedRuns]:
     """Every (model, hardware) of enough layouts. Of one that was published for several releases the newest counts."""
     by_model: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -47,7 +47,7 @@ def groups(rows: Sequence[dict[str, Any]]) -> list[Group]:
             [median(row[f"{kind}_tokens_per_s_per_gpu"] for row in own) for own in counted]
             for kind in ("published", "predicted")
         )
-        result.append(Group(model, hardware, published, predicted))
+        result.append(RankedRuns(model, hardware, published, predicted))
     return result
 
 
@@ -77,7 +77,7 @@ def repeats(rows: Sequence[dict[str, Any]]) -> list[float]:
     ]
 
 
-def reached_by_noise(groups: Sequence[Group], apart: Sequence[float]) -> tuple[list[float], float]:
+def reached_by_noise(groups: Sequence[RankedRuns], apart: Sequence[float]) -> tuple[list[float], float]:
     """What a model without any error would reach: (chance of each group to be in order, chance of all), if published
     figures scatter normally as `repeats` do. The middle of the repeats sets the scatter, so that outliers do not.
     """

@@ -9,7 +9,7 @@ from moe_train.config.resolve import ResolvedConfig, Rule
 from parallel import pipeline
 from parallel.architecture.layers import describe_layer
 from parallel.architecture.parts import Shard
-from parallel.dispatchers import DISPATCHERS, Dispatcher
+from parallel.dispatchers import DISPATCHERS, DispatcherKind
 from parallel.suggest import Fix, Impossible, divisors, fixes_of, multiples, nearest
 
 
@@ -124,7 +124,7 @@ def experts(facts: ResolvedConfig) -> None:
     _divides(facts, "ep", "model.num_experts", model.num_experts)
 
 
-def _instead(suits: Callable[[Dispatcher], bool]) -> list[Fix]:
+def _instead(suits: Callable[[DispatcherKind], bool]) -> list[Fix]:
     """Dispatchers that suit."""
     return fixes_of("parallel.dispatcher", [row.name for row in DISPATCHERS.values() if suits(row)])
 

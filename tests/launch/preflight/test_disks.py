@@ -39,8 +39,8 @@ def small(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", place], check=True)
 
 
-def _place(path: Path) -> disks.Place:
-    return disks.Place("run_dir", path, True, 0, 0)
+def _place(path: Path) -> disks.StoragePlace:
+    return disks.StoragePlace("run_dir", path, True, 0, 0)
 
 
 def test_a_directory_is_written_and_read_and_left_as_it_was(tmp_path: Path) -> None:

@@ -112,10 +112,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
-def places(root: Path) -> list[disks.Place]:
+def places(root: Path) -> list[disks.StoragePlace]:
     return [
-        disks.Place("run_dir", root / "run", True, 0, 0), disks.Place("checkpoint.local_dir", root / "own", False, 0, 0)
-    ]  # fmt: skip
+        disks.StoragePlace("run_dir", root / "run", True, 0, 0),
+        disks.StoragePlace("checkpoint.local_dir", root / "own", False, 0, 0),
+    ]
 
 
 def test_a_node_that_sees_the_file_of_rank_0_shares_its_directory(
@@ -152,7 +153,7 @@ def test_the_directory_that_is_not_shared_is_named(
 ) -> None:
     """In either position of two."""
     (tmp_path / "shared/.preflight").mkdir(parents=True)
-    both = [disks.Place(f"{name}.dir", tmp_path / name, True, 0, 0) for name in ("shared", "alone")]
+    both = [disks.StoragePlace(f"{name}.dir", tmp_path / name, True, 0, 0) for name in ("shared", "alone")]
     for given in (both, both[::-1]):
         (tmp_path / "shared/.preflight/rank_0").touch()
         others(rank=1, gathered=([0, None],) * 2, told=([0, 1],) * 2)
