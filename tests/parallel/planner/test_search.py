@@ -229,6 +229,24 @@ def test_the_quick_estimate_of_memory_is_close(words: list[str], schedule: str) 
         assert timer.memory(one.workload, one.schedule) == pytest.approx(one.memory_bytes, rel=0.08), one.label
 
 
+@pytest.mark.parametrize("schedule", ["interleaved", "dualpipe"])
+def test_the_quick_estimate_knows_the_micro_batches_in_flight(schedule: str) -> None:
+    """Activations dominate here, and differ between ranks: a wrong count of chunks or of the mirrored stage shows."""
+    vpp = 2 if schedule == "interleaved" else 1
+    words = ("plan.search=false", "parallel.pp=8", f"parallel.vpp={vpp}", "parallel.ep=64", "parallel.dp=256",
+             f"plan.schedules=[{schedule}]", "batch.micro_batch_size=2", "batch.global_batch_size=16384")  # fmt: skip
+    cfg = compose([*V3, *words], PlanRoot)
+    result = answer(cfg, validate(cfg, trains=False))
+    timer = search.Timer(
+        result.hardware,
+        software_of=lambda workload: software_of(cfg, cfg.plan, workload),
+        weights_of=lambda workload: weights_of(cfg.model, workload),
+    )
+    best = result.best
+    assert (best.schedule, best.workload.layout.vpp) == (schedule, vpp)
+    assert timer.memory(best.workload, best.schedule) == pytest.approx(best.memory_bytes, rel=0.08)
+
+
 def test_nothing_fits_too_few_gpus() -> None:
     with pytest.raises(Exception, match=r"no layout of deepseek_v3 fits 8 GPUs of h800: .*memory"):
         plan("plan.gpus=8", "batch.global_batch_size=64")
