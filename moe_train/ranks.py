@@ -57,7 +57,7 @@ class RankContext:
 
     def micro_batches_of(self, samples: int) -> int:
         """Forward passes of one data-parallel rank over a global batch of `samples`."""
-        return samples // (self.cfg.batch.micro_batch_size * self.layout.dp)
+        return samples // self.resolved.data_ranks_batch
 
 
 def setup_ranks(cfg: Config, rank: RankInfo) -> RankContext:

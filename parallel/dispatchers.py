@@ -10,8 +10,8 @@ class DispatcherKind:
     """Properties of one dispatcher.
 
     Args:
-        name: value of `parallel.dispatcher`.
-        megatron: Megatron-Core's name (`moe_token_dispatcher_type` of transformer/transformer_config.py).
+        name: value of `parallel.dispatcher`, and of `moe_token_dispatcher_type` (transformer/transformer_config.py
+            upstream).
         library: what it needs besides NCCL or gloo; empty where it needs nothing.
         needs_gpu: whether its kernels exist for GPUs alone.
         needs_peers: whether it needs experts on several ranks.
@@ -25,7 +25,6 @@ class DispatcherKind:
     """
 
     name: str
-    megatron: str
     planned_as: str
     library: str = ""
     needs_gpu: bool = False
@@ -37,12 +36,10 @@ class DispatcherKind:
     waits_on_host: bool = True
 
 
-ALLTOALL = DispatcherKind(
-    name="alltoall", megatron="alltoall", planned_as="alltoall", overlaps_shared_experts=True, own_on_local=True
-)
-ALLGATHER = DispatcherKind(name="allgather", megatron="allgather", planned_as="alltoall")
+ALLTOALL = DispatcherKind(name="alltoall", planned_as="alltoall", overlaps_shared_experts=True, own_on_local=True)
+ALLGATHER = DispatcherKind(name="allgather", planned_as="alltoall")
 FLEX = DispatcherKind(
-    name="flex", megatron="flex", planned_as="flex", library="DeepEP", needs_gpu=True, needs_peers=True,
+    name="flex", planned_as="flex", library="DeepEP", needs_gpu=True, needs_peers=True,
     pads_to_capacity=False, deduplicates=True, waits_on_host=False,
 )  # fmt: skip
 DISPATCHERS = {row.name: row for row in (ALLTOALL, ALLGATHER, FLEX)}

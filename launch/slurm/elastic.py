@@ -22,7 +22,7 @@ class Choice:
     """A layout, and the numbers of nodes on which the job takes it, fewest first.
 
     `text` shows the entry of `launcher.fallbacks`; "" for the config's own. `layout` and `found` are those on the
-    fewest nodes, where memory is fullest.
+    fewest nodes, where a rank needs most memory.
     """
 
     text: str

@@ -13,8 +13,6 @@ from moe_train.schedules import BatchSchedule
 from parallel.layout import ParallelLayout
 
 DEFAULT_STEPS = 200
-
-
 _HANG_SHARE = 0.8  # of launcher.timeout_s
 _JOB_RESTARTS = 3
 

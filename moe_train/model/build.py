@@ -24,7 +24,6 @@ from moe_train.model.precision import dtype_options, emulated_recipe, low_precis
 from moe_train.model.specs import LocalBackend, local_specs, te_specs
 from parallel import pipeline
 from parallel.architecture.attention import attention_kind
-from parallel.dispatchers import DISPATCHERS
 from parallel.layout import ParallelLayout
 
 
@@ -140,7 +139,7 @@ def _experts(resolved: ResolvedConfig) -> dict[str, Any]:
         "moe_expert_capacity_factor": model.capacity_factor,
         "moe_pad_expert_input_to_capacity": model.pad_to_capacity,
         "moe_token_drop_policy": model.token_drop_policy,
-        "moe_token_dispatcher_type": DISPATCHERS[parallel.dispatcher].megatron,
+        "moe_token_dispatcher_type": parallel.dispatcher,
         "moe_grouped_gemm": resolved.grouped,
         **(groups if model.router_num_groups else {}),
     }

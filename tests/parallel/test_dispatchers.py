@@ -11,7 +11,7 @@ from parallel.dispatchers import ALLTOALL, DISPATCHERS, FLEX, PLANNED
 
 def test_megatron_knows_every_dispatcher() -> None:
     names = typing.get_args(typing.get_type_hints(TransformerConfig)["moe_token_dispatcher_type"])
-    assert {row.megatron for row in DISPATCHERS.values()} == set(names)
+    assert {row.name for row in DISPATCHERS.values()} == set(names)
 
 
 def test_the_planner_knows_what_each_is_planned_as() -> None:
