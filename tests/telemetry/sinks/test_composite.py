@@ -131,16 +131,21 @@ def test_a_call_that_always_fails_does_not_hold_up_the_others_for_ever(
     assert "1 were lost" in errors
 
 
+def fail_for_steps(count: int, failing: Recorder, both: CompositeSink, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outage of one sink from the start, with room for 20 calls that wait."""
+    monkeypatch.setattr(composite, "MOST_WAITING", 20)
+    failing.error = OSError(28, "No space left on device")
+    both.open(FACTS)
+    for step in range(1, count + 1):
+        both.scalars(step, METRICS)
+
+
 def test_an_outage_that_lasts_has_bounds_and_its_loss_is_reported(
     pair: tuple[Recorder, Recorder, CompositeSink],
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(composite, "MOST_WAITING", 20)
     failing, other, both = pair
-    failing.error = OSError(28, "No space left on device")
-    both.open(FACTS)
-    for step in range(1, 51):
-        both.scalars(step, METRICS)
+    fail_for_steps(50, failing, both, monkeypatch)
     both.close(END)
     assert len([call for call in other.calls if call[0] == "scalars"]) == 50
     assert failing.closed
@@ -153,12 +158,8 @@ def test_an_outage_loses_no_rewind(
     pair: tuple[Recorder, Recorder, CompositeSink], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file would have the steps after it twice."""
-    monkeypatch.setattr(composite, "MOST_WAITING", 20)
     failing, _, both = pair
-    failing.error = OSError(28, "No space left on device")
-    both.open(FACTS)
-    for step in range(1, 31):
-        both.scalars(step, METRICS)
+    fail_for_steps(30, failing, both, monkeypatch)
     both.rewind(10)
     failing.error = None
     both.scalars(11, METRICS)
