@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
-import pickle
 import random
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
-import hydra
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 from launch.local import forkserver
+from tests import composition_cache
 
 gc.disable()  # until all tests are imported: see below
 # Tests measure no kernels for the user's own runs: the machine is busy while they run.
@@ -59,25 +56,10 @@ def handlers_of_signals() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def composed_once() -> Iterator[None]:
-    """Hydra composes the same overrides once. It takes 0.12 s, and a copy 2 ms.
-
-    References are resolved later, from what the environment has then. Overrides of `hydra` itself can name directories
-    whose files a test changes.
-    """
-    stock, composed = hydra.compose, dict[Any, bytes]()
-
-    def compose(config_name: str | None = None, overrides: Sequence[str] = (), **more: Any) -> Any:
-        if any(word.lstrip("+~").startswith("hydra") for word in overrides):
-            return stock(config_name, list(overrides), **more)
-        places = GlobalHydra.instance().config_loader().get_search_path().get_path()
-        key = config_name, tuple(overrides), repr(more), tuple((place.provider, place.path) for place in places)
-        if key not in composed:
-            composed[key] = pickle.dumps(stock(config_name, list(overrides), **more))
-        return pickle.loads(composed[key])
-
+def files_read_once() -> Iterator[None]:
+    """Hydra reads and merges the same groups of config files once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hydra, "compose", compose)
+        composition_cache.install(patch)
         yield
 
 
