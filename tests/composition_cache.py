@@ -1,9 +1,9 @@
 """Hydra's work for the same groups of config files, done once in a process of tests.
 
 Tests compose about two thousand configs, most of them from the same files. Reading and merging these takes most of the
-0.12 s of a composition, and a copy of the result 2 ms. Hydra applies the overrides of fields to the copy, and references
-are resolved later, from what the environment has then. Only this project's files are cached: those of other
-directories may change. MOE_TESTS_COMPOSE=1 reads them for each config.
+0.12 s of a composition; a copy of the result takes 2 ms. Hydra applies the overrides of fields to the copy. References
+are resolved later, from what the environment has then. Only this project's files are cached: those of other directories
+may change. MOE_TESTS_COMPOSE=1 reads them for each config.
 """
 
 from __future__ import annotations

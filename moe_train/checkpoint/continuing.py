@@ -19,7 +19,7 @@ from moe_train.config.resolve import total_steps
 from moe_train.config.schema import Config
 from moe_train.config.walk import all_fields, get, group_names, typed, violation, with_values
 from moe_train.files import untrusted
-from moe_train.formats import run_config, run_directory, state_file
+from moe_train.formats import manifest, run_config, run_directory, state_file
 from parallel.errors import CheckpointError, ConfigError, one_line
 from parallel.suggest import override
 
@@ -91,13 +91,16 @@ def continued(cfg: Config, words: Sequence[str], compose: Callable[[Sequence[str
 def find(cfg: Config) -> ResumePoint | None:
     """The checkpoint that `resume` means and that this machine can read; None where there is none.
 
-    Ranks look closer: they verify its bytes, and take an earlier one where it is damaged.
+    The files read here are compared with the manifest: a config cut off at the end of a group is valid YAML, and would
+    pass for that of an earlier version. Ranks verify the others, and take an earlier checkpoint where one is damaged.
 
     Raises:
         CheckpointError: it is of a version with another format.
     """
     for path in _candidates(cfg):
         try:
+            if cfg.checkpoint.verify:
+                manifest.check_some(path, (run_directory.CONFIG, run_directory.STATE))
             config, state = run_config.read(path), run_directory.read_state(path)
             position = run_config.Position(*state_file.position(state))
         except (run_directory.DamagedCheckpoint, ValueError):
@@ -181,7 +184,14 @@ def _base(cfg: Config) -> Config | None:
     stored: Config | None = None
     if own.is_file():
         try:
-            stored = config_of(untrusted.read_yaml(own), own)
+            values = untrusted.read_yaml(own)
+            stored = config_of(values, own)
+            if lost := _lost(values, cfg):
+                stored = None
+                _say_once(
+                    f"warning: {_shown(own)} is not whole: it has no {lost}, and the newest checkpoint's config takes "
+                    "its place"
+                )
         except (OSError, ValueError, CheckpointError) as error:
             why = str(error).splitlines()[0]
             own = Path(_shown(own))
@@ -202,6 +212,25 @@ def _base(cfg: Config) -> Config | None:
     # The run that wrote the checkpoint keeps its own places.
     elsewhere = cfg if stored is None else stored
     return with_values(base, {"init_from": None, "checkpoint.dir": elsewhere.checkpoint.dir})
+
+
+def _lost(values: Mapping[str, Any], cfg: Config) -> str:
+    """A field that the config of the newest checkpoint has and `values` of the same run lack; "" where there is none.
+
+    A file that was cut off can be valid YAML.
+    """
+    resume_point = find(cfg) if cfg.resume == "auto" else None
+    if resume_point is None:
+        return ""
+    present = former.current(values)
+    for group, fields in resume_point.config.items():
+        if group not in present:
+            return str(group)
+        leaves = present[group] or ()  # nothing follows a group's name where the file ends there
+        missing = [name for name in fields if name not in leaves] if isinstance(fields, dict) else []
+        if missing:
+            return f"{group}.{missing[0]}"
+    return ""
 
 
 def _tell_of_a_new_start(merged: Config, cfg: Config) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -73,6 +73,16 @@ def check(directory: Path, files: Files, rank: int, size: int) -> None:
     for name in list(files)[rank::size]:
         if problem := difference(directory / name, files[name]):
             raise damaged(directory, f"{name} {problem}")
+
+
+def check_some(directory: Path, names: Collection[str]) -> None:
+    """Compare these files of a checkpoint with its manifest, where it has one.
+
+    Raises:
+        CheckpointError: one has another size or other bytes, or the manifest is damaged.
+    """
+    files = read(directory) or {}
+    check(directory, {name: files[name] for name in names if name in files}, 0, 1)
 
 
 def difference(path: Path, entry: Entry) -> str:

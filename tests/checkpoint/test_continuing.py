@@ -18,7 +18,7 @@ from moe_train.config.composition.compose import compose, from_yaml, hydra_entry
 from moe_train.config.composition.validate import validate
 from moe_train.config.resolve import total_steps
 from moe_train.config.schema import Config
-from moe_train.formats import run_directory
+from moe_train.formats import manifest, run_directory
 from parallel.errors import ConfigError, MoeTrainError
 
 FIRST = ("train.steps=10", "schedule.warmup_steps=2", "data=text", "data.path=a.txt", "data.dir=d", "parallel.ep=2")
@@ -256,6 +256,29 @@ def test_a_config_of_another_version_or_none_at_all_is_made_up_for(capsys: pytes
         assert capsys.readouterr().err == ""
     own.unlink()
     assert again() == first
+
+
+@pytest.mark.parametrize("place", ["run", "checkpoint"])
+def test_a_config_that_was_cut_off_does_not_pass_for_that_of_an_earlier_version(
+    place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the end of each line it may be valid YAML, in which later fields are missing."""
+    begin(*FIRST, step=5)
+    first = begin(*FIRST, step=10)
+    newest = first.checkpoint_root / "step_00000010"
+    manifest.write(newest, {name: manifest.entry_of(newest / name) for name in ("config.yaml", "state.json")})
+    file = Path("R/config.yaml") if place == "run" else newest / "config.yaml"
+    whole = file.read_text()
+    ends = [end for end, letter in enumerate(whole) if letter == "\n"][3:-1:13]
+    for end in ends:
+        file.write_text(whole[:end] + "\n")
+        assert again() == first
+        resume_point = continuing.find(first)
+        assert resume_point is not None
+        assert resume_point.path.name == ("step_00000010" if place == "run" else "step_00000005")
+        continuing._told.clear()
+    told = capsys.readouterr().err.count("warning: R/config.yaml ")
+    assert told == (len(ends) if place == "run" else 0)
 
 
 def test_a_run_of_an_earlier_version_keeps_the_order_of_its_data() -> None:
