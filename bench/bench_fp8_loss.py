@@ -31,6 +31,7 @@ from launch import job
 from launch.local import forkserver, launcher
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
+from moe_train.files import atomic
 
 BASELINE = "bf16"
 # One pass a step on one rank, so that weights are rounded once; the last case has two on each of two stages.
@@ -83,7 +84,7 @@ def kept_losses(case: str, seed: int, steps: int, batch: int, keep: Path | None)
     file = keep / f"{case.replace(', ', '-')}-{seed}-{steps}-{batch}.json"
     if not file.exists():
         keep.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(losses(case, seed, steps, batch)))
+        atomic.write_text(file, json.dumps(losses(case, seed, steps, batch)))
     curve: list[float] = json.loads(file.read_text())
     return curve
 

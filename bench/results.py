@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moe_train.files import atomic
+
 DIRECTORY = Path(__file__).parent / "results"
 
 
@@ -17,7 +19,7 @@ def write(name: str, summary: dict[str, Any], rows: Sequence[dict[str, Any]], di
     """Write one result and return its path."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
-    path.write_text(json.dumps({**summary, "rows": list(rows), "machine": machine()}, indent=1) + "\n")
+    atomic.write_text(path, json.dumps({**summary, "rows": list(rows), "machine": machine()}, indent=1) + "\n")
     return path
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_train.files import untrusted
+from moe_train.files import atomic, untrusted
 from moe_train.resilience import watch
 from parallel import errors
 from parallel.errors import HardwareError, LaunchError, MoeTrainError
@@ -142,9 +142,7 @@ def record(error: BaseException, error_file: str) -> None:
         "explained": isinstance(error, MoeTrainError | ImportError),
         "lost_peer": lost_peer(error),
     }
-    part = Path(f"{error_file}.part")
-    part.write_text(json.dumps(data), encoding="utf-8")
-    os.replace(part, error_file)  # the parent may read at any time
+    atomic.write_text(Path(error_file), json.dumps(data))  # the parent may read at any time
 
 
 def read(rank: int, exit_status: int, error_file: str, log: str) -> Failure:

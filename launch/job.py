@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
 import sys
 from pathlib import Path
 
 from moe_train.config.schema import Config
+from moe_train.files import atomic
 from parallel.errors import ConfigError, LaunchError
 from parallel.layout import ParallelLayout
 
@@ -48,14 +47,10 @@ def save_config(cfg: Config) -> Path:
     from moe_train.config.composition import compose
 
     path = Path(cfg.run_dir) / "config.yaml"
-    part = path.with_name(f"config.yaml.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(compose.to_yaml(cfg), encoding="utf-8")
-        os.replace(part, path)
+        atomic.write_text(path, compose.to_yaml(cfg))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         remedy = "make space there, or set run_dir=PATH" if error.errno == errno.ENOSPC else "set run_dir=PATH"
         raise LaunchError(f"run_dir={cfg.run_dir} cannot be written: {error.strerror}", remedy) from error
     return path

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.config.schema import Config
-from moe_train.files import untrusted
+from moe_train.files import atomic, untrusted
 from moe_train.formats import run_directory
 from parallel.errors import LaunchError
 
@@ -40,7 +40,7 @@ def remember(cfg: Config) -> None:
     if FIRST not in os.environ or (file := Path(os.environ[FIRST])).exists():
         return
     try:
-        run_directory.replace_file(file, json.dumps(found(cfg)) + "\n")
+        atomic.write_text(file, json.dumps(found(cfg)) + "\n", durable=True)
     except OSError as error:
         raise LaunchError(f"run_dir={cfg.run_dir} cannot be written: {error.strerror}", "set run_dir=PATH") from error
 

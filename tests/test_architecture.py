@@ -236,6 +236,19 @@ def test_the_check_for_names_of_rows_sees_them(code: str) -> None:
     assert list(_compared(ast.parse(code)))
 
 
+REPLACES_FILES = ("moe_train/files/atomic.py", "moe_train/formats/directory_writer.py")
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if _name(path) not in REPLACES_FILES], ids=_name)
+def test_files_are_replaced_in_one_place(path: Path) -> None:
+    """`os.replace`, or `replace` of a path, which takes one argument (that of a text takes two)."""
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "replace":
+            is_of_path = len(node.args) == 1 and not node.keywords
+            renames = is_of_path or root_name(node.func) == "os"
+            assert not renames, f"line {node.lineno}: use moe_train.files.atomic"
+
+
 def test_no_two_classes_share_a_name() -> None:
     """Nested classes of functions are left out: they replace classes of others, whose names they have."""
     places: dict[str, list[str]] = defaultdict(list)

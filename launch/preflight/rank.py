@@ -17,6 +17,7 @@ from launch.preflight.facts import RankFacts
 from launch.slurm import submission
 from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
+from moe_train.files import atomic
 from parallel import runtime
 from parallel.errors import LaunchError
 from parallel.exit_codes import ExitCode
@@ -110,8 +111,8 @@ def _report(cfg: Config, gathered: list[RankFacts], findings: list[verdict.Findi
     directory = Path(cfg.run_dir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "preflight.txt").write_text(text + "\n", encoding="utf-8")
-        (directory / "preflight.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        atomic.write_text(directory / "preflight.txt", text + "\n")
+        atomic.write_text(directory / "preflight.json", json.dumps(result, indent=1) + "\n")
     except OSError as error:  # the disk is full, as was said above
         print(f"warning: {directory}/preflight.json cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 

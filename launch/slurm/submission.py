@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from launch.slurm import commands
 from moe_train.config.composition import compose
 from moe_train.config.schema import Config
-from moe_train.files import untrusted
+from moe_train.files import atomic, untrusted
 from parallel.errors import ConfigError, LaunchError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,7 +125,7 @@ def _git(*words: str) -> bytes | None:
 
 def write(submission: Submission, directory: Path) -> None:
     """Write the facts into the directory of the submission."""
-    (directory / FACTS).write_text(json.dumps(asdict(submission), indent=1) + "\n", encoding="utf-8")
+    atomic.write_text(directory / FACTS, json.dumps(asdict(submission), indent=1) + "\n")
 
 
 def newest_place(run_dir: str | Path) -> Path:

@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from moe_train.checkpoint import collective
+from moe_train.files import atomic
 from moe_train.formats import manifest, run_directory
 from moe_train.run import Run
 from parallel.errors import CheckpointError
@@ -118,7 +119,8 @@ def copy_small(source: Path, target: Path) -> None:
     for name, entry in (manifest.read(source) or {}).items():
         if not (target / name).is_file():
             copy(source / name, target / name, entry)
-    run_directory.replace_file(target / run_directory.MANIFEST, (source / run_directory.MANIFEST).read_text())
+    content = (source / run_directory.MANIFEST).read_bytes()
+    atomic.write_bytes(target / run_directory.MANIFEST, content, durable=True)
 
 
 def prune(root: Path, count: int) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from moe_train.files import atomic
 from moe_train.formats import run_directory
 
 
@@ -30,7 +31,7 @@ def remove(path: Path) -> None:
     """Remove a checkpoint. Killed at any moment, this leaves it whole or under a hidden name."""
     hidden = run_directory.removed_name(path.parent, path.name)
     os.rename(path, hidden)
-    run_directory.sync(path.parent)
+    atomic.sync(path.parent)
     shutil.rmtree(hidden)
 
 

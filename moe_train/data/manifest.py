@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from moe_train.config.schema import DataConfig
 from moe_train.data.index_file import read_index
-from moe_train.files import untrusted
+from moe_train.files import atomic, untrusted
 from parallel.errors import DataError
 
 PREFIX = "text_document"
@@ -174,9 +173,7 @@ def _remember(directory: Path, manifest: dict[str, Any], right: dict[str, list[A
     cache = directory / "cache"
     with contextlib.suppress(OSError):  # a directory that is read only: it is compared at the next start again
         cache.mkdir(exist_ok=True)
-        part = cache / f"{_VERIFIED}.{os.getpid()}.part"
-        part.write_text(json.dumps(_verified(directory) | new))
-        os.replace(part, cache / _VERIFIED)
+        atomic.write_text(cache / _VERIFIED, json.dumps(_verified(directory) | new))
 
 
 def _known(directory: Path, manifest: dict[str, Any], name: str) -> bool:

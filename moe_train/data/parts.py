@@ -26,6 +26,7 @@ from moe_train.config.schema import DataConfig
 from moe_train.data import corpus
 from moe_train.data.report import Report
 from moe_train.data.tokenizer import Tokenizer
+from moe_train.files import atomic
 from parallel.errors import DataError
 from parallel.exit_codes import ExitCode
 
@@ -135,10 +136,8 @@ def _tokenize_part(number: int, texts: list[str]) -> None:
         (_tokens(_worker["parts"], number), np.concatenate(documents)),
         (_lengths(_worker["parts"], number), np.asarray([len(d) for d in documents], dtype=np.int64)),
     ):
-        part = path.with_name(f"{path.name}.{os.getpid()}")
-        with open(part, "wb") as file:
+        with atomic.replacement(path) as temporary, temporary.open("xb") as file:
             array.tofile(file) if path.suffix == ".tokens" else np.save(file, array)
-        os.replace(part, path)
 
 
 def merge(

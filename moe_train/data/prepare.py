@@ -8,7 +8,6 @@ again.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -46,6 +45,7 @@ from moe_train.data.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )  # fmt: skip
+from moe_train.files import atomic
 from parallel.errors import DataError
 from parallel.suggest import override_value
 
@@ -268,12 +268,12 @@ def _make(
         if count == 0:
             read = "; ".join(lines(report.to_dict()))
             raise DataError(f"the corpus has no text: {read}", "add text or correct data.path")
-        part = {suffix: path.with_name(f"{path.name}.part") for suffix, path in built.items()}
-        documents, tokens = parts.merge(pieces, count, part["bin"], part["idx"], dtype, bar)
+        for path in built.values():
+            atomic.remove_leftovers(path)  # as large as the dataset
+        with atomic.replacement(built["bin"]) as bin_path, atomic.replacement(built["idx"]) as idx_path:
+            documents, tokens = parts.merge(pieces, count, bin_path, idx_path, dtype, bar)
     report.add(Reason.NO_TOKENS, directory, report.kept - documents)
     report.kept = documents
-    for suffix, path in built.items():
-        os.replace(part[suffix], path)
     output_files = [tokenizer, *companions(tokenizer), *built.values()]
     manifest = {
         "settings": settings,
@@ -286,7 +286,7 @@ def _make(
             f.name: {"bytes": f.stat().st_size, "sha256": sha256_of(f), "identity": identity(f)} for f in output_files
         },
     }
-    _write(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
+    atomic.write_text(directory / MANIFEST, json.dumps(manifest, indent=1))
     shutil.rmtree(pieces)
 
 
@@ -297,22 +297,22 @@ def _start_parts(pieces: Path, settings: dict[str, Any]) -> None:
         pieces.mkdir(exist_ok=True)
         for old in pieces.iterdir():  # the folder stays: it tells that this dataset is unfinished and ours
             old.unlink()
-        _write(record, text.encode())
+        atomic.write_text(record, text)
 
 
 def _provide_tokenizer(data: DataConfig, files: list[Path], path: Path) -> None:
-    part = path.with_suffix(".part")
     for name in COMPANIONS:
         path.with_name(name).unlink(missing_ok=True)
     if data.tokenizer:
         source = find_tokenizer(data.tokenizer)
         Tokenizer(source, data.eod_token, data.bos_token)  # complain before copying
-        shutil.copyfile(source, part)
         for file in companions(source):
             shutil.copyfile(file, path.with_name(file.name))
+        with atomic.replacement(path) as temporary:
+            shutil.copyfile(source, temporary)
     else:
-        train_tokenizer(_sample(data, files), data.tokenizer_vocab_size, part)
-    os.replace(part, path)
+        with atomic.replacement(path) as temporary:
+            train_tokenizer(_sample(data, files), data.tokenizer_vocab_size, temporary)
 
 
 def _sample(data: DataConfig, files: list[Path]) -> Iterator[str]:
@@ -325,9 +325,3 @@ def _sample(data: DataConfig, files: list[Path]) -> Iterator[str]:
         left -= len(text)
         if left <= 0:
             return
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_suffix(".part")
-    part.write_bytes(content)
-    os.replace(part, path)

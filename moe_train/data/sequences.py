@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+from moe_train.files import atomic
 from parallel.errors import DataError
 
 
@@ -99,7 +99,8 @@ class EpochSequences(Sequences):
         is_main = not dist.is_initialized() or dist.get_rank() == 0
         if is_main and not all(file.is_file() for file in files):
             for file, index in zip(files, self._build_epochs(), strict=True):
-                _save(file, index)
+                with atomic.replacement(file) as temporary, temporary.open("xb") as out:
+                    np.save(out, index)
         document, sample, shuffle = (np.load(file, mmap_mode="r") for file in files)
         return document, sample, shuffle
 
@@ -124,11 +125,3 @@ class EpochSequences(Sequences):
             random.shuffle(order)
             shuffle_index[epoch] = epoch * (per_epoch + 1) + order
         return document_index.reshape(-1), sample_index.reshape(-1, 2), shuffle_index.reshape(-1)
-
-
-def _save(file: Path, array: np.ndarray) -> None:
-    """Write a file of the cache. A kill leaves no half of it under its name."""
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
-    with partial.open("wb") as out:
-        np.save(out, array)
-    partial.replace(file)

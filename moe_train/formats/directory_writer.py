@@ -28,11 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe_train.files import untrusted
+from moe_train.files import atomic, untrusted
 from moe_train.formats.communicator import Communicator
 from moe_train.formats.hashing_file import HashingFile
 from moe_train.formats.nonfinite import Places, Tally, entry_of
-from moe_train.formats.run_directory import MANIFEST, sync
+from moe_train.formats.run_directory import MANIFEST
 from parallel.errors import CheckpointError, MoeTrainError
 
 _BOOKKEEPING, _PLAN, _DONE, _LOCK, _PART = ".writing", "plan.json", "done", "lock", ".part"
@@ -245,7 +245,7 @@ def _locked(partial: Path) -> int:
             f"{partial} is being written by another process", "wait for it, or name another target"
         ) from error
     if created:
-        sync(partial.parent)
+        atomic.sync(partial.parent)
     return descriptor
 
 
@@ -351,16 +351,17 @@ def _publish(plan: WritePlan, reused: int) -> WriteResult:
     (bookkeeping / _PLAN).unlink()
     shutil.rmtree(bookkeeping / _DONE)
     for directory in {partial / Path(name).parent for name in files} | {partial}:
-        sync(directory)
+        atomic.sync(directory)
     os.rename(partial, plan.target)
     # Only now: without the lock another process would take the hidden directory.
     shutil.rmtree(plan.target / _BOOKKEEPING)
-    sync(plan.target.parent)
+    atomic.sync(plan.target.parent)
     return WriteResult(len(plan.jobs), sum(record["bytes"] for record in records.values()), reused)
 
 
 def _part_of(path: Path) -> Path:
-    """Where a file grows."""
+    """Where a file grows. The name is not random, as in `files/atomic.py`: the lock admits one writer, and the next one
+    overwrites or removes what a killed one left."""
     return path.with_name(f".{path.name}{_PART}")
 
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_train.files import untrusted
-from moe_train.formats.run_directory import MANIFEST, damaged, replace_file
+from moe_train.files import atomic, untrusted
+from moe_train.formats.run_directory import MANIFEST, damaged
 
 _BLOCK_BYTES = 1 << 22
 
@@ -33,7 +33,7 @@ Files = dict[str, Entry]
 
 def write(directory: Path, files: Files) -> None:
     """Write the manifest of `files` and wait until it is on disk."""
-    replace_file(directory / MANIFEST, _texts(files)[0])
+    atomic.write_text(directory / MANIFEST, _texts(files)[0], durable=True)
 
 
 def _texts(files: Files) -> tuple[str, str]:

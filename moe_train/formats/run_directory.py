@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.config.schema import Config
-from moe_train.files import untrusted
+from moe_train.files import atomic, untrusted
 from parallel.errors import CheckpointError
 
 LATEST = "latest"
@@ -87,6 +87,7 @@ def try_writing(root: Path, field: str) -> None:
 
 def sweep(root: Path) -> None:
     """Remove what writing and removing left when they were cut short. Only for the run that owns the directory."""
+    atomic.remove_leftovers(root / LATEST)
     for pattern in (".step_*.partial", ".step_*.removed"):
         for leftover in root.glob(pattern):
             if leftover.is_dir() and not leftover.is_symlink():
@@ -103,13 +104,13 @@ def publish(root: Path, name: str) -> Path:
     partial, final, old = partial_of(root, name), root / name, _replaced(root, name)
     for file in partial.iterdir():
         if file.suffix != ".distcp":  # those, the large and many ones, were waited for by the ranks that wrote them
-            sync(file)
-    sync(partial)
+            atomic.sync(file)
+    atomic.sync(partial)
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)  # of an earlier time that was cut short after `final` had appeared
         os.rename(final, old)
     os.rename(partial, final)
-    sync(root)
+    atomic.sync(root)
     write_latest(root, name)
     shutil.rmtree(old, ignore_errors=True)
     return final
@@ -117,18 +118,7 @@ def publish(root: Path, name: str) -> Path:
 
 def write_latest(root: Path, name: str) -> None:
     """Point `latest` to the checkpoint `name`, atomically."""
-    replace_file(root / LATEST, name + "\n")
-    sync(root)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a small file that appears whole."""
-    part = path.with_name(f".{path.name}.partial")
-    part.unlink(missing_ok=True)  # a symbolic link of that name would choose what is overwritten
-    with part.open("x") as file:
-        file.write(text)
-    sync(part)
-    os.replace(part, path)
+    atomic.write_text(root / LATEST, name + "\n", durable=True)
 
 
 def candidates(root: Path) -> list[Path]:
@@ -250,12 +240,3 @@ def recover(root: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(old, final)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from moe_train.files import untrusted
+from moe_train.files import atomic, untrusted
 from parallel.exit_codes import ExitCode
 
 log = logging.getLogger(__name__)
@@ -157,9 +157,7 @@ class Watch(threading.Thread):
         text = f"{head}; {'; '.join(culprits)}; stacks in {self._stacks}"
         print(f"error: {text}", file=sys.stderr, flush=True)
         log.error("%s", text)
-        part = self.run_dir / f"{VERDICT}.{self.rank}.part"
-        part.write_text("\n".join(culprits) + "\n", encoding="utf-8")
-        os.replace(part, self.run_dir / VERDICT)
+        atomic.write_text(self.run_dir / VERDICT, "\n".join(culprits) + "\n")
         sys.stdout.flush()
 
     def _state(self, stuck: bool) -> Heartbeat:
@@ -179,9 +177,7 @@ class Watch(threading.Thread):
     def _write(self, heartbeat: Heartbeat) -> None:
         path = self.run_dir / "heartbeats" / f"rank_{self.rank}.json"
         try:
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(asdict(heartbeat)), encoding="utf-8")
-            os.replace(part, path)
+            atomic.write_text(path, json.dumps(asdict(heartbeat)))
         except OSError as error:  # a full disk must not end a run
             log.warning("heartbeat: %s", error)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -276,13 +277,35 @@ def test_documents_without_a_token_are_counted(
     assert found["left_out_or_changed"]["no_tokens"]["count"] == 2
 
 
+def test_a_full_disk_keeps_nothing_of_the_size_of_the_dataset(
+    made: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenised parts stay, since the next try continues with them."""
+
+    def full(*args: Any) -> tuple[int, int]:
+        for path in args[2:4]:
+            path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    data = replace(made, dir=str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "merge", full)
+        with pytest.raises(DataError, match="cannot be written: No space left on device"):
+            prepare(data, 300, progress=False)
+    assert sorted(os.listdir(tmp_path)) == [".lock", "parts", "tokenizer.json"]
+    (tmp_path / f".{PREFIX}.bin.0123456789abcdef.part").write_bytes(b"half")  # of a try that was killed
+    prepare(data, 300, progress=False)
+    assert content(data) == content(made)
+    assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(made.dir))
+
+
 def test_a_tokenizer_that_cannot_be_used_is_not_copied(made: DataConfig, tmp_path: Path) -> None:
     train_tokenizer(texts(5), 280, tmp_path / "tokenizer.json")
     data = replace(made, dir=str(tmp_path / "out"), tokenizer=str(tmp_path), eod_token="</s>")
     with pytest.raises(DataError, match=r"data\.eod_token=</s> is not a token of .*/tokenizer\.json"):
         prepare(data, 300, progress=False)
     assert not (tmp_path / "out/tokenizer.json").exists()
-    assert not (tmp_path / "out/tokenizer.part").exists()
+    assert not list((tmp_path / "out").glob(".*.part"))
 
 
 def test_a_complete_dataset_is_left_as_it_is(copy: DataConfig) -> None:

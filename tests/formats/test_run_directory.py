@@ -54,6 +54,7 @@ def test_leftovers_of_a_killed_write_go_with_the_next(tmp_path: Path) -> None:
     first = make(tmp_path, "step_00000010")
     (run_directory.prepare(tmp_path, "step_00000020") / "half").write_text("x")
     assert run_directory.candidates(tmp_path) == [first]
+    (tmp_path / ".latest.0123456789abcdef.part").write_text("step_0")
     run_directory.prepare(tmp_path, "step_00000030")
     assert sorted(os.listdir(tmp_path)) == [".step_00000030.partial", "latest", "step_00000010"]
 
@@ -141,7 +142,7 @@ def test_links_among_leftovers_are_removed_and_not_followed(tmp_path: Path) -> N
     root.mkdir()
     (root / ".step_00000001.partial").symlink_to(victim)
     (root / ".step_00000002.removed").symlink_to(victim / "data")
-    (root / ".latest.partial").symlink_to(victim / "data")
+    (root / ".latest.0123456789abcdef.part").symlink_to(victim / "data")
     assert list(run_directory.prepare(root, "step_00000001").iterdir()) == []
     run_directory.write_latest(root, "step_00000001")
     assert (root / "latest").read_text() == "step_00000001\n"

@@ -83,10 +83,10 @@ def test_the_numbers_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_summary_that_cannot_be_written_is_shown_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "replace_file", full)
+    monkeypatch.setattr(module.atomic, "write_text", full)
     run, callbacks = fake_run(tmp_path), [Summary()]
     for callback in callbacks:
         callback.on_start(run)

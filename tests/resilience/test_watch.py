@@ -356,7 +356,7 @@ def test_a_heartbeat_that_cannot_be_written_ends_nothing(
     stacks.close()
     (tmp_path / "heartbeats").rmdir()
     watched._write(watched._state(stuck=False))
-    assert caplog.messages == [f"heartbeat: [Errno 2] No such file or directory: '{tmp_path}/heartbeats/rank_1.part'"]
+    assert caplog.messages == [f"heartbeat: [Errno 2] No such file or directory: '{tmp_path}/heartbeats/rank_1.json'"]
 
 
 @pytest.mark.parametrize(
@@ -452,7 +452,7 @@ def test_heartbeats_are_read_in_the_order_of_ranks(tmp_path: Path) -> None:
     (tmp_path / "heartbeats").mkdir()
     for rank in (2, 10, 1, 0):
         (tmp_path / f"heartbeats/rank_{rank}.json").write_text(json.dumps(asdict(beat(rank))))
-    (tmp_path / "heartbeats/rank_0.part").write_text(json.dumps(asdict(beat(0))))
+    (tmp_path / "heartbeats/.rank_0.json.0123456789abcdef.part").write_text(json.dumps(asdict(beat(0))))
     assert [found.rank for found in watch.read(tmp_path)] == [0, 1, 2, 10]
     (tmp_path / "heartbeats/rank_3.json").mkdir()
     assert [found.rank for found in watch.read(tmp_path)] == [0, 1, 2, 10]

@@ -23,8 +23,8 @@ from moe_train.checkpoint.collective import warn
 from moe_train.checkpoint.continuing import SUMMARY as NAME
 from moe_train.data.statistics import unigram_entropy
 from moe_train.data.tokenizer import load_tokenizer
+from moe_train.files import atomic
 from moe_train.formats import run_directory
-from moe_train.formats.run_directory import replace_file
 from moe_train.inference import uncached
 from moe_train.loop.callbacks import loss_curve
 from moe_train.loop.callbacks.loss_curve import LossCurve
@@ -64,7 +64,7 @@ class Summary(Callback):
         summary = {**self._numbers(run, curve), "continuations": continuations}
         path = run.run_dir / NAME
         try:
-            replace_file(path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+            atomic.write_text(path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n", durable=True)
         except OSError as error:
             warn(f"{path} cannot be written: {error.strerror or error}; the same command writes it")
         console = Console(highlight=False, soft_wrap=True)

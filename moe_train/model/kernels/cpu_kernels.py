@@ -15,7 +15,6 @@ import os
 import platform
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moe_train.files import untrusted
+from moe_train.files import atomic, untrusted
 from moe_train.model.kernels import cpu_gemm
 
 log = logging.getLogger(__name__)
@@ -102,23 +101,13 @@ def measure_and_remember(dtype: torch.dtype) -> Choice:
     log.info("GEMM kernels in %s: %s", dtype, choice or "the defaults, since the machine is busy")
     choice = choice or defaults(dtype)
     try:
-        _write_cache(path, _read_cache() | {key_of(dtype): choice})
+        content = _read_cache() | {key_of(dtype): choice}
+        atomic.write_text(path, json.dumps(content, indent=1))
     except OSError as error:
         # A run that measures again after a restart could round otherwise, so what is not remembered is not used.
         log.info("%s cannot be written (%s): GEMM kernels are the defaults", path, error.strerror or error)
         return defaults(dtype)
     return choice
-
-
-def _write_cache(path: Path, content: dict[str, Choice]) -> None:
-    descriptor, part = tempfile.mkstemp(dir=path.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-        os.replace(part, path)
-    except OSError:
-        os.unlink(part)
-        raise
 
 
 def _writable(directory: Path) -> bool:

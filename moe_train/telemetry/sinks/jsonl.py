@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moe_train.files import untrusted
+from moe_train.files import atomic, untrusted
 from moe_train.telemetry.patient_file import PatientFile, warn
 from moe_train.telemetry.registry import Place
 from moe_train.telemetry.sinks.base import RunEnd, RunFacts, Sink
@@ -79,18 +77,15 @@ class MetricsFile(Sink):
         """Append after the lines up to `step`."""
         path = self.run_dir / NAME
         self._last_evaluation = -1
-        part = path.with_name(NAME + ".part")
+        atomic.remove_leftovers(path)
         try:
-            with part.open("w", encoding="utf-8") as file:
+            with atomic.replacement(path) as temporary, temporary.open("x", encoding="utf-8") as file:
                 for line in read(path) if keep else ():
                     if line["step"] <= step or (keep_events and "event" in line):
                         file.write(encode(line))
                         if "valid_loss" in line:
                             self._last_evaluation = max(self._last_evaluation, line["step"])
-            os.replace(part, path)
         except OSError as error:
-            with suppress(OSError):
-                part.unlink()
             warn(f"{path} keeps its lines after step {step}: {error.strerror or error}")
         self._file = PatientFile(path)
 

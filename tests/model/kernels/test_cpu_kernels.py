@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -49,6 +50,9 @@ def test_the_faster_kernel_wins_and_is_remembered(slow: str, cache: Path, monkey
     assert json.loads(cache.read_text()) == {cpu_kernels.key_of(FP32): choice}
     assert cpu_kernels.remembered(FP32) == choice
     assert cpu_kernels.remembered(torch.bfloat16) is None
+    new = cache.with_name("new")
+    new.touch()
+    assert cache.stat().st_mode == new.stat().st_mode  # as the umask says
 
 
 def test_a_busy_machine_takes_the_defaults_and_keeps_them(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +90,7 @@ def test_a_full_disk_means_the_defaults(cache: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cpu_kernels, "measure", lambda dtype: {"matmul": "torch"})
-    monkeypatch.setattr(json, "dump", full)
+    monkeypatch.setattr(os, "replace", full)
     assert cpu_kernels.measure_and_remember(FP32) == cpu_kernels.defaults(FP32)
     assert list(cache.parent.iterdir()) == []
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,12 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [line["step"] for line in lines if "valid_loss" in line] == [0, 4, 8]
     assert sorted(path.name for path in tmp_path.iterdir()) == [NAME]
+
+
+def test_what_a_run_that_was_killed_while_it_rewrote_its_lines_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / f".{NAME}.0123456789abcdef.part").write_text("half")  # as large as the file itself
+    _train(tmp_path, 0, 1, 5.0)
+    assert os.listdir(tmp_path) == [NAME]
 
 
 def test_an_evaluation_is_not_repeated_where_the_run_continues(tmp_path: Path) -> None:
@@ -157,18 +165,23 @@ def test_memory_does_not_follow_the_length_of_the_file(tmp_path: Path) -> None:
 
 
 def test_lines_of_steps_to_repeat_stay_where_the_file_cannot_be_rewritten(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     run = fake_run(tmp_path)
     callbacks = with_sinks(run, MetricsFile)
     start(run, callbacks)
     for _ in range(3):
         take_step(run, callbacks)
     set_step(run, 1)
-    (tmp_path / "metrics.jsonl.part").mkdir()  # a file cannot be made of that name
-    callbacks[0].on_rollback(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        callbacks[0].on_rollback(run)
     take_step(run, callbacks)
     end(run, callbacks)
+    assert os.listdir(tmp_path) == [NAME]
     assert "metrics.jsonl keeps its lines after step 1" in capsys.readouterr().err
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 2]
