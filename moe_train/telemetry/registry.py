@@ -131,15 +131,15 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "load_balancing_loss", Line.TRAINING, "", Reduction.MEAN, f"balance loss of a micro-batch, {_BALANCE}", _SCALAR,
-        when="`aux_loss` in `model.balance_losses`",
+        when="`aux_loss` in `model.balance_losses`, with a coefficient above 0",
     ),
     Metric(
         "seq_load_balancing_loss", Line.TRAINING, "", Reduction.MEAN, f"balance loss of a sequence, {_BALANCE}",
-        _SCALAR, when="`seq_aux_loss` in `model.balance_losses`",
+        _SCALAR, when="`seq_aux_loss` in `model.balance_losses`, with a coefficient above 0",
     ),
     Metric(
         "global_load_balancing_loss", Line.TRAINING, "", Reduction.MEAN, f"balance loss of a global batch, {_BALANCE}",
-        _SCALAR, when="`global_aux_loss` in `model.balance_losses`",
+        _SCALAR, when="`global_aux_loss` in `model.balance_losses`, with a coefficient above 0",
     ),
     Metric(
         "z_loss", Line.TRAINING, "", Reduction.MEAN, f"router z-loss, {_BALANCE}", _SCALAR,

@@ -19,6 +19,7 @@ from tests.distributed.helper import run_distributed
 
 LENGTHS = ((5, 11), (1, 9, 6))  # documents in each of two sequences
 GQA = {"model__attention": "gqa", "model__num_query_groups": 2, "model__kv_channels": 16, "model__q_lora_rank": None}
+UNWEIGHTED = {"model__balance_losses": ["seq_aux_loss"], "model__balance_loss_coeffs": [0.0]}
 PLAIN = {"model__balance_losses": [], "model__balance_loss_coeffs": []}
 
 
@@ -83,7 +84,7 @@ class Documents(Dataset[Batch]):
 
 def two_steps(degrees: small_run.Degrees, rows: int, changes: dict[str, Any]) -> list[dict[str, Any]]:
     options = {"data__reset_at_eod": True, "batch__micro_batch_size": rows, "batch__global_batch_size": 4}
-    run = small_run.prepare(small_run.config(Path("unused"), degrees, **options, **PLAIN, **changes))
+    run = small_run.prepare(small_run.config(Path("unused"), degrees, **{**options, **PLAIN, **changes}))
     reader = train.train_reader(run, Documents(), 0)
     assert "cu_seqlens" in next(train.train_reader(run, Documents(), 0))
     batches = reader.for_chunks(run.layout.vpp)
@@ -94,12 +95,20 @@ def two_steps(degrees: small_run.Degrees, rows: int, changes: dict[str, Any]) ->
     ("degrees", "rows", "changes"),
     [
         ({}, 2, {}),
+        ({}, 2, UNWEIGHTED),
         ({"tp": 2}, 2, {}),
         ({"pp": 2}, 1, {"recompute__mode": "full"}),
         ({"pp": 2, "vpp": 2}, 2, {}),
         ({}, 1, {"recompute__mode": "selective", "recompute__modules": ["core_attn", "mla_up_proj"]}),
     ],
-    ids=["two sequences", "tp2", "pp2 recomputed", "pp2 vpp2", "core attention recomputed"],
+    ids=[
+        "two sequences",
+        "balance loss with a coefficient of 0",
+        "tp2",
+        "pp2 recomputed",
+        "pp2 vpp2",
+        "core attention recomputed",
+    ],
 )
 def test_packed_documents_train_alike_in_every_layout(
     degrees: small_run.Degrees, rows: int, changes: dict[str, Any]
@@ -112,3 +121,4 @@ def test_packed_documents_train_alike_in_every_layout(
         for now, before in zip(found, expected, strict=True):
             for name in names:
                 assert now[name] == pytest.approx(before[name], rel=2e-4), name
+            assert now.keys() == before.keys()

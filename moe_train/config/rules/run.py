@@ -133,8 +133,10 @@ def document_masks(facts: ResolvedConfig) -> None:
             f"data.reset_at_eod=true needs whole sequences on each rank, but parallel.cp={cfg.parallel.cp} splits them",
             [{"data.reset_at_eod": False}, {"parallel.cp": 1}],
         )
-    # Its sequences are packed in one, over which Megatron-Core's router would then balance experts.
-    if cfg.data.reset_at_eod and cfg.batch.micro_batch_size > 1 and "seq_aux_loss" in cfg.model.balance_losses:
+    # Its sequences are packed in one, over which Megatron-Core's router would then balance experts. With a coefficient
+    # of 0 it neither computes nor logs the loss (`_apply_seq_aux_loss` in transformer/moe/router.py).
+    coeffs = dict(zip(cfg.model.balance_losses, cfg.model.balance_loss_coeffs, strict=True))
+    if cfg.data.reset_at_eod and cfg.batch.micro_batch_size > 1 and coeffs.get("seq_aux_loss"):
         raise Impossible(
             f"data.reset_at_eod=true packs the {cfg.batch.micro_batch_size} sequences of a micro-batch "
             "(batch.micro_batch_size) in one, but model.balance_losses has seq_aux_loss, which is a mean over each",
