@@ -33,11 +33,12 @@ from moe_train.config.assumed import on_gpus
 from moe_train.config.composition.command_line import PATHS, field_of, is_text, sorted_words, text_override
 from moe_train.config.composition.compose import compose, hydra_entry, job_words
 from moe_train.config.composition.fallback import fitting
-from moe_train.config.composition.validate import check_values, validate
+from moe_train.config.composition.validate import validate
 from moe_train.config.plan import EstimateConfig
 from moe_train.config.resolve import job_gpus_per_node
 from moe_train.config.roots import EstimateRoot
 from moe_train.config.rules.precision import recipe
+from moe_train.config.rules.values import check_values
 from moe_train.config.schema import Config
 from moe_train.config.walk import get, group_names
 from moe_train.model.estimate import USUAL

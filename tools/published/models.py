@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe_train.config.composition.explain import CONF_DIR
-from moe_train.config.composition.validate import check_value
 from moe_train.config.model import ModelConfig
+from moe_train.config.rules.values import check_value
 from moe_train.config.walk import all_fields
 from moe_train.files import untrusted
 from parallel.errors import ConfigError

@@ -39,8 +39,9 @@ from moe_train.config.composition.explain import (
     unknown_field,
     unknown_option,
 )
-from moe_train.config.composition.validate import check_values, validate
+from moe_train.config.composition.validate import validate
 from moe_train.config.roots import ROOTS
+from moe_train.config.rules.values import check_values
 from moe_train.config.schema import Config
 from moe_train.config.walk import AnyConfig, all_fields, group_names
 from moe_train.files import untrusted

@@ -6,14 +6,11 @@ configuration passes.
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import typing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from moe_train.config.resolve import ResolvedConfig, resolve
 from moe_train.config.rules import checkpoint as checkpoint_rules
+from moe_train.config.rules import fallbacks as fallback_rules
 from moe_train.config.rules import model as model_rules
 from moe_train.config.rules import parallel as parallel_rules
 from moe_train.config.rules import precision as precision_rules
@@ -21,17 +18,15 @@ from moe_train.config.rules import recompute as recompute_rules
 from moe_train.config.rules import resilience as resilience_rules
 from moe_train.config.rules import run as run_rules
 from moe_train.config.rules import unused as unused_rules
+from moe_train.config.rules.values import check_values
 from moe_train.config.schema import Config
-from moe_train.config.walk import FieldInfo, all_fields, get, with_values
+from moe_train.config.walk import with_values
 from parallel.layout import ParallelLayout
-from parallel.suggest import Fix, Impossible, fixes_of
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from parallel.suggest import Fix, Impossible
 
 _RULES = (
     *model_rules.RULES, *parallel_rules.RULES, *precision_rules.RULES, *recompute_rules.RULES, *run_rules.RULES,
-    *checkpoint_rules.RULES, *resilience_rules.RULES, *unused_rules.RULES,
+    *checkpoint_rules.RULES, *resilience_rules.RULES, *fallback_rules.RULES, *unused_rules.RULES,
 )  # fmt: skip
 _MOST_TRIALS = 64
 _DEEPEST, _WIDEST, _MOST_COMBINED = 5, 12, 400  # fields of a combined fix; fixes of each; checks in all
@@ -78,65 +73,6 @@ def _check(cfg: Config, world_size: int | None, trains: bool) -> tuple[Impossibl
         except Impossible as problem:
             return problem, stage, None
     return None, 0, layout
-
-
-def check_values(cfg: DataclassInstance) -> None:
-    """What can be said of each field of a config root alone. Raises Impossible with values that work."""
-    for name, info in all_fields(type(cfg)).items():
-        value = get(cfg, name)
-        if info.entry:
-            _check_entries(info, value)
-        else:
-            check_value(info, value)
-
-
-def _check_entries(info: FieldInfo, entries: list[DataclassInstance]) -> None:
-    """The same of each field of each entry of a list."""
-    for number, entry in enumerate(entries):
-        for leaf, part in all_fields(type(entry)).items():
-            named = dataclasses.replace(part, name=f"{info.name}[{number}].{leaf}")
-            try:
-                check_value(named, getattr(entry, leaf))
-            except Impossible as problem:
-                fixes = [
-                    [*entries[:number], dataclasses.replace(entry, **{leaf: fix[named.name]}), *entries[number + 1 :]]
-                    for fix in problem.fixes
-                ]
-                raise Impossible(problem.cause, fixes_of(info.name, fixes), problem.remedy) from None
-
-
-def check_value(info: FieldInfo, value: Any) -> None:
-    """What can be said of one value alone: not empty, finite, one of the choices, between smallest and largest.
-
-    An empty path would be taken for none, and the run would train on other data, or for the working directory.
-    """
-    if value == "" and (info.name == "data.dir" or type(None) in typing.get_args(info.type)):
-        raise Impossible(
-            f"{info.name}='' is empty, as from a variable of the shell that is not set",
-            otherwise=f"give it a value, or leave {info.name} out",
-        )
-    entries = value if isinstance(value, list) else [value]
-    for entry in entries:
-        if info.choices and entry is not None and entry not in info.choices:
-            names = ", ".join(info.choices)
-            fitting: list[Any] = list(info.choices)
-            if isinstance(value, list):  # as long as before: other lists have an entry for each of this one
-                unused = iter(choice for choice in info.choices if choice not in value)
-                fitting = [[e if e in info.choices else next(unused, info.choices[0]) for e in value]]
-            raise Impossible(f"{info.name}={entry} is not one of {names}", fixes_of(info.name, fitting))
-        if isinstance(entry, float) and not math.isfinite(entry):
-            usual = fixes_of(info.name, [info.default])
-            raise Impossible(f"{info.name}={entry} is not a finite number", usual)
-        if info.minimum is not None and entry is not None and entry < info.minimum:
-            smallest = info.minimum
-            raise Impossible(
-                f"{info.name}={entry} is below the smallest value {smallest:g}", fixes_of(info.name, [smallest])
-            )
-        if info.maximum is not None and entry is not None and entry > info.maximum:
-            raise Impossible(
-                f"{info.name}={entry} is above the largest value {info.maximum}",
-                fixes_of(info.name, [info.maximum, info.default]),
-            )
 
 
 def _working(cfg: Config, world_size: int | None, trains: bool, fixes: list[Fix], stage: int) -> list[Fix]:
