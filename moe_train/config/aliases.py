@@ -106,6 +106,7 @@ ABSENT = {
     "rampup_batch_size": "the batch size is constant: use batch.global_batch_size=N",
     "batch_size_rampup": "the batch size is constant: use batch.global_batch_size=N",
     "gradient_accumulation_steps": "it follows from batch.global_batch_size, batch.micro_batch_size and parallel.dp",
+    "estimate": "give plan.FIELD=VALUE to moe-plan or moe-submit on the command line",
     "num_train_epochs": "the length of a run is train.tokens=N or train.steps=N",
     "epochs": "the length of a run is train.tokens=N or train.steps=N",
     "zero_stage": "parallel.distributed_optimizer=true shards the optimizer state (ZeRO-1)",

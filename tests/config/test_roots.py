@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.slurm import submit
+from launch.slurm import commands, submit
 from moe_train.config.composition.compose import compose, hydra_entry, to_yaml
 from moe_train.config.composition.explain import CONF_DIR
 from moe_train.config.plan import EstimateConfig
@@ -92,6 +92,60 @@ def test_moe_submit_refuses_what_it_cannot_assume(
     assert said.startswith(f"error: {told}")
     assert said.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+MINE = "experiment/mine.yaml"
+GIVE_PLAN = "give plan.FIELD=VALUE to moe-plan or moe-submit on the command line"
+
+
+@pytest.mark.parametrize(
+    ("section", "root", "told"),
+    [
+        ("plan: {imbalance: 1.5}", Config, "plan (in experiment/mine.yaml) is not part of the configuration of a run"),
+        ("plan: {imbalance: 1.5}", Config, f"; remove it from experiment/mine.yaml, and {GIVE_PLAN}"),
+        ("convert: {dtype: bf16}", Config, "and give convert.FIELD=VALUE to moe-convert on the command line"),
+        ("convert: {dtype: bf16}", PlanRoot, "is not part of the configuration of moe-plan; remove it from exp"),
+        ("inspect: {rows: 3}", Config, "and give inspect.FIELD=VALUE to moe-inspect on the command line"),
+        ("plan.imbalance: 1.5", Config, "plan.imbalance (in experiment/mine.yaml) is not part of"),
+        ("defaults: [override /plan: default]", Config, "plan (in experiment/mine.yaml) is not part of"),
+        ("defaults: [/convert: default]", Config, "remove it from the defaults list that names it, and give convert."),
+        ("estimate: {imbalance: 1.5}", Config, f"estimate is not a field of the configuration (in {MINE}); give plan."),
+        ("modle: {}", Config, f"modle is not a field of the configuration (in {MINE}); use model=VALUE"),
+    ],
+)  # fmt: skip
+def test_options_of_tools_in_a_file_of_a_run_are_refused_with_a_way_to_give_them(
+    section: str, root: type, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _experiment(tmp_path, section)
+    words = [f"--config-dir={tmp_path}", "experiment=mine", f"run_dir={tmp_path}/run"]
+    assert hydra_entry(print, argv=words, root=root) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert said.count("\n") == 1
+
+
+def test_moe_submit_takes_what_the_file_must_not_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands, "installed", lambda: False)
+    _experiment(tmp_path, "plan: {imbalance: 1.5}")
+    words = ["--dry-run", f"--config-dir={tmp_path}", "experiment=mine", "model=tiny", "runtime=cpu",
+             "launcher.ranks_per_node=1", f"run_dir={tmp_path}/run"]  # fmt: skip
+    assert submit.run(words) == 2
+    assert GIVE_PLAN in capsys.readouterr().err
+    _experiment(tmp_path, "seed: 3")
+    assert submit.run([*words, "plan.imbalance=1.5"]) == 0
+    assert "experiment=mine" in capsys.readouterr().out
+    _experiment(tmp_path, "plan: {imbalance: 1.5}")
+    found: list[PlanRoot] = []
+    argv = [f"--config-dir={tmp_path}", "experiment=mine"]
+    assert hydra_entry(found.append, argv=argv, root=PlanRoot, trains=False, runs=False) == 0
+    assert found[0].plan.imbalance == 1.5
+
+
+def _experiment(directory: Path, lines: str) -> None:
+    (directory / "experiment").mkdir(exist_ok=True)
+    (directory / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{lines}\n")
 
 
 def test_a_remedy_with_braces_is_in_quotes_and_is_read_back() -> None:

@@ -60,8 +60,8 @@ def explain(error: Exception, overrides: Sequence[str] = (), root: type = Config
         return _ambiguous(str(error), root)
     if str(error).startswith("Config group override must be"):
         return _not_an_option(overrides, root)
-    if match := re.match(r"Could not (?:override|delete from config\.) '([^']*)'", str(error)):
-        return unknown_field(match.group(1), root=root)
+    if match := re.match(r"(?:In '([^']+)': )?Could not (?:override|delete from config\.) '([^']*)'", str(error)):
+        return _unknown_in_file(match[2], None, match[1], root)
     if isinstance(error, yaml.YAMLError):
         return ConfigError(f"a config file is not YAML: {one_line(error)}", "correct the file at the line named")
     if isinstance(error, (HydraException, ValueError)):
@@ -93,6 +93,25 @@ def unknown_field(name: str, value: str | None = None, root: type = Config) -> C
     return ConfigError(
         f"{name} is not a field of the configuration",
         f"use {remedy}" if remedy else f"see {ROOTS[root].commands[0]} --cfg job for all fields",
+    )
+
+
+def _unknown_in_file(name: str, value: str | None, file: str | None, root: type) -> ConfigError:
+    """`unknown_field` for one in a YAML file. `file` is its path in `conf/` or --config-dir, without suffix."""
+    if file is None:
+        return unknown_field(name, value, root)
+    # Of two files with the same name Hydra takes that of conf/.
+    place = f"conf/{file}.yaml" if (CONF_DIR / f"{file}.yaml").is_file() else f"{file}.yaml"
+    group = name.partition(".")[0]
+    if group in group_names(root) or group not in all_groups() or name in ROOTS[root].moved:
+        error = unknown_field(name, value, root)
+        return ConfigError(f"{error.cause} (in {place})", error.remedy)
+    whole = "a run" if root is Config else ROOTS[root].commands[0]
+    user_file = "the defaults list that names it" if file.startswith(f"{group}/") else place
+    return ConfigError(
+        f"{name} (in {place}) is not part of the configuration of {whole}",
+        f"remove it from {user_file}, and give {group}.FIELD=VALUE to {' or '.join(commands_with(group))} "
+        "on the command line",
     )
 
 
@@ -219,8 +238,7 @@ def _omegaconf(inner: OmegaConfBaseException, outer: str, overrides: Sequence[st
         return ConfigError(f"{name} cannot be deleted", f"use {_works(name, root)}")
     if isinstance(inner, (ConfigAttributeError, ConfigKeyError)):
         match = re.match(r"In '([^']+)'", outer)
-        error = unknown_field(name, given, root)
-        return ConfigError(f"{error.cause} (in conf/{match.group(1)}.yaml)", error.remedy) if match else error
+        return _unknown_in_file(name, given, match[1] if match else None, root)
     if name in all_fields(root):
         value = f"={given}" if given is not None else ""
         info = all_fields(root)[name]
