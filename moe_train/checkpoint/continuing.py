@@ -323,10 +323,16 @@ def config_of(values: Any, where: Path) -> Config:
     default of the versions that lacked them.
 
     Raises:
-        CheckpointError: a field has a value that it cannot have.
+        CheckpointError: it is not the config of a run, or a field has a value that it cannot have.
     """
-    values_by_name = dict(former.DEFAULTS)
-    current = former.current(values) if isinstance(values, Mapping) else values
+    remedy = "restore the file from a copy"
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"{where} is not the config of a run", remedy)
+    current = former.current(values)
+    for group in group_names():
+        if not isinstance(current.get(group), Mapping | None):  # nothing follows the name where a file is cut off
+            raise CheckpointError(f"{where} has {group}={current[group]}, which is not a group of fields", remedy)
+    values_by_name: dict[str, Any] = {}
     for name in all_fields():
         value = current
         for part in name.split("."):
@@ -334,7 +340,7 @@ def config_of(values: Any, where: Path) -> Config:
         if value is _MISSING:
             continue
         if why := violation(name, value):
-            raise CheckpointError(f"{where} has {name}={value}, which is {why}", "restore the file from a copy")
+            raise CheckpointError(f"{where} has {name}={value}, which is {why}", remedy)
         values_by_name[name] = typed(name, value)
     return with_values(Config(), values_by_name)
 

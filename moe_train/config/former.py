@@ -22,7 +22,7 @@ from moe_train.config.walk import all_fields, plain
 
 DEFAULTS: dict[str, Any] = {"data.deduplicate": "normalized", "data.follow_links": False, "data.shuffle": "run"}
 """Full name -> value of a field in a file that lacks it, where that is not today's default. A run of that version
-continues with it, and its datasets were made with it."""
+continues with it (`current`), and its datasets were made with it (`moe_train/data/prepare.py`)."""
 
 _GROUPS_OF_TOOLS = ("convert", "inspect", "plan")
 """Groups that the config of a run had."""
@@ -35,8 +35,9 @@ def current(config: Mapping[str, Any]) -> dict[str, Any]:
         result.pop(group, None)
     for name, value in DEFAULTS.items():
         group, _, leaf = name.partition(".")
-        if isinstance(result.get(group), Mapping):
-            result[group] = {leaf: value, **result[group]}
+        fields = result.get(group, {})  # a version may lack all of a group
+        if isinstance(fields, Mapping):
+            result[group] = {leaf: value, **fields}
     for name in ENTRIES:
         group, _, leaf = name.partition(".")
         fields = result.get(group)

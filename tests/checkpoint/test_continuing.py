@@ -248,7 +248,7 @@ def test_a_config_of_another_version_or_none_at_all_is_made_up_for(capsys: pytes
     del values["checkpoint"]
     own.write_text(yaml.safe_dump(values))
     assert again() == first
-    for text in ("model: [", "seed: text\n"):
+    for text in ("model: [", "seed: text\n", "", "data: 3\n"):
         own.write_text(text)
         assert again() == first
         assert capsys.readouterr().err.count("R/config.yaml cannot be read") == 1

@@ -15,7 +15,8 @@ from moe_train.config.composition.compose import compose, from_yaml, hydra_entry
 from moe_train.config.launcher import FallbackLayout
 from moe_train.config.plan import TrainingStage
 from moe_train.config.resilience import Fault
-from moe_train.config.schema import BlendEntry, RecomputeStage
+from moe_train.config.schema import BlendEntry, Config, RecomputeStage
+from moe_train.config.walk import get
 from moe_train.formats import run_config
 from parallel.errors import CheckpointError
 
@@ -92,6 +93,39 @@ def test_the_config_of_an_old_run_is_read_wherever_it_is_read(tmp_path: Path) ->
     cfg.data.blend[1].weight = 0.25
     with pytest.raises(CheckpointError, match=r"use 'data.blend=\[{path:a,weight:0.5},{path:b,weight:0.5}\]', or add"):
         run_config.check_data(saved, cfg, tmp_path)
+
+
+@pytest.mark.parametrize("lacks", ["a field", "the group"])
+def test_what_an_old_run_lacks_has_the_default_of_its_version(lacks: str, tmp_path: Path) -> None:
+    """By ranks, by the command that continues it, and from its checkpoints."""
+    config = old()
+    if lacks == "a field":
+        for name in former.DEFAULTS:
+            del config["data"][name.removeprefix("data.")]
+    else:
+        del config["data"]
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    saved = run_config.read(tmp_path)
+    for cfg in (from_yaml(file), config_of(config, file)):
+        assert {name: get(cfg, name) for name in former.DEFAULTS} == former.DEFAULTS
+        assert {name: saved["data"][name.removeprefix("data.")] for name in former.DEFAULTS} == former.DEFAULTS
+        run_config.check_data(saved, cfg, tmp_path)
+
+
+def test_what_a_config_names_is_not_replaced_by_a_former_default(tmp_path: Path) -> None:
+    config = old()
+    assert former.current(config)["data"]["shuffle"] == config["data"]["shuffle"] == "epoch"
+    assert config_of(config, tmp_path).data.deduplicate == Config().data.deduplicate
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [(None, "is not the config of a run"), ([1], "is not the config of a run"), ({"data": 3}, "has data=3, which is")],
+)
+def test_a_file_without_a_config_is_refused(values: object, why: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"config\.yaml {why}"):
+        config_of(values, tmp_path / "config.yaml")
 
 
 def test_an_entry_that_cannot_be_read_is_told(tmp_path: Path) -> None:
