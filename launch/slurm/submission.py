@@ -124,8 +124,19 @@ def _git(*words: str) -> bytes | None:
 
 
 def write(submission: Submission, directory: Path) -> None:
-    """Write the facts into the directory of the submission."""
-    atomic.write_text(directory / FACTS, json.dumps(asdict(submission), indent=1) + "\n")
+    """Write the facts into the directory of the submission, once Slurm has its jobs.
+
+    Raises:
+        LaunchError: they cannot be written. It names the jobs, which exist.
+    """
+    try:
+        atomic.write_text(directory / FACTS, json.dumps(asdict(submission), indent=1) + "\n")
+    except OSError as error:
+        jobs = " ".join(submission.jobs)
+        raise LaunchError(
+            f"jobs {jobs} are submitted, but {directory / FACTS} cannot be written: {error.strerror}",
+            f"moe-submit will not find them: follow them with squeue and scontrol, or scancel {jobs} and submit again",
+        ) from error
 
 
 def newest_place(run_dir: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -437,6 +438,29 @@ def test_what_is_submitted_is_kept(cluster: Path, tmp_path: Path, capsys: pytest
         *TINY, *words[-4:], "runtime=cuda", "precision=bf16", f"run_dir={run_dir}",
     ]  # fmt: skip
     assert json.loads((kept / "submission.json").read_text())["jobs"] == ["71"]
+
+
+def test_jobs_whose_numbers_cannot_be_written_down_are_named(
+    cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second of a chain, on a disk that is full by then: what was written of the first stays."""
+    replace, calls = os.replace, []
+
+    def full(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert submit.run([*TINY, f"run_dir={tmp_path}/run", "launcher.chain=2"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: jobs 71 72 are submitted, but ")
+    assert "submission.json cannot be written: No space left on device; " in said
+    assert said.endswith("or scancel 71 72 and submit again\n")
+    place = next((tmp_path / "run/submissions").iterdir())
+    assert json.loads((place / "submission.json").read_text())["jobs"] == ["71"]
+    assert not list(place.glob(".submission.json*"))
 
 
 def test_each_job_of_a_chain_waits_for_all_before_it(cluster: Path, tmp_path: Path) -> None:
