@@ -91,14 +91,14 @@ def kept_losses(case: str, seed: int, steps: int, batch: int, keep: Path | None)
 
 def row(case: str, seed: int, curve: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
     """One run against the baseline of its seed."""
-    found = differences(curve, baseline, WARM_UP_STEPS)
+    relative = differences(curve, baseline, WARM_UP_STEPS)
     return {
         "case": case,
         "seed": seed,
         "last_smoothed_loss": smoothed(curve)[-1],
-        "last_difference": found[-1],
-        "largest_difference": max((abs(d) for d in found), key=lambda d: (math.isnan(d), d)),
-        "mean_difference": sum(map(abs, found)) / len(found),
+        "last_difference": relative[-1],
+        "largest_difference": max((abs(d) for d in relative), key=lambda d: (math.isnan(d), d)),
+        "mean_difference": sum(map(abs, relative)) / len(relative),
         "losses": list(curve),
     }
 

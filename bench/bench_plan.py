@@ -100,21 +100,21 @@ def load(cfg: Config, info: RankInfo) -> None:
 
     def message_s(size: int, count: int) -> float:
         """A gather and a scatter on average, beyond the product before each, so that ranks have to be woken."""
-        own, every = torch.zeros(size), torch.zeros(size * 2)
+        shard, gathered = torch.zeros(size), torch.zeros(size * 2)
 
         def work() -> None:
             torch.mm(a, b, out=out)
-            dist.all_gather_into_tensor(every, own, group=neighbours)
+            dist.all_gather_into_tensor(gathered, shard, group=neighbours)
             torch.mm(a, b, out=out)
-            dist.reduce_scatter_tensor(own, every, group=neighbours)
+            dist.reduce_scatter_tensor(shard, gathered, group=neighbours)
 
         return mean_s(work, count) / 2 - product
 
     small, large = (message_s(2, 300), message_s(LARGE, 10)) if ranks > 1 else (0.0, 1.0)
-    found = torch.tensor([product, copied, operation, small, large])
-    dist.all_reduce(found)
+    sum_over_ranks = torch.tensor([product, copied, operation, small, large])
+    dist.all_reduce(sum_over_ranks)
     if info.rank == 0:
-        Path(cfg.run_dir, LOAD).write_text(json.dumps((found / ranks).tolist()))
+        Path(cfg.run_dir, LOAD).write_text(json.dumps((sum_over_ranks / ranks).tolist()))
     dist.barrier()
 
 
@@ -153,21 +153,21 @@ def timed(overrides: Sequence[str]) -> list[float]:
 
 def measure(names: Sequence[str]) -> tuple[Measured, dict[str, float]]:
     """The machine, and seconds of a step of each layout: medians over all rounds."""
-    found: dict[int, list[tuple[float, ...]]] = {1: [], 2: [], 4: []}
+    loads: dict[int, list[tuple[float, ...]]] = {1: [], 2: [], 4: []}
     steps: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(ROUNDS):
-        for ranks, values in found.items():
+        for ranks, values in loads.items():
             values += [loaded(ranks) for _ in range(LOADS)]
         for name in names:
             steps[name] += timed(LAYOUTS[name])
     medians = [
-        {ranks: statistics.median(one[which] for one in values) for ranks, values in found.items()}
+        {ranks: statistics.median(load[which] for load in values) for ranks, values in loads.items()}
         for which in range(5)
     ]
     for speeds in medians[:2]:  # of products and copies: what many ranks reach at once, fewer reach as well
         for ranks in sorted(speeds):
             speeds[ranks] = max(value for others, value in speeds.items() if others >= ranks)
-    return Measured(*medians), {name: statistics.median(one) for name, one in steps.items()}
+    return Measured(*medians), {name: statistics.median(seconds) for name, seconds in steps.items()}
 
 
 def predicted(overrides: Sequence[str], measured: Measured, host_us: float) -> float:

@@ -66,7 +66,9 @@ def measure(task: StepTask, rounds: int) -> Found:
             for worker in workers.values():
                 worker.stop()
     reference = [loss for loss, _ in steps[OURS]]
-    rows = [row(side, task, taken, reference, statistics.median(peaks)) for side, taken in steps.items()]
+    rows = [
+        row(side, task, steps_of_side, reference, statistics.median(peaks)) for side, steps_of_side in steps.items()
+    ]
     return rows, profiles, grouped
 
 
@@ -102,8 +104,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ratios: dict[str, dict[str, float]] = {}
     for dtype in ("bf16", "fp32"):
         for model in dict.fromkeys(r["model"] for r in rows if r["precision"] == dtype):
-            found = [r for r in rows if r["precision"] == dtype and r["model"] == model]
-            speeds = {r["side"]: r["tokens_per_s"] for r in found}
+            rows_of_model = [r for r in rows if r["precision"] == dtype and r["model"] == model]
+            speeds = {r["side"]: r["tokens_per_s"] for r in rows_of_model}
             ours = speeds.pop(OURS)
             ratios.setdefault(dtype, {})[model] = ours / max(speeds.values())
     summary: dict[str, Any] = {f"ratio_{dtype}": min(by_model.values()) for dtype, by_model in ratios.items()}
@@ -147,10 +149,10 @@ def profile_table(task: StepTask, profiles: dict[str, Profile]) -> Table:
     shown.add_column("part")
     for side in profiles:
         shown.add_column(side if side == OURS else f"transformers, {side}", justify="right")
-    parts = {side: {one["part"]: one["ms"] for one in found} for side, (found, _) in profiles.items()}
+    parts = {side: {part["part"]: part["ms"] for part in profile} for side, (profile, _) in profiles.items()}
     for part in sorted(step_profile.PARTS, key=lambda name: -parts[OURS].get(name, 0)):
-        shown.add_row(part, *(f"{found.get(part, 0):.1f}" for found in parts.values()))
-    shown.add_row("step", *(f"{sum(found.values()):.1f}" for found in parts.values()), style="bold")
+        shown.add_row(part, *(f"{ms.get(part, 0):.1f}" for ms in parts.values()))
+    shown.add_row("step", *(f"{sum(ms.values()):.1f}" for ms in parts.values()), style="bold")
     return shown
 
 
@@ -159,8 +161,8 @@ def operations_table(task: StepTask, profiles: dict[str, Profile], count: int = 
     shown = Table(title=f"Our operations, time in themselves: {task.model}, {task.dtype}")
     for column in ("operation", "calls", "ms"):
         shown.add_column(column, justify="left" if column == "operation" else "right")
-    for one in profiles[OURS][1][:count]:
-        shown.add_row(one["operation"], f"{one['calls']:.0f}", f"{one['ms']:.1f}")
+    for operation in profiles[OURS][1][:count]:
+        shown.add_row(operation["operation"], f"{operation['calls']:.0f}", f"{operation['ms']:.1f}")
     return shown
 
 
@@ -199,8 +201,8 @@ def main() -> None:
         for dtype in options.precision or ["fp32", "bf16"]:
             shape = options.sequences or sequences, options.seq_length or seq_length
             task = StepTask(dtype, *shape, options.threads, model, tuple(options.overrides))
-            found, profiles, gemms = measure(task, options.rounds)
-            rows += found
+            rows_of_task, profiles, gemms = measure(task, options.rounds)
+            rows += rows_of_task
             grouped += gemms
             for side, (parts, _) in profiles.items():
                 shares.append({"model": model, "precision": dtype, "side": side, "parts": parts})

@@ -64,7 +64,7 @@ class FitCase:
 
 def cases(path: Path, constants: Calibration, test: bool = False) -> list[FitCase]:
     """The rows of the fitting part (or of the test part) that count, with the workload chosen under `constants`."""
-    found = []
+    fit_cases = []
     for _, row in read(path):
         if isinstance(row, str) or row.run.left_out or is_test(row) != test:
             continue
@@ -72,9 +72,9 @@ def cases(path: Path, constants: Calibration, test: bool = False) -> list[FitCas
         if published is None:
             continue
         workload = predict(row, constants, simulated=False).workload
-        found.append(FitCase(row, workload, weights_of(row.model, workload), published, 1.0))
-    counts = Counter(case.row.configuration for case in found)
-    return [replace(case, share=1 / counts[case.row.configuration]) for case in found]
+        fit_cases.append(FitCase(row, workload, weights_of(row.model, workload), published, 1.0))
+    counts = Counter(case.row.configuration for case in fit_cases)
+    return [replace(case, share=1 / counts[case.row.configuration]) for case in fit_cases]
 
 
 def step(case: FitCase, constants: Calibration, simulated: bool) -> StepTime:
@@ -87,22 +87,24 @@ def error(case: FitCase, constants: Calibration) -> float:
     return log(step(case, constants, simulated=False).tokens_per_s_per_gpu / case.published)
 
 
-def objective(found: list[FitCase], constants: Calibration) -> float:
+def objective(fit_cases: list[FitCase], constants: Calibration) -> float:
     """Weighted mean of the absolute errors, each counted up to 60 %, so that outliers do not decide; and layouts in the
     wrong order.
 
     The one step that is published by parts adds what it is off by more than 1.5 %, its parts by more than 10 %, and its
     context extension by more than 3 %.
     """
-    total = sum(case.share for case in found)
-    errors = [error(case, constants) for case in found]
-    score = sum(case.share * min(0.6, abs(one)) for case, one in zip(found, errors, strict=True)) / total
-    score += ORDER_WEIGHT * disorder(found, errors)
-    by_parts = [case for case in found if case.row.schedule == "dualpipe"][:1]
+    total = sum(case.share for case in fit_cases)
+    errors = [error(case, constants) for case in fit_cases]
+    score = sum(case.share * min(0.6, abs(off)) for case, off in zip(fit_cases, errors, strict=True)) / total
+    score += ORDER_WEIGHT * disorder(fit_cases, errors)
+    by_parts = [case for case in fit_cases if case.row.schedule == "dualpipe"][:1]
     for case in by_parts:
-        one = step(case, constants, simulated=True)
-        score += 0.5 * sum(max(0.0, abs(log(one.components[name] / value)) - 0.1) for name, value in COMPONENTS.items())
-        score += 0.5 * max(0.0, abs(log(one.tokens_per_s_per_gpu / case.published)) - 0.015)
+        timed_step = step(case, constants, simulated=True)
+        score += 0.5 * sum(
+            max(0.0, abs(log(timed_step.components[name] / value)) - 0.1) for name, value in COMPONENTS.items()
+        )
+        score += 0.5 * max(0.0, abs(log(timed_step.tokens_per_s_per_gpu / case.published)) - 0.015)
         score += 0.5 * max(0.0, abs(log(extension_hours(case, constants) / EXTENSION_HOURS)) - 0.03)
     return score
 
@@ -117,20 +119,22 @@ def extension_hours(case: FitCase, constants: Calibration) -> float:
     return seconds / 3600 * layout.world_size
 
 
-def disorder(found: list[FitCase], errors: list[float]) -> float:
+def disorder(fit_cases: list[FitCase], errors: list[float]) -> float:
     """How far pairs of layouts of a (model, hardware) are from the published order, a mean over groups.
 
     A pair counts by the logarithm that its predicted ratio lacks to the published order, with a small margin. Of a
     layout the newest release counts.
     """
     groups: dict[tuple[str, str], dict[str, list[tuple[int, float, float]]]] = defaultdict(lambda: defaultdict(list))
-    for case, one in zip(found, errors, strict=True):
-        point = case.row.month, log(case.published), log(case.published) + one
+    for case, off in zip(fit_cases, errors, strict=True):
+        point = case.row.month, log(case.published), log(case.published) + off
         groups[case.row.model.name, case.row.hardware.name][case.row.configuration].append(point)
     lacking = []
     for layouts in groups.values():
-        counted = [newest(own, lambda point: point[0]) for own in layouts.values()]
-        points = [(median(known for _, known, _ in own), median(made for *_, made in own)) for own in counted]
+        counted = [newest(points_of_layout, lambda point: point[0]) for points_of_layout in layouts.values()]
+        points = [
+            (median(known for _, known, _ in release), median(made for *_, made in release)) for release in counted
+        ]
         pairs = [
             max(0.0, min(MARGIN, known - other) - (made - other_made))
             for known, made in points for other, other_made in points if known > other
@@ -152,7 +156,7 @@ def limits() -> NDArray[np.float64]:
     return np.asarray(np.log(list(BOUNDS.values())).T, dtype=np.float64)
 
 
-def fit(found: list[FitCase], rounds: int, seed: int = 1) -> Calibration:
+def fit(fit_cases: list[FitCase], rounds: int, seed: int = 1) -> Calibration:
     """The constants with the least objective that a separable CMA-ES finds from the present ones.
 
     R. Ros and N. Hansen, A simple modification in CMA-ES achieving linear time and space complexity, PPSN 2008.
@@ -161,7 +165,7 @@ def fit(found: list[FitCase], rounds: int, seed: int = 1) -> Calibration:
 
     def cost(point: NDArray[np.float64]) -> float:
         outside = float(np.sum((point - np.clip(point, low, high)) ** 2))
-        return objective(found, at(point)) + 0.05 * outside
+        return objective(fit_cases, at(point)) + 0.05 * outside
 
     centre, size = np.clip(np.log([getattr(FITTED, name) for name in BOUNDS]), low, high), SPREAD
     n = len(centre)
@@ -171,8 +175,8 @@ def fit(found: list[FitCase], rounds: int, seed: int = 1) -> Calibration:
     weights /= weights.sum()
     effective = 1 / float(np.sum(weights**2))
     fade, size_fade = (4 + effective / n) / (n + 4 + 2 * effective / n), (effective + 2) / (n + effective + 5)
-    one = 2 / ((n + 1.3) ** 2 + effective) * (n + 2) / 3
-    many = min(1 - one, 2 * (effective - 2 + 1 / effective) / ((n + 2) ** 2 + effective) * (n + 2) / 3)
+    rank_one = 2 / ((n + 1.3) ** 2 + effective) * (n + 2) / 3
+    rank_mu = min(1 - rank_one, 2 * (effective - 2 + 1 / effective) / ((n + 2) ** 2 + effective) * (n + 2) / 3)
     damping = 1 + 2 * max(0.0, ((effective - 1) / (n + 1)) ** 0.5 - 1) + size_fade
     expected = n**0.5 * (1 - 1 / (4 * n) + 1 / (21 * n * n))
     variance = np.minimum(1.0, (high - low) / 2) ** 2
@@ -193,7 +197,7 @@ def fit(found: list[FitCase], rounds: int, seed: int = 1) -> Calibration:
         length = float(np.linalg.norm(size_path))
         moving = length / (1 - (1 - size_fade) ** (2 * number + 2)) ** 0.5 < (1.4 + 2 / (n + 1)) * expected
         path = (1 - fade) * path + moving * (fade * (2 - fade) * effective) ** 0.5 * np.sqrt(variance) * mean_step
-        variance = (1 - one - many) * variance + one * path**2 + many * variance * (weights @ chosen**2)
+        variance = (1 - rank_one - rank_mu) * variance + rank_one * path**2 + rank_mu * variance * (weights @ chosen**2)
         size *= exp(size_fade / damping * (length / expected - 1))
         if number % 10 == 9:
             print(f"generation {number + 1}: {least:.4f} (step {size:.3f})", flush=True)
@@ -207,9 +211,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=300, help="generations")
     parser.add_argument("--seed", type=int, default=1, help="of the random steps")
     arguments = parser.parse_args()
-    found = cases(arguments.table, FITTED)
-    constants = fit(found, arguments.rounds, arguments.seed)
-    for name, part in (("fit", found), ("test", cases(arguments.table, constants, test=True))):
+    fitted_cases = cases(arguments.table, FITTED)
+    constants = fit(fitted_cases, arguments.rounds, arguments.seed)
+    for name, part in (("fit", fitted_cases), ("test", cases(arguments.table, constants, test=True))):
         errors = [abs(exp(error(case, constants)) - 1) for case in part]
         print(f"{name}: {len(part)} rows, median {median(errors):.1%}")
     for field in fields(constants):

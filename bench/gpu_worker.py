@@ -72,7 +72,7 @@ def probe(task: Task) -> None:
 
 def installed() -> dict[str, Any]:
     """Version, or why it cannot be imported, of each library that GPUs can use."""
-    found: dict[str, Any] = {}
+    libraries: dict[str, Any] = {}
     for name, distribution in LIBRARIES.items():
         try:
             entry: dict[str, Any] = {"version": _version_of(distribution)}
@@ -81,8 +81,8 @@ def installed() -> dict[str, Any]:
             entry = {"version": None}
         except Exception as error:  # a half-installed extension raises RuntimeError or OSError, not ImportError
             entry["error"] = f"{type(error).__name__}: {error}"
-        found[name] = entry
-    return {"libraries": found}
+        libraries[name] = entry
+    return {"libraries": libraries}
 
 
 def _version_of(distribution: str) -> str:
@@ -109,12 +109,12 @@ def gradients(task: Task) -> None:
     """Compare losses and gradients with the reference, from its weights."""
     expected = torch.load(task.kept(task.options["reference"]), weights_only=True)
     run = start(task.config(f"init_from={expected['checkpoint']}"))
-    losses, found = steps(run, STEPS)
+    losses, computed = steps(run, STEPS)
     task.report(
         loss_difference=largest_difference(losses, expected["losses"]),
         first_loss=losses[0]["lm_loss"],
         reference_first_loss=expected["losses"][0]["lm_loss"],
-        **compare(found, expected["gradients"]),
+        **compare(computed, expected["gradients"]),
     )
 
 
@@ -137,16 +137,16 @@ def resume(task: Task) -> None:
 
 def recompute(task: Task) -> None:
     """Compare gradients of a step with each recomputation set and offload with those without; say what noise is."""
-    losses, kept = steps(start(task.config()), 1)
+    losses, expected = steps(start(task.config()), 1)
     _, again = steps(start(task.config()), 1)
-    noise = compare(again, kept)["gradient_difference"]
+    noise = compare(again, expected)["gradient_difference"]
     for part in task.parts:
         cfg = task.config(*task.options["sets"][part])
-        now, found = steps(start(cfg), 1)
-        identical = all(torch.equal(found[name], kept[name]) for name in kept)
+        now, recomputed = steps(start(cfg), 1)
+        identical = all(torch.equal(recomputed[name], expected[name]) for name in expected)
         task.report(
             part, loss_difference=largest_difference(now, losses), noise=noise, bit_identical=identical,
-            **compare(found, kept),
+            **compare(recomputed, expected),
         )  # fmt: skip
 
 
@@ -216,15 +216,15 @@ def step_time(cfg: Config, lines: Sequence[Metrics], device_name: str) -> dict[s
     seconds = statistics.median(line["step_time_s"] for line in lines[TIMED_WARM_UP:])
     gemm = gemm_tflops(cfg.runtime)
     reached = speed(cfg, 1, seconds, gemm)
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "step_time_s": seconds, "tokens_per_s": reached.tokens_per_s, "tflops": reached.tflops_per_rank,
         "mfu": lines[-1]["mfu"], "gemm_tflops": gemm, "of_gemm_peak": reached.mfu,
     }  # fmt: skip
     name = CLUSTERS.get(device_name)
     if name is None:
-        return {**found, "predicted_s": None, "prediction": f"no file in conf/cluster describes {device_name!r}"}
+        return {**measured, "predicted_s": None, "prediction": f"no file in conf/cluster describes {device_name!r}"}
     predicted = predicted_step_s(cfg, name)
-    return {**found, "predicted_s": predicted, "prediction_error": predicted / seconds - 1, "cluster": name}
+    return {**measured, "predicted_s": predicted, "prediction_error": predicted / seconds - 1, "cluster": name}
 
 
 def predicted_step_s(cfg: Config, cluster_name: str) -> float:
@@ -242,8 +242,8 @@ def memory(cfg: Config, lines: Sequence[Metrics]) -> tuple[float, float]:
     stage = predict(cfg, layout)[0]
     if cfg.runtime == "cuda":
         return max(line["memory_peak_bytes"] for line in lines), stage.total
-    kept = saved_per_micro_batch(workload_of(cfg, layout), 0)
-    return sum(lines[0][part][0] for part in PARTS), kept + stage.parameters + stage.gradients + stage.optimizer
+    activations = saved_per_micro_batch(workload_of(cfg, layout), 0)
+    return sum(lines[0][part][0] for part in PARTS), activations + stage.parameters + stage.gradients + stage.optimizer
 
 
 def gemm_tflops(runtime: str) -> float:

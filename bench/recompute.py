@@ -58,38 +58,41 @@ SETS: dict[str, list[str]] = {
 
 def sets_of(cfg: Config) -> dict[str, Config | str]:
     """`cfg` with each set, or why the set is refused there."""
-    found: dict[str, Config | str] = {}
+    configs: dict[str, Config | str] = {}
     for name, words in SETS.items():
-        one = replace(cfg, recompute=compose(words).recompute)
+        changed = replace(cfg, recompute=compose(words).recompute)
         try:
-            validate(one)
+            validate(changed)
         except ConfigError as error:
-            found[name] = error.cause
+            configs[name] = error.cause
         else:
-            found[name] = one
-    return found
+            configs[name] = changed
+    return configs
 
 
 def compare_sets(cfg: Config, rank: RankInfo) -> None:
     """On each rank: train with every set, and write the comparison to run_dir/rank_N.json. Called by the launcher."""
     import torch
 
-    kept, logged = _train(cfg, rank)
-    found = {}
-    for name, one in sets_of(cfg).items():
-        if isinstance(one, str):
+    expected_gradients, expected_metrics = _train(cfg, rank)
+    comparisons = {}
+    for name, config in sets_of(cfg).items():
+        if isinstance(config, str):
             continue
-        gradients, metrics = _train(one, rank)
-        found[name] = {
+        gradients, metrics = _train(config, rank)
+        comparisons[name] = {
             "max_abs_gradient_difference": max(
-                float((a - b).abs().max()) for a, b in zip(kept, gradients, strict=True)
+                float((a - b).abs().max()) for a, b in zip(expected_gradients, gradients, strict=True)
             ),
             "gradients_bit_identical": all(
-                torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(kept, gradients, strict=True)
+                torch.equal(a.view(torch.int32), b.view(torch.int32))
+                for a, b in zip(expected_gradients, gradients, strict=True)
             ),
-            "metrics_identical": metrics == logged,
+            "metrics_identical": metrics == expected_metrics,
         }
-    Path(cfg.run_dir, f"rank_{rank.rank}.json").write_text(json.dumps({"kept": logged, "sets": found}))
+    Path(cfg.run_dir, f"rank_{rank.rank}.json").write_text(
+        json.dumps({"metrics": expected_metrics, "sets": comparisons})
+    )
 
 
 def _train(cfg: Config, rank: RankInfo) -> tuple[list[Any], dict[str, Any]]:
@@ -116,15 +119,18 @@ def measure(words: Sequence[str]) -> list[dict[str, Any]]:
         launcher.start(cfg, layout, "bench.recompute:compare_sets")
         ranks = [json.loads(path.read_text()) for path in sorted(Path(cfg.run_dir).glob("rank_*.json"))]
     rows = []
-    for name, one in sets_of(cfg).items():
+    for name, config in sets_of(cfg).items():
         row: dict[str, Any] = {"recompute": name}
-        if isinstance(one, str):
-            rows.append({**row, "refused": one})
+        if isinstance(config, str):
+            rows.append({**row, "refused": config})
             continue
         of_ranks = [rank["sets"][name] for rank in ranks]
-        row["max_abs_gradient_difference"] = max(one["max_abs_gradient_difference"] for one in of_ranks)
-        row |= {key: all(one[key] for one in of_ranks) for key in ("gradients_bit_identical", "metrics_identical")}
-        rows.append({**row, "balance_loss": ranks[0]["kept"]["seq_load_balancing_loss"], "ranks": len(ranks)})
+        row["max_abs_gradient_difference"] = max(comparison["max_abs_gradient_difference"] for comparison in of_ranks)
+        row |= {
+            key: all(comparison[key] for comparison in of_ranks)
+            for key in ("gradients_bit_identical", "metrics_identical")
+        }
+        rows.append({**row, "balance_loss": ranks[0]["metrics"]["seq_load_balancing_loss"], "ranks": len(ranks)})
     return rows
 
 
@@ -138,13 +144,13 @@ def run(layouts: Sequence[str], common: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for name in layouts:
         start = time.monotonic()
-        found = [{"layout": name, **row} for row in measure([*CASES[name], *common])]
-        rows += found
+        rows_of_layout = [{"layout": name, **row} for row in measure([*CASES[name], *common])]
+        rows += rows_of_layout
         if not common:
-            save(found)
-        different = [row["recompute"] for row in found if not holds(row)]
+            save(rows_of_layout)
+        different = [row["recompute"] for row in rows_of_layout if not holds(row)]
         shown = f"DIFFER: {'; '.join(different)}" if different else "no bit differs"
-        Console(stderr=True).print(f"{name}: {len(found)} sets, {shown} ({time.monotonic() - start:.0f} s)")
+        Console(stderr=True).print(f"{name}: {len(rows_of_layout)} sets, {shown} ({time.monotonic() - start:.0f} s)")
     return rows
 
 

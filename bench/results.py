@@ -30,10 +30,10 @@ def read(name: str, directory: Path = DIRECTORY) -> dict[str, Any]:
         SystemExit: there is none.
     """
     path = directory / f"{name}.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if found.get("machine") != machine():
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if result.get("machine") != machine():
         raise SystemExit(f"error: {path} was not measured on a machine like this one; measure all rows")
-    return found
+    return result
 
 
 def machine() -> dict[str, Any]:

@@ -40,12 +40,12 @@ def remember(cfg: Config) -> None:
     if FIRST not in os.environ or (file := Path(os.environ[FIRST])).exists():
         return
     try:
-        atomic.write_text(file, json.dumps(found(cfg)) + "\n", durable=True)
+        atomic.write_text(file, json.dumps(existing_checkpoints(cfg)) + "\n", durable=True)
     except OSError as error:
         raise LaunchError(f"run_dir={cfg.run_dir} cannot be written: {error.strerror}", "set run_dir=PATH") from error
 
 
-def found(cfg: Config) -> dict[str, Any]:
+def existing_checkpoints(cfg: Config) -> dict[str, Any]:
     """The checkpoints that are there, for `saved_since`.
 
     One that is complete on the nodes' disks alone counts where the run started from scratch and there was none before:

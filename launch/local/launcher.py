@@ -43,7 +43,7 @@ def start(cfg: Config, layout: ParallelLayout, entry: str | None = None) -> None
     env.make_scratch(cfg.launcher)
     stop.listen(signals.WARNING)  # from here on it is for the ranks, those of a later start too
     budget = resolve.restarts(cfg.launcher, in_batch_job=False)
-    first = restarts.found(cfg)
+    first = restarts.existing_checkpoints(cfg)
     for attempt in range(budget + 1):
         try:
             _run(cfg, layout, entry)

@@ -81,9 +81,9 @@ def job(cfg: Config) -> None:
 
 def directories(cfg: Config) -> None:
     """Other nodes will see the directories of the run, its checkpoints and its data."""
-    own = (*_OF_ONE_MACHINE, *([cfg.launcher.scratch_dir] if cfg.launcher.scratch_dir else []))
+    node_local = (*_OF_ONE_MACHINE, *([cfg.launcher.scratch_dir] if cfg.launcher.scratch_dir else []))
     for name, given in _shared(cfg).items():
-        place = next((place for place in own if _under(given, place)), None)
+        place = next((place for place in node_local if _under(given, place)), None)
         if place is not None:
             raise ConfigError(
                 f"{name}={given} is under {place}, which each node has for itself",

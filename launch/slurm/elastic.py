@@ -21,7 +21,7 @@ from parallel.layout import ParallelLayout
 class Choice:
     """A layout, and the numbers of nodes on which the job takes it, fewest first.
 
-    `text` shows the entry of `launcher.fallbacks`; "" for the config's own. `layout` and `found` are those on the
+    `text` shows the entry of `launcher.fallbacks`; "" for the config's own. `layout` and `estimate` are those on the
     fewest nodes, where a rank needs most memory.
     """
 
@@ -29,7 +29,7 @@ class Choice:
     cfg: Config
     counts: tuple[int, ...]
     layout: ParallelLayout
-    found: RunEstimate
+    estimate: RunEstimate
 
 
 def choices(cfg: Config, nodes: int, plan: EstimateConfig = USUAL) -> list[Choice]:
@@ -45,19 +45,19 @@ def choices(cfg: Config, nodes: int, plan: EstimateConfig = USUAL) -> list[Choic
             f"launcher.min_nodes={fewest} exceeds the {nodes} nodes of the job", f"use launcher.min_nodes={nodes}"
         )
     tried = candidates(cfg)
-    taken: list[list[int]] = [[] for _ in tried]
+    counts_taken: list[list[int]] = [[] for _ in tried]
     for count in range(fewest, nodes + 1):
         ranks = count * launcher.ranks_per_node
         first = next((place for place, (_, candidate) in enumerate(tried) if fit(candidate, ranks)), None)
         if first is not None:
-            taken[first].append(count)
-    both = list(zip(tried, taken, strict=True))
-    for (text, candidate), counts in both:
+            counts_taken[first].append(count)
+    layouts = list(zip(tried, counts_taken, strict=True))
+    for (text, candidate), counts in layouts:
         if text and not counts:
             raise _never_taken(text, candidate, fewest, nodes)
-    if not any(fewest in counts for counts in taken):
-        _refuse_fewest(cfg, fewest, sorted(count for counts in taken for count in counts))
-    return [_choice(text, candidate, counts, nodes, plan) for (text, candidate), counts in both if counts]
+    if not any(fewest in counts for counts in counts_taken):
+        _refuse_fewest(cfg, fewest, sorted(count for counts in counts_taken for count in counts))
+    return [_choice(text, candidate, counts, nodes, plan) for (text, candidate), counts in layouts if counts]
 
 
 def shown(counts: Sequence[int]) -> str:
@@ -76,7 +76,7 @@ def fewer(options: Sequence[Choice], nodes: int) -> list[str]:
     for choice in options:
         if counts := [count for count in choice.counts if count < nodes]:
             lines.append(
-                f"{shown(counts)} nodes: {degrees(choice.layout)}, {choice.found.memory_gib:,.1f} GiB"
+                f"{shown(counts)} nodes: {degrees(choice.layout)}, {choice.estimate.memory_gib:,.1f} GiB"
                 + (f" ({choice.text})" if choice.text else "")
             )
             each = choice.cfg.launcher.ranks_per_node

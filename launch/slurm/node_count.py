@@ -19,11 +19,11 @@ def refused(cfg: Config, error: ConfigError) -> ConfigError:
 
     First the number of nodes that the layout fills, then other layouts for the number that was asked for.
     """
-    own = replace(cfg, launcher=replace(cfg.launcher, nodes=None))
+    without_nodes = replace(cfg, launcher=replace(cfg.launcher, nodes=None))
     fixes: list[Fix] = []
-    layout = _fitting(own)
-    if layout is not None and layout.world_size % own.launcher.ranks_per_node == 0:
-        fixes.append({"launcher.nodes": checks.nodes_of(own, layout)})
+    layout = _fitting(without_nodes)
+    if layout is not None and layout.world_size % without_nodes.launcher.ranks_per_node == 0:
+        fixes.append({"launcher.nodes": checks.nodes_of(without_nodes, layout)})
     for fix in error.fixes if isinstance(error, Impossible) else []:
         other = with_values(cfg, fix)
         if _fitting(other, (other.launcher.nodes or 1) * other.launcher.ranks_per_node) is not None:

@@ -65,7 +65,7 @@ class Checked:
     layout: ParallelLayout
     nodes: int
     gpus: int
-    found: RunEstimate
+    estimate: RunEstimate
     data: str
     """What the run reads, in a line; "" where the data are not there yet."""
     choices: list[elastic.Choice]
@@ -127,13 +127,13 @@ def _without_plan(words: Sequence[str]) -> tuple[list[str], EstimateConfig]:
         ConfigError: they say something that an estimate cannot assume.
     """
     words_of_run: list[str] = []
-    own: list[str] = []
+    words_of_plan: list[str] = []
     for word, is_override in sorted_words(words):
         group = word.partition("=")[0].lstrip("+~").partition(".")[0]
-        (own if is_override and group in group_names(EstimateRoot) else words_of_run).append(word)
-    if not own:
+        (words_of_plan if is_override and group in group_names(EstimateRoot) else words_of_run).append(word)
+    if not words_of_plan:
         return words_of_run, USUAL
-    root = compose(own, EstimateRoot)
+    root = compose(words_of_plan, EstimateRoot)
     check_values(root)
     return words_of_run, root.plan
 
@@ -180,8 +180,9 @@ def check(cfg: Config, dry: bool = False, plan: EstimateConfig = USUAL) -> Check
     checks.job(cfg)
     nodes = launcher.nodes or checks.nodes_of(cfg, layout)
     choices = elastic.choices(cfg, nodes, plan)
-    own = next(choice for choice in choices if nodes in choice.counts)
-    estimate = own.found if own.counts[0] == nodes else run_estimate(fitted, layout, plan)
+    chosen_layout = next(choice for choice in choices if nodes in choice.counts)
+    is_for_fewest = chosen_layout.counts[0] == nodes
+    estimate = chosen_layout.estimate if is_for_fewest else run_estimate(fitted, layout, plan)
     check_memory(estimate, layout)
     data = ""
     try:
@@ -255,8 +256,8 @@ def submit(runs: list[Checked], directory: Path, dry: bool) -> None:
     if len(runs) > 1:
         (place / "sweep").mkdir()
         for number, run in enumerate(runs):
-            own = [*run.options.words(place), *_overrides(run)]
-            (place / "sweep" / str(number)).write_text("".join(f"{word}\0" for word in own))
+            words_of_job = [*run.options.words(place), *_overrides(run)]
+            (place / "sweep" / str(number)).write_text("".join(f"{word}\0" for word in words_of_job))
     record = submission.Submission(command, variables)
     _sbatch(record, first_after, launcher.chain, place)
     print(f"submitted {', '.join(record.jobs)}; follow with: moe-submit status {directory}")
@@ -309,7 +310,7 @@ def _parseable(run_dir: str) -> None:
 
 
 def _report(run: Checked) -> None:
-    cfg, layout, estimate = run.cfg, run.layout, run.found
+    cfg, layout, estimate = run.cfg, run.layout, run.estimate
     launcher = cfg.launcher
     memory = f"{estimate.memory_gib:,.1f} GiB on the peak rank (stage {estimate.stage} of {layout.pp})"
     if estimate.usable_gib is not None:
@@ -322,7 +323,7 @@ def _report(run: Checked) -> None:
             f"{run.nodes:,} x {launcher.ranks_per_node} = {layout.world_size:,} ranks, started by {launcher.start}",
         ),
         ("layout", elastic.degrees(layout)),
-        *(("groups" if not i else "", str(one)) for i, one in enumerate(_node_spans(run))),
+        *(("groups" if not i else "", str(span)) for i, span in enumerate(_node_spans(run))),
         ("memory", memory),
         *(("or" if not i else "", text) for i, text in enumerate(elastic.fewer(run.choices, run.nodes))),
     ]

@@ -130,10 +130,10 @@ def _simulated(candidate: Candidate, space: Space, timer: Timer) -> Estimate:
 
 
 def _key(candidate: Candidate) -> str:
-    one = candidate.workload
-    recomputed = f"{one.recompute} {sorted(one.recompute_modules)}"
-    choices = f"{candidate.schedule} {candidate.software.dispatcher} {one.fp8}"
-    return f"{one.layout} {one.micro_batch_size} {recomputed} {choices}"
+    workload = candidate.workload
+    recomputed = f"{workload.recompute} {sorted(workload.recompute_modules)}"
+    choices = f"{candidate.schedule} {candidate.software.dispatcher} {workload.fp8}"
+    return f"{workload.layout} {workload.micro_batch_size} {recomputed} {choices}"
 
 
 def layouts(base: Workload, gpus: int, space: Space, result: SearchResult) -> Iterator[ParallelLayout]:
@@ -183,48 +183,48 @@ class Timer:
     ) -> None:
         self.hardware, self.software_of, self.constants = hardware, software_of, constants
         self.weights_of = weights_of
-        self.layers: dict[object, dict[object, Times]] = {}
-        self.kept: dict[object, tuple[dict[bool, float], float]] = {}
-        self.ranks: dict[object, list[tuple[tuple[str, ...], Counter[bool]]]] = {}
-        self.held: dict[object, Sequence[Weights]] = {}
+        self._layer_times: dict[object, dict[object, Times]] = {}
+        self._layer_bytes: dict[object, tuple[dict[bool, float], float]] = {}
+        self._stages: dict[object, list[tuple[tuple[str, ...], Counter[bool]]]] = {}
+        self._weights: dict[object, Sequence[Weights]] = {}
 
     def weights(self, workload: Workload) -> Sequence[Weights]:
         """Parameters of each pipeline rank."""
-        one = workload.layout
-        key = (one.tp, one.pp, tuple(map("".join, workload.stages)), one.ep, one.etp)
-        if key not in self.held:
-            self.held[key] = self.weights_of(workload)
-        return self.held[key]
+        layout = workload.layout
+        key = (layout.tp, layout.pp, tuple(map("".join, workload.stages)), layout.ep, layout.etp)
+        if key not in self._weights:
+            self._weights[key] = self.weights_of(workload)
+        return self._weights[key]
 
     def layer_bytes(self, workload: Workload) -> tuple[dict[bool, float], float]:
         """Activations of a dense layer and of one with experts, and the largest recomputed activations of one layer."""
-        one = workload.layout
+        layout = workload.layout
         key = (
-            one.tp,
-            one.cp,
-            one.ep,
-            one.etp,
+            layout.tp,
+            layout.cp,
+            layout.ep,
+            layout.etp,
             workload.micro_batch_size,
             workload.recompute,
             workload.recompute_modules,
             workload.fp8,
         )
-        if key not in self.kept:
+        if key not in self._layer_bytes:
             kinds = [bool(moe) for moe in set(workload.model.moe_layer_pattern)]
-            whole = {moe: sum(layer(workload, moe, recompute=False).values()) for moe in kinds}
-            kept = dict.fromkeys(
+            without_recomputation = {moe: sum(layer(workload, moe, recompute=False).values()) for moe in kinds}
+            saved = dict.fromkeys(
                 kinds, float(workload.element * workload.split_tokens * workload.model.hidden_size)
             )  # their input
             if workload.recompute != "full":
-                kept = {moe: sum(layer(workload, moe).values()) for moe in kinds}
-            self.kept[key] = kept, max(whole[moe] - kept[moe] for moe in kinds)
-        return self.kept[key]
+                saved = {moe: sum(layer(workload, moe).values()) for moe in kinds}
+            self._layer_bytes[key] = saved, max(without_recomputation[moe] - saved[moe] for moe in kinds)
+        return self._layer_bytes[key]
 
     def stages(self, workload: Workload) -> list[tuple[tuple[str, ...], Counter[bool]]]:
         """Items of the chunks of each pipeline rank, and how many layers with experts and without they have."""
         pattern, pp = workload.model.moe_layer_pattern, workload.layout.pp
         key = (tuple("".join(items) for items in workload.stages), pp)
-        if key not in self.ranks:
+        if key not in self._stages:
             stages_of_ranks: list[tuple[tuple[str, ...], Counter[bool]]] = [
                 (key[0][rank::pp], Counter()) for rank in range(pp)
             ]
@@ -234,16 +234,16 @@ class Timer:
                 counts.update(bool(moe) for moe in pattern[first : first + items.count("t")])
                 counts[bool(pattern[-1])] += items.count("m")
                 first += items.count("t")
-            self.ranks[key] = stages_of_ranks
-        return self.ranks[key]
+            self._stages[key] = stages_of_ranks
+        return self._stages[key]
 
     def step(self, workload: Workload, schedule: str, software: Software) -> StepTime:
         """The step in closed form."""
-        one = workload.layout
+        layout = workload.layout
         # Layers do not depend on whether their dispatch overlaps with another micro-batch, which vpp decides.
-        key = (one.tp, one.cp, one.ep, one.etp, workload.micro_batch_size, workload.recompute,
+        key = (layout.tp, layout.cp, layout.ep, layout.etp, workload.micro_batch_size, workload.recompute,
                workload.recompute_modules, workload.fp8, replace(software, overlap_all_to_all=False))  # fmt: skip
-        kinds = self.layers.setdefault(key, {})
+        kinds = self._layer_times.setdefault(key, {})
         machine = Machine(self.hardware, software, self.constants)
         return plan_step(workload, machine, schedule, self.weights(workload), simulated=False, kinds=kinds)
 
@@ -255,36 +255,43 @@ class Timer:
 
     def memory(self, workload: Workload, schedule: str) -> float:
         """Memory of the first, second, middle or last pipeline rank, bytes: close to `stage_memory`, and quick."""
-        one, weights, ranks = workload.layout, self.weights(workload), self.stages(workload)
-        kept, brought = self.layer_bytes(workload)
+        layout, weights, ranks = workload.layout, self.weights(workload), self.stages(workload)
+        saved, recomputed = self.layer_bytes(workload)
 
-        def of(rank: int, alive: float) -> tuple[float, float, float]:
+        def activations_of(rank: int, alive: float) -> tuple[float, float, float]:
             items, counts = ranks[rank]
-            activations = alive * sum(count * kept[moe] for moe, count in counts.items())
-            messages = communication_bytes(workload, rank, items, round(alive * one.vpp))
-            return activations, messages, logits_bytes(workload, "".join(items))
+            activations = alive * sum(count * saved[moe] for moe, count in counts.items())
+            buffers = communication_bytes(workload, rank, items, round(alive * layout.vpp))
+            return activations, buffers, logits_bytes(workload, "".join(items))
 
         most = 0.0
-        for rank in sorted({0, min(1, one.pp - 1), one.pp // 2, one.pp - 1}):
-            optimizer, held = optimizer_bytes(workload, weights[rank]), _static_bytes(workload, weights[rank])
-            alive = float(min(workload.micro_batches, one.pp - rank))
-            if one.vpp > 1:
+        for rank in sorted({0, min(1, layout.pp - 1), layout.pp // 2, layout.pp - 1}):
+            optimizer, static = optimizer_bytes(workload, weights[rank]), _static_bytes(workload, weights[rank])
+            alive = float(min(workload.micro_batches, layout.pp - rank))
+            if layout.vpp > 1:
                 alive = (
-                    min(workload.micro_batches * one.vpp, 2 * (one.pp - rank - 1) + (one.vpp - 1) * one.pp + 1)
-                    / one.vpp
+                    min(
+                        workload.micro_batches * layout.vpp,
+                        2 * (layout.pp - rank - 1) + (layout.vpp - 1) * layout.pp + 1,
+                    )
+                    / layout.vpp
                 )
             if schedule == "dualpipev":
-                alive = one.pp + 0.5
-            activations, messages, scores = of(rank, float(one.pp - rank) if schedule == DUAL else alive)
+                alive = layout.pp + 0.5
+            activations, buffers, logits = activations_of(rank, float(layout.pp - rank) if schedule == DUAL else alive)
             if schedule == DUAL:  # two stages, as in `memory_of_ranks`
-                other = one.pp - 1 - rank
+                other = layout.pp - 1 - rank
                 optimizer = (optimizer + optimizer_bytes(workload, weights[other])) / 2
-                held += _static_bytes(workload, weights[other]) - (
-                    shared_embedding_bytes(workload) if rank in (0, one.pp - 1) else 0.0
+                static += _static_bytes(workload, weights[other]) - (
+                    shared_embedding_bytes(workload) if rank in (0, layout.pp - 1) else 0.0
                 )
-                more, others, further = of(other, float(rank + 1))
-                activations, messages, scores = activations + more, max(messages, others), scores + further
-            most = max(most, held + optimizer + activations + brought + messages + scores)
+                more_activations, other_buffers, more_logits = activations_of(other, float(rank + 1))
+                activations, buffers, logits = (
+                    activations + more_activations,
+                    max(buffers, other_buffers),
+                    logits + more_logits,
+                )
+            most = max(most, static + optimizer + activations + recomputed + buffers + logits)
         return most
 
 
@@ -349,8 +356,8 @@ def _static_bytes(workload: Workload, weights: Weights) -> float:
 def _least_recomputed(workload: Workload, schedule: str, space: Space, timer: Timer) -> Workload | str:
     """The workload with the first set of `space.recompute` that fits, or what it lacks memory for."""
     usable = timer.hardware.offered_bytes
-    one = timer.weights(workload)
-    static = min(_static_bytes(workload, w) + optimizer_bytes(workload, w) for w in one)
+    weights_of_ranks = timer.weights(workload)
+    static = min(_static_bytes(workload, w) + optimizer_bytes(workload, w) for w in weights_of_ranks)
     if static > usable:
         return STATIC
     for mode, modules in space.recompute:

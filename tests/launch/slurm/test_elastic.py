@@ -34,8 +34,8 @@ def test_each_number_of_nodes_takes_the_first_layout_that_fits() -> None:
         ("", (8,), 8), ("{parallel:{dp:4}}", (4,), 4), ("{parallel:{pp:1,dp:null}}", (2,), 4),
     ]  # fmt: skip
     assert elastic.fewer(found, 8) == [
-        f"4 nodes: tp1 pp2 vpp1 cp1 ep2 etp1 dp4 edp2, {found[1].found.memory_gib:,.1f} GiB ({{parallel:{{dp:4}}}})",
-        f"2 nodes: tp1 pp1 vpp1 cp1 ep2 etp1 dp4 edp2, {found[2].found.memory_gib:,.1f} GiB ({found[2].text})",
+        f"4 nodes: tp1 pp2 vpp1 cp1 ep2 etp1 dp4 edp2, {found[1].estimate.memory_gib:,.1f} GiB ({{parallel:{{dp:4}}}})",
+        f"2 nodes: tp1 pp1 vpp1 cp1 ep2 etp1 dp4 edp2, {found[2].estimate.memory_gib:,.1f} GiB ({found[2].text})",
         f"{OTHERS} 3 of 7 nodes",
     ]
 
