@@ -1,14 +1,18 @@
 """The kinds of attention: one row each, which everything else reads. No torch import.
 
-A further kind is a row of `ATTENTIONS`, with a function that describes its linear layers and norms.
+A further kind is a row of `ATTENTIONS`, with a function that describes its linear layers and norms. Code that differs
+by more than a property has a table of its own with a row for each kind, which `row_of` reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from parallel.architecture.parts import Linear, Model, Norm, Shard, Width, hidden_width
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,20 @@ def modules_of_other_attentions(model: Model) -> set[str]:
 def attention_kind(model: Model) -> AttentionKind:
     """The row of the model's attention."""
     return ATTENTIONS[model.attention]
+
+
+def row_of(kind: AttentionKind, table: Mapping[str, Row], place: str) -> Row:
+    """The row that another table has for a kind of attention.
+
+    Args:
+        place: name of the table and its file, for the error.
+
+    Raises:
+        NotImplementedError: the table has none. It does not take the row of another kind.
+    """
+    if kind.name not in table:
+        raise NotImplementedError(f"model.attention={kind.name} has no row in {place}")
+    return table[kind.name]
 
 
 def _latent_attention(model: Model) -> Attention:

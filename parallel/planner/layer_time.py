@@ -16,6 +16,7 @@ from parallel.architecture.parts import Linear, Shard
 from parallel.dispatchers import DISPATCHERS
 from parallel.fp8_recipes import RECIPES
 from parallel.planner import kernels, network
+from parallel.planner.attention_costs import costs_of
 from parallel.planner.calibration import Calibration
 from parallel.planner.hardware import MICRO, Hardware
 from parallel.planner.network import Group, Routing
@@ -284,27 +285,10 @@ def _attention(layer: _Layer, attention: Attention) -> None:
     )  # fmt: skip
     for linear in attention.projections:
         layer.run(linear)
-    (_latent_elementwise if attention.core.latent else _grouped_elementwise)(layer, attention)
+    for item in costs_of(attention.kind).elementwise(workload, attention):
+        layer.moved(item.forward, item.backward, *item.recomputed_by, count=item.kernels)
     layer.attention(attention.core)
     layer.run(attention.output)
-
-
-def _latent_elementwise(layer: _Layer, attention: Attention) -> None:
-    """Norms of latents; rotary embedding, and concatenation of the keys."""
-    workload, core = layer.workload, attention.core
-    latents = workload.element * workload.split_tokens * sum(norm.width for norm in attention.norms)
-    layer.moved(2 * latents, 3 * latents, "layernorm", "mla_up_proj", count=2)
-    queries = workload.element * workload.tokens * core.heads_on_rank(workload.layout.tp) * (2 * core.key)
-    layer.moved(2 * queries, 2 * queries, "mla_up_proj", count=3)
-
-
-def _grouped_elementwise(layer: _Layer, attention: Attention) -> None:
-    """Rotary embedding and norms of queries and keys."""
-    workload, core, tp = layer.workload, attention.core, layer.workload.layout.tp
-    mixed = workload.element * workload.tokens * (core.heads_on_rank(tp) + core.kv_heads_on_rank(tp)) * core.key
-    layer.moved(2 * mixed, 2 * mixed, count=1)
-    if attention.norms:
-        layer.moved(2 * mixed, 3 * mixed, count=2)
 
 
 def _swiglu(layer: _Layer, rows: float, inner: float, *modules: str, times: float = 1) -> None:

@@ -11,17 +11,8 @@ from dataclasses import dataclass
 
 from parallel.architecture.attention import attention_kind
 from parallel.fp8_recipes import RECIPES
-from parallel.planner.activations import (
-    EXPERT_TENSORS,
-    FP32,
-    INDEX,
-    Saved,
-    layer,
-    linear_input,
-    norm,
-    resident,
-    shared_embedding_bytes,
-)
+from parallel.planner.activations import EXPERT_TENSORS, layer, resident, shared_embedding_bytes
+from parallel.planner.saved_tensors import FP32, INDEX, Saved, linear_input, norm
 from parallel.planner.workload import TORCH_LOSS_BYTES, Workload
 
 LONGEST_SIMULATION = 8  # rounds of pp micro-batches after which the interleaved schedule only repeats itself

@@ -9,7 +9,7 @@ import pytest
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
 from moe_train.model.memory import weights_of, workload_of
-from parallel.planner.activations import E4M3_BYTES, E5M6_BYTES, layer, norm, shared_embedding_bytes
+from parallel.planner.activations import E4M3_BYTES, E5M6_BYTES, layer, shared_embedding_bytes
 from parallel.planner.memory import memory_of_ranks, stage_memory
 from parallel.planner.workload import Workload
 from tests.parallel.planner import small
@@ -137,12 +137,3 @@ def test_keys_and_values_are_repeated_for_each_query_on_the_local_backend() -> N
     single = layer(small.workload(replace(small.GQA, num_query_groups=4), backend="local"), moe=False)
     assert (single["queries"], single["keys"]) == (2 * 16 * 24, 2 * 16 * 24)
     assert "expanded keys" not in single
-
-
-def test_bytes_of_a_norm_in_fp32() -> None:
-    """Its input, of which a part is normalised; on a CPU no more than that and the root of each token."""
-    one = small.workload(small.MLA, backend="local", dtype="fp32")
-    kept = norm(one, "norm", 8, 4, "latent", 6)
-    assert kept == {"latent": 4 * 8 * 6, "norm: normalised": 4 * 8 * 4, "norm: 1 / root": 4 * 8}
-    assert norm(replace(one, on_cpu=True), "norm", 8, 4, "latent", 6) == {"latent": 4 * 8 * 6, "norm: 1 / root": 4 * 8}
-    assert norm(one, "norm", 8, 4, "latent")["latent"] == 4 * 8 * 4
