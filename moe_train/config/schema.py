@@ -14,6 +14,7 @@ from moe_train.config.launcher import LauncherConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.objective import OBJECTIVES
 from moe_train.config.resilience import ResilienceConfig
+from parallel.architecture.attention import ATTENTIONS
 from parallel.dispatchers import DISPATCHERS
 from parallel.fp8_recipes import FP4, FP8
 
@@ -99,7 +100,8 @@ class PrecisionConfig:
     initial_loss_scale: float = doc(65536.0, "Initial dynamic loss scale of fp16.", minimum=1)
 
 
-RECOMPUTABLE = ("core_attn", "mla_up_proj", "layernorm", "moe_act", "mlp", "moe", "shared_experts")
+_OF_ATTENTIONS = tuple(module for kind in ATTENTIONS.values() for module in kind.recompute_modules)
+RECOMPUTABLE = ("core_attn", *_OF_ATTENTIONS, "layernorm", "moe_act", "mlp", "moe", "shared_experts")
 """Modules that selective recomputation can name."""
 
 

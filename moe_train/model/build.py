@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as ps
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 from packaging.version import Version
 from torch import nn
 
@@ -19,6 +19,7 @@ from moe_train.config.resolve import ResolvedConfig
 from moe_train.config.rules.precision import high_precision_layers
 from moe_train.config.schema import Config, RecomputeConfig
 from moe_train.model import surgery
+from moe_train.model.attention_modules import attention_modules
 from moe_train.model.local.router import scores_groups_by_best
 from moe_train.model.precision import dtype_options, emulated_recipe, low_precision_options
 from moe_train.model.specs import LocalBackend, local_specs, te_specs
@@ -30,9 +31,10 @@ from parallel.layout import ParallelLayout
 def transformer_config(resolved: ResolvedConfig, stage: int = 0) -> TransformerConfig:
     """Everything Megatron-Core wants to know, for pipeline stage `stage`."""
     cfg, backend = resolved.cfg, resolved.backend
+    attention = attention_modules(cfg.model)
     options = {
         **_backbone(cfg.model),
-        **_attention(cfg.model),
+        **attention.options(cfg.model),
         **(_experts(resolved) if cfg.model.is_moe else {}),
         **_parallel(resolved),
         **_numbers(cfg),
@@ -41,9 +43,8 @@ def transformer_config(resolved: ResolvedConfig, stage: int = 0) -> TransformerC
         **(low_precision_options(cfg.precision) if backend == "te" else {}),
         **_fusions(resolved),
     }
-    config_class = MLATransformerConfig if attention_kind(cfg.model).latent else TransformerConfig
-    config = config_class(**options)
-    for name, value in _yarn_of_gqa(cfg.model).items():
+    config = attention.config_class(**options)
+    for name, value in _yarn_of_the_model(cfg.model).items():
         setattr(config, name, value)
     return config
 
@@ -67,40 +68,14 @@ def _backbone(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _attention(model: ModelConfig) -> dict[str, Any]:
-    if not attention_kind(model).latent:
-        return {
-            "num_query_groups": model.kv_heads,
-            "kv_channels": model.attention_head_dim,
-            "qk_layernorm": model.qk_norm != "none",
-            "add_qkv_bias": model.qkv_bias,
-        }
-    yarn = {
-        "rotary_scaling_factor": model.yarn_factor,
-        "original_max_position_embeddings": model.yarn_original_max_position,
-        "beta_fast": model.yarn_beta_fast,
-        "beta_slow": model.yarn_beta_slow,
-        "mscale": model.yarn_mscale,
-        "mscale_all_dim": model.yarn_mscale_all_dim,
-    }
-    return {
-        "multi_latent_attention": True,
-        "q_lora_rank": model.q_lora_rank or None,
-        "kv_lora_rank": model.kv_lora_rank,
-        "qk_head_dim": model.qk_nope_head_dim,
-        "qk_pos_emb_head_dim": model.qk_rope_head_dim,
-        "v_head_dim": model.v_head_dim,
-        "qk_layernorm": True,
-        "rope_type": model.rope_type,
-        "rotary_base": model.rope_base,
-        # Upstream scales the softmax by the YaRN temperature even for plain rotary embedding: 1.0 and 0.0 mean none.
-        **(yarn if model.rope_type == "yarn" else {"rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}),
-    }
+def _model_has_yarn(model: ModelConfig) -> bool:
+    """Whether GPTModel computes the rotary angles of YaRN, and not each attention its own."""
+    return attention_kind(model).shared_rope and model.rope_type == "yarn"
 
 
-def _yarn_of_gqa(model: ModelConfig) -> dict[str, Any]:
+def _yarn_of_the_model(model: ModelConfig) -> dict[str, Any]:
     """Upstream's GPTModel reads these from the config, which has no such fields (models/gpt/gpt_model.py)."""
-    if attention_kind(model).latent or model.rope_type != "yarn":
+    if not _model_has_yarn(model):
         return {}
     return {
         "yarn_rotary_scaling_factor": model.yarn_factor,
@@ -238,7 +213,6 @@ def build_chunk(
         provider = LocalBackend(cfg.backend.apex, emulated_recipe(cfg.precision))
         bf16_layers = high_precision_layers(cfg.precision, model.num_layers)
         block, mtp = local_specs(config, model, provider, vp_stage, bf16_layers)
-    yarn_gqa = not attention_kind(model).latent and model.rope_type == "yarn"
     return GPTModel(
         config=config,
         transformer_layer_spec=block,
@@ -248,7 +222,7 @@ def build_chunk(
         pre_process=pre,
         post_process=post,
         share_embeddings_and_output_weights=model.tie_embeddings,
-        position_embedding_type="yarn" if yarn_gqa else "rope",
+        position_embedding_type="yarn" if _model_has_yarn(model) else "rope",
         rotary_percent=model.rotary_percent,
         rotary_base=model.rope_base,
         rope_scaling=model.rope_type == "llama3",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -15,10 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec_for_backend,
     get_mlp_module_spec_for_backend,
 )
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType, LayerType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -29,14 +25,14 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from moe_train.config.model import ModelConfig
+from moe_train.model.attention_modules import attention_modules
 from moe_train.model.fp8.linear import Recipe, in_fp8, with_linears
 from moe_train.model.kernels.gemm import ColumnParallelLinear, RowParallelLinear
-from moe_train.model.local.attention import CoreAttention, MultiLatentAttention, SpecifiedLatentAttention
+from moe_train.model.local.attention import CoreAttention, MultiLatentAttention
 from moe_train.model.local.experts import GroupedExperts
-from moe_train.model.local.norm import ApexRMSNorm, KeyAllHeadsRMSNorm, QueryAllHeadsRMSNorm, RMSNorm
+from moe_train.model.local.norm import ApexRMSNorm, RMSNorm
 from moe_train.model.local.router import set_router
 from moe_train.model.local.swiglu import SwiGLU
-from parallel.architecture.attention import attention_kind
 from parallel.architecture.layers import describe_layer
 
 
@@ -87,24 +83,7 @@ class LocalBackend(LocalSpecProvider):
 
 def _local_layer(backend: LocalBackend, model: ModelConfig, moe: bool, grouped_gemm: bool) -> ModuleSpec:
     """One transformer layer, as upstream's `get_gpt_layer_local_spec` lays it out, with the modules of `backend`."""
-    linear, norm = backend.column_parallel_linear(), backend.layer_norm()
-    common = {"core_attention": backend.core_attention(), "linear_proj": backend.row_parallel_linear()}
-    if attention_kind(model).latent:
-        linears = {f"linear_{name}": linear for name in ("q_proj", "q_up_proj", "kv_up_proj")}
-        # Upstream takes only its own class here; `MultiLatentAttention` replaces these two layers.
-        linears |= dict.fromkeys(("linear_q_down_proj", "linear_kv_down_proj"), tensor_parallel.ColumnParallelLinear)
-        q_norm = norm if model.q_lora_rank else IdentityOp  # an uncompressed query has none
-        submodules = MLASelfAttentionSubmodules(**linears, **common, q_layernorm=q_norm, kv_layernorm=norm)
-        attention = ModuleSpec(backend.latent_attention(), {"attn_mask_type": AttnMaskType.causal}, submodules)
-    else:
-        norms = {
-            "head": (norm, norm),
-            "full": (QueryAllHeadsRMSNorm, KeyAllHeadsRMSNorm),
-            "none": (IdentityOp, IdentityOp),
-        }
-        q_norm, k_norm = norms[model.qk_norm]
-        qkv = SelfAttentionSubmodules(linear_qkv=linear, **common, q_layernorm=q_norm, k_layernorm=k_norm)
-        attention = ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, qkv)
+    norm = backend.layer_norm()
     mlp = get_mlp_module_spec_for_backend(
         backend,
         num_experts=model.num_experts if moe else None,
@@ -116,7 +95,7 @@ def _local_layer(backend: LocalBackend, model: ModelConfig, moe: bool, grouped_g
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=attention,
+            self_attention=attention_modules(model).local_spec(backend, model),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=mlp,
@@ -189,10 +168,5 @@ def te_specs(config: TransformerConfig, model: ModelConfig, vp_stage: int | None
 
 def _apply_model_options(layer: ModuleSpec, model: ModelConfig) -> None:
     """Change what upstream has no option for in the spec of a layer with Transformer Engine's modules."""
-    attention = layer.submodules.self_attention
-    if attention_kind(model).latent:
-        attention.module = SpecifiedLatentAttention
-    elif model.qk_norm == "full":
-        attention.submodules.q_layernorm = QueryAllHeadsRMSNorm
-        attention.submodules.k_layernorm = KeyAllHeadsRMSNorm
+    attention_modules(model).change_te_spec(layer.submodules.self_attention, model)
     set_router(layer.submodules.mlp, model)

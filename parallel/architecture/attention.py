@@ -73,13 +73,15 @@ class AttentionKind:
         name: value of `model.attention`.
         describe: its layers, for a model.
         fields: fields of the model that only it reads, in addition to `num_attention_heads`.
-        latent: keys and values come from a compressed latent, whose norm has an epsilon of its own. Megatron-Core has a
-            config class and modules for it (transformer/multi_latent_attention.py).
+        latent: keys and values come from a compressed latent, as many heads of them as of queries. The norm of the
+            latent has an epsilon of its own, and YaRN scales the softmax (transformer/multi_latent_attention.py
+            upstream).
         norm_in_linear: Transformer Engine fuses the norm of the input into the first projection, so that it can
             neither be recomputed nor offloaded by itself.
         fused_rope: Megatron-Core fuses its rotary embedding. For multi-head latent attention it calls that
             experimental.
-        shared_rope: one tensor of rotary angles is handed to all layers.
+        shared_rope: the model computes one tensor of rotary angles for all layers (models/gpt/gpt_model.py upstream);
+            else each attention computes its own.
         recompute_modules: values of `recompute.modules` that only it has.
     """
 

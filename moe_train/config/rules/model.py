@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_train.config.model import ModelConfig
 from moe_train.config.resolve import ResolvedConfig, Rule, resolve
 from moe_train.config.schema import Config
-from parallel.architecture.attention import attention_kind
+from parallel.architecture.attention import attention_kind, row_of
 from parallel.layout import ParallelLayout
 from parallel.suggest import Fix, Impossible, divisors, fixes_of, multiples, nearest
 
@@ -41,21 +41,30 @@ def positive_numbers(facts: ResolvedConfig) -> None:
 
 def attention_heads(facts: ResolvedConfig) -> None:
     """Heads and their sizes must come out whole, and rotary dimensions in pairs."""
+    kind = attention_kind(facts.cfg.model)
+    row_of(kind, ATTENTION_RULES, "ATTENTION_RULES of moe_train/config/rules/model.py")(facts)
+
+
+def _latent_attention(facts: ResolvedConfig) -> None:
+    """Rotary dimensions of multi-head latent attention, and no option that it does not have."""
+    model = facts.cfg.model
+    if model.qk_rope_head_dim % 2:
+        raise Impossible(
+            f"model.qk_rope_head_dim={model.qk_rope_head_dim} is odd, but rotary dimensions come in pairs",
+            fixes_of("model.qk_rope_head_dim", (model.qk_rope_head_dim - 1, model.qk_rope_head_dim + 1)),
+        )
+    if model.qk_norm != "none":
+        raise Impossible(
+            f"model.qk_norm={model.qk_norm} is for model.attention=gqa; mla always norms its compressed latents",
+            [{"model.qk_norm": "none"}],
+        )
+    _only_for_gqa(facts)
+
+
+def _grouped_attention(facts: ResolvedConfig) -> None:
+    """Heads, key/value heads and rotary dimensions of grouped-query attention, and no option that it does not have."""
     model = facts.cfg.model
     heads = model.num_attention_heads
-    if attention_kind(model).latent:
-        if model.qk_rope_head_dim % 2:
-            raise Impossible(
-                f"model.qk_rope_head_dim={model.qk_rope_head_dim} is odd, but rotary dimensions come in pairs",
-                fixes_of("model.qk_rope_head_dim", (model.qk_rope_head_dim - 1, model.qk_rope_head_dim + 1)),
-            )
-        if model.qk_norm != "none":
-            raise Impossible(
-                f"model.qk_norm={model.qk_norm} is for model.attention=gqa; mla always norms its compressed latents",
-                [{"model.qk_norm": "none"}],
-            )
-        _only_for_gqa(facts)
-        return
     if model.latent_norm_epsilon is not None:
         raise Impossible(
             f"model.latent_norm_epsilon={model.latent_norm_epsilon} is for model.attention=mla; gqa has no latents",
@@ -116,6 +125,9 @@ def _rotary_part(facts: ResolvedConfig) -> None:
             "come in pairs",
             fixes_of("model.rotary_percent", sorted(shares, key=lambda x: abs(x - share))),
         )
+
+
+ATTENTION_RULES = {"mla": _latent_attention, "gqa": _grouped_attention}
 
 
 def shared_experts(facts: ResolvedConfig) -> None:

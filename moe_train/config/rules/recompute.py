@@ -8,7 +8,7 @@ from moe_train.config.recompute import of_chunk, settings
 from moe_train.config.resolve import ResolvedConfig, Rule
 from moe_train.config.schema import RecomputeStage
 from parallel import pipeline
-from parallel.architecture.attention import attention_kind, modules_of_other_attentions
+from parallel.architecture.attention import ATTENTIONS, attention_kind, modules_of_other_attentions
 from parallel.fp8_recipes import RECIPES
 from parallel.suggest import Fix, Impossible, divisors, fixes_of, nearest, override_value
 
@@ -84,7 +84,8 @@ def _missing(facts: ResolvedConfig, module: str) -> tuple[str, list[Fix]] | None
     """Why this model has no such module to recompute, and what would give it one."""
     cfg, kind = facts.cfg, attention_kind(facts.cfg.model)
     if module in modules_of_other_attentions(cfg.model):
-        return f"model.attention={cfg.model.attention} has no up-projection of a latent", []
+        owners = " or ".join(name for name, other in ATTENTIONS.items() if module in other.recompute_modules)
+        return f"model.attention={cfg.model.attention} has no such module, only {owners} has", []
     if module in ("moe", "moe_act") and not cfg.model.is_moe:
         return "model.num_experts=0 is a dense model", []
     if module == "shared_experts" and not (cfg.model.is_moe and cfg.model.num_shared_experts):
