@@ -161,10 +161,26 @@ def test_the_architecture_page_names_every_test_of_the_rules() -> None:
 def test_recipes_are_short_and_complete() -> None:
     sections = re.split(r"^## ", (ROOT / "docs" / "extending.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     lines = {section.splitlines()[0]: len(section.strip().splitlines()) - 1 for section in sections}
-    wanted = {"model family", "dispatcher", "FP8 recipe", "objective", "callback", "sink", "cluster", "config rule",
-              "upstream patch", "benchmark", "test on ranks"}  # fmt: skip
+    wanted = {"model family", "dispatcher", "attention", "FP8 recipe", "objective", "callback", "sink", "cluster",
+              "config rule", "upstream patch", "benchmark", "test on ranks"}  # fmt: skip
     assert {name for name in wanted if any(name in title for title in lines)} == wanted
     assert {title: count for title, count in lines.items() if count > LONGEST_RECIPE} == {}
+
+
+def test_the_recipe_of_an_attention_names_every_table_with_a_row_for_each_kind() -> None:
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    recipe = re.search(r"^## Add an attention\n(.*?)^## ", page, re.MULTILINE | re.DOTALL)
+    assert recipe
+    calls = [
+        (node.args, str(file.relative_to(ROOT)))
+        for file in test_architecture.FILES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "row_of"
+    ]
+    tables = {(ast.unparse(args[1]), file) for args, file in calls}
+    assert len(tables) == len(calls) == 3
+    for table, file in tables:
+        assert f"`{table}` in `{file}`" in recipe[1]
 
 
 def test_the_changelog_has_the_formats_on_disk() -> None:
