@@ -90,13 +90,13 @@ def _rank(overrides: list[str], rank: int, ranks: int, port: int, directory: str
         steps(STEPS_BETWEEN, "quiet_step")
         began = time.perf_counter()
         saving = checkpoint.begin(run)
-        held, done = time.perf_counter() - began, False
+        blocked_s, done = time.perf_counter() - began, False
         while not done:
             steps(1, "busy_step")
             began = time.perf_counter()
             done = saving.advance()
-            held += time.perf_counter() - began
-        times["beside"].append(held)
+            blocked_s += time.perf_counter() - began
+        times["beside"].append(blocked_s)
         times["in_all"].append(saving.seconds)
     if run.is_main:
         Path(directory, "row.json").write_text(json.dumps(_row(times, saving.job.bytes)))
@@ -118,7 +118,7 @@ def _row(times: dict[str, list[float]], size: int) -> dict[str, Any]:
 def main() -> None:
     """Command line of `make bench-checkpoint`. Exits with 1 where training waits too long."""
     rows = [measure(layout) for layout in LAYOUTS]
-    table = Table(title="Training held by a checkpoint")
+    table = Table(title="Training blocked by a checkpoint")
     for column in rows[0]:
         table.add_column(column.replace("_", " "), justify="right")
     for row in rows:

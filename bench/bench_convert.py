@@ -79,11 +79,11 @@ def synthesise(directory: Path, size_gb: float) -> int:
     names, weight_map, total = list(shapes), {}, 0
     per_file = -(-len(names) // 8)
     for number, start in enumerate(range(0, len(names), per_file), 1):
-        held = names[start : start + per_file]
+        names_of_file = names[start : start + per_file]
         file = f"model-{number:05d}.safetensors"
         out = HashingFile(directory / file)
-        out.write(safetensors.header([(name, _dtype(name), shapes[name]) for name in held]))
-        for name in held:
+        out.write(safetensors.header([(name, _dtype(name), shapes[name]) for name in names_of_file]))
+        for name in names_of_file:
             # Random bytes would be as good as any to copy, but not to load: NaN takes other paths.
             values = torch.empty(shapes[name]).normal_(0, 0.02, generator=generator)
             out.write(TensorSlice.of(values.to(_dtype(name).torch)).data)
@@ -162,17 +162,17 @@ def measure(size_gb: float, repeats: int, directory: Path) -> tuple[dict[str, An
     size = synthesise(source, size_gb)
     commands = variants(source, directory)
     timed([BIN / "moe-convert", source, directory / "megatron"], directory / "megatron")
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+    runs_of_command: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
     for number in range(repeats):
         for name, (command, target) in commands.items():
             in_memory(source, directory / "megatron")
             os.sync()  # nobody waits for what an earlier one has left to write
-            found[name].append(timed(command, target))
-            console.print(f"{number + 1}/{repeats} {name}: {found[name][-1][0]:.1f} s", highlight=False)
+            runs_of_command[name].append(timed(command, target))
+            console.print(f"{number + 1}/{repeats} {name}: {runs_of_command[name][-1][0]:.1f} s", highlight=False)
             shutil.rmtree(target)
-    cp_s = statistics.median(seconds for seconds, _ in found["cp"])
+    cp_s = statistics.median(seconds for seconds, _ in runs_of_command["cp"])
     rows: list[Row] = []
-    for name, runs in found.items():
+    for name, runs in runs_of_command.items():
         seconds = statistics.median(s for s, _ in runs)
         peak = max(peak for _, peak in runs)
         rows.append(

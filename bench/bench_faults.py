@@ -45,17 +45,17 @@ def run_case(case: Case, directory: Path, data: tuple[str, ...], reference: dict
             continued = train(run_dir, overrides)
         began = injected_at(run_dir) or seen.injected or seen.began
         ours, told, as_it_should_be = losses(run_dir), events(run_dir), case.check(run_dir)
-    found = seen.first(case.found)
+    detection = seen.first(case.found)
     restarted = bool(continued is not seen or case.between or seen.first("starting again"))
-    since = found[0] if found and continued is seen else 0.0
+    since = detection[0] if detection and continued is seen else 0.0
     goes_on = continued.first(r"resumed at step (\d+)|^step \d+/", after=since)
     resumed = int(goes_on[1].group(1) or 0) if goes_on and restarted else None
     back = sum(event["from_step"] - event["step"] for event in told if event["event"] == "rolled_back")
     row = {
         "injected": case.name,
-        "detected_in_s": round(found[0] - began, 2) if found else None,
-        "detected_by": found[1].string[:160] if found else "",
-        "recovered_in_s": round(goes_on[0] - found[0], 2) if found and goes_on else None,
+        "detected_in_s": round(detection[0] - began, 2) if detection else None,
+        "detected_by": detection[1].string[:160] if detection else "",
+        "recovered_in_s": round(goes_on[0] - detection[0], 2) if detection and goes_on else None,
         "steps_lost": back if resumed is None else _lost(case, done, resumed),
         "reported_saved": _saved(seen, goes_on[0] if goes_on and continued is seen else float("inf")),
         "went_on_from": resumed,
@@ -79,20 +79,20 @@ def _lost(case: Case, done: int, resumed: int) -> int:
 
 def _saved(seen: Seen, until: float) -> int:
     """The last step that was reported saved before a time."""
-    found = (re.match(r"checkpoint of step (\d+) in", line) for at, line in seen.lines if at < until)
-    return max((int(match[1]) for match in found if match), default=0)
+    matches = (re.match(r"checkpoint of step (\d+) in", line) for at, line in seen.lines if at < until)
+    return max((int(match[1]) for match in matches if match), default=0)
 
 
 def _holds(case: Case, row: dict[str, Any]) -> bool:
     """Noticed, ended and continued as it should, with the losses of an undisturbed run and all that was reported
     saved."""
-    kept = row["went_on_from"] is None or row["went_on_from"] >= row["reported_saved"]
+    continues_from_saved = row["went_on_from"] is None or row["went_on_from"] >= row["reported_saved"]
     return (
         (bool(row["detected_by"]) or case.harmless)
         and row["exit_codes"] == [case.code, 0]
         and (row["final_loss_equal"] or case.changes_losses)
         and row["steps_lost"] <= case.most_lost
-        and kept
+        and continues_from_saved
         and row["directory_as_it_should_be"]
     )
 

@@ -139,8 +139,10 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     for column in ("case", "seed", "last loss", "last difference", "mean", "largest"):
         shown.add_column(column, justify="left" if column == "case" else "right")
     for r in rows:
-        found = [f"{100 * r[name]:.3f} %" for name in ("last_difference", "mean_difference", "largest_difference")]
-        shown.add_row(r["case"], str(r["seed"]), f"{r['last_smoothed_loss']:.4f}", *found)
+        percentages = [
+            f"{100 * r[name]:.3f} %" for name in ("last_difference", "mean_difference", "largest_difference")
+        ]
+        shown.add_row(r["case"], str(r["seed"]), f"{r['last_smoothed_loss']:.4f}", *percentages)
     return shown
 
 

@@ -166,7 +166,10 @@ def plan(runtime: str, backends: Sequence[str], *, apex: bool = False, more: Seq
         preparations[saved] = _saves(saved, words)
         cases += _checkpoints(backend, words, saved)
     for backend, words in kinds.items():
-        sets = {**{name: one for name, one in SETS.items() if name != "none"}, **OFFLOAD[runtime, backend]}
+        sets = {
+            **{name: words_of_set for name, words_of_set in SETS.items() if name != "none"},
+            **OFFLOAD[runtime, backend],
+        }
         case, impossible = _recompute(backend, words, sets, more)
         cases.append(case)
         refused += impossible

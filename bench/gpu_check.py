@@ -47,8 +47,8 @@ class Device:
     @property
     def libraries(self) -> dict[str, dict[str, Any]]:
         """version, and error where a library cannot be imported, by name."""
-        found: dict[str, dict[str, Any]] = self.facts.get("libraries", {})
-        return found
+        libraries: dict[str, dict[str, Any]] = self.facts.get("libraries", {})
+        return libraries
 
     def usable(self, library: str) -> bool:
         """Whether a library is installed and can be imported."""
@@ -147,7 +147,9 @@ def check(
     plan = device.plan(more)
     if names is not None:
         chosen = [case for case in plan.cases if any(name in case.name for name in names)]
-        plan = Plan(chosen, plan.preparations, [one for one in plan.refused if any(name in one.name for name in names)])
+        plan = Plan(
+            chosen, plan.preparations, [case for case in plan.refused if any(name in case.name for name in names)]
+        )
     console = Console(stderr=True)
 
     def show(row: CheckRow) -> None:

@@ -83,25 +83,25 @@ class Runner:
 
         Cases that need the machine for themselves come first.
         """
-        found: dict[str, list[CheckRow]] = {}
+        rows_of_case: dict[str, list[CheckRow]] = {}
 
-        def one(case: GpuCase) -> None:
-            found[case.name] = self._case(case)
-            for row in found[case.name]:
+        def run_case(case: GpuCase) -> None:
+            rows_of_case[case.name] = self._case(case)
+            for row in rows_of_case[case.name]:
                 show(row)
 
         try:
             for case in self._plan.cases:
                 if case.alone:
-                    one(case)
+                    run_case(case)
             with ThreadPoolExecutor(self._jobs) as pool:
-                list(pool.map(one, [case for case in self._plan.cases if not case.alone]))
+                list(pool.map(run_case, [case for case in self._plan.cases if not case.alone]))
         finally:
             self._stopped = True  # at the first error or Ctrl-C the other threads start nothing more
             for process in list(self._live):
                 kill(process)
-        rows = [row for case in self._plan.cases for row in found[case.name]]
-        return rows + [_refused(one) for one in self._plan.refused]
+        rows = [row for case in self._plan.cases for row in rows_of_case[case.name]]
+        return rows + [_refused(case) for case in self._plan.refused]
 
     def _case(self, case: GpuCase) -> list[CheckRow]:
         for name in case.needs:

@@ -24,7 +24,7 @@ def gradients_of(run: Run) -> dict[str, Tensor]:
     """
     parameters = [parameter for chunk in run.chunks for parameter in chunk.parameters()]
     weights = [parameter.data for parameter in parameters]
-    found: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
     # Addresses, not tensors: many shards are the parameters themselves, whose data are exchanged here and back.
     before = [shard.data.data_ptr() for shard in _shards(run)]
     try:
@@ -33,18 +33,18 @@ def gradients_of(run: Run) -> dict[str, Tensor]:
         for address, shard in zip(before, _shards(run), strict=True):
             if address == shard.data.data_ptr():  # a buffer
                 continue
-            whole = found.setdefault(shard.key, torch.zeros(shard.global_shape))
+            whole = gradients.setdefault(shard.key, torch.zeros(shard.global_shape))
             whole[shard.global_slice()] = shard.data.detach().float().cpu()
     finally:
         for parameter, weight in zip(parameters, weights, strict=True):
             parameter.data = weight
-    return found
+    return gradients
 
 
 def _shards(run: Run) -> list[ShardedTensor]:
     state = model_state(run.chunks)
     apply_factories(state)  # splits gate and up of SwiGLU, each of which has a name of its own
-    return [one for one in nested_values(state) if isinstance(one, ShardedTensor) and one.data is not None]
+    return [shard for shard in nested_values(state) if isinstance(shard, ShardedTensor) and shard.data is not None]
 
 
 def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Any
     apart = {name: float((ours[name] - theirs[name]).norm()) for name in shared}
     floor = SMALL * max(norms.values())
     relative = {name: apart[name] / max(norms[name], floor) for name in shared}
-    name = max(relative, key=lambda one: (relative[one] != relative[one], relative[one]))
+    name = max(relative, key=lambda parameter: (relative[parameter] != relative[parameter], relative[parameter]))
     return {
         "gradient_difference": _norm(apart) / _norm(norms),
         "worst_gradient_difference": relative[name],

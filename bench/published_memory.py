@@ -139,10 +139,10 @@ def summary(path: Path) -> dict[str, Any]:
 
 def show(path: Path) -> None:
     """Print the error of each row, and the median."""
-    found, table = summary(path), Table(title="Peak of the fullest rank, GB")
+    comparison, table = summary(path), Table(title="Peak of the fullest rank, GB")
     for column in ("model", "layout", "recompute", "published", "predicted", "error"):
         table.add_column(column)
-    for row in found["published"]:
+    for row in comparison["published"]:
         shown = (
             [row["not_modelled"], ""]
             if "not_modelled" in row
@@ -151,6 +151,6 @@ def show(path: Path) -> None:
         table.add_row(row["model"], row["layout"], row["recompute"], f"{row['published_gb']:.1f}", *shown)
     Console().print(table)
     print(
-        f"median absolute error {found['published_median_absolute_error']:.1%} over "
-        f"{found['published_rows_modelled']} rows; {found['published_rows_not_modelled']} not modelled"
+        f"median absolute error {comparison['published_median_absolute_error']:.1%} over "
+        f"{comparison['published_rows_modelled']} rows; {comparison['published_rows_not_modelled']} not modelled"
     )

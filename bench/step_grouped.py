@@ -31,11 +31,11 @@ def measure(task: StepTask) -> list[dict[str, Any]]:
     for tokens, experts in ((task.tokens * model.topk, model.num_experts), (2048, 64)):
         for name, (ours, theirs) in _products(DTYPES[task.dtype], tokens, experts, model.hidden_size, inner).items():
             rng = random.Random(experts)
-            taken: list[tuple[float, float]] = []
+            times_ms: list[tuple[float, float]] = []
             for _ in range(CALLS):
                 counts = uneven_counts(tokens, experts, rng)
-                taken.append((_ms(ours, counts), _ms(theirs, counts)))
-            ours_ms, theirs_ms = (statistics.median(pair[side] for pair in taken[WARM_UP:]) for side in (0, 1))
+                times_ms.append((_ms(ours, counts), _ms(theirs, counts)))
+            ours_ms, theirs_ms = (statistics.median(pair[side] for pair in times_ms[WARM_UP:]) for side in (0, 1))
             rows.append({
                 "model": task.model, "precision": task.dtype, "experts": experts, "tokens": tokens, "product": name,
                 "ours_ms": ours_ms, "torch_ms": theirs_ms, "torch_over_ours": theirs_ms / ours_ms,

@@ -103,8 +103,8 @@ def _scope(event: Any, scopes: dict[int, str]) -> str:
         name = parent.name
         if name.startswith(_MARK):
             return name.removeprefix(_MARK)
-        if (own := FUNCTIONS.get(name.removesuffix("Backward"))) is not None:
-            return own
+        if (part := FUNCTIONS.get(name.removesuffix("Backward"))) is not None:
+            return part
         if name.startswith(_NODE):
             return scopes.get(parent.sequence_nr, OTHER)
     return OTHER
@@ -118,12 +118,12 @@ def _upwards(event: Any) -> Iterator[Any]:
 
 def _forward_scopes(events: Any) -> dict[int, str]:
     """Part of each forward operation that a node of the backward pass has the sequence number of."""
-    found: dict[int, str] = {}
+    scopes: dict[int, str] = {}
     for event in events:
         backward = any(parent.name.startswith(_NODE) for parent in _upwards(event))
         if event.sequence_nr >= 0 and not backward:
-            found[event.sequence_nr] = _scope(event, {})
-    return found
+            scopes[event.sequence_nr] = _scope(event, {})
+    return scopes
 
 
 class _Marked:

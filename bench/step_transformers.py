@@ -107,7 +107,7 @@ def train_step(cfg: Config, model: nn.Module) -> Callable[[dict[str, Tensor]], f
 
 def from_megatron(state: Weights, model: ModelConfig) -> Weights:
     """Weights of our model (parameters and buffers by name, per-expert weights) under the names of transformers."""
-    found = {
+    renamed = {
         "model.embed_tokens.weight": state["embedding.word_embeddings.weight"],
         "model.norm.weight": state["decoder.final_layernorm.weight"],
         "lm_head.weight": state["output_layer.weight"],
@@ -125,18 +125,18 @@ def from_megatron(state: Weights, model: ModelConfig) -> Weights:
     }
     for layer, moe in enumerate(model.moe_layer_pattern):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        found |= {theirs + hf: state[ours + name] for name, hf in same.items()}
+        renamed |= {theirs + hf: state[ours + name] for name, hf in same.items()}
         dense = {"mlp.": "mlp."} if not moe else {"mlp.shared_experts.": "mlp.shared_experts."}
         for name, hf in dense.items():
             gate, up = state[f"{ours}{name}linear_fc1.weight"].chunk(2)
-            found |= {f"{theirs}{hf}gate_proj.weight": gate, f"{theirs}{hf}up_proj.weight": up}
-            found[f"{theirs}{hf}down_proj.weight"] = state[f"{ours}{name}linear_fc2.weight"]
+            renamed |= {f"{theirs}{hf}gate_proj.weight": gate, f"{theirs}{hf}up_proj.weight": up}
+            renamed[f"{theirs}{hf}down_proj.weight"] = state[f"{ours}{name}linear_fc2.weight"]
         if moe:
-            found[f"{theirs}mlp.gate.weight"] = state[f"{ours}mlp.router.weight"]
-            found[f"{theirs}mlp.gate.e_score_correction_bias"] = state[f"{ours}mlp.router.expert_bias"]
+            renamed[f"{theirs}mlp.gate.weight"] = state[f"{ours}mlp.router.weight"]
+            renamed[f"{theirs}mlp.gate.e_score_correction_bias"] = state[f"{ours}mlp.router.expert_bias"]
             for linear, hf in (("linear_fc1", "gate_up_proj"), ("linear_fc2", "down_proj")):
-                found[f"{theirs}mlp.experts.{hf}"] = _experts(state, f"{ours}mlp.experts.", linear, model.num_experts)
-    return found
+                renamed[f"{theirs}mlp.experts.{hf}"] = _experts(state, f"{ours}mlp.experts.", linear, model.num_experts)
+    return renamed
 
 
 def _experts(state: Weights, prefix: str, linear: str, experts: int) -> Tensor:

@@ -98,7 +98,7 @@ def megatron_schedule(workload: Workload) -> str:
 
 def stage_memories(workload: Workload, weights: Sequence[Weights]) -> tuple[StageMemory, ...]:
     """Memory of one rank of each pipeline stage, first to last."""
-    return tuple(stage_memory(workload, stage, one) for stage, one in enumerate(weights))
+    return tuple(stage_memory(workload, stage, of_rank) for stage, of_rank in enumerate(weights))
 
 
 def fullest_bytes(workload: Workload, weights: Sequence[Weights], schedule: str | None = None) -> float:

@@ -157,17 +157,17 @@ def _made(item: Pass) -> list[tuple[tuple[str, int, int], int]]:
 
 def _timeline(events: Sequence[Sequence[PassEvent]]) -> Timeline:
     by_kind = []
-    for own in events:
+    for events_of_rank in events:
         kinds: dict[str, float] = {}
-        for event in own:
+        for event in events_of_rank:
             kinds[event.item.kind] = kinds.get(event.item.kind, 0.0) + event.end - event.start
         by_kind.append(kinds)
     return Timeline(
-        seconds=max(own[-1].end for own in events if own),
+        seconds=max(events_of_rank[-1].end for events_of_rank in events if events_of_rank),
         busy=tuple(sum(kinds.values()) for kinds in by_kind),
         by_kind=tuple(by_kind),
-        in_flight=tuple(_in_flight(own) for own in events),
-        events=tuple(event for own in events for event in own),
+        in_flight=tuple(_in_flight(events_of_rank) for events_of_rank in events),
+        events=tuple(event for events_of_rank in events for event in events_of_rank),
     )
 
 
@@ -198,10 +198,10 @@ def step_time(
         return a + (b - a) * rest
 
     kinds = [
-        {kind: extended(one.get(kind, 0.0), value) for kind, value in two.items()}
-        for one, two in zip(first.by_kind, second.by_kind, strict=True)
+        {kind: extended(shorter.get(kind, 0.0), value) for kind, value in longer.items()}
+        for shorter, longer in zip(first.by_kind, second.by_kind, strict=True)
     ]
-    busy = [extended(one, two) for one, two in zip(first.busy, second.busy, strict=True)]
+    busy = [extended(shorter, longer) for shorter, longer in zip(first.busy, second.busy, strict=True)]
     return Timeline(extended(first.seconds, second.seconds), tuple(busy), tuple(kinds), second.in_flight, ())
 
 

@@ -94,10 +94,10 @@ def plan_step(
     run = step_time if simulated else estimated
     timeline = run(schedule, layout.pp, layout.vpp, workload.micro_batches, stages, hop * exposed_fraction)
     copies = 2 if schedule == "dualpipe" else 1
-    optimizer = max(optimizer_seconds(workload, machine, one) for one in weights) * copies
+    optimizer = max(optimizer_seconds(workload, machine, of_rank) for of_rank in weights) * copies
     data_parallel = max(
-        data_parallel_seconds(workload, machine, one, stages[rank].backward * layout.vpp)
-        for rank, one in enumerate(weights)
+        data_parallel_seconds(workload, machine, of_rank, stages[rank].backward * layout.vpp)
+        for rank, of_rank in enumerate(weights)
     )
     seconds = timeline.seconds + optimizer + data_parallel * copies + machine.constants.step_s
     tokens = workload.micro_batches * workload.micro_batch_size * workload.seq_length * layout.dp
@@ -116,28 +116,28 @@ def stage_parts(
     passed = 0
     pattern = workload.model.moe_layer_pattern
     for index, items in enumerate(workload.stages):
-        own, times, count = workload.of_chunk(index), Times(), items.count("t")
-        again = (own.recompute, own.recompute_modules)
-        held = [
+        chunk, times, count = workload.of_chunk(index), Times(), items.count("t")
+        recomputation = (chunk.recompute, chunk.recompute_modules)
+        kinds_of_layers = [
             (
                 bool(moe),
-                own.recompute != "full" or own.recompute_method == "uniform" or place < own.recompute_num_layers,
-                own.of_layer(passed + place).fp8,
-                again,
+                chunk.recompute != "full" or chunk.recompute_method == "uniform" or place < chunk.recompute_num_layers,
+                chunk.of_layer(passed + place).fp8,
+                recomputation,
             )
             for place, moe in enumerate(pattern[passed : passed + count])
         ]
-        for kind in dict.fromkeys(held):
+        for kind in dict.fromkeys(kinds_of_layers):
             if kind not in kinds:
-                as_it_is = replace(own, fp8=kind[2])
-                kinds[kind] = layer_times(as_it_is if kind[1] else replace(own, recompute="none"), machine, kind[0])
-            times.plus(kinds[kind], held.count(kind))
+                of_layer = replace(chunk, fp8=kind[2])
+                kinds[kind] = layer_times(of_layer if kind[1] else replace(chunk, recompute="none"), machine, kind[0])
+            times.plus(kinds[kind], kinds_of_layers.count(kind))
         passed += count
         for item, function in (("E", embedding_times), ("m", mtp_times), ("L", loss_times)):
             if item in items:
-                if (item, again) not in kinds:
-                    kinds[item, again] = function(own, machine)
-                times.plus(kinds[item, again], items.count(item))
+                if (item, recomputation) not in kinds:
+                    kinds[item, recomputation] = function(chunk, machine)
+                times.plus(kinds[item, recomputation], items.count(item))
         if workload.fsdp:
             _gather_weights(workload, machine, times, weights[index % workload.layout.pp])
         parts.append(times)
@@ -149,14 +149,14 @@ def _gather_weights(workload: Workload, machine: Machine, times: Times, weights:
     layout, hardware = workload.layout, machine.hardware
     element = 1 if workload.fp8_weights_only else workload.element
     shared, experts = weights.shared * element / layout.vpp, weights.experts * element / layout.vpp
-    one = network.ring(hardware, Group(layout.dp * layout.cp, layout.tp), shared)
-    one += network.ring(hardware, Group(layout.edp, layout.ep * layout.etp), experts)
+    gathering = network.ring(hardware, Group(layout.dp * layout.cp, layout.tp), shared)
+    gathering += network.ring(hardware, Group(layout.edp, layout.ep * layout.etp), experts)
     floor = machine.constants.fsdp_exposed
     compute_forward = total(times.forward)
     compute_backward = total(times.inputs) + total(times.weights) + total(times.recompute)
-    times.add(
-        "fsdp", max(one - compute_forward, floor * one), max(2 * one - compute_backward, floor * 2 * one), 0.0
-    )  # fmt: skip
+    exposed_forward = max(gathering - compute_forward, floor * gathering)
+    exposed_backward = max(2 * gathering - compute_backward, floor * 2 * gathering)
+    times.add("fsdp", exposed_forward, exposed_backward, 0.0)
 
 
 def stage_time(workload: Workload, machine: Machine, schedule: str, times: Times) -> StageTime:
@@ -176,12 +176,12 @@ def stage_time(workload: Workload, machine: Machine, schedule: str, times: Times
     backward = _blend(inputs + weights, _host(machine, times.kernels_backward, times.graphed_backward), blend)
     weights *= backward / (inputs + weights) if inputs + weights else 1.0
     if software.graphs != "full":
-        forward, backward = (one + constants.pass_us * MICRO for one in (forward, backward))
+        forward, backward = (seconds + constants.pass_us * MICRO for seconds in (forward, backward))
     if schedule in ("dualpipe", "dualpipev") and software.overlap_all_to_all:
         slowed = (forward + backward) / (1 - software.communication_sms)
-        both = max(slowed, sent + returned)  # dispatch has multiprocessors of its own
-        alone = forward + sent + backward + returned
-        return StageTime(forward + sent, backward + returned, weights, both / alone if alone else 1.0)
+        overlapped = max(slowed, sent + returned)  # dispatch has multiprocessors of its own
+        sequential = forward + sent + backward + returned
+        return StageTime(forward + sent, backward + returned, weights, overlapped / sequential if sequential else 1.0)
     # Dispatch hides only where passes of two micro-batches run concurrently (Megatron-Core requires vpp > 1).
     if software.overlap_all_to_all and (schedule == "interleaved" or workload.layout.pp == 1):
         exposed, rest = constants.all_to_all_exposed, 1 - software.communication_sms
@@ -210,15 +210,16 @@ def optimizer_seconds(workload: Workload, machine: Machine, weights: Weights) ->
     """Adam over this rank's part, and casts of the new weights."""
     layout = workload.layout
     if workload.distributed_optimizer or workload.fsdp:
-        own = weights.shared / (layout.dp * layout.cp) + weights.experts / layout.edp
+        updated = weights.shared / (layout.dp * layout.cp) + weights.experts / layout.edp
     else:
-        own = weights.shared + weights.experts
+        updated = weights.shared + weights.experts
     if workload.frozen:
         return 0.0
     # read gradient, read and write two moments and the main weight, write the weight
-    each = workload.grad_bytes + 4 * workload.moment_bytes + 8 + workload.element
+    bytes_of_parameter = workload.grad_bytes + 4 * workload.moment_bytes + 8 + workload.element
     cast = 2 * workload.element * (weights.shared + weights.experts)
-    return kernels.memory(machine.hardware, 2 * each * own + cast)  # twice: the norm of the gradient reads it all first
+    # Twice: the norm of the gradient reads all of it first.
+    return kernels.memory(machine.hardware, 2 * bytes_of_parameter * updated + cast)
 
 
 def data_parallel_seconds(workload: Workload, machine: Machine, weights: Weights, backward: float) -> float:
@@ -228,14 +229,14 @@ def data_parallel_seconds(workload: Workload, machine: Machine, weights: Weights
         return 0.0
     dense, expert = Group(layout.dp * layout.cp, layout.tp), Group(layout.edp, layout.ep * layout.etp)
 
-    def both(element: float) -> float:
-        one = network.ring(machine.hardware, dense, element * weights.shared)
-        return one + network.ring(machine.hardware, expert, element * weights.experts)
+    def ring_seconds(element: float) -> float:
+        seconds = network.ring(machine.hardware, dense, element * weights.shared)
+        return seconds + network.ring(machine.hardware, expert, element * weights.experts)
 
     gathers_fp8 = (
         workload.fp8_weights_only and workload.fp8 is not None and not RECIPES[workload.fp8].gathers_high_precision
     )
-    reduce, gather = both(workload.grad_bytes), both(1.0 if gathers_fp8 else workload.element)
+    reduce, gather = ring_seconds(workload.grad_bytes), ring_seconds(1.0 if gathers_fp8 else workload.element)
     if not workload.distributed_optimizer:
         reduce, gather = 2 * reduce, 0.0
     if not software.overlap_dp:
