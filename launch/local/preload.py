@@ -18,9 +18,11 @@ from launch import quiet
 # fifth of the time of the imports. In a rank it would also write to, and so copy, the memory that ranks share.
 gc.disable()
 quiet.silence()
-# Optimizers import torch._dynamo in their first step, each rank for itself if it is not there yet.
+# Optimizers import torch._dynamo in their first step, and ranks import Hydra to read their config: each of them for
+# itself if it is not there yet.
 _MODULES = (
     "torch.distributed", "megatron.core", "megatron.core.models.gpt", "moe_train.train", "torch._dynamo",
+    "moe_train.config.composition.compose",
 )  # fmt: skip
 # An import that fails here fails again in the rank, which can explain it.
 with contextlib.suppress(Exception):

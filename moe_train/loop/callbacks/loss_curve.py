@@ -13,6 +13,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "lm_loss": {"linewidth": 1},
     "valid_loss": {"marker": "o", "markersize": 3},
 }
+_MARGINS = (0.09, 0.12, 0.89, 0.81)  # left, bottom, width, height. A computed layout takes as long as the drawing
 _MOST_POINTS = 2000  # of a curve: more cannot be seen, and make the file large
 
 
@@ -44,8 +45,8 @@ class LossCurve:
         from matplotlib.figure import Figure
 
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 9}):
-            figure = Figure(figsize=(7, 4), layout="constrained")
-            axes = figure.add_subplot()
+            figure = Figure(figsize=(7, 4))
+            axes = figure.add_axes(_MARGINS)
             for name, points in curves.items():
                 if points:
                     label = metric(name).label.removesuffix(" loss")
