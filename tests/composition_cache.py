@@ -9,9 +9,12 @@ may change. MOE_TESTS_COMPOSE=1 reads them for each config.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import pickle
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hydra._internal import config_loader_impl
@@ -24,13 +27,17 @@ from moe_train.config.composition.explain import CONF_DIR
 _FIXED = {f"file://{CONF_DIR}", "pkg://hydra.conf", "structured://", "<empty>"}
 
 
-def install(patch: pytest.MonkeyPatch) -> None:
-    """Replace two steps of Hydra's loader by ones that remember."""
+def install(patch: pytest.MonkeyPatch, directory: Path | None = None) -> None:
+    """Replace two steps of Hydra's loader by ones that remember.
+
+    Args:
+        directory: where other processes find what this one has made; None to keep it to itself.
+    """
     if os.environ.get("MOE_TESTS_COMPOSE") == "1":
         return
     stock_list = config_loader_impl.create_defaults_list
     stock_merge = ConfigLoaderImpl._compose_config_from_defaults_list
-    lists, merged = dict[Any, bytes](), dict[Any, bytes]()
+    results = _Results(directory)
 
     def create_defaults_list(repo: Any, config_name: Any, overrides_list: Any, **more: Any) -> DefaultsList:
         places = _places(repo)
@@ -39,26 +46,44 @@ def install(patch: pytest.MonkeyPatch) -> None:
         fields = Overrides(repo=repo, overrides_list=overrides_list).config_overrides
         groups = [word for word in overrides_list if not any(word is field for field in fields)]
         key = places, config_name, tuple(word.input_line for word in groups), tuple(more.items())
-        if key not in lists:
-            result = stock_list(repo=repo, config_name=config_name, overrides_list=groups, **more)
-            lists[key] = pickle.dumps(result)
-        result = pickle.loads(lists[key])
+        result = results.get(
+            ("list", *key), lambda: stock_list(repo=repo, config_name=config_name, overrides_list=groups, **more)
+        )
         result.config_overrides = fields
-        return result
+        return cast(DefaultsList, result)
 
     def merge(self: Any, defaults: Any, repo: Any) -> Any:
         places = _places(repo)
         if places is None:
             return stock_merge(self, defaults, repo)
         key = places, tuple(dataclasses.astuple(default) for default in defaults)
-        if key not in merged:
-            merged[key] = pickle.dumps(stock_merge(self, defaults, repo))
-        return pickle.loads(merged[key])
+        return results.get(("merged", *key), lambda: stock_merge(self, defaults, repo))
 
     # Hydra copies its sources for each composition, and with them all schemas of the store, which it only reads.
     patch.setattr(ConfigStore, "__deepcopy__", lambda store, _: store, raising=False)
     patch.setattr(config_loader_impl, "create_defaults_list", create_defaults_list)
     patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", merge)
+
+
+class _Results:
+    """Copies of what was made once for a key."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._pickles: dict[Any, bytes] = {}
+
+    def get(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        if key not in self._pickles:
+            file = self._directory / hashlib.sha256(repr(key).encode()).hexdigest() if self._directory else None
+            if file is not None and file.exists():
+                self._pickles[key] = file.read_bytes()
+            else:
+                self._pickles[key] = pickle.dumps(make())
+                if file is not None:
+                    part = file.with_suffix(f".{os.getpid()}")
+                    part.write_bytes(self._pickles[key])
+                    part.replace(file)
+        return pickle.loads(self._pickles[key])
 
 
 def _places(repo: Any) -> tuple[str, ...] | None:

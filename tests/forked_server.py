@@ -25,6 +25,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing import util
+from pathlib import Path
 from typing import Any, NoReturn
 
 MODULES = (
@@ -226,13 +227,19 @@ class _Standby:
 
 
 def prepare() -> None:
-    """Import what commands need."""
+    """Import what commands need, and let them compose configs from what others of them have read."""
     gc.disable()
+    import pytest
+
     from parallel.runtime.imports import without_compilation
+    from tests import composition_cache
 
     with without_compilation(), open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
         for module in MODULES:
             importlib.import_module(module)
+    directory = Path(os.environ["XDG_CACHE_HOME"], "compositions")  # a directory of the tests
+    directory.mkdir(parents=True, exist_ok=True)
+    composition_cache.install(pytest.MonkeyPatch(), directory)
     gc.freeze()
     gc.enable()
 

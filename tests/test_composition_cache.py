@@ -90,5 +90,23 @@ def test_the_environment_counts_when_a_reference_is_read(monkeypatch: pytest.Mon
             assert hydra.compose("train", overrides=["data.dir=${oc.env:PLACE}"]).data.dir == place
 
 
+def test_commands_find_what_others_have_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["model=tiny", "precision=fp8_block"]
+    expected = stock(words)
+    for _ in range(2):  # two processes
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(config_loader_impl, "create_defaults_list", STOCK[0])
+            patch.setattr(config_loader_impl.ConfigLoaderImpl, "_compose_config_from_defaults_list", STOCK[1])
+            composition_cache.install(patch, tmp_path)
+            assert composed(words) == expected
+        files = sorted(tmp_path.iterdir())
+        assert len(files) == 2
+        monkeypatch.setitem(globals(), "STOCK", (_never, _never))
+
+
+def _never(*_: object, **__: object) -> None:
+    raise AssertionError("it is read again")
+
+
 def test_it_is_in_use() -> None:
     assert config_loader_impl.create_defaults_list.__module__ == composition_cache.__name__
