@@ -178,7 +178,7 @@ def test_the_recipe_of_an_attention_names_every_table_with_a_row_for_each_kind()
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "row_of"
     ]
     tables = {(ast.unparse(args[1]), file) for args, file in calls}
-    assert len(tables) == len(calls) == 3
+    assert len(tables) == len(calls) == 4
     for table, file in tables:
         assert f"`{table}` in `{file}`" in recipe[1]
 

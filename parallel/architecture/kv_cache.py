@@ -6,9 +6,10 @@ Grouped-query attention keeps keys and values of each head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from parallel.architecture.attention import attention_kind
+from parallel.architecture.attention import attention_kind, row_of
 from parallel.architecture.parts import Model
 
 SCALE_BYTES = 4
@@ -78,19 +79,36 @@ def cache_parts(
     Args:
         cache_format, rotary_format: names in `CACHE_FORMATS`. The rotary key of latent attention has a format of its
             own: None takes `cache_format` where that has no scales, else bf16. With fp8 that is FlashMLA's layout.
+
+    Raises:
+        NotImplementedError: the model's kind of attention has no row in `ATTENTION_CACHES`.
     """
-    kind, form = attention_kind(model), CACHE_FORMATS[cache_format]
-    if not kind.latent:
-        core = kind.describe(model).core
-        heads = int(core.kv_heads_on_rank(tp))
-        widths = {"key": core.key, "value": core.value}
-        return [CachePart(name, heads, width, form, group=width) for name, width in widths.items()]
-    latent, rotary = model.kv_lora_rank, model.qk_rope_head_dim
-    rotary_form = CACHE_FORMATS[rotary_format or ("bf16" if form.scaled else cache_format)]
+    form = CACHE_FORMATS[cache_format]
+    rotary = CACHE_FORMATS[rotary_format or ("bf16" if form.scaled else cache_format)]
+    row = row_of(attention_kind(model), ATTENTION_CACHES, "ATTENTION_CACHES of parallel/architecture/kv_cache.py")
+    return row(model, form, rotary, tp)
+
+
+def _latent_parts(model: Model, form: CacheFormat, rotary: CacheFormat, tp: int) -> list[CachePart]:
+    """Every rank has all of both."""
+    latent, rope = model.kv_lora_rank, model.qk_rope_head_dim
     return [
         CachePart("latent", 1, latent, form, LATENT_GROUP if latent % LATENT_GROUP == 0 else latent),
-        CachePart("rotary_key", 1, rotary, rotary_form, rotary),
+        CachePart("rotary_key", 1, rope, rotary, rope),
     ]
+
+
+def _grouped_parts(model: Model, form: CacheFormat, rotary: CacheFormat, tp: int) -> list[CachePart]:
+    """A rank has its heads. The numbers of a key or value head share a scale."""
+    core = attention_kind(model).describe(model).core
+    heads = int(core.kv_heads_on_rank(tp))
+    return [CachePart(name, heads, width, form, width) for name, width in (("key", core.key), ("value", core.value))]
+
+
+ATTENTION_CACHES: dict[str, Callable[[Model, CacheFormat, CacheFormat, int], list[CachePart]]] = {
+    "mla": _latent_parts, "gqa": _grouped_parts,
+}  # fmt: skip
+"""By kind of attention: what `cache_parts` returns for a model, formats of the cache and the rotary key, and tp."""
 
 
 def bytes_per_token(model: Model, cache_format: str = "bf16", rotary_format: str | None = None, tp: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""Core attention of the `local` backend: torch's scaled-dot-product attention, with context parallelism.
+"""Attention of the `local` backend: torch's scaled-dot-product attention, with context parallelism.
 
 Upstream's `DotProductAttention` builds the whole score matrix, takes one head size for keys and values (multi-latent
 attention has two) and refuses context parallelism.
@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from moe_train.model.kernels import gemm
+from moe_train.model.local import cached_attention
 from parallel.errors import ConfigError
 from parallel.planner.workload import SHORT_TOKENS, query_block
 
@@ -69,6 +71,16 @@ class CoreAttention(nn.Module):
             allowed = torch.ones(part, seen, dtype=torch.bool, device=query.device).tril(diagonal=index * part)
             outputs.append(self._attend(queries, key[:seen], value[:seen], allowed))
         return torch.cat(outputs)
+
+    def last_queries(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention of the last tokens of a sequence: `query` [s, b, n, d], `key` [k, b, g, d], `value`
+        [k, b, g, dv] -> [s, b, n * dv], where s <= k. Without context parallelism, whose ranks each have all of it."""
+        if len(query) == len(key):
+            return self._causal(query, key, value)
+        repeat = query.size(2) // key.size(2)
+        allowed = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device)
+        allowed = allowed.tril(diagonal=len(key) - len(query))
+        return self._attend(query, _expand(key, repeat), _expand(value, repeat), allowed)
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[s, b, n or g, *] in, [s, b, n * dv] out."""
@@ -191,6 +203,35 @@ class MultiLatentAttention(SpecifiedLatentAttention):
         self.linear_kv_down_proj = self.down_projection(config.hidden_size, config.kv_lora_rank + rope, config)
         if config.q_lora_rank is not None:
             self.linear_q_down_proj = self.down_projection(config.hidden_size, config.q_lora_rank, config)
+
+    def forward(self, hidden_states: Tensor, *args: Any, inference_context: Any = None, **kwargs: Any) -> Any:
+        """[s / tp, b, h] -> the same shape, and no bias.
+
+        Args:
+            inference_context: a `cached_attention.CacheContext`. Upstream's path for one needs Transformer Engine and
+                FlashMLA.
+        """
+        if inference_context is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        return cached_attention.latent_attention(self, hidden_states, inference_context)
+
+
+class GroupedQueryAttention(SelfAttention):
+    """Upstream's, which needs a CUDA kernel where an `inference_context` has the keys and values of earlier tokens."""
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, inference_context: Any = None, rotary_pos_emb: Any = None,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """[s / tp, b, h] -> the same shape, and the bias of the output projection.
+
+        Args:
+            inference_context: a `cached_attention.CacheContext`.
+            rotary_pos_emb: angles of each position, with an `inference_context` of each token.
+        """
+        if inference_context is None:
+            return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+        return cached_attention.grouped_attention(self, hidden_states, rotary_pos_emb, inference_context)
 
 
 def _expand(x: Tensor, repeat: int) -> Tensor:

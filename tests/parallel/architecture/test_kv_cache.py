@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from moe_train.config.composition.compose import compose
 from moe_train.config.model import ModelConfig
-from parallel.architecture.kv_cache import bytes_per_token, cache_parts
+from parallel.architecture.attention import ATTENTIONS
+from parallel.architecture.kv_cache import ATTENTION_CACHES, bytes_per_token, cache_parts
 
 
 def test_deepseek_v3_keeps_latent_and_rotary_key() -> None:
@@ -25,3 +28,10 @@ def test_grouped_query_attention_keeps_the_heads_of_its_rank(tp: int, heads: int
     model = ModelConfig(attention="gqa", num_attention_heads=16, num_query_groups=4, head_dim=64, num_layers=3)
     assert bytes_per_token(model, "bf16", tp=tp) == 3 * 2 * heads * 64 * 2
     assert bytes_per_token(model, "fp8", tp=tp) == 3 * 2 * heads * (64 + 4)
+
+
+def test_every_kind_has_a_row_and_does_not_get_that_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(ATTENTION_CACHES) == set(ATTENTIONS)
+    monkeypatch.setitem(ATTENTIONS, "window", replace(ATTENTIONS["gqa"], name="window"))
+    with pytest.raises(NotImplementedError, match="no row in ATTENTION_CACHES of parallel/architecture/kv_cache.py"):
+        bytes_per_token(ModelConfig(attention="window"))

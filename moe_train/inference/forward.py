@@ -1,0 +1,105 @@
+"""A forward pass of a model with the KV cache, on all ranks of its layout.
+
+`GPTModel.forward` computes multi-token prediction and wants labels for it, and checks that differ between versions of
+Megatron-Core. Here its parts run: embedding, decoder, output layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from moe_train.inference.context import PagedContext
+from moe_train.model.kernels import gemm
+from moe_train.ranks import RankContext
+
+
+class CachedModel:
+    """The model chunks of this rank, run one pipeline stage after the other.
+
+    Tensor-parallel ranks share the work. Data- and context-parallel ranks all compute the same tokens, because the
+    experts of a token can be on any of them.
+
+    Args:
+        models: GPT models, without wrappers, one a virtual pipeline stage.
+    """
+
+    def __init__(self, ranks: RankContext, models: Sequence[Any]) -> None:
+        self._ranks, self._models = ranks, models
+        self._config = models[0].config
+
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the decoder layers of this rank."""
+        return [layer.layer_number for model in self._models for layer in model.decoder.layers]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        dtype: torch.dtype = self._config.params_dtype
+        return dtype
+
+    @property
+    def multiple(self) -> int:
+        """What the number of tokens has to be divisible by."""
+        return self._ranks.layout.tp if self._config.sequence_parallel else 1
+
+    @torch.no_grad()
+    def logits(self, context: PagedContext) -> Tensor | None:
+        """fp32 [sampled rows, vocabulary] on ranks of the last pipeline stage, None on others. Every rank calls it.
+
+        None, too, where no row is sampled.
+        """
+        stages = self._ranks.layout.pp * len(self._models)
+        hidden: Tensor | None = None
+        for index, model in enumerate(self._models):
+            stage = index * self._ranks.layout.pp + self._ranks.layout.coordinates(self._ranks.rank.rank).pp
+            if stage > 0:
+                hidden = self._receive(context)
+            hidden = self._decoder(model, hidden, context)
+            if stage < stages - 1:
+                dist.send(hidden.contiguous(), ps.get_pipeline_model_parallel_next_rank())
+                hidden = None
+        if hidden is None or not len(context.sampled_rows):
+            return None
+        return self._output(self._models[-1], hidden, context)
+
+    def _decoder(self, model: Any, hidden: Tensor | None, context: PagedContext) -> Tensor:
+        """[t / tp, 1, h] of the stage before (None at the first) -> [t / tp, 1, h]."""
+        if hidden is None:
+            tokens, positions = context.tokens.unsqueeze(0), context.positions.unsqueeze(0)
+            hidden = model.embedding(input_ids=tokens, position_ids=positions)
+        else:
+            model.decoder.set_input_tensor(hidden)
+        angles = None
+        if hasattr(model, "rotary_pos_emb"):  # latent attention makes its own
+            angles, _ = context.rotary_angles(model.rotary_pos_emb)
+        output: Tensor = model.decoder(
+            hidden_states=hidden, attention_mask=None, inference_context=context, rotary_pos_emb=angles
+        )
+        return output
+
+    def _receive(self, context: PagedContext) -> Tensor:
+        rows = len(context.tokens) // self.multiple
+        hidden = torch.empty(rows, 1, self._config.hidden_size, dtype=self.dtype, device=self._ranks.device)
+        dist.recv(hidden, ps.get_pipeline_model_parallel_prev_rank())
+        return hidden
+
+    def _output(self, model: Any, hidden: Tensor, context: PagedContext) -> Tensor:
+        """Logits of the sampled rows, without the rows that pad the vocabulary."""
+        if self._config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=ps.get_tensor_model_parallel_group())
+        tied = model.share_embeddings_and_output_weights
+        weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+        logits = gemm.linear(hidden[context.sampled_rows].squeeze(1), weight)
+        if self._ranks.layout.tp > 1:
+            parts = [torch.empty_like(logits) for _ in range(self._ranks.layout.tp)]
+            dist.all_gather(parts, logits.contiguous(), group=ps.get_tensor_model_parallel_group())
+            logits = torch.cat(parts, dim=-1)
+        return logits[:, : self._ranks.cfg.model.vocab_size].float()
