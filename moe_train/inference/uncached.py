@@ -1,9 +1,12 @@
-"""Continues text with the model of a run, in the layout it is trained in. No key/value cache: for a few short texts."""
+"""Continues text with the model of a run, in the layout it is trained in, without a KV cache.
+
+It runs the training forward pass on the whole text for every token, on any backend: for models that `engine.py`
+cannot run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,41 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from moe_train.ranks import RankContext
-from moe_train.run import Run
 from parallel import sequence
-
-PROMPT_TOKENS = 48
-NEW_TOKENS = 24
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """A held-out text, token ids: prompt, the model's continuation, and the true continuation."""
-
-    prompt: list[int]
-    model: list[int]
-    text: list[int]
-
-
-def continue_held_out(run: Run, count: int) -> list[Continuation]:
-    """The model's greedy continuations of `count` texts of `run.valid_data` (fewer if it is smaller).
-
-    Every rank must call this. It returns the same on all of them.
-    """
-    available = len(run.valid_data)
-    count = min(count, available)
-    if count == 0:
-        return []
-    length = run.cfg.train.seq_length
-    prompt = min(PROMPT_TOKENS, length // 2)
-    new = min(NEW_TOKENS, length - prompt)
-    texts = torch.stack([torch.as_tensor(run.valid_data[i * available // count]["tokens"]) for i in range(count)])
-    tokens = texts[:, :prompt].to(run.device)
-    continued = continue_prompts(run, run.chunks, tokens, new)
-    return [
-        Continuation(text[:prompt].tolist(), own.tolist(), text[prompt : prompt + new].tolist())
-        for text, own in zip(texts, continued, strict=True)
-    ]
 
 
 @torch.no_grad()

@@ -89,20 +89,6 @@ def test_a_continuation_that_does_not_fit_is_refused() -> None:
     assert run_distributed(_too_long, 1)
 
 
-def _held_out(degrees: dict[str, int]) -> list[uncached.Continuation]:
-    run = small_run.prepare(small_run.config(Path("unused"), degrees))
-    run.valid_data = [{"tokens": torch.arange(16) + i} for i in range(8)]
-    return uncached.continue_held_out(run, 2)
-
-
-def test_held_out_texts_are_spread_over_the_data_and_split_in_prompt_and_rest() -> None:
-    first, second = run_distributed(_held_out, 1, {})[0]
-    assert first.prompt == list(range(8))
-    assert first.text == list(range(8, 16))
-    assert second.prompt == list(range(4, 12))
-    assert len(first.model) == 8
-
-
 def _continue_with_likely_padding(degrees: dict[str, int], vocabulary: int, temperature: float) -> list[list[int]]:
     """The embedding has 128 rows. Those from `vocabulary` on get scores of +-100 times the sum of the hidden state."""
     run = small_run.prepare(small_run.config(Path("unused"), degrees, model__vocab_size=vocabulary))

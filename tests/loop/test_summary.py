@@ -149,13 +149,13 @@ def test_continuations_are_decoded_and_shown(
     run = _with_data(fake_run(tmp_path), list(range(SAMPLE)))
     run.cfg.train.sample_continuations = 2
     monkeypatch.setattr(module, "load_tokenizer", lambda data: _Words())
-    asked: list[tuple[torch.Tensor, int]] = []
+    asked: list[tuple[list[list[int]], int]] = []
 
-    def continue_prompts(run: Any, chunks: Any, prompts: torch.Tensor, count: int) -> torch.Tensor:
+    def continue_prompts(run: Any, chunks: Any, prompts: list[list[int]], count: int) -> list[list[int]]:
         asked.append((prompts, count))
-        return torch.full((len(prompts), count), 9)
+        return [[9] * count for _ in prompts]
 
-    monkeypatch.setattr(module.uncached, "continue_prompts", continue_prompts)
+    monkeypatch.setattr(module.held_out, "continue_prompts", continue_prompts)
     _train(run, [4.0])
     expected = {"prompt": "0 1 2 3 4 5 6 7", "model": "9 9 9 9 9 9 9 9", "text": "8 9 10 11 12 13 14 15"}
     assert json.loads((tmp_path / NAME).read_text())["continuations"] == [expected] * 2

@@ -162,7 +162,7 @@ def recorded(run_dir: Path) -> set[tuple[str, str]]:
 
     nn.Module.__setattr__ = record  # type: ignore[assignment, method-assign]
     from moe_train.checkpoint import checkpoint
-    from moe_train.inference import uncached
+    from moe_train.inference import held_out
     from moe_train.loop import step
 
     changes = {
@@ -174,8 +174,8 @@ def recorded(run_dir: Path) -> set[tuple[str, str]]:
     step.evaluate(run, small_run.batches(run), 1)
     checkpoint.save(run)
     checkpoint.resume(run)
-    prompts = next(small_run.samples_from(run, 0))["tokens"][:, :4]
-    uncached.continue_prompts(run, run.chunks, prompts, 2)
+    prompts = next(small_run.samples_from(run, 0))["tokens"][:, :4].tolist()
+    held_out.continue_prompts(run, run.chunks, prompts, 2)
     return found
 
 

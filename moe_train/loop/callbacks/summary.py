@@ -25,7 +25,7 @@ from moe_train.data.statistics import unigram_entropy
 from moe_train.data.tokenizer import load_tokenizer
 from moe_train.files import atomic
 from moe_train.formats import run_directory
-from moe_train.inference import uncached
+from moe_train.inference import held_out
 from moe_train.loop.callbacks import loss_curve
 from moe_train.loop.callbacks.loss_curve import LossCurve
 from moe_train.run import Callback, Metrics, Run
@@ -188,7 +188,7 @@ def _continuations(run: Run) -> list[dict[str, str]]:
         if run.is_main:
             log.warning("no text is held out, so none is continued; see data.split and train.eval_batches")
         return []
-    continuations = uncached.continue_held_out(run, count)
+    continuations = held_out.continue_held_out(run, count)
     if not run.is_main:
         return []
     tokenizer = load_tokenizer(run.cfg.data)

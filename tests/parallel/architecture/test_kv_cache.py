@@ -33,5 +33,5 @@ def test_grouped_query_attention_keeps_the_heads_of_its_rank(tp: int, heads: int
 def test_every_kind_has_a_row_and_does_not_get_that_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(ATTENTION_CACHES) == set(ATTENTIONS)
     monkeypatch.setitem(ATTENTIONS, "window", replace(ATTENTIONS["gqa"], name="window"))
-    with pytest.raises(NotImplementedError, match="no row in ATTENTION_CACHES of parallel/architecture/kv_cache.py"):
+    with pytest.raises(NotImplementedError, match=r"no row in ATTENTION_CACHES of parallel/architecture/kv_cache\.py"):
         bytes_per_token(ModelConfig(attention="window"))
