@@ -10,7 +10,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from moe_train.checkpoint import checkpoint, weights
-from moe_train.inference import uncached
+from moe_train.inference import held_out
 from moe_train.loop import forward, step
 from moe_train.objectives import base
 from moe_train.ranks import build_model
@@ -22,8 +22,11 @@ HELD_OUT, EVALUATIONS = 1000, 2
 """First sample of the evaluation, and its global batches."""
 
 
-def prompts() -> torch.Tensor:
-    return torch.randint(0, small_run.VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(7))
+def prompts() -> list[list[int]]:
+    tokens: list[list[int]] = torch.randint(
+        0, small_run.VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(7)
+    ).tolist()
+    return tokens
 
 
 def of_a_run(run_dir: Path) -> dict[str, Any]:
@@ -34,7 +37,7 @@ def of_a_run(run_dir: Path) -> dict[str, Any]:
         small_run.train(run, steps)
         losses.append(step.evaluate(run, [small_run.samples_from(run, HELD_OUT) for _ in run.chunks], EVALUATIONS).loss)
     checkpoint.save(run)
-    return {"losses": losses, "text": uncached.continue_prompts(run, run.chunks, prompts(), 4).tolist()}
+    return {"losses": losses, "text": held_out.continue_prompts(run, run.chunks, prompts(), 4)}
 
 
 def of_a_model(run_dir: Path, degrees: small_run.Degrees) -> dict[str, Any]:
@@ -50,7 +53,7 @@ def of_a_model(run_dir: Path, degrees: small_run.Degrees) -> dict[str, Any]:
     losses = [loss()]
     assert weights.load(ranks, chunks, run_dir) == run_dir / "checkpoints" / "step_00000002"
     losses.append(loss())
-    return {"losses": losses, "text": uncached.continue_prompts(ranks, chunks, prompts(), 4).tolist()}
+    return {"losses": losses, "text": held_out.continue_prompts(ranks, chunks, prompts(), 4)}
 
 
 @pytest.fixture(scope="module")
