@@ -21,6 +21,7 @@ class SamplingParams:
         temperature: 0 takes the most probable token, else logits are divided by it.
         top_k: only the `top_k` most probable tokens are drawn; 0 means all.
         top_p: only the most probable tokens whose probabilities add up to `top_p` are drawn (nucleus sampling).
+        min_p: only tokens are drawn that have at least `min_p` times the probability of the most probable one.
         seed: of the draws. Each completion of a prompt has its own random stream.
         n: completions of the prompt.
         stop_token_ids: a continuation ends with the first of them.
@@ -34,6 +35,7 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
     n: int = 1
     stop_token_ids: frozenset[int] = frozenset()
@@ -45,6 +47,7 @@ class SamplingParams:
             "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
             "top_k": (self.top_k >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
             "n": (self.n >= 1, "at least 1"),
             "top_logprobs": (self.top_logprobs >= 0, "0 or more"),
         }
@@ -99,8 +102,10 @@ def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     scaled = scaled.masked_fill(rank >= column([p.top_k or size for p in params]), -torch.inf)
     probabilities = scaled.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
+    improbable = probabilities < probabilities[:, :1] * column([p.min_p for p in params])
     # The first token stays for any top_p.
-    probabilities = probabilities.masked_fill((before >= column([p.top_p for p in params])) & (rank > 0), 0.0)
+    improbable |= (before >= column([p.top_p for p in params])) & (rank > 0)
+    probabilities = probabilities.masked_fill(improbable, 0.0)
     cumulative = probabilities.cumsum(dim=-1)
     target = column([sampler.uniform() for sampler in samplers]) * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)

@@ -32,6 +32,9 @@ def expected(temperature: float, kept: list[int]) -> torch.Tensor:
         ({"temperature": 1.0, "top_p": 0.8}, [1, 3, 5]),  # 0.379 + 0.343 + 0.139 is the first sum above it
         ({"temperature": 1.0, "top_p": 0.7}, [1, 5]),
         ({"temperature": 1.0, "top_p": 1e-6}, [1]),
+        ({"temperature": 1.0, "min_p": 0.3}, [1, 3, 5]),  # the others have less than 0.23 of the largest probability
+        ({"temperature": 1.0, "min_p": 0.5}, [1, 5]),
+        ({"temperature": 1.0, "min_p": 1.0}, [1]),
         ({"temperature": 0.01}, [1, 5]),
     ],
 )
@@ -68,7 +71,7 @@ def test_completions_of_a_prompt_have_streams_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("max_new_tokens", 0), ("temperature", -1.0), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0),
-     ("top_p", 1.1), ("n", 0), ("top_logprobs", -1)],
+     ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.1), ("n", 0), ("top_logprobs", -1)],
 )  # fmt: skip
 def test_a_value_outside_its_range_is_refused(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{name}=.* is outside its range; set {name} to"):
