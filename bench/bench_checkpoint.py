@@ -72,7 +72,7 @@ def _rank(overrides: list[str], rank: int, ranks: int, port: int, directory: str
     run = train.prepare(cfg, RankInfo(rank, ranks, rank, ranks, "127.0.0.1", port, "torchrun"))
     data, _, _ = build_datasets(cfg, 1000 * cfg.batch.global_batch_size, 0, 0)
     batches = train.train_reader(run, data, 0).for_chunks(run.layout.vpp)
-    times: dict[str, list[float]] = {name: [] for name in ("waiting", "beside", "in_all", "quiet_step", "busy_step")}
+    times: dict[str, list[float]] = {name: [] for name in ("waiting", "blocked", "in_all", "quiet_step", "busy_step")}
 
     def steps(count: int, name: str) -> None:
         for _ in range(count):
@@ -96,7 +96,7 @@ def _rank(overrides: list[str], rank: int, ranks: int, port: int, directory: str
             began = time.perf_counter()
             done = saving.advance()
             blocked_s += time.perf_counter() - began
-        times["beside"].append(blocked_s)
+        times["blocked"].append(blocked_s)
         times["in_all"].append(saving.seconds)
     if run.is_main:
         Path(directory, "row.json").write_text(json.dumps(_row(times, saving.job.bytes)))
@@ -107,9 +107,9 @@ def _row(times: dict[str, list[float]], size: int) -> dict[str, Any]:
     return {
         "megabytes": round(size / 1e6, 1),
         "held_waiting_s": round(middle["waiting"], 4),
-        "held_beside_s": round(middle["beside"], 4),
-        "blocked_ratio": round(middle["beside"] / middle["waiting"], 3),
-        "written_beside_s": round(middle["in_all"], 3),
+        "blocked_s": round(middle["blocked"], 4),
+        "blocked_ratio": round(middle["blocked"] / middle["waiting"], 3),
+        "written_in_background_s": round(middle["in_all"], 3),
         "step_s": round(middle["quiet_step"], 4),
         "step_while_writing_ratio": round(middle["busy_step"] / middle["quiet_step"], 3),
     }

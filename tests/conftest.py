@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -15,6 +16,8 @@ from launch.local import forkserver
 from tests import composition_cache
 
 gc.disable()  # until all tests are imported: see below
+# Threads that wait for others spin, on cores that other tests need. OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Tests measure no kernels for the user's own runs: the machine is busy while they run.
 _cache = tempfile.TemporaryDirectory(prefix="cache-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
@@ -43,6 +46,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(5000, 10, 10)
     gc.enable()
+    # Tensors are small, and several tests run at a time. Two threads each took a third more processor time.
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,12 @@ A million calls took about 0.45 s on a Zen 4.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from tests.launch.programs import environment
 
 ROOT = Path(__file__).parents[1]
 SLOW = ("torch", "megatron", "numpy", "transformers", "matplotlib")
@@ -49,10 +50,9 @@ def startup(code: str, *words: str, directory: Path = ROOT) -> Startup:
         AssertionError: it failed.
     """
     program = _COUNTED.format(code=code, slow=set(SLOW))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", program, *words], cwd=directory, env=environment, capture_output=True, text=True,
-        timeout=120,
+        [sys.executable, "-c", program, *words], cwd=directory, env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     calls, *slow = done.stderr.splitlines()[-1].split()

@@ -238,16 +238,41 @@ def test_the_check_for_names_of_rows_sees_them(code: str) -> None:
 
 
 REPLACES_FILES = ("moe_train/files/atomic.py", "moe_train/formats/directory_writer.py")
+# They move directories, or make a lock: `rename` is theirs.
+MOVES_DIRECTORIES = (
+    "moe_train/checkpoint/continuing.py", "moe_train/checkpoint/node_local.py", "moe_train/checkpoint/retention.py",
+    "moe_train/conversion/small_files.py", "moe_train/formats/run_directory.py", "launch/lock.py",
+)  # fmt: skip
+
+
+def _renames(tree: ast.AST, directories: bool) -> Iterator[int]:
+    """Lines with `os.replace`, or `replace` of a path, which takes one argument (that of a text takes two). With
+    `directories` those with `rename` and `move` too."""
+    names = {"replace", "rename", "renames", "move"} if directories else {"replace"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in ("os", "shutil"):
+            if names & {alias.name for alias in node.names}:
+                yield node.lineno
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in names:
+            is_of_path = len(node.args) + len(node.keywords) == 1
+            if is_of_path or root_name(node.func) in ("os", "shutil"):
+                yield node.lineno
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if _name(path) not in REPLACES_FILES], ids=_name)
 def test_files_are_replaced_in_one_place(path: Path) -> None:
-    """`os.replace`, or `replace` of a path, which takes one argument (that of a text takes two)."""
-    for node in ast.walk(_tree(path)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "replace":
-            is_of_path = len(node.args) == 1 and not node.keywords
-            renames = is_of_path or root_name(node.func) == "os"
-            assert not renames, f"line {node.lineno}: use moe_train.files.atomic"
+    lines = list(_renames(_tree(path), _name(path) not in MOVES_DIRECTORIES))
+    assert not lines, f"line {lines[0]}: use moe_train.files.atomic"
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["os.replace(a, b)", "os.rename(a, b)", "a.rename(b)", "a.replace(b)", "a.replace(target=b)", "shutil.move(a, b)",
+     "from os import replace"],
+)  # fmt: skip
+def test_the_check_for_renamed_files_sees_them(code: str) -> None:
+    assert list(_renames(ast.parse(code), directories=True))
+    assert not list(_renames(ast.parse('text.replace("a", "b")'), directories=True))
 
 
 def test_no_two_classes_share_a_name() -> None:

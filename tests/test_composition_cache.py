@@ -8,6 +8,7 @@ from pathlib import Path
 import hydra
 import pytest
 from hydra._internal import config_loader_impl
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from moe_train.config.composition import store
@@ -39,6 +40,7 @@ def stock(words: Sequence[str], name: str = "train") -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config_loader_impl, "create_defaults_list", STOCK[0])
         patch.setattr(config_loader_impl.ConfigLoaderImpl, "_compose_config_from_defaults_list", STOCK[1])
+        patch.delattr(ConfigStore, "__deepcopy__")
         return composed(words, name)
 
 

@@ -135,7 +135,7 @@ def write(submission: Submission, directory: Path) -> None:
         jobs = " ".join(submission.jobs)
         raise LaunchError(
             f"jobs {jobs} are submitted, but {directory / FACTS} cannot be written: {error.strerror}",
-            f"moe-submit will not find them: follow them with squeue and scontrol, or scancel {jobs} and submit again",
+            f"moe-submit may not find them: follow them with squeue, or scancel {jobs} and submit again",
         ) from error
 
 

@@ -35,6 +35,8 @@ _LENGTHS = ("train.steps", "train.tokens")
 _LENGTH_OF_THE_RUN = (*_LENGTHS, "train.seq_length", "batch.global_batch_size")
 _PERMISSIONS = ("schedule.on_resume", "data.on_resume")
 _SHOWN = 4
+_LAST = "run_dir"
+"""Field that every version writes behind all groups of config.yaml. A file that was cut off can be valid YAML."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def continued(cfg: Config, words: Sequence[str], compose: Callable[[Sequence[str
 def find(cfg: Config) -> ResumePoint | None:
     """The checkpoint that `resume` means and that this machine can read; None where there is none.
 
-    The files read here are compared with the manifest: a config cut off at the end of a group is valid YAML, and would
-    pass for that of an earlier version. Ranks verify the others, and take an earlier checkpoint where one is damaged.
+    The files read here are compared with the manifest. Ranks verify the others, and take an earlier checkpoint where
+    one is damaged.
 
     Raises:
         CheckpointError: it is of a version with another format.
@@ -102,6 +104,8 @@ def find(cfg: Config) -> ResumePoint | None:
             if cfg.checkpoint.verify:
                 manifest.check_some(path, (run_directory.CONFIG, run_directory.STATE))
             config, state = run_config.read(path), run_directory.read_state(path)
+            if _LAST not in config:
+                continue
             position = run_config.Position(*state_file.position(state))
         except (run_directory.DamagedCheckpoint, ValueError):
             continue
@@ -185,13 +189,9 @@ def _base(cfg: Config) -> Config | None:
     if own.is_file():
         try:
             values = untrusted.read_yaml(own)
+            if isinstance(values, Mapping) and _LAST not in values:
+                raise ValueError(f"it was cut off: {_LAST} is missing")
             stored = config_of(values, own)
-            if lost := _lost(values, cfg):
-                stored = None
-                _say_once(
-                    f"warning: {_shown(own)} is not whole: it has no {lost}, and the newest checkpoint's config takes "
-                    "its place"
-                )
         except (OSError, ValueError, CheckpointError) as error:
             why = str(error).splitlines()[0]
             own = Path(_shown(own))
@@ -212,25 +212,6 @@ def _base(cfg: Config) -> Config | None:
     # The run that wrote the checkpoint keeps its own places.
     elsewhere = cfg if stored is None else stored
     return with_values(base, {"init_from": None, "checkpoint.dir": elsewhere.checkpoint.dir})
-
-
-def _lost(values: Mapping[str, Any], cfg: Config) -> str:
-    """A field that the config of the newest checkpoint has and `values` of the same run lack; "" where there is none.
-
-    A file that was cut off can be valid YAML.
-    """
-    resume_point = find(cfg) if cfg.resume == "auto" else None
-    if resume_point is None:
-        return ""
-    present = former.current(values)
-    for group, fields in resume_point.config.items():
-        if group not in present:
-            return str(group)
-        leaves = present[group] or ()  # nothing follows a group's name where the file ends there
-        missing = [name for name in fields if name not in leaves] if isinstance(fields, dict) else []
-        if missing:
-            return f"{group}.{missing[0]}"
-    return ""
 
 
 def _tell_of_a_new_start(merged: Config, cfg: Config) -> None:

@@ -35,7 +35,7 @@ def current(config: Mapping[str, Any]) -> dict[str, Any]:
         result.pop(group, None)
     for name, value in DEFAULTS.items():
         group, _, leaf = name.partition(".")
-        fields = result.get(group, {})  # a version may lack all of a group
+        fields = result.get(group) or {}  # a version may lack all of a group
         if isinstance(fields, Mapping):
             result[group] = {leaf: value, **fields}
     for name in ENTRIES:

@@ -270,6 +270,7 @@ def _make(
             raise DataError(f"the corpus has no text: {read}", "add text or correct data.path")
         for path in built.values():
             atomic.remove_leftovers(path)  # as large as the dataset
+            path.with_name(f"{path.name}.part").unlink(missing_ok=True)  # of an earlier version
         with atomic.replacement(built["bin"]) as bin_path, atomic.replacement(built["idx"]) as idx_path:
             documents, tokens = parts.merge(pieces, count, bin_path, idx_path, dtype, bar)
     report.add(Reason.NO_TOKENS, directory, report.kept - documents)

@@ -1,19 +1,22 @@
 """Files that appear whole or not at all. No torch import.
 
 The bytes go to a temporary file in the same directory, which is renamed when it is complete. Another process reads the
-old file or the new one; after an error or an interruption it is the old one, and the temporary file is removed. Only a
-process that is killed (SIGKILL) leaves its temporary file. The name is hidden, so that no pattern for the file's own
-name matches it, and random, so that several processes and machines may write the same file, and nobody can put a
-symbolic link there beforehand. Permissions are those of any new file under the umask.
+old file or the new one. After an error or an interruption the temporary file is removed; a process that a signal ends
+at once leaves it. A symbolic link at the path is replaced, and not what it points to. The name is hidden, so that no
+pattern for the file's own name matches it, and random, so that several processes and machines may write the same file,
+and nobody can put a symbolic link there beforehand. Permissions are those of any new file under the umask.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 @contextmanager
@@ -36,12 +39,17 @@ def replacement(path: Path, durable: bool = False) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and (error.filename is None or str(error.filename) == str(part)):
+        unnamed = isinstance(error, OSError) and error.filename is None and error.errno in _OF_DISKS
+        if isinstance(error, OSError) and (unnamed or str(error.filename) == str(part)):
             error.filename = str(path)  # write() does not know a name
             del error.filename2  # of a rename
         raise
     if durable:
-        sync(path.parent)
+        try:
+            sync(path.parent)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot sync a directory
+                raise
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = False) -> None:
@@ -58,10 +66,12 @@ def write_text(path: Path, text: str, durable: bool = False) -> None:
 def remove_leftovers(path: Path) -> None:
     """Remove the temporary files of `path` that killed processes left. Only where no other process may write `path`."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.part")
-    with suppress(OSError):  # what stays takes space and does no other harm
-        for leftover in path.parent.iterdir():
+    # What stays takes space and does no other harm.
+    with suppress(OSError):
+        for leftover in list(path.parent.iterdir()):
             if name.fullmatch(leftover.name):
-                leftover.unlink()
+                with suppress(OSError):
+                    leftover.unlink()
 
 
 def sync(path: Path) -> None:

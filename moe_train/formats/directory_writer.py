@@ -360,8 +360,8 @@ def _publish(plan: WritePlan, reused: int) -> WriteResult:
 
 
 def _part_of(path: Path) -> Path:
-    """Where a file grows. The name is not random, as in `files/atomic.py`: the lock admits one writer, and the next one
-    overwrites or removes what a killed one left."""
+    """Where a file grows. Unlike in `files/atomic.py`, the name is not random: the lock admits one writer, and the next
+    one overwrites or removes what a killed one left."""
     return path.with_name(f".{path.name}{_PART}")
 
 

@@ -170,9 +170,8 @@ def _qk_norms(workload: Workload, heads: float, groups: float, mixed: Saved) -> 
     if heads > groups and sources:
         sources = sources | {"queries before norm": e * n * width["query"]}
     kept: Saved = dict(sources)
-    copies = (
-        1 if workload.dtype == "fp32" else 2
-    )  # of fp32 size: the normalised tensor, and the input where it is 16-bit
+    # Copies in FP32: the normalised tensor, and the input where it is 16-bit.
+    copies = 1 if workload.dtype == "fp32" else 2
     for name, wide in width.items():
         if model.qk_norm == "full":  # moe_train.model.local.norm.AllHeadsRMSNorm, on both backends
             kept[f"{name} norm"] = FP32 * n + (FP32 * copies + (e if copies == 2 else 0)) * n * wide

@@ -248,7 +248,7 @@ def test_a_config_of_another_version_or_none_at_all_is_made_up_for(capsys: pytes
     del values["checkpoint"]
     own.write_text(yaml.safe_dump(values))
     assert again() == first
-    for text in ("model: [", "seed: text\n", "", "data: 3\n"):
+    for text in ("model: [", "seed: text\nrun_dir: R\n", "", "data: 3\nrun_dir: R\n"):
         own.write_text(text)
         assert again() == first
         assert capsys.readouterr().err.count("R/config.yaml cannot be read") == 1
@@ -277,8 +277,28 @@ def test_a_config_that_was_cut_off_does_not_pass_for_that_of_an_earlier_version(
         assert resume_point is not None
         assert resume_point.path.name == ("step_00000010" if place == "run" else "step_00000005")
         continuing._told.clear()
-    told = capsys.readouterr().err.count("warning: R/config.yaml ")
+    told = capsys.readouterr().err.count("warning: R/config.yaml cannot be read (")
     assert told == (len(ends) if place == "run" else 0)
+
+
+def test_a_run_without_its_config_is_not_begun_again_though_its_checkpoints_are_elsewhere() -> None:
+    begin(*FIRST, "checkpoint.dir=C")
+    file = Path("R/config.yaml")
+    whole = file.read_text()
+    for group in ("\ncheckpoint:", "\nresilience:", "\nrun_dir:"):
+        file.write_text(whole[: whole.index(group)] + "\n")
+        with pytest.raises(ConfigError, match=r"R/config\.yaml cannot be read \(it was cut off.*restore the file"):
+            again()
+
+
+def test_a_field_that_this_version_does_not_have_is_not_missed(capsys: pytest.CaptureFixture[str]) -> None:
+    first = begin(*FIRST, "telemetry.tensorboard=false")
+    file = first.checkpoint_root / "step_00000010" / "config.yaml"
+    values = yaml.safe_load(file.read_text())
+    values["telemetry"] |= {"of_an_earlier_version": 1, "tensorboard": True}
+    file.write_text(yaml.safe_dump(values))
+    assert again() == first
+    assert capsys.readouterr().err == ""
 
 
 def test_a_run_of_an_earlier_version_keeps_the_order_of_its_data() -> None:

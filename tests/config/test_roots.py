@@ -108,7 +108,7 @@ GIVE_PLAN = "give plan.FIELD=VALUE to moe-plan or moe-submit on the command line
         ("inspect: {rows: 3}", Config, "and give inspect.FIELD=VALUE to moe-inspect on the command line"),
         ("plan.imbalance: 1.5", Config, "plan.imbalance (in experiment/mine.yaml) is not part of"),
         ("defaults: [override /plan: default]", Config, "plan (in experiment/mine.yaml) is not part of"),
-        ("defaults: [/convert: default]", Config, "remove it from the defaults list that names it, and give convert."),
+        ("defaults: [/convert: default]", Config, "remove it from the defaults list or override that names it, and"),
         ("estimate: {imbalance: 1.5}", Config, f"estimate is not a field of the configuration (in {MINE}); give plan."),
         ("modle: {}", Config, f"modle is not a field of the configuration (in {MINE}); use model=VALUE"),
     ],

@@ -107,7 +107,7 @@ def _unknown_in_file(name: str, value: str | None, file: str | None, root: type)
         error = unknown_field(name, value, root)
         return ConfigError(f"{error.cause} (in {place})", error.remedy)
     whole = "a run" if root is Config else ROOTS[root].commands[0]
-    user_file = "the defaults list that names it" if file.startswith(f"{group}/") else place
+    user_file = "the defaults list or override that names it" if file.startswith(f"{group}/") else place
     return ConfigError(
         f"{name} (in {place}) is not part of the configuration of {whole}",
         f"remove it from {user_file}, and give {group}.FIELD=VALUE to {' or '.join(commands_with(group))} "

@@ -85,7 +85,7 @@ def _missing(facts: ResolvedConfig, module: str) -> tuple[str, list[Fix]] | None
     cfg, kind = facts.cfg, attention_kind(facts.cfg.model)
     if module in modules_of_other_attentions(cfg.model):
         owners = " or ".join(name for name, other in ATTENTIONS.items() if module in other.recompute_modules)
-        return f"model.attention={cfg.model.attention} has no such module, only {owners} has", []
+        return f"model.attention={cfg.model.attention} has no such module; only model.attention={owners} has it", []
     if module in ("moe", "moe_act") and not cfg.model.is_moe:
         return "model.num_experts=0 is a dense model", []
     if module == "shared_experts" and not (cfg.model.is_moe and cfg.model.num_shared_experts):

@@ -13,7 +13,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "lm_loss": {"linewidth": 1},
     "valid_loss": {"marker": "o", "markersize": 3},
 }
-_MARGINS = (0.09, 0.12, 0.89, 0.81)  # left, bottom, width, height. A computed layout takes as long as the drawing
+_MARGINS = (0.13, 0.12, 0.85, 0.81)  # left, bottom, width, height. A computed layout takes as long as the drawing
 _MOST_POINTS = 2000  # of a curve: more cannot be seen, and make the file large
 
 
