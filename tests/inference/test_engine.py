@@ -23,6 +23,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mla_yarn": {"model__rope_type": "yarn", "model__yarn_factor": 4.0, "model__yarn_original_max_position": 16},
     "mla_without_q_lora": {"model__q_lora_rank": 0},
     "gqa": {"model__attention": "gqa", "model__num_query_groups": 2, "model__head_dim": 16, "model__qk_norm": "head"},
+    "gqa_one_group": {"model__attention": "gqa", "model__num_query_groups": 1, "model__head_dim": 16},
     "gqa_tied_partial_rope": {
         "model__attention": "gqa", "model__head_dim": 16, "model__rotary_percent": 0.5, "model__tie_embeddings": True,
         "model__qkv_bias": True,
@@ -97,6 +98,7 @@ def test_cached_generation_is_recomputation_of_the_whole_prefix(shape: str) -> N
     [
         ({"tp": 2, "ep": 2}, "mla_yarn", 2),
         ({"tp": 2}, "gqa", 2),
+        ({"tp": 2}, "gqa_one_group", 2),  # which both ranks have
         ({"pp": 2, "vpp": 2}, "gqa_yarn", 2),
         ({"cp": 2, "ep": 2}, "mla", 2),
         ({"tp": 2, "pp": 2, "ep": 2}, "mla", 4),
