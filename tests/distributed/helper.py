@@ -50,7 +50,7 @@ def run_distributed(
 
 def _setup(info: RankInfo, directory: str) -> rank.Setup:
     log = Path(directory, f"{info.rank}.log")
-    environment = dict(os.environ) | {"GLOO_SOCKET_IFNAME": "lo"}
+    environment = dict(os.environ) | {"GLOO_SOCKET_IFNAME": "lo", "TORCH_FR_BUFFER_SIZE": "0"}
     return rank.Setup(info.rank, environment, 1, str(log), str(log.with_suffix(".error.json")), own_terminal=False)
 
 
