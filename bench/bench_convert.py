@@ -99,7 +99,7 @@ def _dtype(name: str) -> Dtype:
 
 
 def timed(command: Sequence[str | Path], target: Path) -> tuple[float, int]:
-    """Seconds that a command takes to write `target`, and the peak resident bytes of its fullest process.
+    """Seconds that a command takes to write `target`, and the highest peak of resident bytes among its processes.
 
     Raises:
         RuntimeError: it failed.

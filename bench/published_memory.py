@@ -74,8 +74,8 @@ def overrides(row: dict[str, str]) -> list[str] | str:
     return words
 
 
-def fullest_stage(cfg: Config) -> StageMemory:
-    """Memory of the fullest stage, with weights of linear layers in FP8 alone where they compute in it."""
+def peak_stage(cfg: Config) -> StageMemory:
+    """The stage with the highest memory, with weights of linear layers in FP8 alone where they compute in it."""
     layout = validate(cfg)
     workload = replace(workload_of(cfg, layout), fp8_weights_only=True)
     stages = stage_memories(workload, weights_of(cfg.model, workload))
@@ -98,10 +98,10 @@ def compare(row: dict[str, str]) -> dict[str, Any]:
     dp = ranks // each if ranks else max(1, cfg.parallel.ep * cfg.parallel.etp // (cfg.parallel.tp * cfg.parallel.cp))
     batch = int(row["gbs"] or 0) or 16 * dp * cfg.parallel.pp * cfg.batch.micro_batch_size
     cfg = compose([*words, f"batch.global_batch_size={batch}", f"parallel.dp={dp}"])
-    fullest = fullest_stage(cfg)
-    result |= _against(result, fullest.total / GB)
+    peak = peak_stage(cfg)
+    result |= _against(result, peak.total / GB)
     parts = ("parameters", "gradients", "optimizer", "activations", "recompute", "communication", "logits")
-    return {**result, "stage": fullest.stage, **{f"{name}_gb": round(getattr(fullest, name) / GB, 2) for name in parts}}
+    return {**result, "stage": peak.stage, **{f"{name}_gb": round(getattr(peak, name) / GB, 2) for name in parts}}
 
 
 def _against(result: dict[str, Any], predicted_gb: float) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def summary(path: Path) -> dict[str, Any]:
 
 def show(path: Path) -> None:
     """Print the error of each row, and the median."""
-    comparison, table = summary(path), Table(title="Peak of the fullest rank, GB")
+    comparison, table = summary(path), Table(title="Peak memory of the peak rank, GB")
     for column in ("model", "layout", "recompute", "published", "predicted", "error"):
         table.add_column(column)
     for row in comparison["published"]:

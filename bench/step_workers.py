@@ -86,16 +86,16 @@ def _timed(step: Step) -> tuple[float, float]:
 def _ours(task: StepTask, weights: Path) -> Side:
     """This project, after its initial weights were written to `weights`."""
     import torch
+    from megatron.core.utils import unwrap_model
 
     from bench import step_data
     from bench.step_transformers import from_megatron
-    from moe_train.checkpoint.state import models
     from moe_train.train import prepare
     from parallel.rank_info import RankInfo
 
     cfg = task.config()
     run = prepare(cfg, RankInfo(0, 1, 0, 1, "127.0.0.1", step_data.free_port(), "local"))
-    (model,) = models(run.chunks)
+    (model,) = unwrap_model(list(run.chunks))
     state = {name: value.detach().clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
     torch.save(from_megatron(state, cfg.model), weights)
     data = [step_data.batches(task, cfg.model.vocab_size)]

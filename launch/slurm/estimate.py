@@ -54,12 +54,12 @@ def run_estimate(cfg: Config, layout: ParallelLayout, plan: EstimateConfig = USU
     Raises:
         ConfigError: `plan` describes a step that cannot be timed.
     """
-    fullest = max(predict(cfg, layout), key=lambda stage: stage.total)
+    peak = max(predict(cfg, layout), key=lambda stage: stage.total)
     tokens = batch_schedule(cfg).samples_after(0, total_steps(cfg)) * cfg.train.seq_length
     gpus = cfg.runtime != "cpu"
     return RunEstimate(
-        stage=fullest.stage,
-        memory_gib=fullest.total / GIB,
+        stage=peak.stage,
+        memory_gib=peak.total / GIB,
         usable_gib=Hardware.of(cfg.cluster).usable_bytes / GIB if gpus else None,
         tokens=tokens,
         pace=pace(cfg, layout, tokens, plan) if gpus else None,

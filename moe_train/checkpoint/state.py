@@ -8,7 +8,7 @@ Delayed scaling of the layer with weight K is `fp8_scales.K`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from moe_train.checkpoint.storage import Request, StateDict
@@ -48,17 +49,9 @@ def model_state(chunks: Sequence[Any]) -> StateDict:
     """Parameters and buffers of this rank: `model`, or `model0`, `model1`, ... where it has several chunks."""
     names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
     state: StateDict = {}
-    for name, model in zip(names, models(chunks), strict=True):
+    for name, model in zip(names, unwrap_model(list(chunks)), strict=True):
         state[name] = model.sharded_state_dict(metadata=_options())
     return state
-
-
-def models(chunks: Sequence[Any]) -> Iterator[Any]:
-    """The GPT models of this rank's `chunks`, without their wrappers for data parallelism and precision."""
-    for chunk in chunks:
-        while hasattr(chunk, "module"):
-            chunk = chunk.module
-        yield chunk
 
 
 def optimizer_state(run: Run, model: StateDict, *, loading: bool) -> StateDict:
@@ -178,7 +171,7 @@ def load_model(chunks: Sequence[Any], loaded: StateDict) -> None:
     Raises:
         RuntimeError: the model has a parameter that was not in the request, which is a bug.
     """
-    for model, state in zip(models(chunks), loaded.values(), strict=True):
+    for model, state in zip(unwrap_model(list(chunks)), loaded.values(), strict=True):
         missing, unexpected = model.load_state_dict(state, strict=False)
         missing = [name for name in missing if not name.endswith("_extra_state")]  # FP8 scales, which are pickled
         if missing or unexpected:
@@ -281,7 +274,7 @@ def delayed_scales(chunks: Sequence[Any], model: StateDict) -> StateDict:
     shards, _ = extract_sharded_tensors_and_factories(model)
     of_parameter = {id(shard.data): shard for shard in nested_values(shards)}
     state: StateDict = {}
-    for number, (module, scales) in enumerate(delayed_scaling.layers_of(list(models(chunks)))):
+    for number, (module, scales) in enumerate(delayed_scaling.layers_of(unwrap_model(list(chunks)))):
         matrices = _matrices(of_parameter[id(module.weight)])
         state[str(number)] = {
             str(i): _beside(matrix, delayed_scaling.packed(scales, i)) for i, matrix in enumerate(matrices)
@@ -309,6 +302,6 @@ def _beside(weight: ShardedTensor, data: Tensor) -> ShardedTensor:
 
 def load_delayed_scales(chunks: Sequence[Any], loaded: StateDict) -> None:
     """Put read scales and histories back."""
-    for number, (_, scales) in enumerate(delayed_scaling.layers_of(list(models(chunks)))):
+    for number, (_, scales) in enumerate(delayed_scaling.layers_of(unwrap_model(list(chunks)))):
         for i, values in loaded[str(number)].items():
             delayed_scaling.unpack(scales, int(i), values)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from megatron.core.utils import unwrap_model
 from torch import nn
 
 from moe_train.checkpoint import hf_exchange, origin, state, storage
@@ -90,7 +91,7 @@ def refuse_nonfinite(chunks: Sequence[nn.Module], path: Path, field: str) -> Non
 
     One sum of each weight and router bias. Moments are left out: that of a squared gradient may be infinite.
     """
-    for model in state.models(chunks):
+    for model in unwrap_model(list(chunks)):
         biases = [(name, bias) for name, bias in model.named_buffers() if name.endswith("expert_bias")]
         for name, weight in [*model.named_parameters(), *biases]:
             if not torch.isfinite(weight.detach().sum(dtype=torch.float32)):

@@ -6,6 +6,7 @@ first: those that decode.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ class PagedContext:
     ) -> None:
         self._cache, self._rotary, self._device = cache, rotary, device
         self._angles: tuple[Tensor, float] | None = None
-        decoding = [entry for entry in batch.entries if entry.end - entry.start == 1]
-        self.entries = [*decoding, *(entry for entry in batch.entries if entry.end - entry.start > 1)]
+        decoding = [entry for entry in batch.entries if entry.num_tokens == 1]
+        self.entries = [*decoding, *(entry for entry in batch.entries if entry.num_tokens > 1)]
         self.num_decode = len(decoding)
         tokens = [token for entry in self.entries for token in entry.sequence.tokens[entry.start : entry.end]]
         positions = [position for entry in self.entries for position in range(entry.start, entry.end)]
@@ -64,11 +65,13 @@ class PagedContext:
         self.slots = torch.cat([x[entry.start :] for x, entry in zip(slots, self.entries, strict=True)])
         self.decode_slots, self.decode_mask = self._decode(slots[: self.num_decode])
         self.prefills = []
-        first = self.num_decode
-        for entry, own in zip(self.entries[self.num_decode :], slots[self.num_decode :], strict=True):
-            rows = slice(first, first + entry.end - entry.start)
-            self.prefills.append(Prefill(rows, own))
-            first = rows.stop
+        ends = list(accumulate(entry.num_tokens for entry in self.entries))
+        for end, entry, own in list(zip(ends, self.entries, slots, strict=True))[self.num_decode :]:
+            self.prefills.append(Prefill(slice(end - entry.num_tokens, end), own))
+        self.sampled_rows = self._whole_numbers(
+            [end - 1 for end, entry in zip(ends, self.entries, strict=True) if entry.samples]
+        )
+        """Rows of the last tokens of those entries whose next token is wanted, in the order of `entries`."""
 
     def is_static_batching(self) -> bool:
         """Sequences of any lengths are batched."""
@@ -92,16 +95,6 @@ class PagedContext:
             length = max(entry.end for entry in self.entries)
             self._angles = self._rotary.at(rotary, self.positions, length)
         return self._angles
-
-    @property
-    def sampled_rows(self) -> Tensor:
-        """Rows of the last tokens of those entries whose next token is wanted, in the order of `entries`."""
-        rows, first = [], 0
-        for entry in self.entries:
-            first += entry.end - entry.start
-            if entry.samples:
-                rows.append(first - 1)
-        return self._whole_numbers(rows)
 
     def _slots(self, entry: BatchEntry) -> Tensor:
         """Of all tokens of a sequence up to the last of this pass."""

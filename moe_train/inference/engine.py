@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from moe_train.inference.blocks import BlockPool
@@ -98,7 +99,7 @@ class Engine:
             raise ConfigError(reason, "set backend.name=local and model.capacity_factor=null")
         self._ranks = ranks
         self._chunks: Sequence[Any] = chunks
-        self._model = CachedModel(ranks, [_without_wrappers(chunk) for chunk in chunks])
+        self._model = CachedModel(ranks, unwrap_model(list(chunks)))
         self.pool = BlockPool(options.num_blocks, options.block_size)
         self.scheduler = Scheduler(self.pool, options.max_batch_tokens, options.max_sequences)
         cache_format = options.cache_format or format_of(self._model.dtype)
@@ -147,7 +148,7 @@ class Engine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         for prompt, own in zip(prompts, each, strict=True):
             self._check(prompt, own)
-        ids = [self.add_request(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+        ids = [self._queue(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
         finished: dict[int, list[Completion]] = {}
         while not finished.keys() >= set(ids):
             finished |= self.step()
@@ -163,6 +164,10 @@ class Engine:
                 log-probabilities are asked for than there are tokens.
         """
         self._check(prompt, params)
+        return self._queue(prompt, params)
+
+    def _queue(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        """Queue a request that was checked."""
         sequences: list[SequenceState] = []
         for _ in range(params.n):
             parent = sequences[0] if sequences else None
@@ -266,10 +271,3 @@ class Engine:
         self.scheduler.remove(sequence)
         self._sampling.pop(sequence, None)
         self._logprobs.pop(sequence, None)
-
-
-def _without_wrappers(chunk: Any) -> Any:
-    """The GPT model, without wrappers for data parallelism and precision."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk

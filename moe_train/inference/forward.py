@@ -98,8 +98,13 @@ class CachedModel:
         tied = model.share_embeddings_and_output_weights
         weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
         logits = gemm.linear(hidden[context.sampled_rows].squeeze(1), weight)
-        if self._ranks.layout.tp > 1:
-            parts = [torch.empty_like(logits) for _ in range(self._ranks.layout.tp)]
-            dist.all_gather(parts, logits.contiguous(), group=ps.get_tensor_model_parallel_group())
-            logits = torch.cat(parts, dim=-1)
-        return logits[:, : self._ranks.cfg.model.vocab_size].float()
+        return whole_vocabulary(self._ranks, logits).float()
+
+
+def whole_vocabulary(ranks: RankContext, logits: Tensor) -> Tensor:
+    """[n, padded vocabulary / tp] of each tensor-parallel rank -> [n, vocabulary], without the rows that pad it."""
+    if ranks.layout.tp > 1:
+        parts = [torch.empty_like(logits) for _ in range(ranks.layout.tp)]
+        dist.all_gather(parts, logits.contiguous(), group=ps.get_tensor_model_parallel_group())
+        logits = torch.cat(parts, dim=-1)
+    return logits[:, : ranks.cfg.model.vocab_size]

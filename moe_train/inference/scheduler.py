@@ -63,6 +63,11 @@ class BatchEntry:
     blocks: tuple[int, ...]
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of the sequence in the forward pass."""
+        return self.end - self.start
+
+    @property
     def samples(self) -> bool:
         """Whether the logits of the last token are needed, because it is the last that is known."""
         return self.end == len(self.sequence.tokens)
@@ -78,7 +83,7 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Tokens of the forward pass."""
-        return sum(entry.end - entry.start for entry in self.entries)
+        return sum(entry.num_tokens for entry in self.entries)
 
 
 class Scheduler:

@@ -17,6 +17,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from moe_train.inference.forward import whole_vocabulary
 from moe_train.ranks import RankContext
 from parallel import sequence
 
@@ -143,8 +144,4 @@ class _LogitReader:
         """[n, vocabulary/tp] of the rank that has the position -> [n, vocabulary] without the rows that only pad it."""
         if self._ranks.layout.cp > 1:
             dist.all_reduce(rows, group=ps.get_context_parallel_group())
-        if self._ranks.layout.tp > 1:
-            parts = [torch.empty_like(rows) for _ in range(self._ranks.layout.tp)]
-            dist.all_gather(parts, rows.contiguous(), group=ps.get_tensor_model_parallel_group())
-            rows = torch.cat(parts, dim=-1)
-        return rows[:, : self._ranks.cfg.model.vocab_size]
+        return whole_vocabulary(self._ranks, rows)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.utils import unwrap_model
 
-from moe_train.checkpoint import state
 from moe_train.inference.engine import Completion, Engine, EngineOptions
 from moe_train.inference.sampling import SamplingParams
 from moe_train.ranks import RankContext, build_model
@@ -53,7 +53,7 @@ def training_logprobs(chunks: list[Any], tokens: list[int]) -> torch.Tensor:
 
     Multi-token prediction uses the output layer first, so the last logits are those of the next token.
     """
-    (model,) = state.models(chunks)
+    (model,) = unwrap_model(list(chunks))
     logits: list[torch.Tensor] = []
     hook = model.output_layer.register_forward_hook(lambda *args: logits.append(args[-1][0].float()))
     text = torch.tensor([tokens])

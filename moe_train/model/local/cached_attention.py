@@ -202,7 +202,9 @@ def _absorb(attention: Any, queries: Tensor) -> Tensor:
 def _decode_absorbed(attention: Any, queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
     """[n, heads, nope + rope], keys [n, k, latent + rope], mask [n, k] -> [n, heads, value]."""
     absorbed = _absorb(attention, queries).transpose(0, 1)
-    mixed = _mix(absorbed, keys, keys[..., : attention.config.kv_lora_rank], mask.unsqueeze(1), attention)
+    mixed = _mix(
+        absorbed, keys, keys[..., : attention.config.kv_lora_rank], mask.unsqueeze(1), attention.core_attention.scale
+    )
     return torch.bmm(mixed.transpose(0, 1), _up_projections(attention)[1].mT).transpose(0, 1)
 
 
@@ -216,16 +218,18 @@ def _latent_prefill(attention: Any, queries: Tensor, keys: Tensor) -> Tensor:
     if absorption_is_cheaper(len(queries), len(keys), latent, nope, rope, value):
         absorbed, shared = _absorb(attention, queries).flatten(0, 1).unsqueeze(0), keys.unsqueeze(0)
         mask = _causal_mask(len(queries), len(keys), keys).repeat(1, heads, 1)
-        mixed = _mix(absorbed, shared, shared[..., :latent], mask, attention).view(heads, len(queries), latent)
+        mixed = _mix(absorbed, shared, shared[..., :latent], mask, attention.core_attention.scale).view(
+            heads, len(queries), latent
+        )
         return torch.bmm(mixed, _up_projections(attention)[1].mT).transpose(0, 1)
     up = gemm.linear(keys[:, :latent], attention.linear_kv_up_proj.weight).view(len(keys), heads, nope + value)
     rotary = keys[:, None, latent:].expand(-1, heads, -1)
     return _prefill(attention, queries, torch.cat([up[..., :nope], rotary], dim=-1), up[..., nope:])
 
 
-def _mix(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, attention: Any) -> Tensor:
+def _mix(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
     """softmax(queries keys^T * scale + mask) values: [b, m, c], [b, k, c], [b, k, d] -> [b, m, d]."""
-    scores = torch.baddbmm(mask.to(queries), queries, keys.mT, alpha=attention.core_attention.scale)
+    scores = torch.baddbmm(mask.to(queries), queries, keys.mT, alpha=scale)
     return torch.bmm(scores.softmax(dim=-1), values)
 
 
@@ -247,6 +251,4 @@ def _decode_grouped(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor,
     groups = keys.size(2)
     q = queries.view(n * groups, heads // groups, d)
     k, v = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))
-    added = mask.to(q).repeat_interleave(groups, dim=0).unsqueeze(1)
-    scores = torch.baddbmm(added, q, k.mT, alpha=scale)
-    return torch.bmm(scores.softmax(dim=-1), v).view(n, heads, d)
+    return _mix(q, k, v, mask.repeat_interleave(groups, dim=0).unsqueeze(1), scale).view(n, heads, d)

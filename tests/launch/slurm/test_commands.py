@@ -165,3 +165,10 @@ def test_commands_that_are_missing_or_silent(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(subprocess, "run", silent)
     with pytest.raises(LaunchError, match="sinfo does not answer; see if slurmctld is up"):
         commands.run("sinfo")
+
+
+@pytest.mark.parametrize(
+    ("limit", "minutes"), [("2-00:00:00", 2880), ("1:30:00", 90), ("45:00", 45), ("infinite", None)]
+)
+def test_time_limits_of_slurm(limit: str, minutes: int | None) -> None:
+    assert commands.minutes_of(limit) == minutes

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from launch import lock
-from launch.slurm import commands, node_count, submit
+from launch.slurm import node_count, submit
 from moe_train.config.composition.compose import compose
 from moe_train.config.composition.validate import validate
 from moe_train.config.schema import Config
@@ -535,13 +535,6 @@ def test_it_starts_quickly_and_without_torch(tmp_path: Path) -> None:
     calls, slow = startup(code, *words, directory=tmp_path)
     assert slow == []
     assert calls < 2_200_000
-
-
-@pytest.mark.parametrize(
-    ("limit", "minutes"), [("2-00:00:00", 2880), ("1:30:00", 90), ("45:00", 45), ("infinite", None)]
-)
-def test_time_limits_of_slurm(limit: str, minutes: int | None) -> None:
-    assert commands.minutes_of(limit) == minutes
 
 
 def test_groups_on_their_nodes() -> None:
