@@ -25,7 +25,8 @@ from rich.table import Table
 from bench import step_data, step_profile, step_transformers
 from bench.results import write
 from bench.step_data import StepTask
-from bench.step_workers import OURS, Worker
+from bench.step_workers import OURS, prepare
+from bench.workers import Worker
 from moe_train.model.arithmetic import flops_per_token
 from parallel.errors import MoeTrainError
 
@@ -50,7 +51,7 @@ def measure(task: StepTask, rounds: int) -> Found:
         workers: dict[str, Worker] = {}
         try:
             for side in (OURS, *THEIRS):  # ours writes the weights that the others read
-                workers[side] = Worker(side, task, weights)
+                workers[side] = Worker(prepare, side, task, weights)
                 workers[side].ask("steps", 0)
             steps = {side: worker.ask("steps", WARM_UP_STEPS) for side, worker in workers.items()}
             peaks = []

@@ -1,8 +1,7 @@
-"""Processes of `make bench-step`, each with one model: they take turns on the cores and never share a torch."""
+"""The processes of `make bench-step`, each with one model."""
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from bench import step_profile
 from bench.step_data import StepTask
+from bench.workers import Requests
 
 Step = Callable[[], float]
 OURS = "moe-train"
@@ -27,54 +27,20 @@ class Side:
     """Megatron-Core's; None for torch's."""
 
 
-class Worker:
-    """A process that trains `side` (moe-train, or an experts implementation of transformers) on request."""
-
-    def __init__(self, side: str, task: StepTask, weights: Path) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, side, task, weights), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def ask(self, what: str, *args: Any) -> Any:
-        """Result of one of the requests in `_serve`.
-
-        Raises:
-            RuntimeError: the process failed; its own output says why.
-        """
-        self._pipe.send((what, args))
-        try:
-            return self._pipe.recv()
-        except EOFError:
-            raise RuntimeError("a process of the benchmark ended early; its error is printed above") from None
-
-    def stop(self) -> None:
-        """End the process."""
-        self._pipe.close()
-        self._process.join(timeout=10)
-        self._process.kill()
-
-
-def _serve(pipe: Any, side: str, task: StepTask, weights: Path) -> None:
+def prepare(side: str, task: StepTask, weights: Path) -> Requests:
+    """The requests of the process that trains `side` (moe-train, or an experts implementation of transformers)."""
     import torch
 
     from bench import step_grouped
 
     torch.set_num_threads(task.threads)
     trained = _ours(task, weights) if side == OURS else _transformers(side, task, weights)
-    requests: dict[str, Callable[..., Any]] = {
+    return {
         "steps": lambda count: [_timed(trained.step) for _ in range(count)],
         "profile": lambda count: step_profile.profile(trained.modules, trained.optimizer, trained.step, count),
         "grouped": lambda: step_grouped.measure(task),
         "gemm": lambda: _gemm_tflops(task.dtype),
     }
-    while True:
-        try:
-            what, args = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(requests[what](*args))
 
 
 def _timed(step: Step) -> tuple[float, float]:

@@ -210,15 +210,15 @@ class BlockTable:
             self._blocks.append(self._pool.allocate())
         return copies
 
-    def append(self, tokens: Sequence[int], start: int) -> None:
-        """Note that the forward pass has written `tokens[start:]`, where `start` is the number of tokens held before.
+    def append(self, tokens: Sequence[int], start: int, end: int) -> None:
+        """Note that the forward pass has written `tokens[start:end]`, where `start` tokens were held before.
 
         Blocks that are full now can be found by their content.
         """
-        if start != self.num_tokens or self._pool.blocks_for(len(tokens)) > len(self._blocks):
-            raise BlockError(f"{len(tokens)} tokens from {start} do not follow {self.num_tokens}, or have no blocks")
-        self.num_tokens, size = len(tokens), self._pool.block_size
-        for index in range(len(self._keys), len(tokens) // size):
+        if start != self.num_tokens or self._pool.blocks_for(end) > len(self._blocks):
+            raise BlockError(f"{end} tokens from {start} do not follow {self.num_tokens}, or have no blocks")
+        self.num_tokens, size = end, self._pool.block_size
+        for index in range(len(self._keys), end // size):
             key = prefix_key(self._last_key, tokens[index * size : (index + 1) * size])
             self._keys.append(key)
             self._pool.register(self._blocks[index], key)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_train.inference.blocks import BlockCopy
+from moe_train.model.local.cached_attention import Slots
 from parallel.architecture.kv_cache import CachePart
 
 _DTYPES = {
@@ -63,15 +64,19 @@ class PagedTensor:
             self._bytes[slots] = data.view(torch.uint8)
             self._scales[slots] = scales
 
-    def read(self, slots: Tensor) -> Tensor:
-        """What is stored in `slots` [...]: [..., heads, width] in `dtype`."""
+    def read(self, slots: Slots) -> Tensor:
+        """What is stored in `slots` [...]: [..., heads, width] in `dtype`, a view of the cache where possible."""
+        if isinstance(slots, slice):
+            return self._decoded(*(x[slots] for x in self._tensors()))
         flat = slots.flatten()
-        if self._scales is None:
-            x = self._data.index_select(0, flat).to(self.dtype)
-        else:
-            data = self._bytes.index_select(0, flat).view(self._data.dtype)
-            x = dequantise(data, self._scales.index_select(0, flat), self.part).to(self.dtype)
+        x = self._decoded(*(x.index_select(0, flat) for x in self._tensors()))
         return x.view(*slots.shape, *x.shape[1:])
+
+    def _decoded(self, data: Tensor, scales: Tensor | None = None) -> Tensor:
+        """Stored numbers [t, heads, columns], and the scales of scaled formats -> [t, heads, width] in `dtype`."""
+        if scales is None:
+            return data.to(self.dtype)
+        return dequantise(data.view(self._data.dtype), scales, self.part).to(self.dtype)
 
     def copy(self, source: slice, target: slice) -> None:
         """Copy the stored numbers of some slots to others."""
@@ -132,7 +137,7 @@ class LayerCache:
         for name, x in parts.items():
             self.tensors[name].write(slots, x)
 
-    def read(self, name: str, slots: Tensor) -> Tensor:
+    def read(self, name: str, slots: Slots) -> Tensor:
         """One part of `slots` [...]: [..., heads, width]."""
         return self.tensors[name].read(slots)
 

@@ -1,12 +1,13 @@
 """What attention needs to know of a forward pass with the KV cache: Megatron-Core hands it on as `inference_context`.
 
 The tokens of all sequences follow one another, [t, 1, h], without padding between them. Sequences with one token come
-first: those that decode.
+first: those that decode. A batch without sequences has tokens that only pad it.
 """
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,27 +15,37 @@ from torch import Tensor
 
 from moe_train.inference.cache import LayerCache, PagedKVCache
 from moe_train.inference.scheduler import Batch, BatchEntry
-from moe_train.model.local.cached_attention import Prefill
+from moe_train.model.local.cached_attention import Decoding, Gathered, Prefill, Rotary, Slots
+
+GATHERED_TOKENS = 6144
+"""Up to so many tokens that decoding sequences attend to, they are copied side by side: one operation then serves all
+sequences. Copying more takes longer than an operation for each sequence."""
 
 
 class RotaryTable:
-    """Rotary angles of the positions so far, which all layers of a model share. It grows with the longest sequence."""
+    """Cosines and sines of the positions so far, which all layers share. It grows with the longest sequence."""
 
-    def __init__(self) -> None:
-        self._angles = torch.empty(0)
-        self._scale = 1.0
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._cosine, self._sine = torch.empty(0), torch.empty(0)
 
-    def at(self, rotary: Any, positions: Tensor, length: int) -> tuple[Tensor, float]:
-        """Angles [t, 1, 1, d] at `positions` [t], all below `length`, and the factor on their cosine and sine.
+    def at(self, module: Any, positions: Tensor, length: int, scale: float | None) -> Rotary:
+        """Cosine and sine at `positions` [t], all below `length`, each [t, 1, d].
 
         Args:
-            rotary: Megatron-Core's module. Its `get_emb` has the angles of the whole sequence also under context
-                parallelism, and keeps none of them, where each layer's `forward` would keep its own.
+            module: Megatron-Core's. Its `get_emb` has the angles of the whole sequence also under context parallelism,
+                and keeps none of them, where each layer's `forward` would keep its own.
+            scale: factor on both; None takes that of the module.
         """
-        if length > len(self._angles):
-            found = rotary.get_emb(1 << (length - 1).bit_length())
-            self._angles, self._scale = found if isinstance(found, tuple) else (found, 1.0)
-        return self._angles[positions], self._scale
+        if length > len(self._cosine):
+            found = module.get_emb(1 << (length - 1).bit_length())
+            angles, own_scale = found if isinstance(found, tuple) else (found, 1.0)
+            factor = own_scale if scale is None else scale
+            # As upstream rounds them (models/common/embeddings/rope_utils.py, `_apply_rotary_pos_emb_bshd`).
+            self._cosine, self._sine = (
+                (x * factor).to(self._dtype).flatten(1, 2) for x in (torch.cos(angles), torch.sin(angles))
+            )
+        return self._cosine[positions], self._sine[positions]
 
 
 class PagedContext:
@@ -44,34 +55,36 @@ class PagedContext:
     constructor differs between versions). Local attention asks for the rest.
 
     Args:
-        multiple: the number of tokens is padded to a multiple of it, for sequence parallelism.
+        padded_tokens: number of tokens, with those that only pad the batch.
         rotary: the table of earlier passes.
     """
 
     def __init__(
-        self, batch: Batch, cache: PagedKVCache, rotary: RotaryTable, device: torch.device, multiple: int
+        self, batch: Batch, cache: PagedKVCache, rotary: RotaryTable, device: torch.device, padded_tokens: int
     ) -> None:
-        self._cache, self._rotary, self._device = cache, rotary, device
-        self._angles: tuple[Tensor, float] | None = None
-        decoding = [entry for entry in batch.entries if entry.num_tokens == 1]
-        self.entries = [*decoding, *(entry for entry in batch.entries if entry.num_tokens > 1)]
-        self.num_decode = len(decoding)
-        tokens = [token for entry in self.entries for token in entry.sequence.tokens[entry.start : entry.end]]
+        self._cache, self._table, self._device = cache, rotary, device
+        self._rotary_of_tokens: Rotary | None = None
+        self.entries = batch.entries
+        self.num_decode = sum(entry.num_tokens == 1 for entry in self.entries)
+        tokens = [token for entry in self.entries for token in entry.tokens]
         positions = [position for entry in self.entries for position in range(entry.start, entry.end)]
         self.num_tokens = len(tokens)
-        padding = [0] * (-self.num_tokens % multiple)
+        padding = [0] * (padded_tokens - self.num_tokens)
         self.tokens, self.positions = (self._whole_numbers(x + padding) for x in (tokens, positions))
-        slots = [self._slots(entry) for entry in self.entries]
-        self.slots = torch.cat([x[entry.start :] for x, entry in zip(slots, self.entries, strict=True)])
-        self.decode_slots, self.decode_mask = self._decode(slots[: self.num_decode])
-        self.prefills = []
-        ends = list(accumulate(entry.num_tokens for entry in self.entries))
-        for end, entry, own in list(zip(ends, self.entries, slots, strict=True))[self.num_decode :]:
-            self.prefills.append(Prefill(slice(end - entry.num_tokens, end), own))
-        self.sampled_rows = self._whole_numbers(
-            [end - 1 for end, entry in zip(ends, self.entries, strict=True) if entry.samples]
-        )
-        """Rows of the last tokens of those entries whose next token is wanted, in the order of `entries`."""
+        self.slots = self._slots_of_all(self.entries)
+        self.decoding = self._decoding(self.entries[: self.num_decode])
+        self.prefills: list[Prefill] = []
+        rows: list[int] = []
+        first = 0
+        for entry in self.entries:
+            end = first + entry.num_tokens
+            if entry.num_tokens > 1:
+                self.prefills.append(Prefill(slice(first, end), entry.end, self._prefix(entry)))
+            for wanted in (entry.scored_positions, entry.sampled_positions):
+                rows += range(first + wanted.start - entry.start, first + wanted.stop - entry.start) if wanted else ()
+            first = end
+        self.rows = self._whole_numbers(rows)
+        """Rows whose logits are wanted: of each entry its scored and then its sampled positions."""
 
     def is_static_batching(self) -> bool:
         """Sequences of any lengths are batched."""
@@ -89,30 +102,81 @@ class PagedContext:
         """The cache of one layer."""
         return self._cache.layer(number)
 
-    def rotary_angles(self, rotary: Any) -> tuple[Tensor, float]:
-        """Angles [t, 1, 1, d] of the tokens, and their factor. `rotary` has the same settings in all layers."""
-        if self._angles is None:
-            length = max(entry.end for entry in self.entries)
-            self._angles = self._rotary.at(rotary, self.positions, length)
-        return self._angles
+    def rotary(self, module: Any, scale: float | None) -> Rotary:
+        """Cosine and sine of the tokens' positions, each [t, 1, d].
 
-    def _slots(self, entry: BatchEntry) -> Tensor:
-        """Of all tokens of a sequence up to the last of this pass."""
-        size = self._cache.block_size
-        starts = self._whole_numbers([block * size for block in entry.blocks])
-        return (starts.unsqueeze(1) + torch.arange(size, device=self._device)).flatten()[: entry.end]
-
-    def _decode(self, slots: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Slots [n, k] of the tokens that each decoding sequence attends to, and what is added to their scores [n, k].
-
-        Shorter sequences repeat their own last token, so that no other sequence can reach them.
+        Args:
+            module: Megatron-Core's, which has the same settings in all layers.
+            scale: factor on both; None takes that of the module.
         """
-        longest = max((len(own) for own in slots), default=0)
-        padded = [torch.cat([own, own[-1:].expand(longest - len(own))]) for own in slots]
-        lengths = self._whole_numbers([len(own) for own in slots])
+        if self._rotary_of_tokens is None:
+            length = max((entry.end for entry in self.entries), default=1)
+            self._rotary_of_tokens = self._table.at(module, self.positions, length, scale)
+        return self._rotary_of_tokens
+
+    def _slots_of_all(self, entries: Sequence[BatchEntry]) -> Tensor:
+        """Places of the tokens of this pass."""
+        size = self._cache.block_size
+        return self._whole_numbers([
+            entry.blocks[position // size] * size + position % size
+            for entry in entries
+            for position in range(entry.start, entry.end)
+        ])  # fmt: skip
+
+    def _prefix(self, entry: BatchEntry) -> Slots:
+        """Places of all tokens of a sequence up to the last of this pass, in order."""
+        size = self._cache.block_size
+        if longest_run(entry.blocks) == (0, len(entry.blocks)):
+            return slice(entry.blocks[0] * size, entry.blocks[0] * size + entry.end)
+        return self._slots_of_blocks(entry.blocks)[: entry.end]
+
+    def _decoding(self, entries: Sequence[BatchEntry]) -> Decoding:
+        """What the sequences with one token attend to."""
+        longest = max((entry.end for entry in entries), default=0)
+        if len(entries) != 1 and len(entries) * longest <= GATHERED_TOKENS:
+            return Decoding(len(entries), self._gathered(entries, longest) if entries else None, [])
+        return Decoding(len(entries), None, [self._pieces(entry) for entry in entries])
+
+    def _gathered(self, entries: Sequence[BatchEntry], longest: int) -> Gathered:
+        """Shorter sequences repeat their last block. What lies behind their last token is masked."""
+        count = -(-longest // self._cache.block_size)
+        blocks = [[*entry.blocks[:count], *entry.blocks[-1:] * (count - len(entry.blocks))] for entry in entries]
+        slots = self._slots_of_blocks(blocks)[:, :longest]
+        lengths = self._whole_numbers([entry.end for entry in entries])
         beyond = torch.arange(longest, device=self._device) >= lengths.unsqueeze(1)
         mask = torch.zeros(beyond.shape, device=self._device).masked_fill_(beyond, -torch.inf)
-        return torch.stack(padded) if padded else beyond.long(), mask
+        return Gathered(slots, mask.unsqueeze(1))
 
-    def _whole_numbers(self, values: list[int]) -> Tensor:
+    def _pieces(self, entry: BatchEntry) -> list[Slots]:
+        """The longest run of consecutive places of a sequence, and the others, if any."""
+        size, blocks = self._cache.block_size, entry.blocks[: -(-entry.end // self._cache.block_size)]
+        first, count = longest_run(blocks)
+        start = blocks[first] * size
+        unused = len(blocks) * size - entry.end  # of the last block
+        if first + count == len(blocks):
+            run, rest = slice(start, start + count * size - unused), self._slots_of_blocks(blocks[:first])
+        else:
+            others = (*blocks[:first], *blocks[first + count :])
+            run, rest = slice(start, start + count * size), self._slots_of_blocks(others)
+            rest = rest[: len(rest) - unused]
+        return [run, rest] if len(rest) else [run]
+
+    def _slots_of_blocks(self, blocks: Sequence[Any]) -> Tensor:
+        """Places of whole blocks: block numbers [..., n] -> [..., n * block size]."""
+        size = self._cache.block_size
+        starts = self._whole_numbers(blocks).unsqueeze(-1) * size
+        return (starts + torch.arange(size, device=self._device)).flatten(-2)
+
+    def _whole_numbers(self, values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)
+
+
+@lru_cache(maxsize=256)
+def longest_run(blocks: tuple[int, ...]) -> tuple[int, int]:
+    """(first, count) of the longest run of consecutive numbers in `blocks`, the first such run."""
+    best, first = (0, 0), 0
+    for index in range(1, len(blocks) + 1):
+        if index == len(blocks) or blocks[index] != blocks[index - 1] + 1:
+            best = max(best, (first, index - first), key=lambda run: run[1])
+            first = index
+    return best

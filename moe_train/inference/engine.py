@@ -6,6 +6,7 @@ rank calls the methods of its `Engine` in the same order with the same arguments
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,10 @@ from moe_train.inference.blocks import BlockPool
 from moe_train.inference.cache import PagedKVCache, format_of
 from moe_train.inference.context import PagedContext, RotaryTable
 from moe_train.inference.forward import CachedModel
-from moe_train.inference.sampling import Sampler, SamplingParams, choose
-from moe_train.inference.scheduler import Batch, Scheduler, SequenceState
+from moe_train.inference.requests import GeneratedSequence, RequestOutput, RequestTable, StepOutput, TopLogprobs
+from moe_train.inference.sampling import Choice, choose
+from moe_train.inference.sampling_params import SamplingParams
+from moe_train.inference.scheduler import Batch, BatchEntry, Scheduler, SequenceState
 from moe_train.ranks import RankContext
 from parallel.architecture.kv_cache import cache_parts
 from parallel.errors import ConfigError
@@ -47,29 +50,20 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class Completion:
-    """One continuation of a prompt.
+class _Launched:
+    """A forward pass whose results are not known yet.
 
     Args:
-        tokens: token ids, with the stop token where there is one.
-        logprobs: of each token, under the model's own distribution, which no sampling parameter changes.
-        top_logprobs: for each token, the most probable tokens at its position with their log-probabilities.
-        finish_reason: "stop" (a stop token) or "length".
+        batches: one for each data-parallel replica.
+        results: [rows of all batches, 2 + 2 top] in fp64, which has each token id exactly: token, log-probability, the
+            most probable tokens, their log-probabilities.
+        pending: communication of the results, and of what was sent to the next pipeline stage.
     """
 
-    tokens: list[int]
-    logprobs: list[float]
-    top_logprobs: list[dict[int, float]]
-    finish_reason: str
-
-
-@dataclass(eq=False)
-class _Request:
-    """A request, and what its sequences have so far."""
-
-    params: SamplingParams
-    sequences: list[SequenceState]
-    completions: list[Completion | None]
+    batches: list[Batch]
+    results: Tensor
+    top: int
+    pending: list[Any]
 
 
 def unsupported(ranks: RankContext) -> str | None:
@@ -100,19 +94,25 @@ class Engine:
         self._ranks = ranks
         self._chunks: Sequence[Any] = chunks
         self._model = CachedModel(ranks, unwrap_model(list(chunks)))
-        self.pool = BlockPool(options.num_blocks, options.block_size)
-        self.scheduler = Scheduler(self.pool, options.max_batch_tokens, options.max_sequences)
+        self._replica = ranks.layout.coordinates(ranks.rank.rank).dp
+        # Virtual stages take turns within a forward pass, so that another one cannot begin meanwhile.
+        self._depth = ranks.layout.pp if ranks.layout.vpp == 1 else 1
+        self.replicas = [
+            Scheduler(
+                BlockPool(options.num_blocks, options.block_size), options.max_batch_tokens, options.max_sequences,
+                self._depth,
+            )
+            for _ in range(ranks.layout.dp)
+        ]  # fmt: skip
+        """Of all data-parallel replicas: each rank knows what the others compute."""
         cache_format = options.cache_format or format_of(self._model.dtype)
         parts = cache_parts(ranks.cfg.model, cache_format, options.rotary_format, ranks.layout.tp)
         self.cache = PagedKVCache(
             parts, self._model.layers, options.num_blocks, options.block_size, self._model.dtype, ranks.device
         )
-        self._rotary = RotaryTable()
-        self._requests: dict[int, _Request] = {}
-        self._unreported: dict[int, list[Completion]] = {}  # requests that ended while another was waited for
-        self._sampling: dict[SequenceState, tuple[_Request, int, Sampler]] = {}
-        self._logprobs: dict[SequenceState, tuple[list[float], list[dict[int, float]]]] = {}
-        self._next_id = 0
+        self._rotary = RotaryTable(self._model.dtype)
+        self._requests = RequestTable()
+        self._launched: deque[_Launched] = deque()
         self._was_training: list[bool] = []
 
     def __enter__(self) -> Engine:
@@ -124,9 +124,13 @@ class Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for request in list(self._requests):
+        for request in self._requests.numbers:
             self.cancel(request)
-        self.pool.forget_contents()
+        while self._launched:
+            self._finish(self._launched.popleft())
+        self._requests.take_output()
+        for scheduler in self.replicas:
+            scheduler.pool.forget_contents()
         for chunk, training in zip(self._chunks, self._was_training, strict=True):
             chunk.train(training)
             if self._ranks.cfg.parallel.overlap_param_gather and hasattr(chunk, "enable_forward_pre_hook"):
@@ -135,26 +139,53 @@ class Engine:
     @property
     def max_sequence_length(self) -> int:
         """Tokens of a prompt with its continuation, at most."""
-        return min(self._ranks.cfg.model.max_position_embeddings, self.pool.num_blocks * self.pool.block_size)
+        return min(self._ranks.cfg.model.max_position_embeddings, self.cache.num_blocks * self.cache.block_size)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks of the cache that can be allocated, over all data-parallel replicas."""
+        return sum(scheduler.pool.available for scheduler in self.replicas)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the cache, over all data-parallel replicas."""
+        return sum(scheduler.pool.num_blocks for scheduler in self.replicas)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have blocks."""
+        return sum(len(scheduler.running) for scheduler in self.replicas)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for blocks."""
+        return sum(len(scheduler.waiting) for scheduler in self.replicas)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a step has nothing to do."""
+        return not self._launched and all(scheduler.is_idle for scheduler in self.replicas)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
-    ) -> list[list[Completion]]:
-        """The completions of each prompt, in order.
+    ) -> list[RequestOutput]:
+        """The output for each prompt, in order.
 
         Raises:
             ConfigError: one of them cannot be a request, and none of them was queued.
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         for prompt, own in zip(prompts, each, strict=True):
-            self._check(prompt, own)
-        ids = [self._queue(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
-        finished: dict[int, list[Completion]] = {}
-        while not finished.keys() >= set(ids):
-            finished |= self.step()
-        completions = [finished.pop(request) for request in ids]
-        self._unreported |= finished
-        return completions
+            self.check(prompt, own)
+        numbers = [self._queue(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+        finished: dict[int, RequestOutput] = {}
+        others: list[StepOutput] = []
+        while not finished.keys() >= set(numbers):
+            output = self.step()
+            finished |= output.finished
+            others.append(output)
+        self._requests.give_back(others, without=numbers)
+        return [finished[number] for number in numbers]
 
     def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """Queue a request, and return the number under which `step` reports it.
@@ -163,26 +194,23 @@ class Engine:
             ConfigError: the prompt is empty, has an unknown token, or does not fit with its continuation; or more
                 log-probabilities are asked for than there are tokens.
         """
-        self._check(prompt, params)
+        self.check(prompt, params)
         return self._queue(prompt, params)
 
     def _queue(self, prompt: Sequence[int], params: SamplingParams) -> int:
-        """Queue a request that was checked."""
-        sequences: list[SequenceState] = []
-        for _ in range(params.n):
-            parent = sequences[0] if sequences else None
-            sequences.append(SequenceState(tuple(prompt), params.max_new_tokens, parent))
-        request, number = _Request(params, sequences, [None] * params.n), self._next_id
-        self._next_id += 1
-        for index, sequence in enumerate(sequences):
-            self.scheduler.add(sequence)
-            self._sampling[sequence] = (request, index, Sampler.of(params, index))
-            self._logprobs[sequence] = ([], [])
-        self._requests[number] = request
-        return number
+        """Queue a request that was checked, for the replica with the fewest sequences."""
+        replica = min(range(len(self.replicas)), key=lambda i: self.replicas[i].num_sequences)
+        sequences = self._requests.add(tuple(prompt), params, replica)
+        for sequence in sequences:
+            self.replicas[replica].add(sequence.state)
+        return sequences[0].request
 
-    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Raise ConfigError where they cannot be a request."""
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Whether they can be a request.
+
+        Raises:
+            ConfigError: they cannot.
+        """
         vocabulary, longest = self._ranks.cfg.model.vocab_size, self.max_sequence_length
         if not prompt or not all(0 <= token < vocabulary for token in prompt):
             raise ConfigError(
@@ -195,79 +223,159 @@ class Engine:
                 "the smaller of model.max_position_embeddings and the KV cache",
                 f"set max_new_tokens to {room} or less" if room > 0 else f"shorten the prompt to {longest - 1} or less",
             )
-        if params.top_logprobs > vocabulary:
-            raise ConfigError(
-                f"top_logprobs={params.top_logprobs} exceeds model.vocab_size={vocabulary}",
-                f"set top_logprobs to {vocabulary} or less",
-            )
+        for name in ("top_logprobs", "prompt_logprobs"):
+            count = getattr(params, name)
+            if count is not None and count > vocabulary:
+                raise ConfigError(
+                    f"{name}={count} exceeds model.vocab_size={vocabulary}", f"set {name} to {vocabulary} or less"
+                )
 
     def cancel(self, request: int) -> None:
         """Forget a request and free its blocks. One that has finished, or is unknown, is left alone."""
-        cancelled = self._requests.pop(request, None)
-        for sequence in cancelled.sequences if cancelled is not None else ():
-            self._drop(sequence)
+        for sequence in self._requests.of(request):
+            self.replicas[sequence.replica].remove(sequence.state)
+        self._requests.forget(request)
 
-    def step(self) -> dict[int, list[Completion]]:
-        """One forward pass. Returns the requests that have finished since the last call."""
-        reported, self._unreported = self._unreported, {}
-        batch = self.scheduler.schedule()
-        if batch.entries:
-            self._run(batch)
-        done = {number: request for number, request in self._requests.items() if None not in request.completions}
-        for number, request in done.items():
-            del self._requests[number]
-            reported[number] = [completion for completion in request.completions if completion is not None]
-        return reported
+    def end_completion(self, request: int, completion: int) -> None:
+        """End a completion with the tokens that it has, as at a stop token. One that has ended is left alone."""
+        for sequence in self._requests.of(request):
+            if sequence.index == completion:
+                self._end(sequence, "stop")
 
-    def _run(self, batch: Batch) -> None:
-        """A forward pass, and the next token of each sequence whose tokens are all in the cache then."""
-        self.cache.copy(batch.copies)
-        context = PagedContext(batch, self.cache, self._rotary, self._ranks.device, self._model.multiple)
-        logits = self._model.logits(context)
-        sampled = [entry.sequence for entry in context.entries if entry.samples]
-        tokens = self._sample(logits, sampled)
-        self.scheduler.complete(batch, tokens)
-        for sequence in sampled:
-            self._end_if_done(sequence)
+    def step(self) -> StepOutput:
+        """Launch a forward pass, and return what the last one has brought that is not in flight any more.
 
-    def _sample(self, logits: Tensor | None, sequences: list[SequenceState]) -> dict[SequenceState, int]:
-        """The next token of each sequence, chosen by one of the ranks that have the logits [n, vocabulary]."""
-        if not sequences:
-            return {}
-        samplers = [self._sampling[sequence][2] for sequence in sequences]
-        top = max(sampler.params.top_logprobs for sampler in samplers)
-        # Token, log-probability, most probable tokens, their log-probabilities; fp64 has each token id exactly.
-        chosen = torch.zeros(len(sequences), 2 + 2 * top, dtype=torch.float64, device=self._ranks.device)
+        With pipeline parallelism, passes of other sequences go through the earlier stages meanwhile.
+        """
+        batches = [scheduler.schedule() for scheduler in self.replicas]
+        launched = any(batch.entries for batch in batches)
+        if launched:
+            self._launched.append(self._launch(batches))
+        if self._launched and (len(self._launched) == self._depth or not launched):
+            self._finish(self._launched.popleft())
+        return self._requests.take_output()
+
+    def _launch(self, batches: list[Batch]) -> _Launched:
+        """Begin a forward pass of this rank's replica, and the exchange of its results with all other ranks."""
+        own = batches[self._replica]
+        logits: Tensor | None = None
+        pending: list[Any] = []
+        if own.entries or self._ranks.layout.ep > 1:  # experts of other replicas' tokens can be here
+            self.cache.copy(own.copies)
+            padded = self._padded_tokens(batches)
+            context = PagedContext(own, self.cache, self._rotary, self._ranks.device, padded)
+            logits = self._model.logits(context, pending)
+        sequences = [self._sequence(entry) for batch in batches for entry in batch.entries]
+        top = max((_top(sequence.params) for sequence in sequences), default=0)
+        first = [sum(batch.num_rows for batch in batches[:replica]) for replica in range(len(batches) + 1)]
+        results = torch.zeros(first[-1], 2 + 2 * top, dtype=torch.float64, device=self._ranks.device)
         layout = self._ranks.layout
-        chooser = layout.rank_of(pp=layout.pp - 1)
-        if logits is not None and self._ranks.rank.rank == chooser:
-            tokens = choose(logits, samplers)
-            logprobs = logits.log_softmax(dim=-1)
-            best = logprobs.topk(top, dim=-1)
-            own = logprobs.gather(1, tokens.unsqueeze(1))
-            chosen.copy_(torch.cat([tokens.unsqueeze(1).double(), own, best.indices, best.values], dim=1))
-        if layout.world_size > 1:
-            dist.broadcast(chosen, src=chooser)
-        result = {}
-        for sequence, sampler, row in zip(sequences, samplers, chosen.tolist(), strict=True):
-            result[sequence] = int(row[0])
-            logprobs_of, top_of = self._logprobs[sequence]
-            logprobs_of.append(row[1])
-            wanted = sampler.params.top_logprobs
-            top_of.append({int(row[2 + i]): row[2 + top + i] for i in range(wanted)})
-        return result
+        coordinates = layout.coordinates(self._ranks.rank.rank)
+        if logits is not None and (coordinates.tp, coordinates.cp) == (0, 0):
+            results[first[self._replica] : first[self._replica + 1]] = self._results(own, logits, top)
+        if layout.dp > 1:  # the rows of other replicas are zeros
+            pending.append(dist.all_reduce(results, async_op=True))
+        elif layout.world_size > 1:
+            pending.append(dist.broadcast(results, src=layout.rank_of(pp=layout.pp - 1), async_op=True))
+        return _Launched(batches, results, top, pending)
 
-    def _end_if_done(self, sequence: SequenceState) -> None:
-        """Keep the completion of a sequence that has reached its end, and release its blocks."""
-        request, index, _ = self._sampling[sequence]
-        tokens = sequence.new_tokens
-        stopped = tokens[-1] in request.params.stop_token_ids
-        if stopped or len(tokens) == sequence.max_new_tokens:
-            reason = "stop" if stopped else "length"
-            request.completions[index] = Completion(tokens, *self._logprobs[sequence], reason)
-            self._drop(sequence)
+    def _padded_tokens(self, batches: list[Batch]) -> int:
+        """Tokens of the forward pass of this rank, at least one, in equal numbers where ranks gather them."""
+        own, multiple = batches[self._replica].num_tokens, self._model.multiple
+        if self._ranks.cfg.parallel.dispatcher == "allgather" and self._ranks.layout.ep > 1:
+            own = max(batch.num_tokens for batch in batches)
+        return max(-(-own // multiple), 1) * multiple
 
-    def _drop(self, sequence: SequenceState) -> None:
-        self.scheduler.remove(sequence)
-        self._sampling.pop(sequence, None)
-        self._logprobs.pop(sequence, None)
+    def _results(self, batch: Batch, logits: Tensor, top: int) -> Tensor:
+        """The results of `batch` from its logits [rows, vocabulary], by the rank that decides for all."""
+        targets: list[int] = []
+        choices: list[Choice] = []
+        sampled: list[int] = []
+        for entry in batch.entries:
+            sequence = self._sequence(entry)
+            targets += sequence.state.prompt[entry.scored_positions.start + 1 : entry.scored_positions.stop + 1]
+            for position in entry.sampled_positions:
+                sampled.append(len(targets))
+                choices.append(_choice(sequence, entry, position))
+                targets.append(0)
+        tokens = torch.tensor(targets, dtype=torch.long, device=logits.device)
+        if sampled:
+            rows = torch.tensor(sampled, device=logits.device)
+            tokens[rows] = choose(logits[rows], choices)
+        logprobs = logits.log_softmax(dim=-1)
+        best = logprobs.topk(top, dim=-1)
+        tokens = tokens.unsqueeze(1)
+        return torch.cat([tokens.double(), logprobs.gather(1, tokens), best.indices, best.values], dim=1)
+
+    def _finish(self, launched: _Launched) -> None:
+        """Wait for the results of a forward pass, and hand them to the sequences."""
+        for work in launched.pending:
+            work.wait()
+        rows = iter(launched.results.tolist())
+        for scheduler, batch in zip(self.replicas, launched.batches, strict=True):
+            new: dict[SequenceState, list[int]] = {}
+            ended: list[tuple[GeneratedSequence, str]] = []
+            for entry in batch.entries:
+                sequence = self._requests.find(entry.sequence)
+                scored = [next(rows) for _ in entry.scored_positions]
+                sampled = [next(rows) for _ in entry.sampled_positions]
+                if sequence is None:  # cancelled meanwhile
+                    continue
+                for position, row in zip(entry.scored_positions, scored, strict=True):
+                    _, logprob, best = _read(row, launched.top, sequence.params.prompt_logprobs or 0)
+                    sequence.prompt_logprobs[position] = (logprob, best)
+                reason = self._note(sequence, entry, sampled, launched.top, new)
+                if reason is not None:
+                    ended.append((sequence, reason))
+            scheduler.complete(batch, new)
+            for sequence, reason in ended:
+                self._end(sequence, reason)
+
+    def _note(
+        self, sequence: GeneratedSequence, entry: BatchEntry, rows: list[list[float]], top: int,
+        new: dict[SequenceState, list[int]],
+    ) -> str | None:  # fmt: skip
+        """Record the new tokens of a sequence, up to the first that is not the draft. Returns why it ends."""
+        if not sequence.params.max_new_tokens:
+            return "length" if entry.end == entry.known else None
+        drafts = entry.tokens[entry.known - entry.start :]
+        tokens = new.setdefault(entry.sequence, [])
+        for index, row in enumerate(rows):
+            token, logprob, best = _read(row, top, sequence.params.top_logprobs)
+            tokens.append(token)
+            reason = self._requests.note_token(sequence, token, logprob, best)
+            if reason is not None:
+                return reason
+            if index < len(drafts) and drafts[index] != token:
+                break
+        return None
+
+    def _sequence(self, entry: BatchEntry) -> GeneratedSequence:
+        """The sequence of an entry that was just scheduled."""
+        sequence = self._requests.find(entry.sequence)
+        assert sequence is not None
+        return sequence
+
+    def _end(self, sequence: GeneratedSequence, reason: str) -> None:
+        """Keep the completion of a sequence, and release its blocks."""
+        self._requests.end(sequence, reason)
+        self.replicas[sequence.replica].remove(sequence.state)
+
+
+def _choice(sequence: GeneratedSequence, entry: BatchEntry, position: int) -> Choice:
+    """Of the token after `position` of a sequence."""
+    state, generated = sequence.state, position + 1 - len(sequence.state.prompt)
+    if not sequence.params.penalises:
+        return Choice(sequence.params, sequence.index, generated)
+    drafts = entry.tokens[entry.known - entry.start : position + 1 - entry.start]
+    return Choice(sequence.params, sequence.index, generated, state.prompt, (*state.new_tokens, *drafts))
+
+
+def _top(params: SamplingParams) -> int:
+    """How many of the most probable tokens a request wants at a position."""
+    return max(params.top_logprobs, params.prompt_logprobs or 0)
+
+
+def _read(row: list[float], top: int, wanted: int) -> tuple[int, float, TopLogprobs]:
+    """Token, log-probability and `wanted` of the `top` most probable tokens, of a row of results."""
+    return int(row[0]), row[1], {int(row[2 + i]): row[2 + top + i] for i in range(wanted)}

@@ -12,19 +12,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_get_concentration_factor_from_config as concentration,
+)
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from moe_train.inference.context import PagedContext
 from moe_train.model.kernels import gemm
+from moe_train.model.local.cached_layers import run_layers
 from moe_train.ranks import RankContext
 
 
 class CachedModel:
     """The model chunks of this rank, run one pipeline stage after the other.
 
-    Tensor-parallel ranks share the work. Data- and context-parallel ranks all compute the same tokens, because the
-    experts of a token can be on any of them.
+    Tensor-parallel ranks share the work. Data-parallel ranks have tokens of their own. Context-parallel ranks compute
+    the same tokens.
 
     Args:
         models: GPT models, without wrappers, one a virtual pipeline stage.
@@ -51,10 +55,10 @@ class CachedModel:
         return self._ranks.layout.tp if self._config.sequence_parallel else 1
 
     @torch.no_grad()
-    def logits(self, context: PagedContext) -> Tensor | None:
-        """fp32 [sampled rows, vocabulary] on ranks of the last pipeline stage, None on others. Every rank calls it.
+    def logits(self, context: PagedContext, pending: list[Any]) -> Tensor | None:
+        """fp32 [rows, vocabulary] on ranks of the last pipeline stage, None on others. Every rank calls it.
 
-        None, too, where no row is sampled.
+        None, too, where no row is wanted. What is sent to the next stage is added to `pending`.
         """
         stages = self._ranks.layout.pp * len(self._models)
         hidden: Tensor | None = None
@@ -64,30 +68,27 @@ class CachedModel:
                 hidden = self._receive(context)
             hidden = self._decoder(model, hidden, context)
             if stage < stages - 1:
-                dist.send(hidden.contiguous(), ps.get_pipeline_model_parallel_next_rank())
+                pending.append(_Sent(hidden.contiguous(), ps.get_pipeline_model_parallel_next_rank()))
                 hidden = None
-        if hidden is None or not len(context.sampled_rows):
+        if hidden is None or not len(context.rows):
             return None
         return self._output(self._models[-1], hidden, context)
 
     def _decoder(self, model: Any, hidden: Tensor | None, context: PagedContext) -> Tensor:
-        """[t / tp, 1, h] of the stage before (None at the first) -> [t / tp, 1, h]."""
+        """[t / tp, h] of the stage before (None at the first) -> [t / tp, h]."""
         if hidden is None:
             tokens, positions = context.tokens.unsqueeze(0), context.positions.unsqueeze(0)
-            hidden = model.embedding(input_ids=tokens, position_ids=positions)
-        else:
-            model.decoder.set_input_tensor(hidden)
-        angles = None
-        if hasattr(model, "rotary_pos_emb"):  # latent attention makes its own
-            angles, _ = context.rotary_angles(model.rotary_pos_emb)
-        output: Tensor = model.decoder(
-            hidden_states=hidden, attention_mask=None, inference_context=context, rotary_pos_emb=angles
-        )
-        return output
+            hidden = model.embedding(input_ids=tokens, position_ids=positions).squeeze(1)
+        rotary = None
+        if hasattr(model, "rotary_pos_emb"):  # latent attention has its own
+            rotary = context.rotary(model.rotary_pos_emb, concentration(self._config))
+        hidden = run_layers(model.decoder.layers, hidden, context, rotary)
+        norm = model.decoder.final_layernorm
+        return hidden if norm is None else norm(hidden)
 
     def _receive(self, context: PagedContext) -> Tensor:
         rows = len(context.tokens) // self.multiple
-        hidden = torch.empty(rows, 1, self._config.hidden_size, dtype=self.dtype, device=self._ranks.device)
+        hidden = torch.empty(rows, self._config.hidden_size, dtype=self.dtype, device=self._ranks.device)
         dist.recv(hidden, ps.get_pipeline_model_parallel_prev_rank())
         return hidden
 
@@ -97,8 +98,20 @@ class CachedModel:
             hidden = gather_from_sequence_parallel_region(hidden, group=ps.get_tensor_model_parallel_group())
         tied = model.share_embeddings_and_output_weights
         weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-        logits = gemm.linear(hidden[context.sampled_rows].squeeze(1), weight)
+        logits = gemm.matmul(hidden[context.rows], weight.mT)
         return whole_vocabulary(self._ranks, logits).float()
+
+
+class _Sent:
+    """Hidden states on their way to another rank, which are kept until they have arrived."""
+
+    def __init__(self, hidden: Tensor, rank: int) -> None:
+        self._hidden = hidden
+        self._work: Any = dist.isend(hidden, rank)
+
+    def wait(self) -> None:
+        """Until the other rank has them."""
+        self._work.wait()
 
 
 def whole_vocabulary(ranks: RankContext, logits: Tensor) -> Tensor:

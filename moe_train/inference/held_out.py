@@ -10,7 +10,7 @@ from torch import nn
 
 from moe_train.inference import uncached
 from moe_train.inference.engine import Engine, EngineOptions, unsupported
-from moe_train.inference.sampling import SamplingParams
+from moe_train.inference.sampling_params import SamplingParams
 from moe_train.ranks import RankContext
 from moe_train.run import Run
 
@@ -59,4 +59,4 @@ def continue_prompts(
         return tokens
     options = EngineOptions(num_blocks=len(prompts) * -(-(len(prompts[0]) + count) // EngineOptions.block_size))
     with Engine(ranks, chunks, options) as engine:
-        return [completions[0].tokens for completions in engine.generate(prompts, SamplingParams(count))]
+        return [output.completions[0].tokens for output in engine.generate(prompts, SamplingParams(count))]

@@ -13,7 +13,8 @@ import torch
 
 from bench import bench_step, step_grouped, step_profile, step_transformers
 from bench.step_data import StepTask
-from bench.step_workers import OURS, Worker
+from bench.step_workers import OURS, prepare
+from bench.workers import Worker
 from moe_train.model.kernels.cpu_kernels import uneven_counts
 from parallel.errors import HardwareError
 
@@ -56,7 +57,7 @@ def test_both_sides_start_from_the_same_weights_and_stay_together(tmp_path: Path
     for number, (side, overrides) in enumerate(
         [(OURS, ()), ("grouped_mm", ()), (OURS, ("backend.grouped_gemm=false",)), ("eager", ())]
     ):
-        worker = Worker(side, StepTask("fp32", 2, 32, 1, overrides=overrides), tmp_path / f"{number // 2}.pt")
+        worker = Worker(prepare, side, StepTask("fp32", 2, 32, 1, overrides=overrides), tmp_path / f"{number // 2}.pt")
         losses.append([loss for loss, _ in worker.ask("steps", 2)])
         worker.stop()
     for other in losses[1:]:
@@ -65,7 +66,7 @@ def test_both_sides_start_from_the_same_weights_and_stay_together(tmp_path: Path
 
 
 def test_the_profile_finds_every_part_of_a_step_and_leaves_nothing_out(tmp_path: Path) -> None:
-    worker = Worker(OURS, StepTask("bf16", 2, 32, 1), tmp_path / "weights.pt")
+    worker = Worker(prepare, OURS, StepTask("bf16", 2, 32, 1), tmp_path / "weights.pt")
     parts, operations = worker.ask("profile", 1)
     after = worker.ask("steps", 1)
     worker.stop()

@@ -10,7 +10,7 @@ import torch
 from moe_train.checkpoint import weights
 from moe_train.conversion import hf_config
 from moe_train.inference.engine import Engine, EngineOptions
-from moe_train.inference.sampling import SamplingParams
+from moe_train.inference.sampling_params import SamplingParams
 from moe_train.ranks import build_model
 from tests.checkpoint import small_run
 from tests.conversion import models
@@ -34,8 +34,8 @@ def by_engine(directories: list[Path]) -> list[list[list[int]]]:
         chunks = build_model(ranks)
         weights.load(ranks, chunks, directory)
         with Engine(ranks, chunks, EngineOptions(num_blocks=32, block_size=4, max_batch_tokens=16)) as engine:
-            completions = engine.generate(prompts(), SamplingParams(max_new_tokens=NEW))
-        found.append([completion.tokens for (completion,) in completions])
+            outputs = engine.generate(prompts(), SamplingParams(max_new_tokens=NEW))
+        found.append([output.completions[0].tokens for output in outputs])
     return found
 
 

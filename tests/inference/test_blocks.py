@@ -16,7 +16,7 @@ def filled(pool: BlockPool, tokens: list[int]) -> BlockTable:
     """A table whose tokens were computed, as far as they were not known."""
     table = BlockTable.with_prefix(pool, tokens)
     table.reserve(len(tokens) - table.num_tokens)
-    table.append(tokens, table.num_tokens)
+    table.append(tokens, table.num_tokens, len(tokens))
     return table
 
 
@@ -122,7 +122,7 @@ def test_a_random_walk_leaks_nothing_and_shares_only_equal_content(seed: int) ->
         for position in range(start, len(tokens)):
             block = table.blocks[position // SIZE]
             contents[block] = (*contents[block][: position % SIZE], tokens[position])
-        table.append(tokens, start)
+        table.append(tokens, start, len(tokens))
         return True
 
     for _ in range(400):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from megatron.core.utils import unwrap_model
 
-from moe_train.inference.engine import Completion, Engine, EngineOptions
-from moe_train.inference.sampling import SamplingParams
+from moe_train.inference.engine import Engine, EngineOptions
+from moe_train.inference.requests import Completion, RequestOutput
+from moe_train.inference.sampling_params import SamplingParams
 from moe_train.ranks import RankContext, build_model
 from parallel.errors import ConfigError
 from tests.checkpoint import small_run
@@ -41,7 +42,7 @@ def prompts() -> list[list[int]]:
     return [[draw.randrange(small_run.VOCABULARY) for _ in range(length)] for length in (5, 1, 22, 13)]
 
 
-def built(degrees: dict[str, int], changes: dict[str, Any]) -> tuple[RankContext, list[Any]]:
+def built(degrees: dict[str, Any], changes: dict[str, Any]) -> tuple[RankContext, list[Any]]:
     # Larger weights than those of training, so that the most probable token is far from a tie.
     cfg = small_run.config(Path("unused"), degrees, model__init_std=0.2, **changes)
     ranks = small_run.join(cfg)
@@ -66,22 +67,27 @@ def training_logprobs(chunks: list[Any], tokens: list[int]) -> torch.Tensor:
     return found
 
 
-def greedy(degrees: dict[str, int], changes: dict[str, Any]) -> list[list[int]]:
+def texts(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [completion.tokens for output in outputs for completion in output.completions]
+
+
+def greedy(degrees: dict[str, Any], changes: dict[str, Any]) -> list[list[int]]:
     ranks, chunks = built(degrees, changes)
     with Engine(ranks, chunks, OPTIONS) as engine:
-        completions = engine.generate(prompts(), SamplingParams(max_new_tokens=NEW))
-    assert engine.pool.available == OPTIONS.num_blocks
+        outputs = engine.generate(prompts(), SamplingParams(max_new_tokens=NEW))
+    assert engine.num_free_blocks == engine.num_blocks
     assert all(chunk.training for chunk in chunks)
-    return [one.tokens for (one,) in completions]
+    return texts(outputs)
 
 
 def compared_with_training(changes: dict[str, Any]) -> float:
     """The largest difference of a log-probability. Asserts that each token is the most probable after its prefix."""
     ranks, chunks = built({}, changes)
     with Engine(ranks, chunks, OPTIONS) as engine:
-        completions = engine.generate(prompts(), SamplingParams(max_new_tokens=NEW))
+        outputs = engine.generate(prompts(), SamplingParams(max_new_tokens=NEW))
     worst = 0.0
-    for prompt, (completion,) in zip(prompts(), completions, strict=True):
+    for prompt, output in zip(prompts(), outputs, strict=True):
+        (completion,) = output.completions
         logprobs = training_logprobs(chunks, prompt + completion.tokens)[len(prompt) - 1 :]
         assert completion.tokens == logprobs.argmax(dim=-1).tolist()
         worst = max(worst, float((torch.tensor(completion.logprobs) - logprobs.amax(dim=-1)).abs().max()))
@@ -101,16 +107,95 @@ def test_cached_generation_is_recomputation_of_the_whole_prefix(shape: str) -> N
         ({"tp": 2}, "gqa_one_group", 2),  # which both ranks have
         ({"pp": 2, "vpp": 2}, "gqa_yarn", 2),
         ({"cp": 2, "ep": 2}, "mla", 2),
+        ({"pp": 2}, "mla", 2),
+        ({"dp": 2}, "gqa_tied_partial_rope", 2),
+        ({"dp": 2, "ep": 2}, "mla_without_q_lora", 2),
+        ({"dp": 2, "ep": 2, "dispatcher": "allgather"}, "gqa", 2),
+        ({"tp": 2, "etp": 2}, "mla", 2),
+        ({"tp": 2, "dp": 2, "ep": 2}, "mla", 4),
         ({"tp": 2, "pp": 2, "ep": 2}, "mla", 4),
     ],
     ids=lambda value: "".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
 )
 def test_every_rank_of_every_layout_generates_what_a_single_rank_does(
-    degrees: dict[str, int], shape: str, ranks: int
+    degrees: dict[str, Any], shape: str, ranks: int
 ) -> None:
     (alone,) = run_distributed(greedy, 1, {}, SHAPES[shape])
     assert len({tuple(text) for text in alone}) == len(alone)
     assert run_distributed(greedy, ranks, degrees, SHAPES[shape]) == [alone] * ranks
+
+
+def scored(changes: dict[str, Any]) -> None:
+    """Log-probabilities of prompts, in chunks, with evictions, alone and with completions."""
+    ranks, chunks = built({}, changes)
+    tight = EngineOptions(num_blocks=9, block_size=4, max_batch_tokens=7)
+    params = SamplingParams(max_new_tokens=6, n=2, temperature=1.0, prompt_logprobs=3)
+    with Engine(ranks, chunks, tight) as engine:
+        scores = engine.generate(prompts(), SamplingParams(max_new_tokens=0, prompt_logprobs=0))
+        outputs = engine.generate(prompts(), params)
+        assert engine.num_free_blocks == engine.num_blocks
+        silent = engine.generate(prompts(), SamplingParams(max_new_tokens=0))
+    assert all(output.prompt_logprobs is None for output in silent)
+    for prompt, score, output in zip(prompts(), scores, outputs, strict=True):
+        assert score.completions == [Completion([], [], [], "length")]
+        assert [len(completion.tokens) for completion in output.completions] == [6, 6]
+        assert output.prompt_logprobs is not None
+        assert output.prompt_top_logprobs is not None
+        assert score.prompt_logprobs == pytest.approx(output.prompt_logprobs, abs=1e-5)
+        logprobs = training_logprobs(chunks, [*prompt, 0])[: len(prompt) - 1]
+        own = logprobs.gather(1, torch.tensor(prompt[1:], dtype=torch.long).unsqueeze(1)).squeeze(1)
+        assert output.prompt_logprobs == pytest.approx(own.tolist(), abs=1e-5)
+        best = logprobs.topk(3)
+        assert [list(top) for top in output.prompt_top_logprobs] == best.indices.tolist()
+        found = [list(top.values()) for top in output.prompt_top_logprobs]
+        assert torch.allclose(torch.tensor(found).view(-1, 3), best.values, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["mla", "gqa"])
+def test_prompts_have_the_log_probabilities_of_training(shape: str) -> None:
+    run_distributed(scored, 1, SHAPES[shape])
+
+
+def ended_early() -> None:
+    ranks, chunks = built({}, {})
+    (prompt, *_), params = prompts(), SamplingParams(max_new_tokens=9, n=2, temperature=1.0)
+    with Engine(ranks, chunks, OPTIONS) as engine:
+        (whole,) = engine.generate([prompt], params)
+        request, tokens = engine.add_request(prompt, params), []
+        while not (output := engine.step()).finished:
+            tokens += [new.token for new in output.tokens if new.completion == 1]
+            if len(tokens) == 3:
+                engine.end_completion(request, 1)
+                engine.end_completion(request, 1)  # once more is harmless
+        first, second = output.finished[request].completions
+        assert (first.tokens, first.finish_reason) == (whole.completions[0].tokens, "length")
+        assert (second.tokens, second.finish_reason) == (whole.completions[1].tokens[:3], "stop")
+        engine.end_completion(request, 0)
+        assert engine.is_idle
+        assert engine.num_free_blocks == engine.num_blocks
+
+
+def test_a_completion_can_be_ended_early() -> None:
+    run_distributed(ended_early, 1)
+
+
+def replicated() -> tuple[list[int], list[list[int]]]:
+    ranks, chunks = built({"dp": 2}, {})
+    with Engine(ranks, chunks, OPTIONS) as engine:
+        numbers = [engine.add_request(prompt, SamplingParams(max_new_tokens=NEW)) for prompt in prompts()]
+        shares = [scheduler.num_sequences for scheduler in engine.replicas]
+        engine.cancel(numbers[1])
+        found: dict[int, RequestOutput] = {}
+        while not engine.is_idle:
+            found |= engine.step().finished
+    return shares, texts([found[number] for number in sorted(found)])
+
+
+def test_data_parallel_replicas_share_the_requests() -> None:
+    alone = run_distributed(greedy, 1, {}, {})[0]
+    for shares, found in run_distributed(replicated, 2):
+        assert shares == [2, 2]
+        assert found == [alone[0], *alone[2:]]
 
 
 def options_of(draw: random.Random) -> EngineOptions:
@@ -143,7 +228,7 @@ def random_schedules(changes: dict[str, Any], seeds: range) -> tuple[int, int]:
     alone: list[list[Completion]] = []
     for prompt, params in requests:
         with Engine(ranks, chunks, roomy) as engine:
-            alone += engine.generate([prompt], params)
+            alone += [output.completions for output in engine.generate([prompt], params)]
     for seed in seeds:
         draw = random.Random(seed)
         with Engine(ranks, chunks, options_of(draw)) as engine:
@@ -159,11 +244,11 @@ def random_schedules(changes: dict[str, Any], seeds: range) -> tuple[int, int]:
                     engine.cancel(victim)
                     del running[victim]
                     cancelled += 1
-                for number, completions in engine.step().items():
-                    found[running.pop(number)] = completions
-                seen |= {sequence: sequence.evictions for sequence in engine.scheduler.waiting}
+                for number, output in engine.step().finished.items():
+                    found[running.pop(number)] = output.completions
+                seen |= {sequence: sequence.evictions for sequence in engine.replicas[0].waiting}
             evictions += sum(seen.values())
-            assert engine.pool.available == engine.pool.num_blocks
+            assert engine.num_free_blocks == engine.num_blocks
         for index, completions in found.items():
             for one, other in zip(completions, alone[index], strict=True):
                 assert (one.tokens, one.finish_reason) == (other.tokens, other.finish_reason), (seed, index)
@@ -194,9 +279,10 @@ def differences(precision: str, formats: list[str | None]) -> list[float]:
     for cache_format in formats:
         options = EngineOptions(num_blocks=64, block_size=4, max_batch_tokens=16, cache_format=cache_format)
         with Engine(ranks, chunks, options) as engine:
-            completions = engine.generate(prompts(), SamplingParams(max_new_tokens=NEW))
+            outputs = engine.generate(prompts(), SamplingParams(max_new_tokens=NEW))
         parts = []
-        for prompt, (completion,) in zip(prompts(), completions, strict=True):
+        for prompt, output in zip(prompts(), outputs, strict=True):
+            (completion,) = output.completions
             logprobs = training_logprobs(chunks, prompt + completion.tokens)[len(prompt) - 1 :]
             own = logprobs.gather(1, torch.tensor(completion.tokens).unsqueeze(1)).squeeze(1)
             parts.append((torch.tensor(completion.logprobs) - own).abs().mean())
@@ -220,23 +306,26 @@ def left_behind() -> None:
     ranks, chunks = built({}, {})
     short, long = ([1, 2, 3], SamplingParams(2)), ([4, 5, 6, 7, 8], SamplingParams(9))
     with Engine(ranks, chunks, OPTIONS) as engine:
-        expected = [engine.generate([prompt], params)[0][0].tokens for prompt, params in (short, long)]
+        expected = [texts(engine.generate([prompt], params))[0] for prompt, params in (short, long)]
         queued = engine.add_request(*short)
-        assert engine.generate([long[0]], long[1])[0][0].tokens == expected[1]
-        ((number, (completion,)),) = engine.step().items()
-        assert (number, completion.tokens) == (queued, expected[0])
+        assert texts(engine.generate([long[0]], long[1])) == [expected[1]]
+        output = engine.step()
+        assert [token.token for token in output.tokens] == expected[0]
+        assert {token.request for token in output.tokens} == {queued}
+        assert texts([output.finished.pop(queued)]) == [expected[0]]
+        assert not output.finished
         engine.add_request(*long)
         engine.step()
-    assert engine.scheduler.is_idle
-    assert engine.pool.available == OPTIONS.num_blocks
+    assert engine.is_idle
+    assert engine.num_free_blocks == OPTIONS.num_blocks
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.mul_(-0.7)
     with Engine(ranks, chunks, OPTIONS) as fresh:
-        changed = fresh.generate([long[0]], long[1])[0][0].tokens
+        (changed,) = texts(fresh.generate([long[0]], long[1]))
     assert changed != expected[1]
     with engine:
-        assert engine.generate([long[0]], long[1])[0][0].tokens == changed
+        assert texts(engine.generate([long[0]], long[1])) == [changed]
 
 
 def test_the_end_of_the_block_cancels_requests_and_forgets_the_cache() -> None:
@@ -254,7 +343,7 @@ def refused() -> list[str]:
         with pytest.raises(ConfigError) as caught:
             engine.add_request([1], SamplingParams(max_new_tokens=1, top_logprobs=129))
         messages.append(str(caught.value))
-        assert engine.scheduler.is_idle
+        assert engine.is_idle
     ranks.cfg.model.capacity_factor = 1.0
     with pytest.raises(ConfigError) as caught:
         Engine(ranks, chunks, OPTIONS)

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from moe_train.inference.blocks import BlockPool
-from moe_train.inference.scheduler import Batch, Scheduler, SequenceState, SequenceTooLong
+from moe_train.inference.scheduler import Batch, BatchEntry, Scheduler, SequenceState, SequenceTooLong
 
 SIZE = 4
 
@@ -17,13 +17,28 @@ def next_token(tokens: list[int]) -> int:
     return hash(tuple(tokens)) % 7
 
 
-def step(scheduler: Scheduler) -> Batch:
-    """One forward pass of `next_token`, and removal of the sequences that have all their tokens."""
-    batch = scheduler.schedule()
-    scheduler.complete(batch, {e.sequence: next_token(e.sequence.tokens) for e in batch.entries if e.samples})
+def verified(entry: BatchEntry) -> list[int]:
+    """The tokens that follow, up to the first that is not the draft."""
+    new: list[int] = []
+    for draft in (*entry.tokens[entry.known - entry.start :], None):
+        new.append(next_token([*entry.sequence.tokens, *new]))
+        if new[-1] != draft:
+            break
+    return new
+
+
+def finish(scheduler: Scheduler, batch: Batch) -> None:
+    """Complete a forward pass of `next_token`, and remove the sequences that have all their tokens."""
+    scheduler.complete(batch, {e.sequence: verified(e) for e in batch.entries if e.samples})
     for entry in batch.entries:
-        if len(entry.sequence.new_tokens) == entry.sequence.max_new_tokens:
+        if entry.sequence.num_new_tokens == entry.sequence.max_new_tokens:
             scheduler.remove(entry.sequence)
+
+
+def step(scheduler: Scheduler) -> Batch:
+    """One forward pass."""
+    batch = scheduler.schedule()
+    finish(scheduler, batch)
     return batch
 
 
@@ -116,14 +131,56 @@ def test_a_sequence_that_never_fits_is_refused() -> None:
         scheduler.add(SequenceState((1,) * 5, 5))
 
 
+def test_drafts_are_computed_with_the_last_known_token() -> None:
+    scheduler = Scheduler(BlockPool(8, SIZE), max_batch_tokens=16, max_sequences=4)
+    sequence = SequenceState((1, 2, 3), 6)
+    scheduler.add(sequence)
+    step(scheduler)
+    wanted = expected(sequence.prompt, 6)
+    sequence.draft = [wanted[1], wanted[2], wanted[3] + 1]
+    assert spans(step(scheduler)) == [(0, 3, 7)]
+    assert sequence.new_tokens == wanted[:4]
+    assert sequence.num_cached == 3 + 3  # of the drafts, the two that were right
+    sequence.draft = [wanted[4], wanted[5], 0, 0]
+    assert spans(step(scheduler)) == [(0, 6, 8)]  # not more than the tokens that are wanted
+    assert sequence.new_tokens == wanted
+    assert scheduler.is_idle
+
+
+def test_sequences_in_flight_wait_for_their_token() -> None:
+    scheduler = Scheduler(BlockPool(8, SIZE), max_batch_tokens=16, max_sequences=4, max_in_flight=2)
+    for first in range(3):
+        scheduler.add(SequenceState((first,), 2))
+    batches = [scheduler.schedule() for _ in range(3)]
+    assert [spans(batch) for batch in batches] == [[(0, 0, 1), (1, 0, 1)], [(2, 0, 1)], []]
+    finish(scheduler, batches[0])
+    assert spans(scheduler.schedule()) == [(0, 1, 2), (1, 1, 2)]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_random_arrivals_cancellations_and_evictions_change_no_token(seed: int) -> None:
     draw = random.Random(seed)
     pool = BlockPool(draw.randint(6, 12), SIZE)
-    budget = draw.choice([3, 8, 32])
-    scheduler = Scheduler(pool, budget, max_sequences=draw.randint(1, 6))
+    budget, depth = draw.choice([3, 8, 32]), draw.randint(1, 3)
+    scheduler = Scheduler(pool, budget, max_sequences=draw.randint(1, 6), max_in_flight=depth)
     sequences: list[SequenceState] = []
     cancelled: set[SequenceState] = set()
+    in_flight: list[Batch] = []
+
+    def advance() -> None:
+        batch = scheduler.schedule()
+        assert batch.num_tokens <= budget
+        assert batch.num_tokens or in_flight or scheduler.is_idle
+        for entry in batch.entries:
+            assert len(entry.blocks) * SIZE >= entry.end > entry.start
+            assert not any(entry.sequence is other.sequence for earlier in in_flight for other in earlier.entries)
+        in_flight.append(batch)
+        if len(in_flight) == depth or not batch.entries:
+            finish(scheduler, in_flight.pop(0))
+        for sequence in scheduler.running:  # guesses, of which half are right
+            if draw.random() < 0.3 and not any(sequence is e.sequence for b in in_flight for e in b.entries):
+                sequence.draft = [token + draw.randint(0, 1) for token in expected(tuple(sequence.tokens), 2)]
+
     for _ in range(300):
         if draw.random() < 0.3 and len(sequences) < 25:
             prompt = tuple(draw.randrange(2) for _ in range(draw.randint(1, 14)))
@@ -136,13 +193,9 @@ def test_random_arrivals_cancellations_and_evictions_change_no_token(seed: int) 
             cancelled.add(draw.choice(sequences))
             for sequence in cancelled:
                 scheduler.remove(sequence)
-        batch = step(scheduler)
-        assert batch.num_tokens <= budget
-        assert batch.num_tokens or scheduler.is_idle
-        for entry in batch.entries:
-            assert len(entry.blocks) * SIZE >= entry.end > entry.start
+        advance()
     while not scheduler.is_idle:
-        step(scheduler)
+        advance()
     assert pool.available == pool.num_blocks
     for sequence in set(sequences) - cancelled:
         assert sequence.new_tokens == expected(sequence.prompt, sequence.max_new_tokens)

@@ -205,7 +205,7 @@ class MultiLatentAttention(SpecifiedLatentAttention):
             self.linear_q_down_proj = self.down_projection(config.hidden_size, config.q_lora_rank, config)
 
     def forward(self, hidden_states: Tensor, *args: Any, inference_context: Any = None, **kwargs: Any) -> Any:
-        """[s / tp, b, h] -> the same shape, and no bias.
+        """[s / tp, b, h] -> the same shape, and no bias. With an `inference_context` the shape is [t / tp, h].
 
         Args:
             inference_context: a `cached_attention.CacheContext`. Upstream's path for one needs Transformer Engine and
@@ -213,7 +213,7 @@ class MultiLatentAttention(SpecifiedLatentAttention):
         """
         if inference_context is None:
             return super().forward(hidden_states, *args, **kwargs)
-        return cached_attention.latent_attention(self, hidden_states, inference_context)
+        return cached_attention.latent_attention(self, hidden_states, inference_context), None
 
 
 class GroupedQueryAttention(SelfAttention):
@@ -225,13 +225,15 @@ class GroupedQueryAttention(SelfAttention):
     ) -> Any:  # fmt: skip
         """[s / tp, b, h] -> the same shape, and the bias of the output projection.
 
+        With an `inference_context` the shape is [t / tp, h], and the bias has been added.
+
         Args:
             inference_context: a `cached_attention.CacheContext`.
-            rotary_pos_emb: angles of each position, with an `inference_context` of each token.
+            rotary_pos_emb: angles of each position, with an `inference_context` cosine and sine of each token's.
         """
         if inference_context is None:
             return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
-        return cached_attention.grouped_attention(self, hidden_states, rotary_pos_emb, inference_context)
+        return cached_attention.grouped_attention(self, hidden_states, rotary_pos_emb, inference_context), None
 
 
 def _expand(x: Tensor, repeat: int) -> Tensor:

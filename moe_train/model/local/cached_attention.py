@@ -1,7 +1,7 @@
 """Attention of the `local` backend over a paged KV cache.
 
-The batch is [t, 1, h]: tokens of many sequences, those of sequences with one token first (they decode). Each layer
-writes what it keeps of all tokens to its cache, and then attends to what the cache has of each sequence.
+The batch is [t, h]: tokens of many sequences, those of sequences with one token first (they decode). Each layer writes
+what it keeps of all tokens to its cache, and then attends to what the cache has of each sequence.
 
 Multi-head latent attention has two ways to the same result (arXiv 2405.04434, section 2.1.2). The plain one computes
 keys and values of all heads from the latents. The absorbed one multiplies the queries by the key up-projection instead,
@@ -11,22 +11,19 @@ not expand the latents of all earlier tokens.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from megatron.core.models.common.embeddings import apply_rotary_pos_emb
-from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from moe_train.model.kernels import gemm
 
-# From 0.19 upstream's function asks whether to reorder the rotary dimensions of latent attention. Before, it takes the
-# answer from the config (models/common/embeddings/rope_utils.py).
-_INTERLEAVED = "mla_rotary_interleaved"
-_OF_LATENT = {_INTERLEAVED: True} if _INTERLEAVED in inspect.signature(apply_rotary_pos_emb).parameters else {}
+Slots = slice | Tensor
+"""Places in the cache: consecutive ones, or any [...]."""
+Rotary = tuple[Tensor, Tensor]
+"""Cosine and sine of the angles of each token, [t, 1, rotary dimensions], in the precision of the model."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +32,46 @@ class Prefill:
 
     Args:
         rows: of the batch.
-        slots: in the cache, [k], of all tokens of the sequence up to the last of `rows`.
+        num_keys: tokens of the sequence up to the last of `rows`.
+        slots: their places in the cache, in order.
     """
 
     rows: slice
-    slots: Tensor
+    num_keys: int
+    slots: Slots
 
     @property
     def starts_sequence(self) -> bool:
         """Whether the tokens are the first of their sequence."""
-        return len(self.slots) == self.rows.stop - self.rows.start
+        return self.num_keys == self.rows.stop - self.rows.start
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Places of all tokens that the decoding sequences attend to, to be copied side by side.
+
+    Args:
+        slots: [n, k].
+        mask: [n, 1, k], added to the scores.
+    """
+
+    slots: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Where the tokens are that the decoding sequences attend to, in one of two ways.
+
+    Args:
+        gathered: all of them together.
+        pieces: for each sequence: its longest run of consecutive places, and the other places, if any. Attention then
+            reads the run where it is.
+    """
+
+    count: int
+    gathered: Gathered | None
+    pieces: list[list[Slots]]
 
 
 class LayerStore(Protocol):
@@ -59,8 +86,8 @@ class LayerStore(Protocol):
         """Store [t, heads, width] of each part."""
         ...
 
-    def read(self, name: str, slots: Tensor) -> Tensor:
-        """[..., heads, width] of `slots` [...]."""
+    def read(self, name: str, slots: Slots) -> Tensor:
+        """[..., heads, width] of `slots`."""
         ...
 
 
@@ -68,18 +95,21 @@ class CacheContext(Protocol):
     """A forward pass with the cache, of `num_tokens` tokens and a few that pad the batch."""
 
     num_tokens: int
-    num_decode: int
     slots: Tensor
-    decode_slots: Tensor
-    decode_mask: Tensor
+    decoding: Decoding
     prefills: list[Prefill]
 
     def layer(self, number: int) -> LayerStore:
         """The cache of a layer."""
         ...
 
-    def rotary_angles(self, rotary: Any) -> tuple[Tensor, float]:
-        """Angles [t, 1, 1, rotary dimensions] of the tokens, and the factor on their cosine and sine."""
+    def rotary(self, module: Any, scale: float | None) -> Rotary:
+        """Cosine and sine of the tokens' positions.
+
+        Args:
+            module: Megatron-Core's, which has the same settings in all layers.
+            scale: factor on both; None takes that of the module.
+        """
         ...
 
 
@@ -90,60 +120,74 @@ def absorption_is_cheaper(queries: int, keys: int, latent: int, nope: int, rope:
     return absorbed < plain
 
 
-def latent_attention(attention: Any, hidden: Tensor, context: CacheContext) -> tuple[Tensor, Tensor | None]:
-    """Multi-head latent attention: hidden [t / tp, 1, h] -> the same shape, and no bias.
+def latent_attention(attention: Any, hidden: Tensor, context: CacheContext) -> Tensor:
+    """Multi-head latent attention: hidden [t / tp, h] -> the same shape.
 
     Args:
         attention: Megatron-Core's module, whose weights and norms it uses.
     """
     queries, latent, rotary_key = _latent_projections(attention, hidden, context)
-    count, store = context.num_tokens, context.layer(attention.layer_number)
+    count, store, decoding = context.num_tokens, context.layer(attention.layer_number), context.decoding
     store.write(context.slots, latent=latent[:count].unsqueeze(1), rotary_key=rotary_key[:count].unsqueeze(1))
-    out = queries.new_zeros(*queries.shape[:2], attention.config.v_head_dim)
-    if context.num_decode:
-        rows = slice(0, context.num_decode)
-        keys = _latent_keys(store, context.decode_slots)
-        out[rows] = _decode_absorbed(attention, queries[rows], keys, context.decode_mask)
+    parts = []
+    if decoding.count:
+        parts.append(_decode_absorbed(attention, queries[: decoding.count], store, decoding))
     for prefill in context.prefills:
         rows = prefill.rows
         if store.is_exact and prefill.starts_sequence:
             keys = torch.cat([latent[rows], rotary_key[rows]], dim=-1)
         else:
-            keys = _latent_keys(store, prefill.slots)
-        out[rows] = _latent_prefill(attention, queries[rows], keys)
-    output: tuple[Tensor, Tensor | None] = attention.linear_proj(out.flatten(1).unsqueeze(1))
-    return output
+            keys = torch.cat([store.read(name, prefill.slots) for name in ("latent", "rotary_key")], dim=-1).squeeze(-2)
+        parts.append(_latent_prefill(attention, queries[rows], keys))
+    return project(attention.linear_proj, _joined(parts, queries, attention.config.v_head_dim))
 
 
-def grouped_attention(
-    attention: Any, hidden: Tensor, rotary: Tensor, context: CacheContext
-) -> tuple[Tensor, Tensor | None]:
-    """Grouped-query attention: hidden [t / tp, 1, h] -> the same shape, and the bias of the output projection.
-
-    Args:
-        rotary: angles of each token's position, [t, 1, 1, rotary dimensions].
-    """
-    queries, keys, values = attention.get_query_key_value_tensors(hidden, None)
-    scale = _yarn_get_concentration_factor_from_config(attention.config)
-    queries, keys = (_rotated(attention, x, rotary, scale).squeeze(1) for x in (queries, keys))
+def grouped_attention(attention: Any, hidden: Tensor, rotary: Rotary, context: CacheContext) -> Tensor:
+    """Grouped-query attention: hidden [t / tp, h] -> the same shape."""
+    queries, keys, values = attention.get_query_key_value_tensors(hidden.unsqueeze(1), None)
+    interleaved = attention.config.rotary_interleaved
+    queries, keys = (rotated(x.squeeze(1), rotary, interleaved) for x in (queries, keys))
     values = values.squeeze(1)
-    count, store = context.num_tokens, context.layer(attention.layer_number)
+    count, store, decoding = context.num_tokens, context.layer(attention.layer_number), context.decoding
     store.write(context.slots, key=keys[:count], value=values[:count])
-    out = torch.zeros_like(queries)
-    if context.num_decode:
-        rows, slots = slice(0, context.num_decode), context.decode_slots
-        out[rows] = _decode_grouped(
-            queries[rows], store.read("key", slots), store.read("value", slots), context.decode_mask,
-            attention.core_attention.scale,
-        )  # fmt: skip
+    parts = []
+    if decoding.count:
+        parts.append(_decode_grouped(queries[: decoding.count], store, decoding, attention.core_attention.scale))
     for prefill in context.prefills:
         rows = prefill.rows
         own = (keys[rows], values[rows])
         if not (store.is_exact and prefill.starts_sequence):
             own = (store.read("key", prefill.slots), store.read("value", prefill.slots))
-        out[rows] = _prefill(attention, queries[rows], *own)
-    output: tuple[Tensor, Tensor | None] = attention.linear_proj(out.flatten(1).unsqueeze(1))
-    return output
+        parts.append(_prefill(attention, queries[rows], *own))
+    return project(attention.linear_proj, _joined(parts, queries, queries.size(-1)))
+
+
+def project(linear: Any, x: Tensor) -> Tensor:
+    """x [t, in] through a linear layer, with its bias: [t, out], where ranks share the layer as it shards tokens."""
+    weight = _plain_weight(linear)
+    if weight is not None:
+        return gemm.matmul(x, weight.mT)
+    output, bias = linear(x.unsqueeze(1))
+    output = output.squeeze(1)
+    result: Tensor = output if bias is None else output + bias
+    return result
+
+
+def _plain_weight(linear: Any) -> Tensor | None:
+    """The weight of a layer that is a GEMM and nothing else: no collective, no bias, no other number format."""
+    if getattr(linear, "kernel", None) is not gemm.HIGH_PRECISION or getattr(linear, "bias", None) is not None:
+        return None
+    group = getattr(linear, "tp_group", None)
+    weight: Tensor = linear.weight
+    return weight if group is None or group.size() == 1 else None
+
+
+def _joined(parts: list[Tensor], queries: Tensor, width: int) -> Tensor:
+    """Outputs [n, heads, width] of all sequences, and zeros for tokens that pad the batch: [t, heads * width]."""
+    missing = len(queries) - sum(len(part) for part in parts)
+    if missing:
+        parts = [*parts, queries.new_zeros(missing, queries.size(1), width)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 
 
 def _latent_projections(attention: Any, hidden: Tensor, context: CacheContext) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,34 +198,39 @@ def _latent_projections(attention: Any, hidden: Tensor, context: CacheContext) -
     """
     config = attention.config
     if config.q_lora_rank is not None:
-        queries, _ = attention.linear_q_up_proj(attention.q_layernorm(attention.linear_q_down_proj(hidden)[0]))
+        compressed = attention.q_layernorm(project(attention.linear_q_down_proj, hidden))
+        queries = project(attention.linear_q_up_proj, compressed)
     else:
-        queries, _ = attention.linear_q_proj(hidden)
-    queries = queries.view(*queries.shape[:2], -1, attention.q_head_dim)
-    combined, _ = attention.linear_kv_down_proj(hidden)
+        queries = project(attention.linear_q_proj, hidden)
+    queries = queries.view(len(queries), -1, attention.q_head_dim)
+    combined = project(attention.linear_kv_down_proj, hidden)
     latent, rotary_key = combined.split([config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1)
     latent = attention.kv_layernorm(latent)
     if config.sequence_parallel:
         latent, rotary_key = (
             gather_from_sequence_parallel_region(x.contiguous(), group=attention.tp_group) for x in (latent, rotary_key)
         )
-    angles, scale = context.rotary_angles(attention.rotary_pos_emb)
-    nope, rotary = queries.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
-    queries = torch.cat([nope, _rotated(attention, rotary, angles, scale, _OF_LATENT)], dim=-1)
-    rotary_key = _rotated(attention, rotary_key.unsqueeze(2), angles, scale, _OF_LATENT)
-    return queries.squeeze(1), latent.squeeze(1), rotary_key.flatten(1)
+    rotary = context.rotary(attention.rotary_pos_emb, None)
+    nope, rotary_queries = queries.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
+    queries = torch.cat([nope, rotated(rotary_queries, rotary, interleaved=True)], dim=-1)
+    return queries, latent, rotated(rotary_key.unsqueeze(1), rotary, interleaved=True).squeeze(1)
 
 
-def _rotated(attention: Any, x: Tensor, angles: Tensor, scale: float, options: dict[str, bool] | None = None) -> Tensor:
-    """`x` [t, 1, heads, d], rotated by `angles` [t, 1, 1, rotary dimensions]."""
-    group, options = attention.pg_collection.cp, options or {}
-    rotated: Tensor = apply_rotary_pos_emb(x, angles, config=attention.config, mscale=scale, cp_group=group, **options)
-    return rotated
+def rotated(x: Tensor, rotary: Rotary, interleaved: bool) -> Tensor:
+    """The first dimensions of `x` [t, heads, d], as many as there are angles, rotated; the others unchanged.
 
-
-def _latent_keys(store: LayerStore, slots: Tensor) -> Tensor:
-    """Latents and rotary keys of `slots` [...]: [..., latent + rope]."""
-    return torch.cat([store.read("latent", slots), store.read("rotary_key", slots)], dim=-1).squeeze(-2)
+    Args:
+        interleaved: whether pairs are neighbours. The result has the first of all pairs, then the second, as upstream's
+            `_apply_rotary_pos_emb_bshd` (models/common/embeddings/rope_utils.py) with `multi_latent_attention`.
+    """
+    cosine, sine = rotary
+    width = cosine.size(-1)
+    turned, rest = x[..., :width], x[..., width:]
+    if interleaved:
+        turned = torch.cat([turned[..., ::2], turned[..., 1::2]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cosine + torch.cat([-second, first], dim=-1) * sine
+    return torch.cat([turned, rest], dim=-1) if rest.size(-1) else turned
 
 
 def _up_projections(attention: Any) -> tuple[Tensor, Tensor]:
@@ -199,13 +248,35 @@ def _absorb(attention: Any, queries: Tensor) -> Tensor:
     return torch.cat([torch.bmm(nope, _up_projections(attention)[0]), rotary], dim=-1)
 
 
-def _decode_absorbed(attention: Any, queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-    """[n, heads, nope + rope], keys [n, k, latent + rope], mask [n, k] -> [n, heads, value]."""
-    absorbed = _absorb(attention, queries).transpose(0, 1)
-    mixed = _mix(
-        absorbed, keys, keys[..., : attention.config.kv_lora_rank], mask.unsqueeze(1), attention.core_attention.scale
-    )
+def _decode_absorbed(attention: Any, queries: Tensor, store: LayerStore, decoding: Decoding) -> Tensor:
+    """[n, heads, nope + rope] -> [n, heads, value]."""
+    latent, scale = attention.config.kv_lora_rank, attention.core_attention.scale
+    absorbed = _absorb(attention, queries).transpose(0, 1)  # [n, heads, latent + rope]
+    if decoding.gathered is not None:
+        keys, rotary_keys = (store.read(name, decoding.gathered.slots).squeeze(-2) for name in ("latent", "rotary_key"))
+        scores = torch.baddbmm(decoding.gathered.mask.to(keys), absorbed[..., :latent], keys.mT, alpha=scale)
+        scores = torch.baddbmm(scores, absorbed[..., latent:], rotary_keys.mT, alpha=scale)
+        mixed = torch.bmm(scores.softmax(dim=-1), keys)
+    else:
+        mixed = torch.stack([
+            _absorbed_alone(own, store, pieces, latent, scale)
+            for own, pieces in zip(absorbed, decoding.pieces, strict=True)
+        ])  # fmt: skip
     return torch.bmm(mixed.transpose(0, 1), _up_projections(attention)[1].mT).transpose(0, 1)
+
+
+def _absorbed_alone(queries: Tensor, store: LayerStore, pieces: list[Slots], latent: int, scale: float) -> Tensor:
+    """Attention of one token to latents: [heads, latent + rope] -> [heads, latent]."""
+    keys = [store.read("latent", piece).squeeze(-2) for piece in pieces]
+    scores = []
+    for own, piece in zip(keys, pieces, strict=True):
+        rotary_keys = store.read("rotary_key", piece).squeeze(-2)
+        part = torch.mm(queries[:, latent:], rotary_keys.t())
+        scores.append(torch.addmm(part, queries[:, :latent], own.t(), beta=scale, alpha=scale))
+    if len(keys) == 1:
+        return torch.mm(scores[0].softmax(dim=-1), keys[0])
+    weights = torch.cat(scores, dim=-1).softmax(dim=-1).split([len(own) for own in keys], dim=-1)
+    return torch.addmm(torch.mm(weights[0], keys[0]), weights[1], keys[1])
 
 
 def _latent_prefill(attention: Any, queries: Tensor, keys: Tensor) -> Tensor:
@@ -245,10 +316,28 @@ def _prefill(attention: Any, queries: Tensor, keys: Tensor, values: Tensor) -> T
     return out.view(*queries.shape[:2], values.size(-1))
 
 
-def _decode_grouped(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """[n, heads, d], keys and values [n, k, groups, d], mask [n, k] -> [n, heads, d]."""
+def _decode_grouped(queries: Tensor, store: LayerStore, decoding: Decoding, scale: float) -> Tensor:
+    """[n, heads, d] -> [n, heads, dv]."""
     n, heads, d = queries.shape
+    if decoding.gathered is None:
+        alone = zip(queries, decoding.pieces, strict=True)
+        return torch.stack([_grouped_alone(own, store, pieces, scale) for own, pieces in alone])
+    keys, values = (store.read(name, decoding.gathered.slots) for name in ("key", "value"))
     groups = keys.size(2)
     q = queries.view(n * groups, heads // groups, d)
     k, v = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))
-    return _mix(q, k, v, mask.repeat_interleave(groups, dim=0).unsqueeze(1), scale).view(n, heads, d)
+    return _mix(q, k, v, decoding.gathered.mask.repeat_interleave(groups, dim=0), scale).view(n, heads, -1)
+
+
+def _grouped_alone(queries: Tensor, store: LayerStore, pieces: list[Slots], scale: float) -> Tensor:
+    """Attention of one token: [heads, d] -> [heads, dv]."""
+    keys, values = ([store.read(name, piece).transpose(0, 1) for piece in pieces] for name in ("key", "value"))
+    q = queries.view(keys[0].size(0), -1, queries.size(-1))  # [groups, heads / groups, d]
+    scores = [torch.bmm(q, own.mT) for own in keys]
+    joined = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
+    weights = joined.mul_(scale).softmax(dim=-1)
+    parts = weights.split([own.size(1) for own in keys], dim=-1)
+    out = torch.bmm(parts[0], values[0])
+    if len(values) > 1:
+        out = torch.baddbmm(out, parts[1], values[1])
+    return out.flatten(0, 1)

@@ -1,0 +1,78 @@
+"""How the continuation of a prompt is chosen. No torch import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+from parallel.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the continuation of a prompt is chosen.
+
+    Penalties are applied first, then the temperature, then top_k, top_p and min_p.
+
+    Args:
+        max_new_tokens: at most so many. 0 only scores the prompt.
+        temperature: 0 takes the most probable token, else logits are divided by it.
+        top_k: only the `top_k` most probable tokens are drawn; 0 means all.
+        top_p: only the most probable tokens whose probabilities add up to `top_p` are drawn (nucleus sampling).
+        min_p: only tokens are drawn that have at least `min_p` times the probability of the most probable one.
+        repetition_penalty: logits of tokens in the prompt or the continuation are divided by it where they are
+            positive, and multiplied by it where they are negative (CTRL, arXiv 1909.05858).
+        presence_penalty: is subtracted from the logits of tokens in the continuation.
+        frequency_penalty: is subtracted for each time that a token is in the continuation.
+        seed: of the draws. Each completion of a prompt, and each position, has random numbers of its own.
+        n: completions of the prompt.
+        stop_token_ids: a continuation ends with the first of them.
+        top_logprobs: log-probabilities of so many of the most probable tokens are returned for each position.
+        prompt_logprobs: not None also returns the log-probabilities of the prompt's tokens, and of so many of the most
+            probable tokens at their positions.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    max_new_tokens: int = 16
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    n: int = 1
+    stop_token_ids: frozenset[int] = frozenset()
+    top_logprobs: int = 0
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "max_new_tokens": (self.max_new_tokens >= 0, "0 or more"),
+            "temperature": (0 <= self.temperature < inf, "0 or more"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < inf, "above 0; 1 means none"),
+            "presence_penalty": (abs(self.presence_penalty) < inf, "a finite number; 0 means none"),
+            "frequency_penalty": (abs(self.frequency_penalty) < inf, "a finite number; 0 means none"),
+            "n": (self.n >= 1 if self.max_new_tokens else self.n == 1, "at least 1, and 1 where max_new_tokens=0"),
+            "top_logprobs": (self.top_logprobs >= 0, "0 or more"),
+            "prompt_logprobs": (self.prompt_logprobs is None or self.prompt_logprobs >= 0, "null, or 0 or more"),
+        }
+        for name, (fits, values) in allowed.items():
+            if not fits:
+                raise ConfigError(f"{name}={getattr(self, name)} is outside its range", f"set {name} to {values}")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the logits depend on the tokens so far by more than the model."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
+    def filters(self) -> bool:
+        """Whether some tokens are never drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
