@@ -13,7 +13,7 @@ TEST_WORKERS ?= 2
 # Tests must not depend on what else the machine's Python warns about.
 export PYTHONWARNINGS := ignore
 
-.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity parity-recompute bench bench-memory bench-plan bench-step bench-fp8 bench-convert bench-checkpoint bench-faults gpu-check dryrun clean
+.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity parity-recompute bench bench-memory bench-plan bench-step bench-generate bench-fp8 bench-convert bench-checkpoint bench-faults gpu-check dryrun clean
 
 help: ## Show this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -70,7 +70,7 @@ format: setup ## Rewrite the code in its style
 	$(BIN)/ruff format .
 
 # Those that need more than `make setup` gives come last.
-bench: bench-step bench-checkpoint bench-memory bench-plan bench-fp8 bench-convert bench-faults ## Run every bench- target, one after the other (hours)
+bench: bench-step bench-generate bench-checkpoint bench-memory bench-plan bench-fp8 bench-convert bench-faults ## Run every bench- target, one after the other (hours)
 
 bench-convert: setup ## Measure conversion against cp and transformers (needs mpi4py and mpich); writes bench/results/convert.json
 	$(BIN)/python -m bench.bench_convert
@@ -89,6 +89,9 @@ bench-plan: setup ## Compare predicted with measured step times of small layouts
 
 bench-step: setup ## Compare our training step with that of transformers on this CPU; writes bench/results/step.json
 	$(BIN)/python -m bench.bench_step
+
+bench-generate: setup ## Compare our generation with that of transformers on this CPU; writes bench/results/generate.json
+	$(BIN)/python -m bench.bench_generate
 
 bench-fp8: setup ## Compare losses of emulated FP8 with bf16 over 300 steps; writes bench/results/fp8_loss.json
 	$(BIN)/python -m bench.bench_fp8_loss

@@ -144,7 +144,8 @@ def _ours(task: GenerateTask, directory: Path) -> tuple[Callable[..., Timing], C
 
 def _transformers(experts: str, directory: Path) -> Callable[..., Timing]:
     import torch
-    from transformers import AutoModelForCausalLM, BaseStreamer
+    from transformers import AutoModelForCausalLM
+    from transformers.generation.streamers import BaseStreamer
 
     from parallel.runtime.cpu import keep_freed_memory
 
