@@ -28,7 +28,7 @@ MAY_IMPORT = {
 WITHOUT_TORCH = (
     *sorted((ROOT / "moe_train/config").rglob("*.py")),
     *sorted((ROOT / "moe_train/files").glob("*.py")),
-    *(ROOT / "moe_train/inference" / f"{name}.py" for name in ("blocks", "scheduler")),
+    *(ROOT / "moe_train/inference" / f"{name}.py" for name in ("blocks", "scheduler", "text")),
     ROOT / "moe_train/model/arithmetic.py",
     ROOT / "moe_train/model/memory.py",
     ROOT / "moe_train/telemetry/registry.py",

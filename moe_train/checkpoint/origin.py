@@ -13,36 +13,39 @@ from parallel.suggest import override_value
 _ONLY_NAMES = {"name", "family"}
 
 
-def check(model: ModelConfig, path: Path) -> list[str]:
+def check(model: ModelConfig, path: Path, field: str = "init_from") -> list[str]:
     """Warnings, one line each, about settings that change what the weights at `path` compute in this run.
 
     A checkpoint of a run may continue with other positions, as for a longer context. Weights in Hugging Face format
     carry no such history: there every difference is refused.
 
+    Args:
+        field: of the config, which names `path`, for errors.
+
     Raises:
         CheckpointError: nothing can be read there, or it holds another model.
     """
-    theirs, is_run = _model_at(path)
+    theirs, is_run = _model_at(path, field)
     differing = config.differences(model, theirs)
     if model.mtp_num_layers > theirs.mtp_num_layers:  # fewer are fine: the others are left out
         differing["mtp_num_layers"] = (model.mtp_num_layers, theirs.mtp_num_layers)
     allowed = run_config.TUNABLE | _ONLY_NAMES if is_run else set()
-    if wrong := {field: pair for field, pair in differing.items() if field not in allowed}:
-        there = _overrides({field: pair[1] for field, pair in wrong.items()})
-        here = _overrides({field: pair[0] for field, pair in wrong.items()})
-        raise CheckpointError(f"init_from={path} is of another model: {there} there, {here} in the run", f"set {there}")
+    if wrong := {name: pair for name, pair in differing.items() if name not in allowed}:
+        there = _overrides({name: pair[1] for name, pair in wrong.items()})
+        here = _overrides({name: pair[0] for name, pair in wrong.items()})
+        raise CheckpointError(f"{field}={path} is of another model: {there} there, {here} in the run", f"set {there}")
     return [
-        f"model.{field} is {override_value(theirs)} in {path} and {override_value(ours)} now"
-        for field, (ours, theirs) in differing.items()
-        if field not in _ONLY_NAMES
+        f"model.{name} is {override_value(theirs)} in {path} and {override_value(ours)} now"
+        for name, (ours, theirs) in differing.items()
+        if name not in _ONLY_NAMES
     ]
 
 
-def _model_at(path: Path) -> tuple[ModelConfig, bool]:
+def _model_at(path: Path, field: str) -> tuple[ModelConfig, bool]:
     """The model, and whether a run's checkpoint describes it."""
     if (path / config.FILE).is_file():
         return config.to_model(config.read(path), path / config.FILE), False
-    directory = run_directory.resolve(path, "init_from")[0]
+    directory = run_directory.resolve(path, field)[0]
     run_directory.check_files(directory)
     return run_config.model_of(directory, any_version=True), True
 

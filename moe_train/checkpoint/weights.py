@@ -27,7 +27,7 @@ def load(ranks: RankContext, chunks: Sequence[nn.Module], path: Path, field: str
     Raises:
         CheckpointError: the weights are missing, damaged, or of another model.
     """
-    for warning in on_all_ranks(ranks, lambda: origin.check(ranks.cfg.model, path), f"read {path}"):
+    for warning in on_all_ranks(ranks, lambda: origin.check(ranks.cfg.model, path, field), f"read {path}"):
         if ranks.is_main:
             warn(warning)
     if (path / hf_config.FILE).is_file():

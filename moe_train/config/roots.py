@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from moe_train.config.checkpoint_tools import ConvertConfig, InspectConfig
 from moe_train.config.fields import doc
+from moe_train.config.inference import EngineConfig
+from moe_train.config.launcher import LauncherConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.plan import EstimateConfig, PlanConfig
-from moe_train.config.schema import Config
+from moe_train.config.schema import BackendConfig, Config, ParallelConfig, PrecisionConfig
 from moe_train.config.walk import FieldInfo, all_fields, group_names
 
 _TRACEBACKS = "Show tracebacks of errors."
@@ -48,6 +51,39 @@ class InspectRoot:
     """A look by moe-inspect."""
 
     inspect: InspectConfig = field(default_factory=InspectConfig)
+    verbose: bool = doc(False, _TRACEBACKS)
+
+
+def _as_in_a_run(name: str) -> Any:
+    """A field of `Config` in another root."""
+    item = Config.__dataclass_fields__[name]
+    return field(default=item.default, metadata=item.metadata)
+
+
+@dataclass
+class InferenceRoot:
+    """A trained model, and what differs from its run where it is used.
+
+    Of `model`, `parallel`, `backend`, `precision` and `launcher` only those fields count that the command line names.
+    """
+
+    source: str | None = doc(
+        None, "The model: a run (its newest checkpoint), a Megatron checkpoint, or a Hugging Face directory."
+    )
+    tokenizer: str | None = doc(
+        None, "Directory or tokenizer.json of the tokenizer; null means that of the weights, or of the run's data."
+    )
+    verify: bool = doc(
+        True,
+        "Verify the weights against the SHA-256 sums of their manifest; for a checkpoint that reads all its files.",
+    )
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    runtime: str = _as_in_a_run("runtime")
     verbose: bool = doc(False, _TRACEBACKS)
 
 

@@ -242,8 +242,11 @@ def _recorded_tokens(manifest: Path) -> dict[str, str | None]:
         return {}  # reading the dataset reports a manifest that is damaged
 
 
-def find_tokenizer(name: str) -> Path:
+def find_tokenizer(name: str, field: str = "data.tokenizer") -> Path:
     """tokenizer.json at `name`, a file or a Hugging Face tokenizer directory.
+
+    Args:
+        field: of the config, which has `name`, for errors.
 
     Raises:
         DataError: there is none.
@@ -251,7 +254,7 @@ def find_tokenizer(name: str) -> Path:
     path = Path(name)
     path = path / TOKENIZER if path.is_dir() else path
     if not path.is_file():
-        raise DataError(f"data.tokenizer={name} has no {TOKENIZER}", f"name a {TOKENIZER} or a directory with one")
+        raise DataError(f"{field}={name} has no {TOKENIZER}", f"name a {TOKENIZER} or a directory with one")
     return path
 
 
