@@ -2,10 +2,12 @@
 
     moe-memory model=deepseek_v3 parallel=deepseek_v3_h800 recompute=deepseek_v3
     moe-memory model=qwen3_30b_a3b parallel.ep=8 precision=bf16 cluster=h100
+    moe-memory model=deepseek_v3 parallel.ep=32 parallel.dp=32 inference.context_length=4k
 
-It takes the overrides of `moe-train`. The defaults are GPUs with Transformer Engine (runtime=cuda), BF16
-(precision=bf16) and, without an experiment, sequences of 4,096 tokens in DeepSeek-V3's global batch
-(train.seq_length=4096 batch=large).
+A second table counts the KV cache at inference: how many tokens and sequences fit next to the weights, by its format.
+The command takes the overrides of `moe-train`, and inference.*. The defaults are GPUs with Transformer Engine
+(runtime=cuda), BF16 (precision=bf16) and, without an experiment, sequences of 4,096 tokens in DeepSeek-V3's global
+batch (train.seq_length=4096 batch=large).
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from moe_train.config.cluster import ClusterConfig
 from moe_train.config.composition.compose import hydra_entry
 from moe_train.config.composition.explain import CONF_DIR
 from moe_train.config.composition.validate import validate
+from moe_train.config.roots import MemoryRoot
 from moe_train.config.schema import Config
-from moe_train.model.memory import predict
+from moe_train.model.memory import weights_of, workload_of
 from parallel.layout import ParallelLayout
+from parallel.planner.estimate import stage_memories
 from parallel.planner.memory import StageMemory
-from tools import terminal
+from tools import kv_cache, terminal
 from tools.words import CommandLine, parse
 
 GIB, MIB = 2**30, 2**20
@@ -41,14 +45,16 @@ PARTS = {
 }
 
 _COMMON = ("model", "parallel", "precision", "recompute", "cluster", "experiment", "train.seq_length",
-          "batch.micro_batch_size", "parallel.tp", "parallel.pp", "parallel.ep", "parallel.dp")  # fmt: skip
+          "batch.micro_batch_size", "parallel.tp", "parallel.pp", "parallel.ep", "parallel.dp",
+          "inference.context_length", "inference.cache_format")  # fmt: skip
 
 
 def main() -> None:
     """Console script."""
+    words = with_defaults(sys.argv[1:])
     sys.exit(
-        hydra_entry(run, argv=with_defaults(sys.argv[1:]), trains=False, runs=False, about=__doc__, common=_COMMON)
-    )
+        hydra_entry(run, argv=words, root=MemoryRoot, trains=False, runs=False, about=__doc__, common=_COMMON)
+    )  # fmt: skip
 
 
 def with_defaults(words: Sequence[str]) -> list[str]:
@@ -70,19 +76,25 @@ def assume(line: CommandLine) -> None:
     line.overrides[:0] = added
 
 
-def run(cfg: Config) -> None:
-    """Print the table and what it fits.
+def run(cfg: MemoryRoot) -> None:
+    """Print the table and what it fits, and the KV cache at inference.
 
     Raises:
         ConfigError: the configuration is impossible.
     """
     layout = validate(cfg, trains=False)
-    stages = predict(cfg, layout)
+    kv_cache.check(cfg)
+    workload = workload_of(cfg, layout)
+    weights = weights_of(cfg.model, workload)
+    stages = stage_memories(workload, weights)
     console = terminal.console()
     title, rows = table(cfg, layout, shown(stages))
     console.print(title, soft_wrap=True)
     console.print(rows)
     console.print(verdict(stages, cfg.cluster, fp8=cfg.precision.fp8 is not None), soft_wrap=True)
+    cache = kv_cache.answer(cfg, workload, weights)
+    console.print(kv_cache.headline(cache), soft_wrap=True)
+    console.print(kv_cache.table(cache, cfg.precision.dtype))
 
 
 def shown(stages: Sequence[StageMemory]) -> list[StageMemory]:

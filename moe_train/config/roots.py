@@ -1,7 +1,7 @@
 """What each command composes: the config of a run, or a root of its own. No torch import.
 
 A run's config.yaml holds what trains it. Options of the tools are not part of it: moe-plan adds `plan` to the config of
-a run, and moe-convert and moe-inspect compose neither layout nor data.
+a run, moe-memory adds `inference`, and moe-convert and moe-inspect compose neither layout nor data.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from moe_train.config.checkpoint_tools import ConvertConfig, InspectConfig
 from moe_train.config.fields import doc
 from moe_train.config.inference import EngineConfig
+from moe_train.config.kv_cache import KVCacheConfig
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.plan import EstimateConfig, PlanConfig
@@ -23,7 +24,14 @@ _TRACEBACKS = "Show tracebacks of errors."
 
 
 @dataclass
-class PlanRoot(Config):
+class MemoryRoot(Config):
+    """A run whose memory moe-memory predicts, and the KV cache of its model at inference."""
+
+    inference: KVCacheConfig = field(default_factory=KVCacheConfig)
+
+
+@dataclass
+class PlanRoot(MemoryRoot):
     """A run that moe-plan plans, and the question to the planner."""
 
     plan: PlanConfig = field(default_factory=PlanConfig)
@@ -108,7 +116,8 @@ class RootInfo:
 
 
 ROOTS: Mapping[type, RootInfo] = {
-    Config: RootInfo("train", ("moe-train", "moe-submit", "moe-memory", "moe-data", "moe-dryrun", "moe-preflight")),
+    Config: RootInfo("train", ("moe-train", "moe-submit", "moe-data", "moe-dryrun", "moe-preflight")),
+    MemoryRoot: RootInfo("memory", ("moe-memory",)),
     PlanRoot: RootInfo("plan", ("moe-plan",)),
     EstimateRoot: RootInfo("estimate", ("moe-submit",)),
     ConvertRoot: RootInfo("convert", ("moe-convert",), {"data.dir": "convert.data_dir"}),

@@ -114,17 +114,18 @@ def memory_of_ranks(workload: Workload, schedule: str, memory: Sequence[StageMem
     return sizes
 
 
-def parameter_bytes(workload: Workload, weights: Weights) -> float:
-    """Weights; in FP8 also the two copies, for the products with them and with their transpose, that layers cache.
+def parameter_bytes(workload: Workload, weights: Weights, *, trains: bool = True) -> float:
+    """Weights; in FP8 also the copies that layers cache: for the GEMM of the forward pass, and with `trains` for the
+    one with their transpose.
 
-    Under FSDP: an fp32 shard, and what is gathered at once.
+    Under FSDP, which only trains: an fp32 shard, and what is gathered at once.
     """
-    if workload.fsdp:
+    if workload.fsdp and trains:
         return 4 * _shard(workload, weights) + workload.element * _gathered(workload, weights)
     whole = workload.element * (weights.shared + weights.experts)
     if workload.fp8 is None:
         return whole
-    copies = 2 * RECIPES[workload.fp8].element_bytes * weights.in_fp8
+    copies = (2 if trains else 1) * RECIPES[workload.fp8].element_bytes * weights.in_fp8
     return copies + whole - (workload.element * weights.in_fp8 if workload.fp8_weights_only else 0)
 
 

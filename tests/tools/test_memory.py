@@ -26,6 +26,46 @@ def test_every_stage_of_deepseek_v3_fits_80_gb(tmp_path: Path) -> None:
     assert "every stage fits a GPU of 80 GiB (cluster=h100, h800)" in done.stdout, "an A100 has no FP8"
     for text in ("stage 0", "stage 15", "tmL", "Et*4", "parameters", "optimizer", "logits", "GiB"):
         assert text in done.stdout
+    cache = {
+        row[0]: row[1:] for line in done.stdout.splitlines() if (row := [x.strip() for x in line.split("│")[1:-1]])
+    }
+    assert cache["bf16"][0] == "70,272"
+    assert cache["fp8"][:2] == ["40,016", "2,624"]  # 4 layers of 656 bytes
+    assert cache["bf16, all heads"][0] == "4,997,120"
+    assert "KV cache at inference, sequences of 4,096 tokens. Stage 0 of 16 limits it: of 78.60 GiB" in done.stdout
+
+
+def test_the_cache_is_asked_for_by_context_and_format(tmp_path: Path) -> None:
+    words = ("model=qwen3_30b_a3b", "parallel.ep=8", "parallel.dp=8", "inference.context_length=16k")
+    done = memory(tmp_path, *words, "inference.cache_format=fp8")
+    assert done.returncode == 0, done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("│ fp8")]
+    _, each, of_rank, tokens, sequences = (cell.strip().replace(",", "") for cell in row.split("│")[1:-1])
+    assert int(each) == int(of_rank) == 48 * 4 * 2 * (128 + 4)
+    assert int(sequences) == int(tokens) // 16384 > 1
+    assert "│ bf16" not in done.stdout
+    small = memory(tmp_path, *words, "cluster.memory_gib=8")
+    assert "GiB are missing" in small.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["inference.context_length=8k"],
+            "inference.context_length=8192 exceeds model.max_position_embeddings=4096; use inference.context_length=4",
+        ),
+        (
+            ["inference.rotary_format=fp8"],
+            "inference.rotary_format=fp8 has no effect with model.attention=gqa; use inference.rotary_format=null",
+        ),
+        (["inference.cache_format=fp9"], "inference.cache_format=fp9 is not one of fp32, bf16, fp16, fp8, int8, int4"),
+        (["inference.block_size=0"], "inference.block_size=0 is below the smallest value 1"),
+    ],
+)
+def test_a_cache_that_the_model_cannot_have_is_refused(tmp_path: Path, words: list[str], told: str) -> None:
+    done = memory(tmp_path, "model=olmoe_7b", *words)
+    assert (done.returncode, done.stderr.startswith(f"error: {told}")) == (2, True), done.stderr
 
 
 def test_a_cluster_that_is_too_small_is_said_first(tmp_path: Path) -> None:

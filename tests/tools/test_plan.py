@@ -97,6 +97,11 @@ def test_the_answer_says_what_was_asked(answered: tuple[Path, str]) -> None:
     best = next(line for line in text.splitlines() if f" {first['tokens_per_s_per_gpu']:,.0f} " in line)
     hours = 14.8e12 / first["tokens_per_s_per_gpu"] / 3600
     assert [cell.strip() for cell in best.split("│")][-3:-1] == [f"{hours / 2048 / 24:,.1f}", f"{hours * 2:,.0f}"]
+    formats = {row["cache_format"]: row for row in found["kv_cache"]["formats"]}
+    assert formats["fp8"]["bytes_per_token"] == 40_016
+    assert found["kv_cache"]["uncompressed_bytes_per_token"] == 4_997_120
+    assert f" {formats['fp8']['tokens']:,} " in text
+    assert formats["fp8"]["tokens"] * formats["fp8"]["rank_bytes_per_token"] <= found["kv_cache"]["free_bytes"]
     assert {"own", "out"} == {path.name for path in folder.iterdir()}
     assert f"wrote own/experiment/best.yaml; run it with --config-dir {folder}/own experiment=best" in text
 
@@ -138,6 +143,7 @@ def test_the_pictures_show_every_rank(answered: tuple[Path, str]) -> None:
     assert page.count('<div class="table"><table>') == page.count("<table>") > 4  # which scroll by themselves
     assert "<svg" in page
     assert "conf/experiment file" in page
+    assert "<caption>KV cache at inference, sequences of 4,096 tokens." in page
     assert "&lt;svg" not in page
 
 

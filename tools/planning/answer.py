@@ -24,6 +24,8 @@ from parallel.planner.schedules import impossible
 from parallel.planner.search import STATIC, SearchResult, Space, Timer, search
 from parallel.planner.workload import Recompute, Workload
 from parallel.suggest import Impossible
+from tools import kv_cache
+from tools.kv_cache import CacheAnswer
 from tools.planning.recipe import stages
 
 MODULES = (
@@ -44,6 +46,7 @@ class Answer:
         recipe: the stages of the whole training.
         plans_of_stages: the plan of each stage that was timed, by its name.
         sensitivity: (change, useful part of the time, days, dollars) of the whole recipe.
+        kv_cache: of the best plan's layout, at inference.
     """
 
     cfg: PlanRoot
@@ -56,6 +59,7 @@ class Answer:
     goodput: cost.Goodput
     placements: list[Placement]
     recipe: list[TrainingStage]
+    kv_cache: CacheAnswer
     asked: Estimate | None = None
     costs: list[cost.CostEstimate] = field(default_factory=list)
     plans_of_stages: dict[str, Estimate] = field(default_factory=dict)
@@ -120,6 +124,7 @@ def answer(cfg: PlanRoot, layout: ParallelLayout) -> Answer:
             hardware, checkpoint_bytes(cfg, best.workload), ranks, cfg.plan.checkpoint_interval_s
         ),
         placements=placements(best.workload, hardware, best.software, heaviest), recipe=recipe,
+        kv_cache=kv_cache.answer(cfg, best.workload, weights),
     )  # fmt: skip
     if cfg.plan.search and max(layout.tp, layout.pp, layout.cp, layout.ep) > 1:
         with contextlib.suppress(ConfigError):  # a layout for another number of GPUs is nothing to compare with
@@ -133,6 +138,7 @@ def answer(cfg: PlanRoot, layout: ParallelLayout) -> Answer:
 
 
 def _check(cfg: PlanRoot, hardware: Hardware) -> None:
+    kv_cache.check(cfg)
     recipes = [name for name in (recipe(cfg.precision), *cfg.plan.precisions) if name not in (None, "none")]
     if cfg.runtime != "cpu":  # on a CPU the `local` backend computes in FP8 too: it rounds
         for refusal in map(hardware.refusal, recipes):

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from parallel.planner.estimate import Estimate
+from tools import kv_cache
 from tools.planning import experiment, show
 from tools.planning.answer import Answer
 
@@ -43,9 +44,11 @@ def html(result: Answer, picture: str) -> str:
     """One page that needs no other file."""
     from jinja2 import Environment
 
+    cache = show.kv_cache_table(result)
+    cache.title = kv_cache.headline(result.kv_cache)
     comparison = [show.compared(result, result.asked)] if result.asked else []
     tables = [show.plans(result), *comparison, show.where(result, result.best), show.memory(result, result.best.memory),
-              show.groups(result)]  # fmt: skip
+              cache, show.groups(result)]  # fmt: skip
     if result.costs:
         tables += [show.costs(result), show.changes(result)]
     template = Environment(autoescape=True).from_string(PAGE)
@@ -84,6 +87,7 @@ def as_json(result: Answer) -> str:
         "sensitivity": [
             dict(zip(("change", "goodput", "days", "dollars"), row, strict=True)) for row in result.sensitivity
         ],
+        "kv_cache": kv_cache.as_json(result.kv_cache),
         "groups": [dataclasses.asdict(placement) for placement in result.placements],
     }
     return json.dumps(report, indent=1) + "\n"

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from parallel.planner.estimate import Estimate
 from parallel.planner.memory import StageMemory
+from tools import kv_cache
 from tools.memory import table as memory_table
 from tools.planning.answer import Answer, duration
 
@@ -40,6 +41,8 @@ def show(result: Answer, console: Console) -> None:
         console.print(text, soft_wrap=True)
     console.print(where(result, best))
     console.print(memory(result, _shown(best)))
+    console.print(kv_cache.headline(result.kv_cache), soft_wrap=True)
+    console.print(kv_cache_table(result))
     console.print(groups(result))
     if not result.fits:
         return
@@ -73,6 +76,11 @@ def memory(result: Answer, stages: Sequence[StageMemory]) -> Table:
         f"{workload.micro_batch_size} x {workload.seq_length:,} tokens:{title.rpartition(':')[2].partition(' of ')[0]}"
     )
     return shown
+
+
+def kv_cache_table(result: Answer) -> Table:
+    """The KV cache of the best plan's layout, at inference."""
+    return kv_cache.table(result.kv_cache, result.best.workload.dtype)
 
 
 def headline(result: Answer) -> str:
