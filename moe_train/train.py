@@ -11,10 +11,14 @@ from torch import nn
 
 from moe_train.checkpoint import checkpoint, continuing, hf_exchange
 from moe_train.checkpoint.collective import on_main, say_on_main
+from moe_train.config import sources
 from moe_train.config.resolve import total_steps
 from moe_train.config.schema import Config
+from moe_train.data import scoring
 from moe_train.data.datasets import build_datasets
 from moe_train.data.iterator import BatchIterator
+from moe_train.data.scoring import ScoredText
+from moe_train.data.tokenizer import load_tokenizer
 from moe_train.loop import callbacks, step
 from moe_train.objectives import base
 from moe_train.optim.optimizer import build_optimizer, build_schedule, data_parallel
@@ -97,18 +101,20 @@ def train(run: Run) -> None:
     # A run that left data out after a bad step needs more than its steps take, and uses its first samples again.
     reader = train_reader(run, train_data, run.state.consumed_samples, wrap=True)
     batches = reader.for_chunks(run.layout.vpp)
+    texts = evaluated_texts(cfg)
 
     def evaluate() -> None:
         if eval_count and run.valid_data is not None:
             with run.clock.paused():
                 evaluation = step.evaluate(run, held_out(run).for_chunks(run.layout.vpp), eval_count)
+                by_source = step.evaluate_sources(run, texts)
             if evaluation.loss is None:
                 run.announce("evaluation_skipped", reason="no token of the validation batches counts towards the loss")
                 return
             state = run.state
             own = {f"valid_{name}": value for name, value in evaluation.metrics.items()}
             progress = {"step": state.step, "tokens": state.consumed_tokens}
-            run.evaluations.append({**progress, "valid_loss": evaluation.loss, **own})
+            run.evaluations.append({**progress, "valid_loss": evaluation.loss, **own, **by_source})
             for callback in run.callbacks:
                 callback.on_evaluation_end(run, run.evaluations[-1])
 
@@ -121,6 +127,7 @@ def train(run: Run) -> None:
         evaluate()
         run.clock.start()
         while run.state.step < run.total_steps:
+            tokens_before = run.state.consumed_tokens
             for callback in run.callbacks:
                 callback.on_step_begin(run)
             run.last_metrics = step.train_step(run, batches)
@@ -129,10 +136,36 @@ def train(run: Run) -> None:
             position = {name: getattr(run.state, name) for name in ("consumed_samples", "trained_samples")}
             if reader.state_dict() != position:  # the run went back to a checkpoint, and skips data
                 reader.load_state_dict(position)
-            interval = cfg.train.eval_interval_steps
-            if run.state.step == run.total_steps or (interval and run.state.step % interval == 0):
+            if run.state.step == run.total_steps or is_evaluated(run, tokens_before):
                 evaluate()
         run.completed = True
+
+
+def is_evaluated(run: Run, tokens_before: int) -> bool:
+    """Whether an evaluation follows the step just done, before which `tokens_before` tokens were consumed."""
+    train, state = run.cfg.train, run.state
+    if train.eval_interval_tokens is not None:
+        return state.consumed_tokens // train.eval_interval_tokens > tokens_before // train.eval_interval_tokens
+    return bool(train.eval_interval_steps) and state.step % train.eval_interval_steps == 0
+
+
+def evaluated_texts(cfg: Config) -> list[ScoredText]:
+    """The texts of `train.eval_sources`, or their first `train.eval_source_tokens`.
+
+    Raises:
+        DataError: one is missing, damaged, empty, or has tokens that the model does not have.
+    """
+    entries = cfg.train.eval_sources
+    if not entries:
+        return []
+    tokenizer = load_tokenizer(cfg.data)
+    names = sources.names("train.eval_sources", entries)
+    texts = [
+        scoring.read(name, entry.path, cfg.data, tokenizer, cfg.model.vocab_size)
+        for name, entry in zip(names, entries, strict=True)
+    ]
+    most = cfg.train.eval_source_tokens
+    return [text if most is None else text.first(most) for text in texts]
 
 
 def train_reader(run: Run, dataset: Any, start_sample: int, wrap: bool = False) -> BatchIterator:

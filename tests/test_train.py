@@ -104,6 +104,25 @@ def test_a_callback_that_cannot_end_keeps_none_of_the_others_from_it(
     assert (first.has_ended, last.has_ended) == (True, True)
 
 
+@pytest.mark.parametrize(
+    ("steps", "tokens", "expected"),
+    [(0, None, []), (3, None, [3, 6]), (3, 2 * BATCH * SEQUENCE, [2, 4, 6]), (0, 250, [2, 4, 6]), (3, 10**9, [])],
+)
+def test_evaluations_follow_steps_or_tokens(
+    steps: int, tokens: int | None, expected: list[int], tmp_path: Path
+) -> None:
+    """A step has 128 tokens. Where tokens are given, an evaluation follows the step that reaches a multiple of them."""
+    run = fake_run(tmp_path)
+    run.cfg.train.eval_interval_steps, run.cfg.train.eval_interval_tokens = steps, tokens
+    found = []
+    for step in range(1, 8):
+        before = run.state.consumed_tokens
+        set_step(run, step)
+        if train.is_evaluated(run, before):
+            found.append(step)
+    assert found == expected
+
+
 class Skips(Callback):
     """Leaves two global batches out after the second step, as after a bad one."""
 

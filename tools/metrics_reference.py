@@ -38,7 +38,7 @@ def _section(title: str, rows: list[Metric]) -> str:
 def _row(row: Metric) -> str:
     places = [place.value for place in Place if place in row.places and place is not Place.METRICS_FILE]
     reduction = row.reduction.value if row.reduction else ""
-    name = row.name.replace("{}", "N")
+    name = row.name.replace("{}", "N").replace("{name}", "NAME")
     meaning = row.doc + (f". Condition: {row.when}" if row.when else "")
     return f"| `{name}` | {row.unit} | {reduction} | {meaning} | {', '.join(places)} |\n"
 

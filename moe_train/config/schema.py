@@ -267,6 +267,16 @@ class DataConfig:
 
 
 @dataclass
+class EvaluationSource:
+    """A text whose loss is measured: an entry of `train.eval_sources` and `evaluate.sources`."""
+
+    path: str = doc(
+        REQUIRED, "Text file, directory or glob; directory of a dataset of moe-data; or the prefix of a .bin/.idx pair."
+    )
+    name: str | None = doc(None, "Its name in tables and metrics; null means the name of the file or directory.")
+
+
+@dataclass
 class TrainConfig:
     """Length of the run, evaluation and sampling."""
 
@@ -274,6 +284,17 @@ class TrainConfig:
     tokens: int | None = doc(None, "Training tokens, rounded up to whole steps; this or `steps`.", minimum=1)
     seq_length: int = doc(128, "Tokens in one training sequence.", minimum=2, maximum=1_000_000_000)
     eval_interval_steps: int = doc(50, "Steps between evaluations; 0 means only first and last.", minimum=0)
+    eval_interval_tokens: int | None = doc(
+        None, "Training tokens between evaluations, instead of eval_interval_steps; null means eval_interval_steps.",
+        minimum=1,
+    )  # fmt: skip
+    eval_sources: list[EvaluationSource] = doc(
+        [], "Texts whose loss each evaluation measures too, in addition to the validation split.",
+        example="[{path:book.txt},{name:code,path:data/code/text_document}]",
+    )  # fmt: skip
+    eval_source_tokens: int | None = doc(
+        None, "Tokens that an evaluation scores of each of eval_sources, its first; null means all.", minimum=1
+    )
     eval_batches: int = doc(4, "Global batches in one evaluation; 0 means no evaluation.", minimum=0)
     sample_continuations: int = doc(0, "Held-out texts to sample continuations of at the end.", minimum=0)
     deterministic: bool = doc(False, "Deterministic kernels on CUDA (slower); the CPU always is.")

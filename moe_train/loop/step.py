@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+from moe_train.data.scoring import ScoredText, Windows
 from moe_train.loop import forward
+from moe_train.loop.scoring import score
 from moe_train.model.fp8 import delayed_scaling
 from moe_train.objectives.base import Batch
 from moe_train.objectives.reduction import Reduced, reduce
@@ -73,6 +75,14 @@ def evaluate(run: Run, batches: Sequence[Iterator[Batch]], count: int) -> Reduce
     """Loss and metrics of the objective over `count` global batches of held-out text."""
     samples = run.evaluation_batch_size
     return forward.evaluate(run, run.chunks, run.objective, batches, count, samples, partial(_beat, run))
+
+
+def evaluate_sources(run: Run, texts: Sequence[ScoredText]) -> Metrics:
+    """Loss on each text, by the name of its metric; a text without scored tokens has none."""
+    windows = [Windows(text, run.cfg.train.seq_length, run.cfg.data.reset_at_eod) for text in texts]
+    losses = score(run, run.chunks, windows, len(texts), partial(_beat, run)) if windows else []
+    found = zip(texts, losses, strict=True)
+    return {f"valid_loss/{text.name}": loss.mean for text, loss in found if loss.mean is not None}
 
 
 def _beat(run: Run) -> None:

@@ -46,7 +46,7 @@ class Place(Enum):
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric. `{}` in a name is a number: of a layer, for example."""
+    """One metric. `{}` in a name is a number, as of a layer; `{name}` is a name, as of a source of text."""
 
     name: str
     line: Line
@@ -69,9 +69,15 @@ class Metric:
         """The value as people read it, without its unit."""
         return format(value, self.number)
 
+    def label_of(self, name: str) -> str:
+        """The name for people of the metric `name`, with what is behind its slash."""
+        _, slash, which = name.partition("/")
+        return f"{self.label} {which}" if slash else self.label
+
     def matches(self, name: str) -> bool:
         """Whether a metric with this name is meant."""
-        return re.fullmatch(re.escape(self.name).replace(r"\{\}", r"\d+"), name) is not None
+        pattern = re.escape(self.name).replace(r"\{\}", r"\d+").replace(r"\{name\}", r"[\w.-]+")
+        return re.fullmatch(pattern, name) is not None
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,11 @@ METRICS: tuple[Metric, ...] = (
         "loss over `train.eval_batches` global batches of held-out text", _LOSS | {Place.RUN_LOG},
         when="`train.eval_batches` > 0 and a validation split", label="validation loss", number=".4f",
         progress="valid {}",
+    ),
+    Metric(
+        "valid_loss/{name}", Line.EVALUATION, _NATS, Reduction.MEAN,
+        "loss on a text of `train.eval_sources`, by its name; each token is scored once", _SCALAR | {Place.RUN_LOG},
+        when="`train.eval_sources`", label="loss on", number=".4f",
     ),
     Metric(
         "grad_norm", Line.TRAINING, "", None, "L2 norm of the gradients of all ranks, before clipping", _SCALAR

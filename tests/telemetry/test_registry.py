@@ -13,12 +13,22 @@ def test_each_name_has_one_row() -> None:
         names = [row.name for row in rows]
         assert len(set(names)) == len(names)
     for row in METRICS:
-        assert [other.name for other in METRICS if other.matches(row.name.replace("{}", "7"))] == [row.name]
+        assert [
+            other.name for other in METRICS if other.matches(row.name.replace("{}", "7").replace("{name}", "book"))
+        ] == [row.name]
 
 
 def test_a_numbered_name_finds_its_row() -> None:
     assert registry.metric("expert_load_imbalance/layer_12").name == "expert_load_imbalance/layer_{}"
-    for name in ("expert_load_imbalance/layer_", "expert_load_imbalance/layer_x", "lm_loss_2", "lm"):
+    assert registry.metric("valid_loss/my-text_2.5").name == "valid_loss/{name}"
+    for name in (
+        "valid_loss/",
+        "valid_loss/a/b",
+        "expert_load_imbalance/layer_",
+        "expert_load_imbalance/layer_x",
+        "lm_loss_2",
+        "lm",
+    ):
         with pytest.raises(KeyError, match=name):
             registry.metric(name)
     with pytest.raises(KeyError, match="lm_loss has no row"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from moe_train.config import blend
+from moe_train.config import blend, sources
 from moe_train.config.resolve import ResolvedConfig, Rule, decay_end
 from parallel.suggest import Fix, Impossible, fixes_of, override_value
 
@@ -111,6 +111,17 @@ def data_split(facts: ResolvedConfig) -> None:
         )
 
 
+def evaluation_sources(facts: ResolvedConfig) -> None:
+    """Texts that are evaluated have different names, and there are evaluations."""
+    train = facts.cfg.train
+    sources.names("train.eval_sources", train.eval_sources)
+    if train.eval_sources and not train.eval_batches:
+        raise Impossible(
+            "train.eval_sources names texts, but train.eval_batches=0 means no evaluation",
+            [{"train.eval_batches": 1}, {"train.eval_sources": []}],
+        )
+
+
 def data_blend(facts: ResolvedConfig) -> None:
     """Each entry of a blend is a weight and a prefix, or all are prefixes, and nothing else is trained on."""
     data = facts.cfg.data
@@ -198,6 +209,6 @@ def export(facts: ResolvedConfig) -> None:
 
 
 RULES: tuple[Rule, ...] = (
-    export, run_length, optimizer_numbers, data_source, data_split, data_blend, document_masks, backend,
-    one_rank_of_many, where_to_start,
+    export, run_length, optimizer_numbers, data_source, data_split, evaluation_sources, data_blend, document_masks,
+    backend, one_rank_of_many, where_to_start,
 )  # fmt: skip

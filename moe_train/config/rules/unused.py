@@ -27,6 +27,7 @@ def _cases(cfg: Config) -> list[tuple[str, bool, str]]:
             for end in ("start", "end")
         ),
         ("precision.initial_loss_scale", precision.dtype == "fp16", "precision.dtype=fp16"),
+        ("train.eval_source_tokens", bool(cfg.train.eval_sources), "train.eval_sources"),
         ("recompute.method", full, "recompute.mode=full"),
         ("recompute.num_layers", full, "recompute.mode=full"),
         ("recompute.offload_min_bytes", recompute.offload != "none", "recompute.offload"),

@@ -46,9 +46,9 @@ class Progress(Callback):
 
     def on_evaluation_end(self, run: Run, metrics: Metrics) -> None:
         if run.is_main and self._live is None:
-            loss = metric("valid_loss")
-            text = f"{loss.label} {loss.text(metrics['valid_loss'])}"
-            print(f"step {metrics['step']}/{run.total_steps} | {text}", flush=True)
+            losses = [name for name in metrics if name.partition("/")[0] == "valid_loss"]
+            parts = [f"{metric(name).label_of(name)} {metric(name).text(metrics[name])}" for name in losses]
+            print(" | ".join([f"step {metrics['step']}/{run.total_steps}", *parts]), flush=True)
 
     def on_rollback(self, run: Run) -> None:
         self._first_step, self._began = run.state.step, time.monotonic()

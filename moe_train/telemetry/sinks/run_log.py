@@ -69,7 +69,7 @@ class RunLog(Sink):
     def scalars(self, step: int, metrics: Mapping[str, Any]) -> None:
         for name, value in metrics.items():
             row = registry.metric(name)
-            log.info("step %d: %s %s", step, row.label, row.text(value))
+            log.info("step %d: %s %s", step, row.label_of(name), row.text(value))
 
     def event(self, event: Mapping[str, Any]) -> None:
         log.warning("%s", event_text(event))
