@@ -36,6 +36,7 @@ class CacheAnswer:
     Args:
         room: of the stage that limits the number of tokens.
         stages: of the pipeline.
+        replicas: data-parallel ones, each with as many tokens.
         uncompressed: bytes of keys and values of all heads of a token in the precision of the model; None where the
             cache holds these anyway.
     """
@@ -43,6 +44,7 @@ class CacheAnswer:
     serving: Serving
     room: StageRoom
     stages: int
+    replicas: int
     rows: Sequence[CacheFit]
     uncompressed: int | None
 
@@ -73,6 +75,7 @@ def answer(cfg: MemoryRoot, workload: Workload, weights: Sequence[Weights]) -> C
         serving=serving,
         room=limiting(found),
         stages=len(found),
+        replicas=workload.layout.dp,
         rows=fits(model, workload.layout.tp, found, serving, formats, asked.rotary_format),
         uncompressed=uncompressed_bytes_per_token(model, workload.element) if attention_kind(model).latent else None,
     )
@@ -89,10 +92,11 @@ def headline(found: CacheAnswer) -> str:
     """Which stage limits the number of tokens, and what its memory is spent on."""
     room, length = found.room, found.serving.context_length
     free = f"{room.free / GIB:,.2f} GiB are free" if room.free >= 0 else f"{-room.free / GIB:,.2f} GiB are missing"
+    replicas = f". Each of {found.replicas:,} replicas has" if found.replicas > 1 else ""
     return (
         f"KV cache at inference, sequences of {length:,} tokens. Stage {room.stage} of {found.stages} limits it: of "
         f"{room.usable / GIB:,.2f} GiB on a rank, weights take {room.weights / GIB:,.2f} and a forward pass of "
-        f"{found.serving.batch_tokens:,} tokens {room.forward / GIB:,.2f}; {free}"
+        f"{found.serving.batch_tokens:,} tokens {room.forward / GIB:,.2f}; {free}{replicas}"
     )
 
 
@@ -116,6 +120,7 @@ def as_json(found: CacheAnswer) -> dict[str, Any]:
     room = found.room
     return {
         **asdict(found.serving),
+        "replicas": found.replicas,
         "limiting_stage": room.stage,
         "usable_bytes": room.usable,
         "weight_bytes": room.weights,

@@ -1,7 +1,7 @@
 """The KV cache that fits next to a model at inference. Pure functions; no torch import.
 
 A rank then holds weights without gradients and optimizer state, what a forward pass computes, and its part of the
-cache. Data- and context-parallel ranks hold the same tokens as one another.
+cache. Data-parallel replicas hold different sequences, context-parallel ranks the same ones.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class CacheFit:
     Args:
         bytes_per_token: of the whole model, without tensor parallelism.
         rank_bytes_per_token: of the rank that limits the number of tokens.
-        tokens: that fit, over all sequences.
-        sequences: of the context length that fit.
+        tokens: that fit on one data-parallel replica, over all sequences.
+        sequences: of the context length that fit there.
     """
 
     cache_format: str

@@ -99,6 +99,7 @@ def test_the_answer_says_what_was_asked(answered: tuple[Path, str]) -> None:
     assert [cell.strip() for cell in best.split("│")][-3:-1] == [f"{hours / 2048 / 24:,.1f}", f"{hours * 2:,.0f}"]
     formats = {row["cache_format"]: row for row in found["kv_cache"]["formats"]}
     assert formats["fp8"]["bytes_per_token"] == 40_016
+    assert found["kv_cache"]["replicas"] == first["dp"]
     assert found["kv_cache"]["uncompressed_bytes_per_token"] == 4_997_120
     assert f" {formats['fp8']['tokens']:,} " in text
     assert formats["fp8"]["tokens"] * formats["fp8"]["rank_bytes_per_token"] <= found["kv_cache"]["free_bytes"]
