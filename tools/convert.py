@@ -2,7 +2,9 @@
 
     moe-convert SOURCE TARGET [convert.dtype=bf16] [convert.to=hf|megatron]
     moe-convert runs/mine mine-hf                   the newest checkpoint
+    moe-convert runs/mine mine-int4 convert.dtype=int4
     moe-convert verify DIR                          compare with its checksums
+    moe-convert verify SOURCE DIR                   compare an export with its source
     mpirun -n 4 moe-convert SOURCE TARGET           several processes
 
 It takes fields of `convert` and `model`; SOURCE and TARGET are short for convert.source= and convert.target=.
@@ -13,11 +15,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launch import quiet
 from moe_train.config.assumed import names_of
@@ -32,15 +34,22 @@ from parallel.suggest import Impossible
 from tools.words import CommandLine, parse
 
 if TYPE_CHECKING:
-    from moe_train.conversion import plans
+    from moe_train.conversion.hf_outputs import ConvertOptions, Reader
+    from moe_train.conversion.hf_source import MappedSource
+    from moe_train.conversion.mapping import Piece
     from moe_train.conversion.small_files import SmallFiles
     from moe_train.formats import dcp
     from moe_train.formats.communicator import Communicator
     from moe_train.formats.directory_writer import WritePlan
 
 _VERIFY = "verify"
+_SHOWN = 20
+"""Differences that `verify` prints."""
 
-_COMMON = ("model", "convert.to", "convert.dtype", "convert.file_gb", "convert.optimizer", "convert.threads")
+_COMMON = (
+    "model", "convert.to", "convert.dtype", "convert.group_size", "convert.keep", "convert.file_gb",
+    "convert.optimizer", "convert.threads",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -75,9 +84,10 @@ def run(cfg: ConvertRoot, line: CommandLine, comm: Communicator) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # for torch where numbers change: files are written concurrently
     threads = cfg.convert.threads or 2 * communicator.cores(comm) + 2  # some wait for the disk while others compute
     source = directory_writer.together(comm, lambda: _source(cfg))
+    if line.command == _VERIFY and cfg.convert.target is not None:
+        _verify_export(cfg, source, Path(cfg.convert.target), line.overrides, threads, comm)
+        return
     if line.command == _VERIFY:
-        if cfg.convert.target is not None:
-            raise ConfigError(f"moe-convert verify takes one directory, not also {cfg.convert.target}", "verify each")
         _verify(directory_writer.together(comm, lambda: _written(source)), threads, comm, cfg.convert.allow_nonfinite)
         return
     if cfg.convert.target is None:
@@ -119,6 +129,44 @@ def _verify(source: Path, threads: int, comm: Communicator, allow_nonfinite: boo
         print(f"{source}: {files} files, {size / 1e9:,.2f} GB, every byte as written")
 
 
+def _verify_export(
+    cfg: ConvertRoot, source: Path, target: Path, words: Sequence[str], threads: int, comm: Communicator
+) -> None:
+    """Compare an export with what `source` exports to; prints what differs."""
+    from moe_train.conversion import verification
+    from moe_train.conversion.hf_outputs import Export, group_bytes
+    from moe_train.formats import directory_writer
+
+    def check() -> tuple[verification.Discrepancies, list[verification.Discrepancy], str]:
+        verification.refuse_other_formats(source, target)
+        opened = _export_source(cfg, source, words, comm, threads)
+        given = _options(cfg)
+        options = verification.options_of(target, given, opened.pieces, opened.reader(given))
+        reader = opened.reader(options)
+        export = Export(reader, opened.pieces, options)
+        settings = verification.config_findings(export, opened.model, opened.small, target) if comm.rank == 0 else []
+        total = sum(group_bytes(group) for group in export.groups[comm.rank :: comm.size])
+        with _bar("comparing", total, comm) as advance:
+            found = verification.compare(export, reader, target, threads, advance, comm.rank, comm.size)
+        tensors = sum(len(group) for group in export.groups)
+        return found, settings, f"{tensors:,} tensors in {export.format.text if export.format else 'plain numbers'}"
+
+    found, settings, text = directory_writer.together(comm, check)
+    shares = comm.all_gather(found)
+    merged = verification.Discrepancies()
+    for share in shares:
+        merged.merge(share)
+    findings = [*comm.broadcast(settings), *merged.listed()]
+    if comm.rank == 0:
+        for finding in findings[:_SHOWN]:
+            print(finding)
+        if len(findings) > _SHOWN:
+            print(f"and {len(findings) - _SHOWN:,} more")
+    verification.refuse(findings, source, target)
+    if comm.rank == 0:
+        print(f"{target}: {text}, as {source} exports to")
+
+
 def _source(cfg: ConvertRoot) -> Path:
     if cfg.convert.source is None:
         raise ConfigError(
@@ -158,32 +206,92 @@ def make_plan(
         ConfigError, CheckpointError: the source cannot be read, or the target cannot hold it.
     """
     from moe_train.conversion import hf_config as config
-    from moe_train.conversion import plans, small_files
+    from moe_train.conversion import plans
     from moe_train.formats import directory_writer
 
     directory_writer.refuse_existing(target)  # before anything large is read
-    options = plans.ConvertOptions(
+    options = _options(cfg)
+    if (source / config.FILE).is_file():
+        if cfg.convert.to in (None, "megatron"):
+            mapped = _open_hugging_face(cfg, source, words, comm, threads)
+            return plans.to_megatron(mapped, target, options)
+    elif cfg.convert.to == "megatron":
+        return plans.copy_megatron(_open_megatron(source), target, options)
+    return _export_source(cfg, source, words, comm, threads).plan(target, options)
+
+
+def _options(cfg: ConvertRoot) -> ConvertOptions:
+    from moe_train.conversion.hf_outputs import ConvertOptions
+
+    return ConvertOptions(
         cfg.convert.dtype,
         None if cfg.convert.file_gb is None else int(cfg.convert.file_gb * 1e9),
         cfg.convert.optimizer,
         cfg.convert.power_of_two_scales,
         cfg.convert.allow_nonfinite,
+        cfg.convert.group_size,
+        tuple(cfg.convert.keep),
     )
-    share = (comm.rank, comm.size) if comm else (0, 1)
+
+
+def _open_hugging_face(
+    cfg: ConvertRoot, source: Path, words: Sequence[str], comm: Communicator | None, threads: int
+) -> MappedSource:
+    from moe_train.conversion import hf_config as config
+    from moe_train.conversion.hf_source import HuggingFace, MappedSource
+    from moe_train.formats import directory_writer
+
+    rank, size = (comm.rank, comm.size) if comm else (0, 1)
+    if (source / directory_writer.MANIFEST).is_file():  # a flipped byte must not be copied
+        directory_writer.verify(source, threads, rank=rank, size=size)
+    tensors = HuggingFace(source)
+    model = _chosen(cfg, words, lambda: config.to_model(tensors.config, source / config.FILE))
+    return MappedSource(tensors, model)
+
+
+@dataclass(frozen=True)
+class _ExportSource:
+    """A checkpoint that is exported to Hugging Face format."""
+
+    directory: Path
+    model: ModelConfig
+    pieces: Sequence[Piece]
+    files: Collection[Path]
+    """Those that hold its tensors."""
+    small: SmallFiles
+    reader: Callable[[ConvertOptions], Reader]
+
+    def plan(self, target: Path, options: ConvertOptions) -> WritePlan:
+        """What the export writes."""
+        from moe_train.conversion import plans
+
+        reader = self.reader(options)
+        return plans.to_hf(reader, self.pieces, self.model, target, options, self.directory, self.files, self.small)
+
+
+def _export_source(
+    cfg: ConvertRoot, source: Path, words: Sequence[str], comm: Communicator | None, threads: int
+) -> _ExportSource:
+    from moe_train.conversion import hf_config as config
+    from moe_train.conversion import mapping, plans, small_files
+    from moe_train.formats import run_config, run_directory
+
     if (source / config.FILE).is_file():
-        if (source / directory_writer.MANIFEST).is_file():  # a flipped byte must not be copied
-            directory_writer.verify(source, threads, rank=share[0], size=share[1])
-        tensors = plans.HuggingFace(source)
-        model = _chosen(cfg, words, lambda: config.to_model(tensors.config, source / config.FILE))
-        mapped = plans.MappedSource(tensors, model)
-        if cfg.convert.to in (None, "megatron"):
-            return plans.to_megatron(mapped, target, options)
-        reader: Any = plans.HuggingFaceReader(mapped)
-        files = {extent.path for extent in tensors.extents.values()}
-        return plans.to_hf(
-            reader, mapped.pieces, model, target, options, source, files, small_files.of_directory(source)
-        )
-    return _plan_of_megatron(cfg, _open_megatron(source), target, words, options)
+        mapped = _open_hugging_face(cfg, source, words, comm, threads)
+        files = sorted({extent.path for extent in mapped.source.extents.values()})
+        small = small_files.of_directory(source)
+        reader = plans.HuggingFaceReader(mapped)
+        return _ExportSource(source, mapped.model, mapped.pieces, files, small, lambda _: reader)
+    checkpoint = _open_megatron(source)
+    path = checkpoint.directory
+    model = _chosen(cfg, words, lambda: run_config.model_of(path))
+    mapping.refuse_larger(model, checkpoint.numbers, path / run_directory.CONFIG)
+    all_pieces = mapping.pieces(model)
+    small = _small_files(cfg, path, model)
+    return _ExportSource(
+        path, model, all_pieces, checkpoint.files, small,
+        lambda options: plans.MegatronReader(checkpoint, all_pieces, fp32=options.dtype == "fp32"),
+    )  # fmt: skip
 
 
 def _open_megatron(source: Path) -> dcp.Checkpoint:
@@ -196,23 +304,6 @@ def _open_megatron(source: Path) -> dcp.Checkpoint:
     if (path / directory_writer.MANIFEST).is_file():
         directory_writer.verify(path, 1, leave_out={file.name for file in checkpoint.files})
     return checkpoint
-
-
-def _plan_of_megatron(
-    cfg: ConvertRoot, checkpoint: dcp.Checkpoint, target: Path, words: Sequence[str], options: plans.ConvertOptions
-) -> WritePlan:
-    from moe_train.conversion import mapping, plans
-    from moe_train.formats import run_config, run_directory
-
-    path = checkpoint.directory
-    if cfg.convert.to == "megatron":
-        return plans.copy_megatron(checkpoint, target, options)
-    model = _chosen(cfg, words, lambda: run_config.model_of(path))
-    mapping.refuse_larger(model, checkpoint.numbers, path / run_directory.CONFIG)
-    all_pieces = mapping.pieces(model)
-    reader = plans.MegatronReader(checkpoint, all_pieces, fp32=options.dtype == "fp32")
-    small = _small_files(cfg, path, model)
-    return plans.to_hf(reader, all_pieces, model, target, options, path, checkpoint.files, small)
 
 
 def _small_files(cfg: ConvertRoot, path: Path, model: ModelConfig) -> SmallFiles:

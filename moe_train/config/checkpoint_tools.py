@@ -15,9 +15,16 @@ class ConvertConfig:
     target: str | None = doc(None, "Directory to write; it must not exist.")
     to: str | None = doc(None, "Format to write; null means the other format.", choices=("hf", "megatron"))
     dtype: str | None = doc(
-        None, "Format of the weights; null keeps that of each tensor (bf16 for FP8).",
-        choices=("fp32", "bf16", "fp16", "fp8"),
+        None, "Format of the weights; null keeps that of each tensor (bf16 for quantised ones).",
+        choices=("fp32", "bf16", "fp16", "fp8", "int8", "int4", "mxfp4"),
     )  # fmt: skip
+    group_size: int | None = doc(
+        None, "Inputs that share a scale in int8 and int4; null means a whole row in int8, and 128 in int4.",
+        minimum=8, maximum=65_536,
+    )  # fmt: skip
+    keep: list[str] = doc(
+        ["lm_head"], "Linear layers that stay in bf16: patterns of their Hugging Face names, such as *.kv_b_proj."
+    )
     file_gb: float | None = doc(
         None, "Approximate file size, GB; null makes about thirty files of at most 4 GiB.", minimum=1e-6
     )

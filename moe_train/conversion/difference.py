@@ -1,7 +1,7 @@
 """Two checkpoints of any two formats, compared tensor by tensor, a few million numbers at a time.
 
 Stored tensors are compared where both checkpoints have the same ones. Otherwise both are mapped to Hugging Face names:
-FP8 is dequantised, experts are compared per expert, and a copy is compared like its original.
+quantised weights are dequantised, experts are compared per expert, and a copy is compared like its original.
 """
 
 from __future__ import annotations
@@ -239,14 +239,14 @@ def _of_piece(reader: MegatronReader, piece: Piece, part: Part) -> Stored:
 
 
 def _of_source(source: HuggingFace, name: str) -> Stored:
-    if source.dtype(name) == source.extents[name].dtype:
+    if name not in source.quantised:
         return _of_extent(source.extents[name])
-    return Stored(source.dtype(name), source.extents[name].shape, lambda _, start, stop: source.read(name, start, stop))
+    return Stored(source.dtype(name), source.shapes[name], lambda _, start, stop: source.read(name, start, stop))
 
 
 def _fused_name(source: HuggingFace, piece: Piece, part: Part) -> str | None:
     """The tensor of all experts that holds the part, where that has the shape that it should."""
-    if part.fused is None or part.name in source.extents:
+    if part.fused is None or part.name in source.shapes:
         return None
     shape = (piece.count, part.rows * part.fused.parts, *piece.shape[1:])
     names = (part.fused.name, part.fused.name + ".weight")

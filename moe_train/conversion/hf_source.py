@@ -9,84 +9,53 @@ from pathlib import Path
 
 from moe_train.config.model import ModelConfig
 from moe_train.conversion import hf_config as config
+from moe_train.conversion import quantised_weights
 from moe_train.conversion.families import FAMILIES
+from moe_train.conversion.hf import quantization
 from moe_train.conversion.mapping import Fused, Part, Piece, pieces, refuse_larger
-from moe_train.formats import block_fp8, nonfinite, safetensors
+from moe_train.formats import nonfinite, safetensors
 from moe_train.formats.dtypes import DTYPES, Dtype
-from moe_train.formats.tensor_slices import FileRegion, TensorSlice
+from moe_train.formats.tensor_slices import TensorSlice
 from parallel.errors import CheckpointError
 
-_FP8 = (DTYPES["float8_e4m3fn"], DTYPES["float8_e5m2"])
+_BF16 = DTYPES["bfloat16"]
 
 
 class HuggingFace:
-    """The tensors of a directory. FP8 weights with block scales read as what they stand for, in bf16."""
+    """The tensors of a directory. Quantised weights read as what they stand for, in bf16."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config = config.read(directory)
         self.extents = safetensors.open_directory(directory)
-        self._scales: dict[str, TensorSlice] = {}
-        self._check_blocks()
-        for name, extent in self.extents.items():
-            if extent.dtype in _FP8:
-                self._check_scale(name, extent)
-
-    def _check_blocks(self) -> None:
-        scheme = self.config.get("quantization_config") or {}
-        size = scheme.get("weight_block_size") if isinstance(scheme, dict) else None
-        if size not in (None, [block_fp8.BLOCK, block_fp8.BLOCK]):
-            raise CheckpointError(
-                f"{self.directory / config.FILE} has weight_block_size={size}",
-                f"FP8 here has one scale for each block of {block_fp8.BLOCK} x {block_fp8.BLOCK}",
-            )
-
-    def _check_scale(self, name: str, extent: FileRegion) -> None:
-        scale = self.extents.get(name + block_fp8.SUFFIX)
-        expected = block_fp8.scale_shape(extent.shape) if len(extent.shape) == 2 else None
-        if (
-            scale is None
-            or scale.shape != expected
-            or extent.dtype != block_fp8.DTYPE
-            or not scale.dtype.is_floating_point
-        ):
-            raise CheckpointError(
-                f"{self.directory}: {name} is {extent.dtype} {list(extent.shape)}, and its {block_fp8.SUFFIX[1:]} "
-                f"{'is missing' if scale is None else f'is {scale.dtype} {list(scale.shape)}'}",
-                f"FP8 here is float8_e4m3fn with one scale for each block of {block_fp8.BLOCK} x {block_fp8.BLOCK}",
-            )
+        """Every stored tensor."""
+        declared = quantization.of_config(self.config, directory / config.FILE)
+        self.quantised = quantised_weights.collect(directory, self.extents, declared)
+        """Quantised weights by the name that they have without quantisation."""
+        self.parts = {part: name for name, weight in self.quantised.items() for part in weight.names(name)}
+        """Tensors of quantised weights -> the weight."""
+        plain = {name: extent.shape for name, extent in self.extents.items() if name not in self.parts}
+        self.shapes = plain | {name: weight.shape for name, weight in self.quantised.items()}
+        """Shapes by name, a quantised weight as one tensor."""
 
     @property
     def names(self) -> list[str]:
-        """Every tensor but the scales of FP8 weights."""
-        return [n for n in self.extents if not self._is_scale(n)]
+        """Every tensor, a quantised weight as one."""
+        return list(self.shapes)
 
     @property
     def numbers(self) -> int:
-        """How many are stored."""
-        return sum(prod(extent.shape) for extent in self.extents.values())
-
-    def _is_scale(self, name: str) -> bool:
-        weight = self.extents.get(name.removesuffix(block_fp8.SUFFIX))
-        return name.endswith(block_fp8.SUFFIX) and weight is not None and weight.dtype in _FP8
+        """How many the model has."""
+        return sum(prod(shape) for shape in self.shapes.values())
 
     def dtype(self, name: str) -> Dtype:
         """What `read` returns of the tensor."""
-        stored = self.extents[name].dtype
-        return DTYPES["bfloat16"] if stored in _FP8 else stored
+        return _BF16 if name in self.quantised else self.extents[name].dtype
 
     def read(self, name: str, start: int, stop: int, out: memoryview | None = None) -> TensorSlice:
         """Rows `start` to `stop`, in `out` where it is given and the file has them in that form."""
-        extent = self.extents[name]
-        part = extent.row_range(start, stop)
-        if extent.dtype not in _FP8:
-            return part.read(out)
-        rows = part.read()
-        scale = self._scales.get(name)
-        if scale is None:
-            scale = self.extents[name + block_fp8.SUFFIX].read()
-            self._scales = {name: scale}  # rows of one tensor are read one after the other
-        return TensorSlice.of(block_fp8.dequantise(rows.tensor(), scale.tensor(), start))
+        weight = self.quantised.get(name)
+        return self.extents[name].row_range(start, stop).read(out) if weight is None else weight.read(start, stop)
 
 
 class MappedSource:
@@ -103,7 +72,7 @@ class MappedSource:
         self._check()
 
     def _check(self) -> None:
-        directory, extents = self.source.directory, self.source.extents
+        directory, shapes = self.source.directory, self.source.shapes
         known: set[str] = set()
         for piece in self.pieces:
             for part in piece.parts:
@@ -111,17 +80,17 @@ class MappedSource:
                 known |= {name, *part.copies}
                 whole = name in (part.name, part.other)
                 expected = piece.part_shape(part) if whole else _fused_shape(piece, part)
-                if name not in extents:
+                if name not in shapes:
                     raise CheckpointError(f"{directory} has no tensor {name}", self._remedy(name))
                 for stored in (name, *part.copies):
-                    if stored in extents and not extents[stored].dtype.is_floating_point:
+                    if stored in shapes and not (dtype := self.source.dtype(stored)).is_floating_point:
                         raise CheckpointError(
-                            f"{directory}: {stored} is {extents[stored].dtype}, and weights are floating-point numbers",
+                            f"{directory}: {stored} is {dtype}, and weights are floating-point numbers",
                             "name the checkpoint from before it was quantised",
                         )
-                    if stored in extents and extents[stored].shape != expected:
+                    if stored in shapes and shapes[stored] != expected:
                         raise CheckpointError(
-                            f"{directory}: {stored} has shape {list(extents[stored].shape)}, and a {self.model.family} "
+                            f"{directory}: {stored} has shape {list(shapes[stored])}, and a {self.model.family} "
                             f"model with this config has {list(expected)}",
                             "restore the config.json that belongs to these weights",
                         )
@@ -145,11 +114,11 @@ class MappedSource:
 
     def _stored(self, part: Part) -> str:
         """The tensor that holds this part: its own, that of another layout, or one of all experts."""
-        if part.other is not None and part.name not in self.source.extents and part.other in self.source.extents:
+        if part.other is not None and part.name not in self.source.shapes and part.other in self.source.shapes:
             return part.other
-        if part.fused is not None and part.name not in self.source.extents:
+        if part.fused is not None and part.name not in self.source.shapes:
             for name in (part.fused.name, part.fused.name + ".weight"):
-                if name in self.source.extents:
+                if name in self.source.shapes:
                     return name
         return part.name
 
@@ -192,7 +161,7 @@ class MappedSource:
             return self._fused_rows(name, part.fused, part.rows, start, stop, out)
         rows = self.source.read(name, start, stop, out)
         for copy in part.copies:
-            if copy in self.source.extents and not _same_bits(rows, self.source.read(copy, start, stop)):
+            if copy in self.source.shapes and not _same_bits(rows, self.source.read(copy, start, stop)):
                 raise CheckpointError(
                     f"{self.source.directory}: {copy} differs from {name}, and the model here has one for both",
                     "such weights cannot be converted",

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from moe_train.config.model import ModelConfig
 from moe_train.conversion import hf_config as config
+from moe_train.conversion import quantised_weights
+from moe_train.conversion.hf import quantization
 from moe_train.conversion.mapping import pieces, refuse_larger
-from moe_train.formats import block_fp8, dcp, directory_writer, run_config, run_directory, safetensors
+from moe_train.conversion.quantised_weights import QuantisedWeight
+from moe_train.formats import dcp, directory_writer, run_config, run_directory, safetensors
 from moe_train.formats.dtypes import Dtype
 from moe_train.formats.nonfinite import Tally
 from moe_train.formats.tensor_slices import FileRegion
+from moe_train.formats.weight_formats import BlockFp8
 from moe_train.model.arithmetic import ParameterCount, count_parameters
 from parallel.architecture.layers import EMBEDDING, EXPERTS, HEAD
 from parallel.errors import CheckpointError, MoeTrainError
@@ -22,9 +27,11 @@ from parallel.errors import CheckpointError, MoeTrainError
 _OLDEST_FORMAT = 1
 """Of a checkpoint of a run. Nothing but names has changed since."""
 HUGGING_FACE, MEGATRON = "Hugging Face", "Megatron"
-BIAS, COPIES, SCALES, OTHER = "expert_bias", "copies", "fp8_scales", "other"
+BIAS, COPIES, OTHER = "expert_bias", "copies", "other"
+SCALES, WEIGHT_SCALES = "fp8_scales", "weight_scales"
+"""Of FP8, in training and in weights; and of other quantised weights."""
 MOMENTS, MASTERS, RANDOM = "moments", "fp32_weights", "random_streams"
-NOT_PARAMETERS = (BIAS, COPIES, SCALES, MOMENTS, MASTERS, RANDOM)
+NOT_PARAMETERS = (BIAS, COPIES, SCALES, WEIGHT_SCALES, MOMENTS, MASTERS, RANDOM)
 """Parts of a checkpoint other than parameters. Copies are numbers that are stored again under another name."""
 
 # The first that fits a Megatron name decides. Names of optimizer state carry that of their parameter behind a prefix.
@@ -69,10 +76,13 @@ class Inventory:
 
     def add(self, part: str, shape: tuple[int, ...], dtype: Dtype) -> None:
         """Count a tensor."""
-        numel = prod(shape)
-        self.elements[part] += numel
+        self.elements[part] += prod(shape)
+        self.add_stored(shape, dtype)
+
+    def add_stored(self, shape: tuple[int, ...], dtype: Dtype) -> None:
+        """Count the bytes of a tensor."""
         tensors, size = self.dtypes.get(dtype.name, (0, 0))
-        self.dtypes[dtype.name] = (tensors + 1, size + numel * dtype.itemsize)
+        self.dtypes[dtype.name] = (tensors + 1, size + prod(shape) * dtype.itemsize)
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -137,20 +147,56 @@ def _hugging_face(path: Path) -> Inventory:
     inventory = Inventory(path, HUGGING_FACE, str(kind), None)
     named = architectures if isinstance(architectures, list) else []
     inventory.facts["architecture"] = ", ".join(map(str, named)) or "not said"
+    weights = _quantised(inventory, written, extents)
+    stored_parts = {part for name, weight in weights.items() for part in weight.names(name)}
+    plain = {name: extent for name, extent in extents.items() if name not in stored_parts}
+    shapes = [extent.shape for extent in plain.values()] + [weight.shape for weight in weights.values()]
+    numbers = sum(prod(shape) for shape in shapes)
     parts: dict[str, str] = {}
     try:
         inventory.model = config.to_model(written, path / config.FILE)
-        refuse_larger(inventory.model, sum(prod(extent.shape) for extent in extents.values()), path / config.FILE)
+        refuse_larger(inventory.model, numbers, path / config.FILE)
         parts = _hugging_face_parts(inventory.model)
     except MoeTrainError as error:
         inventory.facts["parts"] = f"unknown: {error.cause}"
-    for key, extent in extents.items():
-        scaled = key.endswith(block_fp8.SUFFIX) and key.removesuffix(block_fp8.SUFFIX) in extents
-        inventory.add(SCALES if scaled else parts.get(key, OTHER), extent.shape, extent.dtype)
+    for key, extent in plain.items():
+        inventory.add(parts.get(key, OTHER), extent.shape, extent.dtype)
+    for name, weight in weights.items():
+        _add_quantised(inventory, parts.get(name, OTHER), weight, [extents[part] for part in weight.names(name)])
+    if weights:
+        matrices = len(weights) + sum(len(extent.shape) > 1 for extent in plain.values())
+        inventory.facts["quantised"] = _described(list(weights.values()), matrices)
     for field_name in ("quantization_config", "transformers_version"):
         if value := written.get(field_name):
             inventory.facts[field_name] = str(value.get("quant_method", value) if isinstance(value, dict) else value)
     return inventory
+
+
+def _quantised(
+    inventory: Inventory, written: dict[str, Any], extents: dict[str, FileRegion]
+) -> dict[str, QuantisedWeight]:
+    """The quantised weights by name; none where their format cannot be read here, which the inventory then says."""
+    try:
+        declared = quantization.of_config(written, inventory.path / config.FILE)
+        return quantised_weights.collect(inventory.path, extents, declared)
+    except CheckpointError as error:
+        inventory.facts["quantised"] = f"unknown: {error.cause}"
+        return {}
+
+
+def _add_quantised(inventory: Inventory, part: str, weight: QuantisedWeight, stored: Sequence[FileRegion]) -> None:
+    """Count a quantised weight as the numbers that it represents, and the bytes of its tensors."""
+    inventory.elements[part] += prod(weight.shape)
+    scales = SCALES if isinstance(weight.format, BlockFp8) else WEIGHT_SCALES
+    inventory.elements[scales] += sum(prod(region.shape) for _, region in weight.parts[1:])
+    for region in stored:
+        inventory.add_stored(region.shape, region.dtype)
+
+
+def _described(weights: Sequence[QuantisedWeight], matrices: int) -> str:
+    numbers = sum(prod(weight.shape) for weight in weights)
+    bits = sum(weight.format.bits(weight.shape) * prod(weight.shape) for weight in weights) / max(1, numbers)
+    return f"{weights[0].format.text}: {len(weights):,} of {matrices:,} matrices, {bits:.3f} bits for each number"
 
 
 def _hugging_face_parts(model: ModelConfig) -> dict[str, str]:

@@ -12,60 +12,36 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import Config
 from moe_train.conversion import hf_config as config
+from moe_train.conversion.hf_outputs import (
+    PLAIN,
+    ConvertOptions,
+    Export,
+    Reader,
+    TensorOutput,
+    group_bytes,
+    wanted,
+)
 from moe_train.conversion.hf_source import HuggingFace, MappedSource, narrowed
 from moe_train.conversion.mapping import Part, Piece
 from moe_train.conversion.small_files import KEPT, SmallFiles, accompanying
-from moe_train.formats import block_fp8, dcp, run_config, safetensors
+from moe_train.formats import dcp, run_config, safetensors
 from moe_train.formats.directory_writer import FileJob, WritePlan
 from moe_train.formats.dtypes import DTYPES, Dtype
 from moe_train.formats.hashing_file import HashingFile
 from moe_train.formats.nonfinite import Tally
 from moe_train.formats.run_directory import CONFIG, FORMAT, METADATA, STATE, read_state
 from moe_train.formats.tensor_slices import BLOCK_BYTES, TensorSlice
-from parallel.errors import CheckpointError, ConfigError
+from parallel.errors import CheckpointError
 
-FP32, BF16 = DTYPES["float32"], DTYPES["bfloat16"]
-_CHOICES = {"fp32": FP32, "bf16": BF16, "fp16": DTYPES["float16"], "fp8": block_fp8.DTYPE}
 ALLOW = "set convert.allow_nonfinite=true to convert them unchanged"
 
 _CHUNK_BYTES = 128 << 20  # largest item of a .distcp file, which a loader takes whole
 _LARGEST_FILE_BYTES, _SMALLEST_FILE_BYTES, _FILES = 4 << 30, 16 << 20, 32
-
-
-class Reader(Protocol):
-    """Where the numbers of Hugging Face tensors come from."""
-
-    def dtype(self, piece: Piece) -> Dtype:
-        """Stored dtype of the piece."""
-
-    def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> TensorSlice:
-        """Rows of the Hugging Face tensor `part`, in `out` where it is given and the file has them in that form."""
-
-    def has(self, name: str) -> bool:
-        """Whether the copy `name` is wanted."""
-
-    def settle(self) -> None:
-        """Check what this thread has read and could not check yet."""
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """Options of a conversion."""
-
-    dtype: str | None = None
-    """fp32, bf16, fp16, fp8 (Hugging Face only); None keeps that of each tensor."""
-    file_bytes: int | None = None
-    """About the size of a file; None makes some thirty files, of at most 4 GiB."""
-    optimizer: bool = True
-    """Whether a Megatron copy of a Megatron checkpoint keeps the optimizer."""
-    power_of_two_scales: bool = True
-    allow_nonfinite: bool = False
-    """Whether NaN and infinite numbers are written unchanged."""
 
 
 class MegatronReader:
@@ -163,11 +139,8 @@ def to_megatron(source: MappedSource, target: Path, options: ConvertOptions) -> 
     Raises:
         ConfigError: the format cannot hold what is asked for.
     """
-    if options.dtype == "fp8":
-        raise ConfigError("convert.dtype=fp8 is a Hugging Face format", "use convert.dtype=bf16 or convert.to=hf")
-    chunks = [
-        chunk for piece in source.pieces for chunk in _chunks(piece, _wanted(options, piece, source.dtype(piece)))
-    ]
+    options.refuse_quantised()
+    chunks = [chunk for piece in source.pieces for chunk in _chunks(piece, wanted(options, piece, source.dtype(piece)))]
     files = _pack(chunks, lambda chunk: chunk.bytes, options.file_bytes)
     tallies = _Tallies(options)
     jobs = [
@@ -292,8 +265,7 @@ def copy_megatron(checkpoint: dcp.Checkpoint, target: Path, options: ConvertOpti
     Raises:
         ConfigError: the format cannot hold what is asked for.
     """
-    if options.dtype == "fp8":
-        raise ConfigError("convert.dtype=fp8 is a Hugging Face format", "use convert.dtype=bf16 or convert.to=hf")
+    options.refuse_quantised()
     keys = [key for key in checkpoint.tensors if options.optimizer or is_model_tensor(key)]
     # The most precise weights that there are, as MegatronReader reads them.
     stored = {key: checkpoint.master(key) if options.dtype == "fp32" else key for key in keys}
@@ -306,7 +278,7 @@ def copy_megatron(checkpoint: dcp.Checkpoint, target: Path, options: ConvertOpti
         for box in file:
             extent, dtype = box.chunk.extent, box.chunk.extent.dtype
             if options.dtype and is_model_tensor(box.key) and not box.key.endswith("expert_bias"):
-                dtype = _CHOICES[options.dtype]
+                dtype = PLAIN[options.dtype]
             parts = (extent.row_range(first, last) for first, last in _blocks(box, box.bytes))
             rows: Iterator[TensorSlice] = (
                 narrowed(checkpoint.read_part(box.chunk, part, out.scratch(part.bytes)), dtype, box.key)
@@ -357,20 +329,6 @@ def _boxes(key: str, chunk: dcp.Chunk) -> Iterator[_Box]:
         yield _Box(key, chunk, start, min(start + step, rows))
 
 
-@dataclass(frozen=True)
-class _TensorOutput:
-    """One tensor of a safetensors file and its rows, a block at a time."""
-
-    name: str
-    dtype: Dtype
-    shape: tuple[int, ...]
-    blocks: Callable[[HashingFile, Tally], Iterator[TensorSlice]]
-
-    @property
-    def bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-
 def to_hf(
     reader: Reader, all_pieces: Sequence[Piece], model: ModelConfig, target: Path, options: ConvertOptions,
     origin: Path, files: Iterable[Path], small: SmallFiles,
@@ -382,12 +340,8 @@ def to_hf(
         files: those of it that hold tensors.
         small: what else the directory gets, such as the tokenizer.
     """
-    groups = [
-        _outputs(reader, piece, part, _wanted(options, piece, reader.dtype(piece)), options)
-        for piece in all_pieces
-        for part in piece.parts
-    ]
-    packed = _pack(groups, lambda group: sum(output.bytes for output in group), options.file_bytes)
+    export = Export(reader, all_pieces, options)
+    packed = _pack(export.groups, group_bytes, options.file_bytes)
     names = [f"model-{i:05d}-of-{len(packed):05d}.safetensors" for i in range(1, len(packed) + 1)]
     tallies = _Tallies(options)
     outputs = {name: [o for group in file for o in group] for name, file in zip(names, packed, strict=True)}
@@ -395,16 +349,7 @@ def to_hf(
         FileJob(name, sum(o.bytes for o in tensors), partial(_write_outputs, reader, tensors, tallies))
         for name, tensors in outputs.items()
     ]
-    weights = {
-        o.dtype for tensors in outputs.values() for o in tensors if len(o.shape) == 2 and o.dtype != block_fp8.DTYPE
-    }
-    common = BF16 if options.dtype == "fp8" else min(weights, key=lambda d: d.itemsize)
-    written = config.to_hf(model, common.name, small.original) | small.tokens
-    if options.dtype == "fp8":
-        written["quantization_config"] = {
-            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-            "weight_block_size": [block_fp8.BLOCK, block_fp8.BLOCK],
-        }  # fmt: skip
+    written = export.config(model, small)
 
     def finish(_: dict[str, Any]) -> dict[str, bytes]:
         weight_map = {o.name: name for name, tensors in outputs.items() for o in tensors}
@@ -419,51 +364,7 @@ def to_hf(
     return WritePlan(target, identity, jobs, finish, small.copied, tallies.notes)
 
 
-def _outputs(reader: Reader, piece: Piece, part: Part, dtype: Dtype, options: ConvertOptions) -> list[_TensorOutput]:
-    shape = piece.part_shape(part)
-    copies = [name for name in part.copies if reader.has(name)]
-    if dtype != block_fp8.DTYPE:
-        return [_TensorOutput(n, dtype, shape, _rows(reader, piece, part, dtype)) for n in (part.name, *copies)]
-    scales: list[TensorSlice] = []
-
-    def weight(out: HashingFile, tally: Tally) -> Iterator[TensorSlice]:
-        scales.clear()
-        for rows in _rows(reader, piece, part, None)(out, tally):
-            values = rows.tensor()
-            if options.allow_nonfinite and values.isinf().any():  # by the rule of training it would become 448
-                raise CheckpointError(f"{part.name} has infinities, and FP8 (E4M3) has none", "set convert.dtype=bf16")
-            quantised, scale = block_fp8.quantise(values, options.power_of_two_scales)
-            scales.append(TensorSlice.of(scale))
-            yield TensorSlice.of(quantised)
-
-    def scale(*_: Any) -> Iterator[TensorSlice]:  # written after the weight, in the same file
-        yield from scales
-
-    scale_shape = block_fp8.scale_shape(shape)
-    return [
-        _TensorOutput(part.name, dtype, shape, weight),
-        _TensorOutput(part.name + block_fp8.SUFFIX, FP32, scale_shape, scale),
-    ]
-
-
-def _rows(
-    reader: Reader, piece: Piece, part: Part, dtype: Dtype | None
-) -> Callable[[HashingFile, Tally], Iterator[TensorSlice]]:
-    """The rows of a part, a few at a time; without `dtype` in their stored format, and in whole FP8 blocks."""
-    row_bytes = prod(piece.shape[1:]) * reader.dtype(piece).itemsize
-    whole = block_fp8.BLOCK if dtype is None else 1
-    step = max(1, BLOCK_BYTES // row_bytes // whole) * whole
-
-    def blocks(out: HashingFile, tally: Tally) -> Iterator[TensorSlice]:
-        for start in range(0, part.rows, step):
-            stop = min(start + step, part.rows)
-            rows = reader.part_rows(piece, part, start, stop, out.scratch((stop - start) * row_bytes))
-            yield tally.add(part.name, rows if dtype is None else narrowed(rows, dtype, part.name))
-
-    return blocks
-
-
-def _write_outputs(reader: Reader, outputs: list[_TensorOutput], tallies: _Tallies, out: HashingFile) -> None:
+def _write_outputs(reader: Reader, outputs: list[TensorOutput], tallies: _Tallies, out: HashingFile) -> None:
     tally = Tally()
     out.write(safetensors.header([(o.name, o.dtype, o.shape) for o in outputs]))
     for output in outputs:
@@ -471,17 +372,6 @@ def _write_outputs(reader: Reader, outputs: list[_TensorOutput], tallies: _Talli
             out.write(block.data)
     reader.settle()
     tallies.settle(tally)
-
-
-def _wanted(options: ConvertOptions, piece: Piece, stored: Dtype) -> Dtype:
-    """The precision in which a piece is written."""
-    if piece.keeps_fp32:
-        return FP32
-    if options.dtype is None:
-        return stored
-    if options.dtype == "fp8" and not piece.quantised:
-        return BF16
-    return _CHOICES[options.dtype]
 
 
 def _pack(things: Sequence[Any], size_of: Callable[[Any], int], wanted: int | None) -> list[list[Any]]:

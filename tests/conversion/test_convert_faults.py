@@ -398,10 +398,6 @@ def test_verify_of_what_has_no_manifest(sources: dict[str, Path], tmp_path: Path
     fails(convert("verify"), "convert.source", "moe-convert verify DIR")
 
 
-def test_verify_takes_one_directory(sources: dict[str, Path], convert: Command) -> None:
-    fails(convert("verify", sources["megatron"], sources["hf"]), "takes one directory", str(sources["hf"]))
-
-
 def test_a_target_that_exists_is_left_alone(sources: dict[str, Path], tmp_path: Path, convert: Command) -> None:
     (tmp_path / "directory").mkdir()
     (tmp_path / "file").write_text("mine")

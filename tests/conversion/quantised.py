@@ -1,0 +1,55 @@
+"""Tiny models whose layers have whole groups of 128 inputs, and their quantised exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.conversion import models
+from tests.conversion.convert import convert
+
+_WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+_EXPERTS = {"moe_intermediate_size": 128}
+# Changes of tests/conversion/models.py.
+WIDE: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {**_WIDE, **_EXPERTS, "q_lora_rank": 128, "kv_lora_rank": 128, "v_head_dim": 32},
+    "deepseek_v2_lite": {**_WIDE, **_EXPERTS, "kv_lora_rank": 128, "v_head_dim": 32},
+    "glm4_moe_lite": {
+        **_WIDE, **_EXPERTS, "q_lora_rank": 128, "kv_lora_rank": 128, "v_head_dim": 32,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "qwen3_moe": {**_WIDE, **_EXPERTS, "head_dim": 32},
+    "qwen2_moe": {**_WIDE, **_EXPERTS, "shared_expert_intermediate_size": 128},
+    "glm4_moe": {**_WIDE, **_EXPERTS, "head_dim": 32},
+    "mixtral": _WIDE,
+    "olmoe": _WIDE,
+    "minimax_m2": {**_WIDE, "head_dim": 32},
+    "llama": _WIDE,
+}  # fmt: skip
+# Name of the test -> options of the conversion.
+FORMATS: dict[str, dict[str, Any]] = {
+    "int8": {"dtype": "int8"},
+    "int8, groups of 64": {"dtype": "int8", "group_size": 64},
+    "int4": {"dtype": "int4"},
+    "mxfp4": {"dtype": "mxfp4"},
+    "fp8": {"dtype": "fp8"},
+}
+
+
+def save(name: str, directory: Path) -> Path:
+    """The wide model of that name in bf16; returns the directory."""
+    models.write(models.build(name, **WIDE[name]).bfloat16(), name, directory)
+    return directory
+
+
+def export(source: Path, target: Path, form: str) -> Path:
+    """Export the source in a format of FORMATS; returns the target."""
+    convert(source, target, to="hf", **FORMATS[form])
+    return target
+
+
+def tokens() -> torch.Tensor:
+    """Token ids [2, 24]."""
+    return torch.randint(0, models.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
