@@ -89,6 +89,17 @@ class RankParameters:
         """Trainable parameters on the rank."""
         return self.shared + self.experts
 
+    def __add__(self, other: RankParameters) -> RankParameters:
+        return RankParameters(
+            self.shared + other.shared,
+            self.experts + other.experts,
+            self.expert_bias + other.expert_bias,
+            self.linear + other.linear,
+        )
+
+    def __mul__(self, count: int) -> RankParameters:
+        return RankParameters(count * self.shared, count * self.experts, count * self.expert_bias, count * self.linear)
+
 
 def _layer_tensors(model: ModelConfig, moe: bool) -> list[Tensor]:
     """Trained tensors of one transformer layer."""
@@ -195,63 +206,72 @@ def parameters_of_ranks(
     Raises:
         ValueError: a weight does not divide over the ranks. Validation of the layout catches it first.
     """
-    parts, pattern = _Parts(model), model.moe_layer_pattern
-    shared, experts, expert_bias, linear = ([0] * pp for _ in range(4))
+    counts, pattern = _RankCounts(model, tp, ep, etp), model.moe_layer_pattern
+    ranks = [RankParameters(0, 0, 0, 0)] * pp
     passed = 0  # layers of earlier stages
     for index, items in enumerate(stages):
-        rank, layers, depths = index % pp, list(items).count("t"), list(items).count("m")
-        for tensor in _chunk_tensors(parts, items, passed):
-            held = experts if tensor.divided == "expert" else shared
-            held[rank] += _local_numel(tensor, tp, ep, etp)
-            if model.router_bias and tensor.part == "router":  # every rank keeps the bias of all experts
-                expert_bias[rank] += tensor.shape[0] * tensor.copies
-        fp8 = [parts.layer(bool(pattern[i])) for i in range(passed, passed + layers) if i not in bf16_layers]
-        fp8 += [parts.mtp] * depths if depths else []
-        linear[rank] += sum(_local_numel(one, tp, ep, etp) for layer in fp8 for one in layer if one.quantised)
+        layers = list(items).count("t")
+        ranks[index % pp] += counts.chunk(items, passed)
+        in_bf16 = [counts.layer(bool(pattern[i])).linear for i in range(passed, passed + layers) if i in bf16_layers]
+        ranks[index % pp] += RankParameters(0, 0, 0, -sum(in_bf16))
         passed += layers
-    return [RankParameters(*held) for held in zip(shared, experts, expert_bias, linear, strict=True)]
+    return ranks
 
 
-class _Parts:
-    """Trained tensors of a model's layers, described once for many of them."""
+class _RankCounts:
+    """What one rank holds of a model's layers, counted once for many of them."""
 
-    def __init__(self, model: ModelConfig) -> None:
-        self.model = model
-        self._layers: dict[bool, list[Tensor]] = {}
+    def __init__(self, model: ModelConfig, tp: int, ep: int, etp: int) -> None:
+        self._model, self._parts = model, {"": 1, "tp": tp, "expert": ep * etp}
+        self._layers: dict[bool, RankParameters] = {}
 
-    def layer(self, moe: bool) -> list[Tensor]:
-        """Those of one transformer layer."""
+    def layer(self, moe: bool) -> RankParameters:
+        """Of one transformer layer."""
         if moe not in self._layers:
-            self._layers[moe] = _layer_tensors(self.model, moe)
+            self._layers[moe] = self._count(_layer_tensors(self._model, moe))
         return self._layers[moe]
 
     @cached_property
-    def mtp(self) -> list[Tensor]:
-        """Those of one multi-token-prediction depth."""
-        return _mtp_tensors(self.model)
+    def mtp(self) -> RankParameters:
+        """Of one multi-token-prediction depth."""
+        return self._count(_mtp_tensors(self._model))
 
+    @cached_property
+    def embedding(self) -> RankParameters:
+        """Of the embedding."""
+        return self._count([embedding(self._model)])
 
-def _chunk_tensors(parts: _Parts, items: Sequence[str], first_layer: int) -> list[Tensor]:
-    """Trained tensors of one pipeline chunk, with the copies that it needs (GPTModel.__init__ upstream)."""
-    model, depths = parts.model, list(items).count("m")
-    # MTP embeds the next tokens: a copy of the embedding on its stage.
-    tensors = [embedding(model)] if "E" in items or depths else []
-    last_layer = first_layer + list(items).count("t")
-    for moe in model.moe_layer_pattern[first_layer:last_layer]:
-        tensors += parts.layer(bool(moe))
-    tensors += parts.mtp * depths if depths else []
-    # With MTP the final norm is behind the last layer, without it on the last stage.
-    has_final_norm = first_layer < last_layer == model.num_layers if model.mtp_num_layers else "L" in items
-    if has_final_norm:
-        tensors.append(final_norm(model))
-    if "L" in items and not (model.tie_embeddings and "E" in items):
-        tensors.append(output_head(model))
-    return tensors
+    def chunk(self, items: Sequence[str], first_layer: int) -> RankParameters:
+        """Of one pipeline chunk, with the copies that it needs (GPTModel.__init__ upstream)."""
+        model, depths = self._model, list(items).count("m")
+        last_layer = first_layer + list(items).count("t")
+        pattern = model.moe_layer_pattern[first_layer:last_layer]
+        held = [self.layer(bool(moe)) * pattern.count(moe) for moe in sorted(set(pattern))]
+        held += [self.mtp * depths] if depths else []
+        # MTP embeds the next tokens: a copy of the embedding on its stage.
+        held += [self.embedding] if "E" in items or depths else []
+        # With MTP the final norm is behind the last layer, without it on the last stage.
+        has_final_norm = first_layer < last_layer == model.num_layers if model.mtp_num_layers else "L" in items
+        if has_final_norm:
+            held.append(self._count([final_norm(model)]))
+        if "L" in items and not (model.tie_embeddings and "E" in items):
+            held.append(self._count([output_head(model)]))
+        return sum(held, start=RankParameters(0, 0, 0, 0))
 
+    def _count(self, tensors: Iterable[Tensor]) -> RankParameters:
+        shared = experts = expert_bias = linear = 0
+        for tensor in tensors:
+            size = self._numel(tensor)
+            experts += size if tensor.divided == "expert" else 0
+            shared += size if tensor.divided != "expert" else 0
+            linear += size if tensor.quantised else 0
+            if self._model.router_bias and tensor.part == "router":  # every rank keeps the bias of all experts
+                expert_bias += tensor.shape[0] * tensor.copies
+        return RankParameters(shared, experts, expert_bias, linear)
 
-def _local_numel(tensor: Tensor, tp: int, ep: int, etp: int) -> int:
-    """Elements of `tensor` on one rank."""
-    parts = {"": 1, "tp": tp, "expert": ep * etp}[tensor.divided]
-    if tensor.numel % parts:
-        raise ValueError(f"{tensor.copies} x {tensor.shape} of {tensor.part} does not divide over {parts} ranks")
-    return tensor.numel // parts
+    def _numel(self, tensor: Tensor) -> int:
+        """Elements of `tensor` on one rank."""
+        parts = self._parts[tensor.divided]
+        if tensor.numel % parts:
+            raise ValueError(f"{tensor.copies} x {tensor.shape} of {tensor.part} does not divide over {parts} ranks")
+        return tensor.numel // parts

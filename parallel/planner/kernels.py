@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import ceil
 
 from parallel.planner.calibration import Calibration
@@ -35,13 +36,19 @@ def gemm(
     peak *= (hardware.power_limit_watts / hardware.measured_at_watts) ** constants.power_exponent
     units = hardware.multiprocessors
     # A single unit is a core of a CPU, whose tiles are small.
-    best = 1.0 if units == 1 else max(_tile_efficiency(units, rows, columns, copies, *tile) for tile in TILES)
+    best = 1.0 if units == 1 else _best_tile(units, rows, columns, copies)
     ramp = inner / (inner + constants.gemm_half_k)
     compute = 2 * rows * columns * inner * copies / (peak * best * ramp)
     element = {"fp8": 1, "bf16": 2, "fp32": 4}[precision]
     output = max(2, element)  # FP8 products are accumulated and written in 16 bits or more
     moved = copies * (element * (rows * inner + inner * columns) + output * rows * columns)
     return max(compute, moved / hardware.memory_bytes_per_s)
+
+
+@lru_cache(maxsize=2**16, typed=True)  # products of whole numbers and of floats may differ in the last digit
+def _best_tile(units: int, rows: float, columns: float, copies: int) -> float:
+    """The efficiency of the best tile. A search asks for the same products again and again."""
+    return max(_tile_efficiency(units, rows, columns, copies, *tile) for tile in TILES)
 
 
 def _tile_efficiency(units: int, rows: float, columns: float, copies: int, height: int, width: int) -> float:

@@ -381,14 +381,13 @@ def loss_times(workload: Workload, machine: Machine) -> Times:
     return layer.times
 
 
-def mtp_times(workload: Workload, machine: Machine) -> Times:
+def mtp_times(workload: Workload, machine: Machine, last_layer: Times, loss: Times) -> Times:
     """One multi-token-prediction depth: projection, a layer like the last, and its own pass through head and loss."""
     layer = _Layer(workload, machine)
-    model = workload.model
-    projection, _ = describe_mtp(model)
+    projection, _ = describe_mtp(workload.model)
     outputs, inputs = projection.outputs_on_rank(workload.layout.tp), projection.inputs_on_rank(workload.layout.tp)
     layer.linear(workload.tokens, outputs, inputs)
-    layer.times.plus(layer_times(workload, machine, bool(model.moe_layer_pattern[-1])))
+    layer.times.plus(last_layer)
     layer.times.plus(embedding_times(workload, machine))
-    layer.times.plus(loss_times(workload, machine))
+    layer.times.plus(loss)
     return layer.times

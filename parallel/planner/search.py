@@ -185,6 +185,7 @@ class Timer:
         self.weights_of = weights_of
         self._layer_times: dict[object, dict[object, Times]] = {}
         self._layer_bytes: dict[object, tuple[dict[bool, float], float]] = {}
+        self._whole_layer_bytes: dict[object, dict[bool, float]] = {}
         self._stages: dict[object, list[tuple[tuple[str, ...], Counter[bool]]]] = {}
         self._weights: dict[object, Sequence[Weights]] = {}
 
@@ -199,19 +200,14 @@ class Timer:
     def layer_bytes(self, workload: Workload) -> tuple[dict[bool, float], float]:
         """Activations of a dense layer and of one with experts, and the largest recomputed activations of one layer."""
         layout = workload.layout
-        key = (
-            layout.tp,
-            layout.cp,
-            layout.ep,
-            layout.etp,
-            workload.micro_batch_size,
-            workload.recompute,
-            workload.recompute_modules,
-            workload.fp8,
-        )
+        whole_key = (layout.tp, layout.cp, layout.ep, layout.etp, workload.micro_batch_size, workload.fp8)
+        key = (*whole_key, workload.recompute, workload.recompute_modules)
         if key not in self._layer_bytes:
             kinds = [bool(moe) for moe in set(workload.model.moe_layer_pattern)]
-            without_recomputation = {moe: sum(layer(workload, moe, recompute=False).values()) for moe in kinds}
+            if whole_key not in self._whole_layer_bytes:
+                whole = {moe: sum(layer(workload, moe, recompute=False).values()) for moe in kinds}
+                self._whole_layer_bytes[whole_key] = whole
+            without_recomputation = self._whole_layer_bytes[whole_key]
             saved = dict.fromkeys(
                 kinds, float(workload.element * workload.split_tokens * workload.model.hidden_size)
             )  # their input
@@ -357,7 +353,7 @@ def _least_recomputed(workload: Workload, schedule: str, space: Space, timer: Ti
     """The workload with the first set of `space.recompute` that fits, or what it lacks memory for."""
     usable = timer.hardware.offered_bytes
     weights_of_ranks = timer.weights(workload)
-    static = min(_static_bytes(workload, w) + optimizer_bytes(workload, w) for w in weights_of_ranks)
+    static = min(_static_bytes(workload, w) + optimizer_bytes(workload, w) for w in set(weights_of_ranks))
     if static > usable:
         return STATIC
     for mode, modules in space.recompute:

@@ -6,7 +6,7 @@ pipeline come the exposed parts of gradient reduction and parameter gathering, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import log2
 
@@ -17,7 +17,7 @@ from parallel.planner.layer_time import Machine, Times, embedding_times, layer_t
 from parallel.planner.memory import Weights
 from parallel.planner.network import Group
 from parallel.planner.simulation import StageTime, Timeline, estimated, step_time
-from parallel.planner.workload import Workload
+from parallel.planner.workload import Recompute, Workload
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ def plan_step(
     """
     layout = workload.layout
     counted = stage_parts(workload, machine, weights, {} if kinds is None else kinds)
-    stages = tuple(stage_time(workload, machine, schedule, times) for times in counted)
+    different = {id(times): times for times in counted}
+    seconds_of = {key: stage_time(workload, machine, schedule, times) for key, times in different.items()}
+    stages = tuple(seconds_of[id(times)] for times in counted)
     if schedule == "dualpipev":  # chunks in the order of ranks -> stages in the order of the model
         stages = (*stages[: layout.pp], *reversed(stages[layout.pp :]))
     message = workload.element * workload.split_tokens * workload.model.hidden_size
@@ -94,10 +96,10 @@ def plan_step(
     run = step_time if simulated else estimated
     timeline = run(schedule, layout.pp, layout.vpp, workload.micro_batches, stages, hop * exposed_fraction)
     copies = 2 if schedule == "dualpipe" else 1
-    optimizer = max(optimizer_seconds(workload, machine, of_rank) for of_rank in weights) * copies
+    optimizer = max(optimizer_seconds(workload, machine, of_rank) for of_rank in set(weights)) * copies
     data_parallel = max(
-        data_parallel_seconds(workload, machine, of_rank, stages[rank].backward * layout.vpp)
-        for rank, of_rank in enumerate(weights)
+        data_parallel_seconds(workload, machine, of_rank, backward * layout.vpp)
+        for of_rank, backward in {(of_rank, stages[rank].backward) for rank, of_rank in enumerate(weights)}
     )
     seconds = timeline.seconds + optimizer + data_parallel * copies + machine.constants.step_s
     tokens = workload.micro_batches * workload.micro_batch_size * workload.seq_length * layout.dp
@@ -111,40 +113,81 @@ def plan_step(
 def stage_parts(
     workload: Workload, machine: Machine, weights: Sequence[Weights], kinds: dict[object, Times]
 ) -> list[Times]:
-    """The parts of each of the pp x vpp stages for one micro-batch."""
-    parts = []
+    """The parts of each of the pp x vpp stages for one micro-batch. Stages of the same layers share one object."""
+    parts: list[Times] = []
+    by_content: dict[object, Times] = {}
     passed = 0
     pattern = workload.model.moe_layer_pattern
     for index, items in enumerate(workload.stages):
-        chunk, times, count = workload.of_chunk(index), Times(), items.count("t")
-        recomputation = (chunk.recompute, chunk.recompute_modules)
-        kinds_of_layers = [
-            (
-                bool(moe),
-                chunk.recompute != "full" or chunk.recompute_method == "uniform" or place < chunk.recompute_num_layers,
-                chunk.of_layer(passed + place).fp8,
-                recomputation,
-            )
-            for place, moe in enumerate(pattern[passed : passed + count])
-        ]
-        for kind in dict.fromkeys(kinds_of_layers):
-            if kind not in kinds:
-                of_layer = replace(chunk, fp8=kind[2])
-                kinds[kind] = layer_times(of_layer if kind[1] else replace(chunk, recompute="none"), machine, kind[0])
-            times.plus(kinds[kind], kinds_of_layers.count(kind))
-        passed += count
-        for item, function in (("E", embedding_times), ("m", mtp_times), ("L", loss_times)):
-            if item in items:
-                if (item, recomputation) not in kinds:
-                    kinds[item, recomputation] = function(chunk, machine)
-                times.plus(kinds[item, recomputation], items.count(item))
-        if workload.fsdp:
-            _gather_weights(workload, machine, times, weights[index % workload.layout.pp])
-        parts.append(times)
+        layers = range(passed, passed + items.count("t"))
+        passed += len(layers)
+        held = weights[index % workload.layout.pp] if workload.fsdp else None
+        # The content of a stage: recomputation, layers, those of them in bf16, other items, gathered weights.
+        key = (
+            index % len(workload.recompute_of_chunks) if workload.recompute_of_chunks else 0,
+            tuple(pattern[layers.start : layers.stop]),
+            tuple(place for place, number in enumerate(layers) if number in workload.bf16_layers),
+            tuple(items.count(item) for item in "EmL"),
+            held,
+        )
+        if key not in by_content:
+            times = parts_of_stage(workload.of_chunk(index), machine, items, layers, kinds)
+            if held is not None:
+                gather_weights(workload, machine, times, held)
+            by_content[key] = times
+        parts.append(by_content[key])
     return parts
 
 
-def _gather_weights(workload: Workload, machine: Machine, times: Times, weights: Weights) -> None:
+def parts_of_stage(
+    chunk: Workload, machine: Machine, items: Sequence[str], layers: range, kinds: dict[object, Times]
+) -> Times:
+    """The parts of a stage with these layers of the model (from 0)."""
+    times, pattern = Times(), chunk.model.moe_layer_pattern
+    recomputation = (chunk.recompute, chunk.recompute_modules)
+    kinds_of_layers = [
+        (
+            bool(pattern[number]),
+            chunk.recompute != "full" or chunk.recompute_method == "uniform" or place < chunk.recompute_num_layers,
+            chunk.of_layer(number).fp8,
+            recomputation,
+        )
+        for place, number in enumerate(layers)
+    ]
+
+    def cached(kind: object, calculate: Callable[[], Times]) -> Times:
+        if kind not in kinds:
+            kinds[kind] = calculate()
+        return kinds[kind]
+
+    def layer(kind: tuple[bool, bool, str | None, Recompute]) -> Times:
+        moe, recomputes, fp8, _ = kind
+
+        def times_of_layer() -> Times:
+            of_layer = replace(chunk, fp8=fp8) if recomputes else replace(chunk, recompute="none")
+            return layer_times(of_layer, machine, moe)
+
+        return cached(kind, times_of_layer)
+
+    def loss() -> Times:
+        return cached(("L", recomputation), lambda: loss_times(chunk, machine))
+
+    def mtp() -> Times:
+        last_layer = layer((bool(pattern[-1]), True, chunk.fp8, recomputation))
+        return mtp_times(chunk, machine, last_layer, loss())
+
+    for kind in dict.fromkeys(kinds_of_layers):
+        times.plus(layer(kind), kinds_of_layers.count(kind))
+    if "E" in items:
+        times.plus(cached(("E", recomputation), lambda: embedding_times(chunk, machine)), items.count("E"))
+    if "m" in items:
+        times.plus(cached(("m", recomputation), mtp), items.count("m"))
+    if "L" in items:
+        times.plus(loss(), items.count("L"))
+    return times
+
+
+def gather_weights(workload: Workload, machine: Machine, times: Times, weights: Weights) -> None:
     """FSDP: weights of the stage gathered in the forward and the backward pass, gradients scattered in the latter."""
     layout, hardware = workload.layout, machine.hardware
     element = 1 if workload.fp8_weights_only else workload.element

@@ -15,7 +15,16 @@ from parallel.planner.layer_time import Machine, Times, layer_times, loss_times,
 from parallel.planner.memory import Weights
 from parallel.planner.simulation import step_time
 from parallel.planner.software import Software
-from parallel.planner.step_time import StepTime, data_parallel_seconds, optimizer_seconds, plan_step, stage_time
+from parallel.planner.step_time import (
+    StepTime,
+    data_parallel_seconds,
+    gather_weights,
+    optimizer_seconds,
+    parts_of_stage,
+    plan_step,
+    stage_parts,
+    stage_time,
+)
 from parallel.planner.workload import Workload
 from tests.parallel.planner import small
 from tools.published.clusters import hardware_of
@@ -156,9 +165,10 @@ def test_multi_token_prediction_projects_two_hidden_states_to_one() -> None:
     """Beyond a layer, the embedding and the head, it has one linear layer [2 hidden, hidden]."""
     cfg = compose(["model=deepseek_v3", "parallel=deepseek_v3_h800", "batch=large", "runtime=cuda", "precision=bf16"])
     workload, machine = workload_of(cfg, validate(cfg)), Machine(hardware_of("h800"), software.of_date(202604), FITTED)
-    rest = layer_times(workload, machine, moe=True).forward["gemm"] + loss_times(workload, machine).forward["gemm"]
+    layer, loss = layer_times(workload, machine, moe=True), loss_times(workload, machine)
+    rest = layer.forward["gemm"] + loss.forward["gemm"]
     projection = kernels.gemm(machine.hardware, FITTED, "bf16", workload.tokens, 7168, 2 * 7168)
-    assert mtp_times(workload, machine).forward["gemm"] - rest == pytest.approx(projection)
+    assert mtp_times(workload, machine, layer, loss).forward["gemm"] - rest == pytest.approx(projection)
 
 
 def test_fp8_dispatch_and_nodes_make_dispatch_shorter() -> None:
@@ -333,3 +343,31 @@ def test_graphs_start_kernels_in_a_part_of_the_time(graphs: str, forward: float,
     times = Times({"gemm": 10.0}, {"gemm": 20.0}, {}, {}, 8.0, 11.0, 3.0, 4.0)
     found = stage_time(small.workload(DENSE), machine, "1f1b", times)
     assert (found.forward, found.backward) == (pytest.approx(forward), pytest.approx(backward))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"fp8": "block", "bf16_layers": frozenset({0, 7})},
+        {"recompute": "full", "recompute_method": "block"},
+        {"recompute_of_chunks": (("none", frozenset()), ("none", frozenset()), ("full", frozenset()))},
+        {"fsdp": True},
+    ],
+    ids=str,
+)
+def test_stages_share_parts_only_where_nothing_differs(changes: dict[str, object]) -> None:
+    """Dense layers first, embedding, loss and multi-token prediction at the ends, and two stages that are alike."""
+    model = replace(small.GQA, num_layers=10, num_dense_layers=3, mtp_num_layers=1)
+    stages = [["E", "t", "t"], ["t", "t"], ["t", "t"], ["t", "t"], ["t", "t", "m", "L"]]
+    job = small.workload(model, {"pp": 5, "dp": 2}, stages=stages, **changes)
+    weights = [Weights(10 + rank // 3, 20) for rank in range(5)]
+    parts = stage_parts(job, small.machine(), weights, {})
+    for rank, items in enumerate(stages):
+        first = sum(stage.count("t") for stage in stages[:rank])
+        layers = range(first, first + items.count("t"))
+        expected = parts_of_stage(job.of_chunk(rank), small.machine(), items, layers, {})
+        if job.fsdp:
+            gather_weights(job, small.machine(), expected, weights[rank])
+        assert parts[rank] == expected, rank
+    assert (parts[2] is parts[3]) == (not changes or job.recompute == "full")
