@@ -92,7 +92,7 @@ def headline(found: CacheAnswer) -> str:
     """Which stage limits the number of tokens, and what its memory is spent on."""
     room, length = found.room, found.serving.context_length
     free = f"{room.free / GIB:,.2f} GiB are free" if room.free >= 0 else f"{-room.free / GIB:,.2f} GiB are missing"
-    replicas = f". Each of {found.replicas:,} replicas has" if found.replicas > 1 else ""
+    replicas = f". One of {found.replicas:,} replicas" if found.replicas > 1 else ""
     return (
         f"KV cache at inference, sequences of {length:,} tokens. Stage {room.stage} of {found.stages} limits it: of "
         f"{room.usable / GIB:,.2f} GiB on a rank, weights take {room.weights / GIB:,.2f} and a forward pass of "

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_train.config.checkpoint_tools import ConvertConfig, InspectConfig
+from moe_train.config.evaluate import EvaluateConfig
 from moe_train.config.fields import doc
 from moe_train.config.inference import EngineConfig
 from moe_train.config.kv_cache import KVCacheConfig
@@ -95,6 +96,13 @@ class InferenceRoot:
     verbose: bool = doc(False, _TRACEBACKS)
 
 
+@dataclass
+class EvaluateRoot(InferenceRoot):
+    """An evaluation by moe-evaluate."""
+
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
 @dataclass(frozen=True)
 class RootInfo:
     """Where a root is found.
@@ -115,6 +123,12 @@ class RootInfo:
         return "schema" if self.config_name == "train" else f"schema_{self.config_name}"
 
 
+_OF_EVALUATIONS = {
+    "init_from": "source", "data.tokenizer": "tokenizer", "data.dir": "evaluate.data_dir",
+    "data.path": "evaluate.sources", "train.seq_length": "evaluate.seq_length",
+    "batch.micro_batch_size": "evaluate.micro_batch_size",
+}  # fmt: skip
+
 ROOTS: Mapping[type, RootInfo] = {
     Config: RootInfo("train", ("moe-train", "moe-submit", "moe-data", "moe-dryrun", "moe-preflight")),
     MemoryRoot: RootInfo("memory", ("moe-memory",)),
@@ -122,6 +136,7 @@ ROOTS: Mapping[type, RootInfo] = {
     EstimateRoot: RootInfo("estimate", ("moe-submit",)),
     ConvertRoot: RootInfo("convert", ("moe-convert",), {"data.dir": "convert.data_dir"}),
     InspectRoot: RootInfo("inspect", ("moe-inspect",)),
+    EvaluateRoot: RootInfo("evaluate", ("moe-evaluate",), _OF_EVALUATIONS),
 }
 
 

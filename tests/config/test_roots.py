@@ -31,7 +31,9 @@ from parallel.suggest import override
 def test_the_config_of_a_run_has_no_options_of_tools() -> None:
     written = yaml.safe_load(to_yaml(compose([])))
     assert not {"plan", "convert", "inspect", "estimate", "inference"} & written.keys()
-    assert set(all_groups()) - set(group_names()) == {"plan", "convert", "inspect", "inference"}
+    assert set(all_groups()) - set(group_names()) == {
+        "plan", "convert", "inspect", "inference", "engine", "evaluate",
+    }  # fmt: skip
 
 
 def test_tools_that_read_checkpoints_compose_no_run() -> None:

@@ -18,6 +18,7 @@ COMMANDS = {
     "moe-train": "launch.main", "moe-submit": "launch.slurm.submit", "moe-preflight": "launch.preflight",
     "moe-plan": "tools.plan", "moe-memory": "tools.memory", "moe-convert": "tools.convert",
     "moe-inspect": "tools.inspect", "moe-data": "tools.prepare_data", "moe-dryrun": "tools.dryrun",
+    "moe-evaluate": "tools.evaluate",
 }  # fmt: skip
 # A field that the page of a command must explain, with words of its doc in the schema.
 EXPLAINED = {
@@ -28,6 +29,7 @@ EXPLAINED = {
     "moe-inspect": ("inspect.norm_rtol=null", "norm-relative"),
     "moe-data": ("model.vocab_size=4096", "at most model.vocab_size entries"),
     "moe-dryrun": ("model.mtp_num_layers=0", "prediction"),
+    "moe-evaluate": ("evaluate.max_tokens=null", "Tokens to score of each source"),
 }  # fmt: skip
 
 

@@ -1,0 +1,239 @@
+"""`moe-evaluate`: loss, perplexity and bits per byte of a trained model, by source of text.
+
+    moe-evaluate runs/NAME                      its validation samples
+    moe-evaluate runs/NAME book.txt data/mine   texts, datasets of moe-data
+    moe-evaluate runs/NAME 'evaluate.sources=[{name:code,path:src/a.txt}]'
+    moe-evaluate hf-directory book.txt parallel.tp=2 precision=fp8_block
+
+The model is a run (its newest checkpoint), a Megatron checkpoint or a Hugging Face directory; it is short for source=,
+further paths for evaluate.sources=. Layout and precision are those of one rank and of the run, but for what the
+command line names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from launch import quiet, rendezvous
+from launch.local import forkserver, signals
+from moe_train.config import sources
+from moe_train.config.composition.compose import hydra_entry
+from moe_train.config.composition.validate import validate
+from moe_train.config.evaluate import EvaluateConfig
+from moe_train.config.resolve import batch_schedule
+from moe_train.config.roots import EvaluateRoot
+from moe_train.config.schema import BatchConfig, Config, EvaluationSource
+from moe_train.data.tokenizer import TOKENIZER
+from moe_train.evaluation import setup
+from moe_train.evaluation.setup import SourceScore, Task
+from moe_train.files import atomic
+from moe_train.inference import source
+from moe_train.inference.source import ModelSource
+from parallel.errors import ConfigError, DataError
+from parallel.layout import ParallelLayout
+from parallel.suggest import override_value
+from tools import terminal
+from tools.words import CommandLine, parse
+
+_SOURCES = "evaluate.sources"
+_USUAL_LENGTH = 2048
+"""Tokens of a sequence where no run says it."""
+_COMMON = (
+    "source", "tokenizer", "precision", "parallel.tp", "parallel.pp", "parallel.ep", "parallel.dp", "runtime",
+    _SOURCES, "evaluate.seq_length", "evaluate.micro_batch_size", "evaluate.max_tokens", "evaluate.output",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Console script."""
+    line = parse(sys.argv[1:])
+    argv = arguments(line)
+    code: list[int] = []
+    try:
+        with _command():
+            code.append(
+                hydra_entry(
+                    lambda cfg: run(cfg, line.overrides), argv=argv, root=EvaluateRoot, runs=False, answers=True,
+                    about=__doc__, common=_COMMON,
+                )
+            )  # fmt: skip
+    except signals.Interrupted as interrupt:
+        print(f"\ninterrupted by {interrupt.signal.name}", file=sys.stderr)
+        code.append(interrupt.exit_code)
+    signals.leave(code[0])
+
+
+@contextlib.contextmanager
+def _command() -> Iterator[None]:
+    """The main part of the command: signals that end it are raised in this block as `signals.Interrupted`."""
+    quiet.silence()
+    try:
+        with signals.interruptible(last=True):
+            yield
+    finally:
+        forkserver.kill()  # at once, even if it still imports
+
+
+def arguments(line: CommandLine) -> list[str]:
+    """What Hydra gets: the first path as the model, the others as texts."""
+    texts, line.paths = line.paths[1:], line.paths[:1]
+    if texts:
+        entries = [EvaluationSource(path=path) for path in texts]
+        line.overrides.insert(0, f"{_SOURCES}={override_value(entries)}")
+    return line.argv("source")
+
+
+def run(cfg: EvaluateRoot, words: Sequence[str]) -> None:
+    """Score, print a table, and write the output file.
+
+    Args:
+        words: overrides of the command line.
+
+    Raises:
+        MoeTrainError: with a cause and a remedy; no output file was written.
+    """
+    asked = cfg.evaluate
+    sources.names(_SOURCES, asked.sources)
+    if asked.output is not None:
+        _check_output(Path(asked.output))
+    if cfg.source is None:
+        raise ConfigError("source is missing: the model", "use moe-evaluate runs/NAME, or a Hugging Face directory")
+    info = rendezvous.detect()
+    if info is not None:
+        raise ConfigError(
+            f"{info.launcher} has started this process as one of {info.world_size} ranks, and moe-evaluate starts the "
+            "ranks of its layout itself",
+            "start moe-evaluate alone, on one machine",
+        )
+    found = source.find(Path(cfg.source))
+    loaded = source.config_of(found, cfg, words, cfg.tokenizer)
+    if loaded.runtime == "simulated":
+        raise ConfigError("runtime=simulated computes nothing", "set runtime=auto, cpu or cuda")
+    task = task_of(asked, found)
+    config = scoring_config(asked, found, loaded, validate(loaded))
+    scores = scored(config, validate(config), task)
+    title = f"{found.name}, {config.precision.name}, sequences of {config.train.seq_length:,} tokens"
+    terminal.console().print(table(title, scores))
+    if asked.output is not None:
+        facts = {"seq_length": config.train.seq_length, "scores": [asdict(score) for score in scores]}
+        write(Path(asked.output), found.name, config, facts)
+
+
+def _check_output(path: Path) -> None:
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a directory" if path.is_dir() else f"cannot be written: {path.parent} does not exist"
+        raise ConfigError(f"evaluate.output={path} {what}", "name a file in a directory that exists")
+
+
+def task_of(asked: EvaluateConfig, found: ModelSource) -> Task:
+    """What the ranks score.
+
+    Raises:
+        ConfigError: there is nothing to score.
+    """
+    run_config = found.config
+    data = run_config.data if asked.data_dir is None else replace(run_config.data, dir=asked.data_dir)
+    if asked.sources:
+        return Task(asked.sources, asked.max_tokens, data)
+    if found.run_dir is not None and not (Path(data.dir) / TOKENIZER).is_file():
+        raise ConfigError(f"{data.dir}, the data of the run, has no {TOKENIZER}", "set evaluate.data_dir to where "
+                          "the dataset is now, or use moe-evaluate RUN TEXT_FILE")  # fmt: skip
+    if found.run_dir is None:
+        raise ConfigError(f"{_SOURCES} is missing: {found.path} is not a run, which has validation samples",
+                          "use moe-evaluate MODEL TEXT_FILE")  # fmt: skip
+    samples = run_config.train.eval_batches * batch_schedule(run_config).last_size
+    if not samples:
+        raise ConfigError(f"{_SOURCES} is missing: the run has train.eval_batches=0",
+                          "use moe-evaluate RUN TEXT_FILE")  # fmt: skip
+    return Task([], asked.max_tokens, data, samples)
+
+
+def scoring_config(asked: EvaluateConfig, found: ModelSource, cfg: Config, layout: ParallelLayout) -> Config:
+    """`cfg` with the sequences and micro-batches of the evaluation.
+
+    Raises:
+        ConfigError: sequences of this length cannot be divided over the ranks, or are too long for the model.
+    """
+    longest = cfg.model.max_position_embeddings
+    usual = min(_USUAL_LENGTH, longest) if found.run_dir is None else found.config.train.seq_length
+    length = asked.seq_length or usual
+    multiple = (2 * layout.cp if layout.cp > 1 else 1) * layout.tp
+    if length % multiple or length > longest:
+        why = (
+            f"exceeds model.max_position_embeddings={longest}" if length > longest
+            else f"is not divisible by {multiple}, for parallel.tp={layout.tp} and parallel.cp={layout.cp}"
+        )  # fmt: skip
+        nearest = max(min(length, longest) // multiple, 1) * multiple
+        raise ConfigError(f"evaluate.seq_length={length} {why}", f"use evaluate.seq_length={nearest}")
+    size = asked.micro_batch_size
+    return replace(
+        cfg,
+        batch=BatchConfig(global_batch_size=layout.dp * layout.pp * size, micro_batch_size=size),
+        train=replace(cfg.train, seq_length=length),
+        data=replace(cfg.data, reset_at_eod=found.config.data.reset_at_eod),
+    )
+
+
+def scored(cfg: Config, layout: ParallelLayout, task: Task) -> list[SourceScore]:
+    """What the ranks of `layout` answer, on this machine."""
+    from launch import failures, job
+
+    with tempfile.TemporaryDirectory(prefix="moe-") as directory, failures.packages():
+        if cfg.runtime == "cpu" or not any(Path("/dev").glob("nvidia*")):
+            forkserver.begin()
+        from launch.local import launcher
+
+        job.resolve_runtime(cfg)
+        if cfg.runtime == "cuda":
+            job.check_gpus(layout, job.visible_gpus())
+        setup.write_task(Path(directory), task)
+        launcher.start(replace(cfg, run_dir=directory), layout, setup.ENTRY)
+        return setup.read_scores(Path(directory))
+
+
+def table(title: str, scores: Sequence[SourceScore]) -> Table:
+    """A row for each source, the total last."""
+    result = Table(title=title, title_justify="left")
+    for column in ("source", "tokens", "bytes", "loss", "perplexity", "bits per byte"):
+        result.add_column(column, justify="left" if column == "source" else "right")
+    for score in scores:
+        if score is scores[-1] and len(scores) > 1:
+            result.add_section()
+        numbers = (_text(score.loss, ".6f"), _text(score.perplexity, ",.4f"), _text(score.bits_per_byte, ".6f"))
+        result.add_row(terminal.literal(score.name), f"{score.tokens:,}", f"{score.num_bytes:,}", *numbers)
+    return result
+
+
+def _text(value: float | None, number: str) -> str:
+    return "" if value is None else format(value, number)
+
+
+def write(path: Path, name: str, cfg: Config, facts: dict[str, Any]) -> None:
+    """Facts about a model as JSON. Numbers that JSON cannot hold are null."""
+    report = {"model": name, "weights": cfg.init_from, "precision": cfg.precision.name, **facts}
+    try:
+        atomic.write_text(path, json.dumps(_finite(report), indent=1) + "\n", durable=True)
+    except OSError as error:
+        raise DataError(f"evaluate.output={path} cannot be written: {error.strerror}", "name another") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    main()
