@@ -35,7 +35,7 @@ from moe_train.config.roots import EvaluateRoot
 from moe_train.config.schema import BatchConfig, Config, EvaluationSource
 from moe_train.data.tokenizer import TOKENIZER
 from moe_train.evaluation import setup
-from moe_train.evaluation.setup import SourceScore, Task
+from moe_train.evaluation.setup import ScoringTask, SourceScore
 from moe_train.files import atomic
 from moe_train.inference import source
 from moe_train.inference.source import ModelSource
@@ -135,7 +135,7 @@ def _check_output(path: Path) -> None:
         raise ConfigError(f"evaluate.output={path} {what}", "name a file in a directory that exists")
 
 
-def task_of(asked: EvaluateConfig, found: ModelSource) -> Task:
+def task_of(asked: EvaluateConfig, found: ModelSource) -> ScoringTask:
     """What the ranks score.
 
     Raises:
@@ -144,7 +144,7 @@ def task_of(asked: EvaluateConfig, found: ModelSource) -> Task:
     run_config = found.config
     data = run_config.data if asked.data_dir is None else replace(run_config.data, dir=asked.data_dir)
     if asked.sources:
-        return Task(asked.sources, asked.max_tokens, data)
+        return ScoringTask(asked.sources, asked.max_tokens, data)
     if found.run_dir is not None and not (Path(data.dir) / TOKENIZER).is_file():
         raise ConfigError(f"{data.dir}, the data of the run, has no {TOKENIZER}", "set evaluate.data_dir to where "
                           "the dataset is now, or use moe-evaluate RUN TEXT_FILE")  # fmt: skip
@@ -155,7 +155,7 @@ def task_of(asked: EvaluateConfig, found: ModelSource) -> Task:
     if not samples:
         raise ConfigError(f"{_SOURCES} is missing: the run has train.eval_batches=0",
                           "use moe-evaluate RUN TEXT_FILE")  # fmt: skip
-    return Task([], asked.max_tokens, data, samples)
+    return ScoringTask([], asked.max_tokens, data, samples)
 
 
 def scoring_config(asked: EvaluateConfig, found: ModelSource, cfg: Config, layout: ParallelLayout) -> Config:
@@ -184,7 +184,7 @@ def scoring_config(asked: EvaluateConfig, found: ModelSource, cfg: Config, layou
     )
 
 
-def scored(cfg: Config, layout: ParallelLayout, task: Task) -> list[SourceScore]:
+def scored(cfg: Config, layout: ParallelLayout, task: ScoringTask) -> list[SourceScore]:
     """What the ranks of `layout` answer, on this machine."""
     from launch import failures, job
 

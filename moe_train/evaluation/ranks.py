@@ -21,7 +21,7 @@ from moe_train.data.datasets import build_datasets
 from moe_train.data.scoring import ScoredText, Windows
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.evaluation import setup
-from moe_train.evaluation.setup import SourceScore, Task
+from moe_train.evaluation.setup import ScoringTask, SourceScore
 from moe_train.inference import loading
 from moe_train.loop.scoring import PassPlan, TokenLoss, score
 from moe_train.ranks import RankContext
@@ -41,7 +41,7 @@ def run(cfg: Config, rank: RankInfo) -> None:
 
 
 def evaluate(
-    ranks: RankContext, chunks: Sequence[nn.Module], tokenizer: Tokenizer, task: Task
+    ranks: RankContext, chunks: Sequence[nn.Module], tokenizer: Tokenizer, task: ScoringTask
 ) -> list[SourceScore]:  # fmt: skip
     """Scores of each source, and of all where there are several. Every rank calls it.
 
@@ -67,7 +67,7 @@ class _Asked:
     count_bytes: Callable[[], list[int]]
 
 
-def _texts(ranks: RankContext, tokenizer: Tokenizer, task: Task) -> _Asked:
+def _texts(ranks: RankContext, tokenizer: Tokenizer, task: ScoringTask) -> _Asked:
     cfg = ranks.cfg
     names = source_names.names("evaluate.sources", task.sources)
     found: list[ScoredText] = []
@@ -78,7 +78,7 @@ def _texts(ranks: RankContext, tokenizer: Tokenizer, task: Task) -> _Asked:
     return _Asked(windows, names, lambda: [text.count_bytes(tokenizer) for text in found])
 
 
-def _validation(cfg: Config, tokenizer: Tokenizer, task: Task) -> _Asked:
+def _validation(cfg: Config, tokenizer: Tokenizer, task: ScoringTask) -> _Asked:
     """The samples of an evaluation of the run, in the same order."""
     run = replace(cfg, data=task.data)
     _, dataset, _ = build_datasets(run, 0, task.validation_samples, 0)

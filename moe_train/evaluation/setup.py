@@ -18,7 +18,7 @@ _TASK, _SCORES = "evaluation.json", "scores.json"
 
 
 @dataclass(frozen=True)
-class Task:
+class ScoringTask:
     """What is scored.
 
     Args:
@@ -52,18 +52,18 @@ class SourceScore:
     bits_per_byte: float | None
 
 
-def write_task(run_dir: Path, task: Task) -> None:
+def write_task(run_dir: Path, task: ScoringTask) -> None:
     """Leave `task` for the ranks."""
     (run_dir / _TASK).write_text(json.dumps(asdict(task)), encoding="utf-8")
 
 
-def read_task(run_dir: Path) -> Task:
+def read_task(run_dir: Path) -> ScoringTask:
     """What `write_task` left."""
     content: dict[str, Any] = json.loads((run_dir / _TASK).read_text(encoding="utf-8"))
     data = content.pop("data")
     data["blend"] = [BlendEntry(**entry) for entry in data["blend"]]
     sources = [EvaluationSource(**source) for source in content.pop("sources")]
-    return Task(sources=sources, data=DataConfig(**data), **content)
+    return ScoringTask(sources=sources, data=DataConfig(**data), **content)
 
 
 def write_scores(run_dir: Path, scores: Sequence[SourceScore]) -> None:
