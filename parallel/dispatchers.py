@@ -20,6 +20,7 @@ class DispatcherKind:
         own_on_local: whether the `local` backend sends tokens itself (`moe_train.model.local.dispatch`): then they can
             be dispatched in FP8, and the bytes are counted.
         deduplicates: a token goes once to each node that has an expert of it, not once for each expert.
+        needs_equal_counts: every rank has to have the same number of tokens.
         waits_on_host: the host waits for the number of tokens before it starts the experts.
         planned_as: row that the planner takes for it.
     """
@@ -33,11 +34,12 @@ class DispatcherKind:
     overlaps_shared_experts: bool = False
     own_on_local: bool = False
     deduplicates: bool = False
+    needs_equal_counts: bool = False
     waits_on_host: bool = True
 
 
 ALLTOALL = DispatcherKind(name="alltoall", planned_as="alltoall", overlaps_shared_experts=True, own_on_local=True)
-ALLGATHER = DispatcherKind(name="allgather", planned_as="alltoall")
+ALLGATHER = DispatcherKind(name="allgather", planned_as="alltoall", needs_equal_counts=True)
 FLEX = DispatcherKind(
     name="flex", planned_as="flex", library="DeepEP", needs_gpu=True, needs_peers=True,
     pads_to_capacity=False, deduplicates=True, waits_on_host=False,

@@ -18,8 +18,8 @@ from moe_train.inference.scheduler import Batch, BatchEntry
 from moe_train.model.local.cached_attention import Decoding, Gathered, Prefill, Rotary, Slots
 
 GATHERED_TOKENS = 6144
-"""Up to so many tokens that decoding sequences attend to, they are copied side by side: one operation then serves all
-sequences. Copying more takes longer than an operation for each sequence."""
+"""Up to so many tokens that decoding sequences attend to, they are copied into one tensor, so that one operation serves
+all sequences. Copying more takes longer than an operation for each sequence."""
 
 
 class RotaryTable:

@@ -21,11 +21,12 @@ from moe_train.inference.cache import PagedKVCache, format_of
 from moe_train.inference.context import PagedContext, RotaryTable
 from moe_train.inference.forward import CachedModel
 from moe_train.inference.requests import GeneratedSequence, RequestOutput, RequestTable, StepOutput, TopLogprobs
-from moe_train.inference.sampling import Choice, choose
+from moe_train.inference.sampling import TokenChoice, choose
 from moe_train.inference.sampling_params import SamplingParams
 from moe_train.inference.scheduler import Batch, BatchEntry, Scheduler, SequenceState
 from moe_train.ranks import RankContext
 from parallel.architecture.kv_cache import cache_parts
+from parallel.dispatchers import DISPATCHERS
 from parallel.errors import ConfigError
 
 
@@ -280,16 +281,16 @@ class Engine:
         return _Launched(batches, results, top, pending)
 
     def _padded_tokens(self, batches: list[Batch]) -> int:
-        """Tokens of the forward pass of this rank, at least one, in equal numbers where ranks gather them."""
+        """Tokens of the forward pass of this rank, at least one."""
         own, multiple = batches[self._replica].num_tokens, self._model.multiple
-        if self._ranks.cfg.parallel.dispatcher == "allgather" and self._ranks.layout.ep > 1:
+        if DISPATCHERS[self._ranks.cfg.parallel.dispatcher].needs_equal_counts and self._ranks.layout.ep > 1:
             own = max(batch.num_tokens for batch in batches)
         return max(-(-own // multiple), 1) * multiple
 
     def _results(self, batch: Batch, logits: Tensor, top: int) -> Tensor:
         """The results of `batch` from its logits [rows, vocabulary], by the rank that decides for all."""
         targets: list[int] = []
-        choices: list[Choice] = []
+        choices: list[TokenChoice] = []
         sampled: list[int] = []
         for entry in batch.entries:
             sequence = self._sequence(entry)
@@ -362,13 +363,13 @@ class Engine:
         self.replicas[sequence.replica].remove(sequence.state)
 
 
-def _choice(sequence: GeneratedSequence, entry: BatchEntry, position: int) -> Choice:
+def _choice(sequence: GeneratedSequence, entry: BatchEntry, position: int) -> TokenChoice:
     """Of the token after `position` of a sequence."""
     state, generated = sequence.state, position + 1 - len(sequence.state.prompt)
     if not sequence.params.penalises:
-        return Choice(sequence.params, sequence.index, generated)
+        return TokenChoice(sequence.params, sequence.index, generated)
     drafts = entry.tokens[entry.known - entry.start : position + 1 - entry.start]
-    return Choice(sequence.params, sequence.index, generated, state.prompt, (*state.new_tokens, *drafts))
+    return TokenChoice(sequence.params, sequence.index, generated, state.prompt, (*state.new_tokens, *drafts))
 
 
 def _top(params: SamplingParams) -> int:

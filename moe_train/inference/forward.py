@@ -103,7 +103,7 @@ class CachedModel:
 
 
 class _Sent:
-    """Hidden states on their way to another rank, which are kept until they have arrived."""
+    """Hidden states that are being sent to another rank, and are kept until it has them."""
 
     def __init__(self, hidden: Tensor, rank: int) -> None:
         self._hidden = hidden

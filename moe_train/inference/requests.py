@@ -134,7 +134,7 @@ class RequestTable:
         return [s for s in found.sequences if s.state in self._sequences] if found is not None else []
 
     def note_token(self, sequence: GeneratedSequence, token: int, logprob: float, top: TopLogprobs) -> str | None:
-        """Record the next token of a sequence, and return why it ends with it, None if it goes on."""
+        """Record the next token of a sequence, and return why it ends with it; None if it continues."""
         sequence.logprobs.append(logprob)
         sequence.top_logprobs.append(top)
         self._output.tokens.append(NewToken(sequence.request, sequence.index, token, logprob, top))

@@ -21,7 +21,7 @@ _INCREMENT, _FACTORS, _SHIFTS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D04
 
 
 @dataclass(frozen=True)
-class Choice:
+class TokenChoice:
     """What decides the next token of a sequence, apart from its logits.
 
     Args:
@@ -43,7 +43,7 @@ class Choice:
         return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def choose(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
+def choose(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
     """A token for each row of `logits` [n, vocabulary], fp32 -> [n]."""
     penalised = [row for row, choice in enumerate(choices) if choice.params.penalises]
     if penalised:
@@ -58,7 +58,7 @@ def choose(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
     return chosen
 
 
-def _penalise(logits: Tensor, choice: Choice) -> None:
+def _penalise(logits: Tensor, choice: TokenChoice) -> None:
     """Change the logits [vocabulary] of one sequence in place."""
     params = choice.params
     if params.repetition_penalty != 1:
@@ -71,7 +71,7 @@ def _penalise(logits: Tensor, choice: Choice) -> None:
         logits -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
 
 
-def _draw(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
+def _draw(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
     """[n, vocabulary] -> [n]."""
 
     def column(values: Sequence[float]) -> Tensor:

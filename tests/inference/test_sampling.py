@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moe_train.inference.sampling import Choice, choose, gumbel_noise
+from moe_train.inference.sampling import TokenChoice, choose, gumbel_noise
 from moe_train.inference.sampling_params import SamplingParams
 from parallel.errors import ConfigError
 
@@ -16,7 +16,7 @@ DRAWS = 20_000
 
 
 def frequencies(**options: float) -> torch.Tensor:
-    choices = [Choice(SamplingParams(seed=seed, **options), 0, 0) for seed in range(DRAWS)]  # type: ignore[arg-type]
+    choices = [TokenChoice(SamplingParams(seed=seed, **options), 0, 0) for seed in range(DRAWS)]  # type: ignore[arg-type]
     return torch.bincount(choose(LOGITS.expand(DRAWS, -1), choices), minlength=len(LOGITS)) / DRAWS
 
 
@@ -48,23 +48,25 @@ def test_tokens_have_the_probabilities_of_the_parameters(options: dict[str, floa
 
 
 def test_greedy_takes_the_most_probable_token_for_any_seed() -> None:
-    assert {choose(LOGITS.unsqueeze(0), [Choice(SamplingParams(seed=seed), 0, 0)]).item() for seed in range(20)} == {1}
+    assert {
+        choose(LOGITS.unsqueeze(0), [TokenChoice(SamplingParams(seed=seed), 0, 0)]).item() for seed in range(20)
+    } == {1}
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
-    def choice(seed: int) -> Choice:
-        return Choice(SamplingParams(temperature=1.0, top_p=0.9 if seed % 2 else 1.0, seed=seed), 0, 0)
+    def choice(seed: int) -> TokenChoice:
+        return TokenChoice(SamplingParams(temperature=1.0, top_p=0.9 if seed % 2 else 1.0, seed=seed), 0, 0)
 
     rows = torch.randn(5, 40, generator=torch.Generator().manual_seed(2))
     together = choose(rows, [choice(seed) for seed in range(5)]).tolist()
     assert together == [choose(rows[i : i + 1], [choice(i)]).item() for i in range(5)]
-    mixed = [choice(0), Choice(SamplingParams(), 0, 0), choice(2)]
+    mixed = [choice(0), TokenChoice(SamplingParams(), 0, 0), choice(2)]
     assert choose(rows[:3], mixed).tolist() == [together[0], rows[1].argmax().item(), together[2]]
 
 
 def test_seeds_completions_and_positions_have_independent_noise() -> None:
     params = [SamplingParams(temperature=1.0, seed=seed) for seed in range(2)]
-    choices = [Choice(p, completion, position) for p in params for completion in (0, 1) for position in range(500)]
+    choices = [TokenChoice(p, completion, position) for p in params for completion in (0, 1) for position in range(500)]
     assert len({choice.noise_seed for choice in choices}) == len(choices)
     noise = gumbel_noise([choice.noise_seed for choice in choices], torch.empty(len(choices), 50))
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)  # of the Gumbel distribution: Euler's constant
@@ -80,7 +82,7 @@ def test_penalties_change_the_logits_of_tokens_that_were_there() -> None:
 
     def argmax_with(**options: float) -> int:
         params = SamplingParams(**options)  # type: ignore[arg-type]
-        return int(choose(LOGITS.unsqueeze(0), [Choice(params, 0, 3, prompt, generated)]))
+        return int(choose(LOGITS.unsqueeze(0), [TokenChoice(params, 0, 3, prompt, generated)]))
 
     before = LOGITS.clone()
     assert argmax_with(repetition_penalty=1.04) == 1  # 2.0 / 1.04 > 1.9

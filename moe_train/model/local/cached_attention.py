@@ -48,7 +48,7 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Gathered:
-    """Places of all tokens that the decoding sequences attend to, to be copied side by side.
+    """Places of all tokens that the decoding sequences attend to, to be copied into one tensor.
 
     Args:
         slots: [n, k].
