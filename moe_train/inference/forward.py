@@ -98,7 +98,7 @@ class CachedModel:
             hidden = gather_from_sequence_parallel_region(hidden, group=ps.get_tensor_model_parallel_group())
         tied = model.share_embeddings_and_output_weights
         weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-        logits = gemm.matmul(hidden[context.rows], weight.mT)
+        logits = gemm.matmul_few_rows(hidden[context.rows], weight.mT)
         return whole_vocabulary(self._ranks, logits).float()
 
 

@@ -30,6 +30,11 @@ def matmul(a: Tensor, b: Tensor, counts: Counts = None) -> Tensor:
     return cpu_gemm.matmul(a, b) if a.device.type == "cpu" else torch.mm(a, b)
 
 
+def matmul_few_rows(a: Tensor, b: Tensor) -> Tensor:
+    """a b: [t, k] x [k, n] -> [t, n], also quick for few rows and a small `b`. Not differentiable."""
+    return cpu_gemm.matmul_few_rows(a, b) if a.device.type == "cpu" else torch.mm(a, b)
+
+
 def matmul_tn(a: Tensor, b: Tensor, counts: Counts = None) -> Tensor:
     """a^T b: [t, m] and [t, n] -> [m, n], or grouped with `counts`: [groups, m, n]. Not differentiable."""
     if counts is not None:

@@ -166,7 +166,7 @@ def project(linear: Any, x: Tensor) -> Tensor:
     """x [t, in] through a linear layer, with its bias: [t, out], where ranks share the layer as it shards tokens."""
     weight = _plain_weight(linear)
     if weight is not None:
-        return gemm.matmul(x, weight.mT)
+        return gemm.matmul_few_rows(x, weight.mT)
     output, bias = linear(x.unsqueeze(1))
     output = output.squeeze(1)
     result: Tensor = output if bias is None else output + bias
@@ -212,8 +212,9 @@ def _latent_projections(attention: Any, hidden: Tensor, context: CacheContext) -
         )
     rotary = context.rotary(attention.rotary_pos_emb, None)
     nope, rotary_queries = queries.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
-    queries = torch.cat([nope, rotated(rotary_queries, rotary, interleaved=True)], dim=-1)
-    return queries, latent, rotated(rotary_key.unsqueeze(1), rotary, interleaved=True).squeeze(1)
+    heads = torch.cat([rotary_queries, rotary_key.unsqueeze(1)], dim=1)  # the key is rotated like one more head
+    rotary_queries, rotary_key = rotated(heads, rotary, interleaved=True).split([queries.size(1), 1], dim=1)
+    return torch.cat([nope, rotary_queries], dim=-1), latent, rotary_key.squeeze(1)
 
 
 def rotated(x: Tensor, rotary: Rotary, interleaved: bool) -> Tensor:
@@ -223,14 +224,13 @@ def rotated(x: Tensor, rotary: Rotary, interleaved: bool) -> Tensor:
         interleaved: whether pairs are neighbours. The result has the first of all pairs, then the second, as upstream's
             `_apply_rotary_pos_emb_bshd` (models/common/embeddings/rope_utils.py) with `multi_latent_attention`.
     """
-    cosine, sine = rotary
-    width = cosine.size(-1)
-    turned, rest = x[..., :width], x[..., width:]
-    if interleaved:
-        turned = torch.cat([turned[..., ::2], turned[..., 1::2]], dim=-1)
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cosine + torch.cat([-second, first], dim=-1) * sine
-    return torch.cat([turned, rest], dim=-1) if rest.size(-1) else turned
+    cosine, sine = rotary  # the angles of the second half are those of the first
+    half = cosine.size(-1) // 2
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
+    cosine, sine = cosine[..., :half], sine[..., :half]
+    parts = [first * cosine - second * sine, second * cosine + first * sine]
+    return torch.cat([*parts, rest] if rest.size(-1) else parts, dim=-1)
 
 
 def _up_projections(attention: Any) -> tuple[Tensor, Tensor]:

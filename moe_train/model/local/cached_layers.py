@@ -15,7 +15,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from moe_train.model.local.cached_attention import CacheContext, Rotary, project
-from moe_train.model.local.swiglu import SwiGLU
+from moe_train.model.local.experts import GroupedExperts
+from moe_train.model.local.swiglu import SwiGLU, WeightedSwiGLU
 
 
 def run_layers(layers: Iterable[Any], hidden: Tensor, context: CacheContext, rotary: Rotary | None) -> Tensor:
@@ -50,19 +51,33 @@ def _dense(mlp: Any, x: Tensor) -> Tensor:
         output = output.squeeze(1)
         result: Tensor = output if bias is None else output + bias
         return result
-    return project(mlp.linear_fc2, mlp.activation_func(project(mlp.linear_fc1, x)))
+    return project(mlp.linear_fc2, SwiGLU.compute(project(mlp.linear_fc1, x)))
 
 
 def _experts_on_this_rank(moe: Any, x: Tensor) -> Tensor:
     """An MoE layer: router, routed experts and shared experts."""
-    probs, routing_map = moe.router(x.unsqueeze(1))  # [t, experts] each
-    expert, token = routing_map.t().nonzero(as_tuple=True)  # by expert
-    counts = torch.bincount(expert, minlength=routing_map.size(1))
-    output, _ = moe.experts(x.index_select(0, token), counts, probs[token, expert])
-    result = torch.zeros_like(x).index_add_(0, token, output)
-    if moe.use_shared_expert:
-        shared = _dense(moe.shared_experts, x)
-        if moe.shared_experts.use_shared_expert_gate:
-            shared = shared * torch.sigmoid(x @ moe.shared_experts.gate_weight.t())
-        result += shared
-    return result
+    weights, experts = moe.router.chosen_experts(x)
+    experts, order = experts.flatten().sort()
+    token = order // weights.size(1)
+    counts = torch.bincount(experts, minlength=moe.num_local_experts)
+    output = _grouped(moe.experts, x.index_select(0, token), counts, weights.flatten().index_select(0, order))
+    return _shared_experts(moe, x).index_add_(0, token, output)
+
+
+def _grouped(experts: Any, x: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+    """Outputs of experts, weighted: rows `x` [n, h] by expert, of which each has `counts` -> [n, h]."""
+    if not isinstance(experts, GroupedExperts):
+        output: Tensor = experts(x, counts, weights)[0]
+        return output
+    rows = counts.tolist()
+    fc1, fc2 = experts.linear_fc1, experts.linear_fc2
+    activated = WeightedSwiGLU.compute(fc1.kernel.fprop(x, fc1.weight, rows, False), weights)
+    return fc2.kernel.fprop(activated, fc2.weight, rows, False)
+
+
+def _shared_experts(moe: Any, x: Tensor) -> Tensor:
+    """Their output, zeros where there are none: [t, h]."""
+    if not moe.use_shared_expert:
+        return torch.zeros_like(x)
+    output, shared = _dense(moe.shared_experts, x), moe.shared_experts
+    return output * torch.sigmoid(x @ shared.gate_weight.t()) if shared.use_shared_expert_gate else output

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
@@ -35,6 +37,49 @@ class Router(TopKRouter):
         )
         return attached
 
+    def chosen_experts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and numbers of the experts of each token: x [t, h] -> [t, topk] each.
+
+        What `forward` computes in evaluation, without [t, experts] tensors of weights and choices: as upstream's
+        `topk_routing_with_score_function` (transformer/moe/moe_utils.py).
+
+        Raises:
+            NotImplementedError: the score function is unknown here.
+        """
+        config = self.config
+        dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(config.moe_router_dtype, x.dtype)
+        logits = torch.mm(x.to(dtype), self.weight.to(dtype).t())
+        if self.bias is not None:
+            logits += self.bias.to(dtype)
+        if self.score_function == "softmax" and config.moe_router_pre_softmax:
+            weights, experts = self._best(logits.softmax(dim=-1, dtype=torch.float32).type_as(logits))
+        elif self.score_function == "softmax":
+            best, experts = self._best(logits)
+            weights = best.softmax(dim=-1, dtype=torch.float32).type_as(logits)
+        elif self.score_function == "sigmoid":
+            scores = logits.float().sigmoid_().type_as(logits)
+            _, experts = self._best(scores if self.expert_bias is None else scores + self.expert_bias)
+            weights = scores.gather(1, experts)
+            if self.topk > 1:
+                weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        else:
+            raise NotImplementedError(f"router score function {self.score_function}")
+        if config.moe_router_topk_scaling_factor:
+            weights = weights * config.moe_router_topk_scaling_factor
+        return weights, experts
+
+    def _best(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The `topk` highest scores of each row of [t, experts] in the groups of experts that are allowed, [t, topk]."""
+        config = self.config
+        if not config.moe_router_group_topk:
+            values, experts = scores.topk(self.topk, dim=1)
+            return values, experts
+        tokens, count = scores.shape
+        best: tuple[Tensor, Tensor] = moe_utils.group_limited_topk(
+            scores, self.topk, tokens, count, config.moe_router_num_groups, config.moe_router_group_topk
+        )
+        return best
+
 
 class BestExpertOfGroupRouter(Router):
     """A router that ranks a group of experts by its best expert: `router_group_score=max`."""
@@ -43,6 +88,11 @@ class BestExpertOfGroupRouter(Router):
         """[s, b, experts] -> weights and choice, each [s * b, experts]."""
         with groups_scored_by_their_best_expert():
             return super().routing(logits, *args, **kwargs)
+
+    def chosen_experts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and numbers of the experts of each token: x [t, h] -> [t, topk] each."""
+        with groups_scored_by_their_best_expert():
+            return super().chosen_experts(x)
 
 
 def scores_groups_by_best(model: ModelConfig) -> bool:

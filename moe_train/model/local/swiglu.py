@@ -23,6 +23,12 @@ class SwiGLU(nn.Module):
         result: Tensor = _SwiGLU.apply(gate_and_up)
         return result
 
+    @staticmethod
+    def compute(gate_and_up: Tensor) -> Tensor:
+        """[..., 2n] -> [..., n], without a gradient."""
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
@@ -34,8 +40,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_and_up)
-        gate, up = gate_and_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return SwiGLU.compute(gate_and_up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -50,6 +55,11 @@ class WeightedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_and_up: Tensor, probs: Tensor) -> Tensor:
         ctx.save_for_backward(gate_and_up, probs)
+        return WeightedSwiGLU.compute(gate_and_up, probs)
+
+    @staticmethod
+    def compute(gate_and_up: Tensor, probs: Tensor) -> Tensor:
+        """[t, 2n], [t] -> [t, n], without a gradient."""
         gate, up = gate_and_up.chunk(2, dim=-1)
         return (F.silu(gate).mul_(up) * probs.unsqueeze(-1)).to(gate_and_up.dtype)
 
