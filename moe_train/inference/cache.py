@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +40,8 @@ class PagedTensor:
         self.part, self.dtype = part, dtype
         stored = _DTYPES[part.format.name]
         columns = part.data_bytes // stored.itemsize
-        # Zeros: what is masked in attention is multiplied by zero, and has to be finite.
         self._data = torch.zeros(num_slots, part.heads, columns, dtype=stored, device=device)
+        self._is_exact = stored is dtype
         self._scales: Tensor | None = None
         if part.format.scaled:
             self._scales = torch.zeros(num_slots, part.heads, part.num_scales, device=device)
@@ -53,12 +54,12 @@ class PagedTensor:
     @property
     def is_exact(self) -> bool:
         """Whether what is read is what was written, bit by bit."""
-        return self._data.dtype is self.dtype
+        return self._is_exact
 
     def write(self, slots: Tensor, x: Tensor) -> None:
         """Store `x` [t, heads, width] in `slots` [t]."""
         if self._scales is None:
-            self._data[slots] = x.to(self._data.dtype)
+            self._data.index_copy_(0, slots, x if self.is_exact else x.to(self._data.dtype))
         else:
             data, scales = quantise(x, self.part)
             self._bytes[slots] = data.view(torch.uint8)
@@ -67,6 +68,8 @@ class PagedTensor:
     def read(self, slots: Slots) -> Tensor:
         """What is stored in `slots` [...]: [..., heads, width] in `dtype`, a view of the cache where possible."""
         if isinstance(slots, slice):
+            if self._is_exact:
+                return self._data[slots]
             return self._decoded(*(x[slots] for x in self._tensors()))
         flat = slots.flatten()
         x = self._decoded(*(x.index_select(0, flat) for x in self._tensors()))
@@ -77,6 +80,11 @@ class PagedTensor:
         if scales is None:
             return data.to(self.dtype)
         return dequantise(data.view(self._data.dtype), scales, self.part).to(self.dtype)
+
+    def clear(self, slots: slice) -> None:
+        """Set the stored numbers of some slots to zero."""
+        for x in self._tensors():
+            x[slots] = 0
 
     def copy(self, source: slice, target: slice) -> None:
         """Copy the stored numbers of some slots to others."""
@@ -127,7 +135,7 @@ class LayerCache:
 
     tensors: dict[str, PagedTensor]
 
-    @property
+    @cached_property
     def is_exact(self) -> bool:
         """Whether what is read is what was written, bit by bit."""
         return all(tensor.is_exact for tensor in self.tensors.values())
@@ -169,6 +177,13 @@ class PagedKVCache:
     def layer(self, number: int) -> LayerCache:
         """The tensors of one layer."""
         return self._layers[number]
+
+    def clear(self, blocks: Iterable[int]) -> None:
+        """Set blocks to zero. Attention reads whole blocks: what it masks is multiplied by zero."""
+        for block in blocks:
+            for layer in self._layers.values():
+                for tensor in layer.tensors.values():
+                    tensor.clear(slice(block * self.block_size, (block + 1) * self.block_size))
 
     def copy(self, copies: Iterable[BlockCopy]) -> None:
         """Copy blocks, one after the other, in all layers."""

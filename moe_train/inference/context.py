@@ -1,4 +1,4 @@
-"""What attention needs to know of a forward pass with the KV cache: Megatron-Core hands it on as `inference_context`.
+"""What attention needs to know of a forward pass with the KV cache.
 
 The tokens of all sequences follow one another, [t, 1, h], without padding between them. Sequences with one token come
 first: those that decode. A batch without sequences has tokens that only pad it.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_train.inference.cache import LayerCache, PagedKVCache
 from moe_train.inference.scheduler import Batch, BatchEntry
-from moe_train.model.local.cached_attention import Decoding, Gathered, Prefill, Rotary, Slots
+from moe_train.model.local.cached_attention import Decoding, Gathered, Pieces, Prefill, Rotary, Slots
 
 GATHERED_TOKENS = 6144
 """Up to so many tokens that decoding sequences attend to, they are copied into one tensor, so that one operation serves
@@ -29,30 +29,35 @@ class RotaryTable:
         self._dtype = dtype
         self._cosine, self._sine = torch.empty(0), torch.empty(0)
 
-    def at(self, module: Any, positions: Tensor, length: int, scale: float | None) -> Rotary:
-        """Cosine and sine at `positions` [t], all below `length`, each [t, 1, d].
+    def at(self, positions: Tensor, length: int, module: Any, scale: float | None, interleaved: bool) -> Rotary:
+        """The angles at `positions` [t], all below `length`.
 
         Args:
             module: Megatron-Core's. Its `get_emb` has the angles of the whole sequence also under context parallelism,
                 and keeps none of them, where each layer's `forward` would keep its own.
-            scale: factor on both; None takes that of the module.
+            scale: factor on cosine and sine; None takes that of the module.
+            interleaved: whether pairs of dimensions are neighbours.
         """
         if length > len(self._cosine):
-            found = module.get_emb(1 << (length - 1).bit_length())
-            angles, own_scale = found if isinstance(found, tuple) else (found, 1.0)
-            factor = own_scale if scale is None else scale
-            # As upstream rounds them (models/common/embeddings/rope_utils.py, `_apply_rotary_pos_emb_bshd`).
-            self._cosine, self._sine = (
-                (x * factor).to(self._dtype).flatten(1, 2) for x in (torch.cos(angles), torch.sin(angles))
-            )
-        return self._cosine[positions], self._sine[positions]
+            self._compute(1 << (length - 1).bit_length(), module, scale, interleaved)
+        return Rotary(self._cosine[positions], self._sine[positions], interleaved)
+
+    def _compute(self, length: int, module: Any, scale: float | None, interleaved: bool) -> None:
+        found = module.get_emb(length)
+        angles, own_scale = found if isinstance(found, tuple) else (found, 1.0)
+        factor = own_scale if scale is None else scale
+        angles = angles.flatten(1, 2)  # [s, 1, d]: those of the first half, twice
+        half = angles.size(-1) // 2
+        # As upstream rounds them (models/common/embeddings/rope_utils.py, `_apply_rotary_pos_emb_bshd`).
+        cosine, sine = ((x * factor).to(self._dtype)[..., :half] for x in (torch.cos(angles), torch.sin(angles)))
+        join = torch.stack if interleaved else torch.cat
+        self._cosine, self._sine = (
+            join(parts, dim=-1).view(angles.shape) for parts in ((cosine, cosine), (-sine, sine))
+        )
 
 
 class PagedContext:
     """One forward pass of a batch.
-
-    Megatron-Core asks an inference context for its kind of batching (inference/contexts/base_context.py upstream, whose
-    constructor differs between versions). Local attention asks for the rest.
 
     Args:
         padded_tokens: number of tokens, with those that only pad the batch.
@@ -63,7 +68,7 @@ class PagedContext:
         self, batch: Batch, cache: PagedKVCache, rotary: RotaryTable, device: torch.device, padded_tokens: int
     ) -> None:
         self._cache, self._table, self._device = cache, rotary, device
-        self._rotary_of_tokens: Rotary | None = None
+        self._angles: Rotary | None = None
         self.entries = batch.entries
         self.num_decode = sum(entry.num_tokens == 1 for entry in self.entries)
         tokens = [token for entry in self.entries for token in entry.tokens]
@@ -72,6 +77,11 @@ class PagedContext:
         padding = [0] * (padded_tokens - self.num_tokens)
         self.tokens, self.positions = (self._whole_numbers(x + padding) for x in (tokens, positions))
         self.slots = self._slots_of_all(self.entries)
+        cache.clear(
+            entry.blocks[(entry.end - 1) // cache.block_size]
+            for entry in self.entries
+            if _begins_block(entry, cache.block_size)
+        )
         self.decoding = self._decoding(self.entries[: self.num_decode])
         self.prefills: list[Prefill] = []
         rows: list[int] = []
@@ -86,33 +96,16 @@ class PagedContext:
         self.rows = self._whole_numbers(rows)
         """Rows whose logits are wanted: of each entry its scored and then its sampled positions."""
 
-    def is_static_batching(self) -> bool:
-        """Sequences of any lengths are batched."""
-        return False
-
-    def is_dynamic_batching(self) -> bool:
-        """Sequences of any lengths are batched."""
-        return True
-
-    def is_decode_only(self) -> bool:
-        """Whether each sequence has one token."""
-        return not self.prefills
-
     def layer(self, number: int) -> LayerCache:
         """The cache of one layer."""
         return self._cache.layer(number)
 
-    def rotary(self, module: Any, scale: float | None) -> Rotary:
-        """Cosine and sine of the tokens' positions, each [t, 1, d].
-
-        Args:
-            module: Megatron-Core's, which has the same settings in all layers.
-            scale: factor on both; None takes that of the module.
-        """
-        if self._rotary_of_tokens is None:
+    def rotary(self, module: Any, scale: float | None, interleaved: bool) -> Rotary:
+        """The angles of the tokens' positions: `RotaryTable.at`. `module` has the same settings in all layers."""
+        if self._angles is None:
             length = max((entry.end for entry in self.entries), default=1)
-            self._rotary_of_tokens = self._table.at(module, self.positions, length, scale)
-        return self._rotary_of_tokens
+            self._angles = self._table.at(self.positions, length, module, scale, interleaved)
+        return self._angles
 
     def _slots_of_all(self, entries: Sequence[BatchEntry]) -> Tensor:
         """Places of the tokens of this pass."""
@@ -139,27 +132,26 @@ class PagedContext:
 
     def _gathered(self, entries: Sequence[BatchEntry], longest: int) -> Gathered:
         """Shorter sequences repeat their last block. What lies behind their last token is masked."""
-        count = -(-longest // self._cache.block_size)
+        count = self._num_blocks(longest)
         blocks = [[*entry.blocks[:count], *entry.blocks[-1:] * (count - len(entry.blocks))] for entry in entries]
-        slots = self._slots_of_blocks(blocks)[:, :longest]
+        slots = self._slots_of_blocks(blocks)
         lengths = self._whole_numbers([entry.end for entry in entries])
-        beyond = torch.arange(longest, device=self._device) >= lengths.unsqueeze(1)
+        beyond = torch.arange(slots.size(1), device=self._device) >= lengths.unsqueeze(1)
         mask = torch.zeros(beyond.shape, device=self._device).masked_fill_(beyond, -torch.inf)
         return Gathered(slots, mask.unsqueeze(1))
 
-    def _pieces(self, entry: BatchEntry) -> list[Slots]:
-        """The longest run of consecutive places of a sequence, and the others, if any."""
-        size, blocks = self._cache.block_size, entry.blocks[: -(-entry.end // self._cache.block_size)]
+    def _pieces(self, entry: BatchEntry) -> Pieces:
+        """The longest run of consecutive blocks of a sequence, and the others, if any. Its last block comes last."""
+        size, blocks = self._cache.block_size, entry.blocks[: self._num_blocks(entry.end)]
         first, count = longest_run(blocks)
-        start = blocks[first] * size
-        unused = len(blocks) * size - entry.end  # of the last block
+        run = slice(blocks[first] * size, (blocks[first] + count) * size)
+        unused = len(blocks) * size - entry.end
         if first + count == len(blocks):
-            run, rest = slice(start, start + count * size - unused), self._slots_of_blocks(blocks[:first])
-        else:
-            others = (*blocks[:first], *blocks[first + count :])
-            run, rest = slice(start, start + count * size), self._slots_of_blocks(others)
-            rest = rest[: len(rest) - unused]
-        return [run, rest] if len(rest) else [run]
+            return Pieces([self._slots_of_blocks(blocks[:first]), run] if first else [run], unused)
+        return Pieces([run, self._slots_of_blocks((*blocks[:first], *blocks[first + count :]))], unused)
+
+    def _num_blocks(self, tokens: int) -> int:
+        return -(-tokens // self._cache.block_size)
 
     def _slots_of_blocks(self, blocks: Sequence[Any]) -> Tensor:
         """Places of whole blocks: block numbers [..., n] -> [..., n * block size]."""
@@ -169,6 +161,11 @@ class PagedContext:
 
     def _whole_numbers(self, values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)
+
+
+def _begins_block(entry: BatchEntry, size: int) -> bool:
+    """Whether the last token of this pass is in a block that is new and that it does not fill."""
+    return entry.end % size > 0 and entry.start <= entry.end // size * size
 
 
 @lru_cache(maxsize=256)

@@ -122,6 +122,7 @@ class Engine:
             if self._ranks.cfg.parallel.overlap_param_gather and hasattr(chunk, "disable_forward_pre_hook"):
                 chunk.disable_forward_pre_hook()  # gathers the parameters, which single modules would wait for
             chunk.eval()
+        self._model.prepare()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,15 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
-from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
-    _yarn_get_concentration_factor_from_config as concentration,
-)
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from moe_train.inference.context import PagedContext
 from moe_train.model.kernels import gemm
-from moe_train.model.local.cached_layers import run_layers
+from moe_train.model.local.cached_layers import CachedLayer
 from moe_train.ranks import RankContext
 
 
@@ -37,6 +34,14 @@ class CachedModel:
     def __init__(self, ranks: RankContext, models: Sequence[Any]) -> None:
         self._ranks, self._models = ranks, models
         self._config = models[0].config
+        self._layers: list[list[CachedLayer]] = []
+
+    def prepare(self) -> None:
+        """Look up the weights as they are now. Call it before the first forward pass, and after they have changed."""
+        self._layers = [
+            [CachedLayer(layer, getattr(model, "rotary_pos_emb", None)) for layer in model.decoder.layers]
+            for model in self._models
+        ]
 
     @property
     def layers(self) -> list[int]:
@@ -54,7 +59,7 @@ class CachedModel:
         """What the number of tokens has to be divisible by."""
         return self._ranks.layout.tp if self._config.sequence_parallel else 1
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def logits(self, context: PagedContext, pending: list[Any]) -> Tensor | None:
         """fp32 [rows, vocabulary] on ranks of the last pipeline stage, None on others. Every rank calls it.
 
@@ -62,11 +67,11 @@ class CachedModel:
         """
         stages = self._ranks.layout.pp * len(self._models)
         hidden: Tensor | None = None
-        for index, model in enumerate(self._models):
+        for index in range(len(self._models)):
             stage = index * self._ranks.layout.pp + self._ranks.layout.coordinates(self._ranks.rank.rank).pp
             if stage > 0:
                 hidden = self._receive(context)
-            hidden = self._decoder(model, hidden, context)
+            hidden = self._decoder(index, hidden, context)
             if stage < stages - 1:
                 pending.append(_Sent(hidden.contiguous(), ps.get_pipeline_model_parallel_next_rank()))
                 hidden = None
@@ -74,16 +79,15 @@ class CachedModel:
             return None
         return self._output(self._models[-1], hidden, context)
 
-    def _decoder(self, model: Any, hidden: Tensor | None, context: PagedContext) -> Tensor:
+    def _decoder(self, index: int, hidden: Tensor | None, context: PagedContext) -> Tensor:
         """[t / tp, h] of the stage before (None at the first) -> [t / tp, h]."""
         if hidden is None:
+            model = self._models[index]
             tokens, positions = context.tokens.unsqueeze(0), context.positions.unsqueeze(0)
             hidden = model.embedding(input_ids=tokens, position_ids=positions).squeeze(1)
-        rotary = None
-        if hasattr(model, "rotary_pos_emb"):  # latent attention has its own
-            rotary = context.rotary(model.rotary_pos_emb, concentration(self._config))
-        hidden = run_layers(model.decoder.layers, hidden, context, rotary)
-        norm = model.decoder.final_layernorm
+        for layer in self._layers[index]:
+            hidden = layer(hidden, context)
+        norm = self._models[index].decoder.final_layernorm
         return hidden if norm is None else norm(hidden)
 
     def _receive(self, context: PagedContext) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron.core import tensor_parallel
-from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from moe_train.config.model import ModelConfig
-from moe_train.model.local.attention import GroupedQueryAttention, SpecifiedLatentAttention
+from moe_train.model.local.attention import SpecifiedLatentAttention
 from moe_train.model.local.norm import KeyAllHeadsRMSNorm, QueryAllHeadsRMSNorm
 from parallel.architecture.attention import attention_kind, row_of
 
@@ -118,7 +118,7 @@ def _grouped_local_spec(backend: LocalBackend, model: ModelConfig) -> ModuleSpec
         q_layernorm=q_norm,
         k_layernorm=k_norm,
     )
-    return ModuleSpec(GroupedQueryAttention, {"attn_mask_type": AttnMaskType.causal}, submodules)
+    return ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, submodules)
 
 
 def _change_grouped_te_spec(attention: ModuleSpec, model: ModelConfig) -> None:

@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from moe_train.model.kernels import gemm
-from moe_train.model.local import cached_attention
 from parallel.errors import ConfigError
 from parallel.planner.workload import SHORT_TOKENS, query_block
 
@@ -203,37 +201,6 @@ class MultiLatentAttention(SpecifiedLatentAttention):
         self.linear_kv_down_proj = self.down_projection(config.hidden_size, config.kv_lora_rank + rope, config)
         if config.q_lora_rank is not None:
             self.linear_q_down_proj = self.down_projection(config.hidden_size, config.q_lora_rank, config)
-
-    def forward(self, hidden_states: Tensor, *args: Any, inference_context: Any = None, **kwargs: Any) -> Any:
-        """[s / tp, b, h] -> the same shape, and no bias. With an `inference_context` the shape is [t / tp, h].
-
-        Args:
-            inference_context: a `cached_attention.CacheContext`. Upstream's path for one needs Transformer Engine and
-                FlashMLA.
-        """
-        if inference_context is None:
-            return super().forward(hidden_states, *args, **kwargs)
-        return cached_attention.latent_attention(self, hidden_states, inference_context), None
-
-
-class GroupedQueryAttention(SelfAttention):
-    """Upstream's, which needs a CUDA kernel where an `inference_context` has the keys and values of earlier tokens."""
-
-    def forward(
-        self, hidden_states: Tensor, *args: Any, inference_context: Any = None, rotary_pos_emb: Any = None,
-        **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        """[s / tp, b, h] -> the same shape, and the bias of the output projection.
-
-        With an `inference_context` the shape is [t / tp, h], and the bias has been added.
-
-        Args:
-            inference_context: a `cached_attention.CacheContext`.
-            rotary_pos_emb: angles of each position, with an `inference_context` cosine and sine of each token's.
-        """
-        if inference_context is None:
-            return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
-        return cached_attention.grouped_attention(self, hidden_states, rotary_pos_emb, inference_context), None
 
 
 def _expand(x: Tensor, repeat: int) -> Tensor:

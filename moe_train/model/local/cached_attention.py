@@ -19,11 +19,25 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from moe_train.model.kernels import gemm
+from moe_train.model.local.cached_parts import Linear, Norm
 
 Slots = slice | Tensor
 """Places in the cache: consecutive ones, or any [...]."""
-Rotary = tuple[Tensor, Tensor]
-"""Cosine and sine of the angles of each token, [t, 1, rotary dimensions], in the precision of the model."""
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The angles of each token.
+
+    Args:
+        cosine, sine: [t, 1, rotary dimensions], in the precision of the model. The sine is negative for the first of
+            each pair of dimensions.
+        interleaved: whether pairs are neighbours; else one is in the first half, and the other in the second.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+    interleaved: bool
 
 
 @dataclass(frozen=True)
@@ -60,18 +74,34 @@ class Gathered:
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """Where the tokens are that the decoding sequences attend to, in one of two ways.
+class Pieces:
+    """Places of whole blocks of a sequence: its longest run of consecutive ones, which is read where it is, and others.
 
     Args:
-        gathered: all of them together.
-        pieces: for each sequence: its longest run of consecutive places, and the other places, if any. Attention then
-            reads the run where it is.
+        slots: one or two.
+        unused: places at the end of the last that hold no token of the sequence.
+    """
+
+    slots: list[Slots]
+    unused: int
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """`scores` [..., k] over all places, changed in place."""
+        if self.unused:
+            scores[..., -self.unused :] = -torch.inf
+        return scores
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Where the tokens are that the decoding sequences attend to, all of them together or by sequence.
+
+    The number of places is a multiple of the block size: oneDNN compiles a kernel for each size that it meets.
     """
 
     count: int
     gathered: Gathered | None
-    pieces: list[list[Slots]]
+    pieces: list[Pieces]
 
 
 class LayerStore(Protocol):
@@ -103,12 +133,13 @@ class CacheContext(Protocol):
         """The cache of a layer."""
         ...
 
-    def rotary(self, module: Any, scale: float | None) -> Rotary:
-        """Cosine and sine of the tokens' positions.
+    def rotary(self, module: Any, scale: float | None, interleaved: bool) -> Rotary:
+        """The angles of the tokens' positions.
 
         Args:
             module: Megatron-Core's, which has the same settings in all layers.
-            scale: factor on both; None takes that of the module.
+            scale: factor on cosine and sine; None takes that of the module.
+            interleaved: whether pairs are neighbours.
         """
         ...
 
@@ -120,182 +151,204 @@ def absorption_is_cheaper(queries: int, keys: int, latent: int, nope: int, rope:
     return absorbed < plain
 
 
-def latent_attention(attention: Any, hidden: Tensor, context: CacheContext) -> Tensor:
+class LatentAttention:
     """Multi-head latent attention: hidden [t / tp, h] -> the same shape.
 
     Args:
         attention: Megatron-Core's module, whose weights and norms it uses.
     """
-    queries, latent, rotary_key = _latent_projections(attention, hidden, context)
-    count, store, decoding = context.num_tokens, context.layer(attention.layer_number), context.decoding
-    store.write(context.slots, latent=latent[:count].unsqueeze(1), rotary_key=rotary_key[:count].unsqueeze(1))
-    parts = []
-    if decoding.count:
-        parts.append(_decode_absorbed(attention, queries[: decoding.count], store, decoding))
-    for prefill in context.prefills:
-        rows = prefill.rows
-        if store.is_exact and prefill.starts_sequence:
-            keys = torch.cat([latent[rows], rotary_key[rows]], dim=-1)
+
+    def __init__(self, attention: Any) -> None:
+        config = attention.config
+        self._attention = attention
+        self._layer_number: int = attention.layer_number
+        self._scale: float = attention.core_attention.scale
+        self._latent, self._rope = config.kv_lora_rank, config.qk_pos_emb_head_dim
+        self._nope, self._value = config.qk_head_dim, config.v_head_dim
+        self._sequence_parallel = config.sequence_parallel
+        self._q_down: Linear | None = None
+        if config.q_lora_rank is not None:
+            self._q_down, self._q_norm = Linear(attention.linear_q_down_proj), Norm(attention.q_layernorm)
+            self._q_up = Linear(attention.linear_q_up_proj)
         else:
-            keys = torch.cat([store.read(name, prefill.slots) for name in ("latent", "rotary_key")], dim=-1).squeeze(-2)
-        parts.append(_latent_prefill(attention, queries[rows], keys))
-    return project(attention.linear_proj, _joined(parts, queries, attention.config.v_head_dim))
+            self._q_up = Linear(attention.linear_q_proj)
+        self._kv_down, self._kv_norm = Linear(attention.linear_kv_down_proj), Norm(attention.kv_layernorm)
+        self._output = Linear(attention.linear_proj)
+        self._kv_up: Tensor = attention.linear_kv_up_proj.weight.detach()
+        up = self._kv_up.view(-1, self._nope + self._value, self._latent)
+        self._key_up = up[:, : self._nope]
+        """[heads, nope, latent]"""
+        self._value_up = up[:, self._nope :].mT
+        """[heads, latent, value]"""
+
+    def __call__(self, hidden: Tensor, context: CacheContext) -> Tensor:
+        nope, rotary_queries, latent, rotary_key = self._projections(hidden, context)
+        count, store, decoding = context.num_tokens, context.layer(self._layer_number), context.decoding
+        store.write(context.slots, latent=latent[:count].unsqueeze(1), rotary_key=rotary_key[:count])
+        parts = []
+        if decoding.count:
+            n = decoding.count
+            parts.append(self._decode(nope[:n], rotary_queries[:n], store, decoding))
+        for prefill in context.prefills:
+            rows = prefill.rows
+            if store.is_exact and prefill.starts_sequence:
+                keys = torch.cat([latent[rows], rotary_key[rows].squeeze(1)], dim=-1)
+            else:
+                stored = [store.read(name, prefill.slots) for name in ("latent", "rotary_key")]
+                keys = torch.cat(stored, dim=-1).squeeze(-2)
+            parts.append(self._prefill(nope[rows], rotary_queries[rows], keys))
+        return self._output(_joined(parts, nope, self._value))
+
+    def _projections(self, hidden: Tensor, context: CacheContext) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries [t, heads, nope] and [t, heads, rope], normed latents [t, latent], rotary keys [t, 1, rope].
+
+        As upstream computes them before its up-projection (transformer/multi_latent_attention.py,
+        `get_query_key_value_tensors`).
+        """
+        queries = self._q_up(hidden if self._q_down is None else self._q_norm(self._q_down(hidden)))
+        queries = queries.view(queries.size(0), -1, self._nope + self._rope)
+        latent, rotary_key = self._kv_down(hidden).split([self._latent, self._rope], dim=-1)
+        latent = self._kv_norm(latent)
+        if self._sequence_parallel:
+            latent, rotary_key = (
+                gather_from_sequence_parallel_region(x.contiguous(), group=self._attention.tp_group)
+                for x in (latent, rotary_key)
+            )
+        rotary = context.rotary(self._attention.rotary_pos_emb, None, True)
+        nope, rotary_queries = queries.split([self._nope, self._rope], dim=-1)
+        heads = torch.cat([rotary_queries, rotary_key.unsqueeze(1)], dim=1)  # the key is rotated like one more head
+        rotary_queries, rotary_key = rotated(heads, rotary).split([queries.size(1), 1], dim=1)
+        return nope, rotary_queries, latent, rotary_key
+
+    def _decode(self, nope: Tensor, rotary: Tensor, store: LayerStore, decoding: Decoding) -> Tensor:
+        """Absorbed: [n, heads, nope] and [n, heads, rope] -> [n, heads, value]."""
+        absorbed = torch.bmm(nope.transpose(0, 1), self._key_up)  # [heads, n, latent]
+        if decoding.gathered is not None:
+            keys = store.read("latent", decoding.gathered.slots).squeeze(-2)
+            rotary_keys = store.read("rotary_key", decoding.gathered.slots).squeeze(-2)
+            mask = decoding.gathered.mask.to(keys)
+            scores = torch.baddbmm(mask, absorbed.transpose(0, 1), keys.mT, alpha=self._scale)
+            scores = scores.baddbmm_(rotary, rotary_keys.mT, alpha=self._scale)
+            mixed = torch.bmm(scores.softmax(dim=-1), keys).transpose(0, 1)
+        elif decoding.count == 1:
+            mixed = self._decode_one(absorbed.squeeze(1), rotary[0], store, decoding.pieces[0]).unsqueeze(1)
+        else:
+            alone = zip(absorbed.unbind(1), rotary.unbind(), decoding.pieces, strict=True)
+            mixed = torch.stack([self._decode_one(a, r, store, pieces) for a, r, pieces in alone], dim=1)
+        return torch.bmm(mixed, self._value_up).transpose(0, 1)
+
+    def _decode_one(self, absorbed: Tensor, rotary: Tensor, store: LayerStore, pieces: Pieces) -> Tensor:
+        """Attention of one token to latents: [heads, latent] and [heads, rope] -> [heads, latent]."""
+        keys = [store.read("latent", slots).squeeze(-2) for slots in pieces.slots]
+        scores = []
+        for own, slots in zip(keys, pieces.slots, strict=True):
+            rotary_keys = store.read("rotary_key", slots).squeeze(-2)
+            scores.append(torch.mm(rotary, rotary_keys.t()).addmm_(absorbed, own.t()))
+        weights = pieces.mask(_joined_scores(scores).mul_(self._scale)).softmax(dim=-1)
+        if len(keys) == 1:
+            return torch.mm(weights, keys[0])
+        first, second = weights.split([len(own) for own in keys], dim=-1)
+        return torch.mm(first, keys[0]).addmm_(second, keys[1])
+
+    def _prefill(self, nope: Tensor, rotary: Tensor, keys: Tensor) -> Tensor:
+        """Causal attention of the last tokens of a sequence: [s, heads, nope] and [s, heads, rope], keys
+        [k, latent + rope] -> [s, heads, value], in the cheaper of the two ways."""
+        s, heads = nope.shape[:2]
+        latents, rotary_keys = keys.split([self._latent, self._rope], dim=-1)
+        if absorption_is_cheaper(s, len(keys), self._latent, self._nope, self._rope, self._value):
+            absorbed = torch.bmm(nope.transpose(0, 1), self._key_up)
+            queries = torch.cat([absorbed, rotary.transpose(0, 1)], dim=-1).flatten(0, 1).unsqueeze(0)
+            mask = _causal_mask(s, len(keys), keys).repeat(1, heads, 1)
+            mixed = _mix(queries, keys.unsqueeze(0), latents.unsqueeze(0), mask, self._scale)
+            return torch.bmm(mixed.view(heads, s, self._latent), self._value_up).transpose(0, 1)
+        up = gemm.matmul(latents, self._kv_up.mT).view(len(keys), heads, self._nope + self._value)
+        expanded = torch.cat([up[..., : self._nope], rotary_keys.unsqueeze(1).expand(-1, heads, -1)], dim=-1)
+        return _prefill(self._attention, torch.cat([nope, rotary], dim=-1), expanded, up[..., self._nope :])
 
 
-def grouped_attention(attention: Any, hidden: Tensor, rotary: Rotary, context: CacheContext) -> Tensor:
-    """Grouped-query attention: hidden [t / tp, h] -> the same shape."""
-    queries, keys, values = attention.get_query_key_value_tensors(hidden.unsqueeze(1), None)
-    interleaved = attention.config.rotary_interleaved
-    queries, keys = (rotated(x.squeeze(1), rotary, interleaved) for x in (queries, keys))
-    values = values.squeeze(1)
-    count, store, decoding = context.num_tokens, context.layer(attention.layer_number), context.decoding
-    store.write(context.slots, key=keys[:count], value=values[:count])
-    parts = []
-    if decoding.count:
-        parts.append(_decode_grouped(queries[: decoding.count], store, decoding, attention.core_attention.scale))
-    for prefill in context.prefills:
-        rows = prefill.rows
-        own = (keys[rows], values[rows])
-        if not (store.is_exact and prefill.starts_sequence):
-            own = (store.read("key", prefill.slots), store.read("value", prefill.slots))
-        parts.append(_prefill(attention, queries[rows], *own))
-    return project(attention.linear_proj, _joined(parts, queries, queries.size(-1)))
+class GroupedAttention:
+    """Grouped-query attention: hidden [t / tp, h] -> the same shape.
+
+    Args:
+        attention: Megatron-Core's module.
+        rotary: Megatron-Core's rotary embedding of the model.
+        rotary_scale: factor on cosine and sine.
+    """
+
+    def __init__(self, attention: Any, rotary: Any, rotary_scale: float) -> None:
+        self._attention, self._rotary, self._rotary_scale = attention, rotary, rotary_scale
+        self._layer_number: int = attention.layer_number
+        self._scale: float = attention.core_attention.scale
+        self._interleaved: bool = attention.config.rotary_interleaved
+        self._output = Linear(attention.linear_proj)
+
+    def __call__(self, hidden: Tensor, context: CacheContext) -> Tensor:
+        queries, keys, values = self._attention.get_query_key_value_tensors(hidden.unsqueeze(1), None)
+        rotary = context.rotary(self._rotary, self._rotary_scale, self._interleaved)
+        queries, keys, values = rotated(queries.squeeze(1), rotary), rotated(keys.squeeze(1), rotary), values.squeeze(1)
+        count, store, decoding = context.num_tokens, context.layer(self._layer_number), context.decoding
+        store.write(context.slots, key=keys[:count], value=values[:count])
+        parts = []
+        if decoding.count:
+            parts.append(self._decode(queries[: decoding.count], store, decoding))
+        for prefill in context.prefills:
+            rows = prefill.rows
+            own = (keys[rows], values[rows])
+            if not (store.is_exact and prefill.starts_sequence):
+                own = (store.read("key", prefill.slots), store.read("value", prefill.slots))
+            parts.append(_prefill(self._attention, queries[rows], *own))
+        return self._output(_joined(parts, queries, queries.size(-1)))
+
+    def _decode(self, queries: Tensor, store: LayerStore, decoding: Decoding) -> Tensor:
+        """[n, heads, d] -> [n, heads, dv]."""
+        n, heads, d = queries.shape
+        if decoding.gathered is None:
+            alone = zip(queries.unbind(), decoding.pieces, strict=True)
+            return torch.stack([self._decode_one(own, store, pieces) for own, pieces in alone])
+        keys, values = (store.read(name, decoding.gathered.slots) for name in ("key", "value"))
+        groups = keys.size(2)
+        q = queries.view(n * groups, heads // groups, d)
+        k, v = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))
+        return _mix(q, k, v, decoding.gathered.mask.repeat_interleave(groups, dim=0), self._scale).view(n, heads, -1)
+
+    def _decode_one(self, queries: Tensor, store: LayerStore, pieces: Pieces) -> Tensor:
+        """Attention of one token: [heads, d] -> [heads, dv]."""
+        keys, values = ([store.read(name, own).transpose(0, 1) for own in pieces.slots] for name in ("key", "value"))
+        q = queries.view(keys[0].size(0), -1, queries.size(-1))  # [groups, heads / groups, d]
+        scores = _joined_scores([torch.bmm(q, own.mT) for own in keys])
+        weights = pieces.mask(scores.mul_(self._scale)).softmax(dim=-1)
+        if len(values) == 1:
+            return torch.bmm(weights, values[0]).flatten(0, 1)
+        first, second = weights.split([own.size(1) for own in keys], dim=-1)
+        return torch.bmm(first, values[0]).baddbmm_(second, values[1]).flatten(0, 1)
 
 
-def project(linear: Any, x: Tensor) -> Tensor:
-    """x [t, in] through a linear layer, with its bias: [t, out], where ranks share the layer as it shards tokens."""
-    weight = _plain_weight(linear)
-    if weight is not None:
-        return gemm.matmul_few_rows(x, weight.mT)
-    output, bias = linear(x.unsqueeze(1))
-    output = output.squeeze(1)
-    result: Tensor = output if bias is None else output + bias
-    return result
+def rotated(x: Tensor, rotary: Rotary) -> Tensor:
+    """The first dimensions of `x` [t, heads, d], as many as there are angles, rotated; the others unchanged.
+
+    Pairs that are neighbours stay so, where upstream's `_apply_rotary_pos_emb_bshd` (models/common/embeddings/
+    rope_utils.py) moves them apart: attention scores are the same.
+    """
+    width = rotary.cosine.size(-1)
+    turned = x if width == x.size(-1) else x[..., :width]
+    if rotary.interleaved:
+        other = turned.unflatten(-1, (width // 2, 2)).flip(-1).flatten(-2)
+    else:
+        other = turned.roll(width // 2, -1)
+    turned = (turned * rotary.cosine).add_(other * rotary.sine)
+    return turned if width == x.size(-1) else torch.cat([turned, x[..., width:]], dim=-1)
 
 
-def _plain_weight(linear: Any) -> Tensor | None:
-    """The weight of a layer that is a GEMM and nothing else: no collective, no bias, no other number format."""
-    if getattr(linear, "kernel", None) is not gemm.HIGH_PRECISION or getattr(linear, "bias", None) is not None:
-        return None
-    group = getattr(linear, "tp_group", None)
-    weight: Tensor = linear.weight
-    return weight if group is None or group.size() == 1 else None
-
-
-def _joined(parts: list[Tensor], queries: Tensor, width: int) -> Tensor:
+def _joined(parts: list[Tensor], like: Tensor, width: int) -> Tensor:
     """Outputs [n, heads, width] of all sequences, and zeros for tokens that pad the batch: [t, heads * width]."""
-    missing = len(queries) - sum(len(part) for part in parts)
+    missing = like.size(0) - sum(part.size(0) for part in parts)
     if missing:
-        parts = [*parts, queries.new_zeros(missing, queries.size(1), width)]
+        parts = [*parts, like.new_zeros(missing, like.size(1), width)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 
 
-def _latent_projections(attention: Any, hidden: Tensor, context: CacheContext) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [t, heads, nope + rope], normed latents [t, latent] and rotary keys [t, rope], rotated.
-
-    As upstream computes them before its up-projection (transformer/multi_latent_attention.py,
-    `get_query_key_value_tensors`).
-    """
-    config = attention.config
-    if config.q_lora_rank is not None:
-        compressed = attention.q_layernorm(project(attention.linear_q_down_proj, hidden))
-        queries = project(attention.linear_q_up_proj, compressed)
-    else:
-        queries = project(attention.linear_q_proj, hidden)
-    queries = queries.view(len(queries), -1, attention.q_head_dim)
-    combined = project(attention.linear_kv_down_proj, hidden)
-    latent, rotary_key = combined.split([config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1)
-    latent = attention.kv_layernorm(latent)
-    if config.sequence_parallel:
-        latent, rotary_key = (
-            gather_from_sequence_parallel_region(x.contiguous(), group=attention.tp_group) for x in (latent, rotary_key)
-        )
-    rotary = context.rotary(attention.rotary_pos_emb, None)
-    nope, rotary_queries = queries.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
-    heads = torch.cat([rotary_queries, rotary_key.unsqueeze(1)], dim=1)  # the key is rotated like one more head
-    rotary_queries, rotary_key = rotated(heads, rotary, interleaved=True).split([queries.size(1), 1], dim=1)
-    return torch.cat([nope, rotary_queries], dim=-1), latent, rotary_key.squeeze(1)
-
-
-def rotated(x: Tensor, rotary: Rotary, interleaved: bool) -> Tensor:
-    """The first dimensions of `x` [t, heads, d], as many as there are angles, rotated; the others unchanged.
-
-    Args:
-        interleaved: whether pairs are neighbours. The result has the first of all pairs, then the second, as upstream's
-            `_apply_rotary_pos_emb_bshd` (models/common/embeddings/rope_utils.py) with `multi_latent_attention`.
-    """
-    cosine, sine = rotary  # the angles of the second half are those of the first
-    half = cosine.size(-1) // 2
-    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-    first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
-    cosine, sine = cosine[..., :half], sine[..., :half]
-    parts = [first * cosine - second * sine, second * cosine + first * sine]
-    return torch.cat([*parts, rest] if rest.size(-1) else parts, dim=-1)
-
-
-def _up_projections(attention: Any) -> tuple[Tensor, Tensor]:
-    """Of keys [heads, nope, latent], and of values [heads, value, latent]: views of the weight."""
-    config = attention.config
-    weight = attention.linear_kv_up_proj.weight.view(-1, config.qk_head_dim + config.v_head_dim, config.kv_lora_rank)
-    key, value = weight.split([config.qk_head_dim, config.v_head_dim], dim=1)
-    return key, value
-
-
-def _absorb(attention: Any, queries: Tensor) -> Tensor:
-    """Queries [t, heads, nope + rope] for keys that are latents: [heads, t, latent + rope]."""
-    widths = [attention.config.qk_head_dim, attention.config.qk_pos_emb_head_dim]
-    nope, rotary = queries.transpose(0, 1).split(widths, dim=-1)
-    return torch.cat([torch.bmm(nope, _up_projections(attention)[0]), rotary], dim=-1)
-
-
-def _decode_absorbed(attention: Any, queries: Tensor, store: LayerStore, decoding: Decoding) -> Tensor:
-    """[n, heads, nope + rope] -> [n, heads, value]."""
-    latent, scale = attention.config.kv_lora_rank, attention.core_attention.scale
-    absorbed = _absorb(attention, queries).transpose(0, 1)  # [n, heads, latent + rope]
-    if decoding.gathered is not None:
-        keys, rotary_keys = (store.read(name, decoding.gathered.slots).squeeze(-2) for name in ("latent", "rotary_key"))
-        scores = torch.baddbmm(decoding.gathered.mask.to(keys), absorbed[..., :latent], keys.mT, alpha=scale)
-        scores = torch.baddbmm(scores, absorbed[..., latent:], rotary_keys.mT, alpha=scale)
-        mixed = torch.bmm(scores.softmax(dim=-1), keys)
-    else:
-        mixed = torch.stack([
-            _absorbed_alone(own, store, pieces, latent, scale)
-            for own, pieces in zip(absorbed, decoding.pieces, strict=True)
-        ])  # fmt: skip
-    return torch.bmm(mixed.transpose(0, 1), _up_projections(attention)[1].mT).transpose(0, 1)
-
-
-def _absorbed_alone(queries: Tensor, store: LayerStore, pieces: list[Slots], latent: int, scale: float) -> Tensor:
-    """Attention of one token to latents: [heads, latent + rope] -> [heads, latent]."""
-    keys = [store.read("latent", piece).squeeze(-2) for piece in pieces]
-    scores = []
-    for own, piece in zip(keys, pieces, strict=True):
-        rotary_keys = store.read("rotary_key", piece).squeeze(-2)
-        part = torch.mm(queries[:, latent:], rotary_keys.t())
-        scores.append(torch.addmm(part, queries[:, :latent], own.t(), beta=scale, alpha=scale))
-    if len(keys) == 1:
-        return torch.mm(scores[0].softmax(dim=-1), keys[0])
-    weights = torch.cat(scores, dim=-1).softmax(dim=-1).split([len(own) for own in keys], dim=-1)
-    return torch.addmm(torch.mm(weights[0], keys[0]), weights[1], keys[1])
-
-
-def _latent_prefill(attention: Any, queries: Tensor, keys: Tensor) -> Tensor:
-    """Causal attention of the last tokens of a sequence: [s, heads, nope + rope], keys [k, latent + rope] ->
-    [s, heads, value], in the cheaper of the two ways."""
-    config, heads = attention.config, queries.size(1)
-    latent, nope, rope, value = (
-        config.kv_lora_rank, config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim,
-    )  # fmt: skip
-    if absorption_is_cheaper(len(queries), len(keys), latent, nope, rope, value):
-        absorbed, shared = _absorb(attention, queries).flatten(0, 1).unsqueeze(0), keys.unsqueeze(0)
-        mask = _causal_mask(len(queries), len(keys), keys).repeat(1, heads, 1)
-        mixed = _mix(absorbed, shared, shared[..., :latent], mask, attention.core_attention.scale).view(
-            heads, len(queries), latent
-        )
-        return torch.bmm(mixed, _up_projections(attention)[1].mT).transpose(0, 1)
-    up = gemm.linear(keys[:, :latent], attention.linear_kv_up_proj.weight).view(len(keys), heads, nope + value)
-    rotary = keys[:, None, latent:].expand(-1, heads, -1)
-    return _prefill(attention, queries, torch.cat([up[..., :nope], rotary], dim=-1), up[..., nope:])
+def _joined_scores(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def _mix(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -314,30 +367,3 @@ def _prefill(attention: Any, queries: Tensor, keys: Tensor, values: Tensor) -> T
     """Causal attention of the last tokens of a sequence: [s, n, d], [k, g, d], [k, g, dv] -> [s, n, dv]."""
     out: Tensor = attention.core_attention.last_queries(*(x.unsqueeze(1) for x in (queries, keys, values)))
     return out.view(*queries.shape[:2], values.size(-1))
-
-
-def _decode_grouped(queries: Tensor, store: LayerStore, decoding: Decoding, scale: float) -> Tensor:
-    """[n, heads, d] -> [n, heads, dv]."""
-    n, heads, d = queries.shape
-    if decoding.gathered is None:
-        alone = zip(queries, decoding.pieces, strict=True)
-        return torch.stack([_grouped_alone(own, store, pieces, scale) for own, pieces in alone])
-    keys, values = (store.read(name, decoding.gathered.slots) for name in ("key", "value"))
-    groups = keys.size(2)
-    q = queries.view(n * groups, heads // groups, d)
-    k, v = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))
-    return _mix(q, k, v, decoding.gathered.mask.repeat_interleave(groups, dim=0), scale).view(n, heads, -1)
-
-
-def _grouped_alone(queries: Tensor, store: LayerStore, pieces: list[Slots], scale: float) -> Tensor:
-    """Attention of one token: [heads, d] -> [heads, dv]."""
-    keys, values = ([store.read(name, piece).transpose(0, 1) for piece in pieces] for name in ("key", "value"))
-    q = queries.view(keys[0].size(0), -1, queries.size(-1))  # [groups, heads / groups, d]
-    scores = [torch.bmm(q, own.mT) for own in keys]
-    joined = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
-    weights = joined.mul_(scale).softmax(dim=-1)
-    parts = weights.split([own.size(1) for own in keys], dim=-1)
-    out = torch.bmm(parts[0], values[0])
-    if len(values) > 1:
-        out = torch.baddbmm(out, parts[1], values[1])
-    return out.flatten(0, 1)

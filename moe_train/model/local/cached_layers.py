@@ -1,83 +1,132 @@
 """Transformer layers of the `local` backend in a forward pass with the KV cache, without gradients.
 
 Few tokens are computed at a time, so what a step costs is largely the Python code and the number of operations around
-the GEMMs. The layers of Megatron-Core do much there that only training needs. Here their modules are called one after
-the other, and MoE layers whose experts are all on this rank sort tokens in a few operations.
+the GEMMs. The layers of Megatron-Core do much there that only training needs. Here the parts of a layer are prepared
+once and called one after the other, and MoE layers whose experts are all on this rank sort tokens in a few operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
-from moe_train.model.local.cached_attention import CacheContext, Rotary, project
+from moe_train.model.kernels import cpu_gemm, gemm
+from moe_train.model.local.cached_attention import CacheContext, GroupedAttention, LatentAttention
+from moe_train.model.local.cached_parts import Linear, Norm
 from moe_train.model.local.experts import GroupedExperts
 from moe_train.model.local.swiglu import SwiGLU, WeightedSwiGLU
 
 
-def run_layers(layers: Iterable[Any], hidden: Tensor, context: CacheContext, rotary: Rotary | None) -> Tensor:
-    """hidden [t / tp, h] -> the same shape. Each layer is `TransformerLayer` with the specs of `LocalBackend`.
+class CachedLayer:
+    """A `TransformerLayer` with the specs of `LocalBackend`: hidden [t / tp, h] -> the same shape.
 
     Args:
-        rotary: cosine and sine of each token for grouped-query attention; latent attention has its own.
+        rotary: Megatron-Core's rotary embedding of the model; latent attention has its own.
     """
-    for layer in layers:
-        normed = layer.input_layernorm(hidden)
-        attention, _ = layer.self_attention(normed, inference_context=context, rotary_pos_emb=rotary)
-        hidden = hidden + attention
-        hidden = hidden + _feed_forward(layer.mlp, layer.pre_mlp_layernorm(hidden))
-    return hidden
+
+    def __init__(self, layer: Any, rotary: Any) -> None:
+        self._norms = Norm(layer.input_layernorm), Norm(layer.pre_mlp_layernorm)
+        attention, config = layer.self_attention, layer.config
+        if isinstance(attention, MLASelfAttention):
+            self._attention: LatentAttention | GroupedAttention = LatentAttention(attention)
+        else:
+            scale = _yarn_get_concentration_factor_from_config(config)
+            self._attention = GroupedAttention(attention, rotary, scale)
+        self._feed_forward = _feed_forward(layer.mlp)
+
+    def __call__(self, hidden: Tensor, context: CacheContext) -> Tensor:
+        before_attention, before_mlp = self._norms
+        hidden = hidden + self._attention(before_attention(hidden), context)
+        return hidden + self._feed_forward(before_mlp(hidden))
 
 
-def _feed_forward(mlp: Any, x: Tensor) -> Tensor:
-    """Of one layer: [t / tp, h] -> the same shape."""
+def _feed_forward(mlp: Any) -> _Dense | _Experts | _Module:
+    """That of one layer: [t / tp, h] -> the same shape."""
     if not isinstance(mlp, MoELayer):
-        return _dense(mlp, x)
-    if mlp.config.expert_model_parallel_size == mlp.config.tensor_model_parallel_size == 1:
-        return _experts_on_this_rank(mlp, x)
-    output, _ = mlp(x.unsqueeze(1))
-    result: Tensor = output.squeeze(1)
-    return result
+        return _Dense(mlp) if isinstance(mlp.activation_func, SwiGLU) else _Module(mlp)
+    alone = mlp.config.expert_model_parallel_size == mlp.config.tensor_model_parallel_size == 1
+    return _Experts(mlp) if alone and isinstance(mlp.experts, GroupedExperts) else _Module(mlp)
 
 
-def _dense(mlp: Any, x: Tensor) -> Tensor:
-    """A SwiGLU feed-forward, or shared experts."""
-    if not isinstance(mlp.activation_func, SwiGLU):
-        output, bias = mlp(x.unsqueeze(1))
+class _Module:
+    """A feed-forward of Megatron-Core as it computes itself."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        output, bias = self._module(x.unsqueeze(1))
         output = output.squeeze(1)
         result: Tensor = output if bias is None else output + bias
         return result
-    return project(mlp.linear_fc2, SwiGLU.compute(project(mlp.linear_fc1, x)))
 
 
-def _experts_on_this_rank(moe: Any, x: Tensor) -> Tensor:
-    """An MoE layer: router, routed experts and shared experts."""
-    weights, experts = moe.router.chosen_experts(x)
-    experts, order = experts.flatten().sort()
-    token = order // weights.size(1)
-    counts = torch.bincount(experts, minlength=moe.num_local_experts)
-    output = _grouped(moe.experts, x.index_select(0, token), counts, weights.flatten().index_select(0, order))
-    return _shared_experts(moe, x).index_add_(0, token, output)
+class _Dense:
+    """A SwiGLU feed-forward, or shared experts."""
+
+    def __init__(self, mlp: Any) -> None:
+        self._fc1, self._fc2 = Linear(mlp.linear_fc1), Linear(mlp.linear_fc2)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._fc2(SwiGLU.compute(self._fc1(x)))
 
 
-def _grouped(experts: Any, x: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
-    """Outputs of experts, weighted: rows `x` [n, h] by expert, of which each has `counts` -> [n, h]."""
-    if not isinstance(experts, GroupedExperts):
-        output: Tensor = experts(x, counts, weights)[0]
-        return output
-    rows = counts.tolist()
-    fc1, fc2 = experts.linear_fc1, experts.linear_fc2
-    activated = WeightedSwiGLU.compute(fc1.kernel.fprop(x, fc1.weight, rows, False), weights)
-    return fc2.kernel.fprop(activated, fc2.weight, rows, False)
+class _Experts:
+    """An MoE layer whose experts are all on this rank: router, routed experts and shared experts."""
 
+    def __init__(self, moe: Any) -> None:
+        self._router, self._experts = moe.router, moe.experts
+        self._routing_matrix = moe.router.routing_matrix()
+        self._shared: _Dense | _Module | None = None
+        self._gate: Tensor | None = None
+        if moe.use_shared_expert:
+            shared = moe.shared_experts
+            self._shared = _Dense(shared) if isinstance(shared.activation_func, SwiGLU) else _Module(shared)
+            self._gate = shared.gate_weight.detach().t() if shared.use_shared_expert_gate else None
+        fc1, fc2 = moe.experts.linear_fc1, moe.experts.linear_fc2
+        self._is_plain = fc1.kernel is fc2.kernel is gemm.HIGH_PRECISION and fc1.weight.device.type == "cpu"
+        self._fc1, self._fc2 = ([matrix.t() for matrix in fc.weight.detach().unbind()] for fc in (fc1, fc2))
 
-def _shared_experts(moe: Any, x: Tensor) -> Tensor:
-    """Their output, zeros where there are none: [t, h]."""
-    if not moe.use_shared_expert:
-        return torch.zeros_like(x)
-    output, shared = _dense(moe.shared_experts, x), moe.shared_experts
-    return output * torch.sigmoid(x @ shared.gate_weight.t()) if shared.use_shared_expert_gate else output
+    def __call__(self, x: Tensor) -> Tensor:
+        weights, experts = self._router.chosen_experts(x, self._routing_matrix)
+        if self._is_plain and x.size(0) == 1:
+            output = self._one_token(x, weights, experts[0].tolist())
+            return output if self._shared is None else output + self._shared_experts(x)
+        output = torch.zeros_like(x) if self._shared is None else self._shared_experts(x)
+        experts, order = experts.flatten().sort()
+        token = order // weights.size(1)
+        counts = torch.bincount(experts, minlength=len(self._fc1)).tolist()
+        rows, row_weights = x.index_select(0, token), weights.flatten().index_select(0, order)
+        return output.index_add_(0, token, self._routed(rows, counts, row_weights))
+
+    def _one_token(self, x: Tensor, weights: Tensor, experts: Sequence[int]) -> Tensor:
+        """[1, h] through its experts."""
+        gate_and_up = torch.cat([torch.mm(x, self._fc1[expert]) for expert in experts])
+        activated = WeightedSwiGLU.compute(gate_and_up, weights[0]).split(1)
+        parts = [torch.mm(own, self._fc2[expert]) for expert, own in zip(experts, activated, strict=True)]
+        return torch.cat(parts).sum(dim=0, keepdim=True)
+
+    def _routed(self, x: Tensor, counts: list[int], weights: Tensor) -> Tensor:
+        """Outputs of experts, weighted: rows `x` [n, h] by expert, of which each has `counts` -> [n, h]."""
+        fc1, fc2 = self._experts.linear_fc1, self._experts.linear_fc2
+        if not self._is_plain or x.size(0) > cpu_gemm.FEW_ROWS * len(counts):
+            activated = WeightedSwiGLU.compute(fc1.kernel.fprop(x, fc1.weight, counts, False), weights)
+            return fc2.kernel.fprop(activated, fc2.weight, counts, False)
+        # A grouped GEMM of torch on a CPU calls a GEMM for each group, also for those without rows.
+        filled = [expert for expert, count in enumerate(counts) if count]
+        sizes = [counts[expert] for expert in filled]
+        rows = zip(filled, x.split(sizes), strict=True)
+        gate_and_up = torch.cat([torch.mm(own, self._fc1[expert]) for expert, own in rows])
+        activated_rows = WeightedSwiGLU.compute(gate_and_up, weights).split(sizes)
+        return torch.cat([torch.mm(own, self._fc2[e]) for e, own in zip(filled, activated_rows, strict=True)])
+
+    def _shared_experts(self, x: Tensor) -> Tensor:
+        assert self._shared is not None
+        output = self._shared(x)
+        return output if self._gate is None else output * torch.sigmoid(x @ self._gate)

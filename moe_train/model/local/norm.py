@@ -25,8 +25,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype is torch.float32:
-            if not torch.is_grad_enabled():
-                return NormOnCPU.compute(x, self.weight, self.eps)[0]
             normalised: Tensor = NormOnCPU.apply(x, self.weight, self.eps)
             return normalised
         # Torch makes the norm of several operations that read x. Through a view their gradients are added up before
@@ -42,16 +40,10 @@ class NormOnCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[..., h] and [h] -> [..., h]."""
-        normalised, inverse_root = NormOnCPU.compute(x, weight, eps)
-        ctx.save_for_backward(x, weight, inverse_root)
-        return normalised
-
-    @staticmethod
-    def compute(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """The norm [..., h] of `x`, and the number [rows, 1] that multiplies each row."""
         rows = x.reshape(-1, x.size(-1))
         inverse_root = torch.linalg.vecdot(rows, rows).div_(rows.size(1)).add_(eps).rsqrt_().unsqueeze(1)
-        return (rows * inverse_root).mul_(weight).view(x.shape), inverse_root
+        ctx.save_for_backward(x, weight, inverse_root)
+        return (rows * inverse_root).mul_(weight).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -37,8 +37,14 @@ class Router(TopKRouter):
         )
         return attached
 
-    def chosen_experts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and numbers of the experts of each token: x [t, h] -> [t, topk] each.
+    def routing_matrix(self) -> Tensor:
+        """[h, experts], in the precision of routing."""
+        weight: Tensor = self.weight.detach()
+        precision = {"fp32": torch.float32, "fp64": torch.float64}.get(self.config.moe_router_dtype, weight.dtype)
+        return weight.to(precision).t()
+
+    def chosen_experts(self, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and numbers of the experts of each token: x [t, h], and `routing_matrix` -> [t, topk] each.
 
         What `forward` computes in evaluation, without [t, experts] tensors of weights and choices: as upstream's
         `topk_routing_with_score_function` (transformer/moe/moe_utils.py).
@@ -47,10 +53,9 @@ class Router(TopKRouter):
             NotImplementedError: the score function is unknown here.
         """
         config = self.config
-        dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(config.moe_router_dtype, x.dtype)
-        logits = torch.mm(x.to(dtype), self.weight.to(dtype).t())
+        logits = torch.mm(x.to(matrix.dtype), matrix)
         if self.bias is not None:
-            logits += self.bias.to(dtype)
+            logits += self.bias
         if self.score_function == "softmax" and config.moe_router_pre_softmax:
             weights, experts = self._best(logits.softmax(dim=-1, dtype=torch.float32).type_as(logits))
         elif self.score_function == "softmax":
@@ -69,7 +74,7 @@ class Router(TopKRouter):
         return weights, experts
 
     def _best(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The `topk` highest scores of each row of [t, experts] in the groups of experts that are allowed, [t, topk]."""
+        """The `topk` highest scores of each row of [t, experts] within the allowed groups of experts: [t, topk]."""
         config = self.config
         if not config.moe_router_group_topk:
             values, experts = scores.topk(self.topk, dim=1)
@@ -89,10 +94,10 @@ class BestExpertOfGroupRouter(Router):
         with groups_scored_by_their_best_expert():
             return super().routing(logits, *args, **kwargs)
 
-    def chosen_experts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and numbers of the experts of each token: x [t, h] -> [t, topk] each."""
+    def chosen_experts(self, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Router`'s."""
         with groups_scored_by_their_best_expert():
-            return super().chosen_experts(x)
+            return super().chosen_experts(x, matrix)
 
 
 def scores_groups_by_best(model: ModelConfig) -> bool:
