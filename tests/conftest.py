@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -113,3 +114,17 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     cfg = compose([*overrides, "model.vocab_size=512"])
     prepare(cfg.data, 512, progress=False)
     return overrides
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a small run, `run`, with an export, and of its dataset's tokenizer, `data`."""
+    from moe_train.data.tokenizer import train_tokenizer
+    from tests.distributed.helper import run_distributed
+    from tests.inference.trained_run import VOCABULARY, make_run
+
+    directory = tmp_path_factory.mktemp("trained")
+    (directory / "data").mkdir()
+    train_tokenizer([next(fixed_text())], VOCABULARY, directory / "data" / "tokenizer.json")
+    run_distributed(make_run, 1, directory / "run", directory / "data")
+    return directory

@@ -18,6 +18,11 @@ def console(**options: Any) -> Console:
     return Console(width=None if sys.stdout.isatty() else _WIDTH, **options)
 
 
+def printable(text: str) -> str:
+    """Text of a model as a terminal may show it: with line breaks and tabs, without other controls of the terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def literal(text: object) -> Text:
     """Text from a file as it may be shown: without markup, line breaks and terminal controls."""
     return Text(one_line(str(text)))

@@ -13,7 +13,7 @@ from typing import Any
 from moe_train.config.checkpoint_tools import ConvertConfig, InspectConfig
 from moe_train.config.evaluate import EvaluateConfig
 from moe_train.config.fields import doc
-from moe_train.config.inference import EngineConfig
+from moe_train.config.inference import ChatConfig, EngineConfig, GenerateConfig, SamplingConfig, ServeConfig
 from moe_train.config.kv_cache import KVCacheConfig
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.model import ModelConfig
@@ -103,6 +103,29 @@ class EvaluateRoot(InferenceRoot):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
+@dataclass
+class GenerateRoot(InferenceRoot):
+    """Generation by moe-generate."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+
+@dataclass
+class ChatRoot(InferenceRoot):
+    """A conversation by moe-chat."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
+
+
+@dataclass
+class ServeRoot(InferenceRoot):
+    """A server by moe-serve."""
+
+    serve: ServeConfig = field(default_factory=ServeConfig)
+
+
 @dataclass(frozen=True)
 class RootInfo:
     """Where a root is found.
@@ -128,6 +151,7 @@ _OF_EVALUATIONS = {
     "data.path": "evaluate.sources", "train.seq_length": "evaluate.seq_length",
     "batch.micro_batch_size": "evaluate.micro_batch_size",
 }  # fmt: skip
+_SOURCES = {"init_from": "source", "data.tokenizer": "tokenizer"}
 
 ROOTS: Mapping[type, RootInfo] = {
     Config: RootInfo("train", ("moe-train", "moe-submit", "moe-data", "moe-dryrun", "moe-preflight")),
@@ -137,6 +161,9 @@ ROOTS: Mapping[type, RootInfo] = {
     ConvertRoot: RootInfo("convert", ("moe-convert",), {"data.dir": "convert.data_dir"}),
     InspectRoot: RootInfo("inspect", ("moe-inspect",)),
     EvaluateRoot: RootInfo("evaluate", ("moe-evaluate",), _OF_EVALUATIONS),
+    GenerateRoot: RootInfo("generate", ("moe-generate",), _SOURCES),
+    ChatRoot: RootInfo("chat", ("moe-chat",), _SOURCES),
+    ServeRoot: RootInfo("serve", ("moe-serve",), _SOURCES),
 }
 
 

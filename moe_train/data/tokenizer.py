@@ -112,6 +112,18 @@ class Tokenizer:
         """Id of the token with this text, None where there is none."""
         return None if token is None else self._tokenizer.token_to_id(token)
 
+    @property
+    def special_texts(self) -> list[str]:
+        """The texts of the special tokens."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return [str(token.content) for token in added if token.special]
+
+    def text_of(self, token: int) -> str:
+        """The text of a single token. That of a special token, or of a part of a character, is its name."""
+        text = self.decode([token])
+        named = self._tokenizer.id_to_token(token)
+        return named if named is not None and (not text or "\ufffd" in text) else text
+
     def beginning_with(self, token: str) -> str:
         """Content of a tokenizer.json that puts `token` before each text, as documents of the dataset have it."""
         changed = tokenizers.Tokenizer.from_file(str(self.path))

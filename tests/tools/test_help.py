@@ -19,6 +19,7 @@ COMMANDS = {
     "moe-plan": "tools.plan", "moe-memory": "tools.memory", "moe-convert": "tools.convert",
     "moe-inspect": "tools.inspect", "moe-data": "tools.prepare_data", "moe-dryrun": "tools.dryrun",
     "moe-evaluate": "tools.evaluate",
+    "moe-generate": "tools.generate", "moe-chat": "tools.chat", "moe-serve": "tools.serve",
 }  # fmt: skip
 # A field that the page of a command must explain, with words of its doc in the schema.
 EXPLAINED = {
@@ -30,6 +31,8 @@ EXPLAINED = {
     "moe-data": ("model.vocab_size=4096", "at most model.vocab_size entries"),
     "moe-dryrun": ("model.mtp_num_layers=0", "prediction"),
     "moe-evaluate": ("evaluate.max_tokens=null", "Tokens to score of each source"),
+    "moe-generate": ("generate.n=1", "Continuations of each"), "moe-chat": ("chat.system=null", "System message"),
+    "moe-serve": ("serve.port=8000", "Port"),
 }  # fmt: skip
 
 
@@ -55,7 +58,7 @@ def test_help_explains_the_command(
     assert said.err == ""
 
 
-@pytest.mark.parametrize("command", ["moe-train", "moe-preflight", "moe-plan"])
+@pytest.mark.parametrize("command", ["moe-train", "moe-preflight", "moe-plan", "moe-chat"])
 def test_help_starts_quickly_and_without_torch(command: str) -> None:
     calls, slow = startup(f"import {COMMANDS[command]} as command; command.main()", "--help")
     assert slow == []

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import hydra
 import pytest
 
+from moe_train.config.composition import store
 from moe_train.config.composition.compose import compose, to_config
 from moe_train.config.composition.explain import CONF_DIR
 from moe_train.config.composition.validate import validate
@@ -118,6 +119,7 @@ def test_the_winner_is_a_layout_that_a_run_accepts(answered: tuple[Path, str]) -
     assert timed.returncode == 0, timed.stderr
     again = json.loads((folder / "again/plan.json").read_text())["plans"][0]
     assert again["step_s"] == pytest.approx(best["step_s"], rel=1e-6)
+    store.register(Config)
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         search_path = [f"hydra.searchpath=[file://{folder}/own]"]
         cfg = to_config(hydra.compose("train", overrides=["experiment=best", *search_path]), Config)

@@ -58,8 +58,6 @@ _TRAINS = ContextVar("trains", default=True)
 _REVISE: ContextVar[Revise | None] = ContextVar("revise", default=None)
 _ROOT: ContextVar[type] = ContextVar("root", default=Config)
 
-store.register()
-
 
 @overload
 def compose(overrides: Sequence[str] = ()) -> Config: ...
@@ -86,6 +84,7 @@ def compose(overrides: Sequence[str] = (), root: type = Config) -> Any:
 
 def _composed(overrides: Sequence[str], root: type, config_name: str) -> Any:
     refuse_lost_groups(overrides, root)
+    store.register(root)
     with hydra.initialize_config_dir(str(CONF_DIR), job_name="moe-train", version_base="1.3"):
         return to_config(hydra.compose(config_name, overrides=for_hydra(overrides)), root)
 
@@ -308,6 +307,7 @@ def _run(
         if not runs and options == entry.overrides:
             entry.work(lambda: _composed(options, entry.root, config_name))
             return entry.exit_code
+        store.register(entry.root)
         with contextlib.ExitStack() as stack:
             if not runs:  # a job of Hydra has a directory, where nothing is to stay
                 scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-"))

@@ -26,17 +26,23 @@ def default_warmup(usual: int, *, _root_: Any) -> int:
     return usual if end >= usual else end // 10
 
 
-def register() -> None:
-    """Store the dataclass of each root, `Config` as `schema`, and of each group as `GROUP/schema`, which user YAML can
-    extend.
+_registered: set[type] = set()
+
+
+def register(*roots: type) -> None:
+    """Store the dataclass of each of these roots, `Config` as `schema`, and of its groups as `GROUP/schema`, which user
+    YAML can extend. Without roots all are stored, which takes 10 ms for each.
 
     A file of one's own for a group begins with `defaults: [schema, _self_]` to be checked on its own, or is in a group
     that `run.yaml` composes, where the root schema checks it anyway.
     """
     OmegaConf.register_new_resolver("default_warmup", default_warmup, replace=True)
     store = ConfigStore.instance()
-    for root, info in ROOTS.items():
-        store.store(name=info.schema, node=root, provider="moe_train")
+    for root in roots or ROOTS:
+        if root in _registered:
+            continue
+        _registered.add(root)
+        store.store(name=ROOTS[root].schema, node=root, provider="moe_train")
         types = typing.get_type_hints(root)
         for group in group_names(root):
             store.store(group=group, name="schema", node=types[group], provider="moe_train")

@@ -1,16 +1,11 @@
-"""A trained model that the tests of this package share."""
+"""A small trained run, of which every test that uses a model has the same."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from moe_train.checkpoint import checkpoint, hf_exchange
-from moe_train.data.tokenizer import train_tokenizer
 from tests.checkpoint import small_run
-from tests.conftest import fixed_text
-from tests.distributed.helper import run_distributed
 
 VOCABULARY = 320
 
@@ -24,13 +19,3 @@ def make_run(run_dir: Path, data_dir: Path) -> None:
     saved = checkpoint.save(run)
     assert saved is not None
     hf_exchange.export(run, saved)
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a small run, `run`, and of its dataset's tokenizer, `data`."""
-    directory = tmp_path_factory.mktemp("trained")
-    (directory / "data").mkdir()
-    train_tokenizer([next(fixed_text())], VOCABULARY, directory / "data" / "tokenizer.json")
-    run_distributed(make_run, 1, directory / "run", directory / "data")
-    return directory
