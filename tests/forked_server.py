@@ -32,7 +32,8 @@ MODULES = (
     "torch.distributed.elastic.multiprocessing", "megatron.core.models.gpt", "moe_train.train", "torch._dynamo",
     "matplotlib.backends.backend_svg", "matplotlib.figure", "launch.main", "launch.join", "launch.slurm.submit",
     "launch.local.launcher", "launch.preflight.rank", "tools.plan", "tools.memory", "tools.convert", "tools.inspect",
-    "tools.dryrun", "tools.prepare_data", "tests.launch.fake_job",
+    "tools.dryrun", "tools.prepare_data", "tools.chat", "tools.serve", "tools.serving.app", "uvicorn",
+    "tests.launch.fake_job",
 )  # fmt: skip
 MOST_BYTES = 2**20
 FIRST_FREE = 3  # file descriptors after those of the standard streams
