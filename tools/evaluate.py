@@ -3,28 +3,29 @@
     moe-evaluate runs/NAME                      its validation samples
     moe-evaluate runs/NAME book.txt data/mine   texts, datasets of moe-data
     moe-evaluate runs/NAME 'evaluate.sources=[{name:code,path:src/a.txt}]'
+    moe-evaluate runs/NAME evaluate.tasks=[my_task] evaluate.task_dir=tasks
     moe-evaluate hf-directory book.txt parallel.tp=2 precision=fp8_block
 
 The model is a run (its newest checkpoint), a Megatron checkpoint or a Hugging Face directory; it is short for source=,
 further paths for evaluate.sources=. Layout and precision are those of one rank and of the run, but for what the
-command line names.
+command line names. Tasks are those of lm-evaluation-harness.
 """
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
 import json
 import math
+import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from launch import quiet, rendezvous
 from launch.local import forkserver, signals
 from moe_train.config import sources
 from moe_train.config.composition.compose import hydra_entry
@@ -42,8 +43,12 @@ from moe_train.inference.source import ModelSource
 from parallel.errors import ConfigError, DataError
 from parallel.layout import ParallelLayout
 from parallel.suggest import override_value
-from tools import terminal
+from tools import terminal, trained_model
+from tools.trained_model import TrainedModel
 from tools.words import CommandLine, parse
+
+if TYPE_CHECKING:
+    from tools.harness import TaskScore
 
 _SOURCES = "evaluate.sources"
 _USUAL_LENGTH = 2048
@@ -51,6 +56,7 @@ _USUAL_LENGTH = 2048
 _COMMON = (
     "source", "tokenizer", "precision", "parallel.tp", "parallel.pp", "parallel.ep", "parallel.dp", "runtime",
     _SOURCES, "evaluate.seq_length", "evaluate.micro_batch_size", "evaluate.max_tokens", "evaluate.output",
+    "evaluate.tasks", "evaluate.task_dir",
 )  # fmt: skip
 
 
@@ -60,7 +66,7 @@ def main() -> None:
     argv = arguments(line)
     code: list[int] = []
     try:
-        with _command():
+        with trained_model.command():
             code.append(
                 hydra_entry(
                     lambda cfg: run(cfg, line.overrides), argv=argv, root=EvaluateRoot, runs=False, answers=True,
@@ -68,20 +74,8 @@ def main() -> None:
                 )
             )  # fmt: skip
     except signals.Interrupted as interrupt:
-        print(f"\ninterrupted by {interrupt.signal.name}", file=sys.stderr)
-        code.append(interrupt.exit_code)
+        code.append(trained_model.interrupted(interrupt))
     signals.leave(code[0])
-
-
-@contextlib.contextmanager
-def _command() -> Iterator[None]:
-    """The main part of the command: signals that end it are raised in this block as `signals.Interrupted`."""
-    quiet.silence()
-    try:
-        with signals.interruptible(last=True):
-            yield
-    finally:
-        forkserver.kill()  # at once, even if it still imports
 
 
 def arguments(line: CommandLine) -> list[str]:
@@ -106,27 +100,52 @@ def run(cfg: EvaluateRoot, words: Sequence[str]) -> None:
     sources.names(_SOURCES, asked.sources)
     if asked.output is not None:
         _check_output(Path(asked.output))
-    if cfg.source is None:
-        raise ConfigError("source is missing: the model", "use moe-evaluate runs/NAME, or a Hugging Face directory")
-    info = rendezvous.detect()
-    if info is not None:
-        raise ConfigError(
-            f"{info.launcher} has started this process as one of {info.world_size} ranks, and moe-evaluate starts the "
-            "ranks of its layout itself",
-            "start moe-evaluate alone, on one machine",
-        )
-    found = source.find(Path(cfg.source))
-    loaded = source.config_of(found, cfg, words, cfg.tokenizer)
-    if loaded.runtime == "simulated":
-        raise ConfigError("runtime=simulated computes nothing", "set runtime=auto, cpu or cuda")
+    _check_tasks(asked)
+    model = trained_model.find(cfg, words, "moe-evaluate")
+    if asked.tasks:
+        _run_tasks(cfg, model)
+        return
+    found = source.find(Path(str(cfg.source)))
     task = task_of(asked, found)
-    config = scoring_config(asked, found, loaded, validate(loaded))
+    config = scoring_config(asked, found, model.cfg, model.layout)
     scores = scored(config, validate(config), task)
-    title = f"{found.name}, {config.precision.name}, sequences of {config.train.seq_length:,} tokens"
+    title = f"{model.name}, {config.precision.name}, sequences of {config.train.seq_length:,} tokens"
     terminal.console().print(table(title, scores))
     if asked.output is not None:
         facts = {"seq_length": config.train.seq_length, "scores": [asdict(score) for score in scores]}
-        write(Path(asked.output), found.name, config, facts)
+        write(Path(asked.output), model, facts)
+
+
+def _check_tasks(asked: EvaluateConfig) -> None:
+    """Raise ConfigError where tasks cannot be evaluated."""
+    if not asked.tasks:
+        return
+    if asked.sources:
+        raise ConfigError("evaluate.tasks and evaluate.sources are both set", "evaluate them one after the other")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("evaluate.tasks needs lm-eval, which is not installed", "pip install 'moe-train[eval]'")
+
+
+def _run_tasks(cfg: EvaluateRoot, model: TrainedModel) -> None:
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval draws bars in a file too
+    from tools import harness
+
+    scores = harness.scores(model, cfg.engine, cfg.evaluate)
+    terminal.console().print(task_table(f"{model.name}, {model.cfg.precision.name}", scores))
+    if cfg.evaluate.output is not None:
+        write(Path(cfg.evaluate.output), model, {"tasks": [asdict(score) for score in scores]})
+
+
+def task_table(title: str, scores: Sequence[TaskScore]) -> Table:
+    """A row for each metric of each task."""
+    result = Table(title=title, title_justify="left")
+    for column in ("task", "metric", "value", "standard error", "samples"):
+        result.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for score in scores:
+        value, error = _text(score.value, ",.6f"), _text(score.stderr, ".6f")
+        result.add_row(terminal.literal(score.task), terminal.literal(score.metric), value, error, f"{score.samples:,}")
+    return result
 
 
 def _check_output(path: Path) -> None:
@@ -218,9 +237,10 @@ def _text(value: float | None, number: str) -> str:
     return "" if value is None else format(value, number)
 
 
-def write(path: Path, name: str, cfg: Config, facts: dict[str, Any]) -> None:
+def write(path: Path, model: TrainedModel, facts: dict[str, Any]) -> None:
     """Facts about a model as JSON. Numbers that JSON cannot hold are null."""
-    report = {"model": name, "weights": cfg.init_from, "precision": cfg.precision.name, **facts}
+    cfg = model.cfg
+    report = {"model": model.name, "weights": cfg.init_from, "precision": cfg.precision.name, **facts}
     try:
         atomic.write_text(path, json.dumps(_finite(report), indent=1) + "\n", durable=True)
     except OSError as error:

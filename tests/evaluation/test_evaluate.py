@@ -81,6 +81,7 @@ def test_a_dataset_in_another_precision_and_with_fewer_tokens(
         (["evaluate.seq_length=33", "parallel.cp=2"], "evaluate.seq_length=33 is not divisible by 4"),
         (["evaluate.seq_length=8000"], "evaluate.seq_length=8000 exceeds model.max_position_embeddings=4096"),
         (["evaluate.output=absent/x.json"], "evaluate.output=absent/x.json cannot be written: absent does not exist"),
+        (["evaluate.tasks=[a]", "a.txt"], "evaluate.tasks and evaluate.sources are both set"),
         (["evaluate.data_dir=absent"], "absent, the data of the run, has no tokenizer.json"),
     ],
 )
