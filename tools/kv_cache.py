@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moe_train.config.kv_cache import KVCacheConfig
+from moe_train.config.inference import PlannedEngineConfig
 from moe_train.config.roots import MemoryRoot
 from parallel.architecture.attention import attention_kind
 from parallel.architecture.kv_cache import CACHE_FORMATS
@@ -50,24 +50,24 @@ class CacheAnswer:
 
 
 def check(cfg: MemoryRoot) -> None:
-    """Raise ConfigError where a field of `inference` does not go with the model."""
-    model, asked = cfg.model, cfg.inference
+    """Raise ConfigError where a field of `engine` does not go with the model."""
+    model, asked = cfg.model, cfg.engine
     longest = model.max_position_embeddings
     if asked.context_length is not None and asked.context_length > longest:
         raise Impossible(
-            f"inference.context_length={asked.context_length} exceeds model.max_position_embeddings={longest}",
-            [{"inference.context_length": longest}, {"model.max_position_embeddings": asked.context_length}],
+            f"engine.context_length={asked.context_length} exceeds model.max_position_embeddings={longest}",
+            [{"engine.context_length": longest}, {"model.max_position_embeddings": asked.context_length}],
         )
     if asked.rotary_format and not attention_kind(model).latent:
         raise Impossible(
-            f"inference.rotary_format={asked.rotary_format} has no effect with model.attention={model.attention}",
-            [{"inference.rotary_format": None}],
+            f"engine.rotary_format={asked.rotary_format} has no effect with model.attention={model.attention}",
+            [{"engine.rotary_format": None}],
         )
 
 
 def answer(cfg: MemoryRoot, workload: Workload, weights: Sequence[Weights]) -> CacheAnswer:
     """What fits `cfg.cluster`, in the layout and the precision of `workload`."""
-    model, asked = cfg.model, cfg.inference
+    model, asked = cfg.model, cfg.engine
     serving = serving_of(asked, cfg.train.seq_length)
     found = rooms(workload, weights, Hardware.of(cfg.cluster).usable_bytes, serving)
     formats = [asked.cache_format] if asked.cache_format else list(CACHE_FORMATS)
@@ -81,7 +81,7 @@ def answer(cfg: MemoryRoot, workload: Workload, weights: Sequence[Weights]) -> C
     )
 
 
-def serving_of(asked: KVCacheConfig, seq_length: int) -> Serving:
+def serving_of(asked: PlannedEngineConfig, seq_length: int) -> Serving:
     """Sizes of what is generated at the same time."""
     return Serving(
         asked.context_length or seq_length, asked.max_batch_tokens, asked.max_sequences, asked.block_size

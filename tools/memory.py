@@ -2,10 +2,10 @@
 
     moe-memory model=deepseek_v3 parallel=deepseek_v3_h800 recompute=deepseek_v3
     moe-memory model=qwen3_30b_a3b parallel.ep=8 precision=bf16 cluster=h100
-    moe-memory model=deepseek_v3 parallel.ep=32 parallel.dp=32 inference.context_length=4k
+    moe-memory model=deepseek_v3 parallel.ep=32 parallel.dp=32 engine.context_length=4k
 
 A second table counts the KV cache at inference: how many tokens and sequences fit next to the weights, by its format.
-The command takes the overrides of `moe-train`, and inference.*. The defaults are GPUs with Transformer Engine
+The command takes the overrides of `moe-train`, and engine.*. The defaults are GPUs with Transformer Engine
 (runtime=cuda), BF16 (precision=bf16) and, without an experiment, sequences of 4,096 tokens in DeepSeek-V3's global
 batch (train.seq_length=4096 batch=large).
 """
@@ -46,7 +46,7 @@ PARTS = {
 
 _COMMON = ("model", "parallel", "precision", "recompute", "cluster", "experiment", "train.seq_length",
           "batch.micro_batch_size", "parallel.tp", "parallel.pp", "parallel.ep", "parallel.dp",
-          "inference.context_length", "inference.cache_format")  # fmt: skip
+          "engine.context_length", "engine.cache_format")  # fmt: skip
 
 
 def main() -> None:

@@ -6,7 +6,7 @@
     moe-plan validate [runs=FILE.csv] [models=DIR] [results=FILE.json]
 
 `validate` compares with published runs, by default with those of tools/published/published_runs.csv. The command takes
-the overrides of `moe-train`, plan.*, and inference.* for the KV cache of the best layout. gpus, top, output, write,
+the overrides of `moe-train`, plan.*, and engine.* for the KV cache of the best layout. gpus, top, output, write,
 search, runs, models and results are short for plan.*, tokens for train.tokens. Where the command line says nothing
 else, it looks at GPUs with Transformer Engine (runtime=cuda), BF16, and without an experiment at sequences of 4,096
 tokens in DeepSeek-V3's batch (train.seq_length=4096 batch=large).

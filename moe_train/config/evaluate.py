@@ -20,8 +20,10 @@ class EvaluateConfig:
         None, "Dataset of the run, where its data.dir has moved; null means data.dir of the run."
     )
     seq_length: int | None = doc(
-        None, "Tokens of one sequence, and so the longest context; null means train.seq_length of the run, and without "
-        "a run as many as the model allows, up to 2,048.", minimum=2,
+        None,
+        "Tokens of one sequence, and so the longest context; null means train.seq_length of the run, and without "
+        "a run as many as the model allows, up to 2,048.",
+        minimum=2,
     )
     micro_batch_size: int = doc(4, "Sequences in one forward pass of one rank.", minimum=1, maximum=1_000_000)
     max_tokens: int | None = doc(None, "Tokens to score of each source, its first; null means all.", minimum=1)

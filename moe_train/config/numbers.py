@@ -9,7 +9,7 @@ SEQUENCE_FIELDS = (
     "train.seq_length",
     "model.max_position_embeddings",
     "model.yarn_original_max_position",
-    "inference.context_length",
+    "engine.context_length",
     "seq_length",  # of an entry of plan.recipe
 )
 """Fields in which k is 1,024, as in "a context of 8k": lengths of sequences. Elsewhere it is 1,000."""

@@ -1,7 +1,7 @@
 """What each command composes: the config of a run, or a root of its own. No torch import.
 
 A run's config.yaml holds what trains it. Options of the tools are not part of it: moe-plan adds `plan` to the config of
-a run, moe-memory adds `inference`, and moe-convert and moe-inspect compose neither layout nor data.
+a run, moe-memory adds `engine`, and moe-convert and moe-inspect compose neither layout nor data.
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ from typing import Any
 from moe_train.config.checkpoint_tools import ConvertConfig, InspectConfig
 from moe_train.config.evaluate import EvaluateConfig
 from moe_train.config.fields import doc
-from moe_train.config.inference import ChatConfig, EngineConfig, GenerateConfig, SamplingConfig, ServeConfig
-from moe_train.config.kv_cache import KVCacheConfig
+from moe_train.config.inference import (
+    ChatConfig,
+    EngineConfig,
+    GenerateConfig,
+    PlannedEngineConfig,
+    SamplingConfig,
+    ServeConfig,
+)
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.plan import EstimateConfig, PlanConfig
@@ -28,7 +34,7 @@ _TRACEBACKS = "Show tracebacks of errors."
 class MemoryRoot(Config):
     """A run whose memory moe-memory predicts, and the KV cache of its model at inference."""
 
-    inference: KVCacheConfig = field(default_factory=KVCacheConfig)
+    engine: PlannedEngineConfig = field(default_factory=PlannedEngineConfig)
 
 
 @dataclass

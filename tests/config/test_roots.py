@@ -30,9 +30,9 @@ from parallel.suggest import override
 
 def test_the_config_of_a_run_has_no_options_of_tools() -> None:
     written = yaml.safe_load(to_yaml(compose([])))
-    assert not {"plan", "convert", "inspect", "estimate", "inference"} & written.keys()
+    assert not {"plan", "convert", "inspect", "estimate", "engine"} & written.keys()
     assert set(all_groups()) - set(group_names()) == {
-        "plan", "convert", "inspect", "inference", "engine", "evaluate", "sampling", "generate", "chat", "serve",
+        "plan", "convert", "inspect", "engine", "evaluate", "sampling", "generate", "chat", "serve",
     }  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def test_a_plan_is_a_run_and_a_question() -> None:
     assert isinstance(cfg, Config)
     assert (cfg.plan.gpus, cfg.parallel.tp, cfg.model.name) == (2000, 2, "deepseek_v3")
     run = compose(["parallel.tp=2", "experiment=deepseek_v3/pretrain", "run_dir=r"])
-    assert {name: value for name, value in vars(cfg).items() if name not in ("plan", "inference")} == vars(run)
+    assert {name: value for name, value in vars(cfg).items() if name not in ("plan", "engine")} == vars(run)
 
 
 def test_every_root_has_a_file_and_no_two_mean_different_things() -> None:

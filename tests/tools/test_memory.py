@@ -36,8 +36,8 @@ def test_every_stage_of_deepseek_v3_fits_80_gb(tmp_path: Path) -> None:
 
 
 def test_the_cache_is_asked_for_by_context_and_format(tmp_path: Path) -> None:
-    words = ("model=qwen3_30b_a3b", "parallel.ep=8", "parallel.dp=8", "inference.context_length=16k")
-    done = memory(tmp_path, *words, "inference.cache_format=fp8")
+    words = ("model=qwen3_30b_a3b", "parallel.ep=8", "parallel.dp=8", "engine.context_length=16k")
+    done = memory(tmp_path, *words, "engine.cache_format=fp8")
     assert done.returncode == 0, done.stderr
     (row,) = [line for line in done.stdout.splitlines() if line.startswith("│ fp8")]
     _, each, of_rank, tokens, sequences = (cell.strip().replace(",", "") for cell in row.split("│")[1:-1])
@@ -52,15 +52,15 @@ def test_the_cache_is_asked_for_by_context_and_format(tmp_path: Path) -> None:
     ("words", "told"),
     [
         (
-            ["inference.context_length=8k"],
-            "inference.context_length=8192 exceeds model.max_position_embeddings=4096; use inference.context_length=4",
+            ["engine.context_length=8k"],
+            "engine.context_length=8192 exceeds model.max_position_embeddings=4096; use engine.context_length=4",
         ),
         (
-            ["inference.rotary_format=fp8"],
-            "inference.rotary_format=fp8 has no effect with model.attention=gqa; use inference.rotary_format=null",
+            ["engine.rotary_format=fp8"],
+            "engine.rotary_format=fp8 has no effect with model.attention=gqa; use engine.rotary_format=null",
         ),
-        (["inference.cache_format=fp9"], "inference.cache_format=fp9 is not one of fp32, bf16, fp16, fp8, int8, int4"),
-        (["inference.block_size=0"], "inference.block_size=0 is below the smallest value 1"),
+        (["engine.cache_format=fp9"], "engine.cache_format=fp9 is not one of fp32, bf16, fp16, fp8, int8, int4"),
+        (["engine.block_size=0"], "engine.block_size=0 is below the smallest value 1"),
     ],
 )
 def test_a_cache_that_the_model_cannot_have_is_refused(tmp_path: Path, words: list[str], told: str) -> None:
