@@ -2,7 +2,7 @@
 
     moe-memory model=deepseek_v3 parallel=deepseek_v3_h800 recompute=deepseek_v3
     moe-memory model=qwen3_30b_a3b parallel.ep=8 precision=bf16 cluster=h100
-    moe-memory model=deepseek_v3 parallel.ep=32 parallel.dp=32 engine.context_length=4k
+    moe-memory model=qwen3_30b_a3b engine.context_length=16k
 
 A second table counts the KV cache at inference: how many tokens and sequences fit next to the weights, by its format.
 The command takes the overrides of `moe-train`, and engine.*. The defaults are GPUs with Transformer Engine

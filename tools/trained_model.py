@@ -1,4 +1,4 @@
-"""What moe-generate, moe-chat and moe-serve have in common: from the config of the command to ranks that generate."""
+"""What the commands that run a trained model have in common: from the config of the command to ranks that generate."""
 
 from __future__ import annotations
 
