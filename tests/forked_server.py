@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import weakref
 from collections.abc import Callable
 from multiprocessing import util
 from pathlib import Path
@@ -233,7 +234,7 @@ def prepare() -> None:
     import pytest
 
     from parallel.runtime.imports import without_compilation
-    from tests import composition_cache
+    from tests import composition_cache, huge_pages
 
     with without_compilation(), open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
         for module in MODULES:
@@ -241,7 +242,11 @@ def prepare() -> None:
     directory = Path(os.environ["XDG_CACHE_HOME"], "compositions")  # a directory of the tests
     directory.mkdir(parents=True, exist_ok=True)
     composition_cache.install(pytest.MonkeyPatch(), directory)
+    # Each fork would take down torch's operators at its end, for 30 ms. A process that ends does not need to.
+    for entry in weakref.finalize._registry.values():  # type: ignore[attr-defined]
+        entry.atexit = False
     gc.freeze()
+    huge_pages.collapse()
     gc.enable()
 
 

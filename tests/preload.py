@@ -10,7 +10,9 @@ import pytest  # noqa: F401 - functions that ranks run are in modules that impor
 import transformers  # noqa: F401 - many of them compare with its models
 
 from moe_train.telemetry import peak
+from tests import huge_pages
 
 # Each run measures the peak of its ranks for a quarter of a second. No test compares it with anything.
 peak._WINDOWS, peak._WINDOW_S = 1, 1e-9
 gc.freeze()
+huge_pages.collapse()

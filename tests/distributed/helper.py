@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -63,9 +64,13 @@ def _work(info: RankInfo, backend: str, timeout_s: float, directory: str, fn: Ca
     dist.init_process_group(
         backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timedelta(seconds=timeout_s + 5)
     )
+    store.add("joined", 1)
     result = fn(*args)
     faulthandler.cancel_dump_traceback_later()
     Path(directory, f"{info.rank}.pickle").write_bytes(pickle.dumps(result))
+    # A rank that left would close connections that another one is still making.
+    while store.add("joined", 0) < info.world_size:
+        time.sleep(0.001)
     rank.leave_groups()
 
 

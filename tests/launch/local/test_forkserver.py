@@ -26,6 +26,42 @@ if __name__ == "__main__":
     sys.exit(process.exitcode)
 """
 
+WAITS = """
+import multiprocessing, os
+from multiprocessing import forkserver as stock
+from launch.local import forkserver
+
+forkserver.PRELOAD = ()
+pids, start = [], multiprocessing.process.BaseProcess.start
+
+def counted(self):
+    start(self)
+    pids.append(stock._forkserver._forkserver_pid)
+
+if __name__ == "__main__":
+    multiprocessing.process.BaseProcess.start = counted
+    forkserver.wait()
+    forkserver.wait()
+    assert len(pids) == 1, pids
+    os.kill(pids[0], 9)
+    os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOWAIT)
+    forkserver.wait()
+    assert len(set(pids)) == 2, pids
+    forkserver.kill()
+    os.waitid(os.P_PID, pids[1], os.WEXITED | os.WNOWAIT)
+    forkserver.wait()
+    assert len(set(pids)) == len(pids) == 3, pids
+"""
+
+
+def test_a_server_is_asked_once_whether_it_is_ready(tmp_path: Path) -> None:
+    """And again where another one has taken its place."""
+    (tmp_path / "program.py").write_text(WAITS)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "program.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
 
 def test_the_server_imports_from_where_its_parent_does(tmp_path: Path) -> None:
     """Python skips a preload that is not found, silently. The path of an installed package is in sys.path only."""
