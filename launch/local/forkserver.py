@@ -25,6 +25,9 @@ PRELOAD = ("launch.local.preload",)
 # One thread each: threads of a pool do not survive the fork, and a rank sets its own number afterwards.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
+_ready: int | None = None
+"""Process id of the server that has forked a process: one that still imports does not."""
+
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
@@ -54,10 +57,15 @@ def begin() -> None:
 def wait(timeout_s: float = 300) -> None:
     """Return once the server has imported everything. It can be interrupted, unlike starting a process.
 
+    A server that was ready once is ready as long as it lives.
+
     Raises:
         LaunchError: the server died or took longer than `timeout_s`.
     """
+    global _ready
     begin()
+    if _ready is not None and _ready == _pid():
+        return
     done: list[bool] = []
 
     def probe() -> None:
@@ -82,14 +90,22 @@ def wait(timeout_s: float = 300) -> None:
             "the process that starts ranks ended or hung while it imported torch and megatron-core",
             "try `python -c 'import moe_train.train'`, and see if this machine is out of memory",
         )
+    _ready = _pid()
 
 
 def kill() -> None:
     """End the server now. Its ranks end with it."""
-    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    global _ready
+    _ready = None
+    pid = _pid()
     if pid is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def _pid() -> int | None:
+    """Of the server, None before the first."""
+    return getattr(forkserver._forkserver, "_forkserver_pid", None)
 
 
 def _nothing() -> None:
