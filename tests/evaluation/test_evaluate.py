@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from moe_train.config.composition.compose import compose
+from moe_train.config.composition.validate import validate
+from moe_train.config.evaluate import EvaluateConfig
+from moe_train.config.roots import EvaluateRoot
+from moe_train.config.schema import BlendEntry
+from moe_train.config.walk import with_values
+from moe_train.inference import source
 from moe_train.telemetry.sinks.jsonl import read
 from parallel.errors import ConfigError, MoeTrainError
 from tests.conftest import fixed_text
+from tests.conversion.convert import convert
 from tests.evaluation.evaluate import evaluated, scores
+from tools import evaluate
 
 
 def last_validation_loss(run_dir: Path) -> float:
@@ -73,6 +84,36 @@ def test_a_dataset_in_another_precision_and_with_fewer_tokens(
         found[precision] = row["loss"]
     assert found["fp8_block"] == pytest.approx(found["fp32"], rel=0.02)
     assert found["fp8_block"] != pytest.approx(found["fp32"], rel=1e-6)
+
+
+def test_quantised_exports_cost_more_with_fewer_bits(run_dir: Path, texts: list[str], tmp_path: Path) -> None:
+    length = "evaluate.seq_length=32"
+    losses = [scores(evaluated(tmp_path / "scores.json", str(run_dir), texts[0], length))["long"]["loss"]]
+    for dtype in ("int8", "int4"):
+        convert(run_dir, tmp_path / dtype, dtype=dtype, group_size=32)
+        report = evaluated(tmp_path / "scores.json", str(tmp_path / dtype), texts[0], length, "precision=fp32")
+        losses.append(scores(report)["long"]["loss"])
+    exact, int8, int4 = losses
+    assert 0 < abs(int8 - exact) < abs(int4 - exact) < 0.02 * exact
+
+
+def test_a_mixture_has_a_row_for_each_dataset(run_dir: Path, tmp_path: Path) -> None:
+    found = source.find(run_dir)
+    data = Path(found.config.data.dir)
+    shutil.copytree(data, tmp_path / "other")
+    blend = [BlendEntry(f"{data}/text_document", 0.75), BlendEntry(f"{tmp_path}/other/text_document", 0.25)]
+    mixed = replace(found, config=with_values(found.config, {"data.blend": blend, "data.source": "none"}))
+    cfg = source.config_of(mixed, compose(["runtime=cpu"], EvaluateRoot), ["runtime=cpu"])
+    asked = EvaluateConfig()
+    config = evaluate.scoring_config(asked, mixed, cfg, validate(cfg))
+    first, other, total = evaluate.scored(config, validate(config), evaluate.task_of(asked, mixed))
+    assert (first.name, other.name, total.name) == (data.name, "other", "total")
+    assert first.tokens + other.tokens == total.tokens == 3 * 8 * 32
+    assert first.tokens == pytest.approx(3 * other.tokens, rel=0.2)
+    assert first.loss is not None
+    assert other.loss is not None
+    mean = (first.loss * first.tokens + other.loss * other.tokens) / total.tokens
+    assert total.loss == pytest.approx(mean)
 
 
 @pytest.mark.parametrize(
