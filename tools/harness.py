@@ -142,10 +142,10 @@ class TrainedLM(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def _all(self, asked: Sequence[_Asked], what: str, quiet: bool) -> list[_Result]:
+    def _all(self, asked: Sequence[_HarnessRequest], what: str, quiet: bool) -> list[_RequestResult]:
         """The results of all requests, in order. Prompts with a common beginning share its cache."""
         events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
-        results = [_Result() for _ in asked]
+        results = [_RequestResult() for _ in asked]
         for number, (prompt, params, stop) in enumerate(asked):
             self._ranks.submit(prompt, params, stop, partial(_put, events, number))
         left = len(asked)
@@ -165,12 +165,12 @@ class TrainedLM(TemplateLM):
         return results
 
 
-_Asked = tuple[list[int], dict[str, Any], tuple[str, ...]]
+_HarnessRequest = tuple[list[int], dict[str, Any], tuple[str, ...]]
 """Prompt, values of `SamplingParams`, stop strings."""
 
 
 @dataclass
-class _Result:
+class _RequestResult:
     """What a request has brought: text, and the scores of the prompt's tokens but the first."""
 
     text: str = ""

@@ -10,7 +10,7 @@ from parallel.architecture.kv_cache import CACHE_FORMATS
 
 @dataclass
 class CacheConfig:
-    """The KV cache and the batches of generation, as they are planned and used."""
+    """The KV cache and the batches of generation: fields that plans and engines share."""
 
     cache_format: str | None = doc(
         None, "Format of the KV cache; null means the precision of the model. moe-memory and moe-plan then show all.",
