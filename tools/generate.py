@@ -47,7 +47,7 @@ def main() -> None:
     argv = line.argv("source", "generate.prompt")
     code: list[int] = []
     try:
-        with trained_model.command():
+        with trained_model.command(line):
             code.append(
                 hydra_entry(
                     lambda cfg: run(cfg, line.overrides), argv=argv, root=GenerateRoot, runs=False, answers=True,

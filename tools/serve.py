@@ -46,7 +46,7 @@ def main() -> None:
     line = parse(sys.argv[1:])
     code: list[int] = []
     try:
-        with trained_model.command():
+        with trained_model.command(line):
             code.append(
                 hydra_entry(
                     lambda cfg: run(cfg, line.overrides), argv=line.argv("source"), root=ServeRoot, runs=False,

@@ -19,6 +19,7 @@ from moe_train.data.tokenizer import Tokenizer
 from moe_train.inference import source
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
+from tools.words import CommandLine
 
 COMMON = (
     "source", "tokenizer", "precision", "parallel.tp", "parallel.pp", "parallel.ep", "engine.cache_format",
@@ -86,14 +87,18 @@ def find(cfg: InferenceRoot, words: Sequence[str], command: str) -> TrainedModel
 
 
 @contextlib.contextmanager
-def command() -> Iterator[None]:
+def command(line: CommandLine) -> Iterator[None]:
     """The main part of a command: signals that end it are raised in this block as `signals.Interrupted`."""
     quiet.silence()
+    was_running = forkserver.is_running()
     try:
         with signals.interruptible(last=True):
+            if line.paths and not line.options:  # it imports torch while the config is composed
+                forkserver.begin_on_cpu()
             yield
     finally:
-        forkserver.kill()  # at once, even if it still imports
+        if not was_running:
+            forkserver.kill()  # at once, even if it still imports
 
 
 def interrupted(interrupt: signals.Interrupted) -> int:

@@ -65,8 +65,10 @@ class EngineRanks:
 
     def start(self) -> None:
         """Start the ranks, and return while they load the model."""
-        if self._cfg.runtime == "cpu" or not any(Path("/dev").glob("nvidia*")):
+        if self._cfg.runtime == "cpu":
             forkserver.begin()
+        else:
+            forkserver.begin_on_cpu()
         self._launcher.start()
 
     def wait(self) -> protocol.Ready:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
 
 from launch.local.signals import WARNING, deferred
 from parallel.errors import LaunchError
@@ -91,6 +92,17 @@ def wait(timeout_s: float = 300) -> None:
             "try `python -c 'import moe_train.train'`, and see if this machine is out of memory",
         )
     _ready = _pid()
+
+
+def is_running() -> bool:
+    """Whether this process has started the server."""
+    return getattr(forkserver._forkserver, "_forkserver_pid", None) is not None
+
+
+def begin_on_cpu() -> None:
+    """`begin` where this machine has no NVIDIA GPU: ranks on CUDA are not forked."""
+    if not any(Path("/dev").glob("nvidia*")):
+        begin()
 
 
 def kill() -> None:
