@@ -87,13 +87,17 @@ def find(cfg: InferenceRoot, words: Sequence[str], command: str) -> TrainedModel
 
 
 @contextlib.contextmanager
-def command(line: CommandLine) -> Iterator[None]:
-    """The main part of a command: signals that end it are raised in this block as `signals.Interrupted`."""
+def command(line: CommandLine | None = None) -> Iterator[None]:
+    """The main part of a command: signals that end it are raised in this block as `signals.Interrupted`.
+
+    Args:
+        line: its words. Where they name a model, the process that forks ranks starts at once.
+    """
     quiet.silence()
     was_running = forkserver.is_running()
     try:
         with signals.interruptible(last=True):
-            if line.paths and not line.options:  # it imports torch while the config is composed
+            if line is not None and line.paths and not line.options:  # it imports while the config is composed
                 forkserver.begin_on_cpu()
             yield
     finally:
