@@ -14,6 +14,7 @@ from bench.workers import Requests
 
 OURS = "moe-train"
 MAX_CONTEXT = 16_384
+LONG_CONTEXT, PREFILL_CHUNK = 4096, 512
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ def _transformers(experts: str, directory: Path) -> Callable[..., Timing]:
             pass
 
     def generate(batch: int, context: int, new: int, seed: int) -> Timing:
+        # Whole prompts of this length make it take more memory than a laptop has.
+        model.generation_config.prefill_chunk_size = PREFILL_CHUNK if context > LONG_CONTEXT else None
         text = torch.tensor(prompts(batch, context, model.config.vocab_size, seed))
         clock = Clock()
         began = time.perf_counter()

@@ -37,7 +37,7 @@ class CachedModel:
         self._layers: list[list[CachedLayer]] = []
 
     def prepare(self) -> None:
-        """Look up the weights as they are now. Call it before the first forward pass, and after they have changed."""
+        """Look up the weights. Call it before the first forward pass, and again when the weights have changed."""
         self._layers = [
             [CachedLayer(layer, getattr(model, "rotary_pos_emb", None)) for layer in model.decoder.layers]
             for model in self._models

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from moe_train.model.kernels import gemm
-from moe_train.model.local.cached_parts import Linear, Norm
+from moe_train.model.local.cached_parts import PreparedLinear, PreparedNorm
 
 Slots = slice | Tensor
 """Places in the cache: consecutive ones, or any [...]."""
@@ -166,14 +166,20 @@ class LatentAttention:
         self._latent, self._rope = config.kv_lora_rank, config.qk_pos_emb_head_dim
         self._nope, self._value = config.qk_head_dim, config.v_head_dim
         self._sequence_parallel = config.sequence_parallel
-        self._q_down: Linear | None = None
+        self._q_down: PreparedLinear | None = None
         if config.q_lora_rank is not None:
-            self._q_down, self._q_norm = Linear(attention.linear_q_down_proj), Norm(attention.q_layernorm)
-            self._q_up = Linear(attention.linear_q_up_proj)
+            self._q_down, self._q_norm = (
+                PreparedLinear(attention.linear_q_down_proj),
+                PreparedNorm(attention.q_layernorm),
+            )
+            self._q_up = PreparedLinear(attention.linear_q_up_proj)
         else:
-            self._q_up = Linear(attention.linear_q_proj)
-        self._kv_down, self._kv_norm = Linear(attention.linear_kv_down_proj), Norm(attention.kv_layernorm)
-        self._output = Linear(attention.linear_proj)
+            self._q_up = PreparedLinear(attention.linear_q_proj)
+        self._kv_down, self._kv_norm = (
+            PreparedLinear(attention.linear_kv_down_proj),
+            PreparedNorm(attention.kv_layernorm),
+        )
+        self._output = PreparedLinear(attention.linear_proj)
         self._kv_up: Tensor = attention.linear_kv_up_proj.weight.detach()
         up = self._kv_up.view(-1, self._nope + self._value, self._latent)
         self._key_up = up[:, : self._nope]
@@ -280,7 +286,7 @@ class GroupedAttention:
         self._layer_number: int = attention.layer_number
         self._scale: float = attention.core_attention.scale
         self._interleaved: bool = attention.config.rotary_interleaved
-        self._output = Linear(attention.linear_proj)
+        self._output = PreparedLinear(attention.linear_proj)
 
     def __call__(self, hidden: Tensor, context: CacheContext) -> Tensor:
         queries, keys, values = self._attention.get_query_key_value_tensors(hidden.unsqueeze(1), None)

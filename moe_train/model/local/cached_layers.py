@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_train.model.kernels import cpu_gemm, gemm
 from moe_train.model.local.cached_attention import CacheContext, GroupedAttention, LatentAttention
-from moe_train.model.local.cached_parts import Linear, Norm
+from moe_train.model.local.cached_parts import PreparedLinear, PreparedNorm
 from moe_train.model.local.experts import GroupedExperts
 from moe_train.model.local.swiglu import SwiGLU, WeightedSwiGLU
 
@@ -31,7 +31,7 @@ class CachedLayer:
     """
 
     def __init__(self, layer: Any, rotary: Any) -> None:
-        self._norms = Norm(layer.input_layernorm), Norm(layer.pre_mlp_layernorm)
+        self._norms = PreparedNorm(layer.input_layernorm), PreparedNorm(layer.pre_mlp_layernorm)
         attention, config = layer.self_attention, layer.config
         if isinstance(attention, MLASelfAttention):
             self._attention: LatentAttention | GroupedAttention = LatentAttention(attention)
@@ -71,7 +71,7 @@ class _Dense:
     """A SwiGLU feed-forward, or shared experts."""
 
     def __init__(self, mlp: Any) -> None:
-        self._fc1, self._fc2 = Linear(mlp.linear_fc1), Linear(mlp.linear_fc2)
+        self._fc1, self._fc2 = PreparedLinear(mlp.linear_fc1), PreparedLinear(mlp.linear_fc2)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._fc2(SwiGLU.compute(self._fc1(x)))

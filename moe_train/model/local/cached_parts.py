@@ -1,4 +1,4 @@
-"""Linear layers and norms of the `local` backend, prepared for forward passes of few tokens without gradients.
+"""PreparedLinear layers and norms of the `local` backend, prepared for forward passes of few tokens without gradients.
 
 Preparing looks up once what a module would look up in every call. The weights are views of the module's.
 """
@@ -14,7 +14,7 @@ from moe_train.model.kernels import gemm
 from moe_train.model.local.norm import RMSNorm
 
 
-class Linear:
+class PreparedLinear:
     """x [t, in] -> [t, out], with the bias of the layer, where ranks share the layer as it shards tokens."""
 
     def __init__(self, module: Any) -> None:
@@ -35,7 +35,7 @@ class Linear:
         return result
 
 
-class Norm:
+class PreparedNorm:
     """RMSNorm over the last dimension."""
 
     def __init__(self, module: Any) -> None:
