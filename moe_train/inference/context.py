@@ -77,11 +77,6 @@ class PagedContext:
         padding = [0] * (padded_tokens - self.num_tokens)
         self.tokens, self.positions = (self._whole_numbers(x + padding) for x in (tokens, positions))
         self.slots = self._slots_of_all(self.entries)
-        cache.clear(
-            entry.blocks[(entry.end - 1) // cache.block_size]
-            for entry in self.entries
-            if _begins_block(entry, cache.block_size)
-        )
         self.decoding = self._decoding(self.entries[: self.num_decode])
         self.prefills: list[Prefill] = []
         rows: list[int] = []
@@ -89,7 +84,8 @@ class PagedContext:
         for entry in self.entries:
             end = first + entry.num_tokens
             if entry.num_tokens > 1:
-                self.prefills.append(Prefill(slice(first, end), entry.end, self._prefix(entry)))
+                pieces = self._pieces(entry) if self._decodes_few(entry) else None
+                self.prefills.append(Prefill(slice(first, end), entry.end, self._prefix(entry), pieces))
             for wanted in (entry.scored_positions, entry.sampled_positions):
                 rows += range(first + wanted.start - entry.start, first + wanted.stop - entry.start) if wanted else ()
             first = end
@@ -150,6 +146,10 @@ class PagedContext:
             return Pieces([self._slots_of_blocks(blocks[:first]), run] if first else [run], unused)
         return Pieces([run, self._slots_of_blocks((*blocks[:first], *blocks[first + count :]))], unused)
 
+    def _decodes_few(self, entry: BatchEntry) -> bool:
+        """Whether the tokens are all in the last block of the sequence, after others."""
+        return entry.start > 0 and entry.start // self._cache.block_size == (entry.end - 1) // self._cache.block_size
+
     def _num_blocks(self, tokens: int) -> int:
         return -(-tokens // self._cache.block_size)
 
@@ -163,9 +163,13 @@ class PagedContext:
         return torch.tensor(values, dtype=torch.long, device=self._device)
 
 
-def _begins_block(entry: BatchEntry, size: int) -> bool:
-    """Whether the last token of this pass is in a block that is new and that it does not fill."""
-    return entry.end % size > 0 and entry.start <= entry.end // size * size
+def partly_filled_blocks(batch: Batch, block_size: int) -> list[int]:
+    """Blocks that are new in a pass, and that it does not fill."""
+    return [
+        entry.blocks[entry.end // block_size]
+        for entry in batch.entries
+        if entry.end % block_size and entry.start <= entry.end // block_size * block_size
+    ]
 
 
 @lru_cache(maxsize=256)

@@ -6,9 +6,10 @@ rank calls the methods of its `Engine` in the same order with the same arguments
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 
 from moe_train.inference.blocks import BlockPool
 from moe_train.inference.cache import PagedKVCache, format_of
-from moe_train.inference.context import PagedContext, RotaryTable
-from moe_train.inference.forward import CachedModel
+from moe_train.inference.context import PagedContext, RotaryTable, partly_filled_blocks
+from moe_train.inference.drafting import Drafter, new_tokens, num_positions
+from moe_train.inference.forward import CachedModel, PassOutput
 from moe_train.inference.requests import GeneratedSequence, RequestOutput, RequestTable, StepOutput, TopLogprobs
 from moe_train.inference.sampling import TokenChoice, choose
 from moe_train.inference.sampling_params import SamplingParams
 from moe_train.inference.scheduler import Batch, BatchEntry, Scheduler, SequenceState
+from moe_train.inference.speculation import SpeculationControl, SpeculationStatistics
 from moe_train.ranks import RankContext
 from parallel.architecture.kv_cache import cache_parts
 from parallel.dispatchers import DISPATCHERS
@@ -40,6 +43,8 @@ class EngineOptions:
         max_sequences: sequences that run at the same time.
         cache_format, rotary_format: of the KV cache (parallel/architecture/kv_cache.py). None takes the precision of
             the model.
+        speculate: whether multi-token-prediction layers draft tokens, for as long as that is measured to be faster. The
+            tokens are the same.
     """
 
     num_blocks: int
@@ -48,6 +53,7 @@ class EngineOptions:
     max_sequences: int = 64
     cache_format: str | None = None
     rotary_format: str | None = None
+    speculate: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,21 @@ class _Launched:
         batches: one for each data-parallel replica.
         results: [rows of all batches, 2 + 2 top] in fp64, which has each token id exactly: token, log-probability, the
             most probable tokens, their log-probabilities.
-        pending: communication of the results, and of what was sent to the next pipeline stage.
+        drafts: [sampled entries of all batches + 1, depths or 2]: the tokens that multi-token prediction guesses next;
+            in the last row, nanoseconds of the pass and of making the drafts. None where none are made.
+        pending: communication of the results, of the drafts, and of what was sent to the next pipeline stage.
     """
 
     batches: list[Batch]
     results: Tensor
     top: int
+    drafts: Tensor | None
     pending: list[Any]
+
+    @property
+    def sampled(self) -> list[BatchEntry]:
+        """Entries that get tokens."""
+        return [entry for batch in self.batches for entry in batch.entries if entry.samples]
 
 
 def unsupported(ranks: RankContext) -> str | None:
@@ -93,6 +107,11 @@ class Engine:
         if reason is not None:
             raise ConfigError(reason, "set backend.name=local and model.capacity_factor=null")
         self._ranks = ranks
+        self._depths = ranks.cfg.model.mtp_num_layers if options.speculate else 0
+        if options.speculate and not self._depths:
+            raise ConfigError("speculation needs multi-token-prediction layers", "set speculate to false")
+        self._control = SpeculationControl() if options.speculate else None
+        self.speculation = SpeculationStatistics()
         self._chunks: Sequence[Any] = chunks
         self._model = CachedModel(ranks, unwrap_model(list(chunks)))
         self._replica = ranks.layout.coordinates(ranks.rank.rank).dp
@@ -109,12 +128,18 @@ class Engine:
         cache_format = options.cache_format or format_of(self._model.dtype)
         parts = cache_parts(ranks.cfg.model, cache_format, options.rotary_format, ranks.layout.tp)
         self.cache = PagedKVCache(
-            parts, self._model.layers, options.num_blocks, options.block_size, self._model.dtype, ranks.device
+            parts, self._layers_in_cache(), options.num_blocks, options.block_size, self._model.dtype, ranks.device
         )
         self._rotary = RotaryTable(self._model.dtype)
+        self._drafter: Drafter | None = None
+        if options.speculate:
+            self._drafter = Drafter(self._model, self.cache, self._rotary, self._depths, ranks.device)
         self._requests = RequestTable()
         self._launched: deque[_Launched] = deque()
         self._was_training: list[bool] = []
+
+    def _layers_in_cache(self) -> list[int]:
+        return [*self._model.layers, *(self._model.prediction_layers if self._depths else ())]
 
     def __enter__(self) -> Engine:
         self._was_training = [chunk.training for chunk in self._chunks]
@@ -259,33 +284,80 @@ class Engine:
 
     def _launch(self, batches: list[Batch]) -> _Launched:
         """Begin a forward pass of this rank's replica, and the exchange of its results with all other ranks."""
-        own = batches[self._replica]
-        logits: Tensor | None = None
+        began = time.perf_counter()
+        own, layout = batches[self._replica], self._ranks.layout
+        output = PassOutput()
         pending: list[Any] = []
-        if own.entries or self._ranks.layout.ep > 1:  # experts of other replicas' tokens can be here
+        if own.entries or layout.ep > 1:  # experts of other replicas' tokens can be here
             self.cache.copy(own.copies)
-            padded = self._padded_tokens(batches)
+            self.cache.clear(partly_filled_blocks(own, self.cache.block_size))
+            padded = self._padded_tokens([batch.num_tokens for batch in batches])
             context = PagedContext(own, self.cache, self._rotary, self._ranks.device, padded)
-            logits = self._model.logits(context, pending)
+            output = self._model.run(context, pending)
         sequences = [self._sequence(entry) for batch in batches for entry in batch.entries]
         top = max((_top(sequence.params) for sequence in sequences), default=0)
         first = [sum(batch.num_rows for batch in batches[:replica]) for replica in range(len(batches) + 1)]
         results = torch.zeros(first[-1], 2 + 2 * top, dtype=torch.float64, device=self._ranks.device)
-        layout = self._ranks.layout
-        coordinates = layout.coordinates(self._ranks.rank.rank)
-        if logits is not None and (coordinates.tp, coordinates.cp) == (0, 0):
-            results[first[self._replica] : first[self._replica + 1]] = self._results(own, logits, top)
-        if layout.dp > 1:  # the rows of other replicas are zeros
-            pending.append(dist.all_reduce(results, async_op=True))
-        elif layout.world_size > 1:
-            pending.append(dist.broadcast(results, src=layout.rank_of(pp=layout.pp - 1), async_op=True))
-        return _Launched(batches, results, top, pending)
+        if output.logits is not None and self._decides:
+            results[first[self._replica] : first[self._replica + 1]] = self._results(own, output.logits, top)
+        exchanged = self._exchange(results)
+        launched = _Launched(batches, results, top, None, pending)
+        if self._control is not None and self._control.drafts:
+            seconds = time.perf_counter() - began
+            launched = replace(launched, drafts=self._draft(launched, output.hidden, exchanged, seconds))
+            exchanged = exchanged + self._exchange(launched.drafts)
+        pending += exchanged
+        return launched
 
-    def _padded_tokens(self, batches: list[Batch]) -> int:
-        """Tokens of the forward pass of this rank, at least one."""
-        own, multiple = batches[self._replica].num_tokens, self._model.multiple
+    @property
+    def _decides(self) -> bool:
+        """Whether this rank, of those that have the logits of a replica, chooses tokens for all."""
+        coordinates = self._ranks.layout.coordinates(self._ranks.rank.rank)
+        return (coordinates.tp, coordinates.cp, coordinates.pp) == (0, 0, self._ranks.layout.pp - 1)
+
+    def _exchange(self, values: Tensor | None) -> list[Any]:
+        """Begin to give all ranks what the deciding ranks of the replicas have, each in rows of its own among zeros."""
+        layout = self._ranks.layout
+        if values is None or layout.world_size == 1:
+            return []
+        if layout.dp > 1:
+            return [dist.all_reduce(values, async_op=True)]
+        return [dist.broadcast(values, src=layout.rank_of(pp=layout.pp - 1), async_op=True)]
+
+    def _draft(self, launched: _Launched, hidden: Tensor | None, exchanged: list[Any], seconds: float) -> Tensor:
+        """Drafts behind the tokens that a pass has added, as `_Launched.drafts` has them, on the ranks that decide.
+
+        Args:
+            hidden: of the decoder, on ranks of the last pipeline stage.
+            exchanged: communication of the results of the pass.
+            seconds: that the pass took.
+        """
+        assert self._drafter is not None
+        layout, device = self._ranks.layout, self._ranks.device
+        drafts = torch.zeros(len(launched.sampled) + 1, max(self._depths, 2), dtype=torch.long, device=device)
+        if layout.coordinates(self._ranks.rank.rank).pp != layout.pp - 1:
+            return drafts
+        began = time.perf_counter()
+        for work in exchanged:
+            work.wait()
+        batches, own = launched.batches, launched.batches[self._replica]
+        new = new_tokens(batches, launched.results[:, 0].long().tolist())
+        if own.entries or layout.ep > 1:
+            padded = self._padded_tokens([sum(num_positions(e, new) for e in batch.entries) for batch in batches])
+            guesses = self._drafter.drafts(own, hidden, new, padded)
+            if self._decides:
+                first = sum(entry.samples for batch in batches[: self._replica] for entry in batch.entries)
+                drafts[first : first + len(guesses), : self._depths] = guesses
+        if self._decides and self._replica == 0:
+            times = seconds, time.perf_counter() - began
+            drafts[-1, :2] = torch.tensor([round(value * 1e9) for value in times])
+        return drafts
+
+    def _padded_tokens(self, counts: list[int]) -> int:
+        """Tokens of a pass of this rank, at least one, given those of the replicas."""
+        own, multiple = counts[self._replica], self._model.multiple
         if DISPATCHERS[self._ranks.cfg.parallel.dispatcher].needs_equal_counts and self._ranks.layout.ep > 1:
-            own = max(batch.num_tokens for batch in batches)
+            own = max(counts)
         return max(-(-own // multiple), 1) * multiple
 
     def _results(self, batch: Batch, logits: Tensor, top: int) -> Tensor:
@@ -314,6 +386,7 @@ class Engine:
         for work in launched.pending:
             work.wait()
         rows = iter(launched.results.tolist())
+        added: dict[SequenceState, list[int]] = {}
         for scheduler, batch in zip(self.replicas, launched.batches, strict=True):
             new: dict[SequenceState, list[int]] = {}
             ended: list[tuple[GeneratedSequence, str]] = []
@@ -332,6 +405,23 @@ class Engine:
             scheduler.complete(batch, new)
             for sequence, reason in ended:
                 self._end(sequence, reason)
+            added |= new
+        if launched.drafts is not None:
+            self._take_drafts(launched, launched.drafts.tolist(), added)
+
+    def _take_drafts(self, launched: _Launched, drafts: list[list[int]], added: dict[SequenceState, list[int]]) -> None:
+        """Have the next pass verify the drafts, unless it is to measure what it costs without them."""
+        assert self._control is not None
+        entries = launched.sampled
+        decodes = all(e.samples and e.known - e.start == 1 for batch in launched.batches for e in batch.entries)
+        if decodes and len(added) == len(entries):
+            seconds, drafting_s = (value / 1e9 for value in drafts[-1][:2])
+            verified = any(e.end > e.known for e in entries)
+            self._control.note(verified, seconds, drafting_s, len(entries), sum(map(len, added.values())))
+        if self._control.verifies:
+            for entry, own in zip(entries, drafts[:-1], strict=True):
+                if self._requests.find(entry.sequence) is not None and entry.sequence.table is not None:
+                    entry.sequence.draft = own[: self._depths]
 
     def _note(
         self, sequence: GeneratedSequence, entry: BatchEntry, rows: list[list[float]], top: int,
@@ -342,15 +432,16 @@ class Engine:
             return "length" if entry.end == entry.known else None
         drafts = entry.tokens[entry.known - entry.start :]
         tokens = new.setdefault(entry.sequence, [])
+        reason: str | None = None
         for index, row in enumerate(rows):
             token, logprob, best = _read(row, top, sequence.params.top_logprobs)
             tokens.append(token)
             reason = self._requests.note_token(sequence, token, logprob, best)
-            if reason is not None:
-                return reason
-            if index < len(drafts) and drafts[index] != token:
+            if reason is not None or (index < len(drafts) and drafts[index] != token):
                 break
-        return None
+        if drafts:
+            self.speculation.note(len(drafts), sum(a == b for a, b in zip(tokens, drafts, strict=False)))
+        return reason
 
     def _sequence(self, entry: BatchEntry) -> GeneratedSequence:
         """The sequence of an entry that was just scheduled."""

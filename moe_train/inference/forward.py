@@ -7,18 +7,50 @@ Megatron-Core. Here its parts run: embedding, decoder, output layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from torch import Tensor
 
 from moe_train.inference.context import PagedContext
 from moe_train.model.kernels import gemm
 from moe_train.model.local.cached_layers import CachedLayer
 from moe_train.ranks import RankContext
+
+
+@dataclass(frozen=True)
+class PassOutput:
+    """What a rank of the last pipeline stage has after a forward pass; other ranks have nothing.
+
+    Args:
+        hidden: of all tokens, [t, h].
+        logits: fp32 [rows, vocabulary]; None where no row is wanted.
+    """
+
+    hidden: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class _PredictionLayer:
+    """A layer of multi-token prediction: hidden states of the depth before [t / tp, h] -> its own."""
+
+    def __init__(self, module: Any, number: int, model: Any) -> None:
+        self._module, self._embedding = module, model.embedding
+        layer = getattr(module, "transformer_layer", None) or module.mtp_model_layer  # its name from 0.19 on
+        self._layer = CachedLayer(layer, number, getattr(model, "rotary_pos_emb", None))
+
+    def __call__(self, hidden: Tensor, context: PagedContext) -> Tensor:
+        embedded = self._embedding(input_ids=context.tokens.unsqueeze(0), position_ids=context.positions.unsqueeze(0))
+        joined = self._module._concat_embeddings(hidden.unsqueeze(1), embedded).squeeze(1)
+        output: Tensor = self._module.final_layernorm(self._layer(joined, context))
+        return output
 
 
 class CachedModel:
@@ -35,18 +67,32 @@ class CachedModel:
         self._ranks, self._models = ranks, models
         self._config = models[0].config
         self._layers: list[list[CachedLayer]] = []
+        self._prediction_layers: list[_PredictionLayer] = []
 
     def prepare(self) -> None:
         """Look up the weights. Call it before the first forward pass, and again when the weights have changed."""
         self._layers = [
-            [CachedLayer(layer, getattr(model, "rotary_pos_emb", None)) for layer in model.decoder.layers]
+            [
+                CachedLayer(layer, layer.layer_number, getattr(model, "rotary_pos_emb", None))
+                for layer in model.decoder.layers
+            ]
             for model in self._models
         ]
+        if self.prediction_layers:
+            last = self._models[-1]
+            modules = zip(last.mtp.layers, self.prediction_layers, strict=True)
+            self._prediction_layers = [_PredictionLayer(module, number, last) for module, number in modules]
 
     @property
     def layers(self) -> list[int]:
         """Numbers of the decoder layers of this rank."""
         return [layer.layer_number for model in self._models for layer in model.decoder.layers]
+
+    @property
+    def prediction_layers(self) -> list[int]:
+        """Numbers of the multi-token-prediction layers in the cache: they follow those of the decoder."""
+        layers = self._config.mtp_num_layers if getattr(self._models[-1], "mtp_process", False) else None
+        return [self._config.num_layers + 1 + depth for depth in range(layers or 0)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,16 +101,18 @@ class CachedModel:
         return dtype
 
     @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return int(self._config.hidden_size)
+
+    @property
     def multiple(self) -> int:
         """What the number of tokens has to be divisible by."""
         return self._ranks.layout.tp if self._config.sequence_parallel else 1
 
     @torch.inference_mode()
-    def logits(self, context: PagedContext, pending: list[Any]) -> Tensor | None:
-        """fp32 [rows, vocabulary] on ranks of the last pipeline stage, None on others. Every rank calls it.
-
-        None, too, where no row is wanted. What is sent to the next stage is added to `pending`.
-        """
+    def run(self, context: PagedContext, pending: list[Any]) -> PassOutput:
+        """A forward pass. Every rank calls it. What is sent to the next stage is added to `pending`."""
         stages = self._ranks.layout.pp * len(self._models)
         hidden: Tensor | None = None
         for index in range(len(self._models)):
@@ -75,9 +123,22 @@ class CachedModel:
             if stage < stages - 1:
                 pending.append(_Sent(hidden.contiguous(), ps.get_pipeline_model_parallel_next_rank()))
                 hidden = None
-        if hidden is None or not len(context.rows):
-            return None
-        return self._output(self._models[-1], hidden, context)
+        return self._output(hidden, context) if hidden is not None else PassOutput()
+
+    @torch.inference_mode()
+    def predict(self, depth: int, hidden: Tensor, context: PagedContext) -> PassOutput:
+        """A pass of one multi-token-prediction layer. Every rank of the last pipeline stage calls it.
+
+        Args:
+            depth: from 0.
+            hidden: of the depth before, or of the decoder, at the positions of `context`, [t, h] on every rank.
+            context: its tokens are those that follow `depth` + 1 later.
+        """
+        padding = len(context.tokens) - len(hidden)
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))
+        if self._config.sequence_parallel:
+            hidden = scatter_to_sequence_parallel_region(hidden, group=ps.get_tensor_model_parallel_group())
+        return self._output(self._prediction_layers[depth](hidden, context), context)
 
     def _decoder(self, index: int, hidden: Tensor | None, context: PagedContext) -> Tensor:
         """[t / tp, h] of the stage before (None at the first) -> [t / tp, h]."""
@@ -96,14 +157,18 @@ class CachedModel:
         dist.recv(hidden, ps.get_pipeline_model_parallel_prev_rank())
         return hidden
 
-    def _output(self, model: Any, hidden: Tensor, context: PagedContext) -> Tensor:
-        """Logits of the sampled rows, without the rows that pad the vocabulary."""
+    def _output(self, hidden: Tensor, context: PagedContext) -> PassOutput:
+        """Hidden states [t / tp, h] of the last stage, and the logits of the rows that are wanted, without the numbers
+        that pad the vocabulary."""
+        model = self._models[-1]
         if self._config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=ps.get_tensor_model_parallel_group())
+        if not len(context.rows):
+            return PassOutput(hidden)
         tied = model.share_embeddings_and_output_weights
         weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
         logits = gemm.matmul_few_rows(hidden[context.rows], weight.mT)
-        return whole_vocabulary(self._ranks, logits).float()
+        return PassOutput(hidden, whole_vocabulary(self._ranks, logits).float())
 
 
 class _Sent:

@@ -62,13 +62,14 @@ class SequenceState:
         return self.table.num_tokens if self.table is not None else 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BatchEntry:
     """Tokens `[start, end)` of a sequence, all of whose earlier tokens are in the cache.
 
     Args:
         known: number of tokens of the sequence. Those from there on are drafts.
         tokens: the tokens themselves.
+        scored: whether logits of all positions of the prompt are wanted.
     """
 
     sequence: SequenceState
@@ -77,6 +78,7 @@ class BatchEntry:
     known: int
     tokens: tuple[int, ...]
     blocks: tuple[int, ...]
+    scored: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -91,7 +93,7 @@ class BatchEntry:
     @property
     def scored_positions(self) -> range:
         """Positions whose logits are wanted, because they predict a token of the prompt that is to be scored."""
-        if not self.sequence.needs_prompt_logits:
+        if not self.scored:
             return range(0)
         return range(self.start, min(self.end, len(self.sequence.prompt) - 1))
 
@@ -236,7 +238,9 @@ class Scheduler:
         copies += table.reserve(count)
         start, known = table.num_tokens, len(sequence.tokens)
         tokens = (*sequence.tokens[start : start + count], *sequence.draft[: max(start + count - known, 0)])
-        entries.append(BatchEntry(sequence, start, start + count, known, tokens, table.blocks))
+        entries.append(
+            BatchEntry(sequence, start, start + count, known, tokens, table.blocks, sequence.needs_prompt_logits)
+        )
         return count
 
     def _make_room(self, sequence: SequenceState, count: int) -> bool:

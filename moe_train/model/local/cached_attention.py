@@ -41,6 +41,29 @@ class Rotary:
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """Places of whole blocks of a sequence: its longest run of consecutive ones, which is read where it is, and others.
+
+    Args:
+        slots: one or two.
+        unused: places at the end of the last that hold no token of the sequence.
+    """
+
+    slots: list[Slots]
+    unused: int
+
+    def mask(self, scores: Tensor, queries: int) -> Tensor:
+        """`scores` [heads * queries, k] over all places, changed in place: causal for the last `queries` tokens."""
+        if self.unused:
+            scores[:, -self.unused :] = -torch.inf
+        if queries > 1:
+            end = scores.size(1) - self.unused
+            later = torch.ones(queries, queries, dtype=torch.bool, device=scores.device).triu_(1)
+            scores.view(-1, queries, scores.size(1))[..., end - queries : end].masked_fill_(later, -torch.inf)
+        return scores
+
+
+@dataclass(frozen=True)
 class Prefill:
     """Several tokens of one sequence.
 
@@ -48,11 +71,13 @@ class Prefill:
         rows: of the batch.
         num_keys: tokens of the sequence up to the last of `rows`.
         slots: their places in the cache, in order.
+        pieces: the same places, where the tokens are few and all in the last block: they attend as in decoding.
     """
 
     rows: slice
     num_keys: int
     slots: Slots
+    pieces: Pieces | None = None
 
     @property
     def starts_sequence(self) -> bool:
@@ -71,25 +96,6 @@ class Gathered:
 
     slots: Tensor
     mask: Tensor
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Places of whole blocks of a sequence: its longest run of consecutive ones, which is read where it is, and others.
-
-    Args:
-        slots: one or two.
-        unused: places at the end of the last that hold no token of the sequence.
-    """
-
-    slots: list[Slots]
-    unused: int
-
-    def mask(self, scores: Tensor) -> Tensor:
-        """`scores` [..., k] over all places, changed in place."""
-        if self.unused:
-            scores[..., -self.unused :] = -torch.inf
-        return scores
 
 
 @dataclass(frozen=True)
@@ -156,12 +162,13 @@ class LatentAttention:
 
     Args:
         attention: Megatron-Core's module, whose weights and norms it uses.
+        number: of the layer in the cache.
     """
 
-    def __init__(self, attention: Any) -> None:
+    def __init__(self, attention: Any, number: int) -> None:
         config = attention.config
         self._attention = attention
-        self._layer_number: int = attention.layer_number
+        self._layer_number = number
         self._scale: float = attention.core_attention.scale
         self._latent, self._rope = config.kv_lora_rank, config.qk_pos_emb_head_dim
         self._nope, self._value = config.qk_head_dim, config.v_head_dim
@@ -197,6 +204,9 @@ class LatentAttention:
             parts.append(self._decode(nope[:n], rotary_queries[:n], store, decoding))
         for prefill in context.prefills:
             rows = prefill.rows
+            if prefill.pieces is not None:
+                parts.append(self._decode_few(nope[rows], rotary_queries[rows], store, prefill.pieces))
+                continue
             if store.is_exact and prefill.starts_sequence:
                 keys = torch.cat([latent[rows], rotary_key[rows].squeeze(1)], dim=-1)
             else:
@@ -237,20 +247,28 @@ class LatentAttention:
             scores = scores.baddbmm_(rotary, rotary_keys.mT, alpha=self._scale)
             mixed = torch.bmm(scores.softmax(dim=-1), keys).transpose(0, 1)
         elif decoding.count == 1:
-            mixed = self._decode_one(absorbed.squeeze(1), rotary[0], store, decoding.pieces[0]).unsqueeze(1)
+            mixed = self._attend(absorbed.squeeze(1), rotary[0], store, decoding.pieces[0], 1).unsqueeze(1)
         else:
             alone = zip(absorbed.unbind(1), rotary.unbind(), decoding.pieces, strict=True)
-            mixed = torch.stack([self._decode_one(a, r, store, pieces) for a, r, pieces in alone], dim=1)
+            mixed = torch.stack([self._attend(a, r, store, pieces, 1) for a, r, pieces in alone], dim=1)
         return torch.bmm(mixed, self._value_up).transpose(0, 1)
 
-    def _decode_one(self, absorbed: Tensor, rotary: Tensor, store: LayerStore, pieces: Pieces) -> Tensor:
-        """Attention of one token to latents: [heads, latent] and [heads, rope] -> [heads, latent]."""
+    def _decode_few(self, nope: Tensor, rotary: Tensor, store: LayerStore, pieces: Pieces) -> Tensor:
+        """Absorbed, for the last tokens of a sequence: [s, heads, nope] and [s, heads, rope] -> [s, heads, value]."""
+        s, heads = nope.shape[:2]
+        absorbed = torch.bmm(nope.transpose(0, 1), self._key_up).flatten(0, 1)
+        mixed = self._attend(absorbed, rotary.transpose(0, 1).flatten(0, 1), store, pieces, s)
+        return torch.bmm(mixed.view(heads, s, self._latent), self._value_up).transpose(0, 1)
+
+    def _attend(self, absorbed: Tensor, rotary: Tensor, store: LayerStore, pieces: Pieces, queries: int) -> Tensor:
+        """Attention of the last `queries` tokens of a sequence to its latents: [heads * queries, latent] and
+        [heads * queries, rope] -> [heads * queries, latent]."""
         keys = [store.read("latent", slots).squeeze(-2) for slots in pieces.slots]
         scores = []
         for own, slots in zip(keys, pieces.slots, strict=True):
             rotary_keys = store.read("rotary_key", slots).squeeze(-2)
             scores.append(torch.mm(rotary, rotary_keys.t()).addmm_(absorbed, own.t()))
-        weights = pieces.mask(_joined_scores(scores).mul_(self._scale)).softmax(dim=-1)
+        weights = pieces.mask(_joined_scores(scores).mul_(self._scale), queries).softmax(dim=-1)
         if len(keys) == 1:
             return torch.mm(weights, keys[0])
         first, second = weights.split([len(own) for own in keys], dim=-1)
@@ -277,13 +295,14 @@ class GroupedAttention:
 
     Args:
         attention: Megatron-Core's module.
+        number: of the layer in the cache.
         rotary: Megatron-Core's rotary embedding of the model.
         rotary_scale: factor on cosine and sine.
     """
 
-    def __init__(self, attention: Any, rotary: Any, rotary_scale: float) -> None:
+    def __init__(self, attention: Any, number: int, rotary: Any, rotary_scale: float) -> None:
         self._attention, self._rotary, self._rotary_scale = attention, rotary, rotary_scale
-        self._layer_number: int = attention.layer_number
+        self._layer_number = number
         self._scale: float = attention.core_attention.scale
         self._interleaved: bool = attention.config.rotary_interleaved
         self._output = PreparedLinear(attention.linear_proj)
@@ -299,6 +318,9 @@ class GroupedAttention:
             parts.append(self._decode(queries[: decoding.count], store, decoding))
         for prefill in context.prefills:
             rows = prefill.rows
+            if prefill.pieces is not None:
+                parts.append(self._attend(queries[rows], store, prefill.pieces))
+                continue
             own = (keys[rows], values[rows])
             if not (store.is_exact and prefill.starts_sequence):
                 own = (store.read("key", prefill.slots), store.read("value", prefill.slots))
@@ -309,24 +331,27 @@ class GroupedAttention:
         """[n, heads, d] -> [n, heads, dv]."""
         n, heads, d = queries.shape
         if decoding.gathered is None:
-            alone = zip(queries.unbind(), decoding.pieces, strict=True)
-            return torch.stack([self._decode_one(own, store, pieces) for own, pieces in alone])
+            alone = zip(queries.split(1), decoding.pieces, strict=True)
+            return torch.cat([self._attend(own, store, pieces) for own, pieces in alone])
         keys, values = (store.read(name, decoding.gathered.slots) for name in ("key", "value"))
         groups = keys.size(2)
         q = queries.view(n * groups, heads // groups, d)
         k, v = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))
         return _mix(q, k, v, decoding.gathered.mask.repeat_interleave(groups, dim=0), self._scale).view(n, heads, -1)
 
-    def _decode_one(self, queries: Tensor, store: LayerStore, pieces: Pieces) -> Tensor:
-        """Attention of one token: [heads, d] -> [heads, dv]."""
+    def _attend(self, queries: Tensor, store: LayerStore, pieces: Pieces) -> Tensor:
+        """Attention of the last tokens of a sequence: [s, heads, d] -> [s, heads, dv]."""
+        s, heads, d = queries.shape
         keys, values = ([store.read(name, own).transpose(0, 1) for own in pieces.slots] for name in ("key", "value"))
-        q = queries.view(keys[0].size(0), -1, queries.size(-1))  # [groups, heads / groups, d]
-        scores = _joined_scores([torch.bmm(q, own.mT) for own in keys])
-        weights = pieces.mask(scores.mul_(self._scale)).softmax(dim=-1)
-        if len(values) == 1:
-            return torch.bmm(weights, values[0]).flatten(0, 1)
-        first, second = weights.split([own.size(1) for own in keys], dim=-1)
-        return torch.bmm(first, values[0]).baddbmm_(second, values[1]).flatten(0, 1)
+        groups = keys[0].size(0)
+        q = queries.transpose(0, 1).reshape(groups, -1, d)  # [groups, heads / groups * s, d]
+        scores = _joined_scores([torch.bmm(q, own.mT) for own in keys]).mul_(self._scale)
+        weights = pieces.mask(scores.flatten(0, 1), s).view(scores.shape).softmax(dim=-1)
+        first, *others = weights.split([own.size(1) for own in keys], dim=-1)
+        out = torch.bmm(first, values[0])
+        if others:
+            out = out.baddbmm_(others[0], values[1])
+        return out.view(heads, s, -1).transpose(0, 1)
 
 
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:

@@ -27,17 +27,18 @@ class CachedLayer:
     """A `TransformerLayer` with the specs of `LocalBackend`: hidden [t / tp, h] -> the same shape.
 
     Args:
+        number: of the layer in the cache.
         rotary: Megatron-Core's rotary embedding of the model; latent attention has its own.
     """
 
-    def __init__(self, layer: Any, rotary: Any) -> None:
+    def __init__(self, layer: Any, number: int, rotary: Any) -> None:
         self._norms = PreparedNorm(layer.input_layernorm), PreparedNorm(layer.pre_mlp_layernorm)
         attention, config = layer.self_attention, layer.config
         if isinstance(attention, MLASelfAttention):
-            self._attention: LatentAttention | GroupedAttention = LatentAttention(attention)
+            self._attention: LatentAttention | GroupedAttention = LatentAttention(attention, number)
         else:
             scale = _yarn_get_concentration_factor_from_config(config)
-            self._attention = GroupedAttention(attention, rotary, scale)
+            self._attention = GroupedAttention(attention, number, rotary, scale)
         self._feed_forward = _feed_forward(layer.mlp)
 
     def __call__(self, hidden: Tensor, context: CacheContext) -> Tensor:

@@ -1,0 +1,110 @@
+"""Drafts by multi-token prediction (arXiv 2412.19437, section 2.2): guesses of the tokens behind the newest one.
+
+The layers of multi-token prediction run over the positions of a pass, and so fill their part of the cache. At position
+i the layer of depth d, from 1, reads the token at i + d. Behind the newest token that is the draft of the depth before.
+Drafts are verified by the next pass, so that a wrong one costs time alone: blocks that sequences share, for example,
+have the numbers of these layers for the tokens that followed in the first of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from moe_train.inference.cache import PagedKVCache
+from moe_train.inference.context import PagedContext, RotaryTable
+from moe_train.inference.forward import CachedModel
+from moe_train.inference.scheduler import Batch, BatchEntry
+
+NewTokens = Mapping[BatchEntry, Sequence[int]]
+"""What the entries of a pass have got, those that are sampled."""
+
+
+def new_tokens(batches: Sequence[Batch], chosen: Sequence[int]) -> dict[BatchEntry, list[int]]:
+    """The tokens that the entries of a pass have got: up to the first that is not the draft.
+
+    Args:
+        chosen: the token of each row of all batches.
+    """
+    rows = iter(chosen)
+    new: dict[BatchEntry, list[int]] = {}
+    for entry in (entry for batch in batches for entry in batch.entries):
+        for _ in entry.scored_positions:
+            next(rows)
+        tokens = [next(rows) for _ in entry.sampled_positions]
+        drafts = entry.tokens[entry.known - entry.start :]
+        right = next((i for i, draft in enumerate(drafts) if tokens[i] != draft), len(drafts))
+        if tokens:
+            new[entry] = tokens[: right + 1]
+    return new
+
+
+def num_positions(entry: BatchEntry, new: NewTokens) -> int:
+    """Positions of an entry whose next token is known after the pass."""
+    if not entry.samples:
+        return entry.num_tokens
+    return entry.known - entry.start + len(new[entry]) - 1
+
+
+class Drafter:
+    """Makes drafts on the ranks of the last pipeline stage.
+
+    Args:
+        depths: layers of multi-token prediction.
+    """
+
+    def __init__(
+        self, model: CachedModel, cache: PagedKVCache, rotary: RotaryTable, depths: int, device: torch.device
+    ) -> None:
+        self._model, self._cache, self._rotary = model, cache, rotary
+        self._depths, self._device = depths, device
+
+    def drafts(self, batch: Batch, hidden: Tensor | None, new: NewTokens, padded_tokens: int) -> Tensor:
+        """The drafts of the entries of a batch that are sampled, in their order: [n, depths].
+
+        Args:
+            hidden: of the decoder after the pass, [t, h]; None where the batch is empty.
+            padded_tokens: positions of the batch, with those that only pad it.
+        """
+        # Sequences with one position come first in a batch.
+        entries = sorted(batch.entries, key=lambda e: num_positions(e, new) > 1)
+        texts = {e: [*e.sequence.tokens[e.start : e.known], *new.get(e, ())] for e in entries}
+        states = self._states(batch, entries, hidden, new)
+        sampled = [e for e in entries if e.samples]
+        guesses: list[Tensor] = []
+        for depth in range(self._depths):
+            following = tuple(_following(e, texts[e][depth + 1 :], num_positions(e, new)) for e in entries)
+            context = PagedContext(Batch(following, ()), self._cache, self._rotary, self._device, padded_tokens)
+            output = self._model.predict(depth, states, context)
+            assert output.hidden is not None
+            states = output.hidden[: len(states)]
+            if output.logits is not None:
+                guesses.append(output.logits.argmax(dim=-1))
+                for entry, token in zip(sampled, guesses[-1].tolist(), strict=True):
+                    texts[entry].append(token)
+        if not sampled:
+            return torch.zeros(0, self._depths, dtype=torch.long, device=self._device)
+        order = [sampled.index(e) for e in batch.entries if e.samples]
+        return torch.stack(guesses, dim=1)[order]
+
+    def _states(self, batch: Batch, entries: Sequence[BatchEntry], hidden: Tensor | None, new: NewTokens) -> Tensor:
+        """Hidden states of the positions whose next token is known, by entry in the order of `entries`: [n, h]."""
+        if hidden is None or not entries:
+            return torch.zeros(0, self._model.hidden_size, dtype=self._model.dtype, device=self._device)
+        starts = dict(zip(batch.entries, accumulate((e.num_tokens for e in batch.entries), initial=0), strict=False))
+        rows = [row for e in entries for row in range(starts[e], starts[e] + num_positions(e, new))]
+        return hidden[torch.tensor(rows, device=self._device)]
+
+
+def _following(entry: BatchEntry, tokens: list[int], count: int) -> BatchEntry:
+    """The first `count` positions of an entry with the tokens that the layer reads there.
+
+    Where the prompt is computed in chunks, deeper layers would read tokens that are missing here: the last stands in.
+    """
+    read = (*tokens[:count], *tokens[-1:] * (count - len(tokens)))
+    end = entry.start + count
+    return replace(entry, end=end, known=end if entry.samples else entry.known, tokens=read, scored=False)

@@ -1,0 +1,89 @@
+"""When to speculate: draft tokens by multi-token prediction, and verify them in the next pass. No torch import.
+
+Drafts never change what is generated. They cost time: that of the multi-token-prediction layers, and of more rows in
+the pass that verifies them. What they gain depends on how many are accepted. Both are measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+PLAIN_EVERY = 16
+"""One in so many passes verifies no drafts, to measure what it costs without."""
+WARM_UP = 24
+"""Passes before the first decision."""
+PAUSE = 512
+"""Passes without drafts after they did not pay off."""
+_WEIGHT = 0.1  # of the newest pass in the averages
+
+
+@dataclass
+class SpeculationStatistics:
+    """How many drafts were verified and accepted, by depth: the first draft of a sequence has depth 0."""
+
+    verified: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    def note(self, verified: int, accepted: int) -> None:
+        """One sequence of one pass: the first `accepted` of `verified` drafts were right. A draft after a wrong one
+        does not count."""
+        counted = min(accepted + 1, verified)
+        for counts, count in ((self.verified, counted), (self.accepted, accepted)):
+            counts += [0] * (count - len(counts))
+            for depth in range(count):
+                counts[depth] += 1
+
+    def rates(self) -> list[float]:
+        """Share of the drafts that were accepted, of those whose predecessors were."""
+        accepted = self.accepted + [0] * (len(self.verified) - len(self.accepted))
+        return [own / total for own, total in zip(accepted, self.verified, strict=True)]
+
+
+@dataclass
+class _Average:
+    value: float | None = None
+
+    def note(self, new: float) -> None:
+        self.value = new if self.value is None else (1 - _WEIGHT) * self.value + _WEIGHT * new
+
+
+class SpeculationControl:
+    """Decides before each pass whether drafts are made and verified. Ranks that are told the same decide the same."""
+
+    def __init__(self) -> None:
+        self._passes = self._paused = 0
+        self._speculative, self._plain = _Average(), _Average()  # seconds for each token
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the next pass makes drafts."""
+        return not self._paused
+
+    @property
+    def verifies(self) -> bool:
+        """Whether the next pass verifies the drafts that there are."""
+        return self.drafts and self._passes % PLAIN_EVERY != PLAIN_EVERY - 1
+
+    def note(self, verified: bool, seconds: float, drafting_s: float, sequences: int, tokens: int) -> None:
+        """A pass has ended in which all sequences decode.
+
+        Args:
+            seconds: of the pass without making drafts.
+            drafting_s: of making drafts.
+            tokens: that the sequences have got.
+        """
+        self._passes += 1
+        if self._paused:
+            self._paused -= 1
+            return
+        if verified:
+            self._speculative.note((seconds + drafting_s) / tokens)
+        else:
+            self._plain.note(seconds / sequences)
+        if self._passes >= WARM_UP and self._is_slower():
+            self._paused, self._passes = PAUSE, 0
+            self._speculative, self._plain = _Average(), _Average()
+
+    def _is_slower(self) -> bool:
+        speculative, plain = self._speculative.value, self._plain.value
+        return speculative is not None and plain is not None and speculative > plain
