@@ -7,6 +7,7 @@ import json
 import random
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -178,8 +179,8 @@ def nothing_is_left(server: Server, tasks: int | None = None) -> None:
         time.sleep(0.02)
 
 
-def cut(server: Server, stream: bool) -> None:
-    """A request whose client goes away before, or after, the first part of the answer."""
+def cut(server: Server, stream: bool, then: Callable[[], None] = lambda: None) -> None:
+    """A request whose client goes away before, or after, the first part of the answer, and after `then`."""
     body = json.dumps(GOOD | {"max_tokens": 200, "stream": stream, "ignore_eos": True}).encode()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         head = (
@@ -189,6 +190,30 @@ def cut(server: Server, stream: bool) -> None:
         connection.sendall(head.encode() + body)
         if stream:
             assert connection.recv(64)
+        then()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_is_gone_ends_its_request(stream: bool, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = server.service.ranks
+    events: list[Any] = []
+    submit = ranks.submit
+
+    def counting(prompt: Any, params: Any, stop: Any, deliver: Any) -> int:
+        return submit(prompt, params, stop, lambda event: (events.append(event), deliver(event)))
+
+    nothing_is_left(server)
+    monkeypatch.setattr(ranks, "submit", counting)
+
+    def wait_for_an_event() -> None:
+        deadline = time.monotonic() + 60
+        while not events:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    cut(server, stream, wait_for_an_event)
+    nothing_is_left(server)
+    assert 0 < len(events) < 200  # of the tokens that it asked for
 
 
 def cut_body(server: Server) -> None:
