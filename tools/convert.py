@@ -103,6 +103,8 @@ def run(cfg: ConvertRoot, line: CommandLine, comm: Communicator) -> None:
             print(f"warning: {note}", file=sys.stderr)
         reused = f", {outcome.reused} of them from an earlier try" if outcome.reused else ""
         print(f"{plan.target}: {outcome.files} files{reused}, {outcome.bytes / 1e9:,.2f} GB")
+        for remark in plan.remarks:
+            print(f"note: {remark}")
 
 
 def _verify(source: Path, threads: int, comm: Communicator, allow_nonfinite: bool) -> None:

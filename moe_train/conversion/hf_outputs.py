@@ -20,7 +20,7 @@ from moe_train.conversion.small_files import SmallFiles
 from moe_train.formats.dtypes import DTYPES, Dtype
 from moe_train.formats.nonfinite import Tally
 from moe_train.formats.tensor_slices import BLOCK_BYTES, TensorSlice
-from moe_train.formats.weight_formats import FORMATS, GROUPED, Choices, StoredTensor, WeightFormat
+from moe_train.formats.weight_formats import FORMATS, GROUPED, BlockFp8, Choices, StoredTensor, WeightFormat
 from parallel.architecture.layers import EMBEDDING, EXPERTS, HEAD
 from parallel.errors import CheckpointError, ConfigError
 
@@ -144,6 +144,8 @@ class Export:
         self._reader, self._options = reader, options
         self.format = options.format()
         self._kept: list[str] = []
+        self._ragged: dict[str, tuple[int, ...]] = {}
+        """Layers with several blocks of FP8 of which the last is smaller: module -> shape."""
         if self.format is not None:
             self._check(all_pieces, self.format)
         self.groups = [self._outputs(piece, part) for piece in all_pieces for part in piece.parts]
@@ -157,6 +159,22 @@ class Export:
         if self.format is not None:
             written[quantization.KEY] = quantization.to_config(self.format, self._declared())
         return written
+
+    def remarks(self) -> list[str]:
+        """What a user should know before loading the export."""
+        if not isinstance(self.format, BlockFp8) or not self._ragged:
+            return []
+        name, shape = next(iter(self._ragged.items()))
+        if any(".experts." in module for module in self._ragged):
+            remedy = "convert.dtype=int8 has no blocks"
+        else:
+            endings = sorted({"*." + module.rpartition(".")[2] for module in self._ragged})
+            remedy = f"convert.keep=[{','.join([*self._options.keep, *endings])}] keeps them in bf16"
+        cause = (
+            f"transformers cannot dequantise FP8 of {len(self._ragged):,} layers, such as {name} {list(shape)}, whose "
+            f"last block has fewer than {self.format.block_rows} rows or columns"
+        )
+        return [f"{cause}; {remedy}"]
 
     def _declared(self) -> list[str]:
         """Modules that config.json lists as not quantised. Loaders of FP8 have their own list without one."""
@@ -175,8 +193,11 @@ class Export:
                 if not self._quantised(piece, part):
                     self._kept += [module_of(name) for name in (part.name, *part.copies)]
                     self._refuse_mixed_experts(piece, part)
-                elif weights.group is not None and piece.shape[1] % weights.group:
+                    continue
+                if weights.group is not None and piece.shape[1] % weights.group:
                     wrong[module_of(part.name)] = piece.shape[1]
+                if any(n > weights.block_rows and n % weights.block_rows for n in piece.part_shape(part)):
+                    self._ragged[module_of(part.name)] = piece.part_shape(part)
         if wrong:
             name, columns = next(iter(wrong.items()))
             raise ConfigError(

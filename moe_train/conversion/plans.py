@@ -361,7 +361,7 @@ def to_hf(
         }
 
     identity = {"format": "hf", **_identity(origin, files, options, model, jobs)}
-    return WritePlan(target, identity, jobs, finish, small.copied, tallies.notes)
+    return WritePlan(target, identity, jobs, finish, small.copied, tallies.notes, export.remarks())
 
 
 def _write_outputs(reader: Reader, outputs: list[TensorOutput], tallies: _Tallies, out: HashingFile) -> None:

@@ -65,6 +65,8 @@ class WritePlan:
     """Small files that are taken over: name -> source."""
     notes: list[str] = field(default_factory=list)
     """What the user should know of the files that this process has written."""
+    remarks: list[str] = field(default_factory=list)
+    """What the user should know of the target."""
 
 
 @dataclass(frozen=True)

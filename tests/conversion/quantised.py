@@ -36,17 +36,29 @@ FORMATS: dict[str, dict[str, Any]] = {
     "mxfp4": {"dtype": "mxfp4"},
     "fp8": {"dtype": "fp8"},
 }
+# Layers of deepseek_v3 with a smaller last block of FP8: transformers reads them with blocks of another size.
+RAGGED = ["lm_head", "*.kv_a_proj_with_mqa", "*.kv_b_proj"]
 
 
 def save(name: str, directory: Path) -> Path:
-    """The wide model of that name in bf16; returns the directory."""
-    models.write(models.build(name, **WIDE[name]).bfloat16(), name, directory)
+    """The wide model of that name in bf16, with rows and columns of many sizes; returns the directory."""
+    model = models.build(name, **WIDE[name]).bfloat16()
+    generator = torch.Generator().manual_seed(len(name))
+    with torch.no_grad():
+        for key, tensor in model.named_parameters():
+            if tensor.dim() > 1 and "embed" not in key:
+                for axis in (-1, -2):
+                    exponents = torch.randint(-1, 2, (tensor.shape[axis],), generator=generator)
+                    exponents[tensor.shape[axis] // 2 :] -= 1
+                    sizes = (2.0**exponents).bfloat16()
+                    tensor.mul_(sizes if axis == -1 else sizes.unsqueeze(-1))
+    models.write(model, name, directory)
     return directory
 
 
-def export(source: Path, target: Path, form: str) -> Path:
-    """Export the source in a format of FORMATS; returns the target."""
-    convert(source, target, to="hf", **FORMATS[form])
+def export(source: Path, target: Path, form: str, **options: Any) -> Path:
+    """Export the source in a format of FORMATS, with more options; returns the target."""
+    convert(source, target, to="hf", **FORMATS[form], **options)
     return target
 
 

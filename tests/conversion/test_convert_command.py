@@ -244,6 +244,26 @@ def large(directory: Path) -> Path:
     return tiny_v3.write(directory, tied, vocab_size=rows, tie_word_embeddings=True, num_nextn_predict_layers=0)
 
 
+def large_feed_forward(directory: Path) -> Path:
+    """A checkpoint whose first layer has three matrices of 100 MB."""
+    rows = 250_000
+    weights = tiny_v3.weights(8)
+    matrix = torch.arange(rows * tiny_v3.HIDDEN, dtype=torch.int32).remainder_(251).to(torch.bfloat16)
+    for part, shape in {"gate": (rows, -1), "up": (rows, -1), "down": (-1, rows)}.items():
+        weights[f"model.layers.0.mlp.{part}_proj.weight"] = matrix.view(shape).clone()
+    return tiny_v3.write(directory, weights, intermediate_size=rows)
+
+
+@pytest.mark.slow
+def test_memory_does_not_follow_the_largest_quantised_tensor(tmp_path: Path) -> None:
+    source = large_feed_forward(tmp_path / "hf")
+    words = {dtype: [f"convert.dtype={dtype}"] for dtype in ("int8", "int4")}
+    words["int4"] += ["convert.group_size=8", "convert.keep=[lm_head,'*.kv_b_proj']"]  # of 130 inputs
+    peaks = {dtype: peak_mb(source, tmp_path / dtype, "convert.to=hf", *more) for dtype, more in words.items()}
+    print(peaks)
+    assert all(10 < peak < 400 for peak in peaks.values()), peaks
+
+
 @pytest.mark.slow
 def test_memory_does_not_follow_the_largest_tensor(tmp_path: Path) -> None:
     source = large(tmp_path / "hf")

@@ -221,6 +221,36 @@ def test_scales_of_fp8_are_no_parameters(tmp_path: Path, command: Command) -> No
     assert rows(out)["total"][2] == ""
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [("int4", 6.0), ("int8", 8.0)])
+def test_packed_weights_count_as_the_numbers_that_they_represent(
+    dtype: str, bits: float, made: SimpleNamespace, tmp_path: Path, command: Command
+) -> None:
+    group_size = 8 if dtype == "int4" else None
+    cfg = ConvertRoot(convert=ConvertConfig(to="hf", dtype=dtype, group_size=group_size))
+    directory_writer.run(make_plan(cfg, made.hf, tmp_path / "packed"), SingleProcess(), 1)
+    code, out, _ = command(tmp_path / "packed")
+    assert code == 0
+    plain = rows(command(made.hf)[1])
+    assert {part: cells for part, cells in rows(out).items() if part in plain and len(cells) == 3} == {
+        part: cells for part, cells in plain.items() if len(cells) == 3
+    }
+    described = fact(out, "quantised")
+    assert described.startswith(f"{dtype}, a scale for each {'8 inputs' if group_size else 'row'}: ")
+    assert float(described.rpartition(",")[2].split()[0]) > bits
+    assert rows(out)["weight scales"][0] != "0"
+    assert command("--diff", made.hf, tmp_path / "packed", "inspect.norm_rtol=0.2")[0] == 0
+    assert command("--diff", made.hf, tmp_path / "packed")[0] == 1
+
+
+def test_a_format_that_is_not_read_is_still_counted(tmp_path: Path, command: Command) -> None:
+    scheme = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {}}
+    settings = config.to_hf(MODEL, "bfloat16") | {"quantization_config": scheme}
+    code, out, _ = command(write_hf(tmp_path / "hf", weights(), settings))
+    assert code == 0
+    assert "0 config_groups" in fact(out, "quantised")
+    assert fact(out, "quantization_config") == "compressed-tensors"
+
+
 def test_a_family_that_is_not_ours_is_still_counted(tmp_path: Path, command: Command) -> None:
     directory = write_hf(
         tmp_path / "hf", {"a.weight": torch.ones(3, 5), "b": torch.tensor(1.0)}, {"model_type": "gpt2"}
