@@ -13,7 +13,7 @@ TEST_WORKERS ?= 2
 # Tests must not depend on what else the machine's Python warns about.
 export PYTHONWARNINGS := ignore
 
-.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity parity-recompute bench bench-memory bench-plan bench-step bench-generate bench-fp8 bench-convert bench-checkpoint bench-faults gpu-check dryrun clean
+.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity parity-recompute bench bench-memory bench-plan bench-step bench-generate bench-fp8 bench-convert bench-quantised bench-checkpoint bench-faults gpu-check dryrun clean
 
 help: ## Show this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -70,10 +70,13 @@ format: setup ## Rewrite the code in its style
 	$(BIN)/ruff format .
 
 # Those that need more than `make setup` gives come last.
-bench: bench-step bench-generate bench-checkpoint bench-memory bench-plan bench-fp8 bench-convert bench-faults ## Run every bench- target, one after the other (hours)
+bench: bench-step bench-generate bench-checkpoint bench-memory bench-plan bench-fp8 bench-convert bench-quantised bench-faults ## Run every bench- target, one after the other (hours)
 
 bench-convert: setup ## Measure conversion against cp and transformers (needs mpi4py and mpich); writes bench/results/convert.json
 	$(BIN)/python -m bench.bench_convert
+
+bench-quantised: setup ## Measure bits, perplexity and memory of quantised exports; writes bench/results/quantised_exports.json
+	$(BIN)/python -m bench.bench_quantised
 
 parity: setup ## Compare losses and gradients of every layout with one rank; writes bench/results/parity.json
 	$(BIN)/python -m bench.parity
