@@ -85,7 +85,8 @@ def measured_run(directory: Path, degrees: dict[str, int], changes: dict[str, An
     from moe_train.model.memory import predict, workload_of
     from parallel.planner.memory import saved_per_micro_batch
 
-    cfg = config(directory, degrees, **changes)
+    # One pass is measured, but a pipeline of two ranks runs no fewer than two.
+    cfg = config(directory, degrees, batch__global_batch_size=2, **changes)
     run = prepare(cfg)
     stage = run.layout.coordinates(run.rank.rank).pp
     saved = SavedTensors(chunk.module for chunk in run.chunks)
