@@ -137,7 +137,8 @@ def kept_and_predicted(directory: Path, degrees: dict[str, int]) -> list[tuple[s
     for dtype in ("fp32", "bf16"):
         for smallest in (1, 1500, 6000, 2**30):
             cfg = config(directory, degrees, precision__dtype=dtype, recompute__offload="file",
-                         recompute__offload_min_bytes=smallest, train__seq_length=64)  # fmt: skip
+                         recompute__offload_min_bytes=smallest, train__seq_length=64,
+                         batch__global_batch_size=2)  # fmt: skip
             run = prepare(cfg)
             saved = SavedTensors(chunk.module for chunk in run.chunks)
             saved.start()
