@@ -143,7 +143,7 @@ def task_table(title: str, scores: Sequence[TaskScore]) -> Table:
     for column in ("task", "metric", "value", "standard error", "samples"):
         result.add_column(column, justify="left" if column in ("task", "metric") else "right")
     for score in scores:
-        value, error = _text(score.value, ",.6f"), _text(score.stderr, ".6f")
+        value, error = _text(score.value, ",.6g"), _text(score.stderr, ".6f")
         result.add_row(terminal.literal(score.task), terminal.literal(score.metric), value, error, f"{score.samples:,}")
     return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import queue
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,6 +77,11 @@ class TrainedLM(TemplateLM):
         begins = self._begins and not spelled if add_special_tokens is None else add_special_tokens
         first = [tokenizer.bos] if begins and tokenizer.bos is not None else []
         return [*first, *tokenizer.encode(string)]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation after its context, and whether it is the most probable one."""
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)  # `_all` has a bar
+        return answers
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
@@ -199,6 +205,7 @@ def scores(model: TrainedModel, engine: EngineConfig, asked: EvaluateConfig) -> 
         ConfigError: a task does not exist.
         DataError: the data of a task cannot be read.
     """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that a task takes
     tasks = _task_manager(asked)
     with model.ranks(engine) as ranks:
         ready = ranks.wait()

@@ -1,25 +1,26 @@
-"""Questions of the local tasks: text of the corpus that the tests train on, with words taken out."""
+"""Questions of the local tasks: made-up text, the words that follow it, and words that do not."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import datasets
 
-from tests.conftest import fixed_text
-
 QUESTIONS = 12
+WORDS = 40
+SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 
 def passages(**_: Any) -> dict[str, Any]:
-    """Passages of 40 words, the words that follow, and words that do not."""
-    words = next(fixed_text()).split(" ")
+    """A text of 40 words, its next two words, and three choices of which these are one."""
+    draw = random.Random(1)
+
+    def words(count: int) -> str:
+        return " ".join("".join(draw.choices(SYLLABLES, k=draw.randint(1, 4))) for _ in range(count))
+
     documents = []
     for number in range(QUESTIONS):
-        first = 60 * number
-        passage, answer = words[first : first + 40], " ".join(words[first + 40 : first + 42])
-        others = [" ".join(words[first + 45 + 2 * i : first + 47 + 2 * i]) for i in range(2)]
-        label = number % 3
-        choices = [*others[:label], answer, *others[label:]]
-        documents.append({"text": " ".join(passage), "answer": answer, "choices": choices, "label": label})
+        text, choices, label = words(WORDS), [words(2) for _ in range(3)], number % 3
+        documents.append({"text": text, "answer": choices[label], "choices": choices, "label": label})
     return {"test": datasets.Dataset.from_list(documents)}
