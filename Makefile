@@ -12,6 +12,8 @@ PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check --constraint constr
 TEST_WORKERS ?= 2
 # Tests must not depend on what else the machine's Python warns about.
 export PYTHONWARNINGS := ignore
+# Some containers set it. Each of the test workers would then compile every module and rewrite every test, in every run.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity parity-recompute bench bench-memory bench-plan bench-step bench-generate bench-fp8 bench-convert bench-quantised bench-checkpoint bench-faults gpu-check dryrun clean
 
