@@ -38,6 +38,10 @@ class EngineConfig(CacheConfig):
         None, "Memory of the KV cache on one rank, GiB; null means what max_sequences sequences can use, but at most a "
         "quarter of the memory that is free.", minimum=1e-6,
     )  # fmt: skip
+    speculate: bool | None = doc(
+        None, "Draft tokens with multi-token prediction, as long as that is measured to be faster; null means where "
+        "the model has such layers. The tokens are the same.",
+    )  # fmt: skip
 
 
 @dataclass

@@ -103,7 +103,7 @@ class Drafter:
 def _following(entry: BatchEntry, tokens: list[int], count: int) -> BatchEntry:
     """The first `count` positions of an entry with the tokens that the layer reads there.
 
-    Where the prompt is computed in chunks, deeper layers would read tokens that are missing here: the last stands in.
+    Where the prompt is computed in chunks, deeper layers would read tokens that are missing here: they read the last.
     """
     read = (*tokens[:count], *tokens[-1:] * (count - len(tokens)))
     end = entry.start + count

@@ -77,15 +77,25 @@ def engine_options(ranks: RankContext, config: EngineConfig, longest: int | None
         blocks = int(fewest)
     return EngineOptions(
         blocks, config.block_size, config.max_batch_tokens, config.max_sequences, config.cache_format,
-        config.rotary_format,
+        config.rotary_format, speculate=_speculates(ranks, config),
     )  # fmt: skip
+
+
+def _speculates(ranks: RankContext, config: EngineConfig) -> bool:
+    has_layers = ranks.cfg.model.mtp_num_layers > 0
+    if config.speculate and not has_layers:
+        raise ConfigError(
+            "engine.speculate=true, but the model has no multi-token-prediction layers",
+            "set engine.speculate=false, or leave it out",
+        )
+    return has_layers if config.speculate is None else config.speculate
 
 
 def _blocks_of_memory(ranks: RankContext, config: EngineConfig, longest: int | None) -> int:
     model, layout = ranks.cfg.model, ranks.layout
     form = config.cache_format or ranks.cfg.precision.dtype
     # Of a stage with more layers than others, at most.
-    layers = -(-model.num_layers // layout.pp)
+    layers = -(-model.num_layers // layout.pp) + (model.mtp_num_layers if _speculates(ranks, config) else 0)
     per_token = bytes_per_token(model, form, config.rotary_format, layout.tp) / model.num_layers * layers
     per_block = per_token * config.block_size
     if config.memory_gib is not None:

@@ -48,7 +48,7 @@ class _Average:
 
 
 class SpeculationControl:
-    """Decides before each pass whether drafts are made and verified. Ranks that are told the same decide the same."""
+    """Decides before each pass whether drafts are made and verified. Ranks with the same measurements decide the same."""
 
     def __init__(self) -> None:
         self._passes = self._paused = 0

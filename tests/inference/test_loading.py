@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -40,16 +41,9 @@ def generated(paths: list[Path], degrees: dict[str, int]) -> list[list[int]]:
         model = load(path, degrees)
         assert not any(hasattr(chunk, "ddp_config") for chunk in model.chunks)
         with Engine(model.ranks, model.chunks, EngineOptions(num_blocks=16)) as engine:
-            request = engine.add_request(model.tokenizer.encode("some text"), SamplingParams(max_new_tokens=12))
-            texts.append(_completed(engine, request))
+            (output,) = engine.generate([model.tokenizer.encode("some text")], SamplingParams(max_new_tokens=12))
+            texts.append(output.completions[0].tokens)
     return texts
-
-
-def _completed(engine: Engine, request: int) -> list[int]:
-    while True:
-        finished = engine.step()
-        if request in finished:
-            return finished[request][0].tokens
 
 
 def test_every_form_of_a_model_generates_the_same_in_every_layout(trained: Path) -> None:
@@ -63,22 +57,25 @@ def test_every_form_of_a_model_generates_the_same_in_every_layout(trained: Path)
 def sizes(path: Path) -> list[int]:
     ranks = load(path, {"tp": 2}).ranks
     per_token = bytes_per_token(ranks.cfg.model, "fp32", None, tp=2)
-    roomy = EngineConfig(memory_gib=100 * 16 * per_token / 2**30)
+    roomy = EngineConfig(memory_gib=100 * 16 * per_token / 2**30, speculate=False)
     with pytest.raises(ConfigError, match=r"engine.memory_gib=1e-06 is less than one block .*; set engine.memory_gib="):
         loading.engine_options(ranks, EngineConfig(memory_gib=1e-6))
     found = [
         loading.engine_options(ranks, roomy),
+        # Four layers, and one of multi-token prediction.
+        loading.engine_options(ranks, dataclasses.replace(roomy, speculate=None)),
         loading.engine_options(ranks, EngineConfig(num_blocks=7, block_size=4, cache_format="int8")),
         loading.engine_options(ranks, EngineConfig(max_sequences=3), longest=33),
         # Ranks with different memory take what all of them have.
         loading.engine_options(ranks, EngineConfig(num_blocks=20 + dist.get_rank())),
     ]
-    assert (found[1].block_size, found[1].cache_format) == (4, "int8")
+    assert (found[2].block_size, found[2].cache_format) == (4, "int8")
+    assert [options.speculate for options in found[:2]] == [False, True]
     return [options.num_blocks for options in found]
 
 
 def test_the_cache_has_the_size_that_is_asked_for_on_every_rank(trained: Path) -> None:
-    assert run_distributed(sizes, 2, trained / "run") == [[100, 7, 9, 20]] * 2
+    assert run_distributed(sizes, 2, trained / "run") == [[100, 80, 7, 9, 20]] * 2
 
 
 def refused(path: Path) -> str:
