@@ -48,7 +48,7 @@ class _Average:
 
 
 class SpeculationControl:
-    """Decides before each pass whether drafts are made and verified. Ranks with the same measurements decide the same."""
+    """Decides before each pass whether drafts are made and verified, the same on ranks with the same measurements."""
 
     def __init__(self) -> None:
         self._passes = self._paused = 0
