@@ -150,6 +150,9 @@ class _Bf16:
     def part_rows(self, *_: Any) -> Any:
         raise NotImplementedError
 
+    def quantised(self, _: Any) -> None:
+        """No weight is."""
+
     def has(self, _: str) -> bool:
         return True
 

@@ -16,10 +16,11 @@ from moe_train.conversion import hf_config as config
 from moe_train.conversion.hf import quantization
 from moe_train.conversion.hf_source import narrowed
 from moe_train.conversion.mapping import Part, Piece
+from moe_train.conversion.quantised_weights import QuantisedWeight
 from moe_train.conversion.small_files import SmallFiles
 from moe_train.formats.dtypes import DTYPES, Dtype
 from moe_train.formats.nonfinite import Tally
-from moe_train.formats.tensor_slices import BLOCK_BYTES, TensorSlice
+from moe_train.formats.tensor_slices import BLOCK_BYTES, FileRegion, TensorSlice
 from moe_train.formats.weight_formats import FORMATS, GROUPED, BlockFp8, Choices, StoredTensor, WeightFormat
 from parallel.architecture.layers import EMBEDDING, EXPERTS, HEAD
 from parallel.errors import CheckpointError, ConfigError
@@ -48,6 +49,9 @@ class Reader(Protocol):
 
     def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> TensorSlice:
         """Rows of the Hugging Face tensor `part`, in `out` where it is given and the file has them in that form."""
+
+    def quantised(self, part: Part) -> QuantisedWeight | None:
+        """The weight in its stored format, None where it is not quantised."""
 
     def has(self, name: str) -> bool:
         """Whether the copy `name` is wanted."""
@@ -251,6 +255,9 @@ class Export:
     def _quantised_outputs(self, piece: Piece, part: Part, name: str, weights: WeightFormat) -> list[TensorOutput]:
         """The tensors of a weight. The first makes the rows of all, which the others hand out after it."""
         shape = piece.part_shape(part)
+        source = self._reader.quantised(part)
+        if source is not None and source.format == weights and not isinstance(weights, BlockFp8):
+            return [_copied(name, stored, region) for stored, region in source.all_parts()]
         first, *others = weights.stored(shape)
         held: dict[str, list[TensorSlice]] = {}
 
@@ -293,6 +300,22 @@ class Export:
                 yield tally.add(part.name, rows if dtype is None else narrowed(rows, dtype, part.name))
 
         return blocks
+
+
+def _copied(name: str, stored: StoredTensor, region: FileRegion | None) -> TensorOutput:
+    """A tensor of a weight that is in the wanted format already: quantising it a second time would change it."""
+    dtype = stored.dtype if region is None else region.dtype
+
+    def blocks(_: ScratchMemory, tally: Tally) -> Iterator[TensorSlice]:
+        if region is None:
+            yield TensorSlice(dtype, stored.shape, memoryview(stored.constant or b""))
+            return
+        step = max(1, BLOCK_BYTES // max(1, region.row_bytes))
+        for start in range(0, stored.shape[0], step):
+            rows = region.row_range(start, min(start + step, stored.shape[0])).read()
+            yield tally.add(name + stored.suffix, rows)
+
+    return TensorOutput(name + stored.suffix, dtype, stored.shape, blocks, name)
 
 
 def module_of(name: str) -> str:

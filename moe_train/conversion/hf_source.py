@@ -13,6 +13,7 @@ from moe_train.conversion import quantised_weights
 from moe_train.conversion.families import FAMILIES
 from moe_train.conversion.hf import quantization
 from moe_train.conversion.mapping import Fused, Part, Piece, pieces, refuse_larger
+from moe_train.conversion.quantised_weights import QuantisedWeight
 from moe_train.formats import nonfinite, safetensors
 from moe_train.formats.dtypes import DTYPES, Dtype
 from moe_train.formats.tensor_slices import TensorSlice
@@ -121,6 +122,10 @@ class MappedSource:
                 if name in self.source.shapes:
                     return name
         return part.name
+
+    def quantised(self, part: Part) -> QuantisedWeight | None:
+        """The weight in its stored format, None where it is not quantised."""
+        return self.source.quantised.get(self._stored(part))
 
     def dtype(self, piece: Piece) -> Dtype:
         """Stored dtype of the piece; the widest where its parts differ."""

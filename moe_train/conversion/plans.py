@@ -28,6 +28,7 @@ from moe_train.conversion.hf_outputs import (
 )
 from moe_train.conversion.hf_source import HuggingFace, MappedSource, narrowed
 from moe_train.conversion.mapping import Part, Piece
+from moe_train.conversion.quantised_weights import QuantisedWeight
 from moe_train.conversion.small_files import KEPT, SmallFiles, accompanying
 from moe_train.formats import dcp, run_config, safetensors
 from moe_train.formats.directory_writer import FileJob, WritePlan
@@ -66,6 +67,9 @@ class MegatronReader:
     def key(self, piece: Piece) -> str:
         """The tensor of the checkpoint that a piece is read from."""
         return self.checkpoint.master(piece.key) if self._masters else piece.key
+
+    def quantised(self, _: Part) -> None:
+        """No weight of a Megatron checkpoint is."""
 
     def has(self, name: str) -> bool:
         return name != "lm_head.weight"  # a tied head: transformers leaves it out
@@ -120,8 +124,11 @@ class HuggingFaceReader:
     def dtype(self, piece: Piece) -> Dtype:
         return self._source.dtype(piece)
 
+    def quantised(self, part: Part) -> QuantisedWeight | None:
+        return self._source.quantised(part)
+
     def has(self, name: str) -> bool:
-        return name in self._source.source.extents
+        return name in self._source.source.shapes
 
     def part_rows(self, piece: Piece, part: Part, start: int, stop: int, out: memoryview | None = None) -> TensorSlice:
         return self._source.part_rows(piece, part, start, stop, out)

@@ -43,6 +43,12 @@ class QuantisedWeight:
         for part in self.format.stored(self.shape):
             yield name + part.suffix
 
+    def all_parts(self) -> Iterator[tuple[StoredTensor, FileRegion | None]]:
+        """Its tensors with their places; None where the content follows from the shape."""
+        places = {part.suffix: region for part, region in self.parts}
+        for part in self.format.stored(self.shape):
+            yield part, places.get(part.suffix)
+
     def read(self, start: int, stop: int) -> TensorSlice:
         """Rows `start` to `stop` in bf16."""
         stored = []

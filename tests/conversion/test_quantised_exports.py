@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers.quantizers import quantizer_finegrained_fp8
 
 from moe_train.config.roots import ConvertRoot
@@ -104,6 +105,34 @@ def test_a_run_starts_from_a_quantised_export(source: Sources, tmp_path: Path) -
 
 def outputs(exports: dict[str, Path], work: Path) -> dict[str, dict[int, torch.Tensor]]:
     return {name: ranks.outputs(ranks.load(d, work / name, {}))["logits"] for name, d in exports.items()}
+
+
+@pytest.mark.parametrize("form", quantised.FORMATS)
+def test_a_copy_in_the_same_format_has_the_same_numbers(form: str, source: Sources, tmp_path: Path) -> None:
+    """Quantising a second time would choose other scales, as the largest number has become 7 or 8 steps."""
+    export = quantised.export(source("qwen3_moe"), tmp_path / "export", form)
+    quantised.export(export, tmp_path / "copy", form, file_gb=0.0002)
+    assert len(list((tmp_path / "copy").glob("*.safetensors"))) > 1
+    ours, theirs = models.tensors(export), models.tensors(tmp_path / "copy")
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not same_bits(ours[name], theirs[name])] == []
+
+
+def test_scales_and_shapes_of_other_writers(source: Sources, tmp_path: Path) -> None:
+    """llm-compressor keeps scales in the precision of the model, and the shape in int32 in older versions."""
+    export = quantised.export(source("qwen3_moe"), tmp_path / "export", "int4")
+    expected = {name: HuggingFace(export).read(name, 0, 4).tensor() for name in HuggingFace(export).quantised}
+    (file,) = export.glob("*.safetensors")
+    held = load_file(file)
+    for name in list(held):
+        if name.endswith("_scale"):
+            held[name] = held[name].float()
+        elif name.endswith("_shape"):
+            held[name] = held[name].int()
+    save_file(held, file, metadata={"format": "pt"})
+    changed = HuggingFace(export)
+    assert all(same_bits(changed.read(name, 0, 4).tensor(), rows) for name, rows in expected.items())
+    assert len(expected) == 4 * 2 + 3 * 9
 
 
 @pytest.mark.parametrize("form", quantised.FORMATS)
