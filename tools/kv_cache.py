@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from moe_train.config.inference import PlannedEngineConfig
+from moe_train.config.model import ModelConfig
 from moe_train.config.roots import MemoryRoot
 from parallel.architecture.attention import attention_kind
 from parallel.architecture.kv_cache import CACHE_FORMATS
@@ -58,6 +59,10 @@ def check(cfg: MemoryRoot) -> None:
             f"engine.context_length={asked.context_length} exceeds model.max_position_embeddings={longest}",
             [{"engine.context_length": longest}, {"model.max_position_embeddings": asked.context_length}],
         )
+    if asked.speculate and not model.mtp_num_layers:
+        raise Impossible(
+            "engine.speculate=true, but model.mtp_num_layers=0", [{"engine.speculate": None}]
+        )  # fmt: skip
     if asked.rotary_format and not attention_kind(model).latent:
         raise Impossible(
             f"engine.rotary_format={asked.rotary_format} has no effect with model.attention={model.attention}",
@@ -68,7 +73,7 @@ def check(cfg: MemoryRoot) -> None:
 def answer(cfg: MemoryRoot, workload: Workload, weights: Sequence[Weights]) -> CacheAnswer:
     """What fits `cfg.cluster`, in the layout and the precision of `workload`."""
     model, asked = cfg.model, cfg.engine
-    serving = serving_of(asked, cfg.train.seq_length)
+    serving = serving_of(asked, model, cfg.train.seq_length)
     found = rooms(workload, weights, Hardware.of(cfg.cluster).usable_bytes, serving)
     formats = [asked.cache_format] if asked.cache_format else list(CACHE_FORMATS)
     return CacheAnswer(
@@ -81,18 +86,23 @@ def answer(cfg: MemoryRoot, workload: Workload, weights: Sequence[Weights]) -> C
     )
 
 
-def serving_of(asked: PlannedEngineConfig, seq_length: int) -> Serving:
+def serving_of(asked: PlannedEngineConfig, model: ModelConfig, seq_length: int) -> Serving:
     """Sizes of what is generated at the same time."""
+    speculates = asked.speculate is not False
     return Serving(
-        asked.context_length or seq_length, asked.max_batch_tokens, asked.max_sequences, asked.block_size
-    )  # fmt: skip
+        context_length=asked.context_length or seq_length,
+        batch_tokens=asked.max_batch_tokens,
+        sequences=asked.max_sequences,
+        block_size=asked.block_size,
+        draft_depths=model.mtp_num_layers if speculates else 0,
+    )
 
 
 def headline(found: CacheAnswer) -> str:
     """Which stage limits the number of tokens, and what its memory is spent on."""
     room, length = found.room, found.serving.context_length
     free = f"{room.free / GIB:,.2f} GiB are free" if room.free >= 0 else f"{-room.free / GIB:,.2f} GiB are missing"
-    replicas = f". One of {found.replicas:,} replicas" if found.replicas > 1 else ""
+    replicas = f". The table is for one of {found.replicas:,} replicas" if found.replicas > 1 else ""
     return (
         f"KV cache at inference, sequences of {length:,} tokens. Stage {room.stage} of {found.stages} limits it: of "
         f"{room.usable / GIB:,.2f} GiB on a rank, weights take {room.weights / GIB:,.2f} and a forward pass of "

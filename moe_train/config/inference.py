@@ -25,6 +25,10 @@ class CacheConfig:
         2048, "Tokens in one forward pass, over all sequences.", minimum=1, maximum=1_000_000_000
     )
     max_sequences: int = doc(64, "Sequences that run at the same time.", minimum=1, maximum=1_000_000)
+    speculate: bool | None = doc(
+        None, "Draft tokens with multi-token prediction, as long as that is measured to be faster; null means where "
+        "the model has such layers. The tokens are the same.",
+    )  # fmt: skip
 
 
 @dataclass
@@ -37,10 +41,6 @@ class EngineConfig(CacheConfig):
     memory_gib: float | None = doc(
         None, "Memory of the KV cache on one rank, GiB; null means what max_sequences sequences can use, but at most a "
         "quarter of the memory that is free.", minimum=1e-6,
-    )  # fmt: skip
-    speculate: bool | None = doc(
-        None, "Draft tokens with multi-token prediction, as long as that is measured to be faster; null means where "
-        "the model has such layers. The tokens are the same.",
     )  # fmt: skip
 
 

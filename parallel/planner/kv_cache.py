@@ -27,12 +27,14 @@ class Serving:
         batch_tokens: tokens of one forward pass, over all sequences.
         sequences: sequences whose next token one forward pass computes.
         block_size: tokens of a block of the cache.
+        draft_depths: multi-token-prediction layers that draft tokens, each with a cache of its own.
     """
 
     context_length: int
     batch_tokens: int
     sequences: int
     block_size: int
+    draft_depths: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class CacheFit:
     """One format of the cache.
 
     Args:
-        bytes_per_token: of the whole model, without tensor parallelism.
+        bytes_per_token: of all decoder layers, without tensor parallelism.
         rank_bytes_per_token: of the rank that limits the number of tokens.
         tokens: that fit on one data-parallel replica, over all sequences.
         sequences: of the context length that fit there.
@@ -93,13 +95,18 @@ def rooms(workload: Workload, weights: Sequence[Weights], usable_bytes: float, s
     return [
         StageRoom(
             stage,
-            _items(workload, stage).count("t"),
+            _cached_layers(workload, stage, serving),
             parameter_bytes(workload, of_rank, trains=False),
             forward_bytes(workload, stage, serving),
             usable_bytes,
         )
         for stage, of_rank in enumerate(weights)
     ]
+
+
+def _cached_layers(workload: Workload, stage: int, serving: Serving) -> int:
+    items = _items(workload, stage)
+    return items.count("t") + (items.count("m") if serving.draft_depths else 0)
 
 
 def limiting(found: Sequence[StageRoom]) -> StageRoom:
@@ -184,6 +191,6 @@ def _logits(workload: Workload, items: str, serving: Serving) -> float:
     """Scores of a rank and of the whole vocabulary, the latter also in fp32, with fp32 log-probabilities."""
     if "L" not in items:
         return 0.0
-    rows = min(serving.sequences, serving.batch_tokens)
+    rows = min(serving.sequences * (1 + serving.draft_depths), serving.batch_tokens)
     each = workload.element / workload.layout.tp + workload.element + 2 * FP32
     return rows * workload.model.padded_vocab_size * each

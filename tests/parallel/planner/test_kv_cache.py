@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from parallel.planner.kv_cache import Serving, fits, forward_bytes, limiting, ro
 from parallel.planner.memory import StageMemory, Weights, parameter_bytes, stage_memory
 from parallel.planner.workload import Workload
 
-SERVING = Serving(context_length=100, batch_tokens=64, sequences=8, block_size=16)
+SERVING = Serving(context_length=100, batch_tokens=64, sequences=8, block_size=16, draft_depths=1)
 GQA = ["model.attention=gqa", "model.num_query_groups=2", "model.qk_norm=none"]
 LAYOUTS = {
     "one rank": [],
@@ -53,7 +55,9 @@ def test_the_engine_can_allocate_what_fits_and_not_a_block_more(name: str, cache
             for room in found
         ]  # fmt: skip
 
-    assert sum(room.layers for room in found) == model.num_layers
+    assert sum(room.layers for room in found) == model.num_layers + 1  # that of multi-token prediction
+    without = rooms(workload, weights, usable, replace(SERVING, draft_depths=0))
+    assert sum(room.layers for room in without) == model.num_layers
     assert all(size <= room.free for size, room in zip(allocated(blocks), found, strict=True))
     assert any(size > room.free for size, room in zip(allocated(blocks + 1), found, strict=True))
     one_block = allocated(1)[limiting(found).stage]
@@ -83,5 +87,7 @@ def test_a_forward_pass_needs_less_than_a_training_step_and_grows_with_context_a
     longer = forward_bytes(workload, 1, Serving(8192, 4096, 64, 64)) - forward_bytes(workload, 1, serving)
     assert longer == 2 * 4096 * 128 * (192 + 128)  # keys and values of all heads, bf16
     assert forward_bytes(workload, 1, Serving(8192, 8192, 64, 64)) > forward_bytes(workload, 1, serving) * 1.5
-    scores = forward_bytes(workload, 15, serving) - forward_bytes(workload, 15, Serving(4096, 4096, 0, 64))
-    assert scores == 64 * cfg.model.padded_vocab_size * (2 + 2 + 4 + 4)
+    scores = forward_bytes(workload, 15, replace(serving, draft_depths=1)) - forward_bytes(
+        workload, 15, Serving(4096, 4096, 0, 64)
+    )
+    assert scores == 2 * 64 * cfg.model.padded_vocab_size * (2 + 2 + 4 + 4)
