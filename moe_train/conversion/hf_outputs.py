@@ -6,7 +6,7 @@ Writing an export and verifying one both go through the tensors of `Export`.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd, prod
 from typing import Any, Protocol
@@ -30,6 +30,9 @@ PLAIN = {"fp32": FP32, "bf16": BF16, "fp16": DTYPES["float16"]}
 """Values of `convert.dtype` that keep one tensor for each weight."""
 KEPT = ("lm_head",)
 """Default of `convert.keep`."""
+
+# Linear layers that vLLM joins to one, whose weights must have one format.
+_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"q_a_proj", "kv_a_proj_with_mqa"}, {"w1", "w3"})
 
 Blocks = Callable[["ScratchMemory", Tally], Iterator[TensorSlice]]
 
@@ -150,6 +153,7 @@ class Export:
         self._kept: list[str] = []
         self._ragged: dict[str, tuple[int, ...]] = {}
         """Layers with several blocks of FP8 of which the last is smaller: module -> shape."""
+        self._modules = {module_of(part.name) for p in all_pieces for part in p.parts if len(p.shape) == 2}
         if self.format is not None:
             self._check(all_pieces, self.format)
         self.groups = [self._outputs(piece, part) for piece in all_pieces for part in piece.parts]
@@ -172,8 +176,7 @@ class Export:
         if any(".experts." in module for module in self._ragged):
             remedy = "convert.dtype=int8 has no blocks"
         else:
-            endings = sorted({"*." + module.rpartition(".")[2] for module in self._ragged})
-            remedy = f"convert.keep=[{','.join([*self._options.keep, *endings])}] keeps them in bf16"
+            remedy = f"{self._keeping(self._ragged)} keeps them in bf16"
         cause = (
             f"transformers cannot dequantise FP8 of {len(self._ragged):,} layers, such as {name} {list(shape)}, whose "
             f"last block has fewer than {self.format.block_rows} rows or columns"
@@ -189,7 +192,7 @@ class Export:
     def _check(self, all_pieces: Sequence[Piece], weights: WeightFormat) -> None:
         """Sort linear layers into those that are quantised and those that are kept; refuse what no loader reads."""
         wrong: dict[str, int] = {}
-        self._refuse_unused_patterns(all_pieces)
+        self._refuse_unused_patterns()
         for piece in all_pieces:
             for part in piece.parts:
                 if len(piece.shape) != 2 or piece.key == EMBEDDING:
@@ -209,13 +212,22 @@ class Export:
                 self._remedy(all_pieces, weights, sorted(wrong)),
             )
 
-    def _refuse_unused_patterns(self, all_pieces: Sequence[Piece]) -> None:
-        modules = [module_of(part.name) for p in all_pieces for part in p.parts if len(p.shape) == 2]
+    def _keeping(self, modules: Iterable[str]) -> str:
+        """`convert.keep` with these layers, and those that vLLM fuses with them."""
+        patterns: set[str] = set()
+        for module in modules:
+            parent, _, own = module.rpartition(".")
+            together = next((group for group in _FUSED if own in group), {own})
+            patterns |= {f"*.{parent.rpartition('.')[2]}.{n}" for n in together if f"{parent}.{n}" in self._modules}
+        kept = ",".join([*self._options.keep, *sorted(patterns)])
+        return f"'convert.keep=[{kept}]'"  # a shell would look for files of such names
+
+    def _refuse_unused_patterns(self) -> None:
         for pattern in self._options.keep:
-            if pattern not in KEPT and not fnmatch.filter(modules, pattern):
+            if pattern not in KEPT and not fnmatch.filter(self._modules, pattern):
                 raise ConfigError(
                     f"convert.keep has {pattern}, which is the name of no linear layer",
-                    f"name modules like {next(m for m in modules if '.layers.' in m)}, with * for any text",
+                    f"name modules like {min(m for m in self._modules if '.layers.' in m)}, with * for any text",
                 )
 
     def _quantised(self, piece: Piece, part: Part) -> bool:
@@ -239,10 +251,9 @@ class Export:
         if fitting >= 8:
             dtype = "" if weights.name in GROUPED else "convert.dtype=int4 "
             return f"set {dtype}convert.group_size={fitting}"
-        endings = sorted({"*." + name.rpartition(".")[2] for name in wrong})
         if any(".experts." in name for name in wrong):
             return "set convert.dtype=int8, which has one scale for each row"
-        return f"set convert.keep=[{','.join([*self._options.keep, *endings])}], or convert.dtype=int8"
+        return f"set {self._keeping(wrong)}, or convert.dtype=int8"
 
     def _outputs(self, piece: Piece, part: Part) -> list[TensorOutput]:
         shape = piece.part_shape(part)

@@ -36,8 +36,9 @@ FORMATS: dict[str, dict[str, Any]] = {
     "mxfp4": {"dtype": "mxfp4"},
     "fp8": {"dtype": "fp8"},
 }
-# Layers of deepseek_v3 with a smaller last block of FP8: transformers reads them with blocks of another size.
-RAGGED = ["lm_head", "*.kv_a_proj_with_mqa", "*.kv_b_proj"]
+# Layers of deepseek_v3 with a smaller last block of FP8, which transformers reads with blocks of another size, and one
+# that vLLM joins with them.
+RAGGED = ["lm_head", *(f"*.self_attn.{name}" for name in ("kv_a_proj_with_mqa", "kv_b_proj", "q_a_proj"))]
 
 
 def save(name: str, directory: Path) -> Path:

@@ -191,7 +191,7 @@ def test_fp8_of_ragged_blocks_is_remarked(source: Sources, tmp_path: Path, conve
     done = convert.well(source("deepseek_v3"), tmp_path / "ragged", *words)
     assert "note: transformers cannot dequantise FP8 of 4 layers, such as model.layers.0.self_attn.kv_" in done.out
     keep = f"convert.keep=[{','.join(quantised.RAGGED)}]"
-    assert keep in done.out
+    assert f"'{keep}' keeps them in bf16" in done.out
     convert.well(tmp_path / "ragged", tmp_path / "plain", "convert.to=hf")
     assert (logits(tmp_path / "ragged") - logits(tmp_path / "plain")).abs().max() > TOLERANCE
     assert "note:" not in convert.well(source("deepseek_v3"), tmp_path / "kept", *words, keep).out
@@ -249,6 +249,14 @@ def test_odd_widths_get_a_remedy_that_works(tmp_path: Path, convert: Command) ->
     convert.well(tmp_path / "hf", tmp_path / "target", *words, "convert.group_size=8")
     done = convert(tmp_path / "hf", tmp_path / "mx", "convert.to=hf", "convert.dtype=mxfp4")
     assert "set convert.dtype=int4 convert.group_size=8" in done.err
+    done = convert(tmp_path / "hf", tmp_path / "keep", *words, "convert.group_size=32")
+    assert "set convert.group_size=8" in done.err
+    models.write(models.build("llama", intermediate_size=100).bfloat16(), "llama", tmp_path / "llama")
+    done = convert(tmp_path / "llama", tmp_path / "mx", "convert.to=hf", "convert.dtype=mxfp4")
+    keep = "convert.keep=[lm_head,*.mlp.down_proj]"
+    assert "model.layers.0.mlp.down_proj has 100 inputs, which are not a multiple of 32 (mxfp4, a " in done.err
+    assert f"set '{keep}', or convert.dtype=int8" in done.err
+    convert.well(tmp_path / "llama", tmp_path / "mx", "convert.to=hf", "convert.dtype=mxfp4", keep)
 
 
 def test_the_config_field_names_the_formats() -> None:
