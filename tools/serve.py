@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def run(cfg: ServeRoot, words: Sequence[str]) -> None:
     Raises:
         MoeTrainError: with a cause and a remedy.
     """
+    _check_packages()
     token = token_of(cfg.serve)
     model = trained_model.find(cfg, words, "moe-serve")
     template = chat_template.load(model.tokenizer)
@@ -94,6 +96,16 @@ def run(cfg: ServeRoot, words: Sequence[str]) -> None:
             asyncio.run(serve(gate, listener, service.admission, ranks, cfg.serve.drain_s))
         if not ranks.is_alive:
             raise ranks.error
+
+
+def _check_packages() -> None:
+    """Raise ConfigError where a package of the server is not installed."""
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"moe-serve needs {', '.join(missing)}, not installed here",
+            f"{sys.executable} -m pip install 'moe-train[serve]', or in a clone '.[serve]'",
+        )
 
 
 async def serve(app: Any, listener: socket.socket, admission: Any, ranks: Any, drain_s: float) -> None:

@@ -52,7 +52,10 @@ class EngineRanks:
     def __init__(self, cfg: Config, layout: ParallelLayout, engine: EngineConfig, longest: int | None = None) -> None:
         self._cfg, self._layout, self._engine, self._longest = cfg, layout, engine, longest
         self._numbers = itertools.count()
+        # Two locks: the thread that reads reports needs the first one, and rank 0 may wait for it to read before it
+        # takes the next command.
         self._lock = threading.Lock()  # of everything below
+        self._sending = threading.Lock()
         self._connection: Connection | None = None
         self._deliver: dict[int, Deliver] = {}
         self._failure: BaseException | None = None
@@ -103,23 +106,25 @@ class EngineRanks:
         """
         number = next(self._numbers)
         with self._lock:
-            if not self._ended:
+            is_lost = self._ended
+            if not is_lost:
                 self._deliver[number] = deliver
-                self._send(protocol.Submit(number, list(prompt), params, tuple(stop)))
-                return number
-        deliver(Lost(self.error))
+        if is_lost:
+            deliver(Lost(self.error))
+        else:
+            self._send(protocol.Submit(number, list(prompt), params, tuple(stop)))
         return number
 
     def cancel(self, number: int) -> None:
         """Forget a request and free its blocks. One that has ended is left alone."""
         with self._lock:
-            if self._deliver.pop(number, None) is not None:
-                self._send(protocol.Cancel(number))
+            is_running = self._deliver.pop(number, None) is not None
+        if is_running:
+            self._send(protocol.Cancel(number))
 
     def close(self) -> None:
         """End the ranks, and what they have not finished."""
-        with self._lock:
-            self._send(protocol.Finish())
+        self._send(protocol.Finish())
         self._launcher.join(_END_S if self._is_ready.is_set() else 0)
         if self._launcher.is_alive():
             forkserver.kill()  # with which its ranks end
@@ -136,7 +141,7 @@ class EngineRanks:
 
     def _send(self, command: protocol.Command) -> None:
         if self._connection is not None:
-            with contextlib.suppress(OSError):  # the launcher's thread reports why rank 0 is gone
+            with self._sending, contextlib.suppress(OSError):  # the launcher's thread reports why rank 0 is gone
                 self._connection.send(command)
 
     def _launch(self) -> None:

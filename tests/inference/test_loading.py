@@ -15,7 +15,7 @@ from moe_train.config.roots import InferenceRoot
 from moe_train.formats import run_directory
 from moe_train.inference import loading, source
 from moe_train.inference.engine import Engine, EngineOptions
-from moe_train.inference.sampling import SamplingParams
+from moe_train.inference.sampling_params import SamplingParams
 from parallel import groups
 from parallel.architecture.kv_cache import bytes_per_token
 from parallel.errors import CheckpointError, ConfigError

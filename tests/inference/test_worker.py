@@ -135,6 +135,15 @@ def test_a_request_that_cannot_be_is_rejected_and_others_go_on(single: EngineRan
     assert reasons(collected(single, [5], max_new_tokens=2)) == ["length"]
 
 
+def test_thousands_of_requests_can_be_submitted_while_the_ranks_report(single: EngineRanks) -> None:
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    for number in range(3000):
+        single.submit([5] if number % 300 == 0 else [], {"max_new_tokens": 1}, (), events.put)
+    found = [events.get(timeout=60) for _ in range(3000 + 10)]
+    assert sum(isinstance(event, protocol.Rejected) for event in found) == 2990
+    assert sum(isinstance(event, protocol.Finished) for event in found) == 10
+
+
 def test_cancelled_requests_free_their_blocks(single: EngineRanks) -> None:
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     numbers = [single.submit([5] * 10, {"max_new_tokens": 80}, (), events.put) for _ in range(6)]

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from moe_train.config.inference import ServeConfig
+from moe_train.config.roots import ServeRoot
 from parallel.errors import ConfigError
 from tests.tools.serving.server import Loaded, Server, running
 from tools import serve
@@ -139,6 +140,12 @@ def test_an_address_that_others_can_reach_needs_a_token(tmp_path: Any, monkeypat
         serve.token_of(ServeConfig(token_file=f"{tmp_path}/none"))
 
 
+def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "fastapi" else name)
+    with pytest.raises(ConfigError, match=r"moe-serve needs fastapi, not installed here; .*pip install 'moe-train"):
+        serve.run(ServeRoot(), [])
+
+
 def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -147,9 +154,9 @@ def test_a_port_in_use_is_named() -> None:
 
 
 def test_more_requests_than_the_queue_holds_are_told_to_come_again(loaded: Loaded) -> None:
-    with running(loaded, max_concurrent=1, max_queued=1) as server, concurrent.futures.ThreadPoolExecutor(8) as pool:
+    with running(loaded, max_concurrent=1, max_queued=1) as server, concurrent.futures.ThreadPoolExecutor(5) as pool:
         long = GOOD | {"max_tokens": 40, "ignore_eos": True}
-        answers = [*pool.map(lambda i: post(server, long | {"stream": i % 2 == 0}), range(8))]
+        answers = [*pool.map(lambda i: post(server, long | {"stream": i % 2 == 0}), range(5))]
         codes = sorted(answer.status_code for answer in answers)
         assert set(codes) == {200, 429}
         refused = next(answer for answer in answers if answer.status_code == 429)
@@ -262,7 +269,7 @@ def mixed_load(server: Server, count: int, at_a_time: int) -> None:
 
 
 def test_good_requests_among_bad_ones_and_nothing_is_left_of_any(server: Server) -> None:
-    mixed_load(server, 60, 12)
+    mixed_load(server, 40, 12)
 
 
 @pytest.mark.slow
