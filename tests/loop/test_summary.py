@@ -206,11 +206,12 @@ def test_the_end_names_the_picture_and_what_to_do_next(
     run.cfg.schedule.decay, run.cfg.train.tokens, run.cfg.telemetry.tensorboard = decay, tokens, True
     _train(run, [4.0, 3.0, 1.0])
     output = capsys.readouterr().out.splitlines()
-    named = ("watch", "chat", "serve", "continue", "convert")
+    named = ("watch", "chat", "serve", "evaluate", "continue", "convert")
     assert [line.split(maxsplit=1) for line in output if line.split()[0] in named] == [
         ["watch", f"tensorboard --logdir '{place}'"],
         ["chat", f"moe-chat '{place}'"],
         ["serve", f"moe-serve '{place}'"],
+        ["evaluate", f"moe-evaluate '{place}'"],
         ["continue", f"moe-train run_dir='{place}' {length}"],
         ["convert", f"moe-convert '{place}' '{place}-hf'"],
     ]

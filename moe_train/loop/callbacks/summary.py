@@ -131,7 +131,7 @@ def _picture(run: Run, curve: LossCurve, summary: dict[str, Any]) -> str:
 
 
 def _next(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Commands that look at the run, talk to its model, serve it, continue the run, and export its weights."""
+    """Commands that look at the run, use its model, continue it, and export its weights."""
     cfg, run_dir = run.cfg, shlex.quote(str(run.run_dir))
     commands = [("watch", f"{_program('tensorboard')} --logdir {run_dir}")] if cfg.telemetry.tensorboard else []
     if summary["checkpoint"] is None or cfg.checkpoint.dir is not None:
@@ -142,6 +142,8 @@ def _next(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     rest = " schedule.on_resume=override" if cfg.schedule.decay != "constant" else ""
     if cfg.model.capacity_factor is None:  # else an answer would depend on other requests
         commands += [(what, f"{_program(f'moe-{what}')} {run_dir}") for what in ("chat", "serve")]
+    if cfg.train.eval_batches:
+        commands.append(("evaluate", f"{_program('moe-evaluate')} {run_dir}"))
     return [
         *commands,
         ("continue", f"{_program('moe-train')} run_dir={run_dir} {length}{rest}"),
