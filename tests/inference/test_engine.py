@@ -71,20 +71,22 @@ def texts(outputs: list[RequestOutput]) -> list[list[int]]:
     return [completion.tokens for output in outputs for completion in output.completions]
 
 
-def greedy(degrees: dict[str, Any], changes: dict[str, Any]) -> list[list[int]]:
+def greedy(
+    degrees: dict[str, Any], changes: dict[str, Any], new: int = NEW, options: EngineOptions = OPTIONS
+) -> list[list[int]]:
     ranks, chunks = built(degrees, changes)
-    with Engine(ranks, chunks, OPTIONS) as engine:
-        outputs = engine.generate(prompts(), SamplingParams(max_new_tokens=NEW))
+    with Engine(ranks, chunks, options) as engine:
+        outputs = engine.generate(prompts(), SamplingParams(max_new_tokens=new))
     assert engine.num_free_blocks == engine.num_blocks
     assert all(chunk.training for chunk in chunks)
     return texts(outputs)
 
 
-def compared_with_training(changes: dict[str, Any]) -> float:
+def compared_with_training(changes: dict[str, Any], new: int = NEW, options: EngineOptions = OPTIONS) -> float:
     """The largest difference of a log-probability. Asserts that each token is the most probable after its prefix."""
     ranks, chunks = built({}, changes)
-    with Engine(ranks, chunks, OPTIONS) as engine:
-        outputs = engine.generate(prompts(), SamplingParams(max_new_tokens=NEW))
+    with Engine(ranks, chunks, options) as engine:
+        outputs = engine.generate(prompts(), SamplingParams(max_new_tokens=new))
     worst = 0.0
     for prompt, output in zip(prompts(), outputs, strict=True):
         (completion,) = output.completions
@@ -123,6 +125,22 @@ def test_every_rank_of_every_layout_generates_what_a_single_rank_does(
     (alone,) = run_distributed(greedy, 1, {}, SHAPES[shape])
     assert len({tuple(text) for text in alone}) == len(alone)
     assert run_distributed(greedy, ranks, degrees, SHAPES[shape]) == [alone] * ranks
+
+
+LONG, LONG_TEXT = 256, {"model__max_position_embeddings": 512, "train__seq_length": 512}
+LONG_OPTIONS = EngineOptions(num_blocks=96, block_size=16, max_batch_tokens=64, max_sequences=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_long_texts_are_those_of_recomputation_in_every_layout(shape: str) -> None:
+    changes = SHAPES[shape] | LONG_TEXT
+    assert run_distributed(compared_with_training, 1, changes, LONG, LONG_OPTIONS, timeout_s=600)[0] < 1e-5
+    (alone,) = run_distributed(greedy, 1, {}, changes, LONG, LONG_OPTIONS, timeout_s=600)
+    for degrees in ({"tp": 2}, {"ep": 2}, {"pp": 2}, {"tp": 2, "pp": 2, "ep": 2}, {"tp": 2, "ep": 2, "dp": 2}):
+        ranks = 4 if len(degrees) == 3 else 2
+        layout = {"dp": 2, **degrees} if degrees == {"ep": 2} else degrees
+        assert run_distributed(greedy, ranks, layout, changes, LONG, LONG_OPTIONS, timeout_s=600) == [alone] * ranks
 
 
 def scored(changes: dict[str, Any]) -> None:
