@@ -44,7 +44,7 @@ def prompts() -> list[list[int]]:
 
 def built(degrees: dict[str, Any], changes: dict[str, Any]) -> tuple[RankContext, list[Any]]:
     # Larger weights than those of training, so that the most probable token is far from a tie.
-    cfg = small_run.config(Path("unused"), degrees, model__init_std=0.2, **changes)
+    cfg = small_run.config(Path("unused"), degrees, **{"model__init_std": 0.2, **changes})
     ranks = small_run.join(cfg)
     return ranks, build_model(ranks)
 
@@ -127,14 +127,15 @@ def test_every_rank_of_every_layout_generates_what_a_single_rank_does(
     assert run_distributed(greedy, ranks, degrees, SHAPES[shape]) == [alone] * ranks
 
 
-LONG, LONG_TEXT = 256, {"model__max_position_embeddings": 512, "train__seq_length": 512}
+# Smaller logits than those of the other tests, of which more are rounded.
+LONG, LONG_TEXT = 256, {"model__max_position_embeddings": 512, "train__seq_length": 512, "model__init_std": 0.12}
 LONG_OPTIONS = EngineOptions(num_blocks=96, block_size=16, max_batch_tokens=64, max_sequences=8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_long_texts_are_those_of_recomputation_in_every_layout(shape: str) -> None:
-    changes = SHAPES[shape] | LONG_TEXT
+    changes = SHAPES[shape] | LONG_TEXT | {"model__tie_embeddings": False}  # which pipelines cannot have
     assert run_distributed(compared_with_training, 1, changes, LONG, LONG_OPTIONS, timeout_s=600)[0] < 1e-5
     (alone,) = run_distributed(greedy, 1, {}, changes, LONG, LONG_OPTIONS, timeout_s=600)
     for degrees in ({"tp": 2}, {"ep": 2}, {"pp": 2}, {"tp": 2, "pp": 2, "ep": 2}, {"tp": 2, "ep": 2, "dp": 2}):
