@@ -4,7 +4,7 @@
     moe-convert runs/mine mine-hf                   the newest checkpoint
     moe-convert runs/mine mine-int4 convert.dtype=int4
     moe-convert verify DIR                          compare with its checksums
-    moe-convert verify SOURCE DIR                   compare an export with its source
+    moe-convert verify SOURCE DIR                   an export with its source
     mpirun -n 4 moe-convert SOURCE TARGET           several processes
 
 It takes fields of `convert` and `model`; SOURCE and TARGET are short for convert.source= and convert.target=.
