@@ -189,7 +189,7 @@ class BlockTable:
 
     def blocks_to_reserve(self, count: int) -> int:
         """Blocks that `reserve(count)` allocates."""
-        new = self._pool.blocks_for(self.num_tokens + count) - len(self._blocks)
+        new = max(self._pool.blocks_for(self.num_tokens + count) - len(self._blocks), 0)
         return new + sum(not self._pool.is_writable(block) for block in self._written())
 
     def reserve(self, count: int) -> list[BlockCopy]:

@@ -109,7 +109,7 @@ def quantise(x: Tensor, part: CachePart) -> tuple[Tensor, Tensor]:
     """
     groups = x.float().unflatten(-1, (part.num_scales, part.group))
     amax = groups.abs().amax(dim=-1)
-    scales = torch.where(amax > 0, amax / _LARGEST[part.format.name], 1.0)
+    scales = (amax / _LARGEST[part.format.name]).clamp_min(torch.finfo(torch.float32).tiny)
     scaled = (groups / scales.unsqueeze(-1)).flatten(-2)
     if part.format.name == "fp8":
         return scaled.to(torch.float8_e4m3fn), scales

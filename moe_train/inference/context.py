@@ -92,6 +92,11 @@ class PagedContext:
         self.rows = self._whole_numbers(rows)
         """Rows whose logits are wanted: of each entry its scored and then its sampled positions."""
 
+    def single_tokens(self) -> list[Prefill]:
+        """The sequences that decode, as a prefill of one token each."""
+        entries = self.entries[: self.num_decode]
+        return [Prefill(slice(row, row + 1), e.end, self._prefix(e)) for row, e in enumerate(entries)]
+
     def layer(self, number: int) -> LayerCache:
         """The cache of one layer."""
         return self._cache.layer(number)

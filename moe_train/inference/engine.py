@@ -31,6 +31,7 @@ from moe_train.ranks import RankContext
 from parallel.architecture.kv_cache import cache_parts
 from parallel.dispatchers import DISPATCHERS
 from parallel.errors import ConfigError
+from parallel.fp8_recipes import RECIPES
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,21 @@ class _Launched:
         return [entry for batch in self.batches for entry in batch.entries if entry.samples]
 
 
-def unsupported(ranks: RankContext) -> str | None:
-    """Why an engine cannot run a model of this config, for an error message; None if it can."""
+def unsupported(ranks: RankContext) -> ConfigError | None:
+    """Why an engine cannot run a model of this config; None if it can."""
     if ranks.backend != "local":
-        return f"the engine has no KV cache for backend.name={ranks.backend} yet"
+        return ConfigError(f"the engine has no KV cache for backend.name={ranks.backend} yet", "set backend.name=local")
     if ranks.cfg.model.capacity_factor is not None:
-        return "with model.capacity_factor, tokens of other requests would decide which tokens an expert drops"
+        return ConfigError(
+            "with model.capacity_factor, tokens of other requests would decide which tokens an expert drops",
+            "set model.capacity_factor=null",
+        )
+    recipe = ranks.cfg.precision.fp8
+    if recipe is not None and not RECIPES[recipe].scaled_blocks:
+        return ConfigError(
+            f"with precision.fp8={recipe}, tokens of other requests would decide the scale of a tensor",
+            "set precision.fp8=block or precision.fp8=null",
+        )
     return None
 
 
@@ -103,10 +113,13 @@ class Engine:
     """
 
     def __init__(self, ranks: RankContext, chunks: Sequence[nn.Module], options: EngineOptions) -> None:
-        reason = unsupported(ranks)
-        if reason is not None:
-            raise ConfigError(reason, "set backend.name=local and model.capacity_factor=null")
+        error = unsupported(ranks)
+        if error is not None:
+            raise error
         self._ranks = ranks
+        layout = ranks.layout
+        # Ranks that hold the experts of one layer are then in several replicas, and all of them run every pass.
+        self._shares_experts = ranks.cfg.model.is_moe and layout.ep * layout.etp > layout.tp * layout.cp
         self._depths = ranks.cfg.model.mtp_num_layers if options.speculate else 0
         if options.speculate and not self._depths:
             raise ConfigError("speculation needs multi-token-prediction layers", "set speculate to false")
@@ -233,10 +246,10 @@ class Engine:
         return sequences[0].request
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Whether they can be a request.
+        """Refuse what cannot be a request.
 
         Raises:
-            ConfigError: they cannot.
+            ConfigError: it cannot.
         """
         vocabulary, longest = self._ranks.cfg.model.vocab_size, self.max_sequence_length
         if not prompt or not all(0 <= token < vocabulary for token in prompt):
@@ -285,10 +298,10 @@ class Engine:
     def _launch(self, batches: list[Batch]) -> _Launched:
         """Begin a forward pass of this rank's replica, and the exchange of its results with all other ranks."""
         began = time.perf_counter()
-        own, layout = batches[self._replica], self._ranks.layout
+        own = batches[self._replica]
         output = PassOutput()
         pending: list[Any] = []
-        if own.entries or layout.ep > 1:  # experts of other replicas' tokens can be here
+        if own.entries or self._shares_experts:
             self.cache.copy(own.copies)
             self.cache.clear(partly_filled_blocks(own, self.cache.block_size))
             padded = self._padded_tokens([batch.num_tokens for batch in batches])
@@ -342,7 +355,7 @@ class Engine:
             work.wait()
         batches, own = launched.batches, launched.batches[self._replica]
         new = new_tokens(batches, launched.results[:, 0].long().tolist())
-        if own.entries or layout.ep > 1:
+        if own.entries or self._shares_experts:
             padded = self._padded_tokens([sum(num_positions(e, new) for e in batch.entries) for batch in batches])
             guesses = self._drafter.drafts(own, hidden, new, padded)
             if self._decides:
@@ -356,7 +369,7 @@ class Engine:
     def _padded_tokens(self, counts: list[int]) -> int:
         """Tokens of a pass of this rank, at least one, given those of the replicas."""
         own, multiple = counts[self._replica], self._model.multiple
-        if DISPATCHERS[self._ranks.cfg.parallel.dispatcher].needs_equal_counts and self._ranks.layout.ep > 1:
+        if DISPATCHERS[self._ranks.cfg.parallel.dispatcher].needs_equal_counts and self._shares_experts:
             own = max(counts)
         return max(-(-own // multiple), 1) * multiple
 
@@ -408,6 +421,8 @@ class Engine:
             added |= new
         if launched.drafts is not None:
             self._take_drafts(launched, launched.drafts.tolist(), added)
+        elif self._control is not None:
+            self._control.rest()
 
     def _take_drafts(self, launched: _Launched, drafts: list[list[int]], added: dict[SequenceState, list[int]]) -> None:
         """Have the next pass verify the drafts, unless it is to measure what it costs without them."""

@@ -78,7 +78,8 @@ def _draw(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(1)
 
     params = [choice.params for choice in choices]
-    scaled = logits.double() / column([p.temperature for p in params])
+    scaled = logits.double()
+    scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / column([p.temperature for p in params])
     if any(p.filters for p in params):
         scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
         size = logits.size(1)

@@ -73,9 +73,6 @@ class SpeculationControl:
             tokens: that the sequences have got.
         """
         self._passes += 1
-        if self._paused:
-            self._paused -= 1
-            return
         if verified:
             self._speculative.note((seconds + drafting_s) / tokens)
         else:
@@ -83,6 +80,10 @@ class SpeculationControl:
         if self._passes >= WARM_UP and self._is_slower():
             self._paused, self._passes = PAUSE, 0
             self._speculative, self._plain = _Average(), _Average()
+
+    def rest(self) -> None:
+        """A pass without drafts has ended."""
+        self._paused = max(self._paused - 1, 0)
 
     def _is_slower(self) -> bool:
         speculative, plain = self._speculative.value, self._plain.value

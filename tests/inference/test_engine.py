@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,12 @@ def compared_with_training(changes: dict[str, Any], new: int = NEW, options: Eng
     return worst
 
 
+@pytest.mark.parametrize("shape", ["mla", "gqa"])
+def test_a_model_in_emulated_fp8_has_the_log_probabilities_of_training(shape: str) -> None:
+    ((found,),) = run_distributed(differences, 1, "fp32", [None], {**SHAPES[shape], "precision__fp8": "block"})
+    assert found < 1e-5
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_cached_generation_is_recomputation_of_the_whole_prefix(shape: str) -> None:
     assert run_distributed(compared_with_training, 1, SHAPES[shape])[0] < 1e-5
@@ -114,6 +121,7 @@ def test_cached_generation_is_recomputation_of_the_whole_prefix(shape: str) -> N
         ({"dp": 2, "ep": 2}, "mla_without_q_lora", 2),
         ({"dp": 2, "ep": 2, "dispatcher": "allgather"}, "gqa", 2),
         ({"tp": 2, "etp": 2}, "mla", 2),
+        ({"etp": 2, "dp": 2}, "gqa", 2),
         ({"tp": 2, "dp": 2, "ep": 2}, "mla", 4),
         ({"tp": 2, "pp": 2, "ep": 2}, "mla", 4),
     ],
@@ -198,6 +206,19 @@ def test_a_completion_can_be_ended_early() -> None:
     run_distributed(ended_early, 1)
 
 
+def lonely(degrees: dict[str, Any]) -> list[list[int]]:
+    """One request, so that all replicas but one have nothing to do."""
+    ranks, chunks = built(degrees, {})
+    with Engine(ranks, chunks, OPTIONS) as engine:
+        return texts(engine.generate(prompts()[:1], SamplingParams(max_new_tokens=4)))
+
+
+@pytest.mark.parametrize("degrees", [{"dp": 2, "ep": 2}, {"dp": 2, "etp": 2}, {"dp": 2}], ids=str)
+def test_replicas_without_requests_take_part_where_they_share_experts(degrees: dict[str, int]) -> None:
+    (alone,) = run_distributed(lonely, 1, {})
+    assert run_distributed(lonely, 2, degrees) == [alone, alone]
+
+
 def replicated() -> tuple[list[int], list[list[int]]]:
     ranks, chunks = built({"dp": 2}, {})
     with Engine(ranks, chunks, OPTIONS) as engine:
@@ -238,9 +259,11 @@ def requests_of(draw: random.Random) -> list[tuple[list[int], SamplingParams]]:
     return made
 
 
-def random_schedules(changes: dict[str, Any], seeds: range) -> tuple[int, int]:
+def random_schedules(
+    changes: dict[str, Any], seeds: range, degrees: dict[str, Any] | None = None, speculate: bool = False
+) -> tuple[int, int]:
     """Requests alone, and in random company. Returns the numbers of evictions and of cancelled requests."""
-    ranks, chunks = built({}, changes)
+    ranks, chunks = built(degrees or {}, changes)
     evictions = cancelled = 0
     requests = requests_of(random.Random(0))
     roomy = EngineOptions(num_blocks=64, block_size=4)
@@ -250,7 +273,7 @@ def random_schedules(changes: dict[str, Any], seeds: range) -> tuple[int, int]:
             alone += [output.completions for output in engine.generate([prompt], params)]
     for seed in seeds:
         draw = random.Random(seed)
-        with Engine(ranks, chunks, options_of(draw)) as engine:
+        with Engine(ranks, chunks, replace(options_of(draw), speculate=speculate)) as engine:
             to_come, running = draw.sample(range(len(requests)), len(requests)), {}
             found: dict[int, list[Completion]] = {}
             seen: dict[Any, int] = {}
@@ -265,7 +288,8 @@ def random_schedules(changes: dict[str, Any], seeds: range) -> tuple[int, int]:
                     cancelled += 1
                 for number, output in engine.step().finished.items():
                     found[running.pop(number)] = output.completions
-                seen |= {sequence: sequence.evictions for sequence in engine.replicas[0].waiting}
+                waiting = [sequence for scheduler in engine.replicas for sequence in scheduler.waiting]
+                seen |= {sequence: sequence.evictions for sequence in waiting}
             evictions += sum(seen.values())
             assert engine.num_free_blocks == engine.num_blocks
         for index, completions in found.items():
@@ -291,9 +315,24 @@ def test_results_do_not_depend_on_what_else_is_in_the_batch(shape: str, seeds: r
     assert cancelled >= len(seeds) / 2
 
 
-def differences(precision: str, formats: list[str | None]) -> list[float]:
+@pytest.mark.parametrize(
+    ("degrees", "shape", "speculate"),
+    [({"pp": 2}, "gqa", False), ({"dp": 2, "ep": 2}, "mla", True), ({}, "mla", True)],
+    ids=lambda value: "".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
+)
+def test_results_do_not_depend_on_the_batch_in_layouts_and_with_drafts(
+    degrees: dict[str, Any], shape: str, speculate: bool
+) -> None:
+    ranks = 2 if degrees else 1
+    found = run_distributed(random_schedules, ranks, SHAPES[shape], range(4), degrees, speculate, timeout_s=600)
+    assert len(set(found)) == 1
+    evictions, _ = found[0]
+    assert evictions >= 1
+
+
+def differences(precision: str, formats: list[str | None], changes: dict[str, Any] | None = None) -> list[float]:
     """Mean difference of a log-probability from training's, over a continuation of each prompt."""
-    ranks, chunks = built({}, {"precision__dtype": precision})
+    ranks, chunks = built({}, {"precision__dtype": precision, **(changes or {})})
     found = []
     for cache_format in formats:
         options = EngineOptions(num_blocks=64, block_size=4, max_batch_tokens=16, cache_format=cache_format)
@@ -363,6 +402,10 @@ def refused() -> list[str]:
             engine.add_request([1], SamplingParams(max_new_tokens=1, top_logprobs=129))
         messages.append(str(caught.value))
         assert engine.is_idle
+    ranks.cfg.precision.fp8 = "delayed"
+    with pytest.raises(ConfigError) as caught:
+        Engine(ranks, chunks, OPTIONS)
+    messages.append(str(caught.value))
     ranks.cfg.model.capacity_factor = 1.0
     with pytest.raises(ConfigError) as caught:
         Engine(ranks, chunks, OPTIONS)
@@ -370,10 +413,11 @@ def refused() -> list[str]:
 
 
 def test_requests_and_models_that_cannot_be_run_are_refused() -> None:
-    empty, beyond, negative, long, top, capacity = run_distributed(refused, 1)[0]
+    empty, beyond, negative, long, top, scale, capacity = run_distributed(refused, 1)[0]
     assert empty == beyond == negative
     assert "use token ids from 0 to 127" in empty
     assert "a prompt of 8 tokens and max_new_tokens=1 exceed 8 tokens" in long
     assert "shorten the prompt to 7" in long
     assert "top_logprobs=129 exceeds model.vocab_size=128" in top
-    assert "model.capacity_factor" in capacity
+    assert "set precision.fp8=block" in scale
+    assert "set model.capacity_factor=null" in capacity

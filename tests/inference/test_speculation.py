@@ -125,6 +125,30 @@ def test_drafts_are_the_predictions_of_training(shape: str) -> None:
     assert run_distributed(compared_with_training, 1, shaped(shape))[0] > 2 * NEW
 
 
+def resumed() -> tuple[list[bool], int]:
+    """Whether each pass made drafts, where they are measured to be slow."""
+    ranks, chunks = built({}, shaped("mla"))
+    drafted = []
+    with Engine(ranks, chunks, options()) as engine, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe_train.inference.speculation.PAUSE", 5)
+        patch.setattr("moe_train.inference.speculation.WARM_UP", 3)
+        patch.setattr(SpeculationControl, "_is_slower", lambda control: True)
+        engine.add_request([1, 2, 3], SamplingParams(max_new_tokens=40))
+        control = engine._control
+        assert control is not None
+        while not engine.is_idle:
+            drafted.append(control.drafts)
+            engine.step()
+    return drafted, sum(engine.speculation.verified)
+
+
+def test_drafts_are_made_again_after_a_pause() -> None:
+    ((drafted, verified),) = run_distributed(resumed, 1)
+    first = drafted.index(False)
+    assert drafted[first : first + 6] == [False] * 5 + [True]
+    assert verified > 4
+
+
 def refused() -> str:
     ranks, chunks = built({}, {"model__mtp_num_layers": 0})
     with pytest.raises(ConfigError) as caught:
@@ -151,7 +175,10 @@ def speculating(plain_s: float, speculative_s: float, tokens: int, passes: int =
     for _ in range(passes):
         verified = control.verifies
         chosen.append(control.drafts)
-        control.note(verified, speculative_s if verified else plain_s, 0.1, sequences=4, tokens=tokens)
+        if control.drafts:
+            control.note(verified, speculative_s if verified else plain_s, 0.1, sequences=4, tokens=tokens)
+        else:
+            control.rest()
     return chosen
 
 

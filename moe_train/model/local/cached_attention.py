@@ -139,6 +139,10 @@ class CacheContext(Protocol):
         """The cache of a layer."""
         ...
 
+    def single_tokens(self) -> list[Prefill]:
+        """The sequences that decode, as a prefill of one token each."""
+        ...
+
     def rotary(self, module: Any, scale: float | None, interleaved: bool) -> Rotary:
         """The angles of the tokens' positions.
 
@@ -187,8 +191,10 @@ class LatentAttention:
             PreparedNorm(attention.kv_layernorm),
         )
         self._output = PreparedLinear(attention.linear_proj)
-        self._kv_up: Tensor = attention.linear_kv_up_proj.weight.detach()
-        up = self._kv_up.view(-1, self._nope + self._value, self._latent)
+        # In another number format the up-projection rounds latents, so that it has to run as in training.
+        self._kernel: gemm.LinearKernel = attention.linear_kv_up_proj.kernel
+        self._absorbs = self._kernel is gemm.HIGH_PRECISION
+        up = attention.linear_kv_up_proj.weight.detach().view(-1, self._nope + self._value, self._latent)
         self._key_up = up[:, : self._nope]
         """[heads, nope, latent]"""
         self._value_up = up[:, self._nope :].mT
@@ -199,12 +205,13 @@ class LatentAttention:
         count, store, decoding = context.num_tokens, context.layer(self._layer_number), context.decoding
         store.write(context.slots, latent=latent[:count].unsqueeze(1), rotary_key=rotary_key[:count])
         parts = []
-        if decoding.count:
+        prefills = context.prefills if self._absorbs else [*context.single_tokens(), *context.prefills]
+        if decoding.count and self._absorbs:
             n = decoding.count
             parts.append(self._decode(nope[:n], rotary_queries[:n], store, decoding))
-        for prefill in context.prefills:
+        for prefill in prefills:
             rows = prefill.rows
-            if prefill.pieces is not None:
+            if prefill.pieces is not None and self._absorbs:
                 parts.append(self._decode_few(nope[rows], rotary_queries[rows], store, prefill.pieces))
                 continue
             if store.is_exact and prefill.starts_sequence:
@@ -279,13 +286,16 @@ class LatentAttention:
         [k, latent + rope] -> [s, heads, value], in the cheaper of the two ways."""
         s, heads = nope.shape[:2]
         latents, rotary_keys = keys.split([self._latent, self._rope], dim=-1)
-        if absorption_is_cheaper(s, len(keys), self._latent, self._nope, self._rope, self._value):
+        sizes = self._latent, self._nope, self._rope, self._value
+        if self._absorbs and absorption_is_cheaper(s, len(keys), *sizes):
             absorbed = torch.bmm(nope.transpose(0, 1), self._key_up)
             queries = torch.cat([absorbed, rotary.transpose(0, 1)], dim=-1).flatten(0, 1).unsqueeze(0)
             mask = _causal_mask(s, len(keys), keys).repeat(1, heads, 1)
             mixed = _mix(queries, keys.unsqueeze(0), latents.unsqueeze(0), mask, self._scale)
             return torch.bmm(mixed.view(heads, s, self._latent), self._value_up).transpose(0, 1)
-        up = gemm.matmul(latents, self._kv_up.mT).view(len(keys), heads, self._nope + self._value)
+        up = gemm.linear(latents, self._attention.linear_kv_up_proj.weight, self._kernel).view(
+            len(keys), heads, self._nope + self._value
+        )
         expanded = torch.cat([up[..., : self._nope], rotary_keys.unsqueeze(1).expand(-1, heads, -1)], dim=-1)
         return _prefill(self._attention, torch.cat([nope, rotary], dim=-1), expanded, up[..., self._nope :])
 

@@ -51,7 +51,9 @@ def _feed_forward(mlp: Any) -> _Dense | _Experts | _Module:
     """That of one layer: [t / tp, h] -> the same shape."""
     if not isinstance(mlp, MoELayer):
         return _Dense(mlp) if isinstance(mlp.activation_func, SwiGLU) else _Module(mlp)
-    alone = mlp.config.expert_model_parallel_size == mlp.config.tensor_model_parallel_size == 1
+    config = mlp.config
+    degrees = config.expert_model_parallel_size, config.expert_tensor_parallel_size, config.tensor_model_parallel_size
+    alone = all(degree == 1 for degree in degrees)
     return _Experts(mlp) if alone and isinstance(mlp.experts, GroupedExperts) else _Module(mlp)
 
 

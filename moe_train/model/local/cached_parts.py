@@ -1,4 +1,4 @@
-"""PreparedLinear layers and norms of the `local` backend, prepared for forward passes of few tokens without gradients.
+"""Linear layers and norms of the `local` backend, prepared for forward passes of few tokens without gradients.
 
 Preparing looks up once what a module would look up in every call. The weights are views of the module's.
 """
@@ -15,7 +15,7 @@ from moe_train.model.local.norm import RMSNorm
 
 
 class PreparedLinear:
-    """x [t, in] -> [t, out], with the bias of the layer, where ranks share the layer as it shards tokens."""
+    """x [t, in] -> [t, out], with the bias of the layer. With sequence parallelism t is what the module divides."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
