@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_train.inference.text import is_unicode
 from parallel.errors import DataError
 
 _WHOLE = ("max_new_tokens", "top_k", "seed", "n", "logprobs")
@@ -59,6 +60,8 @@ def _lines(text: str, name: str) -> Iterator[Prompt]:
 def _prompt(content: Any, where: str) -> Prompt:
     if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
         raise DataError(f"{where} has no text `prompt`", 'write it as {"prompt": "text"}')
+    if not is_unicode(content):
+        raise DataError(f"{where} is not valid Unicode text", "write surrogates in pairs, such as \\ud83c\\udf4f")
     for name, value in content.items():
         if name not in _FIELDS:
             raise DataError(f"{where} has {name!r}, which is not a field of a request", f"use {', '.join(_FIELDS)}")
@@ -74,7 +77,7 @@ def _problem(name: str, value: Any) -> str:
     """Why a field cannot have this value; "" where it can. Ranges are checked with the other parameters."""
     if name in _WHOLE and (isinstance(value, bool) or not isinstance(value, int)):
         return "not a whole number"
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
     if name in _NUMBERS and not is_number:
         return "not a number"
     if name == "stop":

@@ -17,6 +17,7 @@ from moe_train.config.roots import InferenceRoot
 from moe_train.config.schema import Config
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.inference import source
+from moe_train.inference.text import is_unicode
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
 from tools.words import CommandLine
@@ -51,7 +52,13 @@ class TrainedModel:
         return EngineRanks(self.cfg, self.layout, engine, longest)
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt, which begins as the texts of training do. There is at least one."""
+        """Tokens of a prompt, which begins as the texts of training do. There is at least one.
+
+        Raises:
+            ConfigError: the text is not valid Unicode.
+        """
+        if not is_unicode(text):
+            raise ConfigError("the text is not valid Unicode", "write it in UTF-8")
         tokenizer = self.tokenizer
         begins = self.cfg.data.prepend_bos or tokenizer.special.adds_bos
         first = [tokenizer.bos] if begins and tokenizer.bos is not None else []

@@ -85,7 +85,7 @@ class GenerateConfig:
         None, "Format of the input: one prompt (text) or one in each line (jsonl); null follows from its suffix.",
         choices=("text", "jsonl"),
     )  # fmt: skip
-    n: int = doc(1, "Continuations of each prompt.", minimum=1, maximum=10_000)
+    n: int = doc(1, "Continuations of each prompt.", minimum=1, maximum=1024)
     logprobs: int | None = doc(
         None, "Write log-probabilities of the tokens, and of so many of the most probable ones; null writes none.",
         minimum=0, maximum=1_000,

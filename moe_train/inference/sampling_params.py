@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 
 from parallel.errors import ConfigError
+
+_MOST_COMPLETIONS = 1024
+_INT32 = 2**31
+_INT64 = 2**63
+_LARGEST, _SMALLEST = 1e6, 1e-6
+"""Of temperatures and penalties. Logits remain finite in fp32 after them."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +55,32 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        most = _MOST_COMPLETIONS if self.max_new_tokens else 1
+        count, penalty = f"from 0 to {_INT32 - 1}", f"from {-_LARGEST:g} to {_LARGEST:g}; 0 means none"
         allowed = {
-            "max_new_tokens": (self.max_new_tokens >= 0, "0 or more"),
-            "temperature": (0 <= self.temperature < inf, "0 or more"),
-            "top_k": (self.top_k >= 0, "0 or more"),
+            "max_new_tokens": (0 <= self.max_new_tokens < _INT32, count),
+            "temperature": (
+                self.temperature == 0 or _SMALLEST <= self.temperature <= _LARGEST,
+                f"0, or from {_SMALLEST:g} to {_LARGEST:g}",
+            ),
+            "top_k": (0 <= self.top_k < _INT32, count),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < inf, "above 0; 1 means none"),
-            "presence_penalty": (abs(self.presence_penalty) < inf, "a finite number; 0 means none"),
-            "frequency_penalty": (abs(self.frequency_penalty) < inf, "a finite number; 0 means none"),
-            "n": (self.n >= 1 if self.max_new_tokens else self.n == 1, "at least 1, and 1 where max_new_tokens=0"),
-            "top_logprobs": (self.top_logprobs >= 0, "0 or more"),
-            "prompt_logprobs": (self.prompt_logprobs is None or self.prompt_logprobs >= 0, "null, or 0 or more"),
-        }
+            "repetition_penalty": (
+                _SMALLEST <= self.repetition_penalty <= _LARGEST, f"from {_SMALLEST:g} to {_LARGEST:g}; 1 means none",
+            ),
+            "presence_penalty": (abs(self.presence_penalty) <= _LARGEST, penalty),
+            "frequency_penalty": (abs(self.frequency_penalty) <= _LARGEST, penalty),
+            "seed": (-_INT64 <= self.seed < _INT64, "a whole number of 64 bits"),
+            "n": (1 <= self.n <= most, f"from 1 to {_MOST_COMPLETIONS}, and 1 where max_new_tokens=0"),
+            "top_logprobs": (0 <= self.top_logprobs < _INT32, count),
+            "prompt_logprobs": (
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs < _INT32, f"null, or {count}",
+            ),
+        }  # fmt: skip
         for name, (fits, values) in allowed.items():
             if not fits:
-                raise ConfigError(f"{name}={getattr(self, name)} is outside its range", f"set {name} to {values}")
+                raise ConfigError(f"{name}={getattr(self, name)!r:.50} is outside its range", f"set {name} to {values}")
 
     @property
     def penalises(self) -> bool:

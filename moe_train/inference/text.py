@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 _CONTEXT = 6
 """Tokens of the prompt that are decoded with the first new ones: some decoders drop a space at the start of a text."""
 _REPLACEMENT = "\ufffd"
 _LONGEST_TAIL = 3
 """Replacement characters at the end of a text that may become one character: UTF-8 has up to 4 bytes of it."""
+_LONGEST_WINDOW = 16
+_KEPT = 8
+"""Tokens that remain of a longer window."""
+
+
+def is_unicode(value: Any) -> bool:
+    """Whether all texts in a JSON value can be encoded. The escape of half a surrogate pair is valid JSON only."""
+    pending = [value]
+    while pending:  # not recursive: the depth is the author's choice
+        one = pending.pop()
+        if isinstance(one, dict):
+            pending += [*one.keys(), *one.values()]
+        elif isinstance(one, list):
+            pending += one
+        elif isinstance(one, str):
+            try:
+                one.encode()
+            except UnicodeEncodeError:
+                return False
+    return True
 
 
 class Decoder(Protocol):
@@ -46,7 +66,23 @@ class IncrementalDecoder:
             del self._window[: self._complete]
             self._complete = len(self._window)
             self._sent = len(self._decoded())
+        elif len(self._window) > _LONGEST_WINDOW:
+            self._trim(text[self._sent :])
         return piece
+
+    def _trim(self, pending: str) -> None:
+        """Drop the oldest tokens of a long run of incomplete characters, such as random bytes.
+
+        A character has at most 4 bytes. Wherever the window begins, decoding is in step again after 3 of them.
+
+        Args:
+            pending: the text that is not certain yet.
+        """
+        shorter = self._window[-_KEPT:]
+        text = self._tokenizer.decode(shorter)
+        sent = len(text) - len(pending)
+        if sent >= _LONGEST_TAIL and text.endswith(pending):
+            self._window, self._sent, self._complete = shorter, sent, 0
 
     def flush(self) -> str:
         """The rest, with replacement characters where bytes are missing."""

@@ -46,7 +46,7 @@ def test_pieces_add_up_and_none_ends_within_a_character(byte_level: Tokenizer) -
 
 def test_random_bytes_add_up_to_what_all_of_them_decode_to(byte_level: Tokenizer) -> None:
     draw = random.Random(3)
-    for length in range(40):
+    for length in [*range(40), 300]:
         ids = [draw.randrange(1, 280) for _ in range(length)]
         assert "".join(pieces(IncrementalDecoder(byte_level), ids)) == byte_level.decode(ids)
     cut = byte_level.encode("🍏")[:2]
@@ -64,6 +64,14 @@ def test_a_long_text_is_not_decoded_again_for_every_token(byte_level: Tokenizer)
 
     pieces(IncrementalDecoder(Counting(), byte_level.encode(TEXT)), byte_level.encode(TEXT * 5))
     assert longest < 20
+    draw = random.Random(5)
+    continuations = [token for token in range(280) if byte_level.decode([token]) == "\ufffd"]
+    for length in (50, 400):
+        ids = [draw.choice(continuations) for _ in range(length)] + byte_level.encode(TEXT)
+        longest = 0
+        found = IncrementalDecoder(Counting())
+        assert "".join(map(found.push, ids)) == byte_level.decode(ids)
+        assert longest < 20
 
 
 def test_the_space_before_the_first_word_is_that_of_the_whole_text() -> None:
