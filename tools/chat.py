@@ -128,13 +128,13 @@ class Conversation:
             prompt, new = self._prompt()
             values: dict[str, Any] = {"max_new_tokens": new}
             params, stop = params_of(self.cfg.sampling, self.model.stop_token_ids, values)
-        except ConfigError:
+            events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+            with _sigint(lambda: events.put(None)):
+                number = self.ranks.submit(prompt, dict(vars(params)), stop, events.put)
+                answer = self._shown(number, len(prompt), events, show)
+        except BaseException:  # a message without an answer is not part of the conversation
             self.messages = before
             raise
-        events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        with _sigint(lambda: events.put(None)):
-            number = self.ranks.submit(prompt, dict(vars(params)), stop, events.put)
-            answer = self._shown(number, len(prompt), events, show)
         self.messages.append({"role": "assistant", "content": answer})
 
     def _shown(
@@ -170,9 +170,7 @@ class Conversation:
         """
         longest, wanted = self.facts.max_sequence_length, self.cfg.sampling.max_new_tokens
         while True:
-            tokens = self.template.encode(self.messages) if self.template.exists else self.model.encode(
-                "".join(message["content"] for message in self.messages)
-            )  # fmt: skip
+            tokens = self.template.encode(self.messages, self.model.encode)
             room = longest - len(tokens)
             if room >= min(wanted, _FEWEST_NEW_TOKENS):
                 return tokens, min(wanted, room)

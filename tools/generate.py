@@ -117,9 +117,11 @@ class _PromptRequest:
                 "finish_reason": own[-1].finish_reason if own else "length",
             }
             if self.logprobs:
-                result["logprobs"] = [token.logprob for token in tokens]
+                result["logprobs"] = [protocol.json_logprob(token.logprob) for token in tokens]
                 if self.params.top_logprobs:
-                    result["top_logprobs"] = [{str(t): p for t, p in token.top.items()} for token in tokens]
+                    result["top_logprobs"] = [
+                        {str(t): protocol.json_logprob(p) for t, p in token.top.items()} for token in tokens
+                    ]
             found.append(result)
         return found
 

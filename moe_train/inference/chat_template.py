@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ _BEGIN, _END = "\U000f0000", "\U000f0001"
 _MARKED = re.compile(f"{_BEGIN}(.*?){_END}|[{_BEGIN}{_END}]", re.DOTALL)
 
 Message = Mapping[str, str]
-"""`role` (system, user, assistant) and `content`."""
+"""`role` (system, user, assistant) and `content`, and optionally the `name` of the participant."""
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -104,26 +104,32 @@ class ChatTemplate:
         """Whether the tokenizer has a template. Without one the text of the messages is continued."""
         return self._template is not None
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], encode_text: Callable[[str], list[int]]) -> list[int]:
         """Tokens of the conversation, up to where the next answer begins.
+
+        Args:
+            encode_text: tokens of a text that begins as those of training do. It is used without a template.
 
         Raises:
             ConfigError: the template refuses these messages.
         """
         if self._template is None:
-            return self._tokenizer.encode("".join(message["content"] for message in messages))
-        marked = [{"role": message["role"], "content": self._mark(message["content"])} for message in messages]
+            return encode_text("".join(message["content"] for message in messages))
+        marked = [
+            {key: value if key == "role" else self._mark(value) for key, value in message.items()}
+            for message in messages
+        ]
         special = self._tokenizer.special
         named = {"bos_token": self._tokenizer.bos_token, "eos_token": special.eos or self._tokenizer.eod_token}
         named |= {"pad_token": special.pad, "unk_token": special.unk}
         texts = {name: text for name, text in named.items() if text is not None}
         try:
             rendered = self._template.render(messages=marked, add_generation_prompt=True, tools=None, **texts)
+            return self._encode(rendered)
         except Exception as error:  # of any kind, since it is a program
             raise ConfigError(
                 f"the chat template of {self._where} refuses these messages: {error}", "change their roles or order"
             ) from error
-        return self._encode(rendered)
 
     def _mark(self, text: str) -> str:
         """Marks around special tokens that a message spells."""

@@ -5,6 +5,7 @@ The command (a terminal, a server) runs in the process that starts the ranks. It
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,13 @@ class ScoredToken:
     token: int
     logprob: float
     top: dict[int, float] = field(default_factory=dict)
+
+
+def json_logprob(logprob: float | None) -> float | None:
+    """A log-probability as JSON can have it: null for NaN, and -9999 for minus infinity, as in OpenAI's interface."""
+    if logprob is None or math.isnan(logprob):
+        return None
+    return logprob if math.isfinite(logprob) else math.copysign(9999.0, logprob)
 
 
 @dataclass

@@ -39,7 +39,7 @@ def texts(directory: Path, messages: list[dict[str, str]]) -> list[str]:
     special = {tokenizer.token_id(text): text for text in tokenizer.special_texts}
     found: list[str] = []
     pending: list[int] = []
-    for token in [*chat_template.load(tokenizer).encode(messages), None]:
+    for token in [*chat_template.load(tokenizer).encode(messages, tokenizer.encode), None]:
         if token is None or token in special:
             found += [tokenizer.decode(pending)] if pending else []
             found += [special[token]] if token is not None else []
@@ -47,6 +47,17 @@ def texts(directory: Path, messages: list[dict[str, str]]) -> list[str]:
         else:
             pending.append(token)
     return found
+
+
+def tokenizer_fails(text: str) -> list[int]:
+    raise AssertionError("only for models without a template")
+
+
+def test_names_of_participants_reach_the_template(directory: Path) -> None:
+    tokenizer = Tokenizer(directory / "tokenizer.json")
+    own = chat_template.ChatTemplate("{% for m in messages %}{{ m.name }}: {{ m.content }}{% endfor %}", tokenizer, "t")
+    message = {"role": "user", "content": "Hi", "name": "<|user|>"}
+    assert own.encode([message], tokenizer_fails) == tokenizer.encode("<|user|>") + tokenizer.encode(": Hi")
 
 
 EXPECTED = [
@@ -86,7 +97,7 @@ def test_it_gives_what_transformers_does(directory: Path) -> None:
     wanted = library.apply_chat_template(messages, chat_template=template, tokenize=True, add_generation_prompt=True)
     ids = wanted if isinstance(wanted, list) else wanted["input_ids"]
     own = chat_template.ChatTemplate(template, Tokenizer(directory / "tokenizer.json"), "test")
-    assert own.encode(messages) == list(ids)
+    assert own.encode(messages, tokenizer_fails) == list(ids)
 
 
 def test_special_tokens_that_a_message_spells_stay_text(directory: Path) -> None:
@@ -105,12 +116,13 @@ def test_special_tokens_that_a_message_spells_stay_text(directory: Path) -> None
         "{% for i in range(1000000) %}x{% endfor %}",
         "{{ raise_exception('roles must alternate') }}",
         "{{ undefined.field }}",
+        "{{ '\\ud800' }}",
     ],
 )
 def test_a_template_cannot_leave_its_sandbox(template: str, directory: Path) -> None:
     own = chat_template.ChatTemplate(template, Tokenizer(directory / "tokenizer.json"), "there.jinja")
     with pytest.raises(ConfigError, match=r"the chat template of there\.jinja refuses these messages"):
-        own.encode(MESSAGES)
+        own.encode(MESSAGES, tokenizer_fails)
 
 
 def test_errors_name_the_file(directory: Path) -> None:
@@ -126,4 +138,4 @@ def test_a_base_model_continues_the_text(trained: Path) -> None:
     tokenizer = Tokenizer(trained / "data" / "tokenizer.json")
     template = chat_template.load(tokenizer)
     assert not template.exists
-    assert tokenizer.decode(template.encode(MESSAGES)) == "Be brief.Hello"
+    assert tokenizer.decode(template.encode(MESSAGES, tokenizer.encode)) == "Be brief.Hello"

@@ -88,6 +88,21 @@ def test_the_oldest_messages_make_room_and_a_message_that_is_too_long_is_refused
     assert talk.messages == before
 
 
+def test_a_message_that_the_ranks_refuse_is_not_kept(trained: Path) -> None:
+    class Refusing(Echo):
+        def submit(self, prompt: list[int], params: dict[str, Any], stop: list[str], deliver: Any) -> int:
+            deliver(protocol.Rejected(0, "too long", "shorten it"))
+            return 0
+
+    talk = conversation(trained, Refusing(), TEMPLATE)
+    before = list(talk.messages)
+    with pytest.raises(ConfigError, match="too long; shorten it"):
+        talk.answer("one", lambda text: None)
+    with pytest.raises(ConfigError, match="refuses these messages"):
+        talk.answer("\ud800", lambda text: None)
+    assert talk.messages == before
+
+
 def test_ctrl_c_stops_the_answer_and_keeps_what_there_is(trained: Path) -> None:
     cfg, model = model_of(trained, max_new_tokens=4000)
     with model.ranks(cfg.engine) as ranks:

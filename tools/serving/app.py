@@ -19,6 +19,7 @@ from moe_train.config.inference import ServeConfig
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.inference import protocol
 from moe_train.inference.chat_template import ChatTemplate
+from moe_train.inference.sampling_params import SamplingParams
 from parallel.errors import ConfigError
 from tools.serving import errors, responses
 from tools.serving.errors import RequestError
@@ -93,7 +94,7 @@ class Service:
 
     def params(self, body: SamplingBody, new_tokens: int, top_logprobs: int) -> dict[str, Any]:
         """Values of `SamplingParams`. What the request leaves out has OpenAI's default."""
-        values = {
+        values: dict[str, Any] = {
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "top_k": max(0, body.top_k or 0),
@@ -111,6 +112,10 @@ class Service:
             raise RequestError(400, "stream_options is only for stream=true", "stream_options")
         if isinstance(body.stop, list) and len(body.stop) > len(body.stops):
             raise RequestError(400, f"stop has more than {len(body.stops)} strings", "stop")
+        try:
+            SamplingParams(**values)  # the engine does so too, but then a stream has begun
+        except ConfigError as error:
+            raise RequestError(400, str(error)) from error
         return values
 
 
@@ -234,7 +239,10 @@ class _Answer:
             generation.submit(self.prompts, self.params, self.body.stops)
             async for position, event in generation.events():
                 if not isinstance(event, protocol.Update):
-                    continue
+                    if self.params["max_new_tokens"]:
+                        continue
+                    # Without new tokens there was no update. The echoed prompt is the whole answer.
+                    event = protocol.Update(event.number, 0, finish_reason="length")
                 index = position * n + event.completion
                 choice = self.chunk(index, event, index not in lengths, lengths.get(index, 0))
                 lengths[index] = lengths.get(index, 0) + len(event.text)
@@ -264,11 +272,11 @@ class _Completion(_Answer):
             raise RequestError(400, "best_of has to be n: other continuations are not ranked", "best_of")
         if self.echo and body.stream and body.logprobs is not None:
             raise RequestError(400, "echo with logprobs is only for stream=false", "echo")
+        if new == 0 and (body.n or 1) > 1:
+            raise RequestError(400, "max_tokens=0 needs n=1", "n")
         params = service.params(body, new, body.logprobs or 0)
         if self.echo and body.logprobs is not None:
             params["prompt_logprobs"] = body.logprobs
-        if new == 0 and params["n"] > 1:
-            raise RequestError(400, "max_tokens=0 needs n=1", "n")
         super().__init__(service, body, prompts, params)
 
     def _prompt_of(self, index: int) -> list[int]:
@@ -313,11 +321,8 @@ class _Chat(_Answer):
 
     def __init__(self, service: Service, body: ChatBody) -> None:
         service.check_model(body.model)
-        messages = [
-            {"role": "system" if one.role == "developer" else one.role, "content": one.text} for one in body.messages
-        ]
         try:
-            prompt = service.template.encode(messages)
+            prompt = service.template.encode([one.for_template() for one in body.messages], service.encode)
         except ConfigError as error:
             raise RequestError(400, str(error), "messages") from error
         prompt = prompt or service.encode("")

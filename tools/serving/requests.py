@@ -34,7 +34,7 @@ class Admission:
         if self.draining:
             raise RequestError(503, "the server is shutting down")
         if self._slots.locked() and self.queued >= self._max_queued:
-            raise RequestError(429, f"{self.queued} requests are waiting already (serve.max_queued); try again later")
+            raise RequestError(429, f"the queue is full (serve.max_queued={self._max_queued}); try again later")
         self.queued += 1
         try:
             await self._slots.acquire()

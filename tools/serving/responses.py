@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_train.data.tokenizer import Tokenizer
-from moe_train.inference.protocol import ScoredToken, Update
+from moe_train.inference.protocol import ScoredToken, Update, json_logprob
 
 Json = dict[str, Any]
 
@@ -51,19 +51,19 @@ def completion_logprobs(
         offset += len(text)
     return {
         "tokens": texts,
-        "token_logprobs": [logprob for _, logprob, _ in tokens],
+        "token_logprobs": [json_logprob(logprob) for _, logprob, _ in tokens],
         "top_logprobs": [_by_text(tokenizer, top) if logprob is not None else None for _, logprob, top in tokens],
         "text_offset": offsets,
     }
 
 
-def _by_text(tokenizer: Tokenizer, top: dict[int, float]) -> dict[str, float]:
+def _by_text(tokenizer: Tokenizer, top: dict[int, float]) -> dict[str, float | None]:
     """Where several tokens have the same text, the most probable one counts."""
     found: dict[str, float] = {}
     for token, logprob in top.items():
         text = tokenizer.text_of(token)
         found[text] = max(logprob, found.get(text, logprob))
-    return found
+    return {text: json_logprob(logprob) for text, logprob in found.items()}
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[ScoredToken]) -> Json:
@@ -71,7 +71,7 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[ScoredToken]) -> Json:
 
     def entry(token: int, logprob: float) -> Json:
         text = tokenizer.text_of(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": json_logprob(logprob), "bytes": list(text.encode())}
 
     content = [
         {**entry(one.token, one.logprob), "top_logprobs": [entry(t, p) for t, p in one.top.items()]} for one in tokens

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from moe_train.inference.text import is_unicode
 
 _LONGEST_STOP = 256
 _MOST_STOPS = 16
@@ -55,6 +58,14 @@ class SamplingBody(BaseModel):
     # Only their neutral values.
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_texts(cls, value: Any) -> Any:
+        """Refuse texts at any depth that no tokenizer can read."""
+        if not is_unicode(value):
+            raise PydanticCustomError("unicode", "not valid Unicode text")
+        return value
+
     @property
     def stops(self) -> list[str]:
         """The stop strings."""
@@ -94,6 +105,12 @@ class ChatMessage(BaseModel):
     def text(self) -> str:
         """The whole text."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+    def for_template(self) -> dict[str, str]:
+        """The message as chat templates know it."""
+        role = "system" if self.role == "developer" else self.role
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": role, "content": self.text, **named}
 
 
 class ResponseFormat(BaseModel):

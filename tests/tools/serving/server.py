@@ -36,6 +36,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.is_alive = True
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.has_loop = threading.Event()
 
     @property
     def load(self) -> protocol.Load:
@@ -45,6 +46,19 @@ class Server:
         """Tasks of the event loop that are not done."""
         assert self.loop is not None
         return asyncio.run_coroutine_threadsafe(_count_tasks(), self.loop).result(10)
+
+    @contextlib.contextmanager
+    def without_slots(self, count: int) -> Iterator[None]:
+        """So many requests are active inside the block, which do nothing."""
+        assert self.loop is not None
+        slots = [self.service.admission.slot() for _ in range(count)]
+        for slot in slots:
+            asyncio.run_coroutine_threadsafe(slot.__aenter__(), self.loop).result(10)
+        try:
+            yield
+        finally:
+            for slot in slots:
+                asyncio.run_coroutine_threadsafe(slot.__aexit__(None, None, None), self.loop).result(10)
 
 
 async def _count_tasks() -> int:
@@ -68,11 +82,13 @@ def running(loaded: Loaded, token: str | None = None, **limits: Any) -> Iterator
 
         async def main() -> None:
             server.loop = asyncio.get_running_loop()
+            server.has_loop.set()
             await serve.serve(gate, listener, admission, server, drain_s=5)
 
         thread = threading.Thread(target=lambda: asyncio.run(main()))
         thread.start()
         try:
+            assert server.has_loop.wait(20)
             yield server
         finally:
             server.is_alive = False

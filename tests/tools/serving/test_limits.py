@@ -66,6 +66,11 @@ def refusal(response: httpx.Response) -> tuple[int, str, str | None]:
         (GOOD | {"beam_width": 3}, 400, "beam_width is not a parameter that this server has", "beam_width"),
         (GOOD | {"stream_options": {}}, 400, "only for stream=true", "stream_options"),
         (GOOD | {"model": "gpt"}, 404, "the model 'gpt' does not exist", "model"),
+        (GOOD | {"prompt": "\ud800"}, 400, "not valid Unicode text", "prompt"),
+        (GOOD | {"prompt": ["a", "b\udfff"]}, 400, "not valid Unicode text", "prompt"),
+        (GOOD | {"stop": ["\ud800"]}, 400, "not valid Unicode text", "stop"),
+        (GOOD | {"\ud800": 1}, 400, "unicode", None),
+        (GOOD | {"temperature": 1e-9}, 400, "temperature=1e-09 is outside its range", None),
         (b" " * 20_001, 413, "larger than serve.max_body_bytes=20000", None),
     ],
 )
@@ -85,6 +90,8 @@ def test_a_wrong_body_is_an_error_object_that_names_the_field(
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, "needs logprobs=true"),
         ({"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, "tools"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages: not valid Unicode text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]}, "not valid Unicode text"),
     ],
 )
 def test_a_wrong_conversation_is_refused(content: Any, told: str, server: Server) -> None:
@@ -154,14 +161,18 @@ def test_a_port_in_use_is_named() -> None:
 
 
 def test_more_requests_than_the_queue_holds_are_told_to_come_again(loaded: Loaded) -> None:
-    with running(loaded, max_concurrent=1, max_queued=1) as server, concurrent.futures.ThreadPoolExecutor(5) as pool:
-        long = GOOD | {"max_tokens": 40, "ignore_eos": True}
-        answers = [*pool.map(lambda i: post(server, long | {"stream": i % 2 == 0}), range(5))]
-        codes = sorted(answer.status_code for answer in answers)
-        assert set(codes) == {200, 429}
-        refused = next(answer for answer in answers if answer.status_code == 429)
-        assert refusal(refused)[1].startswith("1 requests are waiting already")
-        assert refused.headers["retry-after"] == "1"
+    with running(loaded, max_concurrent=1, max_queued=1) as server, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with server.without_slots(1):
+            queued = pool.submit(post, server, GOOD)
+            deadline = time.monotonic() + 60
+            while server.service.admission.queued < 1:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            for stream in (False, True):
+                refused = post(server, GOOD | {"stream": stream})
+                assert refusal(refused)[:2] == (429, "the queue is full (serve.max_queued=1); try again later")
+                assert refused.headers["retry-after"] == "1"
+        assert queued.result().status_code == 200
         assert post(server, GOOD).status_code == 200
         nothing_is_left(server)
 

@@ -8,7 +8,10 @@ import httpx
 import openai
 import pytest
 
+from moe_train.inference.protocol import ScoredToken
 from tests.tools.serving.server import Server
+from tools.serving import responses
+from tools.serving.schemas import ChatBody
 
 PROMPT = "some text"
 
@@ -86,6 +89,43 @@ def test_an_echoed_prompt_is_scored(client: openai.OpenAI, server: Server) -> No
     both = client.completions.create(model="test", prompt=PROMPT, max_tokens=3, echo=True, temperature=0)
     alone = client.completions.create(model="test", prompt=PROMPT, max_tokens=3, temperature=0)
     assert both.choices[0].text == PROMPT + alone.choices[0].text
+    for prompts in (PROMPT, [PROMPT, "other"]):
+        stream = client.completions.create(model="test", prompt=prompts, max_tokens=0, echo=True, stream=True)
+        found = sorted((one.index, one.text, one.finish_reason) for chunk in stream for one in chunk.choices)
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        assert found == [(index, text, "length") for index, text in enumerate(texts)]
+
+
+def test_numbers_that_json_does_not_have(server: Server) -> None:
+    tokenizer = server.service.tokenizer
+    tokens = [ScoredToken(1, math.nan, {1: math.nan}), ScoredToken(2, -math.inf, {2: -math.inf})]
+    chat = responses.chat_logprobs(tokenizer, tokens)
+    assert [one["logprob"] for one in chat["content"]] == [None, -9999.0]
+    assert [one["top_logprobs"][0]["logprob"] for one in chat["content"]] == [None, -9999.0]
+    text = responses.completion_logprobs(tokenizer, [(t.token, t.logprob, t.top) for t in tokens], 0)
+    assert text["token_logprobs"] == [None, -9999.0]
+    assert [list(top.values()) for top in text["top_logprobs"]] == [[None], [-9999.0]]
+
+
+def test_a_conversation_without_a_template_begins_as_a_prompt_does(
+    client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = server.service
+    monkeypatch.setitem(vars(service), "encode", lambda text: [7, *service.tokenizer.encode(text)])
+    messages: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": PROMPT}]
+    made = client.chat.completions.create(model="test", messages=messages, temperature=0, max_tokens=2)
+    plain = client.completions.create(model="test", prompt=PROMPT, temperature=0, max_tokens=2)
+    assert made.usage is not None
+    assert made.usage == plain.usage
+    assert made.usage.prompt_tokens == 1 + len(service.tokenizer.encode(PROMPT))
+
+
+def test_the_template_gets_names_of_participants() -> None:
+    body = {"messages": [{"role": "developer", "content": "a"}, {"role": "user", "content": "b", "name": "Ann"}]}
+    assert [one.for_template() for one in ChatBody.model_validate(body).messages] == [
+        {"role": "system", "content": "a"},
+        {"role": "user", "content": "b", "name": "Ann"},
+    ]
 
 
 def test_chat(client: openai.OpenAI) -> None:
