@@ -61,7 +61,7 @@ def check(cfg: MemoryRoot) -> None:
         )
     if asked.speculate and not model.mtp_num_layers:
         raise Impossible(
-            "engine.speculate=true, but model.mtp_num_layers=0", [{"engine.speculate": None}]
+            "engine.speculate=true, but model.mtp_num_layers=0", [{"engine.speculate": False}]
         )  # fmt: skip
     if asked.rotary_format and not attention_kind(model).latent:
         raise Impossible(
@@ -88,7 +88,7 @@ def answer(cfg: MemoryRoot, workload: Workload, weights: Sequence[Weights]) -> C
 
 def serving_of(asked: PlannedEngineConfig, model: ModelConfig, seq_length: int) -> Serving:
     """Sizes of what is generated at the same time."""
-    speculates = asked.speculate is not False
+    speculates = asked.speculate
     return Serving(
         context_length=asked.context_length or seq_length,
         batch_tokens=asked.max_batch_tokens,

@@ -25,10 +25,10 @@ class CacheConfig:
         2048, "Tokens in one forward pass, over all sequences.", minimum=1, maximum=1_000_000_000
     )
     max_sequences: int = doc(64, "Sequences that run at the same time.", minimum=1, maximum=1_000_000)
-    speculate: bool | None = doc(
-        None, "Draft tokens with multi-token prediction, as long as that is measured to be faster; null means where "
-        "the model has such layers. The tokens are the same.",
-    )  # fmt: skip
+    speculate: bool = doc(
+        False,
+        "Draft tokens with multi-token prediction, while that is measured to be faster; the tokens are the same.",
+    )
 
 
 @dataclass

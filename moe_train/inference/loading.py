@@ -82,13 +82,12 @@ def engine_options(ranks: RankContext, config: EngineConfig, longest: int | None
 
 
 def _speculates(ranks: RankContext, config: EngineConfig) -> bool:
-    has_layers = ranks.cfg.model.mtp_num_layers > 0
-    if config.speculate and not has_layers:
+    if config.speculate and not ranks.cfg.model.mtp_num_layers:
         raise ConfigError(
             "engine.speculate=true, but the model has no multi-token-prediction layers",
             "set engine.speculate=false, or leave it out",
         )
-    return has_layers if config.speculate is None else config.speculate
+    return config.speculate
 
 
 def _blocks_of_memory(ranks: RankContext, config: EngineConfig, longest: int | None) -> int:

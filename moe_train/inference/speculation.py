@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 PLAIN_EVERY = 16
-"""One in so many passes verifies no drafts, to measure what it costs without."""
-WARM_UP = 24
+"""One in so many passes verifies no drafts, to measure what it costs without. Before the first decision it is one in
+two."""
+WARM_UP = 6
 """Passes before the first decision."""
 PAUSE = 512
 """Passes without drafts after they did not pay off."""
@@ -62,7 +63,8 @@ class SpeculationControl:
     @property
     def verifies(self) -> bool:
         """Whether the next pass verifies the drafts that there are."""
-        return self.drafts and self._passes % PLAIN_EVERY != PLAIN_EVERY - 1
+        every = 2 if self._passes < WARM_UP else PLAIN_EVERY
+        return self.drafts and self._passes % every != every - 1
 
     def note(self, verified: bool, seconds: float, drafting_s: float, sequences: int, tokens: int) -> None:
         """A pass has ended in which all sequences decode.

@@ -57,13 +57,13 @@ def test_every_form_of_a_model_generates_the_same_in_every_layout(trained: Path)
 def sizes(path: Path) -> list[int]:
     ranks = load(path, {"tp": 2}).ranks
     per_token = bytes_per_token(ranks.cfg.model, "fp32", None, tp=2)
-    roomy = EngineConfig(memory_gib=100 * 16 * per_token / 2**30, speculate=False)
+    roomy = EngineConfig(memory_gib=100 * 16 * per_token / 2**30)
     with pytest.raises(ConfigError, match=r"engine.memory_gib=1e-06 is less than one block .*; set engine.memory_gib="):
         loading.engine_options(ranks, EngineConfig(memory_gib=1e-6))
     found = [
         loading.engine_options(ranks, roomy),
         # Four layers, and one of multi-token prediction.
-        loading.engine_options(ranks, dataclasses.replace(roomy, speculate=None)),
+        loading.engine_options(ranks, dataclasses.replace(roomy, speculate=True)),
         loading.engine_options(ranks, EngineConfig(num_blocks=7, block_size=4, cache_format="int8")),
         loading.engine_options(ranks, EngineConfig(max_sequences=3), longest=33),
         # Ranks with different memory take what all of them have.
