@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
+import queue
 import secrets
 import tempfile
 import threading
@@ -52,10 +53,10 @@ class EngineRanks:
     def __init__(self, cfg: Config, layout: ParallelLayout, engine: EngineConfig, longest: int | None = None) -> None:
         self._cfg, self._layout, self._engine, self._longest = cfg, layout, engine, longest
         self._numbers = itertools.count()
-        # Two locks: the thread that reads reports needs the first one, and rank 0 may wait for it to read before it
-        # takes the next command.
+        # Rank 0 reads commands between two steps, and the connection holds few of them. So a thread of its own sends:
+        # who submits or cancels, such as the event loop of a server, does not wait.
+        self._commands: queue.SimpleQueue[protocol.Command | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # of everything below
-        self._sending = threading.Lock()
         self._connection: Connection | None = None
         self._deliver: dict[int, Deliver] = {}
         self._failure: BaseException | None = None
@@ -112,7 +113,7 @@ class EngineRanks:
         if is_lost:
             deliver(Lost(self.error))
         else:
-            self._send(protocol.Submit(number, list(prompt), params, tuple(stop)))
+            self._send(protocol.Submit(number, list(prompt), dict(params), tuple(stop)))
         return number
 
     def cancel(self, number: int) -> None:
@@ -141,8 +142,13 @@ class EngineRanks:
 
     def _send(self, command: protocol.Command) -> None:
         if self._connection is not None:
-            with self._sending, contextlib.suppress(OSError):  # the launcher's thread reports why rank 0 is gone
-                self._connection.send(command)
+            self._commands.put(command)
+
+    def _write(self, connection: Connection) -> None:
+        """Send commands in their order, until None."""
+        with contextlib.suppress(OSError):  # the launcher's thread reports why rank 0 is gone
+            while (command := self._commands.get()) is not None:
+                connection.send(command)
 
     def _launch(self) -> None:
         """The launcher's thread, to the end of the ranks."""
@@ -183,11 +189,22 @@ class EngineRanks:
 
     def _read(self, listener: Listener) -> None:
         try:
-            with listener.accept() as connection:
+            with listener.accept() as connection, self._writing(connection):
                 while True:
                     self._take(connection.recv(), connection)
         except (EOFError, OSError):  # rank 0 has ended; the launcher's thread says why
             return
+
+    @contextlib.contextmanager
+    def _writing(self, connection: Connection) -> Iterator[None]:
+        """Commands are sent inside the block."""
+        thread = threading.Thread(target=self._write, args=[connection], name="commands", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._commands.put(None)
+            thread.join(_END_S)  # before the connection is closed
 
     def _take(self, report: protocol.Report, connection: Connection) -> None:
         if isinstance(report, protocol.Ready):
