@@ -59,9 +59,13 @@ class IncrementalDecoder:
         self._window.append(token)
         text = self._decoded()
         end = _certain(text)
+        is_complete = end == len(text)
+        if not is_complete and not _certain(self._tokenizer.decode(self._window[self._complete :])):
+            # SentencePiece's byte fallback: an incomplete character also replaces complete ones right before it.
+            end = self._sent
         piece = text[self._sent : end]
         self._sent = max(self._sent, end)
-        if end == len(text):
+        if is_complete:
             # What came before the previous complete text changes nothing any more.
             del self._window[: self._complete]
             self._complete = len(self._window)

@@ -81,6 +81,20 @@ def test_the_space_before_the_first_word_is_that_of_the_whole_text() -> None:
     assert "".join(pieces(IncrementalDecoder(words), [2, 3])) == "c d"
 
 
+def test_characters_in_single_bytes_one_after_the_other() -> None:
+    """SentencePiece's byte fallback decodes a run of bytes as a whole: one that is incomplete replaces all of it."""
+    tokens = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
+    library = Library(models.BPE(tokens, [], byte_fallback=True, unk_token="<unk>"))
+    library.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+
+    class Bytes:
+        def decode(self, ids: list[int]) -> str:
+            return str(library.decode(ids))
+
+    decoder = IncrementalDecoder(Bytes())
+    assert [piece for byte in TEXT.encode() if (piece := decoder.push(byte + 1))] == list(TEXT)
+
+
 @pytest.mark.parametrize(
     ("text", "stop", "kept"),
     [
