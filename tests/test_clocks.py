@@ -12,6 +12,7 @@ MAY_READ_THE_WALL_CLOCK = {
     ("launch/lock.py", "_in_use"),  # the age of a heartbeat in an error message
     ("moe_train/checkpoint/node_local.py", "move"),  # a name that no earlier run has
     ("moe_train/checkpoint/node_local.py", "set_aside"),  # the function around it
+    ("moe_train/inference/chat_template.py", "_now"),  # templates put today's date into the text
     ("moe_train/telemetry/sinks/tensorboard.py", "_open"),  # TensorBoard orders files by the time in their names
     ("moe_train/telemetry/sinks/tensorboard.py", "_put"),  # every event has a time of day
 }

@@ -17,7 +17,7 @@ from tests.checkpoint import small_run
 from tests.distributed.helper import run_distributed
 from tests.inference.test_engine import SHAPES, built, prompts, texts
 
-NEW = 24
+NEW = 16
 
 
 def options(**changes: Any) -> EngineOptions:
