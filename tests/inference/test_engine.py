@@ -324,7 +324,7 @@ def test_results_do_not_depend_on_the_batch_in_layouts_and_with_drafts(
     degrees: dict[str, Any], shape: str, speculate: bool
 ) -> None:
     ranks = 2 if degrees else 1
-    found = run_distributed(random_schedules, ranks, SHAPES[shape], range(3), degrees, speculate, timeout_s=600)
+    found = run_distributed(random_schedules, ranks, SHAPES[shape], range(4), degrees, speculate, timeout_s=600)
     assert len(set(found)) == 1
     evictions, _ = found[0]
     assert evictions >= 1
