@@ -7,6 +7,7 @@ import contextlib
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,7 +158,7 @@ def build(service: Service) -> FastAPI:
     return app
 
 
-class _Answer:
+class _Answer(ABC):
     """A request that generates: what both kinds have in common."""
 
     object_name = ""
@@ -173,13 +174,13 @@ class _Answer:
         if total > _MOST_CONTINUATIONS:
             raise RequestError(400, f"the request asks for {total} continuations, at most {_MOST_CONTINUATIONS}", "n")
 
+    @abstractmethod
     def choice(self, index: int, one: GrowingText, prompt_scores: list[protocol.ScoredToken] | None) -> Json:
         """A finished continuation."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chunk(self, index: int, update: protocol.Update, is_first: bool, before: int) -> Json:
         """The choice of a streamed chunk. `before`: characters of the continuation so far."""
-        raise NotImplementedError
 
     async def respond(self, request: Request) -> Response:
         """The answer, whole or as a stream. It is cancelled when the client is gone."""
