@@ -19,11 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
-from launch.local import signals
 from launch.local.engine_ranks import EngineRanks, Event, Lost
-from moe_train.config.composition.compose import hydra_entry
 from moe_train.config.roots import ChatRoot
 from moe_train.inference import chat_template, protocol
 from moe_train.inference.chat_template import ChatTemplate
@@ -40,21 +38,18 @@ _HELP = "/reset begins another conversation, /exit ends the program, Ctrl-C stop
 _FEWEST_NEW_TOKENS = 16  # for which older messages are dropped
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Console script."""
     line = parse(sys.argv[1:])
-    code: list[int] = []
-    try:
-        with trained_model.command(line):
-            code.append(
-                hydra_entry(
-                    lambda cfg: run(cfg, line.overrides), argv=line.argv("source"), root=ChatRoot, runs=False,
-                    answers=True, about=__doc__, common=_COMMON,
-                )
-            )  # fmt: skip
-    except signals.Interrupted as interrupt:
-        code.append(trained_model.interrupted(interrupt))
-    signals.leave(code[0])
+    trained_model.main(
+        lambda cfg: run(cfg, line.overrides),
+        line,
+        line.argv("source"),
+        ChatRoot,
+        about=__doc__,
+        common=_COMMON,
+        answers=True,
+    )
 
 
 def run(cfg: ChatRoot, words: Sequence[str]) -> None:

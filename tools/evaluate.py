@@ -22,13 +22,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.table import Table
 
-from launch.local import forkserver, signals
+from launch.local import forkserver
 from moe_train.config import sources
-from moe_train.config.composition.compose import hydra_entry
 from moe_train.config.composition.validate import validate
 from moe_train.config.evaluate import EvaluateConfig
 from moe_train.config.resolve import batch_schedule
@@ -60,22 +59,19 @@ _COMMON = (
 )  # fmt: skip
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Console script."""
     line = parse(sys.argv[1:])
-    argv = arguments(line)
-    code: list[int] = []
-    try:
-        with trained_model.command():
-            code.append(
-                hydra_entry(
-                    lambda cfg: run(cfg, line.overrides), argv=argv, root=EvaluateRoot, runs=False, answers=True,
-                    about=__doc__, common=_COMMON,
-                )
-            )  # fmt: skip
-    except signals.Interrupted as interrupt:
-        code.append(trained_model.interrupted(interrupt))
-    signals.leave(code[0])
+    trained_model.main(
+        lambda cfg: run(cfg, line.overrides),
+        line,
+        arguments(line),
+        EvaluateRoot,
+        about=__doc__,
+        common=_COMMON,
+        answers=True,
+        forks_early=False,
+    )
 
 
 def arguments(line: CommandLine) -> list[str]:

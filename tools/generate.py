@@ -19,11 +19,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from launch.local import signals
 from launch.local.engine_ranks import EngineRanks, Event, Lost
-from moe_train.config.composition.compose import hydra_entry
 from moe_train.config.inference import SamplingConfig
 from moe_train.config.roots import GenerateRoot
 from moe_train.files import atomic, untrusted
@@ -41,22 +39,18 @@ _COMMON = (
 _LARGEST_INPUT_BYTES = 1 << 30
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Console script."""
     line = parse(sys.argv[1:])
-    argv = line.argv("source", "generate.prompt")
-    code: list[int] = []
-    try:
-        with trained_model.command(line):
-            code.append(
-                hydra_entry(
-                    lambda cfg: run(cfg, line.overrides), argv=argv, root=GenerateRoot, runs=False, answers=True,
-                    about=__doc__, common=_COMMON,
-                )
-            )  # fmt: skip
-    except signals.Interrupted as interrupt:
-        code.append(trained_model.interrupted(interrupt))
-    signals.leave(code[0])
+    trained_model.main(
+        lambda cfg: run(cfg, line.overrides),
+        line,
+        line.argv("source", "generate.prompt"),
+        GenerateRoot,
+        about=__doc__,
+        common=_COMMON,
+        answers=True,
+    )
 
 
 def run(cfg: GenerateRoot, words: Sequence[str]) -> None:

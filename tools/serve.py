@@ -22,10 +22,8 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from launch.local import signals
-from moe_train.config.composition.compose import hydra_entry
 from moe_train.config.inference import ServeConfig
 from moe_train.config.roots import ServeRoot
 from moe_train.files import untrusted
@@ -42,21 +40,17 @@ TOKEN = "MOE_SERVE_TOKEN"
 _WATCH_S = 0.2
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Console script."""
     line = parse(sys.argv[1:])
-    code: list[int] = []
-    try:
-        with trained_model.command(line):
-            code.append(
-                hydra_entry(
-                    lambda cfg: run(cfg, line.overrides), argv=line.argv("source"), root=ServeRoot, runs=False,
-                    about=__doc__, common=_COMMON,
-                )
-            )  # fmt: skip
-    except signals.Interrupted as interrupt:
-        code.append(trained_model.interrupted(interrupt))
-    signals.leave(code[0])
+    trained_model.main(
+        lambda cfg: run(cfg, line.overrides),
+        line,
+        line.argv("source"),
+        ServeRoot,
+        about=__doc__,
+        common=_COMMON,
+    )
 
 
 def run(cfg: ServeRoot, words: Sequence[str]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 from launch import quiet, rendezvous
 from launch.local import forkserver, signals
 from launch.local.engine_ranks import EngineRanks
+from moe_train.config.composition.compose import hydra_entry
 from moe_train.config.composition.validate import validate
 from moe_train.config.inference import EngineConfig
 from moe_train.config.roots import InferenceRoot
@@ -93,8 +95,36 @@ def find(cfg: InferenceRoot, words: Sequence[str], command: str) -> TrainedModel
     return TrainedModel(found.name, config, layout, tokenizer, source.stop_token_ids(config, tokenizer))
 
 
+def main(
+    run: Callable[[Any], None],
+    line: CommandLine,
+    argv: Sequence[str],
+    root: type,
+    *,
+    about: str | None,
+    common: Sequence[str],
+    answers: bool = False,
+    forks_early: bool = True,
+) -> NoReturn:
+    """What console scripts do: `run` with the config, then exit. A signal ends the command with its exit code.
+
+    Args:
+        line: the words of the command.
+        argv: the same words for Hydra.
+        root, about, common, answers: as `hydra_entry` has them.
+        forks_early: whether the process that forks ranks starts at once, where the words name a model.
+    """
+    try:
+        with _command(line if forks_early else None):
+            code = hydra_entry(run, argv=argv, root=root, runs=False, answers=answers, about=about, common=common)
+    except signals.Interrupted as interrupt:
+        print(f"\ninterrupted by {interrupt.signal.name}", file=sys.stderr)
+        code = interrupt.exit_code
+    signals.leave(code)
+
+
 @contextlib.contextmanager
-def command(line: CommandLine | None = None) -> Iterator[None]:
+def _command(line: CommandLine | None) -> Iterator[None]:
     """The main part of a command: signals that end it are raised in this block as `signals.Interrupted`.
 
     Args:
@@ -110,9 +140,3 @@ def command(line: CommandLine | None = None) -> Iterator[None]:
     finally:
         if not was_running:
             forkserver.kill()  # at once, even if it still imports
-
-
-def interrupted(interrupt: signals.Interrupted) -> int:
-    """Tell of a signal that has ended the command, and return its exit code."""
-    print(f"\ninterrupted by {interrupt.signal.name}", file=sys.stderr)
-    return interrupt.exit_code
