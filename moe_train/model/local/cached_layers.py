@@ -7,7 +7,8 @@ once and called one after the other, and MoE layers whose experts are all on thi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from moe_train.model.kernels import cpu_gemm, gemm
 from moe_train.model.local.cached_attention import CacheContext, GroupedAttention, LatentAttention
-from moe_train.model.local.cached_parts import PreparedLinear, PreparedNorm
+from moe_train.model.local.cached_parts import PreparedLinear, PreparedNorm, through_module
 from moe_train.model.local.experts import GroupedExperts
 from moe_train.model.local.swiglu import SwiGLU, WeightedSwiGLU
 
@@ -47,31 +48,23 @@ class CachedLayer:
         return hidden + self._feed_forward(before_mlp(hidden))
 
 
-def _feed_forward(mlp: Any) -> _Dense | _Experts | _Module:
+def _feed_forward(mlp: Any) -> Callable[[Tensor], Tensor]:
     """That of one layer: [t / tp, h] -> the same shape."""
     if not isinstance(mlp, MoELayer):
-        return _Dense(mlp) if isinstance(mlp.activation_func, SwiGLU) else _Module(mlp)
+        return _dense(mlp)
     config = mlp.config
     degrees = config.expert_model_parallel_size, config.expert_tensor_parallel_size, config.tensor_model_parallel_size
     alone = all(degree == 1 for degree in degrees)
-    return _Experts(mlp) if alone and isinstance(mlp.experts, GroupedExperts) else _Module(mlp)
+    return _Experts(mlp) if alone and isinstance(mlp.experts, GroupedExperts) else partial(through_module, mlp)
 
 
-class _Module:
-    """A feed-forward of Megatron-Core as it computes itself."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def __call__(self, x: Tensor) -> Tensor:
-        output, bias = self._module(x.unsqueeze(1))
-        output = output.squeeze(1)
-        result: Tensor = output if bias is None else output + bias
-        return result
+def _dense(mlp: Any) -> Callable[[Tensor], Tensor]:
+    """A dense feed-forward, or shared experts."""
+    return _SwiGLUFeedForward(mlp) if isinstance(mlp.activation_func, SwiGLU) else partial(through_module, mlp)
 
 
-class _Dense:
-    """A SwiGLU feed-forward, or shared experts."""
+class _SwiGLUFeedForward:
+    """Two linear layers and the SwiGLU between them."""
 
     def __init__(self, mlp: Any) -> None:
         self._fc1, self._fc2 = PreparedLinear(mlp.linear_fc1), PreparedLinear(mlp.linear_fc2)
@@ -86,11 +79,11 @@ class _Experts:
     def __init__(self, moe: Any) -> None:
         self._router, self._experts = moe.router, moe.experts
         self._routing_matrix = moe.router.routing_matrix()
-        self._shared: _Dense | _Module | None = None
+        self._shared: Callable[[Tensor], Tensor] | None = None
         self._gate: Tensor | None = None
         if moe.use_shared_expert:
             shared = moe.shared_experts
-            self._shared = _Dense(shared) if isinstance(shared.activation_func, SwiGLU) else _Module(shared)
+            self._shared = _dense(shared)
             self._gate = shared.gate_weight.detach().t() if shared.use_shared_expert_gate else None
         fc1, fc2 = moe.experts.linear_fc1, moe.experts.linear_fc2
         self._is_plain = fc1.kernel is fc2.kernel is gemm.HIGH_PRECISION and fc1.weight.device.type == "cpu"

@@ -14,6 +14,14 @@ from moe_train.model.kernels import gemm
 from moe_train.model.local.norm import RMSNorm
 
 
+def through_module(module: Any, x: Tensor) -> Tensor:
+    """x [t, in] through a module of Megatron-Core, which takes [t, 1, in] and returns its bias apart: [t, out]."""
+    output, bias = module(x.unsqueeze(1))
+    output = output.squeeze(1)
+    result: Tensor = output if bias is None else output + bias
+    return result
+
+
 class PreparedLinear:
     """x [t, in] -> [t, out], with the bias of the layer. With sequence parallelism t is what the module divides."""
 
@@ -29,10 +37,7 @@ class PreparedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         if self.is_plain:
             return gemm.matmul_few_rows(x, self._matrix)
-        output, bias = self._module(x.unsqueeze(1))
-        output = output.squeeze(1)
-        result: Tensor = output if bias is None else output + bias
-        return result
+        return through_module(self._module, x)
 
 
 class PreparedNorm:
