@@ -36,10 +36,8 @@ def new_tokens(batches: Sequence[Batch], chosen: Sequence[int]) -> dict[BatchEnt
         for _ in entry.scored_positions:
             next(rows)
         tokens = [next(rows) for _ in entry.sampled_positions]
-        drafts = entry.tokens[entry.known - entry.start :]
-        right = next((i for i, draft in enumerate(drafts) if tokens[i] != draft), len(drafts))
         if tokens:
-            new[entry] = tokens[: right + 1]
+            new[entry] = tokens[: entry.num_right(tokens) + 1]
     return new
 
 

@@ -445,17 +445,17 @@ class Engine:
         """Record the new tokens of a sequence, up to the first that is not the draft. Returns why it ends."""
         if not sequence.params.max_new_tokens:
             return "length" if entry.end == entry.known else None
-        drafts = entry.tokens[entry.known - entry.start :]
+        right = entry.num_right([int(row[0]) for row in rows])
         tokens = new.setdefault(entry.sequence, [])
         reason: str | None = None
-        for index, row in enumerate(rows):
+        for row in rows[: right + 1]:
             token, logprob, best = _read(row, top, sequence.params.top_logprobs)
             tokens.append(token)
             reason = self._requests.note_token(sequence, token, logprob, best)
-            if reason is not None or (index < len(drafts) and drafts[index] != token):
+            if reason is not None:
                 break
-        if drafts:
-            self.speculation.note(len(drafts), sum(a == b for a, b in zip(tokens, drafts, strict=False)))
+        if entry.drafts:
+            self.speculation.note(len(entry.drafts), min(right, len(tokens)))
         return reason
 
     def _sequence(self, entry: BatchEntry) -> GeneratedSequence:
@@ -475,7 +475,7 @@ def _choice(sequence: GeneratedSequence, entry: BatchEntry, position: int) -> To
     state, generated = sequence.state, position + 1 - len(sequence.state.prompt)
     if not sequence.params.penalises:
         return TokenChoice(sequence.params, sequence.index, generated)
-    drafts = entry.tokens[entry.known - entry.start : position + 1 - entry.start]
+    drafts = entry.drafts[: position + 1 - entry.known]
     return TokenChoice(sequence.params, sequence.index, generated, state.prompt, (*state.new_tokens, *drafts))
 
 

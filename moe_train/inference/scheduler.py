@@ -86,6 +86,15 @@ class BatchEntry:
         return self.end - self.start
 
     @property
+    def drafts(self) -> tuple[int, ...]:
+        """Its last tokens, those that the pass verifies."""
+        return self.tokens[self.known - self.start :]
+
+    def num_right(self, chosen: Sequence[int]) -> int:
+        """Drafts before the first wrong one. `chosen`: tokens that the model chooses from the last known one on."""
+        return next((i for i, draft in enumerate(self.drafts) if chosen[i] != draft), len(self.drafts))
+
+    @property
     def samples(self) -> bool:
         """Whether the pass computes the last token that is known, whose logits give the next one."""
         return self.end >= self.known and self.sequence.max_new_tokens > 0
