@@ -1,6 +1,6 @@
 """What attention needs to know of a forward pass with the KV cache.
 
-The tokens of all sequences follow one another, [t, 1, h], without padding between them. Sequences with one token come
+The tokens of all sequences follow one another, [t, 1, h], without padding between them. Sequences with few tokens come
 first: those that decode. A batch without sequences has tokens that only pad it.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -70,32 +71,48 @@ class PagedContext:
         self._cache, self._table, self._device = cache, rotary, device
         self._angles: Rotary | None = None
         self.entries = batch.entries
-        self.num_decode = sum(entry.num_tokens == 1 for entry in self.entries)
         tokens = [token for entry in self.entries for token in entry.tokens]
         positions = [position for entry in self.entries for position in range(entry.start, entry.end)]
         self.num_tokens = len(tokens)
         padding = [0] * (padded_tokens - self.num_tokens)
         self.tokens, self.positions = (self._whole_numbers(x + padding) for x in (tokens, positions))
         self.slots = self._slots_of_all(self.entries)
-        self.decoding = self._decoding(self.entries[: self.num_decode])
-        self.prefills: list[Prefill] = []
-        rows: list[int] = []
-        first = 0
-        for entry in self.entries:
-            end = first + entry.num_tokens
-            if entry.num_tokens > 1:
-                pieces = self._pieces(entry) if self._decodes_few(entry) else None
-                self.prefills.append(Prefill(slice(first, end), entry.end, self._prefix(entry), pieces))
-            for wanted in (entry.scored_positions, entry.sampled_positions):
-                rows += range(first + wanted.start - entry.start, first + wanted.stop - entry.start) if wanted else ()
-            first = end
-        self.rows = self._whole_numbers(rows)
+        self.parts = self._parts()
+        self.rows = self._whole_numbers([
+            first + position - entry.start
+            for first, entry in self._first_rows()
+            for wanted in (entry.scored_positions, entry.sampled_positions)
+            for position in wanted
+        ])  # fmt: skip
         """Rows whose logits are wanted: of each entry its scored and then its sampled positions."""
 
-    def single_tokens(self) -> list[Prefill]:
-        """The sequences that decode, as a prefill of one token each."""
-        entries = self.entries[: self.num_decode]
-        return [Prefill(slice(row, row + 1), e.end, self._prefix(e)) for row, e in enumerate(entries)]
+    def as_prefills(self) -> list[Prefill]:
+        """All sequences, also those that decode, in the order of their rows."""
+        return [self._prefill(first, entry) for first, entry in self._first_rows()]
+
+    def _first_rows(self) -> list[tuple[int, BatchEntry]]:
+        """Each entry with its first row."""
+        return list(zip(accumulate((e.num_tokens for e in self.entries), initial=0), self.entries, strict=False))
+
+    def _parts(self) -> list[Decoding | Prefill]:
+        parts: list[Decoding | Prefill] = []
+        for (queries, decodes), own in groupby(self._first_rows(), lambda item: self._kind(item[1])):
+            group = list(own)
+            if decodes:
+                first = group[0][0]
+                rows = slice(first, first + queries * len(group))
+                parts.append(self._decoding(rows, queries, [entry for _, entry in group]))
+            else:
+                parts += [self._prefill(first, entry) for first, entry in group]
+        return parts
+
+    def _kind(self, entry: BatchEntry) -> tuple[int, bool]:
+        """Number of tokens, and whether they are few and follow others, or only one."""
+        few = entry.start > 0 and entry.num_tokens <= self._cache.block_size
+        return entry.num_tokens, few or entry.num_tokens == 1
+
+    def _prefill(self, first: int, entry: BatchEntry) -> Prefill:
+        return Prefill(slice(first, first + entry.num_tokens), entry.end, self._prefix(entry))
 
     def layer(self, number: int) -> LayerCache:
         """The cache of one layer."""
@@ -124,36 +141,36 @@ class PagedContext:
             return slice(entry.blocks[0] * size, entry.blocks[0] * size + entry.end)
         return self._slots_of_blocks(entry.blocks)[: entry.end]
 
-    def _decoding(self, entries: Sequence[BatchEntry]) -> Decoding:
-        """What the sequences with one token attend to."""
-        longest = max((entry.end for entry in entries), default=0)
-        if len(entries) != 1 and len(entries) * longest <= GATHERED_TOKENS:
-            return Decoding(len(entries), self._gathered(entries, longest) if entries else None, [])
-        return Decoding(len(entries), None, [self._pieces(entry) for entry in entries])
+    def _decoding(self, rows: slice, queries: int, entries: Sequence[BatchEntry]) -> Decoding:
+        """What sequences with `queries` tokens each attend to."""
+        longest = max(entry.end for entry in entries)
+        if len(entries) > 1 and len(entries) * longest <= GATHERED_TOKENS:
+            return Decoding(rows, queries, self._gathered(entries, longest), [])
+        return Decoding(rows, queries, None, [self._pieces(entry) for entry in entries])
 
     def _gathered(self, entries: Sequence[BatchEntry], longest: int) -> Gathered:
-        """Shorter sequences repeat their last block. What lies behind their last token is masked."""
+        """Shorter sequences repeat their last block. What lies behind each token is masked."""
         count = self._num_blocks(longest)
         blocks = [[*entry.blocks[:count], *entry.blocks[-1:] * (count - len(entry.blocks))] for entry in entries]
         slots = self._slots_of_blocks(blocks)
-        lengths = self._whole_numbers([entry.end for entry in entries])
-        beyond = torch.arange(slots.size(1), device=self._device) >= lengths.unsqueeze(1)
+        positions = self._whole_numbers([range(entry.start, entry.end) for entry in entries])
+        beyond = torch.arange(slots.size(1), device=self._device) > positions.unsqueeze(2)
         mask = torch.zeros(beyond.shape, device=self._device).masked_fill_(beyond, -torch.inf)
-        return Gathered(slots, mask.unsqueeze(1))
+        return Gathered(slots, mask)
 
     def _pieces(self, entry: BatchEntry) -> Pieces:
         """The longest run of consecutive blocks of a sequence, and the others, if any. Its last block comes last."""
         size, blocks = self._cache.block_size, entry.blocks[: self._num_blocks(entry.end)]
         first, count = longest_run(blocks)
-        run = slice(blocks[first] * size, (blocks[first] + count) * size)
         unused = len(blocks) * size - entry.end
-        if first + count == len(blocks):
+        new = len(blocks) - entry.start // size  # blocks with tokens of this pass
+        run = slice(blocks[first] * size, (blocks[first] + count) * size)
+        end = first + count
+        if end == len(blocks):
             return Pieces([self._slots_of_blocks(blocks[:first]), run] if first else [run], unused)
-        return Pieces([run, self._slots_of_blocks((*blocks[:first], *blocks[first + count :]))], unused)
-
-    def _decodes_few(self, entry: BatchEntry) -> bool:
-        """Whether the tokens are all in the last block of the sequence, after others."""
-        return entry.start > 0 and entry.start // self._cache.block_size == (entry.end - 1) // self._cache.block_size
+        if first and len(blocks) - end < new:
+            return Pieces([self._slots_of_blocks(blocks)], unused)
+        return Pieces([run, self._slots_of_blocks((*blocks[:first], *blocks[end:]))], unused)
 
     def _num_blocks(self, tokens: int) -> int:
         return -(-tokens // self._cache.block_size)

@@ -68,8 +68,7 @@ class Drafter:
             hidden: of the decoder after the pass, [t, h]; None where the batch is empty.
             padded_tokens: positions of the batch, with those that only pad it.
         """
-        # Sequences with one position come first in a batch.
-        entries = sorted(batch.entries, key=lambda e: num_positions(e, new) > 1)
+        entries = sorted(batch.entries, key=lambda e: num_positions(e, new))
         texts = {e: [*e.sequence.tokens[e.start : e.known], *new.get(e, ())] for e in entries}
         states = self._states(batch, entries, hidden, new)
         sampled = [e for e in entries if e.samples]

@@ -428,7 +428,7 @@ class Engine:
         """Have the next pass verify the drafts, unless it is to measure what it costs without them."""
         assert self._control is not None
         entries = launched.sampled
-        decodes = all(e.samples and e.known - e.start == 1 for batch in launched.batches for e in batch.entries)
+        decodes = all(e.samples and e.decodes for batch in launched.batches for e in batch.entries)
         if decodes and len(added) == len(entries):
             seconds, drafting_s = (value / 1e9 for value in drafts[-1][:2])
             verified = any(e.end > e.known for e in entries)

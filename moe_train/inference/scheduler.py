@@ -86,6 +86,11 @@ class BatchEntry:
         return self.end - self.start
 
     @property
+    def decodes(self) -> bool:
+        """Whether the pass computes one known token, and drafts behind it."""
+        return self.end >= self.known == self.start + 1
+
+    @property
     def drafts(self) -> tuple[int, ...]:
         """Its last tokens, those that the pass verifies."""
         return self.tokens[self.known - self.start :]
@@ -114,7 +119,8 @@ class BatchEntry:
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass. The copies come first, in their order; entries with one token come before those with more."""
+    """One forward pass. The copies come first, in their order. Of the entries, those that decode come first, by the
+    number of their drafts."""
 
     entries: tuple[BatchEntry, ...]
     copies: tuple[BlockCopy, ...]
@@ -213,7 +219,7 @@ class Scheduler:
             sequence = self._waiting.popleft()
             insort(self._running, sequence, key=lambda other: other.arrival)
             budget -= self._enter(sequence, self._next_count(sequence, budget), entries, copies)
-        entries.sort(key=lambda entry: entry.num_tokens > 1)
+        entries.sort(key=lambda entry: entry.num_tokens if entry.decodes else self._max_batch_tokens + 1)
         self._in_flight.update(entry.sequence for entry in entries)
         return Batch(tuple(entries), tuple(copies))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from megatron.core.utils import unwrap_model
 
+from moe_train.inference import context
 from moe_train.inference.engine import Engine, EngineOptions
 from moe_train.inference.sampling_params import SamplingParams
 from moe_train.inference.speculation import PAUSE, PLAIN_EVERY, SpeculationControl, SpeculationStatistics
@@ -50,9 +51,10 @@ def test_the_text_is_that_without_speculation(shape: str, depths: int) -> None:
     assert speculated[1][0] > 3 * NEW
 
 
-def drafted(changes: dict[str, Any]) -> int:
+def drafted(changes: dict[str, Any], gathered_tokens: int) -> int:
     """Passes for texts whose drafts come from the texts themselves, one in five of them wrong."""
     ranks, chunks = built({}, changes)
+    context.GATHERED_TOKENS = gathered_tokens
     draw, passes = random.Random(5), 0
     params = SamplingParams(max_new_tokens=NEW, temperature=0.7)
     with Engine(ranks, chunks, options(speculate=False, block_size=8)) as engine:
@@ -74,9 +76,11 @@ def drafted(changes: dict[str, Any]) -> int:
     return passes
 
 
+@pytest.mark.parametrize("gathered_tokens", [context.GATHERED_TOKENS, 0])
 @pytest.mark.parametrize("shape", ["mla", "gqa"])
-def test_drafts_that_are_right_save_passes_and_others_change_nothing(shape: str) -> None:
-    assert run_distributed(drafted, 1, shaped(shape))[0] < 0.75 * NEW
+def test_drafts_that_are_right_save_passes_and_others_change_nothing(shape: str, gathered_tokens: int) -> None:
+    """Also where attention reads the tokens of each sequence where they are."""
+    assert run_distributed(drafted, 1, shaped(shape), gathered_tokens)[0] < 0.75 * NEW
 
 
 @pytest.mark.parametrize(

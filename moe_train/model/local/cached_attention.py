@@ -43,6 +43,7 @@ class Rotary:
 @dataclass(frozen=True)
 class Pieces:
     """Places of whole blocks of a sequence: its longest run of consecutive ones, which is read where it is, and others.
+    The last tokens are neighbours.
 
     Args:
         slots: one or two.
@@ -71,13 +72,11 @@ class Prefill:
         rows: of the batch.
         num_keys: tokens of the sequence up to the last of `rows`.
         slots: their places in the cache, in order.
-        pieces: the same places, where the tokens are few and all in the last block: they attend as in decoding.
     """
 
     rows: slice
     num_keys: int
     slots: Slots
-    pieces: Pieces | None = None
 
     @property
     def starts_sequence(self) -> bool:
@@ -91,21 +90,31 @@ class Gathered:
 
     Args:
         slots: [n, k].
-        mask: [n, 1, k], added to the scores.
+        mask: [n, s, k], added to the scores of the last `s` tokens of each sequence.
     """
 
     slots: Tensor
     mask: Tensor
 
+    def mask_of(self, heads: int) -> Tensor:
+        """That of `heads` heads of each token: [n, s * heads, k], or [n, 1, k] for all of them."""
+        return self.mask if self.mask.size(1) == 1 else self.mask.repeat_interleave(heads, dim=1)
+
 
 @dataclass(frozen=True)
 class Decoding:
-    """Where the tokens are that the decoding sequences attend to, all of them together or by sequence.
+    """The last few tokens of sequences, as many of each, and what they attend to: together or by sequence.
 
     The number of places is a multiple of the block size: oneDNN compiles a kernel for each size that it meets.
+
+    Args:
+        rows: of the batch, sequence by sequence.
+        queries: tokens of each sequence. There are several where drafts are verified.
+        gathered: of all sequences; None where each has its `pieces`.
     """
 
-    count: int
+    rows: slice
+    queries: int
     gathered: Gathered | None
     pieces: list[Pieces]
 
@@ -132,15 +141,15 @@ class CacheContext(Protocol):
 
     num_tokens: int
     slots: Tensor
-    decoding: Decoding
-    prefills: list[Prefill]
+    parts: list[Decoding | Prefill]
+    """All sequences, in the order of their rows."""
 
     def layer(self, number: int) -> LayerStore:
         """The cache of a layer."""
         ...
 
-    def single_tokens(self) -> list[Prefill]:
-        """The sequences that decode, as a prefill of one token each."""
+    def as_prefills(self) -> list[Prefill]:
+        """All sequences, also those that decode, in the order of their rows."""
         ...
 
     def rotary(self, module: Any, scale: float | None, interleaved: bool) -> Rotary:
@@ -202,25 +211,21 @@ class LatentAttention:
 
     def __call__(self, hidden: Tensor, context: CacheContext) -> Tensor:
         nope, rotary_queries, latent, rotary_key = self._projections(hidden, context)
-        count, store, decoding = context.num_tokens, context.layer(self._layer_number), context.decoding
+        count, store = context.num_tokens, context.layer(self._layer_number)
         store.write(context.slots, latent=latent[:count].unsqueeze(1), rotary_key=rotary_key[:count])
-        parts = []
-        prefills = context.prefills if self._absorbs else [*context.single_tokens(), *context.prefills]
-        if decoding.count and self._absorbs:
-            n = decoding.count
-            parts.append(self._decode(nope[:n], rotary_queries[:n], store, decoding))
-        for prefill in prefills:
-            rows = prefill.rows
-            if prefill.pieces is not None and self._absorbs:
-                parts.append(self._decode_few(nope[rows], rotary_queries[rows], store, prefill.pieces))
+        outputs = []
+        for part in context.parts if self._absorbs else context.as_prefills():
+            rows = part.rows
+            if isinstance(part, Decoding):
+                outputs.append(self._decode(nope[rows], rotary_queries[rows], store, part))
                 continue
-            if store.is_exact and prefill.starts_sequence:
+            if store.is_exact and part.starts_sequence:
                 keys = torch.cat([latent[rows], rotary_key[rows].squeeze(1)], dim=-1)
             else:
-                stored = [store.read(name, prefill.slots) for name in ("latent", "rotary_key")]
+                stored = [store.read(name, part.slots) for name in ("latent", "rotary_key")]
                 keys = torch.cat(stored, dim=-1).squeeze(-2)
-            parts.append(self._prefill(nope[rows], rotary_queries[rows], keys))
-        return self._output(_joined(parts, nope, self._value))
+            outputs.append(self._prefill(nope[rows], rotary_queries[rows], keys))
+        return self._output(_joined(outputs, nope, self._value))
 
     def _projections(self, hidden: Tensor, context: CacheContext) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries [t, heads, nope] and [t, heads, rope], normed latents [t, latent], rotary keys [t, 1, rope].
@@ -243,43 +248,39 @@ class LatentAttention:
         rotary_queries, rotary_key = rotated(heads, rotary).split([queries.size(1), 1], dim=1)
         return nope, rotary_queries, latent, rotary_key
 
-    def _decode(self, nope: Tensor, rotary: Tensor, store: LayerStore, decoding: Decoding) -> Tensor:
-        """Absorbed: [n, heads, nope] and [n, heads, rope] -> [n, heads, value]."""
-        absorbed = torch.bmm(nope.transpose(0, 1), self._key_up)  # [heads, n, latent]
-        if decoding.gathered is not None:
-            keys = store.read("latent", decoding.gathered.slots).squeeze(-2)
-            rotary_keys = store.read("rotary_key", decoding.gathered.slots).squeeze(-2)
-            mask = decoding.gathered.mask.to(keys)
-            scores = torch.baddbmm(mask, absorbed.transpose(0, 1), keys.mT, alpha=self._scale)
+    def _decode(self, nope: Tensor, rotary: Tensor, store: LayerStore, part: Decoding) -> Tensor:
+        """Absorbed, `s` tokens of each sequence: [n * s, heads, nope] and [n * s, heads, rope] -> [n * s, heads,
+        value]."""
+        s, heads = part.queries, nope.size(1)
+        absorbed = torch.bmm(nope.transpose(0, 1), self._key_up)  # [heads, n * s, latent]
+        if part.gathered is not None:
+            keys = store.read("latent", part.gathered.slots).squeeze(-2)
+            rotary_keys = store.read("rotary_key", part.gathered.slots).squeeze(-2)
+            queries, rotary = (x.reshape(len(keys), s * heads, -1) for x in (absorbed.transpose(0, 1), rotary))
+            scores = torch.baddbmm(part.gathered.mask_of(heads).to(keys), queries, keys.mT, alpha=self._scale)
             scores = scores.baddbmm_(rotary, rotary_keys.mT, alpha=self._scale)
-            mixed = torch.bmm(scores.softmax(dim=-1), keys).transpose(0, 1)
-        elif decoding.count == 1:
-            mixed = self._attend(absorbed.squeeze(1), rotary[0], store, decoding.pieces[0], 1).unsqueeze(1)
+            mixed = torch.bmm(scores.softmax(dim=-1), keys).view(-1, heads, self._latent).transpose(0, 1)
         else:
-            alone = zip(absorbed.unbind(1), rotary.unbind(), decoding.pieces, strict=True)
-            mixed = torch.stack([self._attend(a, r, store, pieces, 1) for a, r, pieces in alone], dim=1)
+            alone = zip(absorbed.split(s, dim=1), rotary.split(s), part.pieces, strict=True)
+            each = [self._attend(a, r.transpose(0, 1), store, pieces) for a, r, pieces in alone]
+            mixed = each[0] if len(each) == 1 else torch.cat(each, dim=1)
         return torch.bmm(mixed, self._value_up).transpose(0, 1)
 
-    def _decode_few(self, nope: Tensor, rotary: Tensor, store: LayerStore, pieces: Pieces) -> Tensor:
-        """Absorbed, for the last tokens of a sequence: [s, heads, nope] and [s, heads, rope] -> [s, heads, value]."""
-        s, heads = nope.shape[:2]
-        absorbed = torch.bmm(nope.transpose(0, 1), self._key_up).flatten(0, 1)
-        mixed = self._attend(absorbed, rotary.transpose(0, 1).flatten(0, 1), store, pieces, s)
-        return torch.bmm(mixed.view(heads, s, self._latent), self._value_up).transpose(0, 1)
-
-    def _attend(self, absorbed: Tensor, rotary: Tensor, store: LayerStore, pieces: Pieces, queries: int) -> Tensor:
-        """Attention of the last `queries` tokens of a sequence to its latents: [heads * queries, latent] and
-        [heads * queries, rope] -> [heads * queries, latent]."""
+    def _attend(self, absorbed: Tensor, rotary: Tensor, store: LayerStore, pieces: Pieces) -> Tensor:
+        """Attention of the last tokens of a sequence to its latents: [heads, s, latent] and [heads, s, rope] -> [heads,
+        s, latent]."""
+        shape, s = absorbed.shape, absorbed.size(1)
+        absorbed, rotary = (x.reshape(-1, x.size(-1)) for x in (absorbed, rotary))
         keys = [store.read("latent", slots).squeeze(-2) for slots in pieces.slots]
         scores = []
         for own, slots in zip(keys, pieces.slots, strict=True):
             rotary_keys = store.read("rotary_key", slots).squeeze(-2)
             scores.append(torch.mm(rotary, rotary_keys.t()).addmm_(absorbed, own.t()))
-        weights = pieces.mask(_joined_scores(scores).mul_(self._scale), queries).softmax(dim=-1)
+        weights = pieces.mask(_joined_scores(scores).mul_(self._scale), s).softmax(dim=-1)
         if len(keys) == 1:
-            return torch.mm(weights, keys[0])
+            return torch.mm(weights, keys[0]).view(shape)
         first, second = weights.split([len(own) for own in keys], dim=-1)
-        return torch.mm(first, keys[0]).addmm_(second, keys[1])
+        return torch.mm(first, keys[0]).addmm_(second, keys[1]).view(shape)
 
     def _prefill(self, nope: Tensor, rotary: Tensor, keys: Tensor) -> Tensor:
         """Causal attention of the last tokens of a sequence: [s, heads, nope] and [s, heads, rope], keys
@@ -321,33 +322,33 @@ class GroupedAttention:
         queries, keys, values = self._attention.get_query_key_value_tensors(hidden.unsqueeze(1), None)
         rotary = context.rotary(self._rotary, self._rotary_scale, self._interleaved)
         queries, keys, values = rotated(queries.squeeze(1), rotary), rotated(keys.squeeze(1), rotary), values.squeeze(1)
-        count, store, decoding = context.num_tokens, context.layer(self._layer_number), context.decoding
+        count, store = context.num_tokens, context.layer(self._layer_number)
         store.write(context.slots, key=keys[:count], value=values[:count])
-        parts = []
-        if decoding.count:
-            parts.append(self._decode(queries[: decoding.count], store, decoding))
-        for prefill in context.prefills:
-            rows = prefill.rows
-            if prefill.pieces is not None:
-                parts.append(self._attend(queries[rows], store, prefill.pieces))
+        outputs = []
+        for part in context.parts:
+            rows = part.rows
+            if isinstance(part, Decoding):
+                outputs.append(self._decode(queries[rows], store, part))
                 continue
             own = (keys[rows], values[rows])
-            if not (store.is_exact and prefill.starts_sequence):
-                own = (store.read("key", prefill.slots), store.read("value", prefill.slots))
-            parts.append(_prefill(self._attention, queries[rows], *own))
-        return self._output(_joined(parts, queries, queries.size(-1)))
+            if not (store.is_exact and part.starts_sequence):
+                own = (store.read("key", part.slots), store.read("value", part.slots))
+            outputs.append(_prefill(self._attention, queries[rows], *own))
+        return self._output(_joined(outputs, queries, queries.size(-1)))
 
-    def _decode(self, queries: Tensor, store: LayerStore, decoding: Decoding) -> Tensor:
-        """[n, heads, d] -> [n, heads, dv]."""
-        n, heads, d = queries.shape
-        if decoding.gathered is None:
-            alone = zip(queries.split(1), decoding.pieces, strict=True)
+    def _decode(self, queries: Tensor, store: LayerStore, part: Decoding) -> Tensor:
+        """`s` tokens of each sequence: [n * s, heads, d] -> [n * s, heads, dv]."""
+        (t, heads, d), s = queries.shape, part.queries
+        if part.gathered is None:
+            alone = zip(queries.split(s), part.pieces, strict=True)
             return torch.cat([self._attend(own, store, pieces) for own, pieces in alone])
-        keys, values = (store.read(name, decoding.gathered.slots) for name in ("key", "value"))
-        groups = keys.size(2)
-        q = queries.view(n * groups, heads // groups, d)
+        keys, values = (store.read(name, part.gathered.slots) for name in ("key", "value"))
+        n, groups, group = t // s, keys.size(2), heads // keys.size(2)
+        q = queries.view(n, s, groups, group, d).transpose(1, 2).reshape(n * groups, s * group, d)
         k, v = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))
-        return _mix(q, k, v, decoding.gathered.mask.repeat_interleave(groups, dim=0), self._scale).view(n, heads, -1)
+        mask = part.gathered.mask_of(group).repeat_interleave(groups, dim=0)
+        out = _mix(q, k, v, mask, self._scale).view(n, groups, s, group, -1)
+        return out.transpose(1, 2).reshape(t, heads, -1)
 
     def _attend(self, queries: Tensor, store: LayerStore, pieces: Pieces) -> Tensor:
         """Attention of the last tokens of a sequence: [s, heads, d] -> [s, heads, dv]."""
