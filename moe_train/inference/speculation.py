@@ -6,16 +6,19 @@ the pass that verifies them. What they gain depends on how many are accepted. Bo
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
+from statistics import fmean, median_low
 
 PLAIN_EVERY = 16
 """One in so many passes verifies no drafts, to measure what it costs without. Before the first decision it is one in
 two."""
-WARM_UP = 6
+WARM_UP = 8
 """Passes before the first decision."""
 PAUSE = 512
 """Passes without drafts after they did not pay off."""
-_WEIGHT = 0.1  # of the newest pass in the averages
+_REMEMBERED = 32
+"""Newest passes of each kind by which it is decided."""
 
 
 @dataclass
@@ -40,12 +43,22 @@ class SpeculationStatistics:
         return [own / total for own, total in zip(accepted, self.verified, strict=True)]
 
 
-@dataclass
-class _Average:
-    value: float | None = None
+class _Passes:
+    """What the newest passes of one kind took and gave."""
 
-    def note(self, new: float) -> None:
-        self.value = new if self.value is None else (1 - _WEIGHT) * self.value + _WEIGHT * new
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=_REMEMBERED)
+        self._tokens: deque[float] = deque(maxlen=_REMEMBERED)
+
+    def note(self, seconds: float, tokens: float) -> None:
+        """`tokens`: of each sequence."""
+        self._seconds.append(seconds)
+        self._tokens.append(tokens)
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """None before the first pass. A pass that was interrupted, or whose kernels were compiled, does not count."""
+        return median_low(self._seconds) / fmean(self._tokens) if self._seconds else None
 
 
 class SpeculationControl:
@@ -53,7 +66,7 @@ class SpeculationControl:
 
     def __init__(self) -> None:
         self._passes = self._paused = 0
-        self._speculative, self._plain = _Average(), _Average()  # seconds for each token
+        self._speculative, self._plain = _Passes(), _Passes()
 
     @property
     def drafts(self) -> bool:
@@ -76,17 +89,17 @@ class SpeculationControl:
         """
         self._passes += 1
         if verified:
-            self._speculative.note((seconds + drafting_s) / tokens)
+            self._speculative.note(seconds + drafting_s, tokens / sequences)
         else:
-            self._plain.note(seconds / sequences)
+            self._plain.note(seconds, 1)
         if self._passes >= WARM_UP and self._is_slower():
             self._paused, self._passes = PAUSE, 0
-            self._speculative, self._plain = _Average(), _Average()
+            self._speculative, self._plain = _Passes(), _Passes()
 
     def rest(self) -> None:
         """A pass without drafts has ended."""
         self._paused = max(self._paused - 1, 0)
 
     def _is_slower(self) -> bool:
-        speculative, plain = self._speculative.value, self._plain.value
+        speculative, plain = self._speculative.seconds_per_token, self._plain.seconds_per_token
         return speculative is not None and plain is not None and speculative > plain
