@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -20,6 +22,7 @@ from moe_train.resilience import stop
 GRACE_S = 2
 """From SIGTERM to SIGKILL, seconds."""
 _POLL_S = 0.05
+"""How often signals and the time limit are looked at; the end of a rank is noticed at once."""
 _SETTLE_S = 1.0
 """How long the first failure may wait for one that explains it: ranks that lost a peer can be seen before the peer."""
 
@@ -77,7 +80,7 @@ class RankProcesses(PContext):
                     self.start()
                 if stop.requested_by():  # before these ranks were there
                     signals.warn(self.pids())
-                result = self.wait(timeout_s, _POLL_S)
+                result = self.wait(timeout_s)
             finally:
                 with signals.deferred():
                     self.close(timeout=GRACE_S)
@@ -104,6 +107,17 @@ class RankProcesses(PContext):
             process = context.Process(target=rank.enter, args=target, name=f"rank {setup.rank}")
             process.start()
             self._processes.append(process)
+
+    def wait(self, timeout: float = -1, period: float = _POLL_S) -> RunProcsResult | None:
+        """As torch's own, which sleeps for `period` seconds where this one also returns when a process ends."""
+        expiry = time.monotonic() + timeout if timeout >= 0 else math.inf
+        while True:
+            result = self._poll()
+            if result or time.monotonic() >= expiry:
+                return result
+            running = [process.sentinel for process in self._processes if process.is_alive()]
+            if running:
+                connection.wait(running, period)
 
     def _poll(self) -> RunProcsResult | None:
         codes = [process.exitcode for process in self._processes]

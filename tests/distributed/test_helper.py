@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from launch.local.processes import RankProcesses
 from tests.distributed.helper import run_distributed
 from tests.forked import below
 
@@ -48,6 +49,11 @@ def _ranks_alive() -> list[int]:
 
 def test_values_come_back_in_rank_order() -> None:
     assert run_distributed(_sum_of_ranks, 4, 10) == [(i, 46.0, 1) for i in range(4)]
+
+
+def test_the_end_of_a_rank_is_noticed_without_another_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RankProcesses.wait, "__defaults__", (-1, 60.0))  # one that only looks at times takes 60 s
+    assert run_distributed(_sum_of_ranks, 2, 0, timeout_s=30) == [(i, 1.0, 1) for i in range(2)]
 
 
 def test_the_first_error_ends_the_others_at_once() -> None:
