@@ -32,6 +32,9 @@ with contextlib.suppress(Exception):
         for _module in _MODULES:
             with contextlib.suppress(Exception):
                 importlib.import_module(_module)
+    from moe_train.config.composition import compose
+
+    compose.schema()  # that ranks read their config with
 gc.freeze()
 gc.enable()
 # Nothing is left to do when the server ends, and taking down all those modules takes a second.

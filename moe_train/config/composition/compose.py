@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -134,12 +134,18 @@ def from_yaml(path: str | Path) -> Config:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}", "name the config.yaml of a run directory") from error
     try:
-        return to_config(cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), loaded)), Config)
+        return to_config(cast(DictConfig, OmegaConf.merge(schema(), loaded)), Config)
     except Exception as error:
         cause = explain(error)
         raise ConfigError(
             f"{path}: {cause.cause if cause else one_line(error)}", cause.remedy if cause else ""
         ) from error
+
+
+@cache
+def schema() -> DictConfig:
+    """`Config` as OmegaConf's dictionary, to be merged with values and not to be changed. Made once, in 25 ms."""
+    return cast(DictConfig, OmegaConf.structured(Config))
 
 
 def _literal(node: Any) -> Any:

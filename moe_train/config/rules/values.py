@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import typing
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from moe_train.config.walk import FieldInfo, all_fields, get
+from moe_train.config.walk import FieldInfo, all_fields
 from parallel.suggest import Impossible, fixes_of
 
 if TYPE_CHECKING:
@@ -16,8 +19,18 @@ if TYPE_CHECKING:
 
 def check_values(cfg: DataclassInstance) -> None:
     """What can be said of each field of a config root alone. Raises Impossible with values that work."""
-    for name, info in all_fields(type(cfg)).items():
-        check_field(info, get(cfg, name))
+    for info, check, value_in in _checks(type(cfg)):
+        check(info, value_in(cfg))
+
+
+@cache
+def _checks(root: type) -> list[tuple[FieldInfo, Callable[[FieldInfo, Any], None], Callable[[object], Any]]]:
+    """For each field of a config root: its check and how to get its value. The remedies of a wrong config are found by
+    thousands of checks of all fields."""
+    return [
+        (info, _check_entries if info.entry else check_value, operator.attrgetter(name))
+        for name, info in all_fields(root).items()
+    ]
 
 
 def check_field(info: FieldInfo, value: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from moe_train.config.aliases import RENAMED, with_current_names
 from moe_train.config.composition import compose as compose_module
@@ -260,6 +261,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(cfg))
     assert from_yaml(path) == cfg
+    assert compose_module.schema() == OmegaConf.structured(Config), "reading a file changed the schema of the next"
     path.write_text(to_yaml(cfg) + "extra: 1\n")
     with pytest.raises(ConfigError, match="extra is not a field"):
         from_yaml(path)
