@@ -49,11 +49,11 @@ SETS: dict[str, dict[str, Any]] = {
 def step_of(
     directory: Path, degrees: dict[str, int], recompute: dict[str, Any], changes: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Everything that two steps compute, gradients and router state bit by bit."""
+    """Everything that two steps of two micro-batches compute, gradients and router state bit by bit."""
     from moe_train.loop.step import train_step
 
     recomputed = {f"recompute__{name}": value for name, value in recompute.items()}
-    cfg = config(directory, degrees, **recomputed, **(changes or {}))
+    cfg = config(directory, degrees, batch__micro_batch_size=BATCH // 2, **recomputed, **(changes or {}))
     run = prepare(cfg)
     data = batches(run)
     metrics = [train_step(run, data) for _ in range(2)]
