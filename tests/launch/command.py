@@ -14,9 +14,9 @@ from moe_train.data import prepare
 
 
 class Lingering:
-    """Keeps the interpreter from ending for some seconds, once its signal handlers are gone, which `file` then says."""
+    """Keeps the interpreter from ending for a while, once its signal handlers are gone, which `file` then says."""
 
-    def __init__(self, file: Path, seconds: float = 2) -> None:
+    def __init__(self, file: Path, seconds: float = 0.5) -> None:
         self.seconds, self.sleep, self.touch = seconds, time.sleep, file.touch
 
     def __del__(self) -> None:
