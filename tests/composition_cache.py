@@ -19,6 +19,7 @@ from typing import Any, cast
 import pytest
 from hydra._internal import config_loader_impl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.defaults_list import DefaultsList, Overrides
 from hydra.core.config_store import ConfigStore
 
@@ -28,7 +29,7 @@ _FIXED = {f"file://{CONF_DIR}", "pkg://hydra.conf", "structured://", "<empty>"}
 
 
 def install(patch: pytest.MonkeyPatch, directory: Path | None = None) -> None:
-    """Replace two steps of Hydra's loader by ones that remember.
+    """Replace three steps of Hydra's loader by ones that remember.
 
     Args:
         directory: where other processes find what this one has made; None to keep it to itself.
@@ -37,6 +38,7 @@ def install(patch: pytest.MonkeyPatch, directory: Path | None = None) -> None:
         return
     stock_list = config_loader_impl.create_defaults_list
     stock_merge = ConfigLoaderImpl._compose_config_from_defaults_list
+    stock_load = FileConfigSource.load_config
     results = _Results(directory)
 
     def create_defaults_list(repo: Any, config_name: Any, overrides_list: Any, **more: Any) -> DefaultsList:
@@ -59,10 +61,16 @@ def install(patch: pytest.MonkeyPatch, directory: Path | None = None) -> None:
         key = places, tuple(dataclasses.astuple(default) for default in defaults)
         return results.get(("merged", *key), lambda: stock_merge(self, defaults, repo))
 
+    def load_config(self: Any, config_path: str) -> Any:
+        if f"{self.scheme()}://{self.path}" not in _FIXED:
+            return stock_load(self, config_path)
+        return results.get(("file", self.path, config_path), lambda: stock_load(self, config_path))
+
     # Hydra copies its sources for each composition, and with them all schemas of the store, which it only reads.
     patch.setattr(ConfigStore, "__deepcopy__", lambda store, _: store, raising=False)
     patch.setattr(config_loader_impl, "create_defaults_list", create_defaults_list)
     patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", merge)
+    patch.setattr(FileConfigSource, "load_config", load_config)
 
 
 class _Results:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch.local import forkserver
-from tests import composition_cache
+from tests import composition_cache, forked
 
 gc.disable()  # until all tests are imported: see below
 # Threads that wait for others spin, on cores that other tests need. OpenMP reads this when torch is imported.
@@ -27,6 +27,7 @@ os.environ["MOE_TRAIN_STRICT_METRICS"] = "1"
 
 # Ranks of tests are forked with what most of them use imported already.
 forkserver.PRELOAD = (*forkserver.PRELOAD, "tests.preload")
+forked.fork_the_fork_server()
 
 # A background job of a script ignores SIGINT, and runs honour what they inherit: the tests send such signals.
 _HANDLERS = {
@@ -40,10 +41,20 @@ for _signal, _handler in _HANDLERS.items():
         signal.signal(_signal, _handler)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Modules of tests import Megatron-Core as ranks on a CPU do. A process that runs a few tests may need no torch."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    from parallel.runtime.imports import without_compilation
+
+    with without_compilation():
+        return (yield)
+
+
 def pytest_collection_finish() -> None:
     """Objects of imported modules stay. Looking for garbage among them is in vain, and takes a fifth of the time of
     code that makes many objects, such as the composition of a config."""
-    gc.collect()
     gc.freeze()
     gc.set_threshold(5000, 10, 10)
     gc.enable()

@@ -8,6 +8,7 @@ MOE_TESTS_EXEC=1 starts new processes everywhere.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import os
 import pickle
@@ -19,10 +20,13 @@ import subprocess
 import sys
 import threading
 from functools import cache
+from multiprocessing import forkserver, util
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tests import forked_server
 
 ROOT = Path(__file__).parents[1]
 OF_INTERPRETER = ("PYTHON", "LC_", "LANG", "MKL_", "OPENBLAS_", "LD_", "MALLOC_")
@@ -163,6 +167,30 @@ def _server() -> _Server:
     return _Server()
 
 
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_spawn = util.spawnv_passfds
+
+
+def fork_the_fork_server() -> None:
+    """Have `multiprocessing` fork its fork server, too, from the server of commands, which has its modules."""
+    util.spawnv_passfds = _spawned
+
+
+def _spawned(path: str, args: list[str], passed: tuple[int, ...]) -> int:
+    """In place of `multiprocessing.util.spawnv_passfds`: the id of a child of this process."""
+    code = args[-1]
+    if sys.platform != "linux" or os.environ.get("MOE_TESTS_EXEC") or "forkserver import main" not in str(code):
+        return _spawn(path, args, passed)
+    prctl = ctypes.CDLL(None).prctl
+    files = (0, 1, 2, *passed)
+    # Its parent ends at once: it becomes a child of this process, which waits for it as for any child.
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        return _server().start(forked_server.fork_server_request(code, files), list(files))
+    finally:
+        prctl(_PR_SET_CHILD_SUBREAPER, 0)
+
+
 def below(pid: int) -> list[psutil.Process]:
     """Processes below a pytest worker, without the server of commands and what belongs to it, and without the two of
     multiprocessing itself: its fork server and its resource tracker."""
@@ -170,7 +198,9 @@ def below(pid: int) -> list[psutil.Process]:
     own: set[psutil.Process] = set()
     for child in worker.children():
         command = " ".join(child.cmdline())
-        if "tests.forked_server" in command:
+        if child.pid == getattr(forkserver._forkserver, "_forkserver_pid", None):
+            own.add(child)
+        elif "tests.forked_server" in command:
             own |= {child, *child.children(recursive=True)}
         elif "multiprocessing" in command:
             own.add(child)

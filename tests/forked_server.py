@@ -2,7 +2,8 @@
 processor time in each process that imports them itself. `tests.forked` starts it and tells it what to run.
 
 A fork begins with nothing of the server but its modules. It gets the arguments, environment, directory, files, process
-group and signals that a new process would have. The launcher's own fork server, too, is a fork, and has these modules.
+group and signals that a new process would have. The launcher's own fork server, too, is a fork, and has these modules,
+as is the fork server that starts the ranks of tests.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import tempfile
 import threading
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import util
 from pathlib import Path
 from typing import Any, NoReturn
@@ -66,19 +67,42 @@ def serve(channel: socket.socket) -> Work:
             if not data:
                 os._exit(0)
             request: Request = pickle.loads(data)
+            is_command = "words" in request
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-            pid = os.fork()
+            pid = os.fork() if is_command else _fork_orphan()
             if not pid:
                 signal.set_wakeup_fd(-1)
                 # Now: one that is closed as garbage later would close what has its number then.
                 for thing in (selector, channel, wake, woken, *reports.values()):
                     thing.close()
-                return lambda: _become(request, descriptors[:3])
+                if is_command:
+                    return lambda: _become(request, descriptors[:3])
+                return lambda: _end(_fork_ranks, request, descriptors)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            for descriptor in descriptors[:3]:
+            if is_command:
+                reports[pid] = socket.socket(fileno=descriptors.pop())
+            for descriptor in descriptors:
                 os.close(descriptor)
-            reports[pid] = socket.socket(fileno=descriptors[3])
             channel.send(struct.pack("i", pid))
+
+
+def _fork_orphan() -> int:
+    """Fork a process whose parent has ended when this returns. Returns its id, and 0 in that process."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writer)
+        pid = struct.unpack("i", os.read(reader, 4))[0]
+        os.close(reader)
+        os.waitpid(child, 0)
+        return int(pid)
+    pid = os.fork()
+    if pid:
+        os.write(writer, struct.pack("i", pid))
+        os._exit(0)
+    os.close(reader)
+    os.close(writer)
+    return 0
 
 
 def _report_ended(reports: dict[int, socket.socket]) -> None:
@@ -201,12 +225,7 @@ class _Standby:
         if self._used or "forkserver import main" not in str(code):
             return self._spawn(path, args, passed)
         self._used = True
-        content = {
-            "code": code, "numbers": list(passed), "environment": dict(os.environ), "directory": os.getcwd(),
-            "mask": signal.pthread_sigmask(signal.SIG_BLOCK, ()),
-            "ignored": [n for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN],
-        }  # fmt: skip
-        socket.send_fds(self._own, [pickle.dumps(content)], list(passed))
+        socket.send_fds(self._own, [pickle.dumps(fork_server_request(code, passed))], list(passed))
         self._own.close()
         return self._pid
 
@@ -216,16 +235,34 @@ class _Standby:
         other.close()
         if not data:
             os._exit(0)  # the command has ended and wanted none
-        content: Request = pickle.loads(data)
-        moved = [os.dup2(descriptor, _PASSED_ALONG + i) for i, descriptor in enumerate(descriptors)]
-        os.closerange(FIRST_FREE, _PASSED_ALONG)
-        for descriptor, number in zip(moved, content["numbers"], strict=True):
-            os.dup2(descriptor, number)
-            os.close(descriptor)
-        _surroundings(content["environment"], content["directory"])
-        _signals(content["ignored"])
-        signal.pthread_sigmask(signal.SIG_SETMASK, content["mask"])
-        exec(content["code"], {"__name__": "__main__"})
+        _fork_ranks(pickle.loads(data), descriptors)
+
+
+def fork_server_request(code: str, passed: Sequence[int]) -> Request:
+    """What a fork server of `multiprocessing` needs to know of the process that wants it.
+
+    Args:
+        code: the program that `multiprocessing` would start with `python -c`.
+        passed: its file descriptors, those that the program names among them.
+    """
+    return {
+        "code": code, "numbers": list(passed), "environment": dict(os.environ), "directory": os.getcwd(),
+        "mask": signal.pthread_sigmask(signal.SIG_BLOCK, ()),
+        "ignored": [n for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN],
+    }  # fmt: skip
+
+
+def _fork_ranks(request: Request, descriptors: list[int]) -> None:
+    """Be a fork server of `multiprocessing`, to its end."""
+    moved = [os.dup2(descriptor, _PASSED_ALONG + i) for i, descriptor in enumerate(descriptors)]
+    os.closerange(FIRST_FREE, _PASSED_ALONG)
+    for descriptor, number in zip(moved, request["numbers"], strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    _surroundings(request["environment"], request["directory"])
+    _signals(request["ignored"])
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["mask"])
+    exec(request["code"], {"__name__": "__main__"})
 
 
 def prepare() -> None:

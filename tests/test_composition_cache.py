@@ -8,6 +8,7 @@ from pathlib import Path
 import hydra
 import pytest
 from hydra._internal import config_loader_impl
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
@@ -19,7 +20,8 @@ from tests import composition_cache
 STOCK = (
     config_loader_impl.create_defaults_list,
     config_loader_impl.ConfigLoaderImpl._compose_config_from_defaults_list,
-)  # fmt: skip
+    FileConfigSource.load_config,
+)
 """Hydra's own functions: this module is imported before any fixture runs."""
 
 
@@ -40,6 +42,7 @@ def stock(words: Sequence[str], name: str = "train") -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config_loader_impl, "create_defaults_list", STOCK[0])
         patch.setattr(config_loader_impl.ConfigLoaderImpl, "_compose_config_from_defaults_list", STOCK[1])
+        patch.setattr(FileConfigSource, "load_config", STOCK[2])
         patch.delattr(ConfigStore, "__deepcopy__")
         return composed(words, name)
 

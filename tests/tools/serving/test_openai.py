@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import httpx
-import openai
 import pytest
 
 from moe_train.inference.protocol import ScoredToken
@@ -13,15 +13,22 @@ from tests.tools.serving.server import Server
 from tools.serving import responses
 from tools.serving.schemas import ChatBody
 
+if TYPE_CHECKING:
+    import openai  # takes a second, of which only the process that runs these tests has use
+
 PROMPT = "some text"
 
 
 @pytest.fixture
 def client(server: Server) -> openai.OpenAI:
+    import openai
+
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 def test_the_model_is_listed(client: openai.OpenAI) -> None:
+    import openai
+
     assert [model.id for model in client.models.list()] == ["test"]
     assert client.models.retrieve("test").id == "test"
     with pytest.raises(openai.NotFoundError) as caught:
