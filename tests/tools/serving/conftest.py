@@ -19,7 +19,7 @@ def loaded(trained: Path) -> Iterator[Loaded]:
     cfg.engine.num_blocks, cfg.engine.max_sequences = 64, 16
     model = trained_model.find(cfg, ["runtime=cpu"], "moe-serve")
     with model.ranks(cfg.engine) as ranks:
-        yield Loaded(model, ranks, ranks.wait())
+        yield Loaded(model, cfg.engine, ranks, ranks.wait())
 
 
 @pytest.fixture(scope="package")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.local.engine_ranks import EngineRanks
-from moe_train.config.inference import ServeConfig
+from moe_train.config.inference import EngineConfig, ServeConfig
 from moe_train.inference import chat_template, protocol
 from tools import serve, trained_model
 from tools.serving.app import Service, build
@@ -24,6 +24,7 @@ class Loaded:
     """A model whose ranks run."""
 
     model: trained_model.TrainedModel
+    config: EngineConfig
     ranks: EngineRanks
     facts: protocol.Ready
 
