@@ -42,13 +42,13 @@ class Timing:
     """One generation.
 
     Args:
-        prefill_s: until each sequence has its first token.
+        prefill_s: until each sequence has its first token; None where the prompts were not all computed.
         decode_s: of the steps after that, in which every sequence gets a token.
         steps: their number.
-        tokens: of each sequence.
+        tokens: of each sequence, or of the first where all are the same.
     """
 
-    prefill_s: float
+    prefill_s: float | None
     decode_s: float
     steps: int
     tokens: list[list[int]]
@@ -164,18 +164,34 @@ def _transformers(experts: str, directory: Path) -> Callable[..., Timing]:
         def end(self) -> None:
             pass
 
-    def generate(batch: int, context: int, new: int, seed: int) -> Timing:
-        # Whole prompts of this length make it take more memory than a laptop has.
-        model.generation_config.prefill_chunk_size = PREFILL_CHUNK if context > LONG_CONTEXT else None
-        text = torch.tensor(prompts(batch, context, model.config.vocab_size, seed))
+    def continued(text: torch.Tensor, new: int, **options: Any) -> tuple[Any, list[float]]:
+        """What `generate` returns for `text` [batch, t], and the times of the prompt and of each new token."""
         clock = Clock()
-        began = time.perf_counter()
         with torch.no_grad():
             output = model.generate(
                 text, attention_mask=torch.ones_like(text), max_new_tokens=new, min_new_tokens=new, do_sample=False,
-                use_cache=True, streamer=clock, eos_token_id=None,
+                use_cache=True, streamer=clock, eos_token_id=None, return_dict_in_generate=True, **options,
             )  # fmt: skip
-        first, last = clock.times[1], clock.times[-1]  # the prompt comes before
-        return Timing(first - began, last - first, new - 1, output[:, context:].tolist())
+        return output, clock.times
+
+    def generate(batch: int, context: int, new: int, seed: int) -> Timing:
+        is_long = context > LONG_CONTEXT
+        # Whole prompts of this length make it take more memory than a laptop has.
+        model.generation_config.prefill_chunk_size = PREFILL_CHUNK if is_long else None
+        text = torch.tensor(prompts(batch, context, model.config.vocab_size, seed))
+        if is_long and batch > 1:
+            return generate_alike(text[:1], batch, new)
+        began = time.perf_counter()
+        output, times = continued(text, new)
+        return Timing(times[1] - began, times[-1] - times[1], new - 1, output.sequences[:, context:].tolist())
+
+    def generate_alike(text: torch.Tensor, batch: int, new: int) -> Timing:
+        """Its prefill of all prompts would take most of an hour. So it computes one, and copies the cache."""
+        first, _ = continued(text, 1)
+        cache = first.past_key_values
+        cache.batch_repeat_interleave(batch)
+        model.generation_config.prefill_chunk_size = None
+        output, times = continued(first.sequences.repeat(batch, 1), new - 1, past_key_values=cache)
+        return Timing(None, times[-1] - times[1], new - 2, output.sequences[:1, text.size(1) :].tolist())
 
     return generate
