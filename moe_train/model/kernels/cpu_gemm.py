@@ -15,6 +15,8 @@ Counts = Sequence[int]
 Kernel = Callable[..., Tensor]
 FEW_ROWS, SMALL_MATRIX = 8, 200_000
 """oneDNN takes about 13 us for a call more than MKL does, which is the time of a GEMM with fewer rows and elements."""
+LONG_KEYS, KEYS_AT_ONCE = 2048, 512
+"""With few queries, MKL takes up to 1.7 times as long for one GEMM with so many keys as for a batch of short ones."""
 SMALL_GROUP_ROWS = 48
 """Up to this many rows a group on average, groups are small: starting a GEMM then takes as long as computing it."""
 
@@ -189,6 +191,47 @@ def matmul_few_rows(a: Tensor, b: Tensor) -> Tensor:
 def matmul_tn(a: Tensor, b: Tensor) -> Tensor:
     """a^T b: [t, m] and [t, n] -> [m, n]."""
     return _kernels(a.dtype)["outer"](a, b)
+
+
+def attention_scores(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum over pairs of few queries [m, d] times keys [k, d], each with a `d` of its own: [m, k]."""
+    (queries, keys), *others = pairs
+    count = _batches_of_keys(keys)
+    if not count:
+        scores = torch.mm(queries, keys.t())
+        for own, its_keys in others:
+            scores.addmm_(own, its_keys.t())
+        return scores
+    end = count * KEYS_AT_ONCE
+    batches = torch.bmm(queries.expand(count, -1, -1), _batched(keys, count).mT)
+    for own, its_keys in others:
+        batches.baddbmm_(own.expand(count, -1, -1), _batched(its_keys, count).mT)
+    scores = batches.transpose(0, 1).reshape(len(queries), end)
+    if end == len(keys):
+        return scores
+    return torch.cat([scores, attention_scores([(own, its_keys[end:]) for own, its_keys in pairs])], dim=1)
+
+
+def attention_values(weights: Tensor, values: Tensor) -> Tensor:
+    """[m, k] x [k, d] -> [m, d], for few rows and many values."""
+    count = _batches_of_keys(values)
+    if not count:
+        return torch.mm(weights, values)
+    end = count * KEYS_AT_ONCE
+    batches = weights[:, :end].unflatten(1, (count, -1)).transpose(0, 1)
+    out = torch.bmm(batches, _batched(values, count)).sum(dim=0)
+    return out if end == len(values) else out.addmm_(weights[:, end:], values[end:])
+
+
+def _batches_of_keys(keys: Tensor) -> int:
+    """How many `KEYS_AT_ONCE` to compute in a batch; 0 where one GEMM is the faster."""
+    is_slow = keys.dtype is torch.float32 and keys.device.type == "cpu" and len(keys) >= LONG_KEYS
+    return len(keys) // KEYS_AT_ONCE if is_slow else 0
+
+
+def _batched(x: Tensor, count: int) -> Tensor:
+    """The first rows of [k, d] -> [count, `KEYS_AT_ONCE`, d]."""
+    return x[: count * KEYS_AT_ONCE].unflatten(0, (count, KEYS_AT_ONCE))
 
 
 def grouped_matmul(a: Tensor, b: Tensor, counts: Counts) -> Tensor:

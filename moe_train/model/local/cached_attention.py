@@ -18,7 +18,7 @@ import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from moe_train.model.kernels import gemm
+from moe_train.model.kernels import cpu_gemm, gemm
 from moe_train.model.local.cached_parts import PreparedLinear, PreparedNorm
 
 Slots = slice | Tensor
@@ -272,15 +272,15 @@ class LatentAttention:
         shape, s = absorbed.shape, absorbed.size(1)
         absorbed, rotary = (x.reshape(-1, x.size(-1)) for x in (absorbed, rotary))
         keys = [store.read("latent", slots).squeeze(-2) for slots in pieces.slots]
-        scores = []
-        for own, slots in zip(keys, pieces.slots, strict=True):
-            rotary_keys = store.read("rotary_key", slots).squeeze(-2)
-            scores.append(torch.mm(rotary, rotary_keys.t()).addmm_(absorbed, own.t()))
+        rotary_keys = [store.read("rotary_key", slots).squeeze(-2) for slots in pieces.slots]
+        scores = [
+            cpu_gemm.attention_scores([(rotary, its_rotary), (absorbed, own)])
+            for its_rotary, own in zip(rotary_keys, keys, strict=True)
+        ]
         weights = pieces.mask(_joined_scores(scores).mul_(self._scale), s).softmax(dim=-1)
-        if len(keys) == 1:
-            return torch.mm(weights, keys[0]).view(shape)
-        first, second = weights.split([len(own) for own in keys], dim=-1)
-        return torch.mm(first, keys[0]).addmm_(second, keys[1]).view(shape)
+        parts = weights.split([len(own) for own in keys], dim=-1)
+        mixed = [cpu_gemm.attention_values(part, own) for part, own in zip(parts, keys, strict=True)]
+        return (mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]).view(shape)
 
     def _prefill(self, nope: Tensor, rotary: Tensor, keys: Tensor) -> Tensor:
         """Causal attention of the last tokens of a sequence: [s, heads, nope] and [s, heads, rope], keys

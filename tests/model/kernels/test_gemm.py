@@ -188,3 +188,15 @@ def test_cross_entropy_of_bf16_logits_is_as_precise_as_fp32() -> None:
     found = CrossEntropy.apply(logits, labels, 512)
     assert found.dtype is torch.float32
     assert torch.allclose(found, F.cross_entropy(logits.float(), labels, reduction="none"), atol=1e-5)
+
+
+@pytest.mark.parametrize("keys", [48, cpu_gemm.LONG_KEYS, cpu_gemm.LONG_KEYS + cpu_gemm.KEYS_AT_ONCE + 16])
+def test_attention_of_few_queries(keys: int) -> None:
+    generator = torch.Generator().manual_seed(keys)
+    queries, rotary, latents, rotary_keys = (
+        torch.randn(shape, generator=generator) for shape in ((8, 64), (8, 16), (keys, 64), (keys, 16))
+    )
+    scores = cpu_gemm.attention_scores([(rotary, rotary_keys), (queries, latents)])
+    torch.testing.assert_close(scores, rotary @ rotary_keys.t() + queries @ latents.t())
+    weights = scores.softmax(dim=-1)
+    torch.testing.assert_close(cpu_gemm.attention_values(weights, latents), weights @ latents)
