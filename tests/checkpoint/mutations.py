@@ -7,6 +7,7 @@ line, within `CPU_S` and `MEMORY_BYTES`, and leaves nothing where it was to writ
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -226,6 +227,7 @@ def judged_aside(sources: list[Path], count: int, seed: int, scratch: Path) -> t
     result = scratch / "result"
     child = os.fork()
     if child == 0:
+        gc.freeze()  # what is garbage of the parent may wait, as it ends, for threads that this process does not have
         with contextlib.suppress(BaseException):
             result.write_text(json.dumps(judged(sources, count, seed, scratch)))
             os._exit(0)
