@@ -1,10 +1,10 @@
 """Bits, bytes and perplexity of each format of quantised weights, for a tiny trained model; and the memory that an
 export of DeepSeek-V3's shape takes.
 
-The model is `model=tiny` with widths that are multiples of 128, without multi-token prediction, trained on the standard
-library of Python. transformers computes the losses from each export, in fp32, on the same tokens. The shape of
-DeepSeek-V3 is a directory of sparse files, whose numbers are zeros: every tensor is planned, and some of the files are
-written.
+The model is that of bench/trained_tiny.py. transformers computes the losses from each export, in fp32, on the same
+tokens. The shape of DeepSeek-V3 is a directory of sparse files, whose numbers are zeros: every tensor is planned, and
+some of the files are written. What is written is removed file by file, so that all of them (`--files 0`, hours) need no
+space.
 
 `make bench-quantised` prints both tables and writes bench/results/quantised_exports.json.
 """
@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,20 +27,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench import large_export
 from bench.results import write
+from bench.trained_tiny import BIN, SEQUENCE, SEQUENCES, STEPS, held_out, run, train
 
 Row = dict[str, Any]
-BIN = Path(sys.executable).parent
-SEQUENCE, SEQUENCES = 128, 320
-"""Held-out tokens: their length and number."""
-MODEL = [
-    "model=tiny", "model.q_lora_rank=128", "model.kv_lora_rank=128", "model.moe_ffn_hidden_size=128",
-    "model.mtp_num_layers=0",
-]  # fmt: skip
-TRAINING = [
-    "data=stdlib", "parallel=single", "runtime=cpu", f"train.seq_length={SEQUENCE}", "train.eval_batches=0",
-    "batch.global_batch_size=8", "batch.micro_batch_size=4", "train.sample_continuations=0", "telemetry.progress=false",
-]  # fmt: skip
 # transformers cannot dequantise FP8 with a last block that is smaller: 144 and 192 rows.
 RAGGED = "convert.keep=[lm_head,*.kv_a_proj_with_mqa,*.q_b_proj]"
 # Name of the row -> words of moe-convert.
@@ -56,67 +45,8 @@ FORMATS: dict[str, list[str]] = {
     "int4, groups of 32": ["convert.dtype=int4", "convert.group_size=32"],
 }
 LARGE = ("int4", "int8", "mxfp4", "fp8")
-LARGE_FILE_GB = 0.5
-
-# Plans all files of an export and writes some: prints seconds, bytes, tensors and the largest resident set.
-EXPORT = """
-import re, sys, time
-from pathlib import Path
-from moe_train.config.roots import ConvertRoot
-from moe_train.formats import directory_writer
-from moe_train.formats.communicator import SingleProcess
-from tools.convert import make_plan
-source, target, dtype, file_gb, files, threads = sys.argv[1:]
-cfg = ConvertRoot()
-cfg.convert.to, cfg.convert.dtype, cfg.convert.file_gb = "hf", dtype, float(file_gb)
-plan = make_plan(cfg, Path(source), Path(target))
-planned, whole = len(plan.jobs), sum(job.bytes for job in plan.jobs)
-plan.jobs = plan.jobs[:: max(1, planned // int(files))][: int(files)]
-start = time.perf_counter()
-done = directory_writer.run(plan, SingleProcess(), int(threads))
-seconds = time.perf_counter() - start
-peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-print(seconds, done.bytes, planned, whole, peak)
-"""
-
-
-def run(words: Sequence[object]) -> str:
-    """Output of a command.
-
-    Raises:
-        RuntimeError: it failed.
-    """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, words))[:200]} failed: {(done.stdout + done.stderr)[-2000:]}")
-    return done.stdout
-
-
-def train(run_dir: Path, steps: int) -> None:
-    """Train the model, or continue to `steps`."""
-    schedule = [f"train.steps={steps}", "schedule.on_resume=override"]
-    run([BIN / "moe-train", *MODEL, *TRAINING, *schedule, f"run_dir={run_dir}", data_dir(run_dir)])
-
-
-def data_dir(run_dir: Path) -> str:
-    """Where the dataset of a run is, next to it."""
-    return f"data.dir={run_dir.parent / 'data'}"
-
-
-def held_out(run_dir: Path) -> np.ndarray:
-    """Tokens [SEQUENCES, SEQUENCE + 1] of the documents after those that were trained on."""
-    from moe_train.config.composition.compose import compose
-    from moe_train.data import manifest
-    from moe_train.data.index_file import read_index
-
-    data = compose([*MODEL, *TRAINING, data_dir(run_dir)]).data
-    (prefix,) = manifest.prefixes(data)
-    lengths = read_index(prefix).lengths
-    trained = float(data.split.split(",")[0]) / sum(map(float, data.split.split(",")))
-    begin = int(lengths[: round(trained * len(lengths))].sum())
-    tokens = np.fromfile(f"{prefix}.bin", np.uint16, SEQUENCES * (SEQUENCE + 1), offset=begin * 2)
-    return tokens.astype(np.int64).reshape(SEQUENCES, SEQUENCE + 1)
+MAX_PEAK_BYTES = 1e9
+"""Of a process that exports DeepSeek-V3's shape."""
 
 
 def losses(directory: Path, tokens: np.ndarray) -> np.ndarray:
@@ -216,54 +146,29 @@ def deepseek_v3(hf_config: Any, layers: int | None = None) -> Any:
     return compose(["model=deepseek_v3", *changes]).model
 
 
-def sparse_source(directory: Path) -> int:
-    """Write DeepSeek-V3's tensors as files without stored bytes; returns how many bytes they have."""
-    from moe_train.conversion import hf_config
-    from moe_train.conversion.hf_source import names_of
-    from moe_train.conversion.mapping import pieces
-    from moe_train.formats import safetensors
-    from moe_train.formats.dtypes import DTYPES
-
-    model = deepseek_v3(hf_config)
-    shapes = names_of(pieces(model))
-    directory.mkdir()
-    (directory / hf_config.FILE).write_text(json.dumps(hf_config.to_hf(model, "bfloat16")))
-    names, total = list(shapes), 0
-    weight_map: dict[str, str] = {}
-    per_file = -(-len(names) // 163)  # files of the release
-    for number, start in enumerate(range(0, len(names), per_file), 1):
-        file = f"model-{number:05d}.safetensors"
-        tensors = [
-            (n, DTYPES["float32" if n.endswith("e_score_correction_bias") else "bfloat16"], shapes[n])
-            for n in names[start : start + per_file]
-        ]
-        header = safetensors.header(tensors)
-        size = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in tensors)
-        (directory / file).write_bytes(header)
-        os.truncate(directory / file, len(header) + size)
-        weight_map |= dict.fromkeys((name for name, _, _ in tensors), file)
-        total += size
-    (directory / safetensors.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return total
-
-
 def memory(directory: Path, files: int, threads: int) -> list[Row]:
     """A row for each format of LARGE: the largest resident set of an export of DeepSeek-V3's shape."""
+    from moe_train.conversion import hf_config
+
     source = directory / "deepseek_v3"
-    size = sparse_source(source)
+    size = large_export.sparse_source(source, deepseek_v3(hf_config))
     rows = []
     for dtype in LARGE:
         target = directory / "large"
         start = time.perf_counter()
-        output = run([sys.executable, "-c", EXPORT, source, target, dtype, LARGE_FILE_GB, files, threads])
-        seconds, written, planned, whole, peak = map(float, output.split())
+        output = run([sys.executable, "-m", "bench.large_export", source, target, dtype, files, threads])
         rows.append({
-            "shape": "deepseek_v3", "source_bytes": size, "format": dtype, "planned_files": int(planned),
-            "planned_bytes": int(whole), "written_files": files, "written_bytes": int(written), "threads": threads,
-            "write_s": round(seconds, 1), "all_s": round(time.perf_counter() - start, 1), "peak_bytes": int(peak),
+            "shape": "deepseek_v3", "source_bytes": size, "format": dtype, **memory_figures(json.loads(output)),
+            "all_s": round(time.perf_counter() - start, 1),
         })  # fmt: skip
         shutil.rmtree(target)
     return rows
+
+
+def memory_figures(measured: Row) -> Row:
+    """What `large_export.export` found, with the peak of the whole export and of its first half."""
+    peaks = measured.pop("peaks")
+    return {**measured, "peak_bytes": peaks[-1], "peak_bytes_first_half": peaks[(len(peaks) - 1) // 2]}
 
 
 def quality_table(rows: Sequence[Row]) -> Table:
@@ -283,22 +188,25 @@ def quality_table(rows: Sequence[Row]) -> Table:
 def memory_table(rows: Sequence[Row]) -> Table:
     """The exports of DeepSeek-V3's shape for a terminal."""
     table = Table(title="export of DeepSeek-V3's shape", title_justify="left")
-    for column in ("format", "files planned", "files written", "written, GB", "seconds", "peak of the process, MB"):
+    for column in ("format", "files planned", "files written", "written, GB", "seconds", "peak after half, MB",
+                   "peak of the process, MB"):  # fmt: skip
         table.add_column(column, justify="left" if column == "format" else "right")
     for row in rows:
         table.add_row(
             row["format"], f"{row['planned_files']:,}", str(row["written_files"]), f"{row['written_bytes'] / 1e9:.2f}",
-            f"{row['write_s']:.0f}", f"{row['peak_bytes'] / 1e6:,.0f}",
+            f"{row['write_s']:.0f}", f"{row['peak_bytes_first_half'] / 1e6:,.0f}", f"{row['peak_bytes'] / 1e6:,.0f}",
         )  # fmt: skip
     return table
 
 
 def main() -> None:
-    """Command line of `make bench-quantised`."""
+    """Command line of `make bench-quantised`. Exits with 1 if a process takes 1 GB or more."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=1_000)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--run", type=Path, help="a trained run of this script, which is not trained again")
-    parser.add_argument("--files", type=int, default=8, help="files of DeepSeek-V3's shape to write in each format")
+    parser.add_argument(
+        "--files", type=int, default=24, help="files of DeepSeek-V3's shape to write in each format; 0: all"
+    )
     parser.add_argument("--threads", type=int, default=6)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-quantised-") as name:
@@ -318,6 +226,7 @@ def main() -> None:
         "peak_bytes": max(row["peak_bytes"] for row in large),
     }
     print(f"wrote {write('quantised_exports', summary, [*rows, *large])}")
+    sys.exit(0 if summary["peak_bytes"] < MAX_PEAK_BYTES else 1)
 
 
 if __name__ == "__main__":
