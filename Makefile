@@ -15,7 +15,7 @@ export PYTHONWARNINGS := ignore
 # Some containers set it. Each of the test workers would then compile every module and rewrite every test, in every run.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity parity-recompute bench bench-memory bench-plan bench-step bench-generate bench-speculation bench-fp8 bench-convert bench-quantised bench-checkpoint bench-faults gpu-check dryrun clean
+.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity parity-recompute bench bench-memory bench-plan bench-step bench-generate bench-speculation bench-cache bench-fp8 bench-convert bench-quantised bench-checkpoint bench-faults gpu-check dryrun clean
 
 help: ## Show this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -72,7 +72,7 @@ format: setup ## Rewrite the code in its style
 	$(BIN)/ruff format .
 
 # Those that need more than `make setup` gives come last.
-bench: bench-step bench-generate bench-speculation bench-checkpoint bench-memory bench-plan bench-fp8 bench-convert bench-quantised bench-faults ## Run every bench- target, one after the other (hours)
+bench: bench-step bench-generate bench-speculation bench-cache bench-checkpoint bench-memory bench-plan bench-fp8 bench-convert bench-quantised bench-faults ## Run every bench- target, one after the other (hours)
 
 bench-convert: setup ## Measure conversion against cp and transformers (needs mpi4py and mpich); writes bench/results/convert.json
 	$(BIN)/python -m bench.bench_convert
@@ -100,6 +100,9 @@ bench-generate: setup ## Compare our generation with that of transformers on thi
 
 bench-speculation: setup ## Compare generation with and without speculation; writes bench/results/speculation.json
 	$(BIN)/python -m bench.bench_speculation
+
+bench-cache: setup ## Measure what each format of the KV cache costs in perplexity; writes bench/results/cache_formats.json
+	$(BIN)/python -m bench.bench_cache
 
 bench-fp8: setup ## Compare losses of emulated FP8 with bf16 over 300 steps; writes bench/results/fp8_loss.json
 	$(BIN)/python -m bench.bench_fp8_loss
