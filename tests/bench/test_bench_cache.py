@@ -77,7 +77,7 @@ def scores(shape: str) -> list[tuple[Any, Any, float, float]]:
     draw = random.Random(3)
     texts = [[draw.randrange(small_run.VOCABULARY) for _ in range(length)] for length in (21, 33)]
     found = []
-    for case in bench_cache.cases_of(ranks.cfg.model.attention):
+    for case in bench_cache.MODELS[ranks.cfg.model.attention].cases:
         whole, single = (bench_cache._score(model, texts, case, tokens) for tokens in (256, 1))
         predicted = bytes_per_token(ranks.cfg.model, case.cache_format, case.rotary_format)
         losses = [[loss for text in score["losses"] for loss in text] for score in (whole, single)]
