@@ -29,8 +29,10 @@ from bench.workers import Worker
 from parallel.errors import MoeTrainError
 
 THEIRS = ("eager", "grouped_mm")
-NEW_TOKENS = {512: 24, 8192: 12}
-"""Generated after a prompt of this many tokens."""
+NEW_TOKENS = {512: 24, 8192: 24}
+"""Generated after a prompt of this many tokens. The first sequences have some before the last one has its first."""
+MIN_STEPS = 8
+"""Steps of a generation in which every sequence gets a token."""
 ROUNDS = {512: 5, 8192: 2}
 """Generations of each side after a prompt of this many tokens."""
 BATCHES = (1, 8)
@@ -79,10 +81,17 @@ def row(
     side: str, task: GenerateTask, context: int, batch: int, timings: Sequence[Timing], reference: Sequence[Timing]
 ) -> dict[str, Any]:
     """Speeds of one side, medians of its generations, and how many of its texts are those of `reference`."""
+    if min(timing.steps for timing in timings) < MIN_STEPS:
+        raise RuntimeError(f"fewer than {MIN_STEPS} steps of {side} were measured")
     step = statistics.median(timing.decode_s / timing.steps for timing in timings)
     prefills = [timing.prefill_s for timing in timings if timing.prefill_s is not None]
     prefill = statistics.median(prefills) if prefills else None
-    texts = [(own, other) for t, r in zip(timings, reference, strict=True) for own, other in zip(t.tokens, r.tokens)]  # noqa: B905
+    # Of copies of one prompt, the first is compared.
+    texts = [
+        pair
+        for t, r in zip(timings, reference, strict=True)
+        for pair in zip(t.tokens, r.tokens[: len(t.tokens)], strict=True)
+    ]
     return {
         "model": task.model,
         "precision": task.dtype,

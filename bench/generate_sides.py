@@ -45,7 +45,7 @@ class Timing:
         prefill_s: until each sequence has its first token; None where the prompts were not all computed.
         decode_s: of the steps after that, in which every sequence gets a token.
         steps: their number.
-        tokens: of each sequence, or of the first where all are the same.
+        tokens: of each sequence, or of the first where the others are copies.
     """
 
     prefill_s: float | None
@@ -133,7 +133,7 @@ def _ours(task: GenerateTask, directory: Path) -> tuple[Callable[..., Timing], C
         return Timing(prefill_s, decode_s, steps, list(tokens.values()))
 
     def profile(batch: int, context: int, count: int) -> Any:
-        engine, _ = start(batch, context, count + 8, seed=0)
+        engine, _ = start(batch, context, count + batch + 8, seed=0)
         while engine.num_running < batch or any(not s.num_new_tokens for s in engine.replicas[0].running):
             engine.step()
         parts = step_profile.profile(chunks, None, lambda: float(len(engine.step().tokens)), count)
@@ -186,12 +186,15 @@ def _transformers(experts: str, directory: Path) -> Callable[..., Timing]:
         return Timing(times[1] - began, times[-1] - times[1], new - 1, output.sequences[:, context:].tolist())
 
     def generate_alike(text: torch.Tensor, batch: int, new: int) -> Timing:
-        """Its prefill of all prompts would take most of an hour. So it computes one, and copies the cache."""
+        """Its prefill of all prompts would take most of an hour. So it computes one, and copies the cache. The copies
+        continue with tokens of their own, so that they choose experts of their own."""
         first, _ = continued(text, 1)
         cache = first.past_key_values
         cache.batch_repeat_interleave(batch)
         model.generation_config.prefill_chunk_size = None
-        output, times = continued(first.sequences.repeat(batch, 1), new - 1, past_key_values=cache)
+        texts = first.sequences.repeat(batch, 1)
+        texts[1:, -1] = torch.arange(1, batch) * 37 % model.config.vocab_size
+        output, times = continued(texts, new - 1, past_key_values=cache)
         return Timing(None, times[-1] - times[1], new - 2, output.sequences[:1, text.size(1) :].tolist())
 
     return generate

@@ -3,7 +3,7 @@ processor time in each process that imports them itself. `tests.forked` starts i
 
 A fork begins with nothing of the server but its modules. It gets the arguments, environment, directory, files, process
 group and signals that a new process would have. The launcher's own fork server, too, is a fork, and has these modules,
-as is the fork server that starts the ranks of tests.
+as does the fork server that starts the ranks of tests.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ class CacheConfig:
     max_sequences: int = doc(64, "Sequences that run at the same time.", minimum=1, maximum=1_000_000)
     speculate: bool = doc(
         False,
-        "Draft tokens with multi-token prediction, while that is measured to be faster; the tokens are the same.",
+        "Draft tokens with multi-token prediction, while that is measured to be faster; the tokens are the same, up to "
+        "rounding in 16 bits.",
     )
 
 

@@ -1,13 +1,13 @@
 """What attention needs to know of a forward pass with the KV cache.
 
-The tokens of all sequences follow one another, [t, 1, h], without padding between them. Sequences with few tokens come
-first: those that decode. A batch without sequences has tokens that only pad it.
+The tokens of all sequences follow one another, [t, 1, h], without padding between them. Sequences
+that decode come first. A batch without sequences has tokens that only pad it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -86,6 +86,7 @@ class PagedContext:
         ])  # fmt: skip
         """Rows whose logits are wanted: of each entry its scored and then its sampled positions."""
 
+    @cached_property
     def as_prefills(self) -> list[Prefill]:
         """All sequences, also those that decode, in the order of their rows."""
         return [self._prefill(first, entry) for first, entry in self._first_rows()]
@@ -149,7 +150,7 @@ class PagedContext:
         return Decoding(rows, queries, None, [self._pieces(entry) for entry in entries])
 
     def _gathered(self, entries: Sequence[BatchEntry], longest: int) -> Gathered:
-        """Shorter sequences repeat their last block. What lies behind each token is masked."""
+        """Shorter sequences repeat their last block. Later positions are masked."""
         count = self._num_blocks(longest)
         blocks = [[*entry.blocks[:count], *entry.blocks[-1:] * (count - len(entry.blocks))] for entry in entries]
         slots = self._slots_of_blocks(blocks)

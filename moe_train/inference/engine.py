@@ -45,7 +45,7 @@ class EngineOptions:
         cache_format, rotary_format: of the KV cache (parallel/architecture/kv_cache.py). None takes the precision of
             the model.
         speculate: whether multi-token-prediction layers draft tokens, for as long as that is measured to be faster. The
-            tokens are the same.
+            tokens are the same, up to rounding in 16 bits.
     """
 
     num_blocks: int
@@ -422,7 +422,7 @@ class Engine:
         if launched.drafts is not None:
             self._take_drafts(launched, launched.drafts.tolist(), added)
         elif self._control is not None:
-            self._control.rest()
+            self._control.rest(len(launched.sampled))
 
     def _take_drafts(self, launched: _Launched, drafts: list[list[int]], added: dict[SequenceState, list[int]]) -> None:
         """Have the next pass verify the drafts, unless it is to measure what it costs without them."""

@@ -1,7 +1,8 @@
 """When to speculate: draft tokens by multi-token prediction, and verify them in the next pass. No torch import.
 
-Drafts never change what is generated. They cost time: that of the multi-token-prediction layers, and of more rows in
-the pass that verifies them. What they gain depends on how many are accepted. Both are measured.
+Drafts do not change what is generated, up to rounding in 16 bits. They cost time: that of the multi-token-prediction
+layers, and of more rows in the pass that verifies them. What they gain depends on how many are accepted. Both are
+measured.
 """
 
 from __future__ import annotations
@@ -57,27 +58,52 @@ class _Passes:
 
     @property
     def seconds_per_token(self) -> float | None:
-        """None before the first pass. A pass that was interrupted, or whose kernels were compiled, does not count."""
+        """Of each sequence; None before the first pass. The median leaves out passes that were interrupted, or whose
+        kernels were compiled."""
         return median_low(self._seconds) / fmean(self._tokens) if self._seconds else None
 
 
+@dataclass
+class _Comparison:
+    """Passes of about the same number of sequences, with and without drafts.
+
+    Args:
+        passes: since the last pause.
+        paused: passes without drafts that are left.
+    """
+
+    passes: int = 0
+    paused: int = 0
+    speculative: _Passes = field(default_factory=_Passes)
+    plain: _Passes = field(default_factory=_Passes)
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether drafts were measured to cost more than they gain."""
+        speculative, plain = self.speculative.seconds_per_token, self.plain.seconds_per_token
+        return speculative is not None and plain is not None and speculative > plain
+
+
 class SpeculationControl:
-    """Decides before each pass whether drafts are made and verified, the same on ranks with the same measurements."""
+    """Decides before each pass whether drafts are made and verified, the same on ranks with the same measurements.
+
+    Passes are compared with those of as many sequences, up to a factor of two. It expects as many as in the last pass.
+    """
 
     def __init__(self) -> None:
-        self._passes = self._paused = 0
-        self._speculative, self._plain = _Passes(), _Passes()
+        self._comparisons: dict[int, _Comparison] = {}
+        self._now = self._comparison(1)
 
     @property
     def drafts(self) -> bool:
         """Whether the next pass makes drafts."""
-        return not self._paused
+        return not self._now.paused
 
     @property
     def verifies(self) -> bool:
         """Whether the next pass verifies the drafts that there are."""
-        every = 2 if self._passes < WARM_UP else PLAIN_EVERY
-        return self.drafts and self._passes % every != every - 1
+        every = 2 if self._now.passes < WARM_UP else PLAIN_EVERY
+        return self.drafts and self._now.passes % every != every - 1
 
     def note(self, verified: bool, seconds: float, drafting_s: float, sequences: int, tokens: int) -> None:
         """A pass has ended in which all sequences decode.
@@ -87,19 +113,19 @@ class SpeculationControl:
             drafting_s: of making drafts.
             tokens: that the sequences have got.
         """
-        self._passes += 1
+        self._now = self._comparison(sequences)
+        self._now.passes += 1
         if verified:
-            self._speculative.note(seconds + drafting_s, tokens / sequences)
+            self._now.speculative.note(seconds + drafting_s, tokens / sequences)
         else:
-            self._plain.note(seconds, 1)
-        if self._passes >= WARM_UP and self._is_slower():
-            self._paused, self._passes = PAUSE, 0
-            self._speculative, self._plain = _Passes(), _Passes()
+            self._now.plain.note(seconds, 1)
+        if self._now.passes >= WARM_UP and self._now.is_slower:
+            self._comparisons[sequences.bit_length()] = self._now = _Comparison(paused=PAUSE)
 
-    def rest(self) -> None:
+    def rest(self, sequences: int) -> None:
         """A pass without drafts has ended."""
-        self._paused = max(self._paused - 1, 0)
+        self._now = self._comparison(sequences)
+        self._now.paused = max(self._now.paused - 1, 0)
 
-    def _is_slower(self) -> bool:
-        speculative, plain = self._speculative.seconds_per_token, self._plain.seconds_per_token
-        return speculative is not None and plain is not None and speculative > plain
+    def _comparison(self, sequences: int) -> _Comparison:
+        return self._comparisons.setdefault(sequences.bit_length(), _Comparison())

@@ -47,7 +47,7 @@ def test_the_last_tokens_are_neighbours_wherever_the_blocks_are(start: int) -> N
         assert places[len(places) - pieces.unused - 3 :] == in_order[end - 3 :]
 
 
-def test_sequences_with_as_many_tokens_are_decoded_together() -> None:
+def test_sequences_with_equally_many_tokens_are_decoded_together() -> None:
     entries = [entry(5, 6, (1, 2)), entry(9, 10, (3, 4, 5)), entry(6, 8, (6, 7)), entry(7, 9, (8, 9, 10))]
     prompt = BatchEntry(SequenceState(tuple(range(8)), 9), 0, 8, 8, tuple(range(8)), (11, 12))
     one, two, last = context(*entries, prompt).parts

@@ -12,7 +12,13 @@ from megatron.core.utils import unwrap_model
 from moe_train.inference import context
 from moe_train.inference.engine import Engine, EngineOptions
 from moe_train.inference.sampling_params import SamplingParams
-from moe_train.inference.speculation import PAUSE, PLAIN_EVERY, SpeculationControl, SpeculationStatistics
+from moe_train.inference.speculation import (
+    PAUSE,
+    PLAIN_EVERY,
+    SpeculationControl,
+    SpeculationStatistics,
+    _Comparison,
+)
 from parallel.errors import ConfigError
 from tests.checkpoint import small_run
 from tests.distributed.helper import run_distributed
@@ -135,7 +141,7 @@ def resumed() -> tuple[list[bool], int]:
     drafted = []
     with Engine(ranks, chunks, options()) as engine, pytest.MonkeyPatch.context() as patch:
         patch.setattr("moe_train.inference.speculation.PAUSE", 5)
-        patch.setattr(SpeculationControl, "_is_slower", lambda control: True)
+        patch.setattr(_Comparison, "is_slower", True)
         engine.add_request([1, 2, 3], SamplingParams(max_new_tokens=40))
         control = engine._control
         assert control is not None
@@ -181,7 +187,7 @@ def speculating(plain_s: float, speculative_s: float, tokens: int, passes: int =
         if control.drafts:
             control.note(verified, speculative_s if verified else plain_s, 0.1, sequences=4, tokens=tokens)
         else:
-            control.rest()
+            control.rest(sequences=4)
     return chosen
 
 
@@ -209,3 +215,25 @@ def test_a_few_slow_passes_do_not_pause_speculation_that_pays_off() -> None:
         slow = 20.0 if number in (0, 6, 30) else 0.0
         control.note(control.verifies, 1.2 + slow if control.verifies else 1.0, 0.1, 1, 2 if control.verifies else 1)
     assert control.drafts
+
+
+def ramped(sizes: list[int], seconds: dict[int, tuple[float, float]]) -> list[bool]:
+    """Whether drafts are made, in passes of so many sequences that take so long without and with drafts."""
+    control, drafts = SpeculationControl(), []
+    for size in sizes:
+        verified, (plain, speculative) = control.verifies, seconds[size]
+        drafts.append(control.drafts)
+        if control.drafts:
+            control.note(verified, speculative if verified else plain, 0.0, size, int((1.8 if verified else 1) * size))
+        else:
+            control.rest(size)
+    return drafts
+
+
+def test_passes_are_compared_with_those_of_as_many_sequences() -> None:
+    """Each of them pays off at 10 sequences. At one it does not."""
+    assert all(ramped([10] * 50 + [40] * 300 + [10] * 100, {10: (2.0, 2.4), 40: (10.0, 12.0)}))
+    drafts = ramped([40] * 100 + [1] * 200 + [40] * 20, {40: (10.0, 12.0), 1: (2.0, 4.2)})
+    assert all(drafts[:101])
+    assert sum(drafts[100:300]) <= 10
+    assert all(drafts[-19:])

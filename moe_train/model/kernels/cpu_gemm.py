@@ -15,8 +15,9 @@ Counts = Sequence[int]
 Kernel = Callable[..., Tensor]
 FEW_ROWS, SMALL_MATRIX = 8, 200_000
 """oneDNN takes about 13 us for a call more than MKL does, which is the time of a GEMM with fewer rows and elements."""
-LONG_KEYS, KEYS_AT_ONCE = 2048, 512
-"""With few queries, MKL takes up to 1.7 times as long for one GEMM with so many keys as for a batch of short ones."""
+FEW_QUERIES, LONG_KEYS, KEYS_AT_ONCE = 16, 2048, 512
+"""With so few queries, MKL takes up to 1.7 times as long for one GEMM with so many keys as for a batch of short ones
+(two threads on a Zen 4)."""
 SMALL_GROUP_ROWS = 48
 """Up to this many rows a group on average, groups are small: starting a GEMM then takes as long as computing it."""
 
@@ -194,27 +195,27 @@ def matmul_tn(a: Tensor, b: Tensor) -> Tensor:
 
 
 def attention_scores(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The sum over pairs of few queries [m, d] times keys [k, d], each with a `d` of its own: [m, k]."""
+    """The sum over pairs of queries [m, d] times keys [k, d], each with a `d` of its own: [m, k]."""
     (queries, keys), *others = pairs
-    count = _batches_of_keys(keys)
+    count = _batches_of_keys(queries, keys)
     if not count:
         scores = torch.mm(queries, keys.t())
-        for own, its_keys in others:
-            scores.addmm_(own, its_keys.t())
+        for more_queries, more_keys in others:
+            scores.addmm_(more_queries, more_keys.t())
         return scores
     end = count * KEYS_AT_ONCE
     batches = torch.bmm(queries.expand(count, -1, -1), _batched(keys, count).mT)
-    for own, its_keys in others:
-        batches.baddbmm_(own.expand(count, -1, -1), _batched(its_keys, count).mT)
+    for more_queries, more_keys in others:
+        batches.baddbmm_(more_queries.expand(count, -1, -1), _batched(more_keys, count).mT)
     scores = batches.transpose(0, 1).reshape(len(queries), end)
     if end == len(keys):
         return scores
-    return torch.cat([scores, attention_scores([(own, its_keys[end:]) for own, its_keys in pairs])], dim=1)
+    return torch.cat([scores, attention_scores([(own, own_keys[end:]) for own, own_keys in pairs])], dim=1)
 
 
 def attention_values(weights: Tensor, values: Tensor) -> Tensor:
-    """[m, k] x [k, d] -> [m, d], for few rows and many values."""
-    count = _batches_of_keys(values)
+    """Weights [m, k] times values [k, d]: [m, d]."""
+    count = _batches_of_keys(weights, values)
     if not count:
         return torch.mm(weights, values)
     end = count * KEYS_AT_ONCE
@@ -223,10 +224,10 @@ def attention_values(weights: Tensor, values: Tensor) -> Tensor:
     return out if end == len(values) else out.addmm_(weights[:, end:], values[end:])
 
 
-def _batches_of_keys(keys: Tensor) -> int:
-    """How many `KEYS_AT_ONCE` to compute in a batch; 0 where one GEMM is the faster."""
-    is_slow = keys.dtype is torch.float32 and keys.device.type == "cpu" and len(keys) >= LONG_KEYS
-    return len(keys) // KEYS_AT_ONCE if is_slow else 0
+def _batches_of_keys(queries: Tensor, keys: Tensor) -> int:
+    """How many `KEYS_AT_ONCE` to compute in a batch; 0 where one GEMM is faster."""
+    is_slow = len(queries) <= FEW_QUERIES and len(keys) >= LONG_KEYS
+    return len(keys) // KEYS_AT_ONCE if is_slow and keys.dtype is torch.float32 and keys.device.type == "cpu" else 0
 
 
 def _batched(x: Tensor, count: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Attention of the `local` backend over a paged KV cache.
 
-The batch is [t, h]: tokens of many sequences, those of sequences with one token first (they decode). Each layer writes
-what it keeps of all tokens to its cache, and then attends to what the cache has of each sequence.
+The batch is [t, h]: tokens of many sequences, first those of sequences that decode. Each layer writes what it keeps of
+all tokens to its cache, and then attends to what the cache has of each sequence.
 
 Multi-head latent attention has two ways to the same result (arXiv 2405.04434, section 2.1.2). The plain one computes
 keys and values of all heads from the latents. The absorbed one multiplies the queries by the key up-projection instead,
@@ -43,7 +43,7 @@ class Rotary:
 @dataclass(frozen=True)
 class Pieces:
     """Places of whole blocks of a sequence: its longest run of consecutive ones, which is read where it is, and others.
-    The last tokens are neighbours.
+    The tokens of the pass are adjacent, at the end.
 
     Args:
         slots: one or two.
@@ -66,7 +66,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Several tokens of one sequence.
+    """Tokens of one sequence, whose keys and values may be expanded.
 
     Args:
         rows: of the batch.
@@ -97,13 +97,13 @@ class Gathered:
     mask: Tensor
 
     def mask_of(self, heads: int) -> Tensor:
-        """That of `heads` heads of each token: [n, s * heads, k], or [n, 1, k] for all of them."""
+        """The mask, repeated for `heads` heads of each token: [n, s * heads, k], or [n, 1, k] for all of them."""
         return self.mask if self.mask.size(1) == 1 else self.mask.repeat_interleave(heads, dim=1)
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """The last few tokens of sequences, as many of each, and what they attend to: together or by sequence.
+    """The last `queries` tokens of each of some sequences, and what they attend to: together or by sequence.
 
     The number of places is a multiple of the block size: oneDNN compiles a kernel for each size that it meets.
 
@@ -148,6 +148,7 @@ class CacheContext(Protocol):
         """The cache of a layer."""
         ...
 
+    @property
     def as_prefills(self) -> list[Prefill]:
         """All sequences, also those that decode, in the order of their rows."""
         ...
@@ -214,7 +215,7 @@ class LatentAttention:
         count, store = context.num_tokens, context.layer(self._layer_number)
         store.write(context.slots, latent=latent[:count].unsqueeze(1), rotary_key=rotary_key[:count])
         outputs = []
-        for part in context.parts if self._absorbs else context.as_prefills():
+        for part in context.parts if self._absorbs else context.as_prefills:
             rows = part.rows
             if isinstance(part, Decoding):
                 outputs.append(self._decode(nope[rows], rotary_queries[rows], store, part))

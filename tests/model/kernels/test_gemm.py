@@ -191,10 +191,11 @@ def test_cross_entropy_of_bf16_logits_is_as_precise_as_fp32() -> None:
 
 
 @pytest.mark.parametrize("keys", [48, cpu_gemm.LONG_KEYS, cpu_gemm.LONG_KEYS + cpu_gemm.KEYS_AT_ONCE + 16])
-def test_attention_of_few_queries(keys: int) -> None:
+@pytest.mark.parametrize("rows", [8, cpu_gemm.FEW_QUERIES + 1])
+def test_attention_of_few_queries(keys: int, rows: int) -> None:
     generator = torch.Generator().manual_seed(keys)
     queries, rotary, latents, rotary_keys = (
-        torch.randn(shape, generator=generator) for shape in ((8, 64), (8, 16), (keys, 64), (keys, 16))
+        torch.randn(shape, generator=generator) for shape in ((rows, 64), (rows, 16), (keys, 64), (keys, 16))
     )
     scores = cpu_gemm.attention_scores([(rotary, rotary_keys), (queries, latents)])
     torch.testing.assert_close(scores, rotary @ rotary_keys.t() + queries @ latents.t())
