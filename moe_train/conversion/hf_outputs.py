@@ -270,18 +270,22 @@ class Export:
         if source is not None and source.format == weights and not isinstance(weights, BlockFp8):
             return [_copied(name, stored, region) for stored, region in source.all_parts()]
         first, *others = weights.stored(shape)
-        held: dict[str, list[TensorSlice]] = {}
+        # In one piece each: a small allocation for each block, between large ones that are freed, fragments the heap.
+        held: dict[str, bytearray] = {}
 
         def numbers(out: ScratchMemory, tally: Tally) -> Iterator[TensorSlice]:
-            for stored in others:
-                held[stored.suffix] = []
             varying = [stored for stored in others if stored.constant is None]
+            for stored in varying:
+                held[stored.suffix] = bytearray(prod(stored.shape) * stored.dtype.itemsize)
+            filled = dict.fromkeys(held, 0)
             for rows in self._rows(piece, part, None, weights.block_rows)(out, tally):
                 values = rows.tensor()
                 _refuse_nonfinite(values, part.name, weights, self._options.allow_nonfinite)
                 made, *rest = weights.quantise(values)
                 for stored, tensor in zip(varying, rest, strict=True):
-                    held[stored.suffix].append(TensorSlice.of(tensor))
+                    data, start = TensorSlice.of(tensor).data, filled[stored.suffix]
+                    filled[stored.suffix] += len(data)
+                    held[stored.suffix][start : filled[stored.suffix]] = data
                 yield TensorSlice.of(made)
 
         def following(stored: StoredTensor) -> Blocks:
@@ -289,7 +293,7 @@ class Export:
                 if stored.constant is not None:
                     yield TensorSlice(stored.dtype, stored.shape, memoryview(stored.constant))
                 else:
-                    yield from held.pop(stored.suffix)
+                    yield TensorSlice(stored.dtype, stored.shape, memoryview(held.pop(stored.suffix)))
 
             return blocks
 
