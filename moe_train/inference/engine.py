@@ -17,16 +17,17 @@ import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
+from moe_train.inference.base_engine import BaseEngine, capacity_error
 from moe_train.inference.blocks import BlockPool
 from moe_train.inference.cache import PagedKVCache, format_of
 from moe_train.inference.context import PagedContext, RotaryTable, partly_filled_blocks
 from moe_train.inference.drafting import Drafter, new_tokens, num_positions
 from moe_train.inference.forward import CachedModel, PassOutput
-from moe_train.inference.requests import GeneratedSequence, RequestOutput, RequestTable, StepOutput, TopLogprobs
+from moe_train.inference.requests import GeneratedSequence, StepOutput, TopLogprobs
 from moe_train.inference.sampling import TokenChoice, choose
 from moe_train.inference.sampling_params import SamplingParams
 from moe_train.inference.scheduler import Batch, BatchEntry, Scheduler, SequenceState
-from moe_train.inference.speculation import SpeculationControl, SpeculationStatistics
+from moe_train.inference.speculation import SpeculationControl
 from moe_train.ranks import RankContext
 from parallel.architecture.kv_cache import cache_parts
 from parallel.dispatchers import DISPATCHERS
@@ -85,12 +86,10 @@ class _Launched:
 def unsupported(ranks: RankContext) -> ConfigError | None:
     """Why an engine cannot run a model of this config; None if it can."""
     if ranks.backend != "local":
-        return ConfigError(f"the engine has no KV cache for backend.name={ranks.backend} yet", "set backend.name=local")
-    if ranks.cfg.model.capacity_factor is not None:
-        return ConfigError(
-            "with model.capacity_factor, tokens of other requests would decide which tokens an expert drops",
-            "set model.capacity_factor=null",
-        )
+        return ConfigError(f"Engine runs backend.name=local, not {ranks.backend}", "set backend.name=local")
+    error = capacity_error(ranks)
+    if error is not None:
+        return error
     recipe = ranks.cfg.precision.fp8
     if recipe is not None and not RECIPES[recipe].scaled_blocks:
         return ConfigError(
@@ -100,13 +99,8 @@ def unsupported(ranks: RankContext) -> ConfigError | None:
     return None
 
 
-class Engine:
-    """Use it as a context manager: inside the block the model is in evaluation mode, and its weights do not change.
-
-    At the end of the block requests that have not finished are cancelled, and the contents of the cache are forgotten.
-
-    Args:
-        chunks: the model of this rank, with or without DDP around it.
+class Engine(BaseEngine):
+    """The engine of the local backend.
 
     Raises:
         ConfigError: the model is one that the engine cannot run.
@@ -116,7 +110,7 @@ class Engine:
         error = unsupported(ranks)
         if error is not None:
             raise error
-        self._ranks = ranks
+        super().__init__(ranks, chunks)
         layout = ranks.layout
         # Ranks that hold the experts of one layer are then in several replicas, and all of them run every pass.
         self._shares_experts = ranks.cfg.model.is_moe and layout.ep * layout.etp > layout.tp * layout.cp
@@ -124,8 +118,6 @@ class Engine:
         if options.speculate and not self._depths:
             raise ConfigError("speculation needs multi-token-prediction layers", "set speculate to false")
         self._control = SpeculationControl() if options.speculate else None
-        self.speculation = SpeculationStatistics()
-        self._chunks: Sequence[Any] = chunks
         self._model = CachedModel(ranks, unwrap_model(list(chunks)))
         self._replica = ranks.layout.coordinates(ranks.rank.rank).dp
         # Virtual stages take turns within a forward pass, so that another one cannot begin meanwhile.
@@ -147,34 +139,29 @@ class Engine:
         self._drafter: Drafter | None = None
         if options.speculate:
             self._drafter = Drafter(self._model, self.cache, self._rotary, self._depths, ranks.device)
-        self._requests = RequestTable()
         self._launched: deque[_Launched] = deque()
-        self._was_training: list[bool] = []
 
     def _layers_in_cache(self) -> list[int]:
         return [*self._model.layers, *(self._model.prediction_layers if self._depths else ())]
 
-    def __enter__(self) -> Engine:
-        self._was_training = [chunk.training for chunk in self._chunks]
-        for chunk in self._chunks:
-            if self._ranks.cfg.parallel.overlap_param_gather and hasattr(chunk, "disable_forward_pre_hook"):
-                chunk.disable_forward_pre_hook()  # gathers the parameters, which single modules would wait for
-            chunk.eval()
+    def _open(self) -> None:
         self._model.prepare()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        for request in self._requests.numbers:
-            self.cancel(request)
+    def _close(self) -> None:
         while self._launched:
             self._finish(self._launched.popleft())
-        self._requests.take_output()
         for scheduler in self.replicas:
             scheduler.pool.forget_contents()
-        for chunk, training in zip(self._chunks, self._was_training, strict=True):
-            chunk.train(training)
-            if self._ranks.cfg.parallel.overlap_param_gather and hasattr(chunk, "enable_forward_pre_hook"):
-                chunk.enable_forward_pre_hook()
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block of the cache."""
+        return self.cache.block_size
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the cache on this rank."""
+        return self.cache.num_bytes
 
     @property
     def max_sequence_length(self) -> int:
@@ -206,37 +193,6 @@ class Engine:
         """Whether a step has nothing to do."""
         return not self._launched and all(scheduler.is_idle for scheduler in self.replicas)
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
-    ) -> list[RequestOutput]:
-        """The output for each prompt, in order.
-
-        Raises:
-            ConfigError: one of them cannot be a request, and none of them was queued.
-        """
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        for prompt, own in zip(prompts, each, strict=True):
-            self.check(prompt, own)
-        numbers = [self._queue(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
-        finished: dict[int, RequestOutput] = {}
-        others: list[StepOutput] = []
-        while not finished.keys() >= set(numbers):
-            output = self.step()
-            finished |= output.finished
-            others.append(output)
-        self._requests.give_back(others, without=numbers)
-        return [finished[number] for number in numbers]
-
-    def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
-        """Queue a request, and return the number under which `step` reports it.
-
-        Raises:
-            ConfigError: the prompt is empty, has an unknown token, or does not fit with its continuation; or more
-                log-probabilities are asked for than there are tokens.
-        """
-        self.check(prompt, params)
-        return self._queue(prompt, params)
-
     def _queue(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """Queue a request that was checked, for the replica with the fewest sequences."""
         replica = min(range(len(self.replicas)), key=lambda i: self.replicas[i].num_sequences)
@@ -245,42 +201,11 @@ class Engine:
             self.replicas[replica].add(sequence.state)
         return sequences[0].request
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Refuse what cannot be a request.
-
-        Raises:
-            ConfigError: it cannot.
-        """
-        vocabulary, longest = self._ranks.cfg.model.vocab_size, self.max_sequence_length
-        if not prompt or not all(0 <= token < vocabulary for token in prompt):
-            raise ConfigError(
-                "a prompt has no token, or one outside of the vocabulary", f"use token ids from 0 to {vocabulary - 1}"
-            )
-        if len(prompt) + params.max_new_tokens > longest:
-            room = longest - len(prompt)
-            raise ConfigError(
-                f"a prompt of {len(prompt)} tokens and max_new_tokens={params.max_new_tokens} exceed {longest} tokens, "
-                "the smaller of model.max_position_embeddings and the KV cache",
-                f"set max_new_tokens to {room} or less" if room > 0 else f"shorten the prompt to {longest - 1} or less",
-            )
-        for name in ("top_logprobs", "prompt_logprobs"):
-            count = getattr(params, name)
-            if count is not None and count > vocabulary:
-                raise ConfigError(
-                    f"{name}={count} exceeds model.vocab_size={vocabulary}", f"set {name} to {vocabulary} or less"
-                )
-
     def cancel(self, request: int) -> None:
         """Forget a request and free its blocks. One that has finished, or is unknown, is left alone."""
         for sequence in self._requests.of(request):
             self.replicas[sequence.replica].remove(sequence.state)
         self._requests.forget(request)
-
-    def end_completion(self, request: int, completion: int) -> None:
-        """End a completion with the tokens that it has, as at a stop token. One that has ended is left alone."""
-        for sequence in self._requests.of(request):
-            if sequence.index == completion:
-                self._end(sequence, "stop")
 
     def step(self) -> StepOutput:
         """Launch a forward pass, and return what the last one has brought that is not in flight any more.

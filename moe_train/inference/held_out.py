@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from moe_train.inference import uncached
-from moe_train.inference.engine import Engine, EngineOptions, unsupported
+from moe_train.inference.engine import EngineOptions
+from moe_train.inference.opening import least_block_size, open_engine, unsupported
 from moe_train.inference.sampling_params import SamplingParams
 from moe_train.ranks import RankContext
 from moe_train.run import Run
@@ -57,6 +58,7 @@ def continue_prompts(
     if unsupported(ranks) is not None:
         tokens: list[list[int]] = uncached.continue_prompts(ranks, chunks, torch.tensor(prompts), count).tolist()
         return tokens
-    options = EngineOptions(num_blocks=len(prompts) * -(-(len(prompts[0]) + count) // EngineOptions.block_size))
-    with Engine(ranks, chunks, options) as engine:
+    block_size = max(EngineOptions.block_size, least_block_size(ranks))
+    options = EngineOptions(len(prompts) * -(-(len(prompts[0]) + count) // block_size), block_size)
+    with open_engine(ranks, chunks, options) as engine:
         return [output.completions[0].tokens for output in engine.generate(prompts, SamplingParams(count))]

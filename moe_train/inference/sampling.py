@@ -39,7 +39,7 @@ class TokenChoice:
     @property
     def noise_seed(self) -> int:
         """64 bits, of this position of this completion."""
-        text = f"{self.params.seed}:{self.completion}:{self.position}"
+        text = f"{self.params.seed or 0}:{self.completion}:{self.position}"
         return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

@@ -29,7 +29,8 @@ class SamplingParams:
             positive, and multiplied by it where they are negative (CTRL, arXiv 1909.05858).
         presence_penalty: is subtracted from the logits of tokens in the continuation.
         frequency_penalty: is subtracted for each time that a token is in the continuation.
-        seed: of the draws. Each completion of a prompt, and each position, has random numbers of its own.
+        seed: of the draws. Each completion of a prompt, and each position, has random numbers of its own. None asks for
+            no particular one: commands then take `BaseEngine.any_seed`.
         n: completions of the prompt.
         stop_token_ids: a continuation ends with the first of them.
         top_logprobs: log-probabilities of so many of the most probable tokens are returned for each position.
@@ -48,7 +49,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    seed: int = 0
+    seed: int | None = 0
     n: int = 1
     stop_token_ids: frozenset[int] = frozenset()
     top_logprobs: int = 0
@@ -71,7 +72,7 @@ class SamplingParams:
             ),
             "presence_penalty": (abs(self.presence_penalty) <= _LARGEST, penalty),
             "frequency_penalty": (abs(self.frequency_penalty) <= _LARGEST, penalty),
-            "seed": (-_INT64 <= self.seed < _INT64, "a whole number of 64 bits"),
+            "seed": (self.seed is None or -_INT64 <= self.seed < _INT64, "null, or a whole number of 64 bits"),
             "n": (1 <= self.n <= most, f"from 1 to {_MOST_COMPLETIONS}, and 1 where max_new_tokens=0"),
             "top_logprobs": (0 <= self.top_logprobs < _INT32, count),
             "prompt_logprobs": (

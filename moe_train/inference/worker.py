@@ -7,7 +7,7 @@ their engines. Ranks without work wait in that broadcast, which takes no process
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from moe_train.config.schema import Config
 from moe_train.inference import loading, protocol, setup
-from moe_train.inference.engine import Engine
+from moe_train.inference.base_engine import BaseEngine
+from moe_train.inference.opening import open_engine
 from moe_train.inference.requests import RequestOutput
 from moe_train.inference.sampling_params import SamplingParams
 from moe_train.inference.text import TextStream
@@ -32,7 +33,7 @@ def run(cfg: Config, rank: RankInfo) -> None:
     asked = setup.read(Path(cfg.run_dir))
     model = loading.load(cfg, rank)
     options = loading.engine_options(model.ranks, asked.engine, asked.longest)
-    with Engine(model.ranks, model.chunks, options) as engine:
+    with open_engine(model.ranks, model.chunks, options) as engine:
         group = _control_group(model.ranks)
         if rank.rank > 0:
             _follow(engine, group)
@@ -61,7 +62,7 @@ class _Instructions:
         return bool(self.ended or self.cancelled or self.added or self.step or self.finish)
 
 
-def _carry_out(engine: Engine, instructions: _Instructions) -> tuple[list[int], Any]:
+def _carry_out(engine: BaseEngine, instructions: _Instructions) -> tuple[list[int], Any]:
     """Numbers of the requests that were added, and the output of the step where there is one."""
     for request, completion in instructions.ended:
         engine.end_completion(request, completion)
@@ -71,7 +72,7 @@ def _carry_out(engine: Engine, instructions: _Instructions) -> tuple[list[int], 
     return numbers, engine.step() if instructions.step else None
 
 
-def _follow(engine: Engine, group: Any) -> None:
+def _follow(engine: BaseEngine, group: Any) -> None:
     """Do what rank 0 broadcasts, until it says that all is done."""
     while True:
         shared: list[Any] = [None]
@@ -99,7 +100,7 @@ class Coordinator:
         group: process group of the broadcasts; None for one rank.
     """
 
-    def __init__(self, engine: Engine, model: loading.LoadedModel, connection: Connection, group: Any) -> None:
+    def __init__(self, engine: BaseEngine, model: loading.LoadedModel, connection: Connection, group: Any) -> None:
         self._engine, self._model, self._connection, self._group = engine, model, connection, group
         self._running: dict[int, _Running] = {}  # by the engine's number
         self._engine_number: dict[int, int] = {}
@@ -131,7 +132,7 @@ class Coordinator:
         degrees = {name: getattr(layout, name) for name in ("tp", "pp", "cp", "ep", "etp", "dp")}
         text = " ".join(f"{name}={degree}" for name, degree in degrees.items() if degree > 1) or "one rank"
         return protocol.Ready(
-            engine.num_blocks, engine.cache.block_size, engine.cache.num_bytes, engine.max_sequence_length, text
+            engine.num_blocks, engine.block_size, engine.cache_bytes, engine.max_sequence_length, text
         )
 
     @property
@@ -172,6 +173,8 @@ class Coordinator:
         for submit in submitted:
             try:
                 params = SamplingParams(**submit.params)
+                if params.seed is None:
+                    params = replace(params, seed=self._engine.any_seed())
                 self._engine.check(submit.prompt, params)
                 accepted.append((submit, params))
             except ConfigError as error:

@@ -19,7 +19,7 @@ def _held_out(degrees: dict[str, int], changes: dict[str, Any], cached: bool) ->
         if cached:
             patch.delattr(uncached, "continue_prompts")
         else:
-            patch.delattr(held_out, "Engine")
+            patch.delattr(held_out, "open_engine")
         run = small_run.prepare(small_run.config(Path("unused"), degrees, **changes))
         run.valid_data = [{"tokens": torch.arange(16) + i} for i in range(8)]
         found = held_out.continue_held_out(run, 2)

@@ -103,7 +103,7 @@ class Service:
             "presence_penalty": body.presence_penalty or 0.0,
             "frequency_penalty": body.frequency_penalty or 0.0,
             "repetition_penalty": 1.0 if body.repetition_penalty is None else body.repetition_penalty,
-            "seed": secrets.randbits(62) if body.seed is None else body.seed,
+            "seed": body.seed,
             "n": body.n or 1,
             "max_new_tokens": new_tokens,
             "top_logprobs": top_logprobs,
