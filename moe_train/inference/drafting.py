@@ -64,44 +64,42 @@ class Drafter:
     def drafts(self, batch: Batch, hidden: Tensor | None, new: NewTokens, padded_tokens: int) -> Tensor:
         """The drafts of the entries of a batch that are sampled, in their order: [n, depths].
 
+        All positions of the pass are computed, also those of wrong drafts, whose results nothing reads: oneDNN compiles
+        a kernel for each number of tokens that it meets.
+
         Args:
             hidden: of the decoder after the pass, [t, h]; None where the batch is empty.
             padded_tokens: positions of the batch, with those that only pad it.
         """
-        entries = sorted(batch.entries, key=lambda e: num_positions(e, new))
-        texts = {e: [*e.sequence.tokens[e.start : e.known], *new.get(e, ())] for e in entries}
-        states = self._states(batch, entries, hidden, new)
-        sampled = [e for e in entries if e.samples]
+        states = hidden[: batch.num_tokens] if hidden is not None and batch.entries else self._no_states()
+        texts = {e: [*e.sequence.tokens[e.start : e.known], *new.get(e, ())] for e in batch.entries}
+        sampled = [e for e in batch.entries if e.samples]
         guesses: list[Tensor] = []
         for depth in range(self._depths):
-            following = tuple(_following(e, texts[e][depth + 1 :], num_positions(e, new)) for e in entries)
+            following = tuple(_following(e, texts[e][depth + 1 :], num_positions(e, new)) for e in batch.entries)
             context = PagedContext(Batch(following, ()), self._cache, self._rotary, self._device, padded_tokens)
             output = self._model.predict(depth, states, context)
             assert output.hidden is not None
             states = output.hidden[: len(states)]
             if output.logits is not None:
-                guesses.append(output.logits.argmax(dim=-1))
+                counts = [len(e.sampled_positions) for e in following if e.samples]
+                first = torch.tensor(list(accumulate(counts, initial=0))[:-1], device=self._device)
+                guesses.append(output.logits[first].argmax(dim=-1))
                 for entry, token in zip(sampled, guesses[-1].tolist(), strict=True):
                     texts[entry].append(token)
         if not sampled:
             return torch.zeros(0, self._depths, dtype=torch.long, device=self._device)
-        order = [sampled.index(e) for e in batch.entries if e.samples]
-        return torch.stack(guesses, dim=1)[order]
+        return torch.stack(guesses, dim=1)
 
-    def _states(self, batch: Batch, entries: Sequence[BatchEntry], hidden: Tensor | None, new: NewTokens) -> Tensor:
-        """Hidden states of the positions whose next token is known, by entry in the order of `entries`: [n, h]."""
-        if hidden is None or not entries:
-            return torch.zeros(0, self._model.hidden_size, dtype=self._model.dtype, device=self._device)
-        starts = dict(zip(batch.entries, accumulate((e.num_tokens for e in batch.entries), initial=0), strict=False))
-        rows = [row for e in entries for row in range(starts[e], starts[e] + num_positions(e, new))]
-        return hidden[torch.tensor(rows, device=self._device)]
+    def _no_states(self) -> Tensor:
+        return torch.zeros(0, self._model.hidden_size, dtype=self._model.dtype, device=self._device)
 
 
 def _following(entry: BatchEntry, tokens: list[int], count: int) -> BatchEntry:
-    """The first `count` positions of an entry with the tokens that the layer reads there.
+    """The positions of an entry with the tokens that the layer reads there, of which the first `count` are wanted.
 
-    Where the prompt is computed in chunks, deeper layers would read tokens that are missing here: they read the last.
+    Deeper layers would read tokens behind a chunk of a prompt, and all layers those behind the first wrong draft: they
+    read the last that there is.
     """
-    read = (*tokens[:count], *tokens[-1:] * (count - len(tokens)))
-    end = entry.start + count
-    return replace(entry, end=end, known=end if entry.samples else entry.known, tokens=read, scored=False)
+    read = (*tokens[:count], *tokens[-1:] * (entry.num_tokens - min(count, len(tokens))))
+    return replace(entry, known=entry.start + count if entry.samples else entry.known, tokens=read, scored=False)

@@ -21,7 +21,7 @@ from moe_train.inference.base_engine import BaseEngine, capacity_error
 from moe_train.inference.blocks import BlockPool
 from moe_train.inference.cache import PagedKVCache, format_of
 from moe_train.inference.context import PagedContext, RotaryTable, partly_filled_blocks
-from moe_train.inference.drafting import Drafter, new_tokens, num_positions
+from moe_train.inference.drafting import Drafter, new_tokens
 from moe_train.inference.forward import CachedModel, PassOutput
 from moe_train.inference.requests import GeneratedSequence, StepOutput, TopLogprobs
 from moe_train.inference.sampling import TokenChoice, choose
@@ -281,7 +281,7 @@ class Engine(BaseEngine):
         batches, own = launched.batches, launched.batches[self._replica]
         new = new_tokens(batches, launched.results[:, 0].long().tolist())
         if own.entries or self._shares_experts:
-            padded = self._padded_tokens([sum(num_positions(e, new) for e in batch.entries) for batch in batches])
+            padded = self._padded_tokens([batch.num_tokens for batch in batches])
             guesses = self._drafter.drafts(own, hidden, new, padded)
             if self._decides:
                 first = sum(entry.samples for batch in batches[: self._replica] for entry in batch.entries)
