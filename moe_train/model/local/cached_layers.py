@@ -23,6 +23,11 @@ from moe_train.model.local.cached_parts import PreparedLinear, PreparedNorm, thr
 from moe_train.model.local.experts import GroupedExperts
 from moe_train.model.local.swiglu import SwiGLU, WeightedSwiGLU
 
+FEW_ELEMENTS = 500_000
+"""Of all experts of a layer: so few are read in less time than starting a GEMM for each chosen expert takes."""
+MOST_MULTIPLICATIONS = {torch.float32: 20_000_000, torch.bfloat16: 60_000_000}
+"""For all experts and tokens: computing so many takes less time than starting the GEMMs (two threads on a Zen 4)."""
+
 
 class CachedLayer:
     """A `TransformerLayer` with the specs of `LocalBackend`: hidden [t / tp, h] -> the same shape.
@@ -87,12 +92,17 @@ class _Experts:
             self._gate = shared.gate_weight.detach().t() if shared.use_shared_expert_gate else None
         fc1, fc2 = moe.experts.linear_fc1, moe.experts.linear_fc2
         self._is_plain = fc1.kernel is fc2.kernel is gemm.HIGH_PRECISION and fc1.weight.device.type == "cpu"
-        self._fc1, self._fc2 = ([matrix.t() for matrix in fc.weight.detach().unbind()] for fc in (fc1, fc2))
+        self._all_fc1, self._all_fc2 = (fc.weight.detach().mT for fc in (fc1, fc2))
+        """[experts, in, out]"""
+        self._fc1, self._fc2 = list(self._all_fc1.unbind()), list(self._all_fc2.unbind())
 
     def __call__(self, x: Tensor) -> Tensor:
         weights, experts = self._router.chosen_experts(x, self._routing_matrix)
         if self._is_plain and x.size(0) == 1:
             output = self._one_token(x, weights, experts[0].tolist())
+            return output if self._shared is None else output + self._shared_experts(x)
+        if self._is_plain and self._computes_all(*weights.shape):
+            output = self._all_experts(x, weights, experts)
             return output if self._shared is None else output + self._shared_experts(x)
         output = torch.zeros_like(x) if self._shared is None else self._shared_experts(x)
         experts, order = experts.flatten().sort()
@@ -107,6 +117,20 @@ class _Experts:
         activated = WeightedSwiGLU.compute(gate_and_up, weights[0]).split(1)
         parts = [torch.mm(own, self._fc2[expert]) for expert, own in zip(experts, activated, strict=True)]
         return torch.cat(parts).sum(dim=0, keepdim=True)
+
+    def _computes_all(self, tokens: int, topk: int) -> bool:
+        """Whether all experts compute all tokens, in two operations."""
+        elements = self._all_fc1.numel() + self._all_fc2.numel()
+        all_are_busy = tokens * topk >= len(self._all_fc1) or elements <= FEW_ELEMENTS
+        return all_are_busy and tokens * elements <= MOST_MULTIPLICATIONS.get(self._all_fc1.dtype, 0)
+
+    def _all_experts(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """[t, h] through all experts: the weight of those that a token has not chosen is zero."""
+        count, tokens = len(self._all_fc1), len(x)
+        of_all = weights.new_zeros(tokens, count).scatter_(1, experts, weights).t().flatten()
+        gate_and_up = torch.bmm(x.expand(count, -1, -1), self._all_fc1).flatten(0, 1)
+        activated = WeightedSwiGLU.compute(gate_and_up, of_all).view(count, tokens, -1)
+        return torch.bmm(activated, self._all_fc2).sum(dim=0)
 
     def _routed(self, x: Tensor, counts: list[int], weights: Tensor) -> Tensor:
         """Outputs of experts, weighted: rows `x` [n, h] by expert, of which each has `counts` -> [n, h]."""
