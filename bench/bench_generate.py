@@ -24,7 +24,7 @@ from rich.table import Table
 
 from bench import step_data, step_profile, step_transformers
 from bench.generate_sides import OURS, GenerateTask, Timing, prepare, write_checkpoint
-from bench.results import write
+from bench.results import read, write
 from bench.workers import Worker
 from parallel.errors import MoeTrainError
 
@@ -127,6 +127,16 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+def _updated(before: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `before`, with those of the same shape replaced."""
+
+    def shape(r: dict[str, Any]) -> tuple[Any, ...]:
+        return r["model"], r["precision"], r["context"], r["batch"]
+
+    replaced = {shape(r) for r in new}
+    return [*(r for r in before if shape(r) not in replaced), *new]
+
+
 def table(rows: Sequence[dict[str, Any]], threads: int) -> Table:
     """The rows for a person."""
     shown = Table(title=f"Greedy generation, {threads} threads")
@@ -167,6 +177,7 @@ def main() -> None:
     parser.add_argument("--context", action="append", type=int, choices=NEW_TOKENS, help="only this prompt length")
     parser.add_argument("--batch", action="append", type=int, choices=BATCHES, help="only this number of prompts")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--update", action="store_true", help="replace only these rows of bench/results/generate.json")
     options = parser.parse_args()
     try:
         version = step_transformers.require()
@@ -183,10 +194,13 @@ def main() -> None:
             rows += rows_of_task
             profiles += profiles_of_task
             console.print(table(rows_of_task, options.threads), profile_table(profiles_of_task))
+    if options.update:
+        before = read("generate")
+        rows, profiles = (_updated(before[name], new) for name, new in (("rows", rows), ("profile", profiles)))
     summary = summarise(rows)
     for name, value in summary.items():
         print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
-    if sys.argv[1:] == []:
+    if sys.argv[1:] == [] or options.update:
         print(f"wrote {write('generate', {**summary, 'transformers': version, 'profile': profiles}, rows)}")
     sys.exit(0 if summary["texts_agree"] else 1)
 
