@@ -147,8 +147,7 @@ def main() -> None:
     }
     for name, value in summary.items():
         print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
-    if options.run is None:
-        print(f"wrote {write('speculation', summary, rows)}")
+    print(f"wrote {write('speculation', {**summary, 'trained_before': options.run is not None}, rows)}")
     sys.exit(0 if summary["same_text"] else 1)
 
 
