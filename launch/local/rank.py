@@ -60,6 +60,7 @@ def enter(setup: Setup, work: Callable[..., None], args: tuple[Any, ...]) -> Non
     log = open(setup.log, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as the process lives
     with contextlib.suppress(OSError):  # a full disk
         log.write(f"--- rank {setup.rank}, process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    faulthandler.disable()  # else it would not set handlers again that a parent has reset
     faulthandler.enable(log)
     if not setup.own_terminal:
         _redirect_output(log)

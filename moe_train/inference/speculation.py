@@ -64,7 +64,7 @@ class _Passes:
 
 
 @dataclass
-class _Comparison:
+class _PassComparison:
     """Passes of about the same number of sequences, with and without drafts.
 
     Args:
@@ -91,7 +91,7 @@ class SpeculationControl:
     """
 
     def __init__(self) -> None:
-        self._comparisons: dict[int, _Comparison] = {}
+        self._comparisons: dict[int, _PassComparison] = {}
         self._now = self._comparison(1)
 
     @property
@@ -120,12 +120,12 @@ class SpeculationControl:
         else:
             self._now.plain.note(seconds, 1)
         if self._now.passes >= WARM_UP and self._now.is_slower:
-            self._comparisons[sequences.bit_length()] = self._now = _Comparison(paused=PAUSE)
+            self._comparisons[sequences.bit_length()] = self._now = _PassComparison(paused=PAUSE)
 
     def rest(self, sequences: int) -> None:
         """A pass without drafts has ended."""
         self._now = self._comparison(sequences)
         self._now.paused = max(self._now.paused - 1, 0)
 
-    def _comparison(self, sequences: int) -> _Comparison:
-        return self._comparisons.setdefault(sequences.bit_length(), _Comparison())
+    def _comparison(self, sequences: int) -> _PassComparison:
+        return self._comparisons.setdefault(sequences.bit_length(), _PassComparison())

@@ -17,7 +17,7 @@ from moe_train.inference.speculation import (
     PLAIN_EVERY,
     SpeculationControl,
     SpeculationStatistics,
-    _Comparison,
+    _PassComparison,
 )
 from parallel.errors import ConfigError
 from tests.checkpoint import small_run
@@ -141,7 +141,7 @@ def resumed() -> tuple[list[bool], int]:
     drafted = []
     with Engine(ranks, chunks, options()) as engine, pytest.MonkeyPatch.context() as patch:
         patch.setattr("moe_train.inference.speculation.PAUSE", 5)
-        patch.setattr(_Comparison, "is_slower", True)
+        patch.setattr(_PassComparison, "is_slower", True)
         engine.add_request([1, 2, 3], SamplingParams(max_new_tokens=40))
         control = engine._control
         assert control is not None

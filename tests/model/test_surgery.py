@@ -58,6 +58,8 @@ OTHERS = {
     "moe_train/model/local/norm.py: norm.weight.sequence_parallel": "a module that our own spec makes",
     "moe_train/model/local/router.py: submodules.router": "a module spec, before a model is built",
     "moe_train/inference/engine.py: entry.sequence.draft": "our own class",
+    "moe_train/inference/upstream_engine.py: config.inference_moe_token_dispatcher_type": "a copy of the config",
+    "moe_train/inference/upstream_engine.py: wrapper.vocabulary": "our own class",
     "moe_train/inference/worker.py: instructions.added": "our own class",
     "moe_train/inference/worker.py: instructions.step": "our own class",
     "moe_train/inference/worker.py: update.finish_reason": "our own class",
