@@ -11,6 +11,7 @@ from launch import main
 from launch.local import forkserver, launcher, signals
 from launch.preflight import facts
 from moe_train.data import prepare
+from tests.launch.programs import wait_for
 
 
 class Lingering:
@@ -31,6 +32,8 @@ if __name__ == "__main__":
     prepare.examine = lambda *_, **__: []
     if "TEST_WARNED_BEFORE" in os.environ:
         prepare.check_prepared = lambda *_: os.kill(os.getpid(), signals.WARNING)
+    if "TEST_GATE" in os.environ:
+        prepare.check_prepared = lambda *_: wait_for(Path(os.environ["TEST_GATE"]).exists, 90)
     launcher.ENTRY = f"tests.launch.fake_job:{sys.argv.pop(1)}"
     forkserver.PRELOAD = ("torch",)  # all that the fake jobs need
     if os.environ.get("SLURM_PROCID") in os.environ.get("TEST_ODD_RANKS", "").split(","):

@@ -96,9 +96,11 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path) -> None:
 
 
 def test_sigusr1_before_ranks_are_started_ends_the_job_as_saved(tmp_path: Path) -> None:
-    with programs.started("hang", tmp_path, 2, start=subprocess.Popen) as process:
+    gate = tmp_path / "gate"
+    with programs.started("hang", tmp_path / "run", 2, start=subprocess.Popen, TEST_GATE=str(gate)) as process:
         programs.wait_for(lambda: len(programs.alive(process.pid)) >= 3, 90)
         os.killpg(process.pid, signal.SIGUSR1)
+        gate.touch()  # the launcher starts no rank before
         _gone(tmp_path, process)
         assert process.returncode == 75
         told = process.communicate()[1].strip()
