@@ -34,10 +34,14 @@ class BaseEngine(ABC):
 
     Args:
         chunks: the model of this rank, with or without DDP around it.
+        num_blocks, block_size: of the KV cache of a replica: blocks, and tokens of each.
     """
 
-    def __init__(self, ranks: RankContext, chunks: Sequence[nn.Module]) -> None:
+    def __init__(self, ranks: RankContext, chunks: Sequence[nn.Module], num_blocks: int, block_size: int) -> None:
         self._ranks = ranks
+        self.block_size = block_size
+        self.max_sequence_length = min(ranks.cfg.model.max_position_embeddings, num_blocks * block_size)
+        """Tokens of a prompt with its continuation, at most."""
         self._chunks: Sequence[Any] = chunks
         self._requests = RequestTable()
         self._was_training: list[bool] = []
@@ -93,18 +97,8 @@ class BaseEngine(ABC):
 
     @property
     @abstractmethod
-    def block_size(self) -> int:
-        """Tokens of a block of the cache."""
-
-    @property
-    @abstractmethod
     def cache_bytes(self) -> int:
         """Memory of the cache on this rank."""
-
-    @property
-    @abstractmethod
-    def max_sequence_length(self) -> int:
-        """Tokens of a prompt with its continuation, at most."""
 
     @property
     @abstractmethod

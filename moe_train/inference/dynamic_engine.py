@@ -156,7 +156,7 @@ class DynamicEngine(BaseEngine):
         if error is not None:
             raise error
         _check_options(ranks, options)
-        super().__init__(ranks, chunks)
+        super().__init__(ranks, chunks, options.num_blocks, options.block_size)
         self._options = options
         (self._model,) = unwrap_model(list(chunks))
         parts = cache_parts(ranks.cfg.model, ranks.cfg.precision.dtype, None, ranks.layout.tp)
@@ -193,20 +193,9 @@ class DynamicEngine(BaseEngine):
         self._ended.clear()
 
     @property
-    def block_size(self) -> int:
-        """Tokens of a block of the cache."""
-        return self._options.block_size
-
-    @property
     def cache_bytes(self) -> int:
         """Memory of the cache on this rank."""
         return self._cache_bytes
-
-    @property
-    def max_sequence_length(self) -> int:
-        """Tokens of a prompt with its continuation, at most."""
-        cache = self._options.num_blocks * self._options.block_size
-        return min(self._ranks.cfg.model.max_position_embeddings, cache)
 
     @property
     def num_blocks(self) -> int:

@@ -110,7 +110,7 @@ class Engine(BaseEngine):
         error = unsupported(ranks)
         if error is not None:
             raise error
-        super().__init__(ranks, chunks)
+        super().__init__(ranks, chunks, options.num_blocks, options.block_size)
         layout = ranks.layout
         # Ranks that hold the experts of one layer are then in several replicas, and all of them run every pass.
         self._shares_experts = ranks.cfg.model.is_moe and layout.ep * layout.etp > layout.tp * layout.cp
@@ -154,19 +154,9 @@ class Engine(BaseEngine):
             scheduler.pool.forget_contents()
 
     @property
-    def block_size(self) -> int:
-        """Tokens of a block of the cache."""
-        return self.cache.block_size
-
-    @property
     def cache_bytes(self) -> int:
         """Memory of the cache on this rank."""
         return self.cache.num_bytes
-
-    @property
-    def max_sequence_length(self) -> int:
-        """Tokens of a prompt with its continuation, at most."""
-        return min(self._ranks.cfg.model.max_position_embeddings, self.cache.num_blocks * self.cache.block_size)
 
     @property
     def num_free_blocks(self) -> int:
