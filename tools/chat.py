@@ -28,7 +28,6 @@ from moe_train.inference.chat_template import ChatTemplate
 from parallel.errors import ConfigError
 from tools import terminal, trained_model
 from tools.generate import params_of
-from tools.words import parse
 
 _COMMON = (
     *trained_model.COMMON, "sampling.max_new_tokens", "sampling.temperature", "sampling.top_p", "chat.system",
@@ -40,11 +39,8 @@ _FEWEST_NEW_TOKENS = 16  # for which older messages are dropped
 
 def main() -> NoReturn:
     """Console script."""
-    line = parse(sys.argv[1:])
     trained_model.main(
-        lambda cfg: run(cfg, line.overrides),
-        line,
-        line.argv("source"),
+        run,
         ChatRoot,
         about=__doc__,
         common=_COMMON,

@@ -44,7 +44,7 @@ from parallel.layout import ParallelLayout
 from parallel.suggest import override_value
 from tools import terminal, trained_model
 from tools.trained_model import TrainedModel
-from tools.words import CommandLine, parse
+from tools.words import CommandLine
 
 if TYPE_CHECKING:
     from tools.harness import TaskScore
@@ -61,14 +61,12 @@ _COMMON = (
 
 def main() -> NoReturn:
     """Console script."""
-    line = parse(sys.argv[1:])
     trained_model.main(
-        lambda cfg: run(cfg, line.overrides),
-        line,
-        arguments(line),
+        run,
         EvaluateRoot,
         about=__doc__,
         common=_COMMON,
+        argv=arguments,
         answers=True,
         forks_early=False,
     )

@@ -30,7 +30,6 @@ from moe_train.inference.sampling_params import SamplingParams
 from parallel.errors import ConfigError, DataError
 from tools import terminal, trained_model
 from tools.prompts import Prompt, read_lines
-from tools.words import parse
 
 _COMMON = (
     *trained_model.COMMON, "sampling.max_new_tokens", "sampling.temperature", "sampling.top_p", "sampling.stop",
@@ -41,14 +40,12 @@ _LARGEST_INPUT_BYTES = 1 << 30
 
 def main() -> NoReturn:
     """Console script."""
-    line = parse(sys.argv[1:])
     trained_model.main(
-        lambda cfg: run(cfg, line.overrides),
-        line,
-        line.argv("source", "generate.prompt"),
+        run,
         GenerateRoot,
         about=__doc__,
         common=_COMMON,
+        argv=lambda line: line.argv("source", "generate.prompt"),
         answers=True,
     )
 

@@ -30,7 +30,6 @@ from moe_train.files import untrusted
 from moe_train.inference import chat_template
 from parallel.errors import ConfigError
 from tools import trained_model
-from tools.words import parse
 
 _COMMON = (
     *trained_model.COMMON, "serve.host", "serve.port", "serve.token_file", "serve.max_concurrent", "serve.max_queued",
@@ -42,11 +41,8 @@ _WATCH_S = 0.2
 
 def main() -> NoReturn:
     """Console script."""
-    line = parse(sys.argv[1:])
     trained_model.main(
-        lambda cfg: run(cfg, line.overrides),
-        line,
-        line.argv("source"),
+        run,
         ServeRoot,
         about=__doc__,
         common=_COMMON,

@@ -22,7 +22,7 @@ from moe_train.inference import source
 from moe_train.inference.text import is_unicode
 from parallel.errors import ConfigError
 from parallel.layout import ParallelLayout
-from tools.words import CommandLine
+from tools.words import CommandLine, parse
 
 COMMON = (
     "source", "tokenizer", "precision", "parallel.tp", "parallel.pp", "parallel.ep", "engine.cache_format",
@@ -95,28 +95,39 @@ def find(cfg: InferenceRoot, words: Sequence[str], command: str) -> TrainedModel
     return TrainedModel(found.name, config, layout, tokenizer, source.stop_token_ids(config, tokenizer))
 
 
+def _one_path(line: CommandLine) -> list[str]:
+    return line.argv("source")
+
+
 def main(
-    run: Callable[[Any], None],
-    line: CommandLine,
-    argv: Sequence[str],
+    run: Callable[[Any, Sequence[str]], None],
     root: type,
     *,
     about: str | None,
     common: Sequence[str],
+    argv: Callable[[CommandLine], Sequence[str]] = _one_path,
     answers: bool = False,
     forks_early: bool = True,
 ) -> NoReturn:
-    """What console scripts do: `run` with the config, then exit. A signal ends the command with its exit code.
+    """What console scripts do: `run` with the config and the overrides, then exit. A signal ends the command with its
+    exit code.
 
     Args:
-        line: the words of the command.
-        argv: the same words for Hydra.
+        argv: from the words of the command to those for Hydra. By default one path names the model.
         root, about, common, answers: as `hydra_entry` has them.
         forks_early: whether the process that forks ranks starts at once, where the words name a model.
     """
+    line = parse(sys.argv[1:])
+    words = argv(line)
+
+    def with_overrides(cfg: Any) -> None:
+        run(cfg, line.overrides)
+
     try:
         with _command(line if forks_early else None):
-            code = hydra_entry(run, argv=argv, root=root, runs=False, answers=answers, about=about, common=common)
+            code = hydra_entry(
+                with_overrides, argv=words, root=root, runs=False, answers=answers, about=about, common=common
+            )
     except signals.Interrupted as interrupt:
         print(f"\ninterrupted by {interrupt.signal.name}", file=sys.stderr)
         code = interrupt.exit_code
