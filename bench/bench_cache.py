@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from bench import trained_tiny
+from bench import loaded_run, trained_tiny
 from bench.results import write
 from bench.workers import Requests, Worker
 
@@ -92,18 +92,7 @@ MODELS = {
 
 def prepare(run_dir: Path, threads: int) -> Requests:
     """The requests of the process that has the model of `run_dir`."""
-    import torch
-
-    from bench.step_data import free_port
-    from moe_train.config.roots import GenerateRoot
-    from moe_train.inference import loading, source
-    from parallel.rank_info import RankInfo
-
-    torch.set_num_threads(threads)
-    root = GenerateRoot()
-    cfg = source.config_of(source.find(run_dir), root, [])
-    cfg.precision.name = cfg.precision.dtype = "fp32"
-    model = loading.load(cfg, RankInfo(0, 1, 0, 1, "127.0.0.1", free_port(), "local"))
+    model = loaded_run.load(run_dir, "fp32", threads)
     return {"score": lambda *args: _score(model, *args)}
 
 

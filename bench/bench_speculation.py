@@ -28,7 +28,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import step_data
+from bench import loaded_run
 from bench.results import write
 from bench.speculation_text import sentences
 
@@ -61,15 +61,7 @@ def measure(run: Path, dtype: str, rounds: int, threads: int) -> list[dict[str, 
     import torch
     from megatron.core.utils import unwrap_model
 
-    from moe_train.config.composition.compose import compose
-    from moe_train.config.roots import GenerateRoot
-    from moe_train.inference import loading, source
-    from parallel.rank_info import RankInfo
-
-    torch.set_num_threads(threads)
-    precision = [f"precision.dtype={dtype}"]
-    cfg = source.config_of(source.find(run), compose(precision, GenerateRoot), precision)
-    model = loading.load(cfg, RankInfo(0, 1, 0, 1, "127.0.0.1", step_data.free_port(), "local"))
+    model = loaded_run.load(run, dtype, threads)
     texts = ["".join(sentences(2, TEXTS + seed)) for seed in range(8)]  # not those of training
     prompts = [model.tokenizer.encode(text) for text in texts]
     rows = [{"dtype": dtype} | _row(model, prompts[:batch], "trained", rounds) for batch in (1, 8)]
