@@ -55,6 +55,7 @@ OTHERS = {
     "moe_train/model/build.py: setattr(config, name, value)": "TransformerConfig, before a model is built",
     "moe_train/model/fp8/delayed_scaling.py: scale.latest": "our own class",
     "moe_train/model/kernels/gemm.py: weight.grad_added_to_main_grad": "how a layer tells DDP's hook of a gradient",
+    "moe_train/model/kernels/cpu_gemm.py: onednn.enabled": "a switch of torch, set back at once",
     "moe_train/model/local/norm.py: norm.weight.sequence_parallel": "a module that our own spec makes",
     "moe_train/model/local/router.py: submodules.router": "a module spec, before a model is built",
     "moe_train/inference/engine.py: entry.sequence.draft": "our own class",

@@ -7,6 +7,7 @@ here is differentiable: `gemm.py` calls them in `autograd.Function`s.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ Counts = Sequence[int]
 Kernel = Callable[..., Tensor]
 FEW_ROWS, SMALL_MATRIX = 8, 200_000
 """oneDNN takes about 13 us for a call more than MKL does, which is the time of a GEMM with fewer rows and elements."""
+NATIVE_MULTIPLICATIONS = 150_000
+"""Of a GEMM in bf16: calling oneDNN takes about 12 us longer than torch's own kernel, which computes so many in that
+time. With one row it is faster for any matrix, up to twice (two threads on a Zen 4)."""
 FEW_QUERIES, LONG_KEYS, KEYS_AT_ONCE = 16, 2048, 512
 """With so few queries, MKL takes up to 1.7 times as long for one GEMM with so many keys as for a batch of short ones
 (two threads on a Zen 4)."""
@@ -186,7 +190,25 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def matmul_few_rows(a: Tensor, b: Tensor) -> Tensor:
     """[m, k] x [k, n] -> [m, n], by torch where calling oneDNN would take longer than the GEMM."""
+    if a.dtype is torch.bfloat16 and b.stride(0) == 1:
+        rows = a.size(0)
+        return _native_matmul(a, b) if rows == 1 or rows * b.numel() <= NATIVE_MULTIPLICATIONS else torch.mm(a, b)
     return torch.mm(a, b) if a.size(0) <= FEW_ROWS and b.numel() <= SMALL_MATRIX else matmul(a, b)
+
+
+def _native_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """[m, k] x [k, n] -> [m, n] by torch's own kernel, where `torch.mm` takes oneDNN for bf16.
+
+    It needs the columns of `b` in one piece, and sums in fp32 as oneDNN does. `torch.backends.mkldnn.flags` would do
+    the same in 8 us.
+    """
+    onednn: Any = torch.backends.mkldnn
+    before = onednn.enabled
+    onednn.enabled = False
+    try:
+        return torch.mm(a, b)
+    finally:
+        onednn.enabled = before
 
 
 def matmul_tn(a: Tensor, b: Tensor) -> Tensor:

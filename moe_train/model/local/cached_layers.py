@@ -113,9 +113,10 @@ class _Experts:
 
     def _one_token(self, x: Tensor, weights: Tensor, experts: Sequence[int]) -> Tensor:
         """[1, h] through its experts."""
-        gate_and_up = torch.cat([torch.mm(x, self._fc1[expert]) for expert in experts])
+        gate_and_up = torch.cat([cpu_gemm.matmul_few_rows(x, self._fc1[expert]) for expert in experts])
         activated = WeightedSwiGLU.compute(gate_and_up, weights[0]).split(1)
-        parts = [torch.mm(own, self._fc2[expert]) for expert, own in zip(experts, activated, strict=True)]
+        pairs = zip(experts, activated, strict=True)
+        parts = [cpu_gemm.matmul_few_rows(own, self._fc2[expert]) for expert, own in pairs]
         return torch.cat(parts).sum(dim=0, keepdim=True)
 
     def _computes_all(self, tokens: int, topk: int) -> bool:
@@ -142,9 +143,10 @@ class _Experts:
         filled = [expert for expert, count in enumerate(counts) if count]
         sizes = [counts[expert] for expert in filled]
         rows = zip(filled, x.split(sizes), strict=True)
-        gate_and_up = torch.cat([torch.mm(own, self._fc1[expert]) for expert, own in rows])
+        gate_and_up = torch.cat([cpu_gemm.matmul_few_rows(own, self._fc1[expert]) for expert, own in rows])
         activated_rows = WeightedSwiGLU.compute(gate_and_up, weights).split(sizes)
-        return torch.cat([torch.mm(own, self._fc2[e]) for e, own in zip(filled, activated_rows, strict=True)])
+        pairs = zip(filled, activated_rows, strict=True)
+        return torch.cat([cpu_gemm.matmul_few_rows(own, self._fc2[expert]) for expert, own in pairs])
 
     def _shared_experts(self, x: Tensor) -> Tensor:
         assert self._shared is not None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_train.model.kernels import cpu_gemm, gemm
 from moe_train.model.local.attention import ShortAttention
@@ -85,6 +87,50 @@ def test_every_kernel_computes_its_operation(operation: str, dtype: torch.dtype)
             assert found.dtype is dtype, name
             tolerance = 1e-5 if dtype is torch.float32 else 2e-2
             torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * 10, msg=name)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_rows_times_any_matrix(dtype: torch.dtype, rows: int) -> None:
+    """By either kernel, with the columns of the matrix in one piece, as those of weights are, and not."""
+    generator = torch.Generator().manual_seed(4)
+    for width, columns in ((24, 25), (96, 1000), (640, 1000)):
+        a = torch.randn(rows, width, generator=generator).to(dtype)
+        weight = torch.randn(columns, width, generator=generator).to(dtype)
+        for b in (weight.t(), weight.t().contiguous()):
+            found = cpu_gemm.matmul_few_rows(a, b)
+            assert found.dtype is dtype
+            tolerance = 1e-5 if dtype is torch.float32 else 1e-2
+            torch.testing.assert_close(found.double(), a.double() @ b.double(), rtol=tolerance, atol=tolerance * 10)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_onednn_is_left_as_it_was(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after an error, and where it is switched off."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
+    row, matrix = torch.ones(1, 8, dtype=torch.bfloat16), torch.ones(4, 8, dtype=torch.bfloat16).t()
+    assert cpu_gemm.matmul_few_rows(row, matrix).tolist() == [[8.0] * 4]
+    assert torch.backends.mkldnn.enabled is enabled
+    with pytest.raises(RuntimeError):
+        cpu_gemm.matmul_few_rows(row[:, :5], matrix)
+    assert torch.backends.mkldnn.enabled is enabled
+
+
+def test_a_row_in_bf16_does_not_call_onednn() -> None:
+    """Calling it takes longer than the GEMM of one row."""
+    row, weight = torch.ones(1, 128, dtype=torch.bfloat16), torch.ones(64, 128, dtype=torch.bfloat16)
+    seen: list[bool] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(torch.backends.mkldnn.enabled)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        cpu_gemm.matmul_few_rows(row, weight.t())
+        cpu_gemm.matmul_few_rows(row.expand(64, -1), weight.t())
+        cpu_gemm.matmul_few_rows(row, weight.t().contiguous())
+    assert seen.count(False) == 1
 
 
 def test_weight_gradients_go_to_the_buffer_of_ddp() -> None:
