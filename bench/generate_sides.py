@@ -86,9 +86,12 @@ def prepare(side: str, task: GenerateTask, directory: Path) -> Requests:
     """The requests of the process of `side`: moe-train, or an experts implementation of transformers."""
     import torch
 
-    torch.set_num_threads(task.threads)
+    from parallel.runtime.threads import use_threads
+
     if side != OURS:
+        torch.set_num_threads(task.threads)
         return {"generate": _transformers(side, directory)}
+    use_threads(task.threads)  # as the launcher does
     generate, profile = _ours(task, directory)
     return {"generate": generate, "profile": profile}
 

@@ -13,14 +13,13 @@ if TYPE_CHECKING:
 
 def load(run_dir: Path, dtype: str, threads: int) -> LoadedModel:
     """The weights of the newest checkpoint, in `dtype`. A process can load one model."""
-    import torch
-
     from moe_train.config.composition.compose import compose
     from moe_train.config.roots import GenerateRoot
     from moe_train.inference import loading, source
     from parallel.rank_info import RankInfo
+    from parallel.runtime.threads import use_threads
 
-    torch.set_num_threads(threads)
+    use_threads(threads)
     words = [f"precision={dtype}"]
     cfg = source.config_of(source.find(run_dir), compose(words, GenerateRoot), words)
     return loading.load(cfg, RankInfo(0, 1, 0, 1, "127.0.0.1", free_port(), "local"))

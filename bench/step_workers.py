@@ -32,8 +32,12 @@ def prepare(side: str, task: StepTask, weights: Path) -> Requests:
     import torch
 
     from bench import step_grouped
+    from parallel.runtime.threads import use_threads
 
-    torch.set_num_threads(task.threads)
+    if side == OURS:
+        use_threads(task.threads)  # as the launcher does
+    else:
+        torch.set_num_threads(task.threads)
     trained = _ours(task, weights) if side == OURS else _transformers(side, task, weights)
     return {
         "steps": lambda count: [_timed(trained.step) for _ in range(count)],

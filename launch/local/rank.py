@@ -120,12 +120,12 @@ def leave_groups() -> None:
 
 
 def use_threads(count: int) -> None:
-    """Compute with `count` threads in this process."""
+    """Compute with `count` threads in the calling thread of this process."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(count)  # for a library that is loaded later, and for processes started from here
-    import torch
+    from parallel.runtime import threads
 
-    torch.set_num_threads(count)
+    threads.use_threads(count)
 
 
 def _redirect_output(log: IO[str]) -> None:
