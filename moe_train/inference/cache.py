@@ -162,7 +162,7 @@ class PagedKVCache:
         self, parts: Sequence[CachePart], layers: Iterable[int], num_blocks: int, block_size: int,
         dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
-        self.num_blocks, self.block_size = num_blocks, block_size
+        self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
         slots = num_blocks * block_size
         self._layers = {
             layer: LayerCache({part.name: PagedTensor(part, slots, dtype, device) for part in parts})

@@ -147,7 +147,8 @@ class PagedContext:
         longest = max(entry.end for entry in entries)
         if len(entries) > 1 and len(entries) * longest <= GATHERED_TOKENS:
             return Decoding(rows, queries, self._gathered(entries, longest), [])
-        return Decoding(rows, queries, None, [self._pieces(entry) for entry in entries])
+        later = torch.ones(queries, queries, dtype=torch.bool, device=self._device).triu_(1) if queries > 1 else None
+        return Decoding(rows, queries, None, [self._pieces(entry, later) for entry in entries])
 
     def _gathered(self, entries: Sequence[BatchEntry], longest: int) -> Gathered:
         """Shorter sequences repeat their last block. Later positions are masked."""
@@ -156,10 +157,10 @@ class PagedContext:
         slots = self._slots_of_blocks(blocks)
         positions = self._whole_numbers([range(entry.start, entry.end) for entry in entries])
         beyond = torch.arange(slots.size(1), device=self._device) > positions.unsqueeze(2)
-        mask = torch.zeros(beyond.shape, device=self._device).masked_fill_(beyond, -torch.inf)
+        mask = torch.zeros(beyond.shape, dtype=self._cache.dtype, device=self._device).masked_fill_(beyond, -torch.inf)
         return Gathered(slots, mask)
 
-    def _pieces(self, entry: BatchEntry) -> Pieces:
+    def _pieces(self, entry: BatchEntry, later: Tensor | None) -> Pieces:
         """The longest run of consecutive blocks of a sequence, and the others, if any. Its last block comes last."""
         size, blocks = self._cache.block_size, entry.blocks[: self._num_blocks(entry.end)]
         first, count = longest_run(blocks)
@@ -168,10 +169,10 @@ class PagedContext:
         run = slice(blocks[first] * size, (blocks[first] + count) * size)
         end = first + count
         if end == len(blocks):
-            return Pieces([self._slots_of_blocks(blocks[:first]), run] if first else [run], unused)
+            return Pieces([self._slots_of_blocks(blocks[:first]), run] if first else [run], unused, later)
         if first and len(blocks) - end < new:
-            return Pieces([self._slots_of_blocks(blocks)], unused)
-        return Pieces([run, self._slots_of_blocks((*blocks[:first], *blocks[end:]))], unused)
+            return Pieces([self._slots_of_blocks(blocks)], unused, later)
+        return Pieces([run, self._slots_of_blocks((*blocks[:first], *blocks[end:]))], unused, later)
 
     def _num_blocks(self, tokens: int) -> int:
         return -(-tokens // self._cache.block_size)

@@ -22,6 +22,7 @@ from torch import Tensor
 from moe_train.inference.context import PagedContext
 from moe_train.model.kernels import gemm
 from moe_train.model.local.cached_layers import CachedLayer
+from moe_train.model.local.cached_parts import PreparedEmbedding, PreparedLinear, PreparedNorm
 from moe_train.ranks import RankContext
 
 
@@ -42,15 +43,20 @@ class _PredictionLayer:
     """A layer of multi-token prediction: hidden states of the depth before [t / tp, h] -> its own."""
 
     def __init__(self, module: Any, number: int, model: Any) -> None:
-        self._module, self._embedding = module, model.embedding
+        self._module, self._embedding = module, PreparedEmbedding(model.embedding)
+        self._norms = PreparedNorm(module.enorm), PreparedNorm(module.hnorm)
+        self._projection, self._final_norm = PreparedLinear(module.eh_proj), PreparedNorm(module.final_layernorm)
         layer = getattr(module, "transformer_layer", None) or module.mtp_model_layer  # its name from 0.19 on
         self._layer = CachedLayer(layer, number, getattr(model, "rotary_pos_emb", None))
 
     def __call__(self, hidden: Tensor, context: PagedContext) -> Tensor:
-        embedded = self._embedding(input_ids=context.tokens.unsqueeze(0), position_ids=context.positions.unsqueeze(0))
-        joined = self._module._concat_embeddings(hidden.unsqueeze(1), embedded).squeeze(1)
-        output: Tensor = self._module.final_layernorm(self._layer(joined, context))
-        return output
+        embedded = self._embedding(context.tokens, context.positions)
+        if self._projection.is_plain:
+            norm_of_embedding, norm_of_hidden = self._norms
+            joined = self._projection(torch.cat([norm_of_embedding(embedded), norm_of_hidden(hidden)], dim=-1))
+        else:
+            joined = self._module._concat_embeddings(hidden.unsqueeze(1), embedded.unsqueeze(1)).squeeze(1)
+        return self._final_norm(self._layer(joined, context))
 
 
 class CachedModel:
@@ -68,6 +74,8 @@ class CachedModel:
         self._config = models[0].config
         self._layers: list[list[CachedLayer]] = []
         self._prediction_layers: list[_PredictionLayer] = []
+        self._embedding: PreparedEmbedding | None = None
+        self._final_norms: list[PreparedNorm | None] = []
 
     def prepare(self) -> None:
         """Look up the weights. Call it before the first forward pass, and again when the weights have changed."""
@@ -78,6 +86,10 @@ class CachedModel:
             ]
             for model in self._models
         ]
+        first = self._models[0]
+        self._embedding = PreparedEmbedding(first.embedding) if first.pre_process else None
+        norms = [model.decoder.final_layernorm for model in self._models]
+        self._final_norms = [None if norm is None else PreparedNorm(norm) for norm in norms]
         if self.prediction_layers:
             last = self._models[-1]
             modules = zip(last.mtp.layers, self.prediction_layers, strict=True)
@@ -143,12 +155,11 @@ class CachedModel:
     def _decoder(self, index: int, hidden: Tensor | None, context: PagedContext) -> Tensor:
         """[t / tp, h] of the stage before (None at the first) -> [t / tp, h]."""
         if hidden is None:
-            model = self._models[index]
-            tokens, positions = context.tokens.unsqueeze(0), context.positions.unsqueeze(0)
-            hidden = model.embedding(input_ids=tokens, position_ids=positions).squeeze(1)
+            assert self._embedding is not None
+            hidden = self._embedding(context.tokens, context.positions)
         for layer in self._layers[index]:
             hidden = layer(hidden, context)
-        norm = self._models[index].decoder.final_layernorm
+        norm = self._final_norms[index]
         return hidden if norm is None else norm(hidden)
 
     def _receive(self, context: PagedContext) -> Tensor:

@@ -14,8 +14,11 @@ from torch import Tensor
 
 Counts = Sequence[int]
 Kernel = Callable[..., Tensor]
-FEW_ROWS, SMALL_MATRIX = 8, 200_000
-"""oneDNN takes about 13 us for a call more than MKL does, which is the time of a GEMM with fewer rows and elements."""
+FEW_ROWS = 8
+"""Of a group: starting a GEMM for each takes less time than a grouped GEMM."""
+SMALL_MATRIX, MKL_MULTIPLICATIONS = 200_000, 2_000_000
+"""Elements of a matrix, and multiplications of a GEMM in fp32, up to which MKL is faster than oneDNN, whose calls take
+about 13 us longer (two threads on a Zen 4)."""
 NATIVE_MULTIPLICATIONS = 150_000
 """Of a GEMM in bf16: calling oneDNN takes about 12 us longer than torch's own kernel, which computes so many in that
 time. With one row it is faster for any matrix, up to twice (two threads on a Zen 4)."""
@@ -190,10 +193,12 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def matmul_few_rows(a: Tensor, b: Tensor) -> Tensor:
     """[m, k] x [k, n] -> [m, n], by torch where calling oneDNN would take longer than the GEMM."""
+    multiplications = a.size(0) * b.numel()
     if a.dtype is torch.bfloat16 and b.stride(0) == 1:
-        rows = a.size(0)
-        return _native_matmul(a, b) if rows == 1 or rows * b.numel() <= NATIVE_MULTIPLICATIONS else torch.mm(a, b)
-    return torch.mm(a, b) if a.size(0) <= FEW_ROWS and b.numel() <= SMALL_MATRIX else matmul(a, b)
+        is_small = a.size(0) == 1 or multiplications <= NATIVE_MULTIPLICATIONS
+        return _native_matmul(a, b) if is_small else torch.mm(a, b)
+    is_small = b.numel() <= SMALL_MATRIX and multiplications <= MKL_MULTIPLICATIONS
+    return torch.mm(a, b) if is_small else matmul(a, b)
 
 
 def _native_matmul(a: Tensor, b: Tensor) -> Tensor:

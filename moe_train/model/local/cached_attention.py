@@ -11,7 +11,7 @@ not expand the latents of all earlier tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -48,19 +48,20 @@ class Pieces:
     Args:
         slots: one or two.
         unused: places at the end of the last that hold no token of the sequence.
+        later: bool [queries, queries]: which tokens of the pass follow which; None for a single one.
     """
 
     slots: list[Slots]
     unused: int
+    later: Tensor | None = None
 
-    def mask(self, scores: Tensor, queries: int) -> Tensor:
-        """`scores` [heads * queries, k] over all places, changed in place: causal for the last `queries` tokens."""
+    def mask(self, scores: Tensor) -> Tensor:
+        """`scores` [heads * queries, k] over all places, changed in place: causal for the tokens of the pass."""
         if self.unused:
             scores[:, -self.unused :] = -torch.inf
-        if queries > 1:
-            end = scores.size(1) - self.unused
-            later = torch.ones(queries, queries, dtype=torch.bool, device=scores.device).triu_(1)
-            scores.view(-1, queries, scores.size(1))[..., end - queries : end].masked_fill_(later, -torch.inf)
+        if self.later is not None:
+            queries, end = len(self.later), scores.size(1) - self.unused
+            scores.view(-1, queries, scores.size(1))[..., end - queries : end].masked_fill_(self.later, -torch.inf)
         return scores
 
 
@@ -95,10 +96,15 @@ class Gathered:
 
     slots: Tensor
     mask: Tensor
+    _of_heads: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def mask_of(self, heads: int) -> Tensor:
-        """The mask, repeated for `heads` heads of each token: [n, s * heads, k], or [n, 1, k] for all of them."""
-        return self.mask if self.mask.size(1) == 1 else self.mask.repeat_interleave(heads, dim=1)
+    def mask_of(self, heads: int, groups: int = 1) -> Tensor:
+        """The mask for `heads` heads of each token in each of `groups` groups: [n * groups, s * heads, k], or
+        [n * groups, 1, k] where it holds for all heads. All layers share it."""
+        if (heads, groups) not in self._of_heads:
+            mask = self.mask if self.mask.size(1) == 1 else self.mask.repeat_interleave(heads, dim=1)
+            self._of_heads[heads, groups] = mask if groups == 1 else mask.repeat_interleave(groups, dim=0)
+        return self._of_heads[heads, groups]
 
 
 @dataclass(frozen=True)
@@ -258,7 +264,7 @@ class LatentAttention:
             keys = store.read("latent", part.gathered.slots).squeeze(-2)
             rotary_keys = store.read("rotary_key", part.gathered.slots).squeeze(-2)
             queries, rotary = (x.reshape(len(keys), s * heads, -1) for x in (absorbed.transpose(0, 1), rotary))
-            scores = torch.baddbmm(part.gathered.mask_of(heads).to(keys), queries, keys.mT, alpha=self._scale)
+            scores = torch.baddbmm(part.gathered.mask_of(heads), queries, keys.mT, alpha=self._scale)
             scores = scores.baddbmm_(rotary, rotary_keys.mT, alpha=self._scale)
             mixed = torch.bmm(scores.softmax(dim=-1), keys).view(-1, heads, self._latent).transpose(0, 1)
         else:
@@ -270,7 +276,7 @@ class LatentAttention:
     def _attend(self, absorbed: Tensor, rotary: Tensor, store: LayerStore, pieces: Pieces) -> Tensor:
         """Attention of the last tokens of a sequence to its latents: [heads, s, latent] and [heads, s, rope] -> [heads,
         s, latent]."""
-        shape, s = absorbed.shape, absorbed.size(1)
+        shape = absorbed.shape
         absorbed, rotary = (x.reshape(-1, x.size(-1)) for x in (absorbed, rotary))
         keys = [store.read("latent", slots).squeeze(-2) for slots in pieces.slots]
         rotary_keys = [store.read("rotary_key", slots).squeeze(-2) for slots in pieces.slots]
@@ -278,7 +284,7 @@ class LatentAttention:
             cpu_gemm.attention_scores([(rotary, its_rotary), (absorbed, own)])
             for its_rotary, own in zip(rotary_keys, keys, strict=True)
         ]
-        weights = pieces.mask(_joined_scores(scores).mul_(self._scale), s).softmax(dim=-1)
+        weights = pieces.mask(_joined_scores(scores).mul_(self._scale)).softmax(dim=-1)
         parts = weights.split([len(own) for own in keys], dim=-1)
         mixed = [cpu_gemm.attention_values(part, own) for part, own in zip(parts, keys, strict=True)]
         return (mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]).view(shape)
@@ -347,8 +353,7 @@ class GroupedAttention:
         n, groups, group = t // s, keys.size(2), heads // keys.size(2)
         q = queries.view(n, s, groups, group, d).transpose(1, 2).reshape(n * groups, s * group, d)
         k, v = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))
-        mask = part.gathered.mask_of(group).repeat_interleave(groups, dim=0)
-        out = _mix(q, k, v, mask, self._scale).view(n, groups, s, group, -1)
+        out = _mix(q, k, v, part.gathered.mask_of(group, groups), self._scale).view(n, groups, s, group, -1)
         return out.transpose(1, 2).reshape(t, heads, -1)
 
     def _attend(self, queries: Tensor, store: LayerStore, pieces: Pieces) -> Tensor:
@@ -358,7 +363,7 @@ class GroupedAttention:
         groups = keys[0].size(0)
         q = queries.transpose(0, 1).reshape(groups, -1, d)  # [groups, heads / groups * s, d]
         scores = _joined_scores([torch.bmm(q, own.mT) for own in keys]).mul_(self._scale)
-        weights = pieces.mask(scores.flatten(0, 1), s).view(scores.shape).softmax(dim=-1)
+        weights = pieces.mask(scores.flatten(0, 1)).view(scores.shape).softmax(dim=-1)
         first, *others = weights.split([own.size(1) for own in keys], dim=-1)
         out = torch.bmm(first, values[0])
         if others:

@@ -40,6 +40,26 @@ class PreparedLinear:
         return through_module(self._module, x)
 
 
+class PreparedEmbedding:
+    """Tokens and positions [t] -> [t / tp, h]."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        words = module.word_embeddings
+        alone = words.weight.size(0) == words.num_embeddings
+        # A table of words and nothing else.
+        self._is_plain = alone and not (
+            module.add_position_embedding or module.num_tokentypes or module.config.fp32_residual_connection
+        )
+        self._table: Tensor = words.weight.detach()
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if self._is_plain:
+            return F.embedding(tokens, self._table)
+        result: Tensor = self._module(input_ids=tokens.unsqueeze(0), position_ids=positions.unsqueeze(0)).squeeze(1)
+        return result
+
+
 class PreparedNorm:
     """RMSNorm over the last dimension."""
 
