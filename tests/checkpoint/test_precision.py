@@ -122,7 +122,7 @@ DELAYED = {"precision__dtype": "bf16", "precision__fp8": "delayed", "precision__
 
 def scales(run_dir: Path, degrees: dict[str, int], changes: dict[str, Any]) -> dict[str, Any]:
     """`continue_halfway`, and scales and histories by name as they were after resuming."""
-    run = small_run.prepare(small_run.config(run_dir, degrees, **small_run.FEWER | changes))
+    run = small_run.prepare(small_run.config(run_dir, degrees, **small_run.two_micro_batches(degrees) | changes))
     checkpoint.resume(run)
     found = state.delayed_scales(run.chunks, state.model_state(run.chunks))
     kept = {shard.key: shard.data.tolist() for shard in state.Request(found).tensors if not any(shard.global_offset)}

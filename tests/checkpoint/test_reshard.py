@@ -49,7 +49,7 @@ def test_the_same_layout_continues_bit_by_bit(uninterrupted: tuple[Path, list[di
     [
         (1, {}, {}),
         (2, {"pp": 2, "vpp": 2}, {}),
-        (4, {"ep": 4}, {"batch__micro_batch_size": 1}),
+        (4, {"ep": 4}, {}),
         (4, {"tp": 2}, {}),
         (2, {"ep": 2}, PLAIN),
     ],

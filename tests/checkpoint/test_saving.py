@@ -29,7 +29,7 @@ def save_both_ways(run_dir: Path, degrees: small_run.Degrees, changes: dict[str,
 
     The writer begins only after those.
     """
-    run = small_run.prepare(small_run.config(run_dir, degrees, **small_run.FEWER | changes))
+    run = small_run.prepare(small_run.config(run_dir, degrees, **small_run.two_micro_batches(degrees) | changes))
     small_run.train(run, 2)
     found = [manifest.read(checkpoint.save(run)) or {}]
     write, trained = storage.Share.write, threading.Event()
@@ -82,7 +82,7 @@ def count_plans(run_dir: Path) -> list[tuple[int, set[str]]]:
 
     storage._DistWrapper.reduce_scatter = counted  # type: ignore[method-assign]
     found = []
-    run = small_run.prepare(small_run.config(run_dir, {"ep": 2}, **small_run.FEWER))
+    run = small_run.prepare(small_run.config(run_dir, {"ep": 2}, **small_run.two_micro_batches({"ep": 2})))
     other = storage.share_of
     for step in range(4):
         small_run.train(run, 1)

@@ -38,7 +38,7 @@ def go_on(run: Run, steps: int) -> list[dict[str, Any]]:
 
 
 def begin(run_dir: Path, degrees: dict[str, int], inject: list[Fault], **settings: Any) -> Run:
-    changes = small_run.FEWER | {f"resilience__{name}": value for name, value in settings.items()}
+    changes = small_run.two_micro_batches(degrees) | {f"resilience__{name}": value for name, value in settings.items()}
     run = small_run.prepare(small_run.config(run_dir, degrees, resilience__inject=inject, **changes))
     run.cfg.checkpoint.interval_steps, run.total_steps = 2, 100
     checkpoints = CheckpointCallback()
@@ -99,7 +99,7 @@ def test_a_bad_step_leaves_no_trace(
 
 def go_back(run_dir: Path) -> dict[str, Any]:
     """Data that is bad in steps 6 to 8 of a run with checkpoints after 2 and 4, in a directory with another run's."""
-    other = small_run.prepare(small_run.config(run_dir, {"ep": 2}, seed=7, **small_run.FEWER))
+    other = small_run.prepare(small_run.config(run_dir, {"ep": 2}, seed=7, **small_run.two_micro_batches({"ep": 2})))
     small_run.train(other, 5)
     checkpoint.save(other)
     run = begin(run_dir, {"ep": 2}, [Fault("nan", sample=5 * BATCH, samples=3 * BATCH)])
@@ -108,7 +108,7 @@ def go_back(run_dir: Path) -> dict[str, Any]:
     go_on(run, 4)
     back = small_run.bits(run), asdict(run.state), run.schedule.num_steps
     later = [line["lm_loss"] for line in go_on(run, 2)]
-    from_four = {"resume": str(run_dir / "checkpoints/step_00000004"), **small_run.FEWER}
+    from_four = {"resume": str(run_dir / "checkpoints/step_00000004"), **small_run.two_micro_batches({"ep": 2})}
     resumed = small_run.prepare(small_run.config(run_dir, {"ep": 2}, **from_four))
     checkpoint.resume(resumed)
     return {

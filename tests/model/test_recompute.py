@@ -13,7 +13,7 @@ from moe_train.config.schema import RecomputeStage
 from moe_train.model.memory import workload_of
 from moe_train.telemetry.saved_tensors import SavedTensors
 from parallel.planner.memory import saved_per_micro_batch
-from tests.checkpoint.small_run import BATCH, SEQUENCE, batches, config, prepare
+from tests.checkpoint.small_run import BATCH, SEQUENCE, batches, config, prepare, two_micro_batches
 from tests.distributed.helper import run_distributed
 from tests.quick import slow_but
 
@@ -53,7 +53,7 @@ def step_of(
     from moe_train.loop.step import train_step
 
     recomputed = {f"recompute__{name}": value for name, value in recompute.items()}
-    cfg = config(directory, degrees, batch__micro_batch_size=BATCH // 2, **recomputed, **(changes or {}))
+    cfg = config(directory, degrees, **two_micro_batches(degrees), **recomputed, **(changes or {}))
     run = prepare(cfg)
     data = batches(run)
     metrics = [train_step(run, data) for _ in range(2)]
