@@ -63,11 +63,13 @@ class PagedContext:
     Args:
         padded_tokens: number of tokens, with those that only pad the batch.
         rotary: the table of earlier passes.
+        first_samples: of each entry, only the logits of its first sampled position are wanted.
     """
 
     def __init__(
-        self, batch: Batch, cache: PagedKVCache, rotary: RotaryTable, device: torch.device, padded_tokens: int
-    ) -> None:
+        self, batch: Batch, cache: PagedKVCache, rotary: RotaryTable, device: torch.device, padded_tokens: int,
+        first_samples: bool = False,
+    ) -> None:  # fmt: skip
         self._cache, self._table, self._device = cache, rotary, device
         self._angles: Rotary | None = None
         self.entries = batch.entries
@@ -81,7 +83,7 @@ class PagedContext:
         self.rows = self._whole_numbers([
             first + position - entry.start
             for first, entry in self._first_rows()
-            for wanted in (entry.scored_positions, entry.sampled_positions)
+            for wanted in (entry.scored_positions, entry.sampled_positions[: 1 if first_samples else None])
             for position in wanted
         ])  # fmt: skip
         """Rows whose logits are wanted: of each entry its scored and then its sampled positions."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -77,14 +76,13 @@ class Drafter:
         guesses: list[Tensor] = []
         for depth in range(self._depths):
             following = tuple(_following(e, texts[e][depth + 1 :], num_positions(e, new)) for e in batch.entries)
-            context = PagedContext(Batch(following, ()), self._cache, self._rotary, self._device, padded_tokens)
+            followed = Batch(following, ())
+            context = PagedContext(followed, self._cache, self._rotary, self._device, padded_tokens, first_samples=True)
             output = self._model.predict(depth, states, context)
             assert output.hidden is not None
             states = output.hidden[: len(states)]
             if output.logits is not None:
-                counts = [len(e.sampled_positions) for e in following if e.samples]
-                first = torch.tensor(list(accumulate(counts, initial=0))[:-1], device=self._device)
-                guesses.append(output.logits[first].argmax(dim=-1))
+                guesses.append(output.logits.argmax(dim=-1))
                 for entry, token in zip(sampled, guesses[-1].tolist(), strict=True):
                     texts[entry].append(token)
         if not sampled:

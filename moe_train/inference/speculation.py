@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import fmean, median_low
 
-PLAIN_EVERY = 16
+PLAIN_EVERY = 32
 """One in so many passes verifies no drafts, to measure what it costs without. Before the first decision it is one in
 two."""
 WARM_UP = 8
