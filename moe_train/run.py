@@ -68,6 +68,8 @@ class Run(RankContext):
     schedule: Any = None  # megatron.core OptimizerParamScheduler
     expert_load: Any = None  # moe_train.telemetry.model_metrics.ExpertLoad of an MoE model
     prediction_loss: Any = None  # moe_train.telemetry.model_metrics.PredictionLoss with multi-token prediction
+    qk_clip: Any = None  # moe_train.optim.qk_clip.QKClip with optimizer.qk_clip_threshold
+    weight_average: Any = None  # moe_train.optim.ema.WeightAverage with an EMA of the weights
     traffic: Any = None  # moe_train.telemetry.model_metrics.DispatchTraffic where tokens leave their rank
     state: TrainState = field(default_factory=TrainState)
     callbacks: list[Callback] = field(default_factory=list)

@@ -21,9 +21,11 @@ from moe_train.data.scoring import ScoredText
 from moe_train.data.tokenizer import load_tokenizer
 from moe_train.loop import callbacks, step
 from moe_train.objectives import base
+from moe_train.optim.ema import WeightAverage
 from moe_train.optim.optimizer import build_optimizer, build_schedule, data_parallel
+from moe_train.optim.qk_clip import QKClip
 from moe_train.ranks import RankContext, build_model, setup_ranks
-from moe_train.run import Run
+from moe_train.run import Metrics, Run
 from moe_train.schedules import BatchSchedule
 from moe_train.telemetry.model_metrics import DispatchTraffic, ExpertLoad, PredictionLoss
 from parallel.dispatchers import DISPATCHERS
@@ -79,6 +81,10 @@ def build_trainer(ranks: RankContext, model: list[nn.Module]) -> Run:
         run.prediction_loss = PredictionLoss(model, cfg.model.mtp_num_layers, device)
     run.chunks = data_parallel(model, run.config, run.resolved)
     run.optimizer = build_optimizer(run.resolved, run.config, run.chunks)
+    if cfg.optimizer.qk_clip_threshold is not None:
+        run.qk_clip = QKClip(run.chunks, run.optimizer, cfg.model, cfg.optimizer, device)
+    if cfg.optimizer.averages_weights:
+        run.weight_average = WeightAverage(run.chunks, cfg.optimizer, cfg.parallel.overlap_param_gather)
     run.schedule = build_schedule(cfg, run.optimizer, run.total_steps)
     run.callbacks = callbacks.from_config(run)
     return run
@@ -108,13 +114,14 @@ def train(run: Run) -> None:
             with run.clock.paused():
                 evaluation = step.evaluate(run, held_out(run).for_chunks(run.layout.vpp), eval_count)
                 by_source = step.evaluate_sources(run, texts)
+                averaged = evaluate_average(run, eval_count)
             if evaluation.loss is None:
                 run.announce("evaluation_skipped", reason="no token of the validation batches counts towards the loss")
                 return
             state = run.state
             own = {f"valid_{name}": value for name, value in evaluation.metrics.items()}
             progress = {"step": state.step, "tokens": state.consumed_tokens}
-            run.evaluations.append({**progress, "valid_loss": evaluation.loss, **own, **by_source})
+            run.evaluations.append({**progress, "valid_loss": evaluation.loss, **averaged, **own, **by_source})
             for callback in run.callbacks:
                 callback.on_evaluation_end(run, run.evaluations[-1])
 
@@ -139,6 +146,14 @@ def train(run: Run) -> None:
             if run.state.step == run.total_steps or is_evaluated(run, tokens_before):
                 evaluate()
         run.completed = True
+
+
+def evaluate_average(run: Run, count: int) -> Metrics:
+    """Loss of the EMA of the weights on `count` global batches of held-out text, where the run asks for it."""
+    if not run.cfg.train.eval_ema:
+        return {}
+    with run.weight_average.applied():
+        return {"valid_loss_ema": step.evaluate(run, held_out(run).for_chunks(run.layout.vpp), count).loss}
 
 
 def is_evaluated(run: Run, tokens_before: int) -> bool:

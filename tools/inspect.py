@@ -30,6 +30,7 @@ from tools import terminal
 from tools.words import parse
 
 if TYPE_CHECKING:
+    from moe_train.config.parameter_groups import GroupSummary
     from moe_train.conversion.difference import Comparison, Difference
     from moe_train.conversion.inventory import Inventory
     from moe_train.formats.nonfinite import Tally
@@ -107,6 +108,8 @@ def _describe(checkpoint: Inventory, threads: int) -> None:
     console.print(table)
     console.print(_parts(checkpoint))
     console.print(_dtypes(checkpoint))
+    if checkpoint.groups:
+        console.print(_groups(checkpoint.groups))
     tally = Tally()
     console.print(f"integrity: {_integrity(checkpoint, threads, tally)}", markup=False)
     tally.refuse("not all numbers are finite", "convert them with convert.allow_nonfinite=true")
@@ -151,6 +154,22 @@ def _dtypes(checkpoint: Inventory) -> Table:
         column.justify = "right"
     for dtype, (tensors, size) in sorted(checkpoint.dtypes.items()):
         table.add_row(dtype, f"{tensors:,}", f"{size:,}")
+    return table
+
+
+def _groups(groups: list[GroupSummary]) -> Table:
+    """What the optimizer does with which parameters."""
+    table = Table(
+        "match", "optimizer", "lr multiplier", "weight decay", "tensors", "parameters",
+        title="parameter groups", title_justify="left",
+    )  # fmt: skip
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for g in groups:
+        name = terminal.literal(g.match or "all others")
+        table.add_row(
+            name, g.optimizer, f"{g.lr_multiplier:g}", f"{g.weight_decay:g}", f"{g.tensors:,}", f"{g.parameters:,}"
+        )
     return table
 
 

@@ -81,6 +81,8 @@ def _share(run: Run) -> tuple[storage.Share, set[int]]:
     tensors = {**model, "optimizer": optimizer, "rng": state.random_state(run)}
     if scales := state.delayed_scales(run.chunks, model):
         tensors["fp8_scales"] = scales
+    if average := state.average_state(run, model):
+        tensors["ema"] = average
     return on_all_ranks(run, lambda: storage.share_of(tensors), "plan a checkpoint"), unshared
 
 
@@ -201,11 +203,14 @@ def _load(run: Run, path: Path) -> None:
     model = state.model_state(run.chunks)
     optimizer = state.optimizer_state(run, model, loading=True)
     scales = _saved_scales(state.delayed_scales(run.chunks, model), contents, warnings)
+    average = _saved_average(state.average_state(run, model), contents, warnings)
     # Two reads, not one: master weights may come from the same tensors as the model.
     state.load_model(run.chunks, weights.read(run, model, contents, path))
     state.load_optimizer(run, weights.read(run, optimizer, contents, path), progress.optimizer_updates)
     if scales:
         state.load_delayed_scales(run.chunks, weights.read(run, scales, contents, path))
+    if run.weight_average is not None:
+        state.load_average(run, weights.read(run, average, contents, path) if average else {})
     on_all_ranks(run, lambda: weights.refuse_nonfinite(run.chunks, path, "resume"), f"read {path}")
     same_layout = progress.layout == asdict(run.layout)
     if (
@@ -245,10 +250,22 @@ def _saved_scales(wanted: storage.StateDict, contents: dcp_metadata.Metadata, wa
     return wanted
 
 
+def _saved_average(
+    wanted: storage.StateDict, contents: dcp_metadata.Metadata, warnings: list[str]
+) -> storage.StateDict:
+    """`wanted`, or nothing where the checkpoint is of a run without an EMA of the weights."""
+    if wanted and not any(key.startswith(f"{state.EMA}.") for key in contents.state_dict_metadata):
+        warnings.append("the checkpoint has no EMA of the weights, which begins with its weights")
+        return {}
+    return wanted
+
+
 def _start_with(run: Run, path: Path) -> None:
     """Only the model of a checkpoint; the run starts at step 0."""
     path = weights.load(run, run.chunks, path)
     run.optimizer.reload_model_params()
+    if run.weight_average is not None:
+        run.weight_average.reset()
     if run.is_main:
         say(f"weights from {path}")
 

@@ -2,8 +2,9 @@
 
 Every optimizer tensor has the shape and the name of its parameter, whether the distributed optimizer is on or off, so
 a checkpoint loads in any layout. Names: `K` for a parameter or buffer of the model, and for its optimizer state
-`optimizer.state.exp_avg.K`, `optimizer.state.exp_avg_sq.K`, and where K is 16-bit `optimizer.state.fp32_param.K`.
-Delayed scaling of the layer with weight K is `fp8_scales.K`.
+`optimizer.state.exp_avg.K`, `optimizer.state.exp_avg_sq.K`, and where K is 16-bit `optimizer.state.fp32_param.K`. A
+matrix that Muon updates has `optimizer.state.momentum_buffer.K`.
+Delayed scaling of the layer with weight K is `fp8_scales.K`, and the EMA of a parameter `ema.K`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
@@ -31,7 +33,9 @@ from moe_train.run import Run
 # torch's optimizers count steps for each parameter, the fused ones of Transformer Engine and apex for each group.
 _COUNTS_EACH_PARAMETER = (torch.optim.Adam, torch.optim.AdamW)
 _OPTIMIZER = "optimizer.state"
+_FP32_GROUPS = "fp32_from_fp16_params"  # of Float16OptimizerWithFloat16Params, in optimizer/optimizer.py upstream
 FP8_SCALES = "fp8_scales."
+EMA = "ema"
 _MASTER, _MASTER_OF_DISTRIBUTED = _OPTIMIZER + ".fp32_param.", _OPTIMIZER + ".param."
 
 
@@ -65,8 +69,17 @@ def optimizer_state(run: Run, model: StateDict, *, loading: bool) -> StateDict:
         if isinstance(optimizer, DistributedOptimizer):
             state[str(i)] = _distributed_state(optimizer, model, loading)
         else:
-            state[str(i)] = optimizer.sharded_state_dict(model, loading, metadata=_options())
+            state[str(i)] = _with_numbered_groups(optimizer.sharded_state_dict(model, loading, metadata=_options()))
+    if isinstance(run.optimizer, LayerWiseDistributedOptimizer):
+        state = _as_only_copies(state)
     return _rename_masters(state)
+
+
+def _with_numbered_groups(state: StateDict) -> StateDict:
+    """The fp32 weights by the number of their group, of which a rank may have none: reading drops empty lists."""
+    if _FP32_GROUPS in state:
+        state[_FP32_GROUPS] = dict(enumerate(state[_FP32_GROUPS]))
+    return state
 
 
 def optimizers(run: Run) -> list[Any]:
@@ -111,6 +124,41 @@ def _distributed_state(optimizer: DistributedOptimizer, model: StateDict, loadin
                 tensors[name] = make_sharded_optimizer_tensor(of_parameter[id(parameter)], data, f"{_OPTIMIZER}.{name}")
             state[len(state)] = tensors
     return state
+
+
+def _as_only_copies(state: StateDict) -> StateDict:
+    """Of parameters that one data-parallel rank has the state of: without this rank's number among these ranks, of
+    which the first writes."""
+
+    def only(value: Any) -> Any:
+        if isinstance(value, ShardedTensor | ShardedTensorFactory):
+            return replace(value, replica_id=(*value.replica_id[:-1], 0))
+        return value
+
+    only_copies: StateDict = dict_list_map_inplace(only, state)
+    return only_copies
+
+
+def average_state(run: Run, model: StateDict) -> StateDict:
+    """The EMA of the weights of this rank; nothing where the run has none. `model` is this rank's `model_state`."""
+    if run.weight_average is None:
+        return {}
+    shards, _ = extract_sharded_tensors_and_factories(model)
+    of_parameter = {id(shard.data): shard for shard in nested_values(shards)}
+    averages = run.weight_average.averages
+    return {
+        str(i): make_sharded_optimizer_tensor(of_parameter[id(parameter)], average, EMA)
+        for i, (parameter, average) in enumerate(averages.items())
+    }
+
+
+def load_average(run: Run, loaded: StateDict) -> None:
+    """Continue with the read EMA of the weights; where nothing was read, with the weights."""
+    if not loaded:
+        run.weight_average.reset()
+        return
+    for i, average in enumerate(run.weight_average.averages.values()):
+        average.copy_(loaded[str(i)])
 
 
 def unshared_memory(run: Run, state: StateDict) -> set[int]:
@@ -196,13 +244,12 @@ def load_optimizer(run: Run, loaded: StateDict, updates: int) -> None:
 def _load_plain(optimizer: Any, state: StateDict) -> None:
     moments = state.get("optimizer", state)
     parameters = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
-    for number, tensors in moments["state"].items():
+    for number, tensors in moments.get("state", {}).items():
         for name, tensor in tensors.items():
             optimizer.optimizer.state[parameters[number]][name].copy_(tensor)
-    for group, tensors in zip(
-        getattr(optimizer, "fp32_from_float16_groups", []), state.get("fp32_from_fp16_params", []), strict=True
-    ):
-        for parameter, tensor in zip(group, tensors, strict=True):
+    masters = state.get(_FP32_GROUPS, {})
+    for number, group in enumerate(getattr(optimizer, "fp32_from_float16_groups", [])):
+        for parameter, tensor in zip(group, masters.get(number, []), strict=True):
             parameter.copy_(tensor)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from moe_train.config.schema import OptimizerConfig, ScheduleConfig
+from moe_train.config.optimizer import OptimizerConfig
+from moe_train.config.schema import ScheduleConfig
 
 
 def learning_rate(optimizer: OptimizerConfig, schedule: ScheduleConfig, decay_end: int, updates: int) -> float:

@@ -13,6 +13,7 @@ from moe_train.config.fields import REQUIRED, doc
 from moe_train.config.launcher import LauncherConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.objective import OBJECTIVES
+from moe_train.config.optimizer import OptimizerConfig
 from moe_train.config.resilience import ResilienceConfig
 from parallel.architecture.attention import ATTENTIONS
 from parallel.dispatchers import DISPATCHERS
@@ -153,18 +154,6 @@ class RecomputeConfig:
 
 
 @dataclass
-class OptimizerConfig:
-    """AdamW with decoupled weight decay, and gradient clipping."""
-
-    lr: float = doc(1e-3, "Peak learning rate.", minimum=0)
-    beta1: float = doc(0.9, "Decay of the first moment.")
-    beta2: float = doc(0.95, "Decay of the second moment.")
-    eps: float = doc(1e-8, "Epsilon added to the root of the second moment.")
-    weight_decay: float = doc(0.1, "Decoupled weight decay; norms and biases are exempt.", minimum=0)
-    clip_grad: float = doc(1.0, "Largest global gradient norm; 0 means no clipping.", minimum=0)
-
-
-@dataclass
 class ScheduleConfig:
     """Learning rate over the steps of a run."""
 
@@ -296,6 +285,7 @@ class TrainConfig:
         None, "Tokens that an evaluation scores of each of eval_sources, its first; null means all.", minimum=1
     )
     eval_batches: int = doc(4, "Global batches in one evaluation; 0 means no evaluation.", minimum=0)
+    eval_ema: bool = doc(False, "Measure the loss of the EMA of the weights too, in each evaluation.")
     sample_continuations: int = doc(0, "Held-out texts to sample continuations of at the end.", minimum=0)
     deterministic: bool = doc(False, "Deterministic kernels on CUDA (slower); the CPU always is.")
 

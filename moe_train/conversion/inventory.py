@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.config.model import ModelConfig
+from moe_train.config.parameter_groups import GroupSummary, summarise
 from moe_train.conversion import hf_config as config
 from moe_train.conversion import quantised_weights
 from moe_train.conversion.hf import quantization
@@ -30,14 +31,15 @@ HUGGING_FACE, MEGATRON = "Hugging Face", "Megatron"
 BIAS, COPIES, OTHER = "expert_bias", "copies", "other"
 SCALES, WEIGHT_SCALES = "fp8_scales", "weight_scales"
 """Of FP8, in training and in weights; and of other quantised weights."""
-MOMENTS, MASTERS, RANDOM = "moments", "fp32_weights", "random_streams"
-NOT_PARAMETERS = (BIAS, COPIES, SCALES, WEIGHT_SCALES, MOMENTS, MASTERS, RANDOM)
+MOMENTS, MASTERS, EMA, RANDOM = "moments", "fp32_weights", "ema_of_weights", "random_streams"
+NOT_PARAMETERS = (BIAS, COPIES, SCALES, WEIGHT_SCALES, MOMENTS, MASTERS, EMA, RANDOM)
 """Parts of a checkpoint other than parameters. Copies are numbers that are stored again under another name."""
 
 # The first that fits a Megatron name decides. Names of optimizer state carry that of their parameter behind a prefix.
 _PARTS: tuple[tuple[Callable[[str], bool], str], ...] = (
     (lambda key: key.startswith("optimizer.state.fp32_param."), MASTERS),
     (lambda key: key.startswith("optimizer."), MOMENTS),
+    (lambda key: key.startswith("ema."), EMA),
     (lambda key: key.startswith("rng."), RANDOM),
     (lambda key: key.startswith("fp8_scales."), SCALES),
     (lambda key: key.endswith(".expert_bias"), BIAS),
@@ -73,6 +75,8 @@ class Inventory:
     """Numbers stored, by part."""
     dtypes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """dtype -> (tensors, bytes)."""
+    groups: list[GroupSummary] = field(default_factory=list)
+    """Parameter groups of the run's optimizer; none where there is no optimizer state."""
 
     def add(self, part: str, shape: tuple[int, ...], dtype: Dtype) -> None:
         """Count a tensor."""
@@ -223,6 +227,8 @@ def _megatron(path: Path) -> Inventory:
     others = checkpoint.contents.state_dict_metadata.keys() - checkpoint.tensors.keys()
     if others:
         inventory.facts["pickled objects"] = f"{len(others)}, not read"
+    if inventory.elements[MOMENTS]:
+        inventory.groups = summarise(model, run_config.optimizer_of(path))
     return inventory
 
 

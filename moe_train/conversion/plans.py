@@ -112,7 +112,7 @@ def check_megatron(checkpoint: dcp.Checkpoint, all_pieces: Sequence[Piece]) -> N
 
 def is_model_tensor(key: str) -> bool:
     """Whether a tensor of a Megatron checkpoint is a weight or buffer of the model."""
-    return not key.startswith(("optimizer.", "rng.", "fp8_scales."))
+    return not key.startswith(("optimizer.", "ema.", "rng.", "fp8_scales."))
 
 
 class HuggingFaceReader:

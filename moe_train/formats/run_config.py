@@ -12,6 +12,7 @@ import yaml
 from moe_train.config import former
 from moe_train.config.learning_rate import learning_rate
 from moe_train.config.model import ModelConfig
+from moe_train.config.optimizer import ADAMW, OptimizerConfig, ParameterGroup
 from moe_train.config.resolve import decay_end, total_steps
 from moe_train.config.schema import Config
 from moe_train.config.walk import get, typed, violation, with_values
@@ -101,13 +102,30 @@ def model_of(directory: Path, any_version: bool = False) -> ModelConfig:
     return model
 
 
+def optimizer_of(directory: Path) -> OptimizerConfig:
+    """The optimizer of the run that wrote the checkpoint. Options that its version did not have get their defaults.
+
+    Raises:
+        CheckpointError: its config cannot be read.
+    """
+    saved = read(directory).get("optimizer")
+    known = {field.name for field in fields(OptimizerConfig)}
+    values = {name: value for name, value in saved.items() if name in known} if isinstance(saved, dict) else {}
+    for name, value in values.items():
+        if why := violation(f"optimizer.{name}", value):
+            raise damaged(directory, f"{CONFIG} has optimizer.{name}={value}, which is {why}")
+    groups = [ParameterGroup(**entry) for entry in values.pop("groups", [])]
+    return OptimizerConfig(**values, groups=groups)
+
+
 def check(saved: dict[str, Any], cfg: Config, directory: Path) -> list[str]:
     """Warnings, one line each, about settings that differ from the run that wrote the checkpoint.
 
     Raises:
-        CheckpointError: the model differs.
+        CheckpointError: the model or the optimizer differs.
     """
     check_model(saved, cfg, directory)
+    _check_optimizer(saved, cfg, directory)
     differing = [d for d in _differences(saved["model"], asdict(cfg.model), "model", None) if d[0] in TUNABLE]
     differing += _data_differences(saved, cfg)
     for group, names in _TRAINING.items():
@@ -128,6 +146,18 @@ def check_model(saved: dict[str, Any], cfg: Config, directory: Path) -> None:
         raise CheckpointError(
             f"checkpoint {directory} is of another model: {theirs} in the checkpoint, {ours} in the run",
             f"set {theirs}, or start another run with another run_dir",
+        )
+
+
+def _check_optimizer(saved: dict[str, Any], cfg: Config, directory: Path) -> None:
+    """Raise CheckpointError where the checkpoint has the state of another optimizer."""
+    options = saved.get("optimizer")
+    before = options.get("name", ADAMW) if isinstance(options, dict) else ADAMW
+    if before != cfg.optimizer.name:
+        raise CheckpointError(
+            f"checkpoint {directory} has the state of optimizer.name={before}, and the run has "
+            f"optimizer.name={cfg.optimizer.name}",
+            f"set optimizer.name={before}, or start another run with init_from={directory}",
         )
 
 

@@ -28,6 +28,8 @@ def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
+    if run.qk_clip is not None:
+        run.qk_clip.start()
     biases = run.expert_load.biases() if run.expert_load is not None else []
     biases_before = [bias.clone() for bias in biases]
     samples = run.batch_size()
@@ -50,7 +52,9 @@ def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
         delayed_scaling.discard(run.chunks)
     else:
         delayed_scaling.update(run.chunks)
-    learning_rate = run.schedule.optimizer.param_groups[0]["lr"] if run.optimizer.param_groups else 0.0
+    learning_rate = run.schedule.get_lr({})  # of parameters without a multiplier of their own
+    if run.weight_average is not None:
+        run.weight_average.wait()  # it reads the weights
     updated = norm is not None and not bad and update.apply(run.optimizer, norm)
     if updated:  # fp16 skips the update when the gradients overflow
         run.state.optimizer_updates += 1
@@ -68,6 +72,11 @@ def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
     if loss is None:
         metrics["no_tokens"] = True
         run.announce("skipped", reason=NO_TOKENS)
+    if run.qk_clip is not None:
+        clipped = run.qk_clip.finish(updated)
+        metrics |= {"max_attention_logit": clipped.largest, "qk_clipped_heads": clipped.heads}
+    if updated and run.weight_average is not None:
+        run.weight_average.start(samples * run.cfg.train.seq_length)
     return {**metrics, **reduced.metrics, **model_metrics.collect(run, run.micro_batches_of(samples))}
 
 

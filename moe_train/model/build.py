@@ -145,6 +145,7 @@ def _numbers(cfg: Config) -> dict[str, Any]:
         # The loss is a sum over tokens divided once by their number in the global batch: no layout changes it.
         "calculate_per_token_loss": True,
         "deterministic_mode": cfg.train.deterministic,
+        "qk_clip": cfg.optimizer.qk_clip_threshold is not None,  # core attention then records its largest logits
         "use_cpu_initialization": False,
         "perform_initialization": True,  # also marks which parameters are split over tensor-parallel ranks
     }

@@ -1,4 +1,4 @@
-"""AdamW over Megatron-Core's distributed optimizer, and the learning-rate schedule."""
+"""AdamW or Muon over Megatron-Core's distributed optimizers, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from moe_train.config.optimizer import MUON
 from moe_train.config.resolve import ResolvedConfig, decay_end
 from moe_train.config.schema import Config
 from moe_train.model.precision import DTYPES
+from moe_train.optim.groups import overrides
 from moe_train.optim.moments import AdamWithBf16Moments
 from parallel.fp8_recipes import RECIPES
 
@@ -50,12 +52,18 @@ def _mxfp8_parameters(cfg: Config) -> bool:
 
 
 def _distributed(resolved: ResolvedConfig) -> bool:
-    """Whether to shard optimizer state. Over one rank there is nothing to shard, only copies of all weights and
-    gradients to save; checkpoints are the same."""
+    """Whether to shard optimizer state with the buffers of gradients. Over one rank there is nothing to shard, only
+    copies of all weights and gradients to save; checkpoints are the same."""
     shards = max(ps.get_data_parallel_world_size(with_context_parallel=True), ps.get_expert_data_parallel_world_size())
     cfg = resolved.cfg
     needed = cfg.parallel.overlap_param_gather or cfg.precision.fp8_param_gather or _moments_of_te(resolved)
-    return cfg.parallel.distributed_optimizer and (shards > 1 or needed)
+    return cfg.parallel.distributed_optimizer and (shards > 1 or needed) and cfg.optimizer.name != MUON
+
+
+def _layer_wise(resolved: ResolvedConfig) -> bool:
+    """Whether data-parallel ranks share out parameters, each with its state: Muon needs whole matrices."""
+    shards = ps.get_data_parallel_world_size(with_context_parallel=True)
+    return resolved.cfg.parallel.distributed_optimizer and shards > 1 and resolved.cfg.optimizer.name == MUON
 
 
 def _moments_of_te(resolved: ResolvedConfig) -> bool:
@@ -66,9 +74,29 @@ def _moments_of_te(resolved: ResolvedConfig) -> bool:
 def build_optimizer(
     resolved: ResolvedConfig, config: TransformerConfig, chunks: list[DistributedDataParallel]
 ) -> MegatronOptimizer:
-    """AdamW with fp32 master weights where weights are 16-bit; its state is sharded with `distributed_optimizer`."""
+    """AdamW or Muon, with fp32 master weights where weights are 16-bit; `distributed_optimizer` shards its state."""
+    cfg = resolved.cfg
+    muon, fp32 = cfg.optimizer.name == MUON, cfg.precision.dtype == "fp32"
+    options = _options(resolved)
+    if muon:
+        from moe_train.optim import muon as grouped_muon  # needs a package that is not always installed
+
+        grouped_muon.register()
+        options |= grouped_muon.megatron_options(cfg.optimizer, fp32, _layer_wise(resolved))
+    settings = OptimizerConfig(**options)
+    built = get_megatron_optimizer(settings, chunks, overrides(cfg, settings, chunks), use_gloo_process_groups=False)
+    if fp32 and _layer_wise(resolved):
+        built = grouped_muon.distribute_fp32(built, settings)
+    config.grad_scale_func = built.scale_loss
+    if cfg.precision.moments_dtype == "bf16" and not _moments_of_te(resolved):
+        _store_moments_in_bf16(built, cfg.seed if cfg.precision.stochastic_rounding else None)
+    _fuse(built)
+    return built
+
+
+def _options(resolved: ResolvedConfig) -> dict[str, Any]:
+    """Fields of Megatron-Core's OptimizerConfig, for AdamW."""
     cfg, optimizer = resolved.cfg, resolved.cfg.optimizer
-    dtype = DTYPES[cfg.precision.dtype]
     options: dict[str, Any] = {
         "optimizer": "adam",
         "lr": optimizer.lr,
@@ -78,7 +106,7 @@ def build_optimizer(
         "adam_beta2": optimizer.beta2,
         "adam_eps": optimizer.eps,
         "clip_grad": optimizer.clip_grad,
-        "params_dtype": dtype,
+        "params_dtype": DTYPES[cfg.precision.dtype],
         "bf16": cfg.precision.dtype == "bf16",
         "fp16": cfg.precision.dtype == "fp16",
         "initial_loss_scale": cfg.precision.initial_loss_scale,
@@ -91,12 +119,7 @@ def build_optimizer(
     if _moments_of_te(resolved):  # upstream's optimizer_config.py
         options["use_precision_aware_optimizer"] = True
         options["exp_avg_dtype"] = options["exp_avg_sq_dtype"] = DTYPES["bf16"]
-    built = get_megatron_optimizer(OptimizerConfig(**options), chunks, use_gloo_process_groups=False)
-    config.grad_scale_func = built.scale_loss
-    if cfg.precision.moments_dtype == "bf16" and not _moments_of_te(resolved):
-        _store_moments_in_bf16(built, cfg.seed if cfg.precision.stochastic_rounding else None)
-    _fuse(built)
-    return built
+    return options
 
 
 def _store_moments_in_bf16(optimizer: MegatronOptimizer, seed: int | None) -> None:

@@ -13,6 +13,7 @@ from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, ge
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
+from moe_train.model.layers import layer_index
 from moe_train.model.local import dispatch
 from moe_train.model.local.loss import LanguageModelLoss
 from moe_train.run import Metrics, Run
@@ -30,10 +31,7 @@ class ExpertLoad:
         for chunk in chunks:
             for name, module in chunk.named_modules():
                 if isinstance(module, TopKRouter):
-                    number = module.layer_number
-                    if ".mtp." in f".{name}" and number <= chunk.config.num_layers:
-                        number += chunk.config.num_layers  # some versions number these layers from 1 again
-                    module.register_forward_hook(self._hook(number - 1))
+                    module.register_forward_hook(self._hook(layer_index(name, module, chunk.config.num_layers)))
                     self._routers.append(module)
 
     def _hook(self, layer: int) -> Any:

@@ -122,6 +122,11 @@ METRICS: tuple[Metric, ...] = (
         when="`train.eval_sources`", label="loss on", number=".4f",
     ),
     Metric(
+        "valid_loss_ema", Line.EVALUATION, _NATS, Reduction.MEAN,
+        "`valid_loss` of the exponential moving average of the weights", _SCALAR | {Place.RUN_LOG},
+        when="`train.eval_ema`", label="validation loss of the EMA", number=".4f",
+    ),
+    Metric(
         "grad_norm", Line.TRAINING, "", None, "L2 norm of the gradients of all ranks, before clipping", _SCALAR
     ),
     Metric("lr", Line.TRAINING, "", None, "learning rate of this step", _SCALAR),
@@ -165,6 +170,16 @@ METRICS: tuple[Metric, ...] = (
         "mtp_loss", Line.TRAINING, _NATS, Reduction.MEAN,
         "loss of multi-token prediction over the tokens that count, then the mean over depths", _SCALAR,
         when="`model.mtp_num_layers` > 0",
+    ),
+    Metric(
+        "max_attention_logit", Line.TRAINING, "", Reduction.MAX,
+        "largest attention logit of all heads, layers and micro-batches of the step, before QK-Clip", _SCALAR,
+        when="`optimizer.qk_clip_threshold` is set",
+    ),
+    Metric(
+        "qk_clipped_heads", Line.TRAINING, "heads", None,
+        "heads of all layers whose projections QK-Clip rescaled after the update", _SCALAR,
+        when="`optimizer.qk_clip_threshold` is set",
     ),
     Metric(
         "saved_activation_bytes", Line.TRAINING, "bytes", Reduction.MEAN,

@@ -130,6 +130,17 @@ def gradients_scaled_in_place(device: torch.device, replace: Replace) -> None:
         replace(clip_grads, "multi_tensor_scale_impl", scale_in_place)
 
 
+def parameters_broadcast_by_their_ranks(device: torch.device, replace: Replace) -> None:
+    """Data-parallel ranks that each update some of the parameters exchange them, over gloo.
+
+    Upstream: optimizer/layer_wise_optimizer.py `allgather_params` gathers parts of unequal size, which NCCL takes and
+    gloo does not. Its `broadcast_params` does the same parameter by parameter. Goes when gloo takes them.
+    """
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+
+    replace(LayerWiseDistributedOptimizer, "allgather_params", LayerWiseDistributedOptimizer.broadcast_params)
+
+
 def parts_of_unequal_length(device: torch.device, replace: Replace) -> None:
     """Ranks that split experts (etp) exchange as many tokens as each happens to have, over gloo.
 
@@ -231,6 +242,7 @@ PATCHES = (
     recomputed_outputs_without_a_compiler,
     chunks_in_order_stay,
     gradients_scaled_in_place,
+    parameters_broadcast_by_their_ranks,
     parts_of_unequal_length,
     predicted_tokens_of_whole_sequences,
     prediction_recomputed_with_packed_documents,

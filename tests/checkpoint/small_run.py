@@ -84,6 +84,11 @@ def batches(run: Run) -> list[Iterator[dict[str, torch.Tensor]]]:
     return [samples_from(run, run.state.consumed_samples) for _ in run.chunks]
 
 
+def batches_again(run: Run) -> list[Iterator[dict[str, torch.Tensor]]]:
+    """From the first sample on."""
+    return [samples_from(run, 0) for _ in run.chunks]
+
+
 def samples_from(run: RankContext, start: int) -> Iterator[dict[str, torch.Tensor]]:
     """Micro-batches of this data-parallel rank, from sample `start` on."""
     size, length = run.cfg.batch.micro_batch_size, run.cfg.train.seq_length
@@ -130,6 +135,13 @@ def tensors(run: Run) -> dict[str, tuple[float, float]]:
             before = everything.get(name, (0.0, 0.0))
             everything[name] = (before[0] + total, before[1] + squares)
     return everything
+
+
+def shards(state_dict: dict[str, Any]) -> list[Any]:
+    """Every sharded tensor of a state, with what is stored in several parts taken apart."""
+    from moe_train.checkpoint.storage import Request
+
+    return Request(state_dict).tensors
 
 
 def bits(run: Run) -> list[bytes]:

@@ -71,6 +71,7 @@ OTHERS = {
     "moe_train/model/specs.py: submodules.linear_fc1": "a module spec",
     "moe_train/model/specs.py: submodules.linear_fc2": "a module spec",
     "moe_train/optim/optimizer.py: config.finalize_model_grads_func": "a field that upstream has for the trainer",
+    "moe_train/optim/qk_clip.py: attention.core_attention.current_max_attn_logits": "a record that its reader resets",
     "moe_train/optim/optimizer.py: config.grad_scale_func": "a field that upstream has for the trainer",
     "moe_train/optim/optimizer.py: config.no_sync_func": "a field that upstream has for the trainer",
     "moe_train/optim/optimizer.py: part.optimizer": "Megatron-Core's optimizer, not a module",

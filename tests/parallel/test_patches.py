@@ -225,6 +225,20 @@ def _clipped_gradients() -> None:
     assert "aten::copy_" not in operations
 
 
+def _updated_parameters() -> None:
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+
+    world, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
+    parameters = [torch.full((1 + 2 * i,), float(rank)) for i in range(2)]
+    groups: Any = SimpleNamespace(dp_cp=world, expt_dp=world)
+    each = [[parameter] for parameter in parameters]
+    ranks: Any = SimpleNamespace(
+        pg_collection=groups, dp_cp=world, expt_dp=world, dp_cp_params_list=each, expt_dp_params_list=None
+    )
+    LayerWiseDistributedOptimizer.allgather_params(ranks)
+    assert [parameter.tolist() for parameter in parameters] == [[0.0], [1.0] * 3]
+
+
 SCENARIOS: dict[str, Callable[[], None]] = {
     "device_of_this_rank": _rotary_frequencies,
     "constructors_with_literal_cuda": _gradient_scaler,
@@ -240,11 +254,14 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "recomputed_outputs_without_a_compiler": _recomputed_without_compiling,
     "chunks_in_order_stay": _tokens_in_order,
     "gradients_scaled_in_place": _clipped_gradients,
+    "parameters_broadcast_by_their_ranks": _updated_parameters,
     "parts_of_unequal_length": _unequal_parts,
     "predicted_tokens_of_whole_sequences": _tokens_of_a_split_sequence,
     "prediction_recomputed_with_packed_documents": _recomputed_prediction,
 }
-RANKS = {"parts_of_unequal_length": 2, "predicted_tokens_of_whole_sequences": 2}
+RANKS = dict.fromkeys(
+    ("parameters_broadcast_by_their_ranks", "parts_of_unequal_length", "predicted_tokens_of_whole_sequences"), 2
+)
 ONLY_OLD = {
     "attention_without_transformer_engine", "router_without_transformer_engine",
     "prediction_recomputed_with_packed_documents",

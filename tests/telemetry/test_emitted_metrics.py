@@ -27,6 +27,7 @@ def test_every_metric_has_a_row_and_every_row_a_metric(small_data: tuple[str, ..
         "train.eval_batches=1", "train.steps=3", "checkpoint.save_at_end=false", "telemetry.tensorboard=true",
         "telemetry.profile_memory_steps=1", "resilience.inject=[{kind:nan,step:2}]", f"run_dir={tmp_path}",
         f"train.eval_sources={entries}", "train.eval_source_tokens=100", "train.eval_interval_tokens=200",
+        "optimizer.qk_clip_threshold=100", "optimizer.ema_decay=0.9", "train.eval_ema=true",
     ])  # fmt: skip
     launcher.start(cfg, validate(cfg))
     lines = list(read(tmp_path / "metrics.jsonl"))

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from moe_train.config.checkpoint_tools import ConvertConfig
@@ -192,6 +193,28 @@ def test_a_checkpoint_of_a_run_says_how_it_came_about(made: SimpleNamespace, com
     size = sum(file.stat().st_size for file in made.step.iterdir())
     assert fact(out, "files") == f"4, {size:,} bytes"
     assert "bytes unverified" in out
+
+
+def test_parameter_groups_of_a_run_are_shown(made: SimpleNamespace, tmp_path: Path, command: Command) -> None:
+    step = add_optimizer(made.megatron, tmp_path / "step_00000001")
+    settings = yaml.safe_load((step / "config.yaml").read_text())
+    settings["optimizer"] = {
+        "name": "muon", "lr": 1e-3, "weight_decay": 0.1,
+        "groups": [{"match": "*.router.weight", "lr_multiplier": 0.1, "weight_decay": 0.0}],
+    }  # fmt: skip
+    (step / "config.yaml").write_text(yaml.safe_dump(settings))
+    code, out, _ = command(step)
+    assert code == 0
+    table = [
+        [c.strip() for c in line.strip("│").split("│")] for line in out.partition("parameter groups")[2].splitlines()
+    ]
+    groups = {(row[0], row[1]): row[2:] for row in table if len(row) == 6}
+    # One MoE layer and one multi-token-prediction layer have a router of 4 experts.
+    assert groups["*.router.weight", "muon"] == ["0.1", "0", "2", f"{2 * 4 * MODEL.hidden_size:,}"]
+    assert groups["all others", "muon"][:2] == ["1", "0.1"]
+    vocabulary = 2 * MODEL.padded_vocab_size * MODEL.hidden_size
+    assert ["1", "0.1", "2", f"{vocabulary:,}"] in [row[2:] for row in table if row[:2] == ["all others", "adamw"]]
+    assert "parameter groups" not in command(made.megatron)[1]
 
 
 def test_weights_alone_are_said_to_be_that_and_verified(made: SimpleNamespace, command: Command) -> None:

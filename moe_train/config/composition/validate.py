@@ -12,6 +12,7 @@ from moe_train.config.resolve import ResolvedConfig, resolve
 from moe_train.config.rules import checkpoint as checkpoint_rules
 from moe_train.config.rules import fallbacks as fallback_rules
 from moe_train.config.rules import model as model_rules
+from moe_train.config.rules import optimizer as optimizer_rules
 from moe_train.config.rules import parallel as parallel_rules
 from moe_train.config.rules import precision as precision_rules
 from moe_train.config.rules import recompute as recompute_rules
@@ -25,8 +26,8 @@ from parallel.layout import ParallelLayout
 from parallel.suggest import Fix, Impossible
 
 _RULES = (
-    *model_rules.RULES, *parallel_rules.RULES, *precision_rules.RULES, *recompute_rules.RULES, *run_rules.RULES,
-    *checkpoint_rules.RULES, *resilience_rules.RULES, *fallback_rules.RULES, *unused_rules.RULES,
+    *model_rules.RULES, *parallel_rules.RULES, *precision_rules.RULES, *recompute_rules.RULES, *optimizer_rules.RULES,
+    *run_rules.RULES, *checkpoint_rules.RULES, *resilience_rules.RULES, *fallback_rules.RULES, *unused_rules.RULES,
 )  # fmt: skip
 _MOST_TRIALS = 64
 _DEEPEST, _WIDEST, _MOST_COMBINED = 5, 12, 400  # fields of a combined fix; fixes of each; checks in all

@@ -1,4 +1,4 @@
-"""Rules of a run: length, schedule, optimizer, data, backend and runtime."""
+"""Rules of a run: length, schedule, data, backend and runtime."""
 
 from __future__ import annotations
 
@@ -35,16 +35,9 @@ def run_length(facts: ResolvedConfig) -> None:
         )
 
 
-def optimizer_numbers(facts: ResolvedConfig) -> None:
-    """Ranges of AdamW's and the schedule's numbers."""
-    optimizer, schedule = facts.cfg.optimizer, facts.cfg.schedule
-    for name, usual in {"beta1": 0.9, "beta2": 0.95}.items():
-        if not 0 <= getattr(optimizer, name) < 1:
-            raise Impossible(
-                f"optimizer.{name}={getattr(optimizer, name)} is not in [0, 1)", [{f"optimizer.{name}": usual}]
-            )
-    if not optimizer.eps > 0:
-        raise Impossible(f"optimizer.eps={optimizer.eps} is not above 0", [{"optimizer.eps": 1e-8}])
+def schedule_numbers(facts: ResolvedConfig) -> None:
+    """Ranges of the schedule's numbers."""
+    schedule = facts.cfg.schedule
     if not schedule.min_lr_ratio <= 1:
         raise Impossible(
             f"schedule.min_lr_ratio={schedule.min_lr_ratio} ends above the peak learning rate",
@@ -209,6 +202,6 @@ def export(facts: ResolvedConfig) -> None:
 
 
 RULES: tuple[Rule, ...] = (
-    export, run_length, optimizer_numbers, data_source, data_split, evaluation_sources, data_blend, document_masks,
+    export, run_length, schedule_numbers, data_source, data_split, evaluation_sources, data_blend, document_masks,
     backend, one_rank_of_many, where_to_start,
 )  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
+from moe_train.config.optimizer import MUON, OptimizerConfig
 from moe_train.config.recompute import settings
 from moe_train.config.resolve import ResolvedConfig, Rule
 from moe_train.config.schema import Config
@@ -10,6 +13,7 @@ from parallel.fp8_recipes import RECIPES
 from parallel.suggest import Impossible
 
 _DEFAULTS = Config()
+_OF_MUON = [field for field in fields(OptimizerConfig) if field.name.startswith("muon_")]
 
 
 def _cases(cfg: Config) -> list[tuple[str, bool, str]]:
@@ -26,6 +30,8 @@ def _cases(cfg: Config) -> list[tuple[str, bool, str]]:
              "precision.first_last_layers_bf16=true")
             for end in ("start", "end")
         ),
+        *((f"optimizer.{f.name}", cfg.optimizer.name == MUON, "optimizer.name=muon") for f in _OF_MUON),
+        ("optimizer.qk_clip_alpha", cfg.optimizer.qk_clip_threshold is not None, "optimizer.qk_clip_threshold"),
         ("precision.initial_loss_scale", precision.dtype == "fp16", "precision.dtype=fp16"),
         ("train.eval_source_tokens", bool(cfg.train.eval_sources), "train.eval_sources"),
         ("recompute.method", full, "recompute.mode=full"),

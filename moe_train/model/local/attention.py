@@ -25,6 +25,9 @@ from parallel.planner.workload import SHORT_TOKENS, query_block
 class CoreAttention(nn.Module):
     """softmax(q k^T * scale) v, causal, over the whole sequence or within each of its documents.
 
+    With `qk_clip` it records the largest logit of each head [n] in training, under the name that Transformer Engine's
+    module has in Megatron-Core. The reader resets it to None.
+
     With context parallelism, rank r of c holds the 1/(2c) slices r and 2c-1-r of the sequence (zig-zag, as upstream
     splits it, so that causal work is even). Keys and values are gathered from all ranks; queries stay.
     """
@@ -36,6 +39,8 @@ class CoreAttention(nn.Module):
         super().__init__()
         self.scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
         self.cp = config.context_parallel_size
+        self.records_logits: bool = config.qk_clip
+        self.current_max_attn_logits: Tensor | None = None
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -66,6 +71,7 @@ class CoreAttention(nn.Module):
         outputs = []
         for queries, index in zip(query.split(part), (rank, 2 * self.cp - 1 - rank), strict=True):
             seen = (index + 1) * part
+            self._record(queries, key[:seen])
             allowed = torch.ones(part, seen, dtype=torch.bool, device=query.device).tril(diagonal=index * part)
             outputs.append(self._attend(queries, key[:seen], value[:seen], allowed))
         return torch.cat(outputs)
@@ -84,10 +90,20 @@ class CoreAttention(nn.Module):
         """[s, b, n or g, *] in, [s, b, n * dv] out."""
         repeat = query.size(2) // key.size(2)
         key, value = _expand(key, repeat), _expand(value, repeat)
+        self._record(query, key)
         if query.device.type == "cpu" and len(query) <= SHORT_TOKENS:
             short: Tensor = ShortAttention.apply(query, key, value, self.scale)
             return short
         return self._attend(query, key, value, None)
+
+    @torch.no_grad()
+    def _record(self, query: Tensor, key: Tensor) -> None:
+        """Take the logits of the last tokens of a sequence into account: `query` [s, b, n, d], `key` [k, b, n, d]."""
+        if not (self.records_logits and self.training):
+            return
+        largest = largest_logits(query, key, self.scale)
+        before = self.current_max_attn_logits
+        self.current_max_attn_logits = largest if before is None else torch.maximum(before, largest)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
         """[s, b, n, *] in, [s, b, n * dv] out. Values are padded to the key size: with unequal sizes torch falls back
@@ -102,6 +118,22 @@ class CoreAttention(nn.Module):
         gathered = gather_from_sequence_parallel_region(x, group=get_context_parallel_group())
         slices = gathered.chunk(2 * self.cp)  # order: 0, 2c-1, 1, 2c-2, ...
         return torch.cat([*slices[::2], *slices[1::2][::-1]])
+
+
+def largest_logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Largest scaled logit of each head under a causal mask, in blocks of queries: no whole matrix of scores exists.
+
+    `query` [s, b, n, d] of the last tokens, `key` [k, b, n, d] -> [n] in fp32.
+    """
+    q, k = (x.permute(1, 2, 0, 3) for x in (query, key))
+    before, block = k.size(2) - q.size(2), query_block(q.element_size())
+    largest = torch.full((q.size(1),), -math.inf, device=q.device)
+    for start in range(0, q.size(2), block):
+        end = min(start + block, q.size(2))
+        scores = q[:, :, start:end] @ k[:, :, : before + end].transpose(2, 3)
+        future = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(diagonal=before + start + 1)
+        largest = torch.maximum(largest, scores.masked_fill_(future, -math.inf).amax(dim=(0, 2, 3)).float())
+    return largest * scale
 
 
 class ShortAttention(torch.autograd.Function):
