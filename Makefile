@@ -15,7 +15,7 @@ export PYTHONWARNINGS := ignore
 # Some containers set it. Each of the test workers would then compile every module and rewrite every test, in every run.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity parity-recompute bench bench-memory bench-plan bench-step bench-generate bench-speculation bench-cache bench-fp8 bench-convert bench-quantised bench-checkpoint bench-faults gpu-check dryrun clean
+.PHONY: help setup train test test-slow test-slurm test-slurm-slow test-latest lint format parity parity-recompute bench bench-memory bench-plan bench-step bench-generate bench-speculation bench-cache bench-fp8 bench-convert bench-quantised bench-checkpoint bench-faults bench-optimizers gpu-check dryrun clean
 
 help: ## Show this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -72,7 +72,7 @@ format: setup ## Rewrite the code in its style
 	$(BIN)/ruff format .
 
 # Those that need more than `make setup` gives come last.
-bench: bench-step bench-generate bench-speculation bench-cache bench-checkpoint bench-memory bench-plan bench-fp8 bench-convert bench-quantised bench-faults ## Run every bench- target, one after the other (hours)
+bench: bench-step bench-generate bench-speculation bench-cache bench-checkpoint bench-memory bench-plan bench-fp8 bench-convert bench-quantised bench-faults bench-optimizers ## Run every bench- target, one after the other (hours)
 
 bench-convert: setup ## Measure conversion against cp and transformers (needs mpi4py and mpich); writes bench/results/convert.json
 	$(BIN)/python -m bench.bench_convert
@@ -112,6 +112,9 @@ bench-checkpoint: setup ## Measure how long training waits for a checkpoint; wri
 
 bench-faults: setup ## Inject faults into small runs here and see them recover; writes bench/results/faults.json
 	$(BIN)/python -m bench.bench_faults
+
+bench-optimizers: setup ## Compare Muon on 12 layouts and with AdamW, and QK-Clip (Python 3.12); writes bench/results/optimizers.json
+	$(BIN)/python -m bench.bench_optimizers
 
 gpu-check: setup ## Check training on a GPU against the CPU, predictions and bf16, in under 8 minutes; writes bench/results/gpu_check.json
 	$(BIN)/python -m bench.gpu_check

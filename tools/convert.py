@@ -233,6 +233,7 @@ def _options(cfg: ConvertRoot) -> ConvertOptions:
         cfg.convert.allow_nonfinite,
         cfg.convert.group_size,
         tuple(cfg.convert.keep),
+        cfg.convert.ema,
     )
 
 
@@ -243,6 +244,11 @@ def _open_hugging_face(
     from moe_train.conversion.hf_source import HuggingFace, MappedSource
     from moe_train.formats import directory_writer
 
+    if cfg.convert.ema:
+        raise ConfigError(
+            f"convert.ema=true, but convert.source={source} is in Hugging Face format, which has no EMA",
+            "leave convert.ema out, or name a run",
+        )
     rank, size = (comm.rank, comm.size) if comm else (0, 1)
     if (source / directory_writer.MANIFEST).is_file():  # a flipped byte must not be copied
         directory_writer.verify(source, threads, rank=rank, size=size)
@@ -292,7 +298,7 @@ def _export_source(
     small = _small_files(cfg, path, model)
     return _ExportSource(
         path, model, all_pieces, checkpoint.files, small,
-        lambda options: plans.MegatronReader(checkpoint, all_pieces, fp32=options.dtype == "fp32"),
+        lambda options: plans.MegatronReader(checkpoint, all_pieces, options.dtype == "fp32", options.ema),
     )  # fmt: skip
 
 

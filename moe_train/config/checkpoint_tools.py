@@ -29,6 +29,9 @@ class ConvertConfig:
         None, "Approximate file size, GB; null makes about thirty files of at most 4 GiB.", minimum=1e-6
     )
     optimizer: bool = doc(True, "Keep the optimizer state in a copy of the same format.")
+    ema: bool = doc(
+        False, "Convert the EMA of the weights of a run instead of its weights; without convert.dtype in fp32."
+    )
     data_dir: str | None = doc(
         None, "Dataset whose tokenizer an export takes, where the run's data.dir has moved; null means data.dir."
     )

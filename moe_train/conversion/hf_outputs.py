@@ -80,6 +80,8 @@ class ConvertOptions:
     """Inputs that share a scale, for the formats in GROUPED."""
     keep: tuple[str, ...] = KEPT
     """Patterns of linear layers that are not quantised."""
+    ema: bool = False
+    """Whether the EMA of the weights is read, from a checkpoint of a run."""
 
     def format(self) -> WeightFormat | None:
         """The format of quantised weights, None where they are not.

@@ -50,14 +50,20 @@ class MegatronReader:
 
     Args:
         fp32: read the fp32 weights of the optimizer where the checkpoint has them.
+        ema: read the EMA of the weights.
 
     Raises:
-        CheckpointError: a tensor of the model is missing, has another shape, or belongs to no part of the model.
+        CheckpointError: a tensor of the model is missing, has another shape, or belongs to no part of the model; or
+            there is no EMA.
     """
 
-    def __init__(self, checkpoint: dcp.Checkpoint, all_pieces: Sequence[Piece], fp32: bool = False) -> None:
+    def __init__(
+        self, checkpoint: dcp.Checkpoint, all_pieces: Sequence[Piece], fp32: bool = False, ema: bool = False
+    ) -> None:
         self.checkpoint = checkpoint
-        self._masters = fp32
+        self._masters, self._ema = fp32, ema
+        if ema:
+            check_average(checkpoint)
         check_megatron(checkpoint, all_pieces)
 
     def dtype(self, piece: Piece) -> Dtype:
@@ -66,7 +72,7 @@ class MegatronReader:
 
     def key(self, piece: Piece) -> str:
         """The tensor of the checkpoint that a piece is read from."""
-        return self.checkpoint.master(piece.key) if self._masters else piece.key
+        return stored_key(self.checkpoint, piece.key, self._masters, self._ema)
 
     def quantised(self, _: Part) -> None:
         """No weight of a Megatron checkpoint is."""
@@ -108,6 +114,22 @@ def check_megatron(checkpoint: dcp.Checkpoint, all_pieces: Sequence[Piece]) -> N
             raise CheckpointError(
                 f"checkpoint {checkpoint.directory} has a tensor {key}, which the model does not have", remedy
             )
+
+
+def stored_key(checkpoint: dcp.Checkpoint, key: str, fp32: bool, ema: bool) -> str:
+    """The tensor of the checkpoint that a weight is read from: its EMA, its fp32 weights, or itself."""
+    if ema:
+        return checkpoint.average(key)
+    return checkpoint.master(key) if fp32 else key
+
+
+def check_average(checkpoint: dcp.Checkpoint) -> None:
+    """Raise CheckpointError where the checkpoint has no EMA of the weights."""
+    if not any(key.startswith("ema.") for key in checkpoint.tensors):
+        raise CheckpointError(
+            f"convert.ema=true, but checkpoint {checkpoint.directory} has no EMA of the weights",
+            "leave convert.ema out, or train with optimizer.ema_decay",
+        )
 
 
 def is_model_tensor(key: str) -> bool:
@@ -266,16 +288,19 @@ def upstream_files() -> dict[str, bytes]:
 
 
 def copy_megatron(checkpoint: dcp.Checkpoint, target: Path, options: ConvertOptions) -> WritePlan:
-    """Megatron -> Megatron: the same state in another precision of the weights, in files of another size, or without
-    the optimizer. Nothing is done for another layout: a checkpoint has none.
+    """Megatron -> Megatron: the same state in another precision of the weights, in files of another size, without the
+    optimizer, or the EMA of the weights. Nothing is done for another layout: a checkpoint has none.
 
     Raises:
         ConfigError: the format cannot hold what is asked for.
     """
     options.refuse_quantised()
-    keys = [key for key in checkpoint.tensors if options.optimizer or is_model_tensor(key)]
+    if options.ema:
+        check_average(checkpoint)
+    whole = options.optimizer and not options.ema  # the optimizer's state is that of the weights
+    keys = [key for key in checkpoint.tensors if whole or is_model_tensor(key)]
     # The most precise weights that there are, as MegatronReader reads them.
-    stored = {key: checkpoint.master(key) if options.dtype == "fp32" else key for key in keys}
+    stored = {key: stored_key(checkpoint, key, options.dtype == "fp32", options.ema) for key in keys}
     boxes = [box for key in keys for chunk in checkpoint.chunks(stored[key]) for box in _boxes(key, chunk)]
     files = _pack(boxes, lambda box: box.bytes, options.file_bytes)
     tallies = _Tallies(options)
@@ -304,7 +329,7 @@ def copy_megatron(checkpoint: dcp.Checkpoint, target: Path, options: ConvertOpti
         FileJob(f"__{i}_0.distcp", sum(b.bytes for b in file), partial(write, file)) for i, file in enumerate(files)
     ]
     directory = checkpoint.directory
-    state = read_state(directory) | ({} if options.optimizer else {"weights_only": True})
+    state = read_state(directory) | ({} if whole else {"weights_only": True})
 
     def finish(facts: dict[str, Any]) -> dict[str, bytes]:
         small = {METADATA: dcp.table(_items(facts)), STATE: json.dumps(state, indent=1).encode(), **upstream_files()}

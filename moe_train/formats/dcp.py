@@ -224,6 +224,11 @@ class Checkpoint:
         name = f"optimizer.state.fp32_param.{key}"
         return name if name in self.tensors else key
 
+    def average(self, key: str) -> str:
+        """Name of the EMA of the parameter `key`, or `key` where the checkpoint has none, as for a buffer."""
+        name = f"ema.{key}"
+        return name if name in self.tensors else key
+
     def chunks(self, key: str) -> list[Chunk]:
         """Every chunk of a tensor."""
         chunks_of_key = self._chunks.get(key)
