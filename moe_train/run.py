@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.clock import StepClock
-from moe_train.config.resolve import batch_schedule
+from moe_train.config.quantities import batch_schedule
 from moe_train.ranks import RankContext
 from moe_train.resilience.bad_steps import BadSteps
+from moe_train.resilience.reactions import Reactions
 from moe_train.resilience.watch import ProgressMarker
 from moe_train.schedules import BatchSchedule
 
@@ -65,7 +66,8 @@ class Run(RankContext):
     chunks: list[Any] = field(default_factory=list)  # DistributedDataParallel around GPTModel, one a virtual stage
     optimizer: Any = None  # megatron.core MegatronOptimizer
     objective: Any = None  # moe_train.objectives.base.Objective
-    schedule: Any = None  # megatron.core OptimizerParamScheduler
+    schedule: Any = None  # moe_train.optim.scheduling.ScheduledParamScheduler
+    model_schedules: Any = None  # moe_train.optim.scheduling.ModelSchedules
     expert_load: Any = None  # moe_train.telemetry.model_metrics.ExpertLoad of an MoE model
     prediction_loss: Any = None  # moe_train.telemetry.model_metrics.PredictionLoss with multi-token prediction
     qk_clip: Any = None  # moe_train.optim.qk_clip.QKClip with optimizer.qk_clip_threshold
@@ -83,9 +85,11 @@ class Run(RankContext):
     completed: bool = False  # all steps and evaluations are done; stays False when one raised an error
     pulse: ProgressMarker = field(default_factory=ProgressMarker)  # marked where a step makes progress
     bad_steps: BadSteps = field(init=False)
+    reactions: Reactions = field(init=False)  # factor on the learning rate; its state is saved in a checkpoint
 
     def __post_init__(self) -> None:
         self.bad_steps = BadSteps(self.cfg.resilience)
+        self.reactions = Reactions(self.cfg.schedule)
 
     def announce(self, event: str, **facts: Any) -> None:
         """Tell the callbacks that something happened. Every rank calls it."""

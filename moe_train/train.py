@@ -12,7 +12,7 @@ from torch import nn
 from moe_train.checkpoint import checkpoint, continuing, hf_exchange
 from moe_train.checkpoint.collective import on_main, say_on_main
 from moe_train.config import sources
-from moe_train.config.resolve import total_steps
+from moe_train.config.resolve import progress_of, total_steps
 from moe_train.config.schema import Config
 from moe_train.data import scoring
 from moe_train.data.datasets import build_datasets
@@ -22,8 +22,9 @@ from moe_train.data.tokenizer import load_tokenizer
 from moe_train.loop import callbacks, step
 from moe_train.objectives import base
 from moe_train.optim.ema import WeightAverage
-from moe_train.optim.optimizer import build_optimizer, build_schedule, data_parallel
+from moe_train.optim.optimizer import build_optimizer, data_parallel
 from moe_train.optim.qk_clip import QKClip
+from moe_train.optim.scheduling import ModelSchedules, build_schedule
 from moe_train.ranks import RankContext, build_model, setup_ranks
 from moe_train.run import Metrics, Run
 from moe_train.schedules import BatchSchedule
@@ -56,8 +57,16 @@ def set_length(run: Run) -> None:
     """How many steps are to do, which with a token budget depends on the tokens that were consumed."""
     state, position = run.state, run.schedule.num_steps
     run.total_steps = total_steps(run.cfg, state.step, state.consumed_tokens, state.trained_samples)
-    run.schedule = build_schedule(run.cfg, run.optimizer, run.total_steps)
+    set_schedules(run)
     run.schedule.step(increment=position)
+
+
+def set_schedules(run: Run) -> None:
+    """Build what follows a schedule, which depends on the length of the run."""
+    state = run.state
+    steps = progress_of(run.cfg, state.step, state.consumed_tokens, state.trained_samples)
+    run.schedule = build_schedule(run.cfg, run.optimizer, steps)
+    run.model_schedules = ModelSchedules(run.cfg, run.chunks, steps)
 
 
 def prepare(cfg: Config, rank: RankInfo) -> Run:
@@ -85,7 +94,7 @@ def build_trainer(ranks: RankContext, model: list[nn.Module]) -> Run:
         run.qk_clip = QKClip(run.chunks, run.optimizer, cfg.model, cfg.optimizer, device)
     if cfg.optimizer.averages_weights:
         run.weight_average = WeightAverage(run.chunks, cfg.optimizer, cfg.parallel.overlap_param_gather)
-    run.schedule = build_schedule(cfg, run.optimizer, run.total_steps)
+    set_schedules(run)
     run.callbacks = callbacks.from_config(run)
     return run
 
@@ -141,9 +150,12 @@ def train(run: Run) -> None:
             for callback in run.callbacks:
                 callback.on_step_end(run, run.last_metrics)
             position = {name: getattr(run.state, name) for name in ("consumed_samples", "trained_samples")}
-            if reader.state_dict() != position:  # the run went back to a checkpoint, and skips data
+            went_back = reader.state_dict() != position
+            if went_back:  # to a checkpoint, and skips data
                 reader.load_state_dict(position)
-            if run.state.step == run.total_steps or is_evaluated(run, tokens_before):
+            # The state of a plateau is that of the checkpoint, from before the evaluation of its step.
+            counts_again = went_back and run.reactions.reacts_to_plateaus
+            if run.state.step == run.total_steps or is_evaluated(run, tokens_before) or counts_again:
                 evaluate()
         run.completed = True
 

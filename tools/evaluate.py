@@ -30,7 +30,7 @@ from launch.local import forkserver
 from moe_train.config import sources
 from moe_train.config.composition.validate import validate
 from moe_train.config.evaluate import EvaluateConfig
-from moe_train.config.resolve import batch_schedule
+from moe_train.config.quantities import batch_schedule
 from moe_train.config.roots import EvaluateRoot
 from moe_train.config.schema import BatchConfig, Config, EvaluationSource
 from moe_train.data.tokenizer import TOKENIZER

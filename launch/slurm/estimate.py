@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moe_train.config.plan import EstimateConfig
-from moe_train.config.resolve import batch_schedule, total_steps
+from moe_train.config.quantities import batch_schedule
+from moe_train.config.resolve import total_steps
 from moe_train.config.schema import Config
 from moe_train.model.arithmetic import flops_per_token
 from moe_train.model.estimate import MEGATRON, USUAL, estimate_run

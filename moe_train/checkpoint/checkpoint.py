@@ -17,6 +17,8 @@ from moe_train.checkpoint.collective import free_bytes, on_all_ranks, on_main, s
 from moe_train.checkpoint.saving import SaveJob, Saving
 from moe_train.conversion import small_files
 from moe_train.formats import dcp_metadata, run_config, run_directory, state_file
+from moe_train.resilience import reactions
+from moe_train.resilience.bad_steps import BadSteps
 from moe_train.run import Run, TrainState
 from parallel.errors import CheckpointError
 
@@ -221,6 +223,8 @@ def _load(run: Run, path: Path) -> None:
     state.load_scalers(run, progress.loss_scale)
     # A run that goes back has advanced its schedule before.
     run.schedule.step(increment=progress.schedule_steps - run.schedule.num_steps)
+    run.reactions.state = reactions.from_json(progress.reactions)
+    run.bad_steps.load_state_dict(progress.spike_window)
     run.state = TrainState(
         step=progress.step,
         consumed_samples=progress.consumed_samples,
@@ -282,6 +286,8 @@ def _facts(run: Run) -> dict[str, Any]:
         "manifest": True,
         **state_file.counts_of_run(asdict(run.state)),
         "schedule": run.schedule.state_dict(),
+        state_file.REACTIONS: asdict(run.reactions.state),
+        state_file.SPIKE_WINDOW: run.bad_steps.state_dict(),
         "loss_scale": loss_scale,
         "layout": asdict(run.layout),
         "device": run.device.type,
@@ -298,6 +304,8 @@ def _check(run: Run, path: Path) -> tuple[state_file.SavedProgress, list[str]]:
         raise CheckpointError(f"checkpoint {path} holds weights only", f"set init_from={path}")
     try:
         progress = state_file.parse(stored)
+        reactions.from_json(progress.reactions)
+        BadSteps(run.cfg.resilience).load_state_dict(progress.spike_window)
     except ValueError as error:
         raise run_directory.damaged(path, f"{run_directory.STATE} cannot be read: {error}") from error
     if progress.trained_samples is None:

@@ -103,8 +103,8 @@ FIELDS = {
 """The field by the last part of a name, in lower case with underscores."""
 
 ABSENT = {
-    "rampup_batch_size": "the batch size is constant: use batch.global_batch_size=N",
-    "batch_size_rampup": "the batch size is constant: use batch.global_batch_size=N",
+    "rampup_batch_size": "a ramp is a schedule: use schedule.batch_size=[{shape:linear,start:8,until_tokens:1M},{}]",
+    "batch_size_rampup": "a ramp is a schedule: use schedule.batch_size=[{shape:linear,start:8,until_tokens:1M},{}]",
     "gradient_accumulation_steps": "it follows from batch.global_batch_size, batch.micro_batch_size and parallel.dp",
     "estimate": "give plan.FIELD=VALUE to moe-plan or moe-submit on the command line",
     "num_train_epochs": "the length of a run is train.tokens=N or train.steps=N",

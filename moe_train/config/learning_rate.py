@@ -1,15 +1,25 @@
-"""The learning rate of a step, as Megatron-Core's OptimizerParamScheduler computes it. No torch import."""
+"""The learning rate of a step, without what it reacts to. No torch import."""
 
 from __future__ import annotations
 
 import math
 
 from moe_train.config.optimizer import OptimizerConfig
-from moe_train.config.schema import ScheduleConfig
+from moe_train.config.quantities import LR, RunProgress, is_scheduled, schedule_of
+from moe_train.config.resolve import decay_end
+from moe_train.config.schedule import ScheduleConfig
+from moe_train.config.schema import Config
+
+
+def rate_of(cfg: Config, progress: RunProgress, tokens: int, updates: int) -> float:
+    """Learning rate of the step that begins after `tokens`, and `updates` of the weights."""
+    if is_scheduled(cfg, LR):
+        return schedule_of(cfg, LR, progress).value_at(tokens)
+    return learning_rate(cfg.optimizer, cfg.schedule, decay_end(cfg.schedule, progress.steps), updates)
 
 
 def learning_rate(optimizer: OptimizerConfig, schedule: ScheduleConfig, decay_end: int, updates: int) -> float:
-    """Learning rate of the update that follows `updates` others.
+    """Learning rate of the update that follows `updates` others, in one of Megatron-Core's shapes.
 
     Source: megatron/core/optimizer_param_scheduler.py, `get_lr`.
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_train.config.launcher import LauncherConfig
-from moe_train.config.schema import Config, ScheduleConfig
-from moe_train.schedules import BatchSchedule
+from moe_train.config.quantities import ENDS, RunProgress, batch_schedule
+from moe_train.config.schedule import ScheduleConfig
+from moe_train.config.schema import Config
+from moe_train.schedules import FOLLOW_TOKENS
 from parallel.layout import ParallelLayout
 
 DEFAULT_STEPS = 200
@@ -108,9 +110,15 @@ def decay_end(schedule: ScheduleConfig, steps: int) -> int:
     return steps if schedule.decay_steps is None else schedule.decay_steps
 
 
-def batch_schedule(cfg: Config) -> BatchSchedule:
-    """The global batch size by the progress of the run."""
-    return BatchSchedule.constant(cfg.batch.global_batch_size)
+def follows_length(cfg: Config) -> bool:
+    """Whether a longer run has another learning rate in the same step."""
+    segments = cfg.schedule.lr
+    if not segments:
+        return cfg.schedule.decay != "constant" and cfg.schedule.decay_steps is None
+    last = segments[-1]
+    is_open = all(getattr(last, name) is None for name in ENDS)
+    in_fractions = any(segment.until_fraction is not None for segment in segments)
+    return in_fractions or (is_open and last.shape not in ("constant", *FOLLOW_TOKENS))
 
 
 def total_steps(cfg: Config, step: int = 0, consumed_tokens: int = 0, trained_samples: int | None = None) -> int:
@@ -130,6 +138,18 @@ def total_steps(cfg: Config, step: int = 0, consumed_tokens: int = 0, trained_sa
     left = max(0, cfg.train.tokens - consumed_tokens)
     trained = consumed_tokens // length if trained_samples is None else trained_samples
     return step + batch_schedule(cfg).steps_for(trained, -(-left // length))
+
+
+def progress_of(cfg: Config, step: int = 0, tokens: int = 0, samples: int | None = None) -> RunProgress:
+    """Steps and tokens of the run, which has done `step` steps of so many tokens and sequences.
+
+    Args:
+        samples: None where all sequences had the length that they have now.
+    """
+    length = cfg.train.seq_length
+    trained = tokens // length if samples is None else samples
+    steps = total_steps(cfg, step, tokens, trained)
+    return RunProgress(batch_schedule(cfg), length, steps, step, tokens, trained)
 
 
 def gpu_visible() -> bool:

@@ -15,6 +15,7 @@ from moe_train.config.model import ModelConfig
 from moe_train.config.objective import OBJECTIVES
 from moe_train.config.optimizer import OptimizerConfig
 from moe_train.config.resilience import ResilienceConfig
+from moe_train.config.schedule import ScheduleConfig
 from parallel.architecture.attention import ATTENTIONS
 from parallel.dispatchers import DISPATCHERS
 from parallel.fp8_recipes import FP4, FP8
@@ -151,23 +152,6 @@ class RecomputeConfig:
         choices=("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"),
     )  # fmt: skip
     offload_min_bytes: int = doc(1048576, "Smallest tensor to offload, bytes.", minimum=1)
-
-
-@dataclass
-class ScheduleConfig:
-    """Learning rate over the steps of a run."""
-
-    decay: str = doc("cosine", "Shape after warm-up.", choices=("cosine", "linear", "constant"))
-    warmup_steps: int = doc(
-        20, "Steps of linear warm-up from 0; where nothing sets it, a tenth of a run of fewer than 20 steps.", minimum=0
-    )
-    decay_steps: int | None = doc(None, "Step at which the decay ends; null means the last step.", minimum=1)
-    min_lr_ratio: float = doc(0.1, "Final learning rate, as a fraction of the peak.", minimum=0)
-    on_resume: str = doc(
-        "match", "A schedule that differs from the checkpoint's: reject it (match), use the checkpoint's, like "
-        "Megatron-LM's --use-checkpoint-opt-param-scheduler (checkpoint), or use this run's, like "
-        "--override-opt-param-scheduler (override).", choices=("match", "checkpoint", "override"),
-    )  # fmt: skip
 
 
 @dataclass

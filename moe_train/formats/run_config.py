@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 
 from moe_train.config import former
-from moe_train.config.learning_rate import learning_rate
+from moe_train.config.learning_rate import rate_of
 from moe_train.config.model import ModelConfig
 from moe_train.config.optimizer import ADAMW, OptimizerConfig, ParameterGroup
-from moe_train.config.resolve import decay_end, total_steps
+from moe_train.config.quantities import LR, fixed_ends, is_scheduled
+from moe_train.config.resolve import decay_end, follows_length, progress_of, total_steps
 from moe_train.config.schema import Config
 from moe_train.config.walk import get, typed, violation, with_values
 from moe_train.files import untrusted
@@ -39,14 +40,19 @@ _TRAINING = {
         "stochastic_rounding",
     ),
     "optimizer": None,
-    "schedule": ("decay", "warmup_steps", "decay_steps", "min_lr_ratio"),
+    "schedule": (
+        "decay", "warmup_steps", "decay_steps", "min_lr_ratio", "lr", "weight_decay", "batch_size",
+        "batch_size_multiple", "mtp_loss_coeff", "router_bias_update_rate", "balance_loss_scale", "plateau_patience",
+        "plateau_factor", "plateau_threshold", "plateau_cooldown", "plateau_max_reductions", "rewarm_steps",
+        "rewarm_factor", "rewarm_cooldown_steps", "rewarm_max",
+    ),
     "objective": None,
 }  # fmt: skip
 # What of `data` does not change what a run reads, or in which order.
 _FREE_OF_DATA = {
     "data.name", "data.verify", "data.cache_dir", "data.prepare_workers", "data.loader_workers", "data.on_resume",
 }  # fmt: skip
-_RATE = ("optimizer.lr", "schedule.decay", "schedule.warmup_steps", "schedule.min_lr_ratio")
+_RATE = ("optimizer.lr", "schedule.decay", "schedule.warmup_steps", "schedule.min_lr_ratio", "schedule.lr")
 
 
 @dataclass(frozen=True)
@@ -189,30 +195,48 @@ def check_schedule(
     Raises:
         CheckpointError: the schedule changes, and nobody asked for that.
     """
-    end_before = decay_end(before.schedule, total_steps(before, position.step, position.tokens))
-    end = decay_end(cfg.schedule, total_steps(cfg, position.step, position.tokens))
-    same_end = end == end_before or before.schedule.decay == cfg.schedule.decay == "constant"
+    end_before, end = _end_of_decay(before, position), _end_of_decay(cfg, position)
+    same_end = end == end_before or not (_has_end(before) or _has_end(cfg))
     if cfg.schedule.on_resume == "checkpoint":
-        names = ("decay", "warmup_steps", "min_lr_ratio", "decay_steps")
+        names = ("decay", "warmup_steps", "min_lr_ratio", "decay_steps", "lr")
         values = {f"schedule.{name}": getattr(before.schedule, name) for name in names}
-        values |= {"optimizer.lr": before.optimizer.lr} | ({} if same_end else {"schedule.decay_steps": end_before})
+        values["optimizer.lr"] = before.optimizer.lr
+        if not same_end and is_scheduled(before, LR):
+            values["schedule.lr"] = fixed_ends(before, LR, progress_of(before, position.step, position.tokens))
+        elif not same_end:
+            values["schedule.decay_steps"] = end_before[1]
         return with_values(cfg, values)
     if cfg.schedule.on_resume == "override":
         return cfg
     changed = [name for name in _RATE if get(cfg, name) != get(before, name) and name not in set_by_user]
     changes = [f"{name} from {_text(get(before, name))} to {_text(get(cfg, name))}" for name in changed]
     if not same_end and cfg.schedule.decay_steps is None:
-        changes.append(f"the end of its decay from step {end_before} to {end}")
+        was, now = (f"{unit} {number}" for unit, number in (end_before, end))
+        changes.append(f"the end of its decay from {was} to {now.removeprefix('step ')}")
     if not changes:
         return cfg
-    rates = [learning_rate(config.optimizer, config.schedule, last, position.schedule_steps)
-             for config, last in ((before, end_before), (cfg, end))]  # fmt: skip
+    rates = [
+        rate_of(config, progress_of(config, position.step, position.tokens), position.tokens, position.schedule_steps)
+        for config in (before, cfg)
+    ]
     raise CheckpointError(
         f"the run would continue with another learning rate, {rates[1]:.3g} instead of {rates[0]:.3g} at step "
         f"{position.step}: this command changes {' and '.join(changes)}",
         "add schedule.on_resume=checkpoint to keep the schedule of the checkpoint, or schedule.on_resume=override to "
         "take the new one",
     )
+
+
+def _has_end(cfg: Config) -> bool:
+    """Whether the learning rate depends on where its decay ends."""
+    return follows_length(cfg) or not (is_scheduled(cfg, LR) or cfg.schedule.decay == "constant")
+
+
+def _end_of_decay(cfg: Config, position: Position) -> tuple[str, int]:
+    """Where the decay of the learning rate ends: the token, for segments, or the step."""
+    if is_scheduled(cfg, LR):
+        return "token", progress_of(cfg, position.step, position.tokens).run_tokens
+    return "step", decay_end(cfg.schedule, total_steps(cfg, position.step, position.tokens))
 
 
 Difference = tuple[str, str, Any, Any]

@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Any
 
 TRAINED, UPDATES = "trained_samples", "optimizer_updates"
+REACTIONS, SPIKE_WINDOW = "reactions", "spike_window"
 _ADDED = (TRAINED, UPDATES)
 """Counts that earlier versions do not write. They follow `progress`, in which those versions refuse an unknown name."""
 _PROGRESS = ("step", "consumed_samples", "consumed_tokens")
@@ -30,6 +31,10 @@ class SavedProgress:
     some. The schedule's counter where an earlier version wrote it, which advanced the schedule once an update."""
     schedule_steps: int
     """Position of the learning-rate schedule."""
+    reactions: dict[str, Any]
+    """What the learning rate has reacted to (`moe_train/resilience/reactions.py`); empty in earlier versions."""
+    spike_window: dict[str, Any]
+    """Losses and gradient norms of good steps (`moe_train/resilience/bad_steps.py`); empty in earlier versions."""
     loss_scale: dict[str, dict[str, float]]
     layout: dict[str, int]
     device: str
@@ -59,6 +64,8 @@ def parse(state: Mapping[str, Any]) -> SavedProgress:
         trained_samples=_count(state, TRAINED) if TRAINED in state else None,
         optimizer_updates=_count(state, UPDATES) if UPDATES in state else schedule_steps,
         schedule_steps=schedule_steps,
+        reactions=dict(_mapping(state, REACTIONS)) if REACTIONS in state else {},
+        spike_window=dict(_mapping(state, SPIKE_WINDOW)) if SPIKE_WINDOW in state else {},
         loss_scale={kind: _scaler(_mapping(scales, kind)) for kind in scales},
         layout={name: _count(layout, name) for name in layout},
         device=state["device"],

@@ -28,6 +28,7 @@ def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
+    scheduled = _set_scheduled(run)
     if run.qk_clip is not None:
         run.qk_clip.start()
     biases = run.expert_load.biases() if run.expert_load is not None else []
@@ -77,7 +78,13 @@ def train_step(run: Run, batches: Sequence[Iterator[Batch]]) -> Metrics:
         metrics |= {"max_attention_logit": clipped.largest, "qk_clipped_heads": clipped.heads}
     if updated and run.weight_average is not None:
         run.weight_average.start(samples * run.cfg.train.seq_length)
-    return {**metrics, **reduced.metrics, **model_metrics.collect(run, run.micro_batches_of(samples))}
+    return {**metrics, **scheduled, **reduced.metrics, **model_metrics.collect(run, run.micro_batches_of(samples))}
+
+
+def _set_scheduled(run: Run) -> Metrics:
+    """Set what follows a schedule for this step. Returns the values that segments give, but the learning rate."""
+    tokens, factor = run.state.consumed_tokens, run.reactions.factor(run.state.step)
+    return {**run.schedule.set_progress(tokens, factor), **run.model_schedules.set_progress(tokens)}
 
 
 def evaluate(run: Run, batches: Sequence[Iterator[Batch]], count: int) -> Reduced:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from moe_train.config.model import ModelConfig
+from moe_train.config.quantities import batch_schedule
 from moe_train.config.recompute import of_chunk
-from moe_train.config.resolve import batch_schedule, resolve
+from moe_train.config.resolve import resolve
 from moe_train.config.rules.precision import high_precision_layers, recipe
 from moe_train.config.schema import Config
 from moe_train.model.arithmetic import count_parameters, parameters_of_ranks

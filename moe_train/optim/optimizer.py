@@ -1,4 +1,4 @@
-"""AdamW or Muon over Megatron-Core's distributed optimizers, and the learning-rate schedule."""
+"""AdamW or Muon over Megatron-Core's distributed optimizers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import torch
 from megatron.core import parallel_state as ps
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from moe_train.config.optimizer import MUON
-from moe_train.config.resolve import ResolvedConfig, decay_end
+from moe_train.config.resolve import ResolvedConfig
 from moe_train.config.schema import Config
 from moe_train.model.precision import DTYPES
 from moe_train.optim.groups import overrides
@@ -136,23 +135,3 @@ def _fuse(optimizer: MegatronOptimizer) -> None:
         if isinstance(part.optimizer, torch.optim.AdamW):
             for group in part.optimizer.param_groups:
                 group["fused"], group["foreach"] = True, False
-
-
-def build_schedule(cfg: Config, optimizer: MegatronOptimizer, steps: int) -> OptimizerParamScheduler:
-    """Warm-up from 0, then decay, counted in optimizer steps."""
-    schedule, lr = cfg.schedule, cfg.optimizer.lr
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=lr,
-        min_lr=lr * schedule.min_lr_ratio,
-        lr_warmup_steps=schedule.warmup_steps,
-        lr_decay_steps=max(decay_end(schedule, steps), schedule.warmup_steps + 1),
-        lr_decay_style=schedule.decay,
-        start_wd=cfg.optimizer.weight_decay,
-        end_wd=cfg.optimizer.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        override_opt_param_scheduler=False,
-        use_checkpoint_opt_param_scheduler=False,
-    )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from statistics import median
+from typing import Any
 
 from moe_train.config.resilience import ResilienceConfig
 from parallel.errors import MoeTrainError
@@ -20,13 +22,30 @@ class DivergedError(MoeTrainError):
 class BadSteps:
     """Classifies each step by its loss and gradient norm. All ranks see the same values and reach the same result.
 
-    The window is not saved in checkpoints: after a resume there are no spikes until `spike_window` steps are done.
+    Checkpoints have the values of the window, so that a resumed run finds the same spikes.
     """
 
     def __init__(self, cfg: ResilienceConfig) -> None:
         self._cfg = cfg
         self._losses: deque[float] = deque(maxlen=cfg.spike_window)
         self._norms: deque[float] = deque(maxlen=cfg.spike_window)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """The values of the good steps in the window."""
+        return {"losses": list(self._losses), "grad_norms": list(self._norms)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue with the values that a checkpoint has; none where an earlier version wrote it.
+
+        Raises:
+            ValueError: a value is not one that a run writes.
+        """
+        window = {name: state.get(name, []) for name in ("losses", "grad_norms")}
+        for name, values in window.items():
+            if not isinstance(values, list) or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+                raise ValueError(f"{name} of the spike window are not numbers")
+        self._losses = deque(window["losses"], maxlen=self._cfg.spike_window)
+        self._norms = deque(window["grad_norms"], maxlen=self._cfg.spike_window)
 
     def grad_norm_anomaly(self, norm: float | None) -> str:
         """The anomaly of a gradient norm; "" if there is none, or if fp16 overflowed, which the loss scale handles."""

@@ -130,6 +130,15 @@ METRICS: tuple[Metric, ...] = (
         "grad_norm", Line.TRAINING, "", None, "L2 norm of the gradients of all ranks, before clipping", _SCALAR
     ),
     Metric("lr", Line.TRAINING, "", None, "learning rate of this step", _SCALAR),
+    *(
+        Metric(name, Line.TRAINING, "", None, f"{what} of this step", _SCALAR, when=f"`schedule.{name}`")
+        for name, what in (
+            ("weight_decay", "weight decay"),
+            ("mtp_loss_coeff", "weight of the multi-token-prediction loss"),
+            ("router_bias_update_rate", "update of the expert bias"),
+            ("balance_loss_scale", "factor on `model.balance_loss_coeffs`"),
+        )
+    ),
     Metric(
         "global_batch_size", Line.TRAINING, "sequences", None, "sequences of this step, over all ranks", _FILE
     ),
@@ -246,6 +255,14 @@ EVENTS: tuple[Event, ...] = (
     Event(
         "rolled_back", ("reason", "from_step", "samples_skipped"),
         "the run went back from `from_step` to the checkpoint of `step`; the samples in between are not used again",
+    ),
+    Event(
+        "lr_rewarm", ("factor", "cooldown_steps", "rewarm_steps", "count"),
+        "after a bad step the learning rate falls to `factor` of its schedule, and re-warms",
+    ),
+    Event(
+        "lr_reduced", ("factor", "best", "count"),
+        "the validation loss stayed above `best`: the learning rate is `factor` of its schedule from now on",
     ),
     Event("damaged", ("checkpoint", "reason"), "a checkpoint could not be read while the run went back"),
     Event(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from moe_train.config.resolve import batch_schedule
+from moe_train.config.quantities import batch_schedule
 from moe_train.config.schema import Config
 from moe_train.model.arithmetic import flops_per_token
 from moe_train.run import Callback, Metrics, Run

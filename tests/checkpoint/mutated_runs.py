@@ -22,7 +22,6 @@ from moe_train.config.composition.compose import compose, to_yaml
 from moe_train.config.schema import Config
 from moe_train.formats import manifest, run_directory
 from moe_train.loop import step
-from moe_train.optim.optimizer import build_schedule
 from moe_train.run import Run, TrainState
 from tests.checkpoint import mutations, small_run
 from tests.checkpoint.mutations import UNREAD, Draw
@@ -153,7 +152,7 @@ def _go_on(run: Run, case: Case) -> None:
     """What a rank does until after the first step."""
     run.resolved, run.run_dir = replace(run.resolved, cfg=case.cfg), Path(case.cfg.run_dir)
     run.state, run.total_steps = TrainState(), small_run.STEPS
-    run.schedule = build_schedule(run.cfg, run.optimizer, small_run.STEPS)
+    train.set_schedules(run)
     checkpoint.resume(run)
     train.set_length(run)
     if run.state.step < run.total_steps:

@@ -17,6 +17,7 @@ from moe_train.config.composition import compose as compose_module
 from moe_train.config.composition.compose import compose, from_yaml, hydra_entry, to_yaml
 from moe_train.config.composition.validate import validate
 from moe_train.config.resolve import total_steps
+from moe_train.config.schedule import ScheduleSegment
 from moe_train.config.schema import Config
 from moe_train.formats import manifest, run_directory
 from parallel.errors import ConfigError, MoeTrainError
@@ -190,6 +191,19 @@ def test_what_must_not_change_unnoticed_is_refused(words: Sequence[str], told: s
     assert error.value.exit_code == 2
 
 
+def test_segments_that_end_with_the_run_keep_their_ends() -> None:
+    begin(*FIRST, "schedule=wsd")
+    with pytest.raises(MoeTrainError, match="changes the end of its decay from token 10240 to token 20480; add"):
+        again("train.steps=20")
+    with pytest.raises(MoeTrainError, match=r"schedule\.min_lr_ratio from 0\.0 to 0\.1 and schedule\.lr from"):
+        again("schedule=cosine")
+    assert again("train.steps=20", "schedule.on_resume=override").schedule.lr == again().schedule.lr
+    kept = again("train.steps=20", "schedule.on_resume=checkpoint")
+    assert [segment.until_tokens for segment in kept.schedule.lr] == [8192, 10240, None]
+    assert again("schedule.lr=[{shape:cosine}]").schedule.lr == [ScheduleSegment("cosine")]  # asked for by name
+    assert again("schedule.weight_decay=[{value:0.2}]").schedule.weight_decay == [ScheduleSegment(value=0.2)]
+
+
 def test_an_option_does_not_change_the_learning_rate_that_was_asked_for() -> None:
     begin(*FIRST, "optimizer.lr=3e-4")
     with pytest.raises(MoeTrainError, match=r"optimizer\.lr from 0\.0003 to 0\.001"):
@@ -269,8 +283,8 @@ def test_a_config_that_was_cut_off_does_not_pass_for_that_of_an_earlier_version(
     manifest.write(newest, {name: manifest.entry_of(newest / name) for name in ("config.yaml", "state.json")})
     file = Path("R/config.yaml") if place == "run" else newest / "config.yaml"
     whole = file.read_text()
-    # The last line, `verbose`, is nothing that a run depends on.
-    ends = [end for end, letter in enumerate(whole) if letter == "\n"][3:-2:13]
+    # A file that ends with `run_dir`, or later, counts as whole: only fields of the command line follow.
+    ends = [end for end, letter in enumerate(whole) if letter == "\n"][3:-5:13]
     for end in ends:
         file.write_text(whole[:end] + "\n")
         assert again() == first

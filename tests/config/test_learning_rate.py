@@ -8,8 +8,9 @@ from typing import Any, cast
 import pytest
 
 from moe_train.config.learning_rate import learning_rate
+from moe_train.config.resolve import progress_of
 from moe_train.config.schema import Config
-from moe_train.optim.optimizer import build_schedule
+from moe_train.optim.scheduling import build_schedule
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
@@ -18,7 +19,8 @@ def test_it_is_megatron_cores(decay: str, warmup: int, end: int | None) -> None:
     cfg = Config()
     cfg.schedule.decay, cfg.schedule.warmup_steps, cfg.schedule.decay_steps = decay, warmup, end
     optimizer = SimpleNamespace(param_groups=[{"params": []}])
-    schedule = build_schedule(cfg, cast(Any, optimizer), 15)
+    cfg.train.steps = 15
+    schedule = build_schedule(cfg, cast(Any, optimizer), progress_of(cfg))
     for updates in range(20):
         expected = optimizer.param_groups[0]["lr"]
         found = learning_rate(cfg.optimizer, cfg.schedule, end or 15, updates)

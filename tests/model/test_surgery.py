@@ -74,6 +74,14 @@ OTHERS = {
     "moe_train/optim/qk_clip.py: attention.core_attention.current_max_attn_logits": "a record that its reader resets",
     "moe_train/optim/optimizer.py: config.grad_scale_func": "a field that upstream has for the trainer",
     "moe_train/optim/optimizer.py: config.no_sync_func": "a field that upstream has for the trainer",
+    **dict.fromkeys(
+        (
+            "moe_train/optim/scheduling.py: config.moe_aux_loss_coeff",
+            "moe_train/optim/scheduling.py: config.moe_router_bias_update_rate",
+            "moe_train/optim/scheduling.py: config.mtp_loss_scaling_factor",
+        ),
+        "TransformerConfig: what follows a schedule, which upstream reads in each step",
+    ),
     "moe_train/optim/optimizer.py: part.optimizer": "Megatron-Core's optimizer, not a module",
     "moe_train/telemetry/model_metrics.py: compute.observe": "our own class",
     "moe_train/telemetry/model_metrics.py: dispatcher.sent_bytes": "our own class",

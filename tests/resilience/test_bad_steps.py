@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from typing import Any
 
 import pytest
 
@@ -86,3 +88,23 @@ def test_the_doubt_of_another_rank_counts() -> None:
     assert guard.classify(5.0, 1.0, anomaly_on_any_rank=True) == "grad_norm is bad on another rank"
     assert guard.grad_norm_anomaly(math.inf)
     assert not guard.grad_norm_anomaly(1.0)
+
+
+def test_a_resumed_run_finds_the_same_spikes() -> None:
+    settings = ResilienceConfig(spike_window=3, spike_factor=2.0, grad_spike_factor=2.0)
+    whole, resumed = BadSteps(settings), BadSteps(settings)
+    for loss in (1.0, 1.5, 1.25):
+        assert whole.classify(loss, 1.0, anomaly_on_any_rank=False) == ""
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    for loss, norm in ((3.0, 1.0), (1.0, 2.5), (2.4, None), (2.9, 1.0), (3.1, 1.0)):
+        found = [guard.classify(loss, norm, anomaly_on_any_rank=False) for guard in (whole, resumed)]
+        assert found[0] == found[1]
+    assert resumed.state_dict() == whole.state_dict() != {"losses": [], "grad_norms": []}
+    resumed.load_state_dict({})  # of a version without
+    assert resumed.state_dict() == {"losses": [], "grad_norms": []}
+
+
+@pytest.mark.parametrize("values", [{"losses": 3}, {"losses": ["1"]}, {"grad_norms": [math.nan]}, {"losses": [True]}])
+def test_a_window_that_no_run_writes_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="of the spike window are not numbers"):
+        BadSteps(ResilienceConfig()).load_state_dict(values)

@@ -11,19 +11,26 @@ from omegaconf import OmegaConf
 from moe_train.config.resolve import decay_end, total_steps
 from moe_train.config.roots import ROOTS
 from moe_train.config.walk import group_names
+from parallel.suggest import Impossible
 
 
-def default_warmup(usual: int, *, _root_: Any) -> int:
-    """Warm-up of a run whose config does not say it: `usual` steps, or a tenth where the decay ends before that.
+def default_warmup(usual: int, shortest: int | None = None, *, _root_: Any) -> int:
+    """Warm-up of a run whose config does not say it: `usual` steps, or a tenth where the decay ends before `shortest`.
 
     conf/schedule/ calls it as ${default_warmup:20}. `_root_` is the config that is being composed, where values are
     not checked yet.
+
+    Args:
+        shortest: steps; None means `usual`.
     """
     tokens_per_step = _root_.batch.global_batch_size * _root_.train.seq_length
     if _root_.train.tokens is not None and tokens_per_step <= 0:
         return usual
-    end = max(0, decay_end(_root_.schedule, total_steps(_root_)))
-    return usual if end >= usual else end // 10
+    try:
+        end = max(0, decay_end(_root_.schedule, total_steps(_root_)))
+    except Impossible:  # which a rule tells
+        return usual
+    return usual if end >= (usual if shortest is None else shortest) else end // 10
 
 
 _registered: set[type] = set()

@@ -18,6 +18,7 @@ from moe_train.config.rules import precision as precision_rules
 from moe_train.config.rules import recompute as recompute_rules
 from moe_train.config.rules import resilience as resilience_rules
 from moe_train.config.rules import run as run_rules
+from moe_train.config.rules import schedule as schedule_rules
 from moe_train.config.rules import unused as unused_rules
 from moe_train.config.rules.values import check_values
 from moe_train.config.schema import Config
@@ -27,7 +28,8 @@ from parallel.suggest import Fix, Impossible
 
 _RULES = (
     *model_rules.RULES, *parallel_rules.RULES, *precision_rules.RULES, *recompute_rules.RULES, *optimizer_rules.RULES,
-    *run_rules.RULES, *checkpoint_rules.RULES, *resilience_rules.RULES, *fallback_rules.RULES, *unused_rules.RULES,
+    *run_rules.RULES, *schedule_rules.RULES, *checkpoint_rules.RULES, *resilience_rules.RULES, *fallback_rules.RULES,
+    *unused_rules.RULES,
 )  # fmt: skip
 _MOST_TRIALS = 64
 _DEEPEST, _WIDEST, _MOST_COMBINED = 5, 12, 400  # fields of a combined fix; fixes of each; checks in all
@@ -65,9 +67,9 @@ def _check(cfg: Config, world_size: int | None, trains: bool) -> tuple[Impossibl
     degrees = {name: getattr(cfg.parallel, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
     try:
         layout = ParallelLayout.resolve(**degrees, world_size=world_size)
+        facts: ResolvedConfig = resolve(cfg, layout, trains)
     except Impossible as problem:
         return problem, 1, None
-    facts: ResolvedConfig = resolve(cfg, layout, trains)
     for stage, rule in enumerate(_RULES, 2):
         try:
             rule(facts)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import lcm
 
+from moe_train.config.quantities import batch_schedule, with_whole_sizes
 from moe_train.config.resolve import ResolvedConfig, Rule
+from moe_train.config.schema import Config
 from parallel import pipeline
 from parallel.architecture.layers import describe_layer
 from parallel.architecture.parts import Shard
@@ -195,30 +197,47 @@ def stages(facts: ResolvedConfig) -> None:
 
 
 def global_batch(facts: ResolvedConfig) -> None:
-    """The global batch is whole micro-batches on every data-parallel rank, in rounds of pp when interleaved."""
+    """Each global batch is whole micro-batches on every data-parallel rank, in rounds of pp when interleaved."""
     cfg, layout = facts.cfg, facts.layout
     if facts.runtime == "simulated":
         return  # it builds one rank's model and trains on no batch
-    size, micro, each = cfg.batch.global_batch_size, cfg.batch.micro_batch_size, facts.data_ranks_batch
+    micro, each = cfg.batch.micro_batch_size, facts.data_ranks_batch
     product = f"batch.micro_batch_size x parallel.dp = {micro} x {layout.dp} = {each}"
-    if size % each:
-        raise Impossible(
-            f"batch.global_batch_size={size} is not a multiple of {product} "
-            f"({size} = {size // each} x {each} + {size % each})",
-            [
-                *fixes_of("batch.global_batch_size", nearest(multiples(each, size), size)),
-                *fixes_of(
-                    "batch.micro_batch_size", nearest((d for d in divisors(size) if size % (d * layout.dp) == 0), micro)
-                ),
-            ],
-        )
-    if layout.vpp > 1 and (size // each) % layout.pp:
-        round_size = each * layout.pp
-        raise Impossible(
-            f"batch.global_batch_size={size} makes {size} / ({product}) = {size // each} micro-batches, not a "
-            f"multiple of parallel.pp={layout.pp} as the interleaved schedule (parallel.vpp={layout.vpp}) needs",
-            fixes_of("batch.global_batch_size", nearest(multiples(round_size, size), size)),
-        )
+    rounds = layout.pp if layout.vpp > 1 else 1
+    for size in batch_schedule(cfg).sizes:
+        what = f"schedule.batch_size passes {size} sequences, which" if cfg.schedule.batch_size else ""
+        if size % each:
+            smaller = [
+                d for d in divisors(size)
+                if all(one % (d * layout.dp * rounds) == 0 for one in batch_schedule(cfg).sizes)
+            ]  # fmt: skip
+            raise Impossible(
+                f"{what or f'batch.global_batch_size={size}'} is not a multiple of {product} "
+                f"({size} = {size // each} x {each} + {size % each})",
+                [*_fitting_sizes(cfg, size, each), *fixes_of("batch.micro_batch_size", nearest(smaller, micro))],
+            )
+        if (size // each) % rounds:
+            raise Impossible(
+                f"{what or f'batch.global_batch_size={size}'} makes {size} / ({product}) = {size // each} "
+                f"micro-batches, not a multiple of parallel.pp={layout.pp} as the interleaved schedule "
+                f"(parallel.vpp={layout.vpp}) needs",
+                _fitting_sizes(cfg, size, each * rounds),
+            )
+
+
+def _fitting_sizes(cfg: Config, size: int, multiple: int) -> list[Fix]:
+    """Batch sizes around `size`, or ramps, that are multiples of `multiple`."""
+    entries = cfg.schedule.batch_size
+    if not entries:
+        return fixes_of("batch.global_batch_size", nearest(multiples(multiple, size), size))
+    usual = cfg.schedule.batch_size_multiple or multiple
+    whole = [with_whole_sizes(entry, multiple) for entry in entries]
+    total = max(1, round(cfg.batch.global_batch_size / multiple)) * multiple
+    return [
+        {"schedule.batch_size_multiple": lcm(usual, multiple)},
+        {"schedule.batch_size": whole, "schedule.batch_size_multiple": lcm(usual, multiple)},
+        {"schedule.batch_size": whole, "schedule.batch_size_multiple": multiple, "batch.global_batch_size": total},
+    ]
 
 
 def overlap(facts: ResolvedConfig) -> None:

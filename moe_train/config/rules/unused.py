@@ -18,7 +18,7 @@ _OF_MUON = [field for field in fields(OptimizerConfig) if field.name.startswith(
 
 def _cases(cfg: Config) -> list[tuple[str, bool, str]]:
     """(field, whether it has an effect, what it would need)."""
-    precision, recompute = cfg.precision, cfg.recompute
+    precision, recompute, schedule = cfg.precision, cfg.recompute, cfg.schedule
     delayed = precision.fp8 is not None and RECIPES[precision.fp8].delayed
     full = any(one.mode == "full" for one in settings(recompute))
     return [
@@ -33,6 +33,15 @@ def _cases(cfg: Config) -> list[tuple[str, bool, str]]:
         *((f"optimizer.{f.name}", cfg.optimizer.name == MUON, "optimizer.name=muon") for f in _OF_MUON),
         ("optimizer.qk_clip_alpha", cfg.optimizer.qk_clip_threshold is not None, "optimizer.qk_clip_threshold"),
         ("precision.initial_loss_scale", precision.dtype == "fp16", "precision.dtype=fp16"),
+        *(
+            (f"schedule.plateau_{name}", schedule.plateau_patience is not None, "schedule.plateau_patience")
+            for name in ("factor", "threshold", "cooldown", "max_reductions")
+        ),
+        *(
+            (f"schedule.rewarm_{name}", schedule.rewarm_steps is not None, "schedule.rewarm_steps")
+            for name in ("factor", "cooldown_steps", "max")
+        ),
+        ("schedule.batch_size_multiple", bool(schedule.batch_size), "schedule.batch_size"),
         ("train.eval_source_tokens", bool(cfg.train.eval_sources), "train.eval_sources"),
         ("recompute.method", full, "recompute.mode=full"),
         ("recompute.num_layers", full, "recompute.mode=full"),

@@ -7,6 +7,7 @@ from moe_train.loop.callbacks.inject import InjectFaults
 from moe_train.loop.callbacks.nvrx import NvrxHeartbeat
 from moe_train.loop.callbacks.profiler import MemoryForecast, MemoryProfiler
 from moe_train.loop.callbacks.progress import Progress
+from moe_train.loop.callbacks.reactions import LearningRateReactions
 from moe_train.loop.callbacks.recovery import Recovery
 from moe_train.loop.callbacks.sinks import CloseSinks, Sinks
 from moe_train.loop.callbacks.stop import StopOnSignal
@@ -28,6 +29,7 @@ def from_config(run: Run) -> list[Callback]:
         callbacks.append(Progress())
     if cfg.resilience.inject:
         callbacks.append(InjectFaults())
+    callbacks.append(LearningRateReactions())  # before a rollback, whose checkpoint has what follows for the rate
     callbacks.append(Recovery(checkpoints))  # before a checkpoint of this step would be written
     callbacks.append(checkpoints)  # after the metrics: every step that is saved has its line in the file
     callbacks.append(Summary())

@@ -21,6 +21,7 @@ from rich.console import Console
 from moe_train.checkpoint.checkpoint import root_of
 from moe_train.checkpoint.collective import warn
 from moe_train.checkpoint.continuing import SUMMARY as NAME
+from moe_train.config.resolve import follows_length
 from moe_train.data.statistics import unigram_entropy
 from moe_train.data.tokenizer import load_tokenizer
 from moe_train.files import atomic
@@ -139,7 +140,7 @@ def _next(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     length = f"train.steps={2 * summary['steps']}"
     if cfg.train.tokens is not None:
         length = f"train.tokens={2 * summary['tokens']}"
-    rest = " schedule.on_resume=override" if cfg.schedule.decay != "constant" else ""
+    rest = " schedule.on_resume=override" if follows_length(cfg) else ""
     if cfg.model.capacity_factor is None:  # else an answer would depend on other requests
         commands += [(what, f"{_program(f'moe-{what}')} {run_dir}") for what in ("chat", "serve")]
     if cfg.train.eval_batches:

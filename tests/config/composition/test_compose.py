@@ -20,7 +20,7 @@ from moe_train.config.composition.explain import CONF_DIR, group_options
 from moe_train.config.composition.validate import validate
 from moe_train.config.resolve import total_steps
 from moe_train.config.schema import Config
-from moe_train.config.walk import all_fields, get, group_names
+from moe_train.config.walk import all_fields, get, group_names, typed
 from parallel.errors import ConfigError, HardwareError
 
 OPTIONS = [(group, option) for group in (*group_names(), "experiment") for option in group_options(group)]
@@ -235,6 +235,8 @@ def test_every_option_composes_and_begins_with_what_it_is(group: str, option: st
         composed = get(cfg, f"{group}.{name}")
         if "${" in str(value):  # follows from other fields
             continue
+        if isinstance(value, list) and all_fields()[f"{group}.{name}"].entry:
+            value = typed(f"{group}.{name}", value)
         assert composed == value or float(composed) == float(value)  # YAML 1.1 takes 1e-3 for a string
 
 
