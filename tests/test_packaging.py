@@ -30,7 +30,7 @@ scripts = {point.name: point.load() for point in distribution("moe-train").entry
 mains = {name: script.args[0] for name, script in scripts.items()}  # of functools.partial
 import launch.main, launch.slurm.commands, launch.slurm.submit, launch.preflight, moe_train.train, parallel.layout
 import tools.chat, tools.convert, tools.dryrun, tools.evaluate, tools.generate, tools.inspect, tools.memory, tools.plan
-import tools.prepare_data, tools.serve
+import tools.prepare_data, tools.schedule, tools.serve
 from launch.slurm import submission
 from moe_train.config.composition import compose, explain
 from moe_train.config.schema import Config

@@ -25,6 +25,7 @@ from moe_train.config.launcher import LauncherConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.plan import EstimateConfig, PlanConfig
 from moe_train.config.schema import BackendConfig, Config, ParallelConfig, PrecisionConfig
+from moe_train.config.view import ScheduleViewConfig
 from moe_train.config.walk import FieldInfo, all_fields, group_names
 
 _TRACEBACKS = "Show tracebacks of errors."
@@ -42,6 +43,13 @@ class PlanRoot(MemoryRoot):
     """A run that moe-plan plans, and the question to the planner."""
 
     plan: PlanConfig = field(default_factory=PlanConfig)
+
+
+@dataclass
+class ScheduleRoot(Config):
+    """A run whose schedules moe-schedule shows."""
+
+    view: ScheduleViewConfig = field(default_factory=ScheduleViewConfig)
 
 
 @dataclass
@@ -163,6 +171,7 @@ ROOTS: Mapping[type, RootInfo] = {
     Config: RootInfo("train", ("moe-train", "moe-submit", "moe-data", "moe-dryrun", "moe-preflight")),
     MemoryRoot: RootInfo("memory", ("moe-memory",)),
     PlanRoot: RootInfo("plan", ("moe-plan",)),
+    ScheduleRoot: RootInfo("view", ("moe-schedule",)),
     EstimateRoot: RootInfo("estimate", ("moe-submit",)),
     ConvertRoot: RootInfo("convert", ("moe-convert",), {"data.dir": "convert.data_dir"}),
     InspectRoot: RootInfo("inspect", ("moe-inspect",)),

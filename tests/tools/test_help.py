@@ -18,7 +18,7 @@ COMMANDS = {
     "moe-train": "launch.main", "moe-submit": "launch.slurm.submit", "moe-preflight": "launch.preflight",
     "moe-plan": "tools.plan", "moe-memory": "tools.memory", "moe-convert": "tools.convert",
     "moe-inspect": "tools.inspect", "moe-data": "tools.prepare_data", "moe-dryrun": "tools.dryrun",
-    "moe-evaluate": "tools.evaluate",
+    "moe-evaluate": "tools.evaluate", "moe-schedule": "tools.schedule",
     "moe-generate": "tools.generate", "moe-chat": "tools.chat", "moe-serve": "tools.serve",
 }  # fmt: skip
 # A field that the page of a command must explain, with words of its doc in the schema.
@@ -32,6 +32,7 @@ EXPLAINED = {
     "moe-data": ("model.vocab_size=4096", "at most model.vocab_size entries"),
     "moe-dryrun": ("model.mtp_num_layers=0", "prediction"),
     "moe-evaluate": ("evaluate.max_tokens=null", "Tokens to score of each source"),
+    "moe-schedule": ("view.plot=null", "PNG file"),
     "moe-generate": ("generate.n=1", "Continuations of each"), "moe-chat": ("chat.system=null", "System message"),
     "moe-serve": ("serve.port=8000", "Port"),
 }  # fmt: skip
