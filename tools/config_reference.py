@@ -18,14 +18,19 @@ MARK = "<!-- fields, written by python -m tools.config_reference -->\n"
 def tables() -> str:
     """A Markdown table for each group of every command: field, default, meaning."""
     groups: dict[str, list[str]] = {}
+    described: dict[type, str] = {}  # the first field with entries of a class, where their fields are described
     fields = {name: info for root in ROOTS for name, info in all_fields(root).items()}
     for name, info in fields.items():
         group = name.rpartition(".")[0]
         choices = _choices(info)
         default = _text(info.default)
         example = f" Example: `{info.example}`." if info.example else ""
-        groups.setdefault(group, []).append(f"| `{name}` | `{default}` | {info.doc}{choices}{example} |")
-        groups[group] += [_row_of_entry(name, part) for part in all_fields(info.entry).values()] if info.entry else []
+        as_before = ""
+        if info.entry and (first := described.setdefault(info.entry, name)) != name:
+            as_before = f" Entries as in `{first}`."
+        groups.setdefault(group, []).append(f"| `{name}` | `{default}` | {info.doc}{choices}{example}{as_before} |")
+        if info.entry and not as_before:
+            groups[group] += [_row_of_entry(name, part) for part in all_fields(info.entry).values()]
     header = "| field | default | meaning |\n|---|---|---|\n"
     return "\n".join(
         f"### {group or 'top level'}{_owners(group)}\n\n{header}" + "\n".join(rows) + "\n"

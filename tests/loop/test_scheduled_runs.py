@@ -139,7 +139,7 @@ LAYOUT = {"pp": 2, "vpp": 2}
 
 
 def steps_of(run_dir: Path, changes: dict[str, Any]) -> list[bytes]:
-    run = small_run.prepare(small_run.config(run_dir, LAYOUT, **small_run.FEWER | changes))
+    run = small_run.prepare(small_run.config(run_dir, LAYOUT, **small_run.two_micro_batches(LAYOUT) | changes))
     small_run.train(run, 3)
     return small_run.bits(run)
 
