@@ -105,6 +105,7 @@ def _shared(cfg: Config) -> dict[str, str]:
     paths = {"run_dir": cfg.run_dir, "checkpoint.dir": cfg.checkpoint.dir, "data.dir": cfg.data.dir}
     paths |= {"data.path": cfg.data.path, "data.cache_dir": cfg.data.cache_dir}
     paths |= {f"data.blend[{i}].path": entry.path for i, entry in enumerate(cfg.data.blend)}
+    paths |= {f"data.sources[{i}].path": entry.path for i, entry in enumerate(cfg.data.sources)}
     return {name: path for name, path in paths.items() if path is not None}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import glob
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moe_train.config.schema import Config, DataConfig
@@ -61,11 +61,13 @@ def of(cfg: Config) -> Corpus:
         _readable(manifest, missing, "make it with moe-data, or correct data.dir")
         return _prepared(manifest)
     if source.source == "files":
-        size = _text_bytes(source)
+        texts = [replace(source, path=entry.path, sources=[]) for entry in source.sources] or [source]
+        size = sum(map(_text_bytes, texts))
         if manifest.exists():
             return _prepared(manifest)
         vocabulary = source.tokenizer_vocab_size if source.tokenizer is None else _named_vocabulary(source.tokenizer)
-        return Corpus(str(source.path), None, size, vocabulary)
+        name = ", ".join(entry.name for entry in source.sources) or str(source.path)
+        return Corpus(name, None, size, vocabulary)
     return Corpus("the standard library of Python", STDLIB_TOKENS, vocab_size=source.tokenizer_vocab_size)
 
 

@@ -173,6 +173,15 @@ class BlendEntry:
 
 
 @dataclass
+class TextSource:
+    """A named text: an entry of `data.sources`."""
+
+    name: str = doc(REQUIRED, "Its name, and the directory of its dataset in `data.dir`.")
+    path: str = doc(REQUIRED, "File, directory or glob, as in `data.path`.")
+    text_key: str | None = doc(None, "Field or column that holds its text; null means `data.text_key`.")
+
+
+@dataclass
 class DataConfig:
     """Text, its tokenizer, and the tokenised dataset made from them."""
 
@@ -182,8 +191,15 @@ class DataConfig:
         "Where text comes from: Python's standard library, files at `path`, or none (already tokenised).",
         choices=("stdlib", "files", "none"),
     )
-    path: str | None = doc(None, "File, directory or glob of txt, md, jsonl, jsonl.gz, jsonl.zst, parquet.")
-    text_key: str = doc("text", "Field of a jsonl line or column of a parquet file that holds the text.")
+    path: str | None = doc(None, "File, directory or glob of txt, md, jsonl, jsonl.gz, jsonl.zst, parquet, warc.")
+    sources: list[TextSource] = doc(
+        [], "Named texts instead of `path`; each becomes a dataset of its own, dir/NAME/text_document.",
+        example="[{name:web,path:web/*.jsonl},{name:code,path:code,text_key:content}]",
+    )  # fmt: skip
+    text_key: str = doc(
+        "text", "Field of a jsonl line or column of a parquet file that holds the text; dots lead into nested ones, "
+        "such as message.content.",
+    )  # fmt: skip
     encoding: str = doc("utf-8", "Encoding of txt, md and jsonl files, such as latin-1; one that keeps line ends.")
     follow_links: bool = doc(True, "Read directories behind symbolic links too, each once.")
     deduplicate: str = doc(
@@ -193,6 +209,19 @@ class DataConfig:
     min_characters: int = doc(
         1, "Shorter documents are skipped; leading and trailing white space does not count.", minimum=0
     )
+    max_characters: int | None = doc(
+        None, "Longer documents are skipped; leading and trailing white space does not count; null: none.", minimum=1
+    )
+    languages: list[str] = doc(
+        [], "Languages whose documents are kept, by codes of ISO 639-1; py3langid identifies them; none keeps all."
+    )
+    filter: str | None = doc(
+        None, "Function that gets the text of a document and returns whether to keep it, as module:function."
+    )
+    near_duplicates: float | None = doc(
+        None, "Estimated Jaccard similarity to an earlier document at which a document is skipped, such as 0.8 "
+        "(MinHash of sequences of 24 characters); null: not compared.", minimum=0.5, maximum=1,
+    )  # fmt: skip
     null_text: str = doc("skip", "Records whose text is null: skip them, or stop.", choices=("skip", "error"))
     bad_records: str = doc(
         "error", "Records without text, and files that are damaged or in another encoding: stop, or skip them.",
@@ -234,8 +263,15 @@ class DataConfig:
         None, "Directory of Megatron-Core's sample indices, shared by all nodes; null means dir/cache."
     )
     prepare_workers: int | None = doc(
-        None, "Tokenisation processes; null means one per core.", minimum=1, maximum=10_000
+        None, "Processes of each rank of moe-data; null shares the cores evenly.", minimum=1, maximum=10_000
     )
+    prepare_memory_mib: int = doc(
+        256, "Memory for tables of duplicates and for shuffling in each of these processes, MiB.", minimum=16
+    )
+    prepare_tokenizer: str = doc(
+        "tokenizers", "Library that tokenises: Hugging Face tokenizers, or gigatoken where its ids equal those of "
+        "tokenizers on a sample of the corpus.", choices=("tokenizers", "gigatoken"),
+    )  # fmt: skip
     loader_workers: int = doc(0, "Worker processes of a rank's DataLoader (num_workers).", minimum=0, maximum=10_000)
 
 

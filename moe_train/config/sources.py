@@ -1,4 +1,4 @@
-"""Names of the texts whose loss is measured. No torch import."""
+"""Names of texts: those that are trained on, and those whose loss is measured. No torch import."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from moe_train.config.schema import EvaluationSource
+from moe_train.config.schema import EvaluationSource, TextSource
 from parallel.suggest import Fix, Impossible
 
 _NAME = r"[\w.-]+"
@@ -16,7 +16,7 @@ _PREFIX = "text_document"
 """Name of the pair of files in every dataset of moe-data: its directory tells datasets apart."""
 
 
-def names(field: str, sources: Sequence[EvaluationSource]) -> list[str]:
+def names(field: str, sources: Sequence[EvaluationSource | TextSource]) -> list[str]:
     """A name for each of the entries of `field`, all different.
 
     Raises:
@@ -38,7 +38,7 @@ def names(field: str, sources: Sequence[EvaluationSource]) -> list[str]:
     return found
 
 
-def _renamed(field: str, sources: Sequence[EvaluationSource], number: int, name: str) -> list[Fix]:
+def _renamed(field: str, sources: Sequence[EvaluationSource | TextSource], number: int, name: str) -> list[Fix]:
     """The entries with another name for one of them."""
     return [{field: [*sources[:number], replace(sources[number], name=name), *sources[number + 1 :]]}]
 

@@ -111,9 +111,10 @@ def _warn_of_epochs(cfg: Config, tokens: int, available: int) -> None:
 
 
 def _weights(data: DataConfig, tokens: Sequence[int]) -> list[float] | None:
-    """Weights of the datasets of `data.blend`, by their `tokens` where it has none; None without a blend."""
+    """Weights of the datasets of `data.blend`, or of those of `data.sources`, by their `tokens` where it has none; None
+    for a single dataset."""
     if not data.blend:
-        return None
+        return list(map(float, tokens)) if len(tokens) > 1 else None
     weights = [entry.weight for entry in data.blend]
     return [float(size) if weight is None else weight for weight, size in zip(weights, tokens, strict=True)]
 

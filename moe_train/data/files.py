@@ -7,7 +7,8 @@ import os
 import platform
 import stat
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,15 +16,46 @@ from moe_train.config.schema import DataConfig
 from moe_train.data.report import Reason, Report
 from parallel.errors import DataError
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+PLAIN_TEXT = (".txt", ".md")
+WARC = (".warc", ".warc.gz", ".warc.zst", ".warc.wet", ".warc.wet.gz")
+SUFFIXES = (*PLAIN_TEXT, *WARC, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 # Tables and generated text, a few files of megabytes, would otherwise be a large part of the corpus.
 _LARGEST_STDLIB_FILE_BYTES = 300_000
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
 
 
+@dataclass(frozen=True)
+class Source:
+    """Text of which one dataset is made.
+
+    Attributes:
+        name: of an entry of `data.sources`; "" where there is only one text.
+        data: the configuration with the path and the key of the text.
+        files: in a fixed order.
+    """
+
+    name: str
+    data: DataConfig
+    files: tuple[Path, ...]
+
+
+def sources_of(data: DataConfig, report: Report | None = None) -> list[Source]:
+    """The texts of `data.sources`, or the one at `data.path`. Arguments and errors: as `source_files`."""
+    if not data.sources:
+        return [Source("", data, tuple(source_files(data, report)))]
+    found = []
+    for entry in data.sources:
+        own = replace(data, path=entry.path, text_key=entry.text_key or data.text_key, sources=[])
+        try:
+            found.append(Source(entry.name, own, tuple(source_files(own, report))))
+        except DataError as error:
+            raise DataError(f"data.sources: {entry.name}: {error.cause}", error.remedy) from error
+    return found
+
+
 def source_files(data: DataConfig, report: Report | None = None) -> list[Path]:
-    """Files of the corpus in a fixed order.
+    """Files of the corpus at `data.path` in a fixed order.
 
     Args:
         report: counts what is not read.
@@ -132,7 +164,7 @@ def _stdlib_files(report: Report) -> list[Path]:
     return files
 
 
-def fingerprint(data: DataConfig, files: list[Path]) -> str:
+def fingerprint(data: DataConfig, files: Sequence[Path]) -> str:
     """Changes when the corpus does: names, sizes and times of the files (of the standard library, Python's version)."""
     digest = sha256()
     if data.source == "stdlib":

@@ -82,8 +82,7 @@ def prefixes(data: DataConfig) -> list[str]:
     """
     if data.blend:
         return [entry.path for entry in data.blend]
-    read_manifest(data)
-    return [str(Path(data.dir) / PREFIX)]
+    return [str(Path(data.dir) / prefix) for prefix in read_manifest(data).get("datasets", [PREFIX])]
 
 
 def manifest_of(prefix: str) -> dict[str, Any] | None:
@@ -92,10 +91,19 @@ def manifest_of(prefix: str) -> dict[str, Any] | None:
     Raises:
         DataError: it is damaged, or a file that it names is missing or of another size.
     """
-    directory = Path(prefix).parent
-    if Path(prefix).name != PREFIX or not (directory / MANIFEST).exists():
+    directory = directory_of(prefix)
+    return None if directory is None else _read(directory)
+
+
+def directory_of(prefix: str) -> Path | None:
+    """The directory of the manifest of the pair of files at `prefix`: its own, or that of all its sources."""
+    if Path(prefix).name != PREFIX:
         return None
-    return _read(directory)
+    own = Path(prefix).parent
+    if (own / MANIFEST).exists():
+        return own
+    is_source = (own.parent / MANIFEST).exists() and f"{own.name}/{PREFIX}" in _read(own.parent).get("datasets", [])
+    return own.parent if is_source else None
 
 
 def tokens_of(data: DataConfig) -> int:
@@ -135,7 +143,7 @@ def verify(data: DataConfig, progress: Callable[[int], None] = lambda _: None, a
         DataError: a file has changed.
     """
     warnings = []
-    directories = {Path(prefix).parent for prefix in prefixes(data) if manifest_of(prefix) is not None}
+    directories = {found for prefix in prefixes(data) if (found := directory_of(prefix)) is not None}
     for directory in sorted(directories):
         manifest = _read(directory)
         files = {name: f for name, f in _files(manifest).items() if again or not _known(directory, manifest, name)}

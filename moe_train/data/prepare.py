@@ -1,17 +1,18 @@
 """Text -> tokenizer -> Megatron indexed dataset, in parallel, resumable, and the same bytes for any number of workers.
 
 `data.dir` ends up with tokenizer.json, text_document.bin, text_document.idx and, written last, manifest.json: a
-directory without a manifest is not a dataset. Parts finished before an interruption are kept in `parts/` and used
-again.
+directory without a manifest is not a dataset. With `data.sources`, each source has its pair of files in a directory of
+its name. What is finished before an interruption is kept in `parts/` and used again (`moe_train/data/pipeline.py`).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from rich.progress import Progress
 from moe_train.config import former
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import DataConfig
-from moe_train.data import corpus, lock, parts
-from moe_train.data.files import fingerprint, source_files
+from moe_train.data import corpus, filters, lock, minhash
+from moe_train.data.files import Source, fingerprint, sources_of
 from moe_train.data.index_file import read_index
 from moe_train.data.manifest import (
     MANIFEST,
@@ -35,7 +36,9 @@ from moe_train.data.manifest import (
     sha256_of,
     verify,
 )
+from moe_train.data.pipeline import Pipeline
 from moe_train.data.report import Reason, Report, lines
+from moe_train.data.team import ALONE, FOLDER, RankGroup, Team, TeamFinished
 from moe_train.data.tokenizer import (
     COMPANIONS,
     TOKENIZER,
@@ -52,24 +55,28 @@ from parallel.suggest import override_value
 _MOST_VOCABULARY = 1.2  # of the model, over that of the tokenizer, before a warning
 _TOKENIZER_SAMPLE_CHARACTERS = 8_000_000
 _SETTINGS = (
-    "source", "path", "text_key", "encoding", "follow_links", "deduplicate", "min_characters", "null_text",
-    "bad_records", "tokenizer", "tokenizer_vocab_size", "append_eod", "eod_token", "prepend_bos",
-    "bos_token", "parse_special_tokens",
+    "source", "path", "sources", "text_key", "encoding", "follow_links", "deduplicate", "min_characters",
+    "max_characters", "languages", "filter", "near_duplicates", "null_text", "bad_records", "tokenizer",
+    "tokenizer_vocab_size", "append_eod", "eod_token", "prepend_bos", "bos_token", "parse_special_tokens",
 )  # fmt: skip
 # What a manifest means that lacks a setting, being older than it.
 _DEFAULTS: dict[str, Any] = vars(DataConfig()) | {
     name.removeprefix("data."): value for name, value in former.DEFAULTS.items() if name.startswith("data.")
 }
+_RECORD, _TOKENIZER_DONE = "settings.json", "tokenizer.done"
 _FORMAT = 2  # of the documents that are made from one corpus; raise it when this code makes others
 
 
-def prepare(data: DataConfig, model_vocab_size: int, progress: bool, verify: bool = False) -> bool:
+def prepare(
+    data: DataConfig, model_vocab_size: int, progress: bool, verify: bool = False, ranks: RankGroup = ALONE
+) -> bool:
     """Make the dataset of `data` unless it is there already.
 
     Args:
         model_vocab_size: tokens of the model; the tokenizer may not have more.
-        progress: show a bar where standard error is a terminal.
+        progress: show how far it is on standard error.
         verify: also compare the checksums of a dataset that is there already.
+        ranks: which of several processes this is that make it together. All of them call this.
 
     Returns:
         whether it was made now; the manifest then says what was left out of the text.
@@ -79,15 +86,20 @@ def prepare(data: DataConfig, model_vocab_size: int, progress: bool, verify: boo
     """
     directory = Path(data.dir)
     report = Report()
-    files = source_files(data, report)
-    settings = _settings(data, files)
+    sources = sources_of(data, report)
+    settings = _settings(data, sources)
     try:
         if not (directory / MANIFEST).exists():
             directory.mkdir(parents=True, exist_ok=True)
-            with lock.only_one(directory, _print_notice):
-                if not (directory / MANIFEST).exists():  # another process may have made it in the meantime
-                    _make(data, directory, files, settings, model_vocab_size, progress, report)
+            making = _Making(data, directory, sources, settings, model_vocab_size, progress, report)
+            with Team(ranks, directory, _workers(data, ranks), directory / MANIFEST) as team:
+                if ranks.rank:
+                    making.help(team)
                     return True
+                with lock.only_one(directory, _print_notice):
+                    if not (directory / MANIFEST).exists():  # another process may have made it in the meantime
+                        making.make(team)
+                        return True
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(f"data.dir={directory} cannot be written: {reason}", "free space or set data.dir") from error
@@ -102,6 +114,11 @@ def prepare(data: DataConfig, model_vocab_size: int, progress: bool, verify: boo
         raise DataError(f"data.dir={directory} was made with other settings ({names})", remedy)
     check_vocabulary(manifest["vocab_size"], model_vocab_size)
     return False
+
+
+def _workers(data: DataConfig, ranks: RankGroup) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return data.prepare_workers or max(1, cores // ranks.local_size)
 
 
 def summary(manifest: dict[str, Any]) -> list[str]:
@@ -119,15 +136,19 @@ def _print_notice(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _settings(data: DataConfig, files: list[Path]) -> dict[str, Any]:
+def _settings(data: DataConfig, sources: Sequence[Source]) -> dict[str, Any]:
     """All that decides what the dataset holds."""
     values = asdict(data)
     settings = {key: values[key] for key in _SETTINGS}
+    if data.filter is not None:
+        source_file = filters.source_of(data.filter)
+        settings["filter file"] = None if source_file is None else sha256_of(source_file)
     if data.tokenizer:
         source = find_tokenizer(data.tokenizer)
         settings["tokenizer files"] = [sha256_of(file) for file in (source, *companions(source))]
         del settings["tokenizer_vocab_size"]  # of one that is trained
-    return settings | {"corpus": fingerprint(data, files), "format": _FORMAT}
+    prints = [fingerprint(source.data, source.files) for source in sources]
+    return settings | {"corpus": prints if data.sources else prints[0], "format": _FORMAT}
 
 
 def _changed(saved: dict[str, Any], settings: dict[str, Any]) -> list[str]:
@@ -235,73 +256,117 @@ def _bar(progress: bool) -> Progress:
     return Progress(console=console, transient=True, disable=not (progress and console.is_terminal))
 
 
-def _make(
-    data: DataConfig,
-    directory: Path,
-    files: list[Path],
-    settings: dict[str, Any],
-    model_vocab_size: int,
-    progress: bool,
-    report: Report,
-) -> None:
-    pieces = directory / "parts"
-    built = {suffix: directory / f"{PREFIX}.{suffix}" for suffix in ("bin", "idx")}
-    if not pieces.exists() and any(path.exists() for path in built.values()):
-        raise DataError(f"data.dir={directory} has a dataset that another program made", "set data.dir=NEW_DIRECTORY")
-    _start_parts(pieces, settings)
-    shutil.rmtree(directory / "cache", ignore_errors=True)  # indices of a dataset that was here before
-    tokenizer = directory / TOKENIZER
-    if not (pieces / "tokenizer.done").exists():
-        _provide_tokenizer(data, files, tokenizer)
-        (pieces / "tokenizer.done").touch()
-    loaded = Tokenizer(tokenizer, data.eod_token, data.bos_token)
-    if data.prepend_bos and loaded.bos is None:
-        raise DataError(
-            "data.prepend_bos=true, but the tokenizer's files define no beginning-of-sequence token",
-            "set data.bos_token=TOKEN or data.prepend_bos=false",
-        )
-    vocab_size = loaded.vocab_size
-    check_vocabulary(vocab_size, model_vocab_size)
-    dtype = np.dtype(np.uint16 if vocab_size <= 65_536 else np.int32)
-    with _bar(progress) as bar:
-        count = parts.tokenize(data, files, tokenizer, pieces, dtype, bar, report)
-        if count == 0:
-            read = "; ".join(lines(report.to_dict()))
-            raise DataError(f"the corpus has no text: {read}", "add text or correct data.path")
-        for path in built.values():
-            atomic.remove_leftovers(path)  # as large as the dataset
-            path.with_name(f"{path.name}.part").unlink(missing_ok=True)  # of an earlier version
-        with atomic.replacement(built["bin"]) as bin_path, atomic.replacement(built["idx"]) as idx_path:
-            documents, tokens = parts.merge(pieces, count, bin_path, idx_path, dtype, bar)
-    report.add(Reason.NO_TOKENS, directory, report.kept - documents)
-    report.kept = documents
-    output_files = [tokenizer, *companions(tokenizer), *built.values()]
-    manifest = {
-        "settings": settings,
-        "corpus": report.to_dict(),
-        "documents": documents,
-        "tokens": tokens,
-        "vocab_size": vocab_size,
-        "special_tokens": {"eod": loaded.eod_token, "bos": loaded.bos_token},
-        "files": {
-            f.name: {"bytes": f.stat().st_size, "sha256": sha256_of(f), "identity": identity(f)} for f in output_files
-        },
-    }
-    atomic.write_text(directory / MANIFEST, json.dumps(manifest, indent=1))
-    shutil.rmtree(pieces)
+@dataclass
+class _Making:
+    """A dataset that is made now."""
+
+    data: DataConfig
+    directory: Path
+    sources: list[Source]
+    settings: dict[str, Any]
+    model_vocab_size: int
+    progress: bool
+    report: Report
+
+    @property
+    def parts(self) -> Path:
+        return self.directory / "parts"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.directory / TOKENIZER
+
+    def help(self, team: Team) -> None:
+        """What ranks other than 0 do: their tasks of each stage."""
+        text = json.dumps(self.settings)
+        try:
+            team.wait(lambda: _text_of(self.parts / _RECORD) == text and (self.parts / _TOKENIZER_DONE).exists())
+            self._pipeline(team, self._load(), show=False).run(Report())
+            team.wait(lambda: False)
+        except TeamFinished:
+            return
+        except OSError:
+            if not (self.directory / MANIFEST).exists():  # else rank 0 was done, and removed what we wanted to read
+                raise
+
+    def make(self, team: Team) -> None:
+        """What rank 0 does: the tokenizer, its tasks of each stage, and the files of the dataset."""
+        built = [self.directory / f"{PREFIX}.{suffix}" for suffix in ("bin", "idx")]
+        if not self.parts.exists() and any(path.exists() for path in built):
+            raise DataError(
+                f"data.dir={self.directory} has a dataset that another program made", "set data.dir=NEW_DIRECTORY"
+            )
+        _start_parts(self.parts, self.settings)
+        shutil.rmtree(self.directory / "cache", ignore_errors=True)  # indices of a dataset that was here before
+        if self.data.near_duplicates is not None:
+            minhash.available(f"data.near_duplicates={self.data.near_duplicates}")
+        filters.DocumentFilter(self.data)
+        if not (self.parts / _TOKENIZER_DONE).exists():
+            _provide_tokenizer(self.data, self.sources, self.tokenizer)
+            (self.parts / _TOKENIZER_DONE).touch()
+        loaded = self._load()
+        pipeline = self._pipeline(team, loaded, self.progress)
+        orders = pipeline.run(self.report)
+        written = pipeline.write(orders, self.directory)
+        documents = sum(pair.documents for pair in written)
+        self.report.add(Reason.NO_TOKENS, self.directory, self.report.kept - documents)
+        self.report.kept = documents
+        known = {f"{pair.prefix}.bin": pair.sha256 for pair in written}
+        names = [*(f.name for f in (self.tokenizer, *companions(self.tokenizer))),
+                 *(f"{pair.prefix}.{suffix}" for pair in written for suffix in ("bin", "idx"))]  # fmt: skip
+        manifest = {
+            "settings": self.settings,
+            "corpus": self.report.to_dict(),
+            "documents": documents,
+            "tokens": sum(pair.tokens for pair in written),
+            "vocab_size": loaded.vocab_size,
+            "special_tokens": {"eod": loaded.eod_token, "bos": loaded.bos_token},
+            "datasets": [pair.prefix for pair in written],
+            "files": {name: _file_record(self.directory / name, known.get(name)) for name in names},
+            "lineage": pipeline.lineage(),
+        }
+        atomic.write_text(self.directory / MANIFEST, json.dumps(manifest, indent=1))
+        shutil.rmtree(self.parts)
+        shutil.rmtree(self.directory / FOLDER, ignore_errors=True)
+
+    def _load(self) -> Tokenizer:
+        loaded = Tokenizer(self.tokenizer, self.data.eod_token, self.data.bos_token)
+        if self.data.prepend_bos and loaded.bos is None:
+            raise DataError(
+                "data.prepend_bos=true, but the tokenizer's files define no beginning-of-sequence token",
+                "set data.bos_token=TOKEN or data.prepend_bos=false",
+            )
+        check_vocabulary(loaded.vocab_size, self.model_vocab_size)
+        return loaded
+
+    def _pipeline(self, team: Team, loaded: Tokenizer, show: bool) -> Pipeline:
+        dtype = np.dtype(np.uint16 if loaded.vocab_size <= 65_536 else np.int32)
+        return Pipeline(self.data, self.sources, team, self.parts, self.tokenizer, dtype, show)
+
+
+def _file_record(file: Path, sha256: str | None) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256 or sha256_of(file), "identity": identity(file)}
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return None
 
 
 def _start_parts(pieces: Path, settings: dict[str, Any]) -> None:
     """Keep the parts of an interrupted run only if they were made with the same settings."""
-    record, text = pieces / "settings.json", json.dumps(settings)
-    if not record.exists() or record.read_text(encoding="utf-8") != text:
+    record, text = pieces / _RECORD, json.dumps(settings)
+    if _text_of(record) != text:
         pieces.mkdir(exist_ok=True)
+        record.unlink(missing_ok=True)  # first: other ranks begin when it is as they want it
         for old in pieces.iterdir():  # the folder stays: it tells that this dataset is unfinished and ours
-            old.unlink()
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
         atomic.write_text(record, text)
 
 
-def _provide_tokenizer(data: DataConfig, files: list[Path], path: Path) -> None:
+def _provide_tokenizer(data: DataConfig, sources: Sequence[Source], path: Path) -> None:
     for name in COMPANIONS:
         path.with_name(name).unlink(missing_ok=True)
     if data.tokenizer:
@@ -313,16 +378,20 @@ def _provide_tokenizer(data: DataConfig, files: list[Path], path: Path) -> None:
             shutil.copyfile(source, temporary)
     else:
         with atomic.replacement(path) as temporary:
-            train_tokenizer(_sample(data, files), data.tokenizer_vocab_size, temporary)
+            train_tokenizer(_sample(sources), data.tokenizer_vocab_size, temporary)
 
 
-def _sample(data: DataConfig, files: list[Path]) -> Iterator[str]:
+def _sample(sources: Sequence[Source]) -> Iterator[str]:
     """Text for training a tokenizer: documents of files spread over the corpus, up to a few megabytes."""
-    total = sum(f.stat().st_size for f in files)
+    files = [(source, file) for source in sources for file in source.files]
+    total = sum(file.stat().st_size for _, file in files)
     stride = max(1, total // _TOKENIZER_SAMPLE_CHARACTERS) if len(files) > 100 else 1
-    left = _TOKENIZER_SAMPLE_CHARACTERS
-    for text in corpus.documents(data, files[::stride]):
-        yield text
-        left -= len(text)
-        if left <= 0:
-            return
+    chosen = files[::stride]
+    left = _TOKENIZER_SAMPLE_CHARACTERS // len(sources)
+    for source in sources:
+        own = left
+        for text in corpus.documents(source.data, [file for of, file in chosen if of is source]):
+            yield text
+            own -= len(text)
+            if own <= 0:
+                break

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -23,7 +24,11 @@ class Reason(Enum):
     BAD_RECORD = "records without text or in a wrong encoding", "data.bad_records=error stops at the first"
     NULL = "records whose text is null", "data.null_text=error stops at the first"
     SHORT = "documents without enough text", "data.min_characters sets the limit"
+    LONG = "documents with too much text", "data.max_characters sets the limit"
+    LANGUAGE = "documents in other languages", "data.languages names those that are kept"
+    FILTERED = "documents that data.filter rejects", "data.filter=null keeps them"
     DUPLICATE = "documents that repeat an earlier one", "data.deduplicate=none keeps them"
+    NEAR_DUPLICATE = "documents similar to an earlier one", "data.near_duplicates=null keeps them"
     NO_TOKENS = "documents that become no token", "another tokenizer, or data.append_eod=true"
     REPLACED = "documents with characters that no encoding has, replaced by U+FFFD", "correct the text"
     UNDECODED = "files with bytes that are not UTF-8, without these bytes", "they are tests of the standard library"
@@ -32,6 +37,30 @@ class Reason(Enum):
     def changed(self) -> bool:
         """Whether the document was kept, in another form."""
         return self in (Reason.REPLACED, Reason.UNDECODED)
+
+
+@dataclass(frozen=True)
+class TextPlace:
+    """Where something is in a corpus.
+
+    Attributes:
+        file: path of the file.
+        unit: what `number` counts: line, row or record; "" for the whole file.
+        number: from 1.
+        problem: the error there.
+    """
+
+    file: str
+    unit: str = ""
+    number: int = 0
+    problem: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.unit} {self.number}{self.problem}" if self.unit else f"{self.file}{self.problem}"
+
+    def after(self, count: int) -> TextPlace:
+        """The same place where `count` more lines, rows or records are before it."""
+        return replace(self, number=self.number + count)
 
 
 @dataclass
@@ -50,18 +79,45 @@ class Report:
     documents: int = 0
     kept: int = 0
     counts: dict[Reason, int] = field(default_factory=dict)
-    first: dict[Reason, str] = field(default_factory=dict)
+    first: dict[Reason, TextPlace] = field(default_factory=dict)
 
     def add(self, reason: Reason, where: object, count: int = 1) -> None:
-        """Count what `reason` applied to, `where` being a file, or a file and a line."""
+        """Count what `reason` applied to, `where` being a file or a `TextPlace`."""
         if count:
             self.counts[reason] = self.counts.get(reason, 0) + count
-            self.first.setdefault(reason, str(where))
+            if reason not in self.first:
+                self.first[reason] = where if isinstance(where, TextPlace) else TextPlace(str(where))
+
+    def include(self, other: Report, before: Mapping[str, int]) -> None:
+        """Add the counts of a report on a later part of the corpus.
+
+        Args:
+            before: by file, lines of it that are before that part.
+        """
+        self.files += other.files
+        self.documents += other.documents
+        self.kept += other.kept
+        for reason, count in other.counts.items():
+            place = other.first[reason]
+            self.add(reason, place.after(before.get(place.file, 0)) if place.unit else place, count)
+
+    def to_record(self) -> dict[str, Any]:
+        """For a file that `from_record` reads."""
+        reasons = {reason.name: [count, *vars(self.first[reason]).values()] for reason, count in self.counts.items()}
+        return {"files": self.files, "documents": self.documents, "kept": self.kept, "reasons": reasons}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Report:
+        """The report of which `to_record` made `record`."""
+        report = cls(record["files"], record["documents"], record["kept"])
+        for name, (count, *place) in record["reasons"].items():
+            report.add(Reason[name], TextPlace(*place), count)
+        return report
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
         counts = {
-            reason.name.lower(): {"what": reason.value[0], "count": count, "first": self.first[reason]}
+            reason.name.lower(): {"what": reason.value[0], "count": count, "first": str(self.first[reason])}
             for reason in Reason
             if (count := self.counts.get(reason))
         }

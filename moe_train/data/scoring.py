@@ -117,7 +117,10 @@ def _indexed(name: str, prefix: str, eod: int) -> ScoredText:
 
 
 def _of_files(name: str, path: str, data: DataConfig, tokenizer: Tokenizer) -> ScoredText:
-    named = replace(data, source="files", path=path, deduplicate="none", min_characters=0)
+    named = replace(
+        data, source="files", path=path, sources=[], deduplicate="none", min_characters=0, max_characters=None,
+        languages=[], filter=None,
+    )  # fmt: skip
     begin = [tokenizer.bos] if data.prepend_bos and tokenizer.bos is not None else []
     end = [tokenizer.eod] if data.append_eod else []
     documents: list[np.ndarray] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -80,6 +81,7 @@ def cores(comm: Communicator) -> int:
 # Rank and size in the environment, by launcher: Open MPI, hydra and Slurm's PMI-2, Slurm itself.
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+_LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_TASKS_PER_NODE")
 
 
 def from_environment(env: Mapping[str, str] = os.environ) -> Communicator:
@@ -108,6 +110,17 @@ def from_environment(env: Mapping[str, str] = os.environ) -> Communicator:
             "use mpirun of the MPI that mpi4py is built for, or srun --mpi=pmi2",
         )
     return comm
+
+
+def rank_and_sizes(env: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
+    """Rank, number of ranks, and number of ranks on this machine, as the launcher says; (0, 1, 1) without one."""
+    sizes = [(int(env[size]), rank) for size, rank in zip(_SIZES, _RANKS, strict=True) if env.get(size, "").isdigit()]
+    size, rank_name = max(sizes, default=(1, ""))
+    if size == 1:
+        return 0, 1, 1
+    found = (re.match(r"\d+", env.get(name, "")) for name in _LOCAL_SIZES)
+    local = next((int(number[0]) for number in found if number), 1)
+    return int(env[rank_name]), size, min(size, local)
 
 
 def is_reporting_rank(env: Mapping[str, str] = os.environ) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from moe_train.config.schema import DataConfig
-from moe_train.data import corpus
+from moe_train.data import corpus, readers
 from moe_train.data.files import source_files
 from moe_train.data.report import Reason, Report
 from parallel.errors import DataError
@@ -91,9 +91,9 @@ def test_where_a_text_file_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "a.txt").write_text("".join(lines))
     data = config(tmp_path / "a.txt", tmp_path / "unused")
     (file,) = source_files(data)
-    found = list(corpus._read(file, data, 20, Report()))
+    found = list(readers.read(readers.FileSpan(file), data, 20, Report()))
     assert [piece.text for piece in found] == ["".join(paragraph)] * 2 + ["1234567\n" * 5, "1234567\n" * 2]
-    assert [piece.where for piece in found] == [f"{file} line {first}" for first in (1, 7, 13, 18)]
+    assert [str(piece.where) for piece in found] == [f"{file} line {first}" for first in (1, 7, 13, 18)]
 
 
 REPEATED = ["One  two\nthree", "one two three", " ONE TWO THREE ", "One  two\nthree", "one two", "", " \n"]
@@ -120,7 +120,7 @@ def test_only_equal_documents_are_left_out_and_counted_unless_asked_otherwise(
     assert counts == {"SHORT": 2} | ({"DUPLICATE": duplicates} if duplicates else {})
     assert (report.files, report.documents) == (1, 7)
     if duplicates == 1:
-        assert report.first[Reason.DUPLICATE] == f"{tmp_path}/a.jsonl line 4"
+        assert str(report.first[Reason.DUPLICATE]) == f"{tmp_path}/a.jsonl line 4"
 
 
 def test_short_documents_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_null_text_is_counted_or_named_by_its_place(tmp_path: Path, kind: str) -
     found, counts, report = counted(file)
     assert (found, counts) == (["a"], {"NULL": 2})
     place = f"{file} {'line' if kind == 'jsonl' else 'row'} 2"
-    assert report.first[Reason.NULL] == place
+    assert str(report.first[Reason.NULL]) == place
     with pytest.raises(DataError) as caught:
         read(file, null_text="error")
     assert str(caught.value) == f"{place} has null under 'text'; correct the record, or set data.null_text=skip"
@@ -160,8 +160,8 @@ def test_bad_records_and_files_are_counted_where_that_is_asked_for(tmp_path: Pat
     found, counts, report = counted(tmp_path, bad_records="skip")
     assert found == ["a", "b"]
     assert counts == {"BAD_RECORD": 5, "BAD_FILE": 3}
-    assert report.first[Reason.BAD_RECORD].startswith(f"{tmp_path}/a.jsonl line 2 is not JSON")
-    assert report.first[Reason.BAD_FILE].startswith(f"{tmp_path}/b.jsonl.gz cannot be read")
+    assert str(report.first[Reason.BAD_RECORD]).startswith(f"{tmp_path}/a.jsonl line 2 is not JSON")
+    assert str(report.first[Reason.BAD_FILE]).startswith(f"{tmp_path}/b.jsonl.gz cannot be read")
 
 
 def test_parquet_text_in_another_encoding_is_named_by_its_row(tmp_path: Path) -> None:
@@ -239,6 +239,78 @@ def test_parquet_columns_that_are_absent_or_not_text_and_cut_files(tmp_path: Pat
     file.write_bytes(cut(file.read_bytes()))
     with pytest.raises(DataError, match=r"a\.parquet is not a whole parquet file"):
         read(file)
+
+
+def test_text_in_nested_fields_is_found_by_its_path(tmp_path: Path) -> None:
+    """A field whose own name has a dot goes before."""
+    records: list[dict[str, object]] = [{"message": {"content": text}} for text in TEXTS]
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(map(json.dumps, [*records, {"message": None}, {"message.content": "x"}]))
+    )
+    pyarrow.parquet.write_table(
+        pyarrow.table({"message": [*(r["message"] for r in records), None]}), tmp_path / "a.parquet"
+    )
+    assert read(tmp_path / "a.jsonl", text_key="message.content") == [*TEXTS, "x"]
+    assert read(tmp_path / "a.parquet", text_key="message.content") == TEXTS
+    with pytest.raises(DataError, match=r"line 1 has no text under 'message\.body' \(it has content\)"):
+        read(tmp_path / "a.jsonl", text_key="message.body")
+    with pytest.raises(DataError, match=r"a\.parquet has no column 'message\.body' \(it has content in message\)"):
+        read(tmp_path / "a.parquet", text_key="message.body")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_the_ranges_of_a_file_have_each_of_its_documents_once(name: str, tmp_path: Path) -> None:
+    """Wherever they are cut, in the middle of a line or at its end."""
+    lines = ['{"text": "a"}', '{"text": "漢字 and more"}', "", '{"text": "b"}', '{"text": "cc"}']
+    (tmp_path / name).write_text("\n".join(lines) + "\n")
+    data, size = config(tmp_path, tmp_path / "unused"), (tmp_path / name).stat().st_size
+    whole = [document.text for document in readers.read(readers.FileSpan(tmp_path / name), data, 1, Report())]
+    assert len(whole) == (4 if name.endswith(".jsonl") else 5)
+    for cut in range(1, size):
+        found, count = [], 0
+        for span in (readers.FileSpan(tmp_path / name, 0, cut), readers.FileSpan(tmp_path / name, cut)):
+            read_lines = readers.Lines()
+            for document in readers.read(span, data, 1, Report(), read_lines):
+                assert document.offset is not None
+                assert document.text in lines[document.number + count - 1] + "\n"
+                found.append(document.text)
+            count += read_lines.count
+        assert count == 5
+        assert "".join(found) == "".join(whole)
+
+
+def warc(*records: tuple[str, str, bytes]) -> bytes:
+    """Records of (WARC-Type, Content-Type, content)."""
+    return b"".join(
+        f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Record-ID: <urn:uuid:{i}>\r\nWARC-Date: 2026-01-01T00:00:00Z\r\n"
+        f"Content-Type: {content_type}\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+        + content
+        + b"\r\n\r\n"
+        for i, (kind, content_type, content) in enumerate(records)
+    )
+
+
+RECORDS = [
+    ("warcinfo", "application/warc-fields", b"software: test"),
+    ("conversion", "text/plain", TEXTS[0].encode()),
+    ("response", "application/http; msgtype=response", b"HTTP/1.1 200 OK\r\n\r\n<p>not text"),
+    ("resource", "text/plain", TEXTS[1].encode()),
+    ("conversion", "text/plain", b"\xe4"),
+]
+
+
+@pytest.mark.parametrize("suffix", [".warc", ".warc.gz", ".warc.wet.gz"])
+def test_the_text_records_of_warc_files_are_read(suffix: str, tmp_path: Path) -> None:
+    pytest.importorskip("fastwarc")
+    content = warc(*RECORDS)
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(gzip.compress(content, mtime=0) if suffix.endswith(".gz") else content)
+    found, counts, report = counted(tmp_path, bad_records="skip")
+    assert (found, counts) == (TEXTS[:2], {"BAD_RECORD": 1})
+    assert str(report.first[Reason.BAD_RECORD]) == f"{file} record 5 is not utf-8 text (byte 0)"
+    file.write_bytes(cut(file.read_bytes()))
+    with pytest.raises(DataError, match=r"a\.warc.*data\.bad_records=skip"):
+        read(tmp_path)
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:

@@ -21,9 +21,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from moe_train.config.model import ModelConfig
 from moe_train.config.schema import DataConfig
-from moe_train.data import parts
 from moe_train.data import prepare as prepare_module
+from moe_train.data import shards, shuffle, team
+from moe_train.data.files import Source, sources_of
 from moe_train.data.manifest import PREFIX, read_manifest
+from moe_train.data.pipeline import Pipeline, WrittenPair
 from moe_train.data.prepare import prepare
 from moe_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from parallel.errors import DataError
@@ -77,23 +79,28 @@ def test_every_document_is_there_once_and_ends_with_the_end_token(made: DataConf
 def test_any_number_of_processes_and_parts_writes_the_same_bytes(
     made: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "_PART_CHARACTERS", 10_000)
+    monkeypatch.setattr(shards, "_SMALLEST_SHARD_BYTES", 10_000)
     data = replace(made, dir=str(tmp_path), prepare_workers=3)
     prepare(data, 300, progress=False)
     assert content(data) == content(made)
 
 
-# Its text stops coming after four parts, so that it cannot be done before the test ends it.
+# It stops after four parts, so that it cannot be done before the test ends it.
 # A shell starts what runs in its background with SIGINT ignored, and Python then leaves it so.
 KILLED = """
-import itertools, json, signal, sys, time
+import json, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from moe_train.config.schema import DataConfig
-from moe_train.data import parts
+from moe_train.data import shards
 from moe_train.data.prepare import prepare
-parts._PART_CHARACTERS = 2_000
-batches = parts._batches
-parts._batches = lambda texts: itertools.chain(itertools.islice(batches(texts), 4), map(time.sleep, [60]))
+from moe_train.data.team import Team
+shards._SMALLEST_SHARD_BYTES = 2_000
+finish, done = Team._finish, []
+def finish_four(self, task, *args):
+    finish(self, task, *args)
+    done.extend([task] if task.output.suffix == ".npy" and task.output.parent.name == "parts" else [])
+    time.sleep(60 if len(done) == 4 else 0)
+Team._finish = finish_four
 prepare(DataConfig(**json.loads(sys.argv[1])), 300, progress=False)
 """
 
@@ -117,14 +124,14 @@ def test_a_killed_command_leaves_no_process_and_its_parts_are_used_again(
         read_manifest(data)
 
     kept: dict[str, Any] = {}
-    merge = parts.merge
+    write = Pipeline.write
 
-    def merge_and_look(*args: Any) -> tuple[int, int]:
+    def write_and_look(*args: Any) -> list[WrittenPair]:
         kept.update(finished(tmp_path))
-        return merge(*args)
+        return write(*args)
 
-    monkeypatch.setattr(parts, "_PART_CHARACTERS", 2_000)
-    monkeypatch.setattr(parts, "merge", merge_and_look)
+    monkeypatch.setattr(shards, "_SMALLEST_SHARD_BYTES", 2_000)
+    monkeypatch.setattr(Pipeline, "write", write_and_look)
     prepare(data, 300, progress=False)
     assert len(kept) > len(done), "killed in the middle"
     assert {name: kept[name] for name in done} == done, "not written a second time"
@@ -202,14 +209,14 @@ def test_the_tokenizer_of_an_interrupted_run_is_used_again(
         trained.append(path)
         train_tokenizer(texts, vocab_size, path)
 
-    def interrupt(*_: Any) -> int:
+    def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare_module, "train_tokenizer", train)
     data = replace(made, dir=str(tmp_path))
     for done in (False, True):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(parts, "tokenize", interrupt)
+            patch.setattr(Pipeline, "run", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 prepare(data, 300, progress=False)
         if not done:
@@ -248,13 +255,13 @@ def test_every_id_has_room_in_a_token(
 
     found: list[Any] = []
 
-    def tokenize(*args: Any) -> int:
-        found.append(args[4])
-        return 0
+    def pipeline(*args: Any) -> None:
+        found.append(args[5])
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare_module, "Tokenizer", Large)
-    monkeypatch.setattr(parts, "tokenize", tokenize)
-    with pytest.raises(DataError, match="the corpus has no text"):
+    monkeypatch.setattr(prepare_module, "Pipeline", pipeline)
+    with pytest.raises(KeyboardInterrupt):
         prepare(replace(made, dir=str(tmp_path)), 10**6, progress=False)
     assert found == [np.dtype(dtype)]
 
@@ -263,13 +270,12 @@ def test_documents_without_a_token_are_counted(
     made: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tokenizer may know none of the characters of a document."""
-    merge = parts.merge
+    write = Pipeline.write
 
-    def fewer(*args: Any) -> tuple[int, int]:
-        documents, tokens = merge(*args)
-        return documents - 2, tokens
+    def fewer(*args: Any) -> list[WrittenPair]:
+        return [replace(pair, documents=pair.documents - 2) for pair in write(*args)]
 
-    monkeypatch.setattr(parts, "merge", fewer)
+    monkeypatch.setattr(Pipeline, "write", fewer)
     data = replace(made, dir=str(tmp_path))
     prepare(data, 300, progress=False)
     found = read_manifest(data)["corpus"]
@@ -282,14 +288,14 @@ def test_a_full_disk_keeps_nothing_of_the_size_of_the_dataset(
 ) -> None:
     """The tokenised parts stay, since the next try continues with them."""
 
-    def full(*args: Any) -> tuple[int, int]:
+    def full(*args: Any) -> None:
         for path in args[2:4]:
             path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     data = replace(made, dir=str(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "merge", full)
+        patch.setattr(shuffle, "join", full)
         with pytest.raises(DataError, match="cannot be written: No space left on device"):
             prepare(data, 300, progress=False)
     assert sorted(os.listdir(tmp_path)) == [".lock", "parts", "tokenizer.json"]
@@ -328,25 +334,26 @@ def test_other_settings_are_noticed_and_nothing_is_overwritten(copy: DataConfig,
 
 OTHER_TEXT: dict[str, Any] = {
     "source": "none", "path": "elsewhere", "text_key": "body", "encoding": "latin-1", "follow_links": False,
-    "deduplicate": "none", "min_characters": 9, "null_text": "error", "bad_records": "skip",
+    "deduplicate": "none", "min_characters": 9, "max_characters": 99, "languages": ["en"], "filter": "builtins:len",
+    "near_duplicates": 0.8, "null_text": "error", "bad_records": "skip",
     "tokenizer_vocab_size": 290, "append_eod": False, "eod_token": "</s>", "prepend_bos": True, "bos_token": "<s>",
     "parse_special_tokens": True,
 }  # fmt: skip
 SAME_TEXT: dict[str, Any] = {
     "name": "other", "dir": "moved", "split": "80,10,10", "reset_at_eod": True, "verify": "full", "cache_dir": "cache",
-    "prepare_workers": 7, "loader_workers": 2,
+    "prepare_workers": 7, "prepare_memory_mib": 16, "prepare_tokenizer": "gigatoken", "loader_workers": 2,
 }  # fmt: skip
 
 
 def test_every_setting_that_changes_the_dataset_is_compared(corpus: Path, tmp_path: Path) -> None:
     data = config(corpus, tmp_path)
-    files = sorted(corpus.iterdir())
-    made = prepare_module._settings(data, files)
+    sources = sources_of(data)
+    made = prepare_module._settings(data, sources)
     for field, value in OTHER_TEXT.items():
-        changed = prepare_module._changed(made, prepare_module._settings(replace(data, **{field: value}), files))
+        changed = prepare_module._changed(made, prepare_module._settings(replace(data, **{field: value}), sources))
         assert [name for name in changed if name != "corpus"] == [field]
     for field, value in SAME_TEXT.items():
-        assert prepare_module._settings(replace(data, **{field: value}), files) == made
+        assert prepare_module._settings(replace(data, **{field: value}), sources) == made
 
 
 def test_what_cannot_be_set_again_is_not_offered(copy: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -447,7 +454,7 @@ def test_a_command_waits_for_another_one_that_makes_the_dataset(
     """Both then have it, and it was made once."""
     data = replace(made, dir=str(tmp_path / "out"))
     started = threading.Event()
-    make, calls = prepare_module._make, []
+    make, calls = prepare_module._Making.make, []
 
     def slowly(*args: Any) -> None:
         calls.append(threading.get_ident())
@@ -456,7 +463,7 @@ def test_a_command_waits_for_another_one_that_makes_the_dataset(
         make(*args)
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor() as pool:
-        patch.setattr(prepare_module, "_make", slowly)
+        patch.setattr(prepare_module._Making, "make", slowly)
         first = pool.submit(prepare, data, 300, False)
         assert started.wait(30)
         prepare(data, 300, progress=False)
@@ -467,8 +474,8 @@ def test_a_command_waits_for_another_one_that_makes_the_dataset(
 
 
 def test_a_killed_worker_is_explained(made: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "_start_worker", die)
-    with pytest.raises(DataError, match=r"a process that tokenises was killed; .*data\.prepare_workers=1"):
+    monkeypatch.setattr(team, "_start_worker", die)
+    with pytest.raises(DataError, match=r"a worker process of moe-data was killed; .*data\.prepare_workers=1"):
         prepare(replace(made, dir=str(tmp_path)), 300, progress=False)
 
 
@@ -565,8 +572,8 @@ def test_a_tokenizer_is_trained_on_text_from_everywhere(
     text = [f"{number:03d} {'x' * 55}\n" for number in range(files)]
     data = config(write_txt(tmp_path / "text", text), tmp_path / "out")
     monkeypatch.setattr(prepare_module, "_TOKENIZER_SAMPLE_CHARACTERS", characters)
-    paths = sorted((tmp_path / "text").iterdir())
-    assert [int(one[:3]) for one in prepare_module._sample(data, paths)] == list(expected)
+    paths = tuple(sorted((tmp_path / "text").iterdir()))
+    assert [int(one[:3]) for one in prepare_module._sample([Source("", data, paths)])] == list(expected)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`mpirun moe-convert`: the ranks share the files, one of them speaks, and all end alike."""
+"""`mpirun` with `moe-convert` and `moe-data`: the ranks share the files, one of them speaks, and all end alike."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from moe_train.formats import communicator
 from parallel.errors import LaunchError
 from tests.conversion import tiny_v3
 from tests.conversion.tiny_v3 import files_of
+from tests.data.corpora import texts, write_txt
 from tests.launch.programs import ROOT, environment
 
 BIN = Path(sys.executable).parent
@@ -91,3 +92,26 @@ def test_only_the_first_process_speaks_of_what_all_have() -> None:
     assert communicator.is_reporting_rank({"PMI_RANK": "0", "PMI_SIZE": "2"})
     for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
         assert not communicator.is_reporting_rank({name: "1"})
+
+
+@needs_mpi
+def test_two_ranks_make_the_dataset_that_one_makes(tmp_path: Path) -> None:
+    """And the error of any of them is printed once."""
+    write_txt(tmp_path / "text", texts(300, words=2000))  # 3 MB: 3 shards
+    words = ["data=text", f"data.path={tmp_path}/text", "data.tokenizer_vocab_size=300", "data.prepare_workers=1"]
+    moe_data = [str(BIN / "moe-data"), *words]
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+
+    assert run(*moe_data, f"data.dir={tmp_path}/alone").returncode == 0
+    done = run(str(MPIRUN), "-n", "2", *moe_data, f"data.dir={tmp_path}/together")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count(f"{tmp_path}/together: 300 documents") == 1
+    for name in ("text_document.bin", "text_document.idx", "tokenizer.json"):
+        assert (tmp_path / "together" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    (tmp_path / "text" / "z.jsonl").write_text("{\n")
+    done = run(str(MPIRUN), "-n", "2", *moe_data, f"data.dir={tmp_path}/wrong")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}/text/z.jsonl line 1 is not JSON"), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr

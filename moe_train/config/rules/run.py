@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 
 from moe_train.config import blend, sources
 from moe_train.config.resolve import ResolvedConfig, Rule, decay_end
@@ -51,7 +52,7 @@ def schedule_numbers(facts: ResolvedConfig) -> None:
 def data_source(facts: ResolvedConfig) -> None:
     """Where text comes from, and a tokenizer that fits the embedding."""
     data, model = facts.cfg.data, facts.cfg.model
-    if data.source == "files" and data.path is None:
+    if data.source == "files" and data.path is None and not data.sources:
         raise Impossible(f"data.path={override_value(data.path)}, but data.source=files reads the text there", [],
                          "use data.path=FILE_OR_DIRECTORY or data=stdlib")  # fmt: skip
     if data.source != "files" and data.path:
@@ -66,6 +67,41 @@ def data_source(facts: ResolvedConfig) -> None:
             f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} exceeds model.vocab_size={model.vocab_size}",
             [{"data.tokenizer_vocab_size": model.vocab_size}, {"model.vocab_size": data.tokenizer_vocab_size}],
         )
+
+
+def text_sources(facts: ResolvedConfig) -> None:
+    """Named texts have different names, which are directories, and replace data.path."""
+    data = facts.cfg.data
+    if not data.sources:
+        return
+    if data.source != "files":
+        raise Impossible(f"data.sources names texts, but data.source={data.source} does not read them",
+                         [{"data.source": "files"}, {"data.sources": []}])  # fmt: skip
+    if data.path is not None:
+        raise Impossible(f"data.sources and data.path={override_value(data.path)} both name the text",
+                         [{"data.path": None}, {"data.sources": []}])  # fmt: skip
+    sources.names("data.sources", data.sources)
+    for number, entry in enumerate(data.sources):
+        if entry.name in _NOT_NAMES:
+            renamed = [*data.sources[:number], replace(entry, name=f"text{number}"), *data.sources[number + 1 :]]
+            raise Impossible(f"data.sources[{number}].name={entry.name} is another directory of a dataset",
+                             [{"data.sources": renamed}])  # fmt: skip
+
+
+_NOT_NAMES = (".", "..", "cache", "parts")
+
+
+def data_filter(facts: ResolvedConfig) -> None:
+    """Limits of documents that leave some, and the name of a function."""
+    data = facts.cfg.data
+    if data.max_characters is not None and data.max_characters < data.min_characters:
+        raise Impossible(
+            f"data.max_characters={data.max_characters} is below data.min_characters={data.min_characters}, so that no "
+            "document is kept", [{"data.max_characters": None}, {"data.min_characters": data.max_characters}],
+        )  # fmt: skip
+    if data.filter is not None and not re.fullmatch(r"[\w.]+:\w+", data.filter):
+        raise Impossible(f"data.filter={override_value(data.filter)} is not module:function",
+                         [{"data.filter": None}])  # fmt: skip
 
 
 def _keeps_lines(encoding: str) -> bool:
@@ -202,6 +238,7 @@ def export(facts: ResolvedConfig) -> None:
 
 
 RULES: tuple[Rule, ...] = (
-    export, run_length, schedule_numbers, data_source, data_split, evaluation_sources, data_blend, document_masks,
+    export, run_length, schedule_numbers, data_source, text_sources, data_filter, data_split, evaluation_sources,
+    data_blend, document_masks,
     backend, one_rank_of_many, where_to_start,
 )  # fmt: skip
