@@ -64,7 +64,7 @@ test-smoke: setup
 lint: setup ## Check style (ruff, shellcheck) and types (mypy)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck launch/train.sbatch .ci/run tests/*.sh
+	$(BIN)/shellcheck launch/train.sbatch launch/data.sbatch .ci/run tests/*.sh
 	$(BIN)/mypy
 
 format: setup ## Rewrite the code in its style

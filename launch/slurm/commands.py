@@ -18,6 +18,7 @@ from moe_train.config.schema import Config
 from parallel.errors import ConfigError, LaunchError
 
 SCRIPT = Path(__file__).parents[1] / "train.sbatch"
+DATA_SCRIPT = SCRIPT.with_name("data.sbatch")
 _UNHEARD = {"start": "MOE_START", "preflight": "MOE_PREFLIGHT", "requeues": "MOE_REQUEUES", "grace_s": "MOE_GRACE_S",
             "rendezvous_timeout_s": "MOE_RENDEZVOUS_TIMEOUT_S", "container": "MOE_CONTAINER",
             "container_runtime": "MOE_CONTAINER_RUNTIME"}  # fmt: skip
@@ -166,6 +167,28 @@ def flags(cfg: Config, nodes: int, gpus: int, run_dir: Path) -> list[str]:
         f"--signal=B:USR1@{launcher.grace_s}",
         "--requeue" if launcher.requeues and not chained else "--no-requeue",
         f"--output={no_pattern(run_dir)}/slurm-%j.out",
+    ]
+    return options + _requests(launcher)
+
+
+def data_flags(cfg: Config, directory: Path) -> list[str]:
+    """Flags of sbatch for a job that makes the dataset in `directory`: one task on each node."""
+    launcher = cfg.launcher
+    options = [
+        f"--job-name=moe-data-{cfg.data.name}",
+        f"--nodes={launcher.nodes or 1}",
+        "--ntasks-per-node=1",
+        f"--time={launcher.time_limit_min}",
+        f"--signal=B:USR1@{launcher.grace_s}",
+        "--requeue" if launcher.requeues else "--no-requeue",
+        f"--output={no_pattern(directory)}/slurm-%j.out",
+    ]
+    return options + _requests(launcher)
+
+
+def _requests(launcher: LauncherConfig) -> list[str]:
+    """Flags of sbatch about where a job runs."""
+    options = [
         "--exclusive" if launcher.exclusive else "--oversubscribe",
         f"--mem={launcher.memory_gib}G" if launcher.memory_gib else "--mem=0",  # all: the default may be a share
     ]
@@ -203,10 +226,25 @@ def environment(cfg: Config, place: Path, counts: Sequence[int]) -> dict[str, st
     }
     if len(counts) > 1:
         result["MOE_NODE_COUNTS"] = " ".join(map(str, counts))
-    if launcher.container is not None:
-        result |= {"MOE_CONTAINER": launcher.container, "MOE_CONTAINER_RUNTIME": launcher.container_runtime}
-        result["MOE_MOUNTS"] = ",".join(str(mount) for mount in container.mounts(launcher))
-    return result
+    return result | _container(launcher)
+
+
+def data_environment(cfg: Config, place: Path) -> dict[str, str]:
+    """Variables that `data.sbatch` reads, for the submission that is kept in `place`."""
+    result = {
+        "MOE_CODE": str(place / "code"),
+        "MOE_PYTHON": container.python(cfg.launcher),
+        "MOE_REQUEUES": str(cfg.launcher.requeues),
+    }
+    return result | _container(cfg.launcher)
+
+
+def _container(launcher: LauncherConfig) -> dict[str, str]:
+    if launcher.container is None:
+        return {}
+    mounts = ",".join(str(mount) for mount in container.mounts(launcher))
+    image, runtime = launcher.container, launcher.container_runtime
+    return {"MOE_CONTAINER": image, "MOE_CONTAINER_RUNTIME": runtime, "MOE_MOUNTS": mounts}
 
 
 def warn_unheard(launcher: LauncherConfig) -> None:

@@ -8,14 +8,16 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
 from launch.slurm import commands
 from moe_train.config.composition import compose
+from moe_train.config.composition.command_line import PATHS, field_of, is_text, text_override
 from moe_train.config.schema import Config
+from moe_train.config.walk import get
 from moe_train.files import atomic, untrusted
 from parallel.errors import ConfigError, LaunchError
 
@@ -82,6 +84,22 @@ def options() -> ConfigSources:
     given = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     name = hydra.job.config_name
     return ConfigSources(given[0] if given else None, None if name in (None, _CONFIG_NAME) else name)
+
+
+def for_job(word: str, cfg: Config) -> str:
+    """An override as a batch job gets it: paths absolute, references replaced by what they refer to."""
+    info = field_of(word)
+    if info is None:
+        return word
+    value = get(cfg, info.name)
+    if info.name in ("data.blend", "data.sources"):
+        absolute = [replace(entry, path=os.path.abspath(entry.path)) for entry in value]
+        return text_override(info.name, absolute)
+    if not is_text(info) or value is None:
+        return word
+    if info.name in PATHS and value and (info.name, value) not in (("resume", "auto"), ("resume", "never")):
+        value = os.path.abspath(value)
+    return text_override(info.name, value)
 
 
 def _only_yaml(folder: str, names: list[str]) -> list[str]:

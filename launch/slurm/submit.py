@@ -5,6 +5,7 @@
     moe-submit --dry-run ...         print the command without submitting it
     moe-submit -m seed=1,2,3 ...     one array of jobs, one for each value
     moe-submit status RUN_DIR        also cancel, logs
+    moe-submit data data=text ...    a job that makes a dataset, as moe-data
 
 It takes the overrides of moe-train; where they do not say runtime=cpu, the nodes have GPUs. Time and cost are estimated
 under the assumptions of plan.* (plan.software_date, plan.imbalance, ...), which the job does not get.
@@ -19,18 +20,18 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from launch import chosen, lock
-from launch.slurm import checks, commands, container, corpus, elastic, node_count, status, submission
+from launch.slurm import checks, commands, container, corpus, elastic, node_count, status, submission, submit_data
 from launch.slurm.estimate import RunEstimate, check_memory, run_estimate
 from moe_train.checkpoint import continuing, origin
 from moe_train.config.assumed import on_gpus
-from moe_train.config.composition.command_line import PATHS, field_of, is_text, sorted_words, text_override
+from moe_train.config.composition.command_line import sorted_words, text_override
 from moe_train.config.composition.compose import compose, hydra_entry, job_words
 from moe_train.config.composition.fallback import fitting
 from moe_train.config.composition.validate import validate
@@ -40,7 +41,7 @@ from moe_train.config.roots import EstimateRoot
 from moe_train.config.rules.precision import recipe
 from moe_train.config.rules.values import check_values
 from moe_train.config.schema import Config
-from moe_train.config.walk import get, group_names
+from moe_train.config.walk import group_names
 from moe_train.model.estimate import USUAL
 from parallel.errors import ConfigError, LaunchError, MoeTrainError
 from parallel.layout import ParallelLayout
@@ -87,6 +88,8 @@ def run(words: Sequence[str]) -> int:
     """What `main` does with these words, returning the exit code."""
     if words and words[0] in _VERBS:
         return _show_run(words)
+    if words and words[0] == "data":
+        return submit_data.run(words[1:])
     dry = _DRY in words
     try:
         rest, plan = _without_plan([word for word in words if word != _DRY])
@@ -282,23 +285,8 @@ def _sbatch(record: submission.Submission, first_after: list[str], count: int, p
 
 def _overrides(run: Checked) -> list[str]:
     """The words of the command line for `train.sbatch`: paths absolute, references replaced by what they refer to."""
-    overrides = [_for_job(word, run.cfg) for word in run.overrides if not word.startswith("run_dir=")]
+    overrides = [submission.for_job(word, run.cfg) for word in run.overrides if not word.startswith("run_dir=")]
     return [*overrides, text_override("run_dir", str(Path(run.cfg.run_dir).resolve()))]
-
-
-def _for_job(word: str, cfg: Config) -> str:
-    info = field_of(word)
-    if info is None:
-        return word
-    value = get(cfg, info.name)
-    if info.name == "data.blend":
-        absolute = [replace(entry, path=os.path.abspath(entry.path)) for entry in value]
-        return text_override(info.name, absolute)
-    if not is_text(info) or value is None:
-        return word
-    if info.name in PATHS and value and (info.name, value) not in (("resume", "auto"), ("resume", "never")):
-        value = os.path.abspath(value)
-    return text_override(info.name, value)
 
 
 def _parseable(run_dir: str) -> None:
