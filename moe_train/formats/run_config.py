@@ -120,7 +120,11 @@ def optimizer_of(directory: Path) -> OptimizerConfig:
     for name, value in values.items():
         if why := violation(f"optimizer.{name}", value):
             raise damaged(directory, f"{CONFIG} has optimizer.{name}={value}, which is {why}")
-    groups = [ParameterGroup(**entry) for entry in values.pop("groups", [])]
+    entries = values.pop("groups", [])
+    try:
+        groups = [ParameterGroup(**entry) for entry in entries]
+    except TypeError as error:
+        raise damaged(directory, f"{CONFIG} has optimizer.groups={entries}: {error}") from error
     return OptimizerConfig(**values, groups=groups)
 
 

@@ -28,7 +28,7 @@ class GroupedMuon(upstream.TensorParallelMuon):
     """Megatron-Core's Muon, also for the weights of all local experts in one parameter."""
 
     def orthogonalize(self, p: Tensor, grad: Tensor, **kwargs: Any) -> Tensor:
-        """[out, in] or [experts, out, in] of this rank -> the update, as large."""
+        """[out, in] or [experts, out, in] of this rank -> the update, of the same shape."""
         if grad.dim() == 2:
             update: Tensor = super().orthogonalize(p, grad, **kwargs)
             return update
@@ -56,7 +56,7 @@ def megatron_options(options: Options, fp32: bool, distributed: bool) -> dict[st
     """Fields of Megatron-Core's OptimizerConfig.
 
     Args:
-        fp32: whether weights are.
+        fp32: whether weights are in fp32.
         distributed: whether data-parallel ranks share the optimizer state.
     """
     return {

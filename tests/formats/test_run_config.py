@@ -65,3 +65,12 @@ def test_an_unreadable_config_is_a_damaged_checkpoint(tmp_path: Path, text: str)
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(CheckpointError, match=r"is damaged: config\.yaml"):
         run_config.read(tmp_path)
+
+
+@pytest.mark.parametrize("groups", ["[x]", "[{match: '*', of_the_future: 1}]"])
+def test_parameter_groups_that_cannot_be_read_are_damage(groups: str, tmp_path: Path) -> None:
+    content = yaml.safe_load(run_config.dump(Config()))
+    content["optimizer"]["groups"] = yaml.safe_load(groups)
+    (tmp_path / run_config.CONFIG).write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"optimizer\.groups"):
+        run_config.optimizer_of(tmp_path)

@@ -79,7 +79,7 @@ def together(parts: list[Sums]) -> Sums:
 
 
 def save_halfway(run_dir: Path, degrees: small_run.Degrees) -> dict[str, Any]:
-    run = small_run.prepare(small_run.config(run_dir, degrees, **DECAY, **small_run.FEWER))
+    run = small_run.prepare(small_run.config(run_dir, degrees, **DECAY, **small_run.two_micro_batches(degrees)))
     small_run.train(run, small_run.HALF)
     checkpoint.save(run)
     halfway = sums(run)
@@ -88,7 +88,7 @@ def save_halfway(run_dir: Path, degrees: small_run.Degrees) -> dict[str, Any]:
 
 
 def continue_halfway(run_dir: Path, degrees: small_run.Degrees) -> dict[str, Any]:
-    run = small_run.prepare(small_run.config(run_dir, degrees, **DECAY, **small_run.FEWER))
+    run = small_run.prepare(small_run.config(run_dir, degrees, **DECAY, **small_run.two_micro_batches(degrees)))
     checkpoint.resume(run)
     halfway = sums(run)
     small_run.train(run, small_run.HALF)

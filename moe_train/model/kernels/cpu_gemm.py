@@ -205,7 +205,7 @@ def _native_matmul(a: Tensor, b: Tensor) -> Tensor:
     """[m, k] x [k, n] -> [m, n] by torch's own kernel, where `torch.mm` takes oneDNN for bf16.
 
     It needs the columns of `b` in one piece, and sums in fp32 as oneDNN does. `torch.backends.mkldnn.flags` would do
-    the same in 8 us.
+    the same in 8 us. The switch is the process's, so one thread may call this at a time: that of the forward pass.
     """
     onednn: Any = torch.backends.mkldnn
     before = onednn.enabled
