@@ -32,7 +32,7 @@ def test_the_config_of_a_run_has_no_options_of_tools() -> None:
     written = yaml.safe_load(to_yaml(compose([])))
     assert not {"plan", "convert", "inspect", "estimate", "engine"} & written.keys()
     assert set(all_groups()) - set(group_names()) == {
-        "plan", "convert", "inspect", "engine", "evaluate", "sampling", "generate", "chat", "serve",
+        "plan", "convert", "inspect", "engine", "evaluate", "sampling", "generate", "chat", "serve", "view",
     }  # fmt: skip
 
 
