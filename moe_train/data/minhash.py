@@ -115,8 +115,3 @@ def band_keys(found: np.ndarray, band: int, rows: int) -> np.ndarray:
     for column in range(band * rows, (band + 1) * rows):
         key = mixed(key ^ found[:, column].astype(np.uint64))
     return key
-
-
-def similarity(one: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Estimated Jaccard similarity of one signature to each of the others."""
-    return (others == one).mean(axis=1)

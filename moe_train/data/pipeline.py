@@ -22,7 +22,7 @@ from moe_train.data.files import Source
 from moe_train.data.manifest import PREFIX
 from moe_train.data.progress import StageProgress
 from moe_train.data.report import Report, lines
-from moe_train.data.shards import CorpusShard, shard_bytes, shards_of
+from moe_train.data.shards import CorpusShard, part_file, shard_bytes, shards_of
 from moe_train.data.shuffle import Order
 from moe_train.data.stages import PartResult, ShardResult, Tokenising
 from moe_train.data.team import StageTask, Team
@@ -131,7 +131,7 @@ class Pipeline:
             for part in result.parts:
                 part_number = next(number)
                 tasks.append(StageTask(
-                    stages.part_file(self._parts, part_number, "npy"),
+                    part_file(self._parts, part_number, "npy"),
                     (common, part_number, shard_number, shard, data, part, before, row), part.size,
                 ))  # fmt: skip
                 row += part.rows
@@ -140,7 +140,7 @@ class Pipeline:
 
     def _part_results(self, results: Sequence[ShardResult]) -> Iterator[PartResult]:
         for number in range(sum(len(result.parts) for result in results)):
-            yield PartResult.from_record(untrusted.read_object(stages.part_file(self._parts, number, "json")))
+            yield PartResult.from_record(untrusted.read_object(part_file(self._parts, number, "json")))
 
     def _shuffle(self, results: Sequence[ShardResult]) -> list[Order]:
         tokens = self._memory // (4 * self._dtype.itemsize)

@@ -50,6 +50,11 @@ class CorpusPart:
     size: int
 
 
+def part_file(parts: Path, number: int, suffix: str) -> Path:
+    """A file of part `number`: tokens, json, or npy with the lengths of its documents."""
+    return parts / f"{number:06d}.{suffix}"
+
+
 def shard_bytes(sources: Sequence[Source]) -> int:
     """Bytes of a shard."""
     total = sum(file.stat().st_size for source in sources for file in source.files)

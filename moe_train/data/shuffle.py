@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from moe_train.data.index_file import HEADER, MAGIC, code_of
+from moe_train.data.shards import part_file
 from moe_train.files import atomic
 from parallel.errors import DataError
 
@@ -41,7 +42,7 @@ class Order:
 
     @property
     def done(self) -> Path:
-        """WrittenPair last."""
+        """Written last."""
         return self.folder / "done"
 
     def read(self, name: str) -> np.ndarray:
@@ -60,7 +61,7 @@ def order(parts: Path, first: int, last: int, result: Order) -> None:
     sizes, begins = (_array(result.folder / f"{name}.tmp", int(counts.sum())) for name in ("sizes", "begins"))
     at = 0
     for number, count in zip(range(first, last), counts, strict=True):
-        lengths = np.load(part_lengths(parts, number), allow_pickle=False)
+        lengths = np.load(part_file(parts, number, "npy"), allow_pickle=False)
         sizes[at : at + count] = lengths
         begins[at : at + count] = np.cumsum(lengths) - lengths
         at += int(count)
@@ -93,13 +94,8 @@ def _nonzero(sizes: np.ndarray, path: Path) -> np.ndarray:
     return chosen
 
 
-def part_lengths(parts: Path, number: int) -> Path:
-    """Lengths of the documents of a part."""
-    return parts / f"{number:06d}.npy"
-
-
 def _count(parts: Path, number: int) -> int:
-    return len(np.load(part_lengths(parts, number), mmap_mode="r", allow_pickle=False))
+    return len(np.load(part_file(parts, number, "npy"), mmap_mode="r", allow_pickle=False))
 
 
 def _array(path: Path, count: int) -> np.ndarray:
@@ -135,11 +131,11 @@ def gather(parts: Path, result: Order, number: int, first: int, last: int, dtype
     for i in by_place:
         if owners[i] != open_part:
             open_part = int(owners[i])
-            source = np.memmap(parts / f"{open_part:06d}.tokens", dtype, "r")
+            path = part_file(parts, open_part, "tokens")
+            source = np.memmap(path, dtype, "r")
         document = source[starts[i] : starts[i] + sizes[i]]
         if len(document) != sizes[i]:
-            damaged = parts / f"{open_part:06d}.tokens"
-            raise DataError(f"{damaged} is damaged", f"delete {parts} and run the command again")
+            raise DataError(f"{path} is damaged", f"delete {parts} and run the command again")
         tokens[ends[i] - sizes[i] : ends[i]] = document
     with atomic.replacement(result.segment(number)) as temporary, temporary.open("xb") as file:
         tokens.tofile(file)

@@ -23,7 +23,7 @@ from moe_train.data.encoder import Encoder
 from moe_train.data.filters import DocumentFilter
 from moe_train.data.readers import Document
 from moe_train.data.report import Reason, Report
-from moe_train.data.shards import CorpusPart, CorpusShard, is_divisible, spans_of
+from moe_train.data.shards import CorpusPart, CorpusShard, is_divisible, part_file, spans_of
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.files import atomic, untrusted
 from parallel.errors import DataError
@@ -94,11 +94,6 @@ class PartResult:
 def shard_file(parts: Path, number: int, suffix: str) -> Path:
     """A file of shard `number`: json, kept, keys or signatures."""
     return parts / "read" / f"{number:06d}.{suffix}"
-
-
-def part_file(parts: Path, number: int, suffix: str) -> Path:
-    """A file of part `number`: tokens, json or npy."""
-    return parts / f"{number:06d}.{suffix}"
 
 
 def duplicates_file(parts: Path, table: int, partition: int, partitions: int) -> Path:
