@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,9 @@ def _encoded(fast: Any, texts: list[str], dtype: np.dtype[Any]) -> list[np.ndarr
     return np.split(awkward.to_numpy(awkward.flatten(found)).astype(dtype), ends[:-1])
 
 
+@lru_cache(maxsize=1)
 def _gigatoken(tokenizer: Tokenizer) -> Any:
+    """The same tokenizer of gigatoken, kept for the next part; None where it does not support it."""
     try:
         import gigatoken
     except ImportError as error:
