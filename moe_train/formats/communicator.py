@@ -91,7 +91,7 @@ def from_environment(env: Mapping[str, str] = os.environ) -> Communicator:
         LaunchError: a launcher started several processes, and mpi4py is missing or does not see them: each would
             convert everything.
     """
-    announced = max((int(env[name]) for name in _SIZES if env.get(name, "").isdigit()), default=1)
+    announced, _ = _announced(env)
     if announced == 1:
         return SingleProcess()
     try:
@@ -112,10 +112,15 @@ def from_environment(env: Mapping[str, str] = os.environ) -> Communicator:
     return comm
 
 
+def _announced(env: Mapping[str, str]) -> tuple[int, str]:
+    """Number of ranks that a launcher says it started, and the variable with the rank; (1, "") without one."""
+    sizes = [(int(env[size]), rank) for size, rank in zip(_SIZES, _RANKS, strict=True) if env.get(size, "").isdigit()]
+    return max(sizes, default=(1, ""))
+
+
 def rank_and_sizes(env: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
     """Rank, number of ranks, and number of ranks on this machine, as the launcher says; (0, 1, 1) without one."""
-    sizes = [(int(env[size]), rank) for size, rank in zip(_SIZES, _RANKS, strict=True) if env.get(size, "").isdigit()]
-    size, rank_name = max(sizes, default=(1, ""))
+    size, rank_name = _announced(env)
     if size == 1:
         return 0, 1, 1
     found = (re.match(r"\d+", env.get(name, "")) for name in _LOCAL_SIZES)
