@@ -84,7 +84,7 @@ def _share(run: Run) -> tuple[storage.Share, set[int]]:
     if scales := state.delayed_scales(run.chunks, model):
         tensors["fp8_scales"] = scales
     if average := state.average_state(run, model):
-        tensors["ema"] = average
+        tensors[dcp_metadata.EMA] = average
     return on_all_ranks(run, lambda: storage.share_of(tensors), "plan a checkpoint"), unshared
 
 
@@ -258,7 +258,7 @@ def _saved_average(
     wanted: storage.StateDict, contents: dcp_metadata.Metadata, warnings: list[str]
 ) -> storage.StateDict:
     """`wanted`, or nothing where the checkpoint is of a run without an EMA of the weights."""
-    if wanted and not any(key.startswith(f"{state.EMA}.") for key in contents.state_dict_metadata):
+    if wanted and not any(key.startswith(dcp_metadata.EMA_PREFIX) for key in contents.state_dict_metadata):
         warnings.append("the checkpoint has no EMA of the weights, which begins with its weights")
         return {}
     return wanted

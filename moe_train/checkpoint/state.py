@@ -35,7 +35,6 @@ _COUNTS_EACH_PARAMETER = (torch.optim.Adam, torch.optim.AdamW)
 _OPTIMIZER = "optimizer.state"
 _FP32_GROUPS = "fp32_from_fp16_params"  # of Float16OptimizerWithFloat16Params, in optimizer/optimizer.py upstream
 FP8_SCALES = "fp8_scales."
-EMA = "ema"
 _MASTER, _MASTER_OF_DISTRIBUTED = _OPTIMIZER + ".fp32_param.", _OPTIMIZER + ".param."
 
 
@@ -147,7 +146,7 @@ def average_state(run: Run, model: StateDict) -> StateDict:
     of_parameter = {id(shard.data): shard for shard in nested_values(shards)}
     averages = run.weight_average.averages
     return {
-        str(i): make_sharded_optimizer_tensor(of_parameter[id(parameter)], average, EMA)
+        str(i): make_sharded_optimizer_tensor(of_parameter[id(parameter)], average, dcp_metadata.EMA)
         for i, (parameter, average) in enumerate(averages.items())
     }
 

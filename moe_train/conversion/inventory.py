@@ -17,6 +17,7 @@ from moe_train.conversion.hf import quantization
 from moe_train.conversion.mapping import pieces, refuse_larger
 from moe_train.conversion.quantised_weights import QuantisedWeight
 from moe_train.formats import dcp, directory_writer, run_config, run_directory, safetensors
+from moe_train.formats.dcp_metadata import EMA_PREFIX
 from moe_train.formats.dtypes import Dtype
 from moe_train.formats.nonfinite import Tally
 from moe_train.formats.tensor_slices import FileRegion
@@ -31,15 +32,15 @@ HUGGING_FACE, MEGATRON = "Hugging Face", "Megatron"
 BIAS, COPIES, OTHER = "expert_bias", "copies", "other"
 SCALES, WEIGHT_SCALES = "fp8_scales", "weight_scales"
 """Of FP8, in training and in weights; and of other quantised weights."""
-MOMENTS, MASTERS, EMA, RANDOM = "moments", "fp32_weights", "ema_of_weights", "random_streams"
-NOT_PARAMETERS = (BIAS, COPIES, SCALES, WEIGHT_SCALES, MOMENTS, MASTERS, EMA, RANDOM)
+MOMENTS, MASTERS, AVERAGES, RANDOM = "moments", "fp32_weights", "ema_of_weights", "random_streams"
+NOT_PARAMETERS = (BIAS, COPIES, SCALES, WEIGHT_SCALES, MOMENTS, MASTERS, AVERAGES, RANDOM)
 """Parts of a checkpoint other than parameters. Copies are numbers that are stored again under another name."""
 
 # The first that fits a Megatron name decides. Names of optimizer state carry that of their parameter behind a prefix.
 _PARTS: tuple[tuple[Callable[[str], bool], str], ...] = (
     (lambda key: key.startswith("optimizer.state.fp32_param."), MASTERS),
     (lambda key: key.startswith("optimizer."), MOMENTS),
-    (lambda key: key.startswith("ema."), EMA),
+    (lambda key: key.startswith(EMA_PREFIX), AVERAGES),
     (lambda key: key.startswith("rng."), RANDOM),
     (lambda key: key.startswith("fp8_scales."), SCALES),
     (lambda key: key.endswith(".expert_bias"), BIAS),

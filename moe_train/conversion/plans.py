@@ -31,6 +31,7 @@ from moe_train.conversion.mapping import Part, Piece
 from moe_train.conversion.quantised_weights import QuantisedWeight
 from moe_train.conversion.small_files import KEPT, SmallFiles, accompanying
 from moe_train.formats import dcp, run_config, safetensors
+from moe_train.formats.dcp_metadata import EMA_PREFIX
 from moe_train.formats.directory_writer import FileJob, WritePlan
 from moe_train.formats.dtypes import DTYPES, Dtype
 from moe_train.formats.hashing_file import HashingFile
@@ -125,7 +126,7 @@ def stored_key(checkpoint: dcp.Checkpoint, key: str, fp32: bool, ema: bool) -> s
 
 def check_average(checkpoint: dcp.Checkpoint) -> None:
     """Raise CheckpointError where the checkpoint has no EMA of the weights."""
-    if not any(key.startswith("ema.") for key in checkpoint.tensors):
+    if not any(key.startswith(EMA_PREFIX) for key in checkpoint.tensors):
         raise CheckpointError(
             f"convert.ema=true, but checkpoint {checkpoint.directory} has no EMA of the weights",
             "leave convert.ema out, or train with optimizer.ema_decay",
@@ -134,7 +135,7 @@ def check_average(checkpoint: dcp.Checkpoint) -> None:
 
 def is_model_tensor(key: str) -> bool:
     """Whether a tensor of a Megatron checkpoint is a weight or buffer of the model."""
-    return not key.startswith(("optimizer.", "ema.", "rng.", "fp8_scales."))
+    return not key.startswith(("optimizer.", EMA_PREFIX, "rng.", "fp8_scales."))
 
 
 class HuggingFaceReader:

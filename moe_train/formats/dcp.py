@@ -226,7 +226,7 @@ class Checkpoint:
 
     def average(self, key: str) -> str:
         """Name of the EMA of the parameter `key`, or `key` where the checkpoint has none, as for a buffer."""
-        name = f"ema.{key}"
+        name = dcp_metadata.EMA_PREFIX + key
         return name if name in self.tensors else key
 
     def chunks(self, key: str) -> list[Chunk]:

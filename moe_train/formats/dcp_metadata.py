@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # tools read checkpoints without the seconds that Megatron-Co
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 
+EMA, EMA_PREFIX = "ema", "ema."
+"""Of the EMA of the weights: K is the name of a parameter, and `ema.K` that of its average."""
 _LARGEST_BYTES = 1 << 30
 """Of a table of contents. That of DeepSeek-V3 with its optimizer, over 2,048 ranks, has some 30 MB."""
 _MOST_AXES, _LARGEST_SIZE = 64, 1 << 62
