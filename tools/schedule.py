@@ -40,7 +40,7 @@ _COMMON = ("schedule", "model", "experiment", "train.steps", "train.tokens", "ba
           "optimizer.lr", "parallel.dp", "view.plot", "view.rows")  # fmt: skip
 _MOST_SIZES = 40
 _MOST_POINTS = 2000
-"""MeasuredRates learning rates in a picture; more cannot be seen."""
+"""Measured learning rates in a picture; more cannot be seen."""
 _EVENTS = ("lr_reduced", "lr_rewarm", "rolled_back")
 
 
@@ -158,19 +158,16 @@ def of_run(run_dir: str, words: Sequence[str]) -> tuple[Config, MeasuredRates]:
 
 
 def measured_in(path: Path, seq_length: int) -> MeasuredRates:
-    """What a metrics.jsonl says, which may be missing."""
+    """What a metrics.jsonl says; nothing before the run has written one."""
     rates: list[tuple[int, float]] = []
     events: list[dict[str, Any]] = []
     step = tokens = 0
-    try:
-        for line in untrusted.read_json_lines(path):
-            if line.get("event") in _EVENTS:
-                events.append(line)
-            elif isinstance(line.get("lr"), float) and isinstance(line.get("tokens"), int):
-                step, tokens = int(line.get("step", 0)), line["tokens"]
-                rates.append((tokens - line.get("global_batch_size", 0) * seq_length, line["lr"]))
-    except FileNotFoundError:
-        pass
+    for line in untrusted.read_json_lines(path) if path.exists() else ():
+        if line.get("event") in _EVENTS:
+            events.append(line)
+        elif isinstance(line.get("lr"), float) and isinstance(line.get("tokens"), int):
+            step, tokens = int(line.get("step", 0)), line["tokens"]
+            rates.append((tokens - line.get("global_batch_size", 0) * seq_length, line["lr"]))
     stride = max(1, len(rates) // _MOST_POINTS)
     return MeasuredRates(step, tokens, rates[::stride], events)
 
