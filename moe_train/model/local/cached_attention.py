@@ -401,7 +401,7 @@ def _joined_scores(parts: list[Tensor]) -> Tensor:
 
 def _mix(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
     """softmax(queries keys^T * scale + mask) values: [b, m, c], [b, k, c], [b, k, d] -> [b, m, d]."""
-    scores = torch.baddbmm(mask.to(queries), queries, keys.mT, alpha=scale)
+    scores = torch.baddbmm(mask, queries, keys.mT, alpha=scale)
     return torch.bmm(scores.softmax(dim=-1), values)
 
 
