@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch.utils.data import Dataset
 
 from moe_train import run as run_module
 from moe_train import train
@@ -67,24 +65,13 @@ def test_a_constant_size_gives_the_steps_of_a_token_budget() -> None:
     assert resolve.total_steps(cfg, 5, 600, trained_samples=7) == 6
 
 
-class Texts(Dataset[Any]):
-    """As many samples of random tokens as a run asks for."""
-
-    def __len__(self) -> int:
-        return 64
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        text = torch.randint(0, small_run.VOCABULARY, (17,), generator=torch.Generator().manual_seed(index))
-        return {"tokens": text[:-1], "labels": text[1:], "loss_mask": torch.ones(16), "position_ids": torch.arange(16)}
-
-
 def grown(degrees: small_run.Degrees) -> list[dict[str, Any]]:
     """Metrics and progress after each step of a run whose batches grow."""
     run_module.batch_schedule = lambda cfg: RAMP
     run = small_run.prepare(small_run.config(Path("unused"), degrees))
     run.total_steps = len(SIZES)
     assert train.samples_of(run) == sum(SIZES)
-    reader = train.train_reader(run, Texts(), 0)
+    reader = train.train_reader(run, small_run.Samples(64), 0)
     batches = reader.for_chunks(run.layout.vpp)
     found = []
     for _ in SIZES:

@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from moe_train import train
 from moe_train.checkpoint import checkpoint, continuing, hf_exchange, origin
 from moe_train.config.composition.compose import compose, to_yaml
@@ -34,21 +32,6 @@ moe-convert makes a Megatron checkpoint of them."""
 FROM = "init_from "
 OF_A_RUN = ("resume=auto", "resume by name", "continue")
 USES = (*OF_A_RUN, *(f"{FROM}{name}" for name in (RUN, EXPORTED, UNSIGNED, CONVERTED)))
-
-
-class Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """A dataset in memory."""
-
-    def __len__(self) -> int:
-        return SAMPLES
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        length = small_run.SEQUENCE
-        text = torch.randint(0, small_run.VOCABULARY, (length + 1,), generator=torch.Generator().manual_seed(index))
-        return {
-            "tokens": text[:-1], "labels": text[1:], "loss_mask": torch.ones(length),
-            "position_ids": torch.arange(length),
-        }  # fmt: skip
 
 
 def write_sources(root: Path) -> None:
@@ -156,7 +139,9 @@ def _go_on(run: Run, case: Case) -> None:
     checkpoint.resume(run)
     train.set_length(run)
     if run.state.step < run.total_steps:
-        data = train.train_reader(run, Samples(), run.state.consumed_samples, wrap=True).for_chunks(run.layout.vpp)
+        data = train.train_reader(run, small_run.Samples(SAMPLES), run.state.consumed_samples, wrap=True).for_chunks(
+            run.layout.vpp
+        )
         step.train_step(run, data)
     for name, value in asdict(run.state).items():
         if type(value) is not int or value < 0:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import Dataset
 
 from moe_train.checkpoint import checkpoint, state
 from moe_train.config.model import ModelConfig
@@ -102,6 +103,23 @@ def samples_from(run: RankContext, start: int) -> Iterator[dict[str, torch.Tenso
             "position_ids": torch.arange(length).repeat(size, 1),
         }
         index += run.layout.dp * size
+
+
+class Samples(Dataset[dict[str, torch.Tensor]]):
+    """A dataset of the same texts, in memory."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        text = _text(index, SEQUENCE).squeeze(0)
+        return {
+            "tokens": text[:-1], "labels": text[1:], "loss_mask": torch.ones(SEQUENCE),
+            "position_ids": torch.arange(SEQUENCE),
+        }  # fmt: skip
 
 
 def _text(sample: int, length: int) -> torch.Tensor:

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.utils.data import Dataset
 
 from moe_train import train as train_module
 from moe_train.checkpoint import checkpoint
@@ -38,21 +36,6 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
-class Texts(Dataset[Any]):
-    """Random tokens."""
-
-    def __len__(self) -> int:
-        return 200
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        length = small_run.SEQUENCE
-        text = torch.randint(0, small_run.VOCABULARY, (length + 1,), generator=torch.Generator().manual_seed(index))
-        return {
-            "tokens": text[:-1], "labels": text[1:], "loss_mask": torch.ones(length),
-            "position_ids": torch.arange(length),
-        }  # fmt: skip
-
-
 class Recorder(Callback):
     """Keeps metrics and events."""
 
@@ -78,7 +61,7 @@ def trained(run_dir: Path, resume: str = "auto", **changes: Any) -> dict[str, An
     run.callbacks = [recorder, InjectFaults(), LearningRateReactions(), Recovery(checkpoints), checkpoints]
     checkpoint.resume(run)
     train_module.set_length(run)
-    train_module.build_datasets = lambda *_: (Texts(), Texts(), None)
+    train_module.build_datasets = lambda *_: (small_run.Samples(200), small_run.Samples(200), None)
     train_module.train(run)
     return {
         "lines": recorder.lines, "events": recorder.events, "bits": small_run.bits(run),
